@@ -1,0 +1,131 @@
+# Chatterbox TTS with its warm state baked in.
+#
+#   docker build -t chatterbox:warm .
+#   docker run --read-only --network none --user 12345:12345 --cap-drop ALL \
+#     --tmpfs /tmp --tmpfs /var/cache/chatterbox-prewarm:exec,mode=1777 chatterbox:warm
+#
+# Needs BuildKit (Docker 20.10 with DOCKER_BUILDKIT=1, or newer), and no GPU: without one, what depends on a GPU is left
+# out. Layers of the result, from the one that changes least: system, dependencies, weights, warm state, code.
+#
+# Optional secrets: ca (a PEM bundle for package indexes and the hub), pip (a pip configuration), hf_token.
+
+ARG BASE=debian:bookworm-slim
+# Where the weights come from: hub (the published ones), or synthetic (random ones, whose speech is noise).
+ARG WEIGHTS=hub
+
+# ---- base: the system that everything runs on ------------------------------------------------------------------------
+FROM ${BASE} AS base
+# libgomp1 is what compiled regions are linked with on a CPU.
+# hadolint ignore=DL3008 -- the base image's release pins the versions
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends ca-certificates libgomp1 python3 \
+ && rm -rf /var/lib/apt/lists/*
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1
+
+# ---- deps: the Python packages of one software stack, from its hashed lock -------------------------------------------
+FROM base AS deps
+ARG STACK=torch-2.6
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends python3-venv \
+ && rm -rf /var/lib/apt/lists/*
+COPY build/sync build/locks/uv.txt build/locks/${STACK}.txt /build/
+RUN --mount=type=cache,target=/var/cache/uv \
+    --mount=type=secret,id=ca --mount=type=secret,id=pip \
+    UV_CACHE_DIR=/var/cache/uv sh /build/sync /build/uv.txt "/build/${STACK}.txt" /opt/venv
+
+# ---- weights: fetched at a pinned commit, or random ------------------------------------------------------------------
+# Only the modules that fetch are copied, so that other changes of the code download nothing.
+FROM deps AS weights-hub
+ARG VARIANT=english
+ARG REVISION=
+# A mirror of the hub; empty for the hub itself.
+ARG HF_ENDPOINT=
+COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/manifest.py \
+     chatterbox_prewarm/profiles.py chatterbox_prewarm/weights.py /build/chatterbox_prewarm/
+COPY chatterbox_prewarm/models/__init__.py /build/chatterbox_prewarm/models/
+COPY build/fetch.py /build/
+# The cache mount keeps the files that are complete, for when this step broke off or has to run again.
+RUN --mount=type=cache,target=/var/cache/weights,sharing=locked \
+    --mount=type=secret,id=ca --mount=type=secret,id=hf_token \
+    PYTHONPATH=/build python /build/fetch.py /var/cache/weights /opt/chatterbox-prewarm/weights
+
+FROM deps AS weights-synthetic
+ARG SIZE=full
+COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/manifest.py \
+     chatterbox_prewarm/profiles.py chatterbox_prewarm/staging.py chatterbox_prewarm/weights.py \
+     /build/chatterbox_prewarm/
+COPY chatterbox_prewarm/models /build/chatterbox_prewarm/models
+COPY build/fetch.py /build/
+RUN PYTHONPATH=/build python /build/fetch.py --synthetic "${SIZE}" /opt/chatterbox-prewarm/weights
+
+# hadolint ignore=DL3006 -- a stage of this file
+FROM weights-${WEIGHTS} AS weights
+
+# ---- bake: the warm-up, on the device that is named ------------------------------------------------------------------
+FROM deps AS bake
+# What compiles; none of it is in the result.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends g++ python3-dev \
+ && rm -rf /var/lib/apt/lists/*
+# What the bake runs, and nothing that only serves: a change of the server bakes nothing.
+COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/bake.py chatterbox_prewarm/bake_cold.py \
+     chatterbox_prewarm/bake_compile.py chatterbox_prewarm/child.py chatterbox_prewarm/clips.py chatterbox_prewarm/errors.py \
+     chatterbox_prewarm/fingerprint.py chatterbox_prewarm/fit.py chatterbox_prewarm/load.py \
+     chatterbox_prewarm/manifest.py \
+     chatterbox_prewarm/probes.py chatterbox_prewarm/process.py chatterbox_prewarm/profiles.py \
+     chatterbox_prewarm/prove.py \
+     chatterbox_prewarm/save.py chatterbox_prewarm/staging.py chatterbox_prewarm/synthesis.py \
+     chatterbox_prewarm/text.py \
+     chatterbox_prewarm/trial.py chatterbox_prewarm/voices.py chatterbox_prewarm/weights.py \
+     /build/chatterbox_prewarm/
+COPY chatterbox_prewarm/families /build/chatterbox_prewarm/families
+COPY chatterbox_prewarm/models /build/chatterbox_prewarm/models
+COPY chatterbox_prewarm/regions /build/chatterbox_prewarm/regions
+COPY chatterbox_prewarm/warmup /build/chatterbox_prewarm/warmup
+COPY build/bake.py /build/
+ARG DEVICE=cpu
+ARG LEVELS=1,2,3
+ARG PROFILE=aot
+ARG T3_DTYPE=float32
+# The builder's GPU is not part of BuildKit's cache key: name it, so that another one bakes anew.
+ARG GPU=none
+ARG SOURCE_DATE_EPOCH=
+RUN --mount=type=bind,from=weights,source=/opt/chatterbox-prewarm/weights,target=/opt/chatterbox-prewarm/weights \
+    echo "baking for GPU: ${GPU}" \
+ && PYTHONPATH=/build python /build/bake.py --device "${DEVICE}" --levels "${LEVELS}" --profile "${PROFILE}" \
+    --t3-dtype "${T3_DTYPE}"
+
+# ---- runtime ---------------------------------------------------------------------------------------------------------
+FROM base AS runtime
+ARG STACK=torch-2.6
+ARG VARIANT=english
+ARG DEVICE=cpu
+ARG PROFILE=aot
+LABEL org.opencontainers.image.title="chatterbox-prewarm" \
+      org.opencontainers.image.description="Chatterbox TTS with its warm state baked in" \
+      org.opencontainers.image.licenses="MIT" \
+      io.chatterbox-prewarm.schema="2" \
+      io.chatterbox-prewarm.variant="${VARIANT}" \
+      io.chatterbox-prewarm.profile="${PROFILE}" \
+      io.chatterbox-prewarm.torch="${STACK}"
+COPY --from=deps /opt/venv /opt/venv
+COPY --from=weights /opt/chatterbox-prewarm/weights /opt/chatterbox-prewarm/weights
+COPY --from=bake /opt/chatterbox-prewarm/warm /opt/chatterbox-prewarm/warm
+COPY chatterbox_prewarm /opt/chatterbox-prewarm/app/chatterbox_prewarm
+# Our own modules are not in the warm state, so that a change of them needs no bake; they are compiled here, and (-B)
+# nothing of the environment is, whose files keep their time.
+RUN python -B -m compileall -q /opt/chatterbox-prewarm/app \
+ && mkdir -m 1777 /var/cache/chatterbox-prewarm
+ENV PYTHONPATH=/opt/chatterbox-prewarm/app \
+    HF_HUB_OFFLINE=1 \
+    CHATTERBOX_PREWARM_HOST=0.0.0.0 \
+    CHATTERBOX_PREWARM_PORT=8000 \
+    CHATTERBOX_PREWARM_DEVICE=${DEVICE}
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+USER 12345:12345
+ENTRYPOINT ["python", "-m", "chatterbox_prewarm"]
+CMD ["serve"]

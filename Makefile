@@ -1,0 +1,54 @@
+# The commands of the README. The environment is made from hashed locks on first use.
+PYTHON ?= python3
+# The software stack: torch-2.6, or torch-2.11 for Blackwell and newer GPUs, in an environment of its own.
+STACK ?= torch-2.6
+VENV := $(if $(filter torch-2.6,$(STACK)),.venv,.venv-$(STACK))
+BIN := $(VENV)/bin
+DOCKER ?= docker
+TAG ?= chatterbox:warm
+LOCKS := build/locks/$(STACK).txt build/locks/dev.txt
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: demo test lint format image bench lock clean
+
+demo: $(VENV)/.complete  ## bake, pack, prove and serve on this machine, with random weights
+	$(BIN)/python -m chatterbox_prewarm.bench.demo
+
+test: $(VENV)/.complete  ## every test that this machine can run; each skipped one says what it lacks
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.complete
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.complete
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+image:  ## needs network, or a base image made by build/base-image; pass BUILD_ARGS="--build-arg WEIGHTS=synthetic"
+	DOCKER_BUILDKIT=1 $(DOCKER) build $(BUILD_ARGS) -t $(TAG) .
+
+bench: $(VENV)/.complete  ## needs out/ from `make demo`
+	$(BIN)/python -m chatterbox_prewarm bench startup --weights out/weights-full --warm out/warm-full \
+	    --output benchmarks/results/startup-cpu.json --rounds 3 --cold-pages
+
+lock:  ## renew the locks; commit what changes
+	uv pip compile -q --python-version 3.11 --extra model --generate-hashes --no-emit-index-url --no-emit-find-links \
+	    --no-header --constraint build/locks/torch-2.6.in pyproject.toml -o build/locks/torch-2.6.txt
+	uv pip compile -q --python-version 3.11 --extra model --generate-hashes --no-emit-index-url --no-emit-find-links \
+	    --no-header --override build/locks/torch-2.11.in pyproject.toml -o build/locks/torch-2.11.txt
+	uv pip compile -q --python-version 3.11 --extra dev --generate-hashes --no-emit-index-url --no-emit-find-links \
+	    --no-header --constraint build/locks/torch-2.6.txt pyproject.toml -o build/locks/dev.txt
+	echo uv | uv pip compile -q --generate-hashes --no-emit-index-url --no-header - -o build/locks/uv.txt
+
+# Made anew whenever a lock changes; `build/sync` is what the image uses as well. All bytecode is made at once: where
+# PYTHONDONTWRITEBYTECODE is set, every process would compile what it imports anew, for six seconds.
+$(VENV)/.complete: $(LOCKS) build/locks/uv.txt build/sync
+	rm -rf $(VENV)
+	UV_LINK_MODE=hardlink sh build/sync build/locks/uv.txt $(LOCKS) $(VENV)
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib
+	touch $@
+
+clean:
+	rm -rf dist out

@@ -1,0 +1,39 @@
+"""The bake step of an image build, apart from the command line, so that a change of the latter bakes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from chatterbox_prewarm.bake import bake
+from chatterbox_prewarm.errors import exit_with_code
+from chatterbox_prewarm.load import CACHE, WARM, WEIGHTS
+from chatterbox_prewarm.profiles import default_execution
+
+
+def main() -> None:
+    """Bake at the places of an image."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--levels", required=True)
+    parser.add_argument("--profile", required=True)
+    parser.add_argument("--t3-dtype", required=True)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    manifest = bake(
+        WEIGHTS,
+        WARM,
+        cache=CACHE,
+        device=options.device,
+        execution=default_execution(options.device, profile=options.profile, t3_dtype=options.t3_dtype),
+        levels=[int(level) for level in options.levels.split(",")],
+        progress=lambda line: print(f"bake: {line}", file=sys.stderr, flush=True),
+    )
+    for family in manifest.families:
+        print(f"{family.name}: {family.size} bytes, {family.seconds_saved:.1f} s saved", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    with exit_with_code():
+        main()

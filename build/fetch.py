@@ -1,0 +1,46 @@
+"""The weights step of an image build: fetch (through a cache that survives the step) or synthesize a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from chatterbox_prewarm.errors import exit_with_code
+from chatterbox_prewarm.models import get_variant
+
+_SECRETS = Path("/run/secrets")
+_EPOCH = int(os.environ.get("SOURCE_DATE_EPOCH") or 1735689600)
+
+
+def main() -> None:
+    """`fetch.py CACHE TARGET`, or `fetch.py --synthetic SIZE TARGET`."""
+    *source, target = sys.argv[1:]
+    if source[0] == "--synthetic":
+        from chatterbox_prewarm.models.synthetic import synthesize
+
+        synthesize(Path(target), size=source[1], seed=0)
+    else:
+        if (_SECRETS / "ca").is_file():
+            os.environ["SSL_CERT_FILE"] = str(_SECRETS / "ca")
+        if (_SECRETS / "hf_token").is_file():
+            os.environ["HF_TOKEN"] = (_SECRETS / "hf_token").read_text(encoding="utf-8").strip()
+        if not os.environ.get("HF_ENDPOINT"):
+            os.environ.pop("HF_ENDPOINT", None)  # an empty build argument is not an address
+        from chatterbox_prewarm.weights import RECORD_NAME, fetch
+
+        variant = get_variant(os.environ.get("VARIANT", "english"))
+        cache = Path(source[0])
+        fetch(cache, variant=variant, revision=os.environ.get("REVISION") or None)
+        Path(target).mkdir(parents=True)
+        for name in (*variant.files, RECORD_NAME):
+            shutil.copyfile(cache / name, Path(target) / name)
+    for path in Path(target).iterdir():
+        path.chmod(0o444)
+        os.utime(path, (_EPOCH, _EPOCH))  # the same files give the same layer
+
+
+if __name__ == "__main__":
+    with exit_with_code():
+        main()

@@ -1,0 +1,251 @@
+"""Bake: produce a warm state on the machine that it is for.
+
+Two fresh processes, or three. Where the profile compiles, the first does only that. The next starts cold but for what
+was compiled, warms the model up and saves every family; the last starts from what was saved, repeats the reference
+synthesis of the one before and must not miss once. What the others paid more than the last is what the state saves. The
+state appears under its name all at once, or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm import manifest as manifests
+from chatterbox_prewarm.clips import check_clip
+from chatterbox_prewarm.errors import BadInputError, ModelError, NotWarmError, from_os_error
+from chatterbox_prewarm.families import COMPILED, FAMILIES, applicable
+from chatterbox_prewarm.load import make_cache
+from chatterbox_prewarm.process import run as run_process
+from chatterbox_prewarm.profiles import default_execution
+from chatterbox_prewarm.prove import counter_checks, parse_trial, trial_command
+from chatterbox_prewarm.staging import exclusive, put_in_place, seal, staging_folder
+from chatterbox_prewarm.text import check_voice_name
+from chatterbox_prewarm.warmup import LEVELS, SWITCH, check_levels, switched_off
+from chatterbox_prewarm.weights import verify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from chatterbox_prewarm.manifest import FamilyEntry, Manifest
+    from chatterbox_prewarm.profiles import Execution
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BakeRequest:
+    """What the processes before the last are to do; travels to them as JSON. `made` is where the compiled goes."""
+
+    weights: str
+    cache: str
+    output: str
+    made: str
+    device: str
+    execution: dict[str, Any]
+    levels: tuple[int, ...]
+    voices: dict[str, str]
+    families: tuple[str, ...]
+
+
+def bake(
+    weights: Path,
+    warm: Path,
+    *,
+    cache: Path,
+    device: str = "cpu",
+    execution: Execution | None = None,
+    levels: Sequence[int] = LEVELS,
+    voices: Mapping[str, Path] | None = None,
+    families: Sequence[str] = tuple(FAMILIES),
+    progress: Callable[[str], None] = logger.info,
+) -> Manifest:
+    """Bake a warm state into `warm`, replacing one that is there.
+
+    Args:
+        weights: a complete checkpoint; its digests are verified first.
+        warm: where the state goes. The folder beside it is used while it is in the making.
+        cache: the cache directory, the same path as at run time. What it holds of the families is removed.
+        device: to warm up on.
+        execution: how the model is to execute; by default what is best for the device.
+        levels: of the warm-up.
+        voices: names and reference clips to bake beside the built-in voice.
+        families: which cache families to bake.
+        progress: called with one line for each step.
+
+    Raises:
+        WeightsError: the weights are not as recorded.
+        BadInputError: a clip or a name cannot be used, a place cannot be written, or another bake writes there.
+        ModelError: the warm-up failed.
+        NotWarmError: a start from the new state missed; nothing was put in place.
+    """
+    warm = Path(os.path.abspath(warm))  # noqa: PTH100 - a link must stay visible as one
+    clips = {check_voice_name(name): str(path.resolve()) for name, path in (voices or {}).items()}
+    if unknown := set(families) - set(FAMILIES):
+        raise BadInputError(
+            f"there is no cache family {min(unknown)!r}", next_step=f"choose from: {', '.join(FAMILIES)}"
+        )
+    execution = execution or default_execution(device)
+    wanted = tuple(name for name in applicable(execution.profile, device) if name in families)
+    if unmade := [name for name in applicable(execution.profile, device) if name in COMPILED and name not in families]:
+        raise BadInputError(
+            f"the profile {execution.profile!r} stands on the family {unmade[0]!r}, which is left out",
+            next_step="bake with that family, or with --profile eager",
+        )
+    if clips and "conditionals" not in families:
+        raise BadInputError(
+            "voices are kept in the family 'conditionals', which is left out",
+            next_step="leave out --voice, or bake with that family",
+        )
+    if switched_off():
+        raise BadInputError(f"{SWITCH} switches the warm-up off, and a bake is a warm-up", next_step=f"unset {SWITCH}")
+    levels = check_levels(levels)
+    _check_target(warm)
+    for name, clip in clips.items():
+        check_clip(Path(clip), name=name)  # before minutes of compiling
+    progress("verifying the weights")
+    verify(weights)
+    make_cache(cache)
+    try:
+        warm.parent.mkdir(parents=True, exist_ok=True)
+        # What is compiled is run by this bake: it goes to a new folder that only this user can enter.
+        with (
+            exclusive(warm),
+            exclusive(cache / "bake"),
+            staging_folder(warm) as staging,
+            tempfile.TemporaryDirectory(prefix="bake-made-", dir=cache.resolve()) as made,
+        ):
+            request = BakeRequest(
+                weights=str(weights.resolve()),
+                cache=str(cache.resolve()),
+                output=str(staging),
+                made=made,
+                device=device,
+                execution=asdict(execution),
+                levels=levels,
+                voices=clips,
+                families=wanted,
+            )
+            compiled: dict[str, Any] = {}
+            if any(name in COMPILED for name in wanted):
+                progress("compiling the regions, in a process of its own")
+                compiled = _run_child("bake_compile", request)
+            progress("cold start, warm-up and save, in a process of its own")
+            cold = _run_child("bake_cold", request)
+            progress("start from the new state, in another process")
+            _empty_cache(cache)
+            trial = run_process(trial_command(staging, weights.resolve(), cache.resolve()))
+            warm_run = parse_trial(trial.stdout, trial.returncode)
+            left_out = set(applicable(execution.profile, device)) - set(wanted)
+            checks = counter_checks(warm_run, left_out=frozenset(left_out))
+            failed = [f"{check.name} (seen: {check.seen})" for check in checks if not check.passed]
+            if warm_run["audio"]["pcm_sha256"] != warm_run["audio"]["expected_pcm_sha256"]:
+                failed.append("the audio is the bake's own (seen: it differs)")
+            if failed:
+                raise NotWarmError(
+                    f"a start from the new state is not warm: {'; '.join(failed)}",
+                    next_step="this is a fault of the bake, not of your input; please report it with this message",
+                )
+            before = _added(cold["metrics"], compiled.get("metrics"))
+            manifest = _with_costs(manifests.read(staging), before, warm_run["metrics"])
+            manifests.write(manifest, staging)
+            seal(staging)
+            put_in_place(staging, warm)
+    except OSError as error:
+        raise from_os_error(error, "baking the warm state") from error
+    return manifest
+
+
+def _check_target(warm: Path) -> None:
+    """Refuse to replace anything but a warm state.
+
+    Raises:
+        BadInputError: the target is a file, or a folder with something else in it.
+    """
+    if warm.is_symlink() or (warm.exists() and not warm.is_dir()):
+        raise BadInputError(f"{warm} is no directory", next_step="name another place with --warm")
+    if warm.is_dir() and any(warm.iterdir()) and not _looks_like_a_state(warm):
+        raise BadInputError(
+            f"{warm} holds something else than a warm state, and a bake would replace it",
+            next_step="name an empty or a new directory with --warm",
+        )
+
+
+def _looks_like_a_state(directory: Path) -> bool:
+    """Whether a folder holds a manifest of ours and nothing that it does not name; damage and age do not matter."""
+    try:
+        raw = json.loads((directory / manifests.MANIFEST_NAME).read_text(encoding="utf-8"))
+        families = {entry["name"] for entry in raw["families"]}
+        ours = {"schema", "set_digest", "weights"} <= raw.keys()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return False
+    return ours and {path.name for path in directory.iterdir()} <= {manifests.MANIFEST_NAME, *families}
+
+
+def _run_child(module: str, request: BakeRequest) -> dict[str, Any]:
+    """Run a process of the bake with empty caches and no bytecode to use, so that the cost of both is seen."""
+    _empty_cache(Path(request.cache))
+    # In the cache, which this bake holds: what a killed one leaves there is removed by the next.
+    bytecode = Path(request.cache) / "bake-bytecode"
+    shutil.rmtree(bytecode, ignore_errors=True)
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(bytecode)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    if module == "bake_compile":  # in all others one thread, which is also what a start has
+        environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(len(os.sched_getaffinity(0))))
+    try:
+        finished = run_process(
+            [sys.executable, "-m", f"chatterbox_prewarm.{module}", json.dumps(asdict(request))], env=environment
+        )
+    finally:
+        shutil.rmtree(bytecode, ignore_errors=True)
+    if finished.returncode < 0:
+        raise ModelError(
+            f"the process {module} was ended by signal {-finished.returncode}",
+            next_step="if it was out of memory, give the machine more; see its output above",
+        )
+    return parse_trial(finished.stdout, finished.returncode)
+
+
+def _empty_cache(cache: Path) -> None:
+    for name in FAMILIES:
+        shutil.rmtree(cache / name, ignore_errors=True)
+
+
+def _added(cold: dict[str, Any], compiled: dict[str, Any] | None) -> dict[str, Any]:
+    """The log of the cold process with what the compiled families cost in the process before it."""
+    if compiled is None:
+        return cold
+    names = {timer for name in COMPILED for timer in FAMILIES[name].timers}
+    timers = {name: value for name, value in compiled["timers"].items() if name in names}
+    return {
+        "phases": [*cold["phases"], *(phase for phase in compiled["phases"] if phase["name"] in names)],
+        "timers": {name: cold["timers"].get(name, 0.0) + timers.get(name, 0.0) for name in {*cold["timers"], *timers}},
+    }
+
+
+def _with_costs(manifest: Manifest, cold: dict[str, Any], warm: dict[str, Any]) -> Manifest:
+    """Fill in what each family cost and saves, from the logs of the two processes."""
+
+    def seconds(log: dict[str, Any], entry: FamilyEntry) -> float:
+        names = FAMILIES[entry.name].timers
+        phases = sum(phase["seconds"] for phase in log["phases"] if phase["name"] in names)
+        return float(phases + sum(value for name, value in log["timers"].items() if name in names))
+
+    return replace(
+        manifest,
+        families=tuple(
+            replace(
+                entry,
+                seconds_spent=round(seconds(cold, entry), 3),
+                seconds_saved=round(seconds(cold, entry) - seconds(warm, entry), 3),
+            )
+            for entry in manifest.families
+        ),
+    )

@@ -1,0 +1,70 @@
+"""The cold process of a bake: load with nothing but what was compiled before, add the voices, warm up, save."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from chatterbox_prewarm.bake import BakeRequest
+from chatterbox_prewarm.child import report
+from chatterbox_prewarm.families import BYTECODE
+from chatterbox_prewarm.load import attach, prepare
+from chatterbox_prewarm.profiles import Execution
+
+
+def run(**request_fields: Any) -> dict[str, Any]:
+    """Do the cold half of a bake.
+
+    Returns:
+        the log of this process.
+    """
+    request = BakeRequest(**request_fields)
+    output = Path(request.output)
+    prepared = prepare(
+        output,
+        Path(request.weights),
+        cache=Path(request.cache),
+        device=request.device,
+        policy="off",
+        execution=Execution(**request.execution),
+        made=Path(request.made),
+    )
+    voices = {name: Path(clip) for name, clip in request.voices.items()}
+    attached = attach(prepared)
+
+    from chatterbox_prewarm.save import make_reference, save_warmup_cache
+    from chatterbox_prewarm.voices import prepare_voice
+    from chatterbox_prewarm.warmup.inputs import TEXTS
+    from chatterbox_prewarm.warmup.strategy import ChatterboxWarmupStrategy
+
+    metrics, synthesizer = attached.metrics, attached.synthesizer
+    # The very first synthesis, as after a start: what is imported by now is what a start imports.
+    with metrics.phase("reference"):
+        reference = make_reference(attached)
+    sources = BYTECODE.start_sources()
+    for name, clip in voices.items():
+        print(f"voice {name}", file=sys.stderr)
+        with metrics.phase("conditionals"):
+            synthesizer.voices[name] = prepare_voice(synthesizer.model, clip)
+    strategy = ChatterboxWarmupStrategy(
+        levels=request.levels,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        metrics=metrics,
+        upstream=False,
+    )
+    strategy.perform_full_warmup(synthesizer.model)
+    save_warmup_cache(
+        attached,
+        output,
+        families=request.families,
+        levels=strategy.levels,
+        texts=TEXTS if 2 in request.levels else (),
+        reference=reference,
+        sources=sources,
+    )
+    return {"metrics": metrics.to_dict()}
+
+
+if __name__ == "__main__":
+    report(run)

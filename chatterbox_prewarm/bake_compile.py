@@ -1,0 +1,102 @@
+"""The compiling process of a bake: every region is compiled, and what that leaves is kept for the processes after it.
+
+Apart from the cold process, since a compiler imports a thousand modules that a start does not.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm.bake import BakeRequest
+from chatterbox_prewarm.child import report
+from chatterbox_prewarm.families import COMPILED, FAMILIES
+from chatterbox_prewarm.families.folders import seed
+from chatterbox_prewarm.load import Prepared, attach, prepare
+from chatterbox_prewarm.profiles import Execution
+from chatterbox_prewarm.warmup.inputs import TEXTS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from chatterbox_prewarm.regions import Region
+    from chatterbox_prewarm.regions.execute import BoundRegion
+
+#: On a CPU torch 2.11 compiles the vocoder's convolutions for classes of lengths, by the library that takes them: up to
+#: 40 mel frames, up to 256, and more. A token gives two frames; a random one may be none of a sound.
+_TOKENS = (12, 60, 200)
+
+
+def run(**request_fields: Any) -> dict[str, Any]:
+    """Compile all regions for the device and the profile of the request.
+
+    Returns:
+        the log of this process.
+    """
+    request = BakeRequest(**request_fields)
+    prepared = prepare(
+        Path(request.output),
+        Path(request.weights),
+        cache=Path(request.cache),
+        device=request.device,
+        policy="off",
+        execution=Execution(**request.execution),
+    )
+    made = Path(request.made)
+    if prepared.execution.profile == "aot":
+        _make_packages(prepared, made / "aot")
+    else:
+        _compile(prepared, made, [name for name in request.families if name in COMPILED])
+    return {"metrics": prepared.metrics.to_dict()}
+
+
+def _make_packages(prepared: Prepared, directory: Path) -> None:
+    """Compile packages; the model is needed for the shapes and dtypes of its weights alone."""
+    seed(prepared.cache / "inductor", None)  # AOTInductor works there
+    import torch
+
+    from chatterbox_prewarm.models import english
+    from chatterbox_prewarm.regions import IN_GRAPHS
+    from chatterbox_prewarm.regions.bound import bind
+    from chatterbox_prewarm.regions.execute import eager
+    from chatterbox_prewarm.regions.make_packages import make_packages
+    from chatterbox_prewarm.regions.packages import can_run_in_graphs
+
+    found: dict[str, Sequence[torch.Tensor]] = {}
+
+    def note(region: Region, weights: Sequence[torch.Tensor]) -> BoundRegion:
+        found.setdefault(region.name, weights)
+        return eager(region, weights)
+
+    execution = prepared.execution
+    bind(english.load(prepared.weights, device=prepared.device), note, t3_dtype=getattr(torch, execution.t3_dtype))
+    if execution.graphs and not can_run_in_graphs():
+        found = {name: weights for name, weights in found.items() if name not in IN_GRAPHS}
+    with prepared.metrics.phase("aot make"):
+        make_packages(found, directory, progress=_say)
+
+
+def _compile(prepared: Prepared, made: Path, families: list[str]) -> None:
+    """Run every region through `torch.compile`, with top-p and without, and for each class of lengths."""
+    _say("compiling while synthesising")
+    attached = attach(prepared)
+
+    from chatterbox_prewarm.synthesis import Sampling
+
+    for text, count, top_p in zip(TEXTS, _TOKENS, (1.0, 0.9, 1.0), strict=True):
+        attached.synthesizer.synthesize(text, seed=0, max_new_tokens=count, sampling=Sampling(top_p=top_p))
+    session = prepared.session(attached.synthesizer)
+    for name in families:
+        (made / name).mkdir(parents=True)
+        FAMILIES[name].save(made / name, session)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    report(run)

@@ -1,0 +1,187 @@
+"""bench profiles: each way of executing is baked, then started in fresh processes in turn with upstream's.
+
+The figures choose the default profile of a device; docs/profiles.md has the reasoning.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm.bake import bake
+from chatterbox_prewarm.bench.startup import check_loadable, machine, settle, versions
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.families import COMPILED
+from chatterbox_prewarm.process import run as run_process
+from chatterbox_prewarm.profiles import PROFILES, Execution
+from chatterbox_prewarm.prove import parse_trial
+from chatterbox_prewarm.weights import read_record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+#: Two seconds of audio: enough to time a token.
+TOKENS = 50
+UPSTREAM = "upstream"
+#: The rows of the table: a figure of the results and what it is called.
+_ROWS = (
+    ("bake_seconds", "bake, s"),
+    ("state_megabytes", "warm state, MB"),
+    ("compiled_megabytes", "  compiled, MB"),
+    ("compile_seconds", "  compiled in, s"),
+    ("attached", "attached, s"),
+    ("ready", "ready, s"),
+    ("capture_seconds", "graph capture, s"),
+    ("first_request", "first request, s"),
+    ("steady_request", "steady request, s"),
+    ("tokens_per_second", "T3, tokens/s"),
+    ("flow_seconds", "flow, s"),
+    ("vocoder_seconds", "vocoder, s"),
+    ("real_time_factor", "real-time factor"),
+    ("peak_gpu_megabytes", "peak GPU memory, MB"),
+    ("greedy_tokens_equal", "greedy as upstream"),
+    ("next_tokens_equal", "next as upstream"),
+    ("mel_difference", "mel difference"),
+    ("sound_decibels", "sound, dB"),
+)
+
+
+def variants(device: str, profiles: Sequence[str]) -> dict[str, Execution]:
+    """What is measured on a device: each profile, on a GPU without and with graphs, and the last one in bfloat16."""
+    if unknown := set(profiles) - set(PROFILES):
+        raise BadInputError(f"there is no profile {min(unknown)!r}", next_step=f"choose from {', '.join(PROFILES)}")
+    found = {profile: Execution(profile=profile) for profile in profiles}
+    if device.startswith("cuda"):
+        found |= {f"{profile}, graphs": Execution(profile=profile, graphs=True) for profile in profiles}
+        last = profiles[-1]
+        found[f"{last}, graphs, bf16"] = Execution(profile=last, graphs=True, t3_dtype="bfloat16")
+    else:
+        found[f"{profiles[-1]}, bf16"] = Execution(profile=profiles[-1], t3_dtype="bfloat16")
+    return found
+
+
+def run(
+    weights: Path,
+    *,
+    cache: Path,
+    device: str = "cpu",
+    profiles: Sequence[str] = PROFILES,
+    rounds: int = 3,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Bake and measure.
+
+    Args:
+        weights: the checkpoint.
+        cache: the cache directory; what it holds of the families is removed.
+        device: to run on.
+        profiles: which of them.
+        rounds: fresh processes of each variant, with a hot page cache, in turn.
+        say: called with a line for each step.
+
+    Returns:
+        the report: machine, versions, what each bake gave, every run, medians and ratios.
+    """
+    executions = variants(device, profiles)
+    check_loadable(weights)
+    baked: dict[str, dict[str, Any]] = {}
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-bench-") as scratch:
+        states = {name: Path(scratch) / str(number) for number, name in enumerate(executions)}
+        for name, execution in executions.items():
+            say(f"bake: {name}")
+            baked[name] = _bake(weights, states[name], cache, device, execution)
+        voice = next(iter(states.values())) / "conditionals" / "default.safetensors"
+        for number in range(1, rounds + 1):
+            for name in (UPSTREAM, *executions):
+                say(f"{name}, {number} of {rounds}")
+                settle(weights, states.get(name))
+                state = states.get(name)
+                arguments = {
+                    "weights": str(weights),
+                    "warm": str(state) if state else None,
+                    "voice": str(voice),
+                    "cache": str(cache),
+                    "device": device,
+                    "tokens": TOKENS,
+                    "reference": str(Path(scratch) / "reference.pt") if number == 1 else None,
+                }
+                command = [sys.executable, "-m", "chatterbox_prewarm.bench.stages", json.dumps(arguments)]
+                finished = run_process(command)
+                runs.append({"system": name, **parse_trial(finished.stdout, finished.returncode)})
+    medians = {name: {**baked.get(name, {}), **_medians(runs, name)} for name in (UPSTREAM, *executions)}
+    return {
+        "machine": machine(),
+        "versions": versions(),
+        "weights": read_record(weights).repository,
+        "device": device,
+        "tokens": TOKENS,
+        "executions": {name: asdict(execution) for name, execution in executions.items()},
+        "runs": runs,
+        "medians": medians,
+        "ratios": _ratios(medians),
+    }
+
+
+def _bake(weights: Path, warm: Path, cache: Path, device: str, execution: Execution) -> dict[str, float]:
+    started = time.monotonic()
+    manifest = bake(weights, warm, cache=cache, device=device, execution=execution, levels=(1,))
+    seconds = time.monotonic() - started
+    compiled = [entry for entry in manifest.families if entry.name in COMPILED]
+    return {
+        "bake_seconds": round(seconds, 1),
+        "state_megabytes": round(sum(entry.size for entry in manifest.families) / 1e6, 1),
+        "compiled_megabytes": round(sum(entry.size for entry in compiled) / 1e6, 1),
+        "compile_seconds": round(sum(entry.seconds_spent for entry in compiled), 1),
+    }
+
+
+def _medians(runs: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    mine = [run for run in runs if run["system"] == name]
+    figures = {key for run in mine for key, value in run.items() if isinstance(value, float)}
+    return {key: _rounded(statistics.median(run[key] for run in mine if key in run)) for key in sorted(figures)}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _ratios(medians: dict[str, dict[str, float]]) -> dict[str, float]:
+    upstream = medians[UPSTREAM]
+    found: dict[str, float] = {}
+    for name, mine in medians.items():
+        if name == UPSTREAM:
+            continue
+        speed = mine["tokens_per_second"] / upstream["tokens_per_second"]
+        found[f"T3 tokens per second, {name} / upstream"] = round(speed, 3)
+        own, theirs = (row["flow_seconds"] + row["vocoder_seconds"] for row in (mine, upstream))
+        found[f"S3Gen speed, {name} / upstream"] = round(theirs / own, 3)
+        if "eager" in medians and name != "eager":
+            found[f"attached, {name} - eager, s"] = round(mine["attached"] - medians["eager"]["attached"], 3)
+        if mine.get("compile_seconds"):
+            found[f"compiled anew / from the state, {name}"] = round(
+                mine["compile_seconds"] / max(mine["loading_seconds"], 1e-3), 1
+            )
+    return found
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people; `fidelity.compare` says what its last rows are."""
+    medians = report["medians"]
+    width = max(len(name) for name in medians) + 3
+    lines = [" " * 20 + "".join(f"{name:>{width}}" for name in medians)]
+    for key, title in _ROWS:
+        cells = [row.get(key) for row in medians.values()]
+        if any(cell is not None for cell in cells):
+            lines.append(f"{title:<20}" + "".join(f"{'' if cell is None else _shown(cell):>{width}}" for cell in cells))
+    return "\n".join([*lines, *(f"{title}: {ratio}" for title, ratio in report["ratios"].items())])
+
+
+def _shown(value: float) -> str:
+    return f"{value:.1e}" if 0 < abs(value) < 0.005 else f"{value:.2f}"

@@ -1,0 +1,22 @@
+"""Writing a family's tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write tensors of any device as a safetensors file; equal tensors give equal bytes.
+
+    Raises:
+        OSError: what the system said. Python writes, since safetensors' own writer hides it, a full disk for one.
+    """
+    from safetensors.torch import save
+
+    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))

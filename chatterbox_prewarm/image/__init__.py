@@ -1,0 +1,1 @@
+"""Images: the deterministic layer, and the engine that runs one. Knows nothing of torch."""

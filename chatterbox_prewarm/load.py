@@ -1,0 +1,403 @@
+"""Load: put a warm state in place at the start of a process.
+
+Two steps, because torch and Numba read their cache settings when they are imported: `prepare` runs before any of them
+is imported, `attach` after. A start that cannot use a part of the state says why, counts a miss and goes on cold,
+unless the policy forbids it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pwd
+import sys
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatterbox_prewarm import manifest as manifests
+from chatterbox_prewarm.clips import DEFAULT_VOICE, check_clip
+from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, IntegrityError, from_os_error
+from chatterbox_prewarm.families import COMPILED, FAMILIES, MAY_BE_EMPTY, Session, applicable
+from chatterbox_prewarm.fit import device_kind, facts, usable_families
+from chatterbox_prewarm.profiles import Execution
+from chatterbox_prewarm.text import check_voice_name
+from chatterbox_prewarm.warmup.metrics import WarmupMetrics
+from chatterbox_prewarm.weights import check_quickly, read_record
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from chatterbox_prewarm.manifest import Manifest
+    from chatterbox_prewarm.regions.execute import Executor
+    from chatterbox_prewarm.synthesis import Synthesizer
+
+logger = logging.getLogger(__name__)
+
+#: The places of an image. The cache is the one path that compilers see, the same at bake and at run.
+WEIGHTS = Path("/opt/chatterbox-prewarm/weights")
+WARM = Path("/opt/chatterbox-prewarm/warm")
+CACHE = Path("/var/cache/chatterbox-prewarm")
+
+POLICIES = ("require", "fallback", "off")
+
+#: Set in every process that loads the model: nothing is fetched at run time, and no bar is drawn into a log.
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+#: The families that a profile stands on: without one the model runs as written, since compiling takes minutes.
+_STANDS_ON = {"eager": (), "aot": ("aot",), "compiled": ("inductor", "triton")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What `prepare` found.
+
+    Attributes:
+        folders: of the usable families by name, each verified and fit for this machine.
+        execution: how the model will execute.
+    """
+
+    cache: Path
+    weights: Path
+    device: str
+    policy: str
+    manifest: Manifest | None
+    folders: Mapping[str, Path]
+    execution: Execution
+    metrics: WarmupMetrics = field(compare=False)
+
+    @property
+    def usable(self) -> tuple[str, ...]:
+        """The names of the families that can be used."""
+        return tuple(self.folders)
+
+    def session(self, synthesizer: Synthesizer, *, sources: frozenset[str] = frozenset()) -> Session:
+        """What the families work on, for a model that this start loaded."""
+        return Session(
+            synthesizer=synthesizer,
+            cache=self.cache,
+            metrics=self.metrics,
+            device=device_kind(self.device),
+            sources=sources,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attached:
+    """A loaded model with its warm state: the next thing is a synthesis."""
+
+    synthesizer: Synthesizer
+    prepared: Prepared
+
+    @property
+    def metrics(self) -> WarmupMetrics:
+        """The event log and counters of this start."""
+        return self.prepared.metrics
+
+
+def load_warmup_cache(
+    warm: Path = WARM,
+    weights: Path = WEIGHTS,
+    *,
+    cache: Path = CACHE,
+    device: str = "cpu",
+    policy: str = "fallback",
+    profile: str | None = None,
+) -> Attached:
+    """Load the model with its persistent warm state: `prepare`, then `attach`.
+
+    Call it before torch, Numba or Chatterbox is imported; what was imported earlier keeps its own cache settings.
+
+    Raises:
+        PrewarmError: as `prepare` and `attach` do.
+    """
+    return attach(prepare(warm, weights, cache=cache, device=device, policy=policy, profile=profile))
+
+
+def prepare(
+    warm: Path,
+    weights: Path,
+    *,
+    cache: Path,
+    device: str = "cpu",
+    policy: str = "fallback",
+    profile: str | None = None,
+    execution: Execution | None = None,
+    made: Path | None = None,
+    metrics: WarmupMetrics | None = None,
+) -> Prepared:
+    """Verify the warm state, compare fingerprints, seed the caches and set the environment; imports nothing heavy.
+
+    Args:
+        warm: the warm state's directory; never written to.
+        weights: the checkpoint's directory.
+        cache: a writable directory for what compilers and Numba keep.
+        device: as upstream takes it, a string.
+        policy: "require" raises on any misfit, "fallback" leaves the family out, "off" ignores the state.
+        profile: how to execute; by default as the state was baked for, and as written without a state.
+        execution: the same with all that goes on top of a profile, for a bake.
+        made: what a bake compiled before, a folder for each family; used as if it were baked.
+        metrics: the log to write into; a new one by default.
+
+    Raises:
+        WeightsError: the weights are missing, or a file of theirs is truncated.
+        FingerprintMismatchError: under "require", a family was baked for something else.
+        IntegrityError: under "require", the state or a file of it is not as its manifest says.
+        BadInputError: an unknown policy or profile, or `cache` cannot be written.
+    """
+    if policy not in POLICIES:
+        raise BadInputError(f"there is no policy {policy!r}", next_step=f"choose one of: {', '.join(POLICIES)}")
+    metrics = metrics or WarmupMetrics()
+    cache = cache.resolve()  # one name for it, since compilers keep it in what they write
+    asked = execution or Execution(profile=profile or "eager", graphs=device.startswith("cuda"))
+    with metrics.phase("prepare"):
+        check_quickly(weights, read_record(weights))  # no policy can do without weights, so this comes first
+        make_cache(cache)
+        manifest: Manifest | None = None
+        folders: dict[str, Path] = {}
+        if policy == "off":
+            folders = _compiled_before(made, applicable(asked.profile, device), metrics)
+        else:
+            manifest = _read_state(warm, policy, metrics)
+            if manifest is not None:
+                asked = manifest.execution if profile is None else replace(manifest.execution, profile=profile)
+                wanted = applicable(asked.profile, device)
+                usable = usable_families(
+                    manifest, warm, wanted, facts(weights, cache, device), policy=policy, metrics=metrics
+                )
+                folders = {name: warm / name for name in usable}
+            asked = _possible(asked, manifest, folders, device, policy, by_name=profile is not None)
+        metrics.profile = asked.profile
+        try:
+            environment = {**_ENVIRONMENT, **_user_environment(cache), "HF_HOME": str(_seed_hub(cache))}
+            for name, family in FAMILIES.items():
+                environment |= family.environment(cache)
+                if family.applies(asked.profile, device):
+                    family.prepare(folders.get(name), cache, metrics)
+        except OSError as error:
+            raise from_os_error(error, f"seeding the cache directory {cache}") from error
+        os.environ.update(environment)
+        _warn_if_late(metrics)
+    return Prepared(
+        cache=cache,
+        weights=weights,
+        device=device,
+        policy=policy,
+        manifest=manifest,
+        folders=folders,
+        execution=asked,
+        metrics=metrics,
+    )
+
+
+def attach(
+    prepared: Prepared,
+    *,
+    threads: int | None = None,
+    voices: Mapping[str, Path] | None = None,
+) -> Attached:
+    """Import the model's packages, load the weights and put the warm state into the model.
+
+    Args:
+        prepared: of this process.
+        threads: of torch; all that the process may use by default.
+        voices: names and reference clips of voices to make now, as far as they are not baked.
+
+    Raises:
+        WeightsError, ModelError: as `models.english.load`.
+        IntegrityError: under "require", a package cannot be loaded.
+        BadInputError: a clip or a name cannot be used.
+    """
+    metrics, device = prepared.metrics, prepared.device
+    voices = {check_voice_name(name): clip for name, clip in (voices or {}).items()}
+    for name, clip in voices.items():
+        check_clip(clip, name=name)  # before anything slow
+    with metrics.phase("import"):
+        for family in FAMILIES.values():
+            if family.applies(prepared.execution.profile, device):
+                family.watch(metrics)
+        from chatterbox_prewarm.models.lean import import_chatterbox
+
+        if prepared.execution.profile == "compiled":
+            importlib.import_module("torch._dynamo")  # first, or the lean imports keep the compiler out
+        import_chatterbox()
+        import torch
+
+        from chatterbox_prewarm.models import english
+        from chatterbox_prewarm.models.t3_backend import keep_backend
+        from chatterbox_prewarm.regions.bound import bind
+        from chatterbox_prewarm.synthesis import Synthesizer
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    english.check_device(device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # what packages and graph captures go by
+    with metrics.phase("weights"):
+        model = english.load(prepared.weights, device=device)
+        keep_backend(model.t3)
+    with metrics.phase("regions"):
+        execution = prepared.execution
+        # In place, so that T3 is held once; in another type than the checkpoint's, upstream's own code cannot run it.
+        # Not the frequencies of the rotary embedding, which are too coarse in half the bits.
+        for part in (model.t3.tfmr.layers, model.t3.tfmr.norm):
+            part.to(getattr(torch, execution.t3_dtype))
+        bind(
+            model,
+            _executor(prepared),
+            t3_dtype=getattr(torch, execution.t3_dtype),
+            graphs=execution.graphs and device.startswith("cuda"),
+        )
+    session = prepared.session(Synthesizer(model, {}))
+    for name, family in FAMILIES.items():
+        if family.applies(execution.profile, device):
+            family.attach(prepared.folders.get(name), session)
+    _make_missing_voices(session.synthesizer, prepared, voices)
+    metrics.mark("attached")
+    return Attached(synthesizer=session.synthesizer, prepared=prepared)
+
+
+def _executor(prepared: Prepared) -> Executor:
+    """What makes the regions under the profile of this start."""
+    import torch
+
+    from chatterbox_prewarm.regions.execute import AheadOfTime, Compiled, eager
+
+    match prepared.execution.profile:
+        case "aot":
+            return AheadOfTime(
+                prepared.folders.get("aot"),
+                torch.device(prepared.device),
+                prepared.metrics,
+                in_graphs=prepared.execution.graphs,
+                strict=prepared.policy == "require",
+            )
+        case "compiled":
+            return Compiled(prepared.metrics, strict=prepared.policy == "require" or prepared.manifest is None)
+        case _:
+            return eager
+
+
+def _compiled_before(made: Path | None, wanted: Sequence[str], metrics: WarmupMetrics) -> dict[str, Path]:
+    """What a bake compiled before this start, which has nothing else; all else counts as missed."""
+    folders = {name: made / name for name in COMPILED if made is not None and (made / name).is_dir()}
+    for name in wanted:
+        if name not in folders:
+            metrics.miss(name, "the policy is off")
+    return folders
+
+
+def _possible(
+    asked: Execution,
+    manifest: Manifest | None,
+    folders: Mapping[str, Path],
+    device: str,
+    policy: str,
+    *,
+    by_name: bool,
+) -> Execution:
+    """How the model can execute with what is usable: as asked for, or as written.
+
+    Whoever asks for `compiled` by name has it compiled cold.
+
+    Raises:
+        FingerprintMismatchError: under "require", the state has nothing for the profile asked for.
+    """
+    baked = {entry.name for entry in manifest.families if entry.files} if manifest is not None else set()
+    empty = set(MAY_BE_EMPTY) - baked
+    needed = set(applicable(asked.profile, device)).intersection(_STANDS_ON[asked.profile]) - empty
+    if needed <= folders.keys():
+        return asked
+    if policy == "require":
+        raise FingerprintMismatchError(
+            f"the warm state has no family {min(needed - folders.keys())!r}, which the profile {asked.profile!r} needs",
+            next_step=f"bake with --profile {asked.profile}, or leave the profile to the state",
+        )
+    if by_name and asked.profile == "compiled":
+        return asked
+    logger.warning("the profile %s has nothing to run from; the model runs as written", asked.profile)
+    return replace(asked, profile="eager")
+
+
+def _read_state(warm: Path, policy: str, metrics: WarmupMetrics) -> Manifest | None:
+    """The manifest of a state whose layout is sound; None, and a miss, when the policy lets a start go on without.
+
+    Raises:
+        IntegrityError: under "require", there is no such state.
+    """
+    try:
+        manifest = manifests.read(warm)
+        manifests.check_layout(manifest, warm)
+    except (IntegrityError, OSError) as error:
+        if policy == "require":
+            if isinstance(error, OSError):
+                raise from_os_error(error, "reading the warm state") from error
+            raise
+        metrics.miss("all", str(error).partition("\n")[0])
+        return None
+    return manifest
+
+
+def make_cache(cache: Path) -> None:
+    """Make sure that the cache directory exists and that files can be made in it.
+
+    Raises:
+        BadInputError: it cannot be written.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise BadInputError(
+            f"the cache directory {cache} cannot be written: {error.strerror or error}",
+            next_step="mount a tmpfs or an emptyDir there (it must allow execution), or name another with --cache",
+        ) from error
+
+
+def _seed_hub(cache: Path) -> Path:
+    """A home for hub clients, with the marker that diffusers otherwise writes on import."""
+    marker = cache / "hub" / "hub" / "version_diffusers_cache.txt"
+    if not marker.exists():
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.write_text("1", encoding="ascii")
+    return cache / "hub"
+
+
+def _user_environment(cache: Path) -> Mapping[str, str]:
+    """A home and a user name for a UID that has no passwd entry: caches and getpass ask for both."""
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        return {"HOME": str(cache), "USER": "chatterbox", "XDG_CACHE_HOME": str(cache / "xdg")}
+    return {}
+
+
+def _warn_if_late(metrics: WarmupMetrics) -> None:
+    for name in ("numba", "torch"):
+        if name in sys.modules:
+            metrics.miss("late", f"{name} was imported before prepare, and keeps the settings that it found")
+
+
+def _make_missing_voices(synthesizer: Synthesizer, prepared: Prepared, clips: Mapping[str, Path]) -> None:
+    """Make the built-in voice and those of `clips` as far as they are not baked; each is a miss."""
+    from chatterbox_prewarm.voices import builtin_voice, prepare_voice
+
+    model, metrics = synthesizer.model, prepared.metrics
+    for name in (DEFAULT_VOICE, *clips):
+        if name in synthesizer.voices:
+            continue
+        metrics.miss("conditionals", f"the voice {name!r} was made at start")
+        with metrics.phase("conditionals"):
+            synthesizer.voices[name] = (
+                prepare_voice(model, clips[name]) if name in clips else builtin_voice(model, prepared.weights)
+            )

@@ -1,0 +1,323 @@
+"""The manifest of a warm state: what is in it, what it was made from, and the digest of every file.
+
+Compiled caches are code, so nothing of a warm state is opened before its digest was compared with this file.
+Reading and writing round-trip: `read(write(m)) == m`, and equal manifests are equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm.errors import BadInputError, IntegrityError
+from chatterbox_prewarm.profiles import Execution
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+SCHEMA_VERSION = 2
+MANIFEST_NAME = "manifest.json"
+_REBAKE = "bake the warm state again with `chatterbox-prewarm bake`"
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class FileEntry:
+    """One file: its path relative to the root (POSIX), its size in bytes and its SHA-256 in hexadecimal."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyEntry:
+    """One cache family as baked.
+
+    `requires` maps the facts that this family's reuse depends on to the values they had at bake. `seconds_spent` is
+    what the bake paid for it, `seconds_saved` what a start is spared: the cold cost less the cost of loading it.
+    """
+
+    name: str
+    requires: dict[str, str]
+    files: tuple[FileEntry, ...]
+    seconds_spent: float
+    seconds_saved: float
+
+    @property
+    def size(self) -> int:
+        """Size of all the family's files in bytes."""
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsEntry:
+    """Which checkpoint the state was made with: its origin and the digest over its files."""
+
+    repository: str
+    revision: str
+    set_digest: str
+    files: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A synthesis of the bake's own, that a proof repeats: the same inputs must give the same samples.
+
+    `tokens_sha256` is over the speech tokens as little-endian int64, `pcm_sha256` over the watermarked audio as
+    16-bit little-endian PCM; the first tells T3's part of a difference from S3Gen's.
+    """
+
+    text: str
+    voice: str
+    seed: int
+    max_new_tokens: int
+    threads: int
+    device: str
+    sample_rate: int
+    samples: int
+    tokens_sha256: str
+    pcm_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a start needs to know before it opens a file of the warm state."""
+
+    schema: int = SCHEMA_VERSION
+    tool: str
+    created: str
+    variant: str
+    execution: Execution
+    levels: tuple[int, ...]
+    warmup_texts: tuple[str, ...]
+    weights: WeightsEntry
+    fingerprint: dict[str, str]
+    families: tuple[FamilyEntry, ...]
+    voices: tuple[str, ...]
+    reference: Reference
+    set_digest: str = field(default="")
+
+    def family(self, name: str) -> FamilyEntry | None:
+        """The family of that name, or None when it was not baked."""
+        return next((family for family in self.families if family.name == name), None)
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """All files of all families."""
+        return tuple(file for family in self.families for file in family.files)
+
+
+def set_digest(files: Iterable[FileEntry]) -> str:
+    """SHA-256 over the lines `digest  path`, sorted by path: one name for a set of files, however they are packed."""
+    lines = "".join(f"{file.sha256}  {file.path}\n" for file in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(stream)
+
+
+def _hash(stream: Any) -> str:
+    """`hashlib.file_digest` for Python 3.10, which lacks it."""
+    digest = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def scan(root: Path, *, below: str = "") -> tuple[FileEntry, ...]:
+    """List and hash every regular file below `root / below`, sorted by path.
+
+    Raises:
+        IntegrityError: something there is neither a directory nor a regular file.
+    """
+    paths = sorted(_walk(root, root / below if below else root))
+    with ThreadPoolExecutor(max_workers=2) as pool:  # hashing leaves the interpreter lock
+        digests = pool.map(lambda path: hash_file(root / path), paths)
+        return tuple(
+            FileEntry(path=path, size=(root / path).stat().st_size, sha256=digest)
+            for path, digest in zip(paths, digests, strict=True)
+        )
+
+
+def _walk(root: Path, directory: Path) -> Iterable[str]:
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(root, Path(entry.path))
+            elif entry.is_file(follow_symlinks=False):
+                yield Path(entry.path).relative_to(root).as_posix()
+            else:
+                raise IntegrityError(
+                    f"{entry.path} is a link or a special file; a warm state holds regular files alone",
+                    next_step=_REBAKE,
+                )
+
+
+def write(manifest: Manifest, root: Path) -> None:
+    """Write `manifest.json` into `root` atomically and durably: all of it or nothing of it is ever seen."""
+    target = root / MANIFEST_NAME
+    temporary = root / f".{MANIFEST_NAME}.{os.getpid()}"
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(to_json(manifest))
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.chmod(0o444)
+    temporary.replace(target)
+
+
+def to_json(manifest: Manifest) -> str:
+    """The manifest as JSON text, keys sorted."""
+    return json.dumps(asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def read(root: Path) -> Manifest:
+    """Read the manifest of the warm state in `root`.
+
+    Raises:
+        IntegrityError: there is none, it is not JSON, it is of a newer schema, or its set digest is wrong.
+    """
+    path = root / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{root} holds no {MANIFEST_NAME}, so it is no warm state", next_step=_REBAKE) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"{path} cannot be read: {error}", next_step=_REBAKE) from error
+    return from_json(text, source=str(path))
+
+
+def from_json(text: str, *, source: str) -> Manifest:
+    """Parse a manifest; `source` names it in errors.
+
+    Raises:
+        IntegrityError: as for `read`.
+    """
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, brackets without end
+        raise IntegrityError(f"{source} is not JSON: {error}", next_step=_REBAKE) from error
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise IntegrityError(f"{source} names no schema version (found {schema!r})", next_step=_REBAKE)
+    if schema > SCHEMA_VERSION:
+        raise IntegrityError(
+            f"{source} is of schema {schema}; this version reads up to {SCHEMA_VERSION}",
+            next_step="upgrade chatterbox-prewarm, or bake with this version",
+        )
+    try:
+        manifest = _build(raw)
+        expected = set_digest(manifest.files)
+    except (KeyError, TypeError, ValueError, AttributeError, BadInputError) as error:
+        raise IntegrityError(
+            f"{source} does not have the fields of schema {schema}: {error!r}", next_step=_REBAKE
+        ) from error
+    if manifest.set_digest != expected:
+        raise IntegrityError(
+            f"{source}: the set digest is {manifest.set_digest}, but its own list of files gives {expected}",
+            next_step=_REBAKE,
+        )
+    return manifest
+
+
+def _build(raw: Mapping[str, Any]) -> Manifest:
+    weights = raw["weights"]
+    if raw["schema"] == 1:  # before there was anything to compile
+        profile = raw["profile"]
+        raw = {key: value for key, value in raw.items() if key != "profile"}
+        raw |= {"schema": SCHEMA_VERSION, "execution": {"profile": profile}}
+    return Manifest(
+        **{
+            **raw,
+            "execution": Execution(**raw["execution"]),
+            "levels": tuple(raw["levels"]),
+            "warmup_texts": tuple(raw["warmup_texts"]),
+            "voices": tuple(raw["voices"]),
+            "weights": WeightsEntry(**{**weights, "files": _files(weights["files"])}),
+            "families": _families(raw["families"]),
+            "reference": Reference(**raw["reference"]),
+        }
+    )
+
+
+def _families(raw: Sequence[Mapping[str, Any]]) -> tuple[FamilyEntry, ...]:
+    """Each family once, its files in its own folder: one that is verified must be all that is read for it."""
+    families = tuple(FamilyEntry(**{**entry, "files": _files(entry["files"])}) for entry in raw)
+    if len({family.name for family in families}) != len(families):
+        raise ValueError("a family is listed twice")
+    for family in families:
+        if stray := [file.path for file in family.files if PurePosixPath(file.path).parts[:1] != (family.name,)]:
+            raise ValueError(f"the file {stray[0]!r} is not in the folder of its family {family.name}")
+        if not all(isinstance(value, str) for value in family.requires.values()):
+            raise ValueError(f"a requirement of the family {family.name} is not a string")
+    return families
+
+
+def _files(raw: Sequence[Mapping[str, Any]]) -> tuple[FileEntry, ...]:
+    entries = tuple(FileEntry(**entry) for entry in raw)
+    for entry in entries:
+        path = PurePosixPath(entry.path)
+        if path.is_absolute() or ".." in path.parts or "\0" in entry.path:
+            raise ValueError(f"the path {entry.path!r} leaves the warm state")
+        if not isinstance(entry.size, int):
+            raise TypeError(f"the size of {entry.path!r} is no whole number")
+    return entries
+
+
+def check_layout(manifest: Manifest, root: Path) -> None:
+    """Refuse anything in `root` that the manifest does not list, links, and paths that others may write.
+
+    Whole-state rules, checked before any single digest: an extra file means that somebody else wrote here.
+
+    Raises:
+        IntegrityError: naming the first offending path.
+    """
+    expected = {file.path for file in manifest.files} | {MANIFEST_NAME}
+    found = set(_walk(root, root))
+    parents = {str(parent) for name in found | expected for parent in PurePosixPath(name).parents}
+    for place, _, _ in os.walk(root):
+        if (folder := Path(place).relative_to(root).as_posix()) not in parents | {"."}:
+            raise IntegrityError(f"{root} holds a folder without files: {folder}", next_step=f"remove it, or {_REBAKE}")
+    if extra := sorted(found - expected):
+        raise IntegrityError(
+            f"{root} holds {len(extra)} file(s) that its manifest does not list, the first: {extra[0]}",
+            next_step=f"remove them, or {_REBAKE}",
+        )
+    directories = {root, *(root / parent for path in found for parent in PurePosixPath(path).parents)}
+    for path in (*sorted(directories), *(root / name for name in sorted(found))):
+        if path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise IntegrityError(
+                f"{path} can be written by other users; compiled caches are code", next_step=f"chmod go-w {path}"
+            )
+
+
+def verify_files(files: Sequence[FileEntry], root: Path) -> list[str]:
+    """Compare size and digest of each file with its entry.
+
+    Returns:
+        One sentence for each file that differs; empty when all are as recorded.
+    """
+
+    def problem(entry: FileEntry) -> str | None:
+        path = root / entry.path
+        try:
+            size = path.stat().st_size
+            if size != entry.size:
+                return f"{entry.path}: {entry.size} bytes expected, {size} found"
+            digest = hash_file(path)
+        except OSError as error:
+            return f"{entry.path}: {error.strerror}"
+        if digest != entry.sha256:
+            return f"{entry.path}: sha256 {entry.sha256} expected, {digest} found"
+        return None
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return [sentence for sentence in pool.map(problem, files) if sentence]

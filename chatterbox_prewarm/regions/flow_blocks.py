@@ -1,0 +1,198 @@
+"""The regions of S3Gen's flow: the conformer encoder's layer, and the two blocks of the estimator.
+
+Upstream pads and masks for batches of utterances of different lengths; one utterance needs no mask, and none is here.
+The estimator's two rows are those of classifier-free guidance. Weights are leading arguments: one artifact serves all
+ten encoder layers, all 56 transformer blocks, and every checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+ENCODER_HEADS = 8
+ENCODER_HEAD_SIZE = 64
+ESTIMATOR_HEADS = 8
+ESTIMATOR_HEAD_SIZE = 64
+#: Of the layer norms in the encoder's layers; all others have PyTorch's default.
+_ENCODER_EPSILON = 1e-12
+_EPSILON = 1e-5
+
+
+def encoder_layer(
+    attention_norm_weight: Tensor,
+    attention_norm_bias: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    position_weight: Tensor,
+    content_bias: Tensor,
+    place_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    feed_forward_norm_weight: Tensor,
+    feed_forward_norm_bias: Tensor,
+    inner_weight: Tensor,
+    inner_bias: Tensor,
+    outer_weight: Tensor,
+    outer_bias: Tensor,
+    x: Tensor,
+    distances: Tensor,
+) -> tuple[Tensor]:
+    """A conformer layer without convolution: attention with relative positions (arXiv:1901.02860), feed-forward.
+
+    The weights are those of upstream's `ConformerEncoderLayer`, in the order of `flow.encoder_weights`.
+
+    Args:
+        x: (1, tokens, 512).
+        distances: (1, 2 tokens - 1, 512), the embeddings of the distances from tokens - 1 down to 1 - tokens.
+
+    Returns:
+        like `x`.
+    """
+    size = x.size(2)
+    tokens = x.size(1)
+    y = functional.layer_norm(x, (size,), attention_norm_weight, attention_norm_bias, _ENCODER_EPSILON)
+    query = functional.linear(y, query_weight, query_bias).view(1, tokens, ENCODER_HEADS, ENCODER_HEAD_SIZE)
+    key = functional.linear(y, key_weight, key_bias).view(1, tokens, ENCODER_HEADS, ENCODER_HEAD_SIZE)
+    value = functional.linear(y, value_weight, value_bias).view(1, tokens, ENCODER_HEADS, ENCODER_HEAD_SIZE)
+    places = functional.linear(distances, position_weight).view(1, -1, ENCODER_HEADS, ENCODER_HEAD_SIZE)
+    content = (query + content_bias).transpose(1, 2) @ key.permute(0, 2, 3, 1)
+    by_distance = (query + place_bias).transpose(1, 2) @ places.permute(0, 2, 3, 1)
+    # Row i is asked for the distances i - j: they stand from column tokens - 1 - i on. Upstream moves the rows by a
+    # padded view, whose guards torch.export of 2.6 cannot solve; a gather says the same.
+    columns = torch.arange(tokens, device=x.device)
+    index = (tokens - 1) - columns[:, None] + columns[None, :]
+    placed = by_distance.gather(3, index.expand(1, ENCODER_HEADS, tokens, tokens))
+    weights = torch.softmax((content + placed) / math.sqrt(ENCODER_HEAD_SIZE), dim=-1)
+    attended = (weights @ value.transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+    x = x + functional.linear(attended, output_weight, output_bias)
+    y = functional.layer_norm(x, (size,), feed_forward_norm_weight, feed_forward_norm_bias, _ENCODER_EPSILON)
+    y = functional.silu(functional.linear(y, inner_weight, inner_bias))
+    return (x + functional.linear(y, outer_weight, outer_bias),)
+
+
+def transformer(
+    attention_norm_weight: Tensor,
+    attention_norm_bias: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    feed_forward_norm_weight: Tensor,
+    feed_forward_norm_bias: Tensor,
+    inner_weight: Tensor,
+    inner_bias: Tensor,
+    outer_weight: Tensor,
+    outer_bias: Tensor,
+    x: Tensor,
+) -> tuple[Tensor]:
+    """A transformer block of the estimator: self-attention and a feed-forward with GELU.
+
+    The weights are those of upstream's `BasicTransformerBlock`, in the order of `flow.transformer_weights`.
+
+    Args:
+        query, key, value: (512, 256), 8 heads of 64.
+        x: (2, frames, 256).
+
+    Returns:
+        like `x`.
+    """
+    rows, frames, size = x.shape
+    shape = (rows, frames, ESTIMATOR_HEADS, ESTIMATOR_HEAD_SIZE)
+    y = functional.layer_norm(x, (size,), attention_norm_weight, attention_norm_bias, _EPSILON)
+    attended = functional.scaled_dot_product_attention(
+        functional.linear(y, query).view(shape).transpose(1, 2),
+        functional.linear(y, key).view(shape).transpose(1, 2),
+        functional.linear(y, value).view(shape).transpose(1, 2),
+    )
+    attended = attended.transpose(1, 2).reshape(rows, frames, ESTIMATOR_HEADS * ESTIMATOR_HEAD_SIZE)
+    x = x + functional.linear(attended, output_weight, output_bias)
+    y = functional.layer_norm(x, (size,), feed_forward_norm_weight, feed_forward_norm_bias, _EPSILON)
+    y = functional.gelu(functional.linear(y, inner_weight, inner_bias))
+    return (x + functional.linear(y, outer_weight, outer_bias),)
+
+
+def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A convolution over frames that sees no later one: (rows, frames, channels) in and out."""
+    padded = functional.pad(x.transpose(1, 2), (weight.size(2) - 1, 0))
+    return functional.conv1d(padded, weight, bias).transpose(1, 2)
+
+
+def _causal_block(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+    """A causal convolution, a layer norm over channels, Mish."""
+    y = causal_convolution(x, weight, bias)
+    return functional.mish(functional.layer_norm(y, (y.size(2),), norm_weight, norm_bias, _EPSILON))
+
+
+def resnet(
+    time_weight: Tensor,
+    time_bias: Tensor,
+    first_weight: Tensor,
+    first_bias: Tensor,
+    first_norm_weight: Tensor,
+    first_norm_bias: Tensor,
+    second_weight: Tensor,
+    second_bias: Tensor,
+    second_norm_weight: Tensor,
+    second_norm_bias: Tensor,
+    skip_weight: Tensor,
+    skip_bias: Tensor,
+    x: Tensor,
+    time: Tensor,
+) -> tuple[Tensor]:
+    """A residual block of the estimator: two causal blocks with the embedding of the time step between them.
+
+    The weights are those of upstream's `CausalResnetBlock1D`, in the order of `flow.resnet_weights`.
+
+    Args:
+        x: (2, frames, channels); 320, 256 or 512 channels.
+        time: (1, 1024), the embedding of the time step.
+
+    Returns:
+        (2, frames, 256).
+    """
+    y = _causal_block(x, first_weight, first_bias, first_norm_weight, first_norm_bias)
+    y = y + functional.linear(functional.mish(time), time_weight, time_bias)[:, None]
+    y = _causal_block(y, second_weight, second_bias, second_norm_weight, second_norm_bias)
+    return ((y + functional.linear(x, skip_weight.squeeze(2), skip_bias)).contiguous(),)
+
+
+def euler(
+    up_weight: Tensor,
+    up_bias: Tensor,
+    block_weight: Tensor,
+    block_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    hidden: Tensor,
+    mel: Tensor,
+    guidance: Tensor,
+    length: Tensor,
+) -> tuple[Tensor]:
+    """The estimator's last convolutions, then one step along the flow with classifier-free guidance.
+
+    The weights are those of the estimator's last up-sampling, which samples nothing up, final block and projection.
+
+    Args:
+        hidden: (2, frames, 256), of the last transformer block.
+        mel: (1, frames, 80), the mel spectrogram so far.
+        guidance: float32 (1,), how far the row with conditions is pushed away from the one without.
+        length: float32 (1,), of the step in time.
+
+    Returns:
+        the mel spectrogram one step on.
+    """
+    y = causal_convolution(hidden, up_weight, up_bias)
+    y = _causal_block(y, block_weight, block_bias, norm_weight, norm_bias)
+    flow = functional.linear(y, output_weight.squeeze(2), output_bias)
+    return (mel + length * ((1.0 + guidance) * flow[:1] - guidance * flow[1:]),)

@@ -1,0 +1,227 @@
+"""The regions of T3: a transformer block for the prompt and for one token, and the sampling of a speech token.
+
+T3 is a Llama of 30 equal blocks (16 heads of 64), run with two rows: with and without the text, for classifier-free
+guidance. Every function takes its weights as leading arguments, so one compiled artifact serves all blocks and every
+checkpoint. The mathematics is that of `transformers`' Llama and of upstream's sampling loop (`T3.inference`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+HEADS = 16
+HEAD_SIZE = 64
+RMS_EPSILON = 1e-5
+
+#: On a CPU PyTorch's exponential distribution gives 1e-38 where it should give 0, about once in 2^24 numbers, so in one
+#: of 2,000 draws among 8,194 tokens. Divided by it, any token that is not quite impossible beats all others; in
+#: `torch.multinomial` it does. The next smallest number is 2^-24.
+_LEAST_NOISE = 2.0**-25
+
+#: What `controls` holds, in this order; live values, never frozen into a compiled artifact or a graph.
+CONTROLS = ("temperature", "cfg_weight", "repetition_penalty", "min_p", "top_p")
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Llama's normalisation: the root mean square over the last dimension, taken in float32."""
+    wide = x.float()
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + RMS_EPSILON)
+    return weight * scaled.to(x.dtype)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary position embedding of (rows, heads, tokens, 64) by tables of (tokens, 64)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat((-second, first), dim=-1) * sine
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """A linear map to (rows, heads, tokens, 64)."""
+    rows, tokens, _ = x.shape
+    return functional.linear(x, weight).view(rows, tokens, HEADS, HEAD_SIZE).transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor) -> Tensor:
+    """Attention written out, for a GPU: PyTorch's kernels there want a mask's length aligned to 8 or 16.
+
+    A package would be compiled for such lengths alone. And with one query they have one block of threads for each head,
+    a quarter of a GPU. On a CPU PyTorch's kernel is the faster one, and asks for nothing. As there, all of it is in
+    float32: scores that are rounded to bfloat16 are wrong by percents once attention is peaked.
+    """
+    scores = torch.matmul(q.float() * HEAD_SIZE**-0.5, k.float().transpose(2, 3))
+    weights = torch.softmax(scores.masked_fill(~attn_mask, -torch.inf), dim=-1)
+    return torch.matmul(weights, v.float()).to(q.dtype)
+
+
+def _after_attention(
+    x: Tensor, attended: Tensor, output: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor
+) -> Tensor:
+    """The output projection with its residual, then the gated feed-forward with its own."""
+    x = x + functional.linear(attended.transpose(1, 2).reshape(x.shape), output)
+    y = rms_norm(x, norm)
+    return x + functional.linear(functional.silu(functional.linear(y, gate)) * functional.linear(y, up), down)
+
+
+def prefill(
+    attention_norm: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    feed_forward_norm: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    x: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One block over a whole prompt.
+
+    Args:
+        attention_norm, feed_forward_norm: (1024,).
+        query, key, value, output: (1024, 1024).
+        gate, up: (4096, 1024).
+        down: (1024, 4096).
+        x: (2, tokens, 1024).
+        cosine, sine: (tokens, 64).
+
+    Returns:
+        the block's output, like `x`, and the keys and values to cache, (tokens, 2, 16, 64) each.
+    """
+    normed = rms_norm(x, attention_norm)
+    q = rotate(_project(normed, query), cosine, sine)
+    k = rotate(_project(normed, key), cosine, sine)
+    v = _project(normed, value)
+    attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    x = _after_attention(x, attended, output, feed_forward_norm, gate, up, down)
+    return x, k.permute(2, 0, 1, 3).contiguous(), v.permute(2, 0, 1, 3).contiguous()
+
+
+def decode(
+    attention_norm: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    feed_forward_norm: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    x: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    position: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> tuple[Tensor]:
+    """One block for one new token; the weights are as for `prefill`.
+
+    Args:
+        x: (2, 1, 1024).
+        cosines, sines: (positions, 64), at least as many as `keys` has places.
+        position: int64 (1,), the place of the token.
+        keys, values: (places, 2, 16, 64); written at `position`, read up to it. Places come first, so that a part of a
+            longer cache is contiguous.
+
+    Returns:
+        the block's output, like `x`.
+    """
+    normed = rms_norm(x, attention_norm)
+    cosine, sine = cosines.index_select(0, position), sines.index_select(0, position)
+    keys.index_copy_(0, position, rotate(_project(normed, key), cosine, sine).permute(2, 0, 1, 3))
+    values.index_copy_(0, position, _project(normed, value).permute(2, 0, 1, 3))
+    seen = torch.arange(keys.size(0), device=x.device)[None, None, None, :] <= position
+    attend = _attend if x.is_cuda else functional.scaled_dot_product_attention
+    attended = attend(
+        rotate(_project(normed, query), cosine, sine),
+        keys.permute(1, 2, 0, 3),
+        values.permute(1, 2, 0, 3),
+        attn_mask=seen,
+    )
+    return (_after_attention(x, attended, output, feed_forward_norm, gate, up, down),)
+
+
+def sample(
+    norm: Tensor,
+    head: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    x: Tensor,
+    controls: Tensor,
+    noise: Tensor,
+    used: Tensor,
+    step: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw a speech token from the transformer's output, and embed it; upstream's steps in upstream's order.
+
+    A draw is the largest of probability over exponential noise, as `torch.multinomial` draws one sample.
+
+    Args:
+        norm: (1024,), the weight of the last normalisation.
+        head: (8194, 1024).
+        tokens: (8194, 1024), the embedding of speech tokens.
+        positions: (4100, 1024), the embedding of their places.
+        x: (2, 1024), the last token's hidden state, with and without the text.
+        controls: float32 (5,), see `CONTROLS`.
+        noise: float32 (8194,), drawn from an exponential distribution of rate 1.
+        used: bool (8194,), the tokens that are in the sequence already, for the repetition penalty.
+        step: int64 (1,), the place of the new token among the speech tokens.
+
+    Returns:
+        the token, int64 (1,); its embedding for both rows, (2, 1, 1024); `used` with the token.
+    """
+    probabilities = _softmax_above_minimum(_penalized(norm, head, x, controls, used), controls)
+    return _draw(probabilities, tokens, positions, noise, used, step)
+
+
+def sample_nucleus(
+    norm: Tensor,
+    head: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    x: Tensor,
+    controls: Tensor,
+    noise: Tensor,
+    used: Tensor,
+    step: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `sample`, with top-p: the least set of likely tokens whose probability reaches `top_p`.
+
+    Apart, since it sorts, and with a `top_p` of 1 that changes nothing.
+    """
+    probabilities = _softmax_above_minimum(_penalized(norm, head, x, controls, used), controls)
+    ordered, order = torch.sort(probabilities)
+    dropped = ordered.cumsum(0) <= 1.0 - controls[4]
+    # The likeliest token stays whatever the sum's last digit says.
+    dropped = dropped & (torch.arange(dropped.size(0), device=x.device) < dropped.size(0) - 1)
+    kept = torch.zeros_like(probabilities).scatter(0, order, torch.where(dropped, 0.0, ordered))
+    return _draw(kept / kept.sum(), tokens, positions, noise, used, step)
+
+
+def _penalized(norm: Tensor, head: Tensor, x: Tensor, controls: Tensor, used: Tensor) -> Tensor:
+    """Logits after guidance, repetition penalty and temperature, float32 (8194,)."""
+    temperature, cfg_weight, penalty = controls[0], controls[1], controls[2]
+    logits = functional.linear(rms_norm(x, norm), head).float()
+    guided = logits[0] + cfg_weight * (logits[0] - logits[1])
+    penalized = torch.where(guided < 0, guided * penalty, guided / penalty)
+    return torch.where(used, penalized, guided) / temperature
+
+
+def _softmax_above_minimum(logits: Tensor, controls: Tensor) -> Tensor:
+    """Probabilities, after tokens less likely than `min_p` times the likeliest are dropped."""
+    probabilities = torch.softmax(logits, dim=0)
+    kept = probabilities >= controls[3] * probabilities.max()
+    return torch.softmax(torch.where(kept, logits, -torch.inf), dim=0)
+
+
+def _draw(
+    probabilities: Tensor, tokens: Tensor, positions: Tensor, noise: Tensor, used: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    token = torch.argmax(probabilities / noise.clamp(min=_LEAST_NOISE), dim=0, keepdim=True)
+    used = used | (torch.arange(used.size(0), device=used.device) == token)
+    # A token's own place counts from the one after the start token's.
+    embedding = tokens.index_select(0, token) + positions.index_select(0, step + 1)
+    return token, embedding[None].expand(2, 1, -1).contiguous(), used

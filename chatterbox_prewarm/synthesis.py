@@ -1,0 +1,206 @@
+"""Text in, watermarked speech out: upstream's `generate` with bounded tokens, an explicit voice and a seed.
+
+Upstream keeps the voice on the model and changes it while generating, so two requests would share it. Here each call
+works on a copy of its voice, and the model holds none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from chatterbox_prewarm.clips import DEFAULT_VOICE
+from chatterbox_prewarm.errors import BadInputError, ModelError
+from chatterbox_prewarm.regions.bound import bound
+from chatterbox_prewarm.text import MAX_SEED, check_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from chatterbox.tts import ChatterboxTTS, Conditionals
+    from numpy.typing import NDArray
+
+#: Upstream's own bound in `ChatterboxTTS.generate`: 40 s of audio.
+MAX_NEW_TOKENS = 1000
+#: S3Gen's convolutions look three tokens ahead.
+_MIN_TOKENS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How speech tokens are sampled; the defaults are upstream's."""
+
+    temperature: float = 0.8
+    cfg_weight: float = 0.5
+    exaggeration: float | None = None
+    repetition_penalty: float = 1.2
+    min_p: float = 0.05
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "temperature": (0.05, 5.0),
+            "cfg_weight": (0.0, 5.0),
+            "exaggeration": (0.0, 2.0),
+            "repetition_penalty": (1.0, 5.0),
+            "min_p": (0.0, 1.0),
+            "top_p": (0.01, 1.0),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if value is None and name == "exaggeration":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise BadInputError(f"{name} is {value!r}", next_step=f"give a number from {low} to {high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speech:
+    """A synthesis: speech tokens (int64, 25 a second) and watermarked mono audio (float32 within [-1, 1])."""
+
+    tokens: NDArray[np.int64]
+    samples: NDArray[np.float32]
+    sample_rate: int
+
+    @property
+    def pcm(self) -> NDArray[np.int16]:
+        """The audio as 16-bit samples."""
+        scaled: NDArray[np.float32] = np.round(np.clip(self.samples, -1.0, 1.0) * 32767.0)
+        return scaled.astype(np.int16)
+
+    @property
+    def pcm_sha256(self) -> str:
+        """Digest of `pcm` as little-endian bytes."""
+        return hashlib.sha256(self.pcm.astype("<i2").tobytes()).hexdigest()
+
+    @property
+    def tokens_sha256(self) -> str:
+        """Digest of `tokens` as little-endian int64 bytes."""
+        return hashlib.sha256(self.tokens.astype("<i8").tobytes()).hexdigest()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed all generators that a synthesis draws from: sampling, flow noise, the vocoder's source."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def preserved_generators() -> Iterator[None]:
+    """Leave all generators that `seed_everything` touches as they were, whatever the block draws."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)
+
+
+class Synthesizer:
+    """A loaded model and its voices. One call at a time: the model's parts keep state while they run."""
+
+    def __init__(self, model: ChatterboxTTS, voices: Mapping[str, Conditionals]) -> None:
+        self.model = model
+        self.voices = dict(voices)
+
+    def synthesize(
+        self,
+        text: str,
+        *,
+        voice: str = DEFAULT_VOICE,
+        seed: int | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling | None = None,
+    ) -> Speech:
+        """Speak `text`.
+
+        Args:
+            text: what to say.
+            voice: one of `voices`.
+            seed: makes the result repeatable on the same machine; None draws a fresh one.
+            max_new_tokens: bound on the speech tokens, 25 to a second of audio.
+            sampling: how tokens are drawn.
+
+        Raises:
+            BadInputError: the text cannot be spoken, or there is no such voice.
+            ModelError: the model gave too few speech tokens to make a sound of.
+        """
+        conditionals = self._voice(voice)
+        if seed is not None and not 0 <= seed <= MAX_SEED:
+            raise BadInputError(f"the seed is {seed}", next_step=f"give a whole number from 0 to {MAX_SEED}")
+        seed_everything(seed if seed is not None else random.SystemRandom().getrandbits(31))
+        with torch.inference_mode():
+            tokens = self.speech_tokens(text, voice=voice, max_new_tokens=max_new_tokens, sampling=sampling)
+            stages = bound(self.model)
+            samples = stages.vocoder(stages.flow(tokens, conditionals.gen)).cpu().numpy()
+            marked = self.model.watermarker.apply_watermark(samples, sample_rate=self.model.sr)
+        return Speech(
+            tokens=tokens.cpu().numpy(), samples=np.asarray(marked, dtype=np.float32), sample_rate=self.model.sr
+        )
+
+    @torch.inference_mode()
+    def speech_tokens(
+        self,
+        text: str,
+        *,
+        voice: str = DEFAULT_VOICE,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling | None = None,
+    ) -> torch.Tensor:
+        """T3's part of a synthesis, drawn from the generators as they stand; arguments and errors as `synthesize`'s.
+
+        Returns:
+            int64 of shape (n,), 25 to a second of audio, start and stop tokens dropped.
+        """
+        from chatterbox.tts import T3Cond, punc_norm
+
+        check_text(text, limit=None)  # the model's own bound is on tokens, below
+        conditionals = self._voice(voice)
+        sampling = sampling or Sampling()
+        model = self.model
+        t3 = model.t3
+        text_tokens = model.tokenizer.text_to_tokens(punc_norm(text)).to(model.device)
+        if text_tokens.size(1) + 2 > t3.hp.max_text_tokens:
+            raise BadInputError(
+                f"the text has {text_tokens.size(1)} tokens, more than the model's {t3.hp.max_text_tokens - 2}",
+                next_step="split it at sentences and send the parts one by one",
+            )
+        text_tokens = torch.nn.functional.pad(text_tokens, (1, 0), value=t3.hp.start_text_token)
+        text_tokens = torch.nn.functional.pad(text_tokens, (0, 1), value=t3.hp.stop_text_token)
+        emotion = conditionals.t3.emotion_adv
+        if sampling.exaggeration is not None:
+            emotion = torch.full_like(emotion, sampling.exaggeration)
+        tokens = bound(model).speech_tokens(
+            T3Cond(
+                speaker_emb=conditionals.t3.speaker_emb,
+                cond_prompt_speech_tokens=conditionals.t3.cond_prompt_speech_tokens,
+                emotion_adv=emotion,
+            ),
+            text_tokens,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+        )
+        # Start and stop are the first ids above the codebook; upstream drops both, and the stop token ends the loop.
+        usable: torch.Tensor = tokens[tokens < t3.hp.start_speech_token]
+        if usable.numel() < _MIN_TOKENS:
+            raise ModelError(
+                f"the model gave {usable.numel()} usable speech tokens for this text, too few for a sound",
+                next_step="try again, or another text",
+            )
+        return usable
+
+    def _voice(self, name: str) -> Conditionals:
+        try:
+            return self.voices[name]
+        except KeyError:
+            raise BadInputError(
+                f"there is no voice {name!r}", next_step=f"choose one of: {', '.join(sorted(self.voices))}"
+            ) from None

@@ -1,0 +1,58 @@
+"""Inputs for a warm-up: texts of three lengths, and reference audio that needs no file to be shipped."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+SHORT_TEXT = "Hello, world."
+MEDIUM_TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not seem to mind it at all."
+LONG_TEXT = (
+    "A container that has to compile before it can speak keeps its listener waiting. This one did its compiling when "
+    "the image was built, so that what remains to be done at its start is to read, to check, and to begin. "
+    "Everything else was finished long before anybody asked, on a machine just like the one that it is running on now."
+)
+TEXTS = (SHORT_TEXT, MEDIUM_TEXT, LONG_TEXT)
+
+CLIP_SAMPLE_RATE = 24_000
+CLIP_SECONDS = 3.0
+
+
+def reference_audio(seconds: float = CLIP_SECONDS, sample_rate: int = CLIP_SAMPLE_RATE) -> NDArray[np.float32]:
+    """Generate a speech-like tone: a gliding 120 Hz voice with harmonics, beating at the rate of syllables.
+
+    Deterministic, so that everything derived from it is.
+
+    Returns:
+        float32 of shape (seconds * sample_rate,), within [-0.5, 0.5].
+    """
+    import numpy as np
+
+    time = np.arange(int(seconds * sample_rate)) / sample_rate
+    pitch = 120.0 + 20.0 * np.sin(2 * np.pi * 0.7 * time)
+    phase = 2 * np.pi * np.cumsum(pitch) / sample_rate
+    voice = np.sum([np.sin(k * phase) / k for k in range(1, 20)], axis=0)
+    envelope = 0.55 + 0.45 * np.sin(2 * np.pi * 4.0 * time)
+    noise = np.random.default_rng(0).normal(0.0, 0.02, time.shape)
+    audio = envelope * voice + noise
+    scaled: NDArray[np.float64] = 0.5 * audio / np.abs(audio).max()
+    return scaled.astype(np.float32)
+
+
+@contextlib.contextmanager
+def reference_clip(seconds: float = CLIP_SECONDS) -> Iterator[Path]:
+    """The generated audio as a WAV file in a temporary folder of this process alone, removed afterwards."""
+    import soundfile
+
+    with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-") as folder:
+        path = Path(folder) / "reference.wav"
+        soundfile.write(path, reference_audio(seconds), CLIP_SAMPLE_RATE)
+        yield path

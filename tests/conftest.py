@@ -1,0 +1,36 @@
+"""What all tests share: the command line as a user has it, and what a machine must have for a group of tests."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ROOT = Path(__file__).parent.parent
+
+
+def writable_copy(baked: Path, target: Path) -> Path:
+    """A copy of a warm state that may be damaged."""
+    shutil.copytree(baked, target)
+    for path in (target, *target.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return target
+
+
+def run_cli(
+    *arguments: str | Path, timeout: float = 600.0, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `chatterbox-prewarm ARGUMENTS` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "chatterbox_prewarm", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=env,
+    )

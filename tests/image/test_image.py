@@ -1,0 +1,202 @@
+"""The Dockerfile builds without a GPU, the image proves itself and speaks under the flags that are promised for it.
+
+With a mini checkpoint of random weights in the place of the published ones; everything else is as a user has it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from chatterbox_prewarm.bench.image import build, copy_context, ran_steps
+from chatterbox_prewarm.models import ENGLISH
+from chatterbox_prewarm.weights import RECORD_NAME
+from tests.conftest import ROOT, run_cli
+from tests.unit.hub_server import Hub, serve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+TAG = "chatterbox-prewarm-test:warm"
+CACHE = "/var/cache/chatterbox-prewarm"
+SYNTHETIC = ("--build-arg", "WEIGHTS=synthetic", "--build-arg", "SIZE=mini")
+FLAGS = [
+    *("--read-only", "--network", "none", "--user", "12345:12345", "--cap-drop", "ALL"),
+    *("--tmpfs", "/tmp", "--tmpfs", f"{CACHE}:exec,mode=1777"),
+]
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the build reads, so that a test can change a file."""
+    return copy_context(ROOT, tmp_path_factory.mktemp("context") / "copy")
+
+
+@pytest.fixture(scope="module")
+def image(docker: str, context: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    pip = tmp_path_factory.mktemp("secrets") / "pip.conf"
+    pip.write_text("[global]\ntimeout = 47\n")
+    build(context, TAG, [*SYNTHETIC, "--secret", f"id=pip,src={pip}"])
+    yield TAG
+    subprocess.run([docker, "rmi", "--force", TAG], capture_output=True, check=False)
+
+
+def run(docker: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([docker, *arguments], capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_the_image_proves_itself_under_the_promised_flags(docker: str, image: str) -> None:
+    proven = run(docker, "run", "--rm", *FLAGS, image, "prove", "--here", "--evidence", "-")
+    assert proven.returncode == 0, proven.stderr
+    evidence = json.loads(proven.stdout)
+    assert evidence["passed"]
+    assert evidence["observed"]["isolation"]["uid"] == 12345
+    assert evidence["observed"]["network"] == []
+    assert evidence["observed"]["state_writes"] == evidence["observed"]["cache_writes"] == []
+    assert evidence["observed"]["metrics"]["misses"] == {}
+    assert evidence["observed"]["metrics"]["hits"]["numba"] > 0
+
+
+def test_prove_runs_an_image_by_itself(image: str, tmp_path: Path) -> None:
+    proven = run_cli("prove", "--image", image, "--evidence", tmp_path / "evidence.json")
+    assert proven.returncode == 0, proven.stderr
+    assert json.loads((tmp_path / "evidence.json").read_text())["passed"]
+
+
+def test_an_image_that_does_not_exist_is_said(docker: str) -> None:
+    assert docker
+    refused = run_cli("prove", "--image", "chatterbox-prewarm-test:nowhere")
+    assert refused.returncode == 14
+    assert "there is no image" in refused.stderr
+
+
+def _ask(docker: str, container: str, method: str, path: str, body: str = "") -> tuple[int, bytes]:
+    """A request from inside the container, since it has no network; the answer comes out in hexadecimal."""
+    program = (
+        "import http.client,sys;c=http.client.HTTPConnection('127.0.0.1',8000,timeout=60);"
+        f"c.request({method!r},{path!r},{body!r} or None);r=c.getresponse();print(r.status,r.read().hex())"
+    )
+    asked = run(docker, "exec", container, "python", "-c", program)
+    if asked.returncode != 0:
+        return 0, b""
+    status, _, content = asked.stdout.strip().partition(" ")
+    return int(status), bytes.fromhex(content)
+
+
+def test_the_container_speaks_without_network_and_drains(docker: str, image: str) -> None:
+    started = run(docker, "run", "--detach", *FLAGS, "--hostname", "elsewhere", image)
+    assert started.returncode == 0, started.stderr
+    container = started.stdout.strip()
+    try:
+        deadline = time.monotonic() + 180
+        status, body = 0, b""
+        while status != 200 and time.monotonic() < deadline:
+            status, body = _ask(docker, container, "GET", "/readyz")
+        assert status == 200, run(docker, "logs", container).stderr
+        state: dict[str, Any] = json.loads(body)
+        assert state["misses"] == {}
+        assert set(state["hits"]) == {"bytecode", "numba", "conditionals", "aot"}
+        assert state["profile"] == "aot"
+        sentence = json.dumps({"input": "Hello.", "seed": 1, "max_new_tokens": 12})
+        status, sound = _ask(docker, container, "POST", "/v1/audio/speech", sentence)
+        assert status == 200
+        assert sound.startswith(b"RIFF")
+        assert run(docker, "stop", "--time", "60", container).returncode == 0
+        exited = run(docker, "inspect", "--format", "{{.State.ExitCode}}", container)
+        assert exited.stdout.strip() == "0"
+    finally:
+        run(docker, "rm", "--force", container)
+
+
+def test_a_cache_that_cannot_be_written_is_said(docker: str, image: str) -> None:
+    without = [flag for flag in FLAGS if not flag.startswith(CACHE)]
+    del without[-1]  # the --tmpfs that named it
+    refused = run(docker, "run", "--rm", *without, image)
+    assert refused.returncode == 16
+    assert "mount a tmpfs or an emptyDir there" in refused.stderr
+
+
+def test_the_state_cannot_be_written_and_no_secret_stays(docker: str, image: str) -> None:
+    script = (
+        "! touch /opt/chatterbox-prewarm/warm/x 2>/dev/null && ! touch /opt/chatterbox-prewarm/weights/x 2>/dev/null "
+        '&& test -z "$(find /opt/chatterbox-prewarm/warm /opt/chatterbox-prewarm/weights -type f ! -perm 0444)" '
+        '&& test -z "$(find /opt/chatterbox-prewarm/warm ! -user root)" '
+        '&& test -z "$(ls -A /run/secrets 2>/dev/null)"'
+    )
+    checked = run(docker, "run", "--rm", "--entrypoint", "sh", image, "-c", script)
+    assert checked.returncode == 0, checked.stderr
+    script = "grep -rl 'timeout = 47' /etc /root /run /tmp /build /opt/venv/pyvenv.cfg 2>/dev/null"
+    found = run(docker, "run", "--rm", "--user", "0", "--entrypoint", "sh", image, "-c", script)
+    assert found.stdout == ""
+    history = run(docker, "history", "--no-trunc", image).stdout
+    assert "timeout = 47" not in history
+
+
+def test_the_image_has_the_documented_labels_and_no_gpu_setting(docker: str, image: str) -> None:
+    config = json.loads(run(docker, "inspect", "--format", "{{json .Config}}", image).stdout)
+    for name in ("schema", "variant", "profile", "torch"):
+        assert config["Labels"][f"io.chatterbox-prewarm.{name}"]
+    assert config["User"] == "12345:12345"
+    assert not any(entry.startswith("NVIDIA_VISIBLE_DEVICES") for entry in config["Env"])
+    assert "HF_HUB_OFFLINE=1" in config["Env"]
+
+
+def test_file_times_survive_a_registry(docker: str, image: str) -> None:
+    """A registry keeps whole seconds of file times; Numba compares to the last digit."""
+    script = "find /opt/venv /opt/chatterbox-prewarm/weights -type f -printf '%T@\\n' | sort -u"
+    times = run(docker, "run", "--rm", "--entrypoint", "sh", image, "-c", script)
+    assert times.stdout.split() == ["1735689600.0000000000"], "all files have one whole-second time"
+
+
+def test_the_build_fetches_weights_from_a_hub_with_a_token_that_stays_out_of_the_image(
+    docker: str, context: Path, tmp_path: Path
+) -> None:
+    """The stage that a build has by default, from a hub on the loopback interface."""
+    # New content and a new commit in each run: the builder keeps what earlier ones fetched.
+    revision = os.urandom(20).hex()
+    tensors = save({"a": np.frombuffer(os.urandom(20_000_000), dtype=np.uint8)})
+    files = {name: tensors if name in ENGLISH.safetensors else revision.encode() for name in ENGLISH.files}
+    token = tmp_path / "token"
+    token.write_text("hf_sesame\n")
+    tag = f"{TAG}-weights"
+    with serve(Hub(repository=ENGLISH.repository, revision=revision, files=files)) as hub:
+        hub.cut["t3_cfg.safetensors"] = 11_000_000
+        arguments = ("--build-arg", f"HF_ENDPOINT={hub.endpoint}", "--build-arg", f"REVISION={revision}")
+        build(context, tag, ["--target", "weights-hub", *arguments, "--secret", f"id=hf_token,src={token}"])
+        assert len(hub.of("GET", "t3_cfg.safetensors")) == 2, "the broken transfer was resumed"
+        assert {sent for name, sent in hub.authorizations if name in files} == {"Bearer hf_sesame"}
+    try:
+        script = "cd /opt/chatterbox-prewarm/weights && sha256sum *.* && stat -c '%a %Y %n' * && env"
+        listed = run(docker, "run", "--rm", "--entrypoint", "sh", tag, "-c", script).stdout
+        for name, content in files.items():
+            assert f"{hashlib.sha256(content).hexdigest()}  {name}" in listed
+            assert f"444 1735689600 {name}" in listed
+        assert f"444 1735689600 {RECORD_NAME}" in listed
+        assert "sesame" not in listed + run(docker, "history", "--no-trunc", tag).stdout
+    finally:
+        subprocess.run([docker, "rmi", "--force", tag], capture_output=True, check=False)
+
+
+def test_a_code_change_downloads_installs_and_bakes_nothing(docker: str, context: Path, image: str) -> None:
+    """A change of the server's code reuses every layer but the last two."""
+    assert image
+    changed = context / "chatterbox_prewarm" / "serve" / "front.py"
+    # New content in each run: the builder keeps what earlier ones copied.
+    changed.write_text(changed.read_text() + f"\n# {os.urandom(20).hex()}\n")
+    ran = ran_steps(build(context, f"{TAG}-again", SYNTHETIC))
+    try:
+        assert [step for step in ran if step.split()[0] in {"[base", "[deps", "[weights-synthetic", "[bake"}] == []
+        assert any("COPY chatterbox_prewarm /opt" in step for step in ran)
+        proven = run(docker, "run", "--rm", *FLAGS, f"{TAG}-again", "prove", "--here")
+        assert proven.returncode == 0, proven.stdout + proven.stderr
+    finally:
+        subprocess.run([docker, "rmi", "--force", f"{TAG}-again"], capture_output=True, check=False)

@@ -1,0 +1,238 @@
+"""The base renders, is valid for every Kubernetes that we can check, and keeps the promises of docs/kubernetes.md."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from kubernetes_validate.utils import all_versions, major_minor
+
+from chatterbox_prewarm.load import CACHE
+from chatterbox_prewarm.process import run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).parents[2]
+K8S = ROOT / "k8s"
+
+#: The server's health routes, as the design fixes them.
+HEALTH_ROUTES = {"/livez", "/startupz", "/readyz"}
+PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
+
+#: The oldest minor version that we promise to work with.
+OLDEST = (1, 29)
+
+
+def _minor_versions() -> list[str]:
+    """Each minor version once, oldest first; the package lists its loose and its strict schemas apart."""
+    minors = {tuple(int(part) for part in major_minor(version).split(".")) for version in all_versions()}
+    return [".".join(map(str, minor)) for minor in sorted(minors) if minor >= OLDEST]
+
+
+VERSIONS = _minor_versions()
+
+
+def _render(directory: Path) -> dict[str, dict[str, Any]]:
+    """The documents of a kustomization by their kind."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is missing: install it to render the manifests")
+    result = run(["kubectl", "kustomize", str(directory)], timeout=60)
+    assert result.returncode == 0, "kubectl kustomize failed; its message is on standard error"
+    documents = list(yaml.safe_load_all(result.stdout))
+    by_kind = {document["kind"]: document for document in documents}
+    assert len(by_kind) == len(documents), "two documents of one kind"
+    return by_kind
+
+
+def _validate(document: dict[str, Any], version: str) -> None:
+    # It takes the nearest older schema if it lacks one: then the check would not be the one asked for.
+    assert kubernetes_validate.validate(document, version, strict=True) == version
+
+
+@pytest.fixture(scope="module")
+def documents() -> dict[str, dict[str, Any]]:
+    return _render(K8S / "base")
+
+
+@pytest.fixture
+def deployment(documents: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return copy.deepcopy(documents["Deployment"])
+
+
+@pytest.fixture
+def pod(deployment: dict[str, Any]) -> dict[str, Any]:
+    spec: dict[str, Any] = deployment["spec"]["template"]["spec"]
+    return spec
+
+
+@pytest.fixture
+def server(pod: dict[str, Any]) -> dict[str, Any]:
+    container: dict[str, Any]
+    (container,) = pod["containers"]
+    return container
+
+
+@pytest.fixture
+def environment(server: dict[str, Any]) -> dict[str, str]:
+    return {variable["name"]: variable["value"] for variable in server["env"]}
+
+
+def test_base_is_a_deployment_and_a_service(documents: dict[str, dict[str, Any]]) -> None:
+    assert documents.keys() == {"Deployment", "Service"}
+
+
+def test_the_validator_knows_the_oldest_version_and_newer_ones() -> None:
+    assert VERSIONS[0] == ".".join(map(str, OLDEST))
+    assert len(VERSIONS) > 1
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_document_is_valid(documents: dict[str, dict[str, Any]], version: str) -> None:
+    for document in documents.values():
+        _validate(document, version)
+
+
+def _unknown_field(deployment: dict[str, Any]) -> None:
+    deployment["spec"]["replica"] = 1
+
+
+def _misspelt_probe(deployment: dict[str, Any]) -> None:
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    container["readynessProbe"] = container.pop("readinessProbe")
+
+
+def _number_as_text(deployment: dict[str, Any]) -> None:
+    deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] = "120"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("damage", [_unknown_field, _misspelt_probe, _number_as_text])
+def test_a_broken_deployment_is_refused(
+    deployment: dict[str, Any], damage: Callable[[dict[str, Any]], None], version: str
+) -> None:
+    damage(deployment)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        _validate(deployment, version)
+
+
+def test_no_document_names_a_namespace(documents: dict[str, dict[str, Any]]) -> None:
+    assert not any("namespace" in document["metadata"] for document in documents.values())
+
+
+def test_each_probe_asks_its_own_health_route_on_a_named_port(server: dict[str, Any]) -> None:
+    gets = [server[probe]["httpGet"] for probe in PROBES]
+    assert [get["path"] for get in gets] == ["/startupz", "/livez", "/readyz"]
+    assert {get["path"] for get in gets} == HEALTH_ROUTES
+    assert {get["port"] for get in gets} <= {port["name"] for port in server["ports"]}
+
+
+def test_the_startup_budget_covers_a_cold_start(server: dict[str, Any]) -> None:
+    probe = server["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 300
+
+
+def test_a_warm_start_is_noticed_within_a_second(server: dict[str, Any]) -> None:
+    assert server["startupProbe"]["periodSeconds"] == 1
+    assert server["readinessProbe"]["periodSeconds"] == 1
+    assert not any("initialDelaySeconds" in server[probe] for probe in PROBES)
+
+
+def test_a_busy_pod_is_not_killed(server: dict[str, Any]) -> None:
+    liveness = server["livenessProbe"]
+    assert liveness["httpGet"]["path"] != server["readinessProbe"]["httpGet"]["path"]
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 15
+
+
+def test_the_grace_period_is_longer_than_the_drain(pod: dict[str, Any], environment: dict[str, str]) -> None:
+    assert pod["terminationGracePeriodSeconds"] > int(environment["CHATTERBOX_PREWARM_DRAIN_SECONDS"])
+
+
+def test_an_update_never_lacks_a_ready_pod(deployment: dict[str, Any]) -> None:
+    assert deployment["spec"]["strategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1},
+    }
+
+
+def test_the_pod_keeps_the_restricted_profile(pod: dict[str, Any], server: dict[str, Any]) -> None:
+    assert pod["securityContext"] == {
+        "runAsNonRoot": True,
+        "runAsUser": 12345,
+        "runAsGroup": 12345,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    # The container's own settings win over the pod's, so it must have none besides these.
+    assert server["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC", "initContainers", "ephemeralContainers"}
+    assert not any("hostPort" in port for port in server["ports"])
+
+
+def test_the_pod_is_told_nothing_of_the_cluster(pod: dict[str, Any]) -> None:
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False
+
+
+def test_the_cache_is_a_bounded_empty_dir_at_the_path_that_compilers_see(
+    pod: dict[str, Any], server: dict[str, Any]
+) -> None:
+    mounts = {mount["mountPath"]: mount for mount in server["volumeMounts"]}
+    assert not mounts[str(CACHE)].get("readOnly", False)
+    assert "subPath" not in mounts[str(CACHE)]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes[mounts[str(CACHE)]["name"]]["emptyDir"] == {"sizeLimit": "1Gi"}
+
+
+def test_mounts_and_volumes_belong_together(pod: dict[str, Any], server: dict[str, Any]) -> None:
+    assert {mount["mountPath"] for mount in server["volumeMounts"]} == {str(CACHE), "/tmp"}
+    assert {mount["name"] for mount in server["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert all(volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"])
+
+
+def test_a_pod_that_requests_no_gpu_is_shown_none(server: dict[str, Any], environment: dict[str, str]) -> None:
+    assert "NVIDIA_VISIBLE_DEVICES" not in environment
+    assert "envFrom" not in server
+    assert server["resources"] == {"requests": {"cpu": "2", "memory": "6Gi"}, "limits": {"memory": "8Gi"}}
+
+
+def test_the_image_decides_what_runs(server: dict[str, Any]) -> None:
+    assert not server.keys() & {"command", "args"}
+    assert server["imagePullPolicy"] == "IfNotPresent"
+
+
+def test_the_service_reaches_the_pods(
+    documents: dict[str, dict[str, Any]], deployment: dict[str, Any], server: dict[str, Any]
+) -> None:
+    service = documents["Service"]["spec"]
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert service["selector"].items() <= labels.items()
+    assert deployment["spec"]["selector"]["matchLabels"] == service["selector"]
+    (port,) = service["ports"]
+    assert {"name": port["targetPort"], "containerPort": 8000, "protocol": "TCP"} in server["ports"]
+
+
+def test_the_overlay_of_the_docs_replaces_the_image(tmp_path: Path) -> None:
+    version = json.loads(run(["kubectl", "version", "--client", "--output=json"], timeout=60).stdout)["clientVersion"]
+    if int(re.sub(r"\D", "", version["minor"])) < 21:
+        pytest.skip(f"kubectl {version['gitVersion']} is too old for a kustomization that names a folder (1.21)")
+    shutil.copytree(K8S / "base", tmp_path / "base")
+    overlay = tmp_path / "overlays" / "mine"
+    overlay.mkdir(parents=True)
+    example = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert example is not None
+    (overlay / "kustomization.yaml").write_text(example[1], encoding="utf-8")
+
+    (image,) = yaml.safe_load(example[1])["images"]
+    (container,) = _render(overlay)["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == f"{image['newName']}:{image['newTag']}"

@@ -1,0 +1,79 @@
+"""Fixtures with the real model: a mini checkpoint of random weights, a clip that espeak-ng spoke, a baked state."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.conftest import run_cli
+
+if TYPE_CHECKING:
+    from chatterbox_prewarm.load import Attached
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mini checkpoint, made by the command line. Read-only by agreement: copy it to change it."""
+    directory = tmp_path_factory.mktemp("weights") / "mini"
+    made = run_cli("weights", "synthesize", directory, "--size", "mini")
+    assert made.returncode == 0, made.stderr
+    assert "noise" in made.stdout
+    return directory
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four seconds of synthetic speech, 22 kHz mono."""
+    if shutil.which("espeak-ng") is None:
+        pytest.skip("espeak-ng is not installed (Debian: apt-get install espeak-ng)")
+    path = tmp_path_factory.mktemp("clip") / "speech.wav"
+    text = "The quick brown fox jumps over the lazy dog, and the dog does not seem to mind."
+    subprocess.run(["espeak-ng", "-w", str(path), text], check=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def baked(mini: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warm state of the mini checkpoint that compiles nothing, with the voice `fox` beside the built-in one."""
+    return _bake(mini, tmp_path_factory.mktemp("baked"), "--profile", "eager", "--voice", f"fox={clip}")
+
+
+@pytest.fixture(scope="session")
+def baked_aot(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warm state with ahead-of-time packages, for the profile that a bake takes by default."""
+    return _bake(mini, tmp_path_factory.mktemp("baked-aot"), "--levels", "1")
+
+
+@pytest.fixture(scope="session")
+def baked_compiled(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warm state with a cache of Inductor's; it is bound to the cache path, `cache` beside it."""
+    return _bake(mini, tmp_path_factory.mktemp("baked-compiled"), "--profile", "compiled", "--levels", "1")
+
+
+def _bake(weights: Path, place: Path, *arguments: str) -> Path:
+    result = run_cli("bake", "--weights", weights, "--warm", place / "warm", "--cache", place / "cache", *arguments)
+    assert result.returncode == 0, result.stderr
+    return place / "warm"
+
+
+@pytest.fixture(scope="session")
+def namespaces() -> None:
+    """Skips where a process cannot be set apart."""
+    tried = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--net", "--uts", "--mount", "true"], capture_output=True, text=True
+    )
+    if tried.returncode != 0:
+        pytest.skip(f"a process cannot be set apart here: {tried.stderr.strip()}")
+
+
+@pytest.fixture(scope="session")
+def attached(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Attached:
+    """The model in this process, loaded without a warm state."""
+    from chatterbox_prewarm.load import attach, prepare
+
+    cache = tmp_path_factory.mktemp("cache")
+    return attach(prepare(Path("/nonexistent"), mini, cache=cache, policy="off"))

@@ -1,0 +1,351 @@
+"""A bake, a proof and a check from the command line, and what each makes of a state or a place that is not right."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from chatterbox_prewarm import manifest as manifests
+from chatterbox_prewarm.families import applicable
+from chatterbox_prewarm.warmup import SWITCH
+from tests.conftest import run_cli, writable_copy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+#: The families of a state that compiles nothing.
+AS_WRITTEN = applicable("eager", "cpu")
+
+
+@pytest.fixture
+def state(baked: Path, tmp_path: Path) -> Path:
+    """A copy of the baked state that may be damaged."""
+    return writable_copy(baked, tmp_path / "warm")
+
+
+def test_a_bake_reports_every_family_with_its_size_and_cost(baked: Path) -> None:
+    manifest = manifests.read(baked)
+    assert [family.name for family in manifest.families] == list(AS_WRITTEN)
+    for family in manifest.families:
+        assert family.size > 0
+        assert family.seconds_spent >= 0
+    numba = manifest.family("numba")
+    assert numba is not None
+    assert numba.seconds_saved > 1, "librosa's first compile takes many seconds"
+    shown = run_cli("inspect", "--warm", baked)
+    assert shown.returncode == 0
+    assert manifest.set_digest in shown.stdout
+    assert all(name in shown.stdout for name in AS_WRITTEN)
+    assert "profile eager, T3 in float32, without CUDA graphs" in shown.stdout
+
+
+def test_inspect_can_print_the_manifest_itself(baked: Path) -> None:
+    shown = run_cli("inspect", "--warm", baked, "--json")
+    assert shown.stdout == (baked / "manifest.json").read_text()
+
+
+def test_nothing_in_a_state_can_be_written(baked: Path) -> None:
+    for path in (baked, *baked.rglob("*")):
+        assert path.stat().st_mode & 0o222 == 0, path
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_a_fresh_isolated_process_hits_everything(baked: Path, mini: Path, tmp_path: Path) -> None:
+    evidence = tmp_path / "evidence.json"
+    evidence.write_text('{"passed": false}')
+    proven = run_cli("prove", "--warm", baked, "--weights", mini, "--evidence", evidence)
+    assert proven.returncode == 0, proven.stdout + proven.stderr
+    written = json.loads(evidence.read_text())
+    assert written["passed"]
+    isolation = written["observed"]["isolation"]
+    assert isolation["uid"] == 12345
+    assert isolation["hostname"] == "prewarm-proof"
+    assert isolation["interfaces"] == ["lo"]
+    assert not isolation["state_writable"]
+    assert written["observed"]["metrics"]["misses"] == {}
+    assert written["observed"]["metrics"]["hits"]["numba"] > 0
+
+
+def _edit(state: Path, change: Callable[[dict[str, object]], None]) -> None:
+    raw = json.loads((state / "manifest.json").read_text())
+    change(raw)
+    (state / "manifest.json").write_text(json.dumps(raw, indent=1, sort_keys=True) + "\n")
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_another_audio_fails_the_proof(state: Path, mini: Path) -> None:
+    _edit(state, lambda raw: raw["reference"].update(pcm_sha256="0" * 64))  # type: ignore[attr-defined]
+    proven = run_cli("prove", "--warm", state, "--weights", mini)
+    assert proven.returncode == 13
+    assert "FAIL the audio is the bake's own" in proven.stdout
+    assert "S3Gen or the watermark" in proven.stdout
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_a_family_that_was_left_out_fails_the_proof(state: Path, mini: Path) -> None:
+    """Without its Numba cache a start compiles, and the proof names what."""
+
+    def without_numba(raw: dict[str, object]) -> None:
+        families = [family for family in raw["families"] if family["name"] != "numba"]  # type: ignore[attr-defined]
+        raw["families"] = families
+        files = [manifests.FileEntry(**entry) for family in families for entry in family["files"]]
+        raw["set_digest"] = manifests.set_digest(files)
+
+    _edit(state, without_numba)
+    shutil.rmtree(state / "numba")
+    proven = run_cli("prove", "--warm", state, "--weights", mini)
+    assert proven.returncode == 13
+    assert "FAIL no other miss" in proven.stdout
+    assert "numba: not in the warm state" in proven.stdout
+    assert "compiled librosa" in proven.stdout
+    assert "FAIL no write into a cache" in proven.stdout
+
+
+def _flip(state: Path, mini: Path) -> None:  # noqa: ARG001
+    path = next((state / "numba").rglob("*.nbc"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _extra(state: Path, mini: Path) -> None:  # noqa: ARG001
+    (state / "numba" / "extra.nbc").write_bytes(b"x")
+
+
+def _link(state: Path, mini: Path) -> None:
+    (state / "link").symlink_to(mini)
+
+
+def _newer(state: Path, mini: Path) -> None:  # noqa: ARG001
+    _edit(state, lambda raw: raw.update(schema=3))
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (_flip, "sha256"),
+        (_extra, "extra.nbc"),
+        (_link, "is a link"),
+        (_newer, "schema 3"),
+    ],
+)
+@pytest.mark.parametrize("command", ["verify", "prove"])
+def test_a_damaged_state_is_refused(
+    command: str, damage: Callable[[Path, Path], None], word: str, state: Path, mini: Path
+) -> None:
+    damage(state, mini)
+    refused = run_cli(command, "--warm", state, "--weights", mini)
+    assert refused.returncode == 12, refused.stderr
+    assert word in refused.stderr
+    assert "next:" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "words"),
+    [
+        ("numba", "numba", "numba: baked with 0.1, here"),
+        ("numba", "arch", "processor architecture: baked with 0.1, here"),
+        ("conditionals", "chatterbox", "chatterbox source: baked with 0.1, here"),
+        ("bytecode", "python", "Python: baked with 0.1, here"),
+        ("conditionals", "weights", "weights: baked with 0.1, here"),
+    ],
+)
+def test_verify_explains_what_does_not_fit(family: str, field: str, words: str, state: Path, mini: Path) -> None:
+    def change(raw: dict[str, object]) -> None:
+        entry = next(entry for entry in raw["families"] if entry["name"] == family)  # type: ignore[attr-defined]
+        entry["requires"][field] = "0.1"
+
+    _edit(state, change)
+    refused = run_cli("verify", "--warm", state, "--weights", mini)
+    assert refused.returncode == 11
+    assert words in refused.stderr
+
+
+def test_an_intact_state_that_fits_is_said_to(baked: Path, mini: Path) -> None:
+    fine = run_cli("verify", "--warm", baked, "--weights", mini)
+    assert fine.returncode == 0, fine.stderr
+    assert fine.stdout.count("intact, fits this machine") == len(AS_WRITTEN)
+
+
+def test_a_killed_bake_leaves_the_old_state_whole_and_a_second_one_waits_its_turn(
+    state: Path, mini: Path, tmp_path: Path
+) -> None:
+    places = ["--weights", str(mini), "--warm", str(state), "--cache", str(tmp_path / "cache")]
+    command = ["bake", *places, "--profile", "eager"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "chatterbox_prewarm", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stderr is not None
+    try:
+        for line in running.stderr:
+            if "level 1" in line:
+                break
+        staging = list(tmp_path.glob(".warm.staging-*"))
+        assert len(staging) == 1
+        second = run_cli(*command)
+        assert second.returncode == 16
+        assert f"another process ({running.pid}) is writing" in second.stderr
+    finally:
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+        running.stderr.close()
+    assert run_cli("verify", "--warm", state, "--weights", mini).returncode == 0
+    assert not (staging[0] / "manifest.json").exists()
+    for _ in range(100):  # the cold process dies with the bake
+        if not _processes_naming(str(staging[0])):
+            break
+        time.sleep(0.1)
+    assert _processes_naming(str(staging[0])) == []
+
+
+def _processes_naming(text: str) -> list[int]:
+    found = []
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdigit() and int(directory.name) != os.getpid():
+            try:
+                if text in (directory / "cmdline").read_text(errors="replace"):
+                    found.append(int(directory.name))
+            except OSError:
+                continue
+    return found
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("left_out", [[], ["bytecode", "numba"]])
+def test_a_full_disk_leaves_nothing_half_written(
+    left_out: list[str], mini: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    without = [text for name in left_out for text in ("--without", name)]
+    places = ["--weights", str(mini), "--warm", str(small_disk / "warm"), "--cache", str(tmp_path / "cache")]
+    full = run_cli("bake", *places, "--profile", "eager", "--levels", "1", *without)
+    assert full.returncode == 16, full.stderr
+    assert "No space left on device" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert [path.name for path in small_disk.iterdir()] == [".warm.lock"]
+
+
+def test_a_full_disk_leaves_no_half_of_a_checkpoint(small_disk: Path) -> None:
+    full = run_cli("weights", "synthesize", small_disk / "mini", "--size", "mini")
+    assert full.returncode == 16, full.stderr
+    assert "free some space" in full.stderr
+    assert [path.name for path in small_disk.iterdir()] == [".mini.lock"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (["--voice", "../x=clip.wav"], 16, "cannot name a voice"),
+        (["--voice", "nameonly"], 16, "has no path"),
+        (["--voice", "default=/nonexistent.wav"], 16, "built-in one"),
+        (["--voice", "v=/nonexistent.wav"], 16, "does not exist"),
+        (["--voice", "v=/nonexistent.wav", "--without", "conditionals"], 16, "left out"),
+        (["--device", "gpu"], 16, "no device 'gpu'"),
+        (["--levels", "1,9"], 16, "levels"),
+        (["--levels", "one"], 16, "levels"),
+        (["--without", "everything"], 16, "no cache family"),
+        (["--without", "aot"], 16, "stands on the family 'aot'"),
+        (["--profile", "compiled", "--without", "inductor"], 16, "stands on the family 'inductor'"),
+        (["--profile", "fast"], 2, "'fast' is not one of"),
+        (["--t3-dtype", "int8"], 2, "'int8' is not one of"),
+        (["--weights", "/nonexistent"], 10, "no weights directory"),
+        (["--warm", "/proc/warm"], 16, "next:"),
+        (["--cache", "/proc/cache"], 16, "cannot be written"),
+    ],
+)
+def test_a_bake_that_cannot_be_is_refused_at_once(
+    arguments: list[str], code: int, word: str, mini: Path, tmp_path: Path
+) -> None:
+    places = ["--weights", str(mini), "--warm", str(tmp_path / "warm"), "--cache", str(tmp_path / "cache")]
+    refused = run_cli("bake", *places, *arguments)
+    assert refused.returncode == code, refused.stderr
+    assert word in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "warm").exists()
+
+
+def test_a_family_can_be_left_out_and_the_others_still_serve(mini: Path, tmp_path: Path) -> None:
+    places = ["--weights", str(mini), "--warm", str(tmp_path / "warm"), "--cache", str(tmp_path / "cache")]
+    baked = run_cli("bake", *places, "--profile", "eager", "--levels", "1", "--without", "numba")
+    assert baked.returncode == 0, baked.stderr
+    assert [family.name for family in manifests.read(tmp_path / "warm").families] == [
+        name for name in AS_WRITTEN if name != "numba"
+    ]
+
+
+def test_a_bake_replaces_nothing_but_a_warm_state(mini: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    for manifest in (None, '{"name": "a web app"}', '{"schema": 1, "set_digest": "", "weights": {}, "families": []}'):
+        if manifest is not None:
+            (mine / "manifest.json").write_text(manifest)
+        refused = run_cli("bake", "--weights", mini, "--warm", mine, "--cache", tmp_path / "cache")
+        assert refused.returncode == 16
+        assert "something else than a warm state" in refused.stderr
+        assert (mine / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_bake_without_its_warm_up_is_refused(mini: Path, tmp_path: Path) -> None:
+    places = ["--weights", str(mini), "--warm", str(tmp_path / "warm"), "--cache", str(tmp_path / "cache")]
+    refused = run_cli("bake", *places, env={**os.environ, SWITCH: "off"})
+    assert refused.returncode == 16
+    assert f"unset {SWITCH}" in refused.stderr
+
+
+def test_one_state_packs_to_one_digest(baked: Path, state: Path, tmp_path: Path) -> None:
+    first = run_cli("pack", "--warm", baked, "--output", tmp_path / "one.tar.gz")
+    second = run_cli("pack", "--warm", state, "--output", tmp_path / "elsewhere" / "two.tar.gz")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert (tmp_path / "one.tar.gz").read_bytes() == (tmp_path / "elsewhere" / "two.tar.gz").read_bytes()
+    listing = subprocess.run(
+        ["tar", "-tvf", str(tmp_path / "one.tar.gz")], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert any("opt/chatterbox-prewarm/warm/manifest.json" in line for line in listing)
+    assert all(line.split()[1] == "0/0" and "1970-01-01" in line for line in listing)
+    assert all(line.startswith(("dr-xr-xr-x", "drwxr-xr-x", "-r--r--r--")) for line in listing)
+
+
+def test_a_damaged_state_is_not_packed(state: Path, mini: Path, tmp_path: Path) -> None:
+    _flip(state, mini)
+    refused = run_cli("pack", "--warm", state, "--output", tmp_path / "layer.tar.gz")
+    assert refused.returncode == 12
+    assert list(tmp_path.glob("*layer*")) == []
+
+
+@pytest.mark.parametrize("command", ["startup", "profiles"])
+def test_upstream_is_not_asked_to_load_a_shortened_checkpoint(
+    command: str, baked: Path, mini: Path, tmp_path: Path
+) -> None:
+    places = ("--weights", mini, "--output", tmp_path / "report.json")
+    more = ("--warm", baked) if command == "startup" else ("--cache", tmp_path / "cache")
+    refused = run_cli("bench", command, *places, *more)
+    assert refused.returncode == 16, refused.stderr
+    assert "shortened" in refused.stderr
+    assert not (tmp_path / "report.json").exists()

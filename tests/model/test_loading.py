@@ -1,0 +1,184 @@
+"""Loading gives what upstream's loading gives, without its copies; a checkpoint that does not fit is refused."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from chatterbox_prewarm.errors import WeightsError
+from chatterbox_prewarm.models import ENGLISH, english
+from chatterbox_prewarm.weights import read_record, record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from chatterbox_prewarm.load import Attached
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a module: parameters, buffers persistent or not, and plain attributes."""
+    for name, child in module.named_modules():
+        for key, value in {**child._parameters, **child._buffers, **vars(child)}.items():
+            if isinstance(value, torch.Tensor):
+                yield f"{name}.{key}", value
+
+
+@pytest.fixture(scope="module")
+def upstream(mini: Path, attached: Attached) -> Any:  # noqa: ARG001 - the short stacks are registered by then
+    """The same checkpoint through upstream's own loading, its constructors shortened to the mini depth."""
+    from chatterbox import tts
+
+    synthetic = read_record(mini).synthetic
+    assert synthetic is not None
+    blocks = synthetic.s3gen_blocks
+    assert blocks is not None
+    full_s3gen, full_t3 = tts.S3Gen, tts.T3
+
+    def s3gen() -> Any:
+        model = full_s3gen()
+        english.shorten_s3gen(model, blocks)
+        return model
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(tts, "T3", lambda: english.make_t3(synthetic.t3_layers))
+    patch.setattr(tts, "S3Gen", s3gen)
+    model = tts.ChatterboxTTS.from_local(mini, "cpu")
+    patch.undo()
+    assert tts.T3 is full_t3
+    return model
+
+
+@pytest.mark.parametrize("part", ["t3", "s3gen", "ve"])
+def test_every_tensor_equals_upstreams(part: str, upstream: Any, mini: Path) -> None:
+    ours = dict(_tensors(getattr(english.load(mini), part)))
+    theirs = dict(_tensors(getattr(upstream, part)))
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 10
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_every_module_is_in_the_mode_that_upstream_leaves_it_in(upstream: Any, mini: Path) -> None:
+    ours = english.load(mini)
+    for part in ("t3", "s3gen", "ve"):
+        modes = {name: module.training for name, module in getattr(ours, part).named_modules()}
+        assert modes == {name: module.training for name, module in getattr(upstream, part).named_modules()}
+
+
+def test_parameters_are_the_files_own_pages(mini: Path) -> None:
+    model = english.load(mini)
+    pages = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith("t3_cfg.safetensors"):
+            start, _, end = line.split()[0].partition("-")
+            pages.append((int(start, 16), int(end, 16)))
+    weight = model.t3.speech_head.weight
+    assert any(start <= weight.data_ptr() < end for start, end in pages)
+
+
+def _copy(mini: Path, place: Path) -> Path:
+    shutil.copytree(mini, place)
+    return place
+
+
+def _reshape(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["speech_head.weight"] = tensors["speech_head.weight"][:-1].contiguous()
+    save_file(tensors, path)
+
+
+def _drop(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors["speech_head.weight"]
+    save_file(tensors, path)
+
+
+def _add(path: Path) -> None:
+    save_file({**load_file(path), "one_too_many": torch.zeros(1)}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (_reshape, "speech_head.weight has shape [8193, 1024], the model needs [8194, 1024]"),
+        (_drop, "lacks 1 tensor(s), the first: speech_head.weight"),
+        (_add, "unknown tensor(s), the first: one_too_many"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(
+    damage: Callable[[Path], None], word: str, mini: Path, tmp_path: Path
+) -> None:
+    copy = _copy(mini, tmp_path / "weights")
+    damage(copy / "t3_cfg.safetensors")
+    old = read_record(mini)
+    record(
+        copy,
+        variant=ENGLISH,
+        repository=old.repository,
+        revision=old.revision,
+        synthetic=old.synthetic,
+    )
+    with pytest.raises(WeightsError, match=r"t3_cfg") as caught:
+        english.load(copy)
+    assert word in caught.value.message
+
+
+def test_a_truncated_file_is_refused_before_anything_is_built(mini: Path, tmp_path: Path) -> None:
+    copy = _copy(mini, tmp_path / "weights")
+    with (copy / "s3gen.safetensors").open("r+b") as stream:
+        stream.truncate(1_000_000)
+    with pytest.raises(WeightsError, match="truncated or was changed"):
+        english.load(copy)
+
+
+def test_a_gpu_that_is_not_there_is_said(mini: Path) -> None:
+    from chatterbox_prewarm.errors import ModelError
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ModelError, match="torch sees no GPU"):
+        english.load(mini, device="cuda")
+
+
+def test_the_same_seed_gives_the_same_checkpoint(mini: Path, tmp_path: Path) -> None:
+    from chatterbox_prewarm.models.synthetic import synthesize
+
+    again = synthesize(tmp_path / "again", size="mini", seed=0)
+    other = synthesize(tmp_path / "other", size="mini", seed=1)
+    tensors = {"ve.safetensors", "t3_cfg.safetensors", "s3gen.safetensors", "tokenizer.json"}
+    digests = {file.path: file.sha256 for file in again.files if file.path in tensors}
+    assert digests == {file.path: file.sha256 for file in read_record(mini).files if file.path in tensors}
+    assert digests["t3_cfg.safetensors"] != {file.path: file.sha256 for file in other.files}["t3_cfg.safetensors"]
+
+
+_AFTERWARDS = """
+import sys
+import {first}
+before = {{name: sys.modules[name] for name in "{first}".split(", ")}}
+from chatterbox_prewarm.models.lean import import_chatterbox
+import_chatterbox()
+assert all(sys.modules[name] is module for name, module in before.items()), "what was imported stays"
+import torch
+assert ("scipy.stats" in sys.modules, "torch._dynamo" in sys.modules) == ("{first}" != "json", False)
+assert isinstance(torch.distributed.tensor.DTensor, type)
+assert torch.utils.checkpoint.checkpoint(torch.sin, torch.zeros(1), use_reentrant=False) == 0
+import scipy.signal, scipy.stats
+assert scipy.stats.scoreatpercentile([1, 2, 3], 50) == 2
+assert list(scipy.signal.find_peaks_cwt([0, 0, 1, 0, 0, 0, 2, 0, 0], [1])) == [2, 6]
+"""
+
+
+@pytest.mark.parametrize("first", ["json", "scipy.stats, torch.utils.checkpoint"])
+def test_what_lean_imports_defer_works_for_whoever_asks_for_it(first: str) -> None:
+    """In the same process, whether it was imported before or is first asked for after."""
+    program = _AFTERWARDS.format(first=first)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,135 @@
+"""A synthesis is upstream's, token for token and with the same sound, but leaves nothing behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from chatterbox_prewarm.clips import DEFAULT_VOICE
+from chatterbox_prewarm.errors import BadInputError, ModelError
+from chatterbox_prewarm.synthesis import Sampling, Speech, seed_everything
+from chatterbox_prewarm.voices import detached
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from chatterbox_prewarm.load import Attached
+
+TEXT = "Hello, world."
+
+
+def _upstream_generate(attached: Attached, seed: int, **arguments: Any) -> torch.Tensor:
+    """Upstream's own `generate`, with its tokens bounded."""
+    model = attached.synthesizer.model
+    inference = model.t3.inference
+    model.t3.inference = lambda **given: inference(**{**given, "max_new_tokens": 12})
+    model.conds = detached(attached.synthesizer.voices[DEFAULT_VOICE])
+    seed_everything(seed)
+    try:
+        sound: torch.Tensor = model.generate(TEXT, **arguments)
+        return sound
+    finally:
+        del model.t3.inference
+        model.conds = None
+
+
+@pytest.mark.parametrize("settings", [{}, {"cfg_weight": 0.7, "temperature": 0.5}, {"exaggeration": 1.0}])
+def test_the_audio_is_upstreams(attached: Attached, settings: dict[str, float]) -> None:
+    theirs = _upstream_generate(attached, 7, **settings).squeeze(0).numpy()
+    ours = attached.synthesizer.synthesize(TEXT, seed=7, max_new_tokens=12, sampling=Sampling(**settings))
+    assert ours.sample_rate == 24_000
+    assert len(ours.samples) > 5_000
+    assert ours.samples.shape == theirs.shape
+    noise = np.square(ours.samples - theirs).sum()
+    assert 10 * np.log10(np.square(theirs).sum() / noise) >= 50
+
+
+_UNTOUCHED = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import chatterbox.tts as tts
+from chatterbox_prewarm.models import english
+from chatterbox_prewarm.synthesis import Speech, seed_everything
+make = tts.S3Gen
+def s3gen():
+    model = make()
+    english.shorten_s3gen(model, 2)
+    return model
+tts.T3, tts.S3Gen = lambda: english.make_t3(2), s3gen
+model = tts.ChatterboxTTS.from_local(sys.argv[1], "cpu")
+inference = model.t3.inference
+model.t3.inference = lambda **given: inference(**{**given, "max_new_tokens": 12})
+seed_everything(7)
+samples = model.generate("Hello, world.").squeeze(0).numpy()
+assert "torch._dynamo" in sys.modules, "imported the ordinary way"
+print(Speech(tokens=samples[:0], samples=samples, sample_rate=24000).pcm_sha256)
+"""
+
+
+def test_the_audio_is_that_of_a_process_where_upstream_was_imported_the_ordinary_way(
+    attached: Attached, mini: Path
+) -> None:
+    """The lean imports change nothing that can be heard."""
+    untouched = subprocess.run(
+        [sys.executable, "-c", _UNTOUCHED, str(mini)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert untouched.returncode == 0, untouched.stderr
+    samples = _upstream_generate(attached, 7).squeeze(0).numpy()
+    here = Speech(tokens=np.empty(0, dtype=np.int64), samples=samples, sample_rate=24_000)
+    assert untouched.stdout.split()[-1] == here.pcm_sha256
+
+
+def test_a_seed_repeats_and_another_does_not(attached: Attached) -> None:
+    speak = attached.synthesizer.synthesize
+    first, again, other = (speak(TEXT, seed=seed, max_new_tokens=12) for seed in (1, 1, 2))
+    assert first.pcm_sha256 == again.pcm_sha256
+    assert first.tokens_sha256 != other.tokens_sha256
+
+
+def test_guidance_can_be_switched_off(attached: Attached) -> None:
+    """Upstream's `generate` crashes here."""
+    speech = attached.synthesizer.synthesize(TEXT, seed=1, max_new_tokens=12, sampling=Sampling(cfg_weight=0.0))
+    assert np.isfinite(speech.samples).all()
+    assert len(speech.tokens) <= 12
+
+
+def test_a_voice_is_the_same_after_it_has_spoken(attached: Attached) -> None:
+    voice = attached.synthesizer.voices[DEFAULT_VOICE]
+    before = {key: value.clone() for key, value in voice.gen.items() if torch.is_tensor(value)}
+    attached.synthesizer.synthesize(TEXT, seed=1, max_new_tokens=6)
+    assert voice.t3.cond_prompt_speech_emb is None
+    for key, value in before.items():
+        assert voice.gen[key].dtype == value.dtype, key
+        assert torch.equal(voice.gen[key], value), key
+
+
+def test_speech_carries_the_watermark(attached: Attached) -> None:
+    speech = attached.synthesizer.synthesize(TEXT, seed=1, max_new_tokens=50)
+    found = attached.synthesizer.model.watermarker.get_watermark(speech.samples, sample_rate=speech.sample_rate)
+    assert found.mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "voice", "word"),
+    [("", DEFAULT_VOICE, "empty"), (TEXT, "nobody", "no voice"), ("a" * 100_000, DEFAULT_VOICE, "100001 tokens")],
+)
+def test_what_cannot_be_spoken_is_refused(attached: Attached, text: str, voice: str, word: str) -> None:
+    with pytest.raises(BadInputError, match=word):
+        attached.synthesizer.synthesize(text, voice=voice)
+
+
+@pytest.mark.parametrize("field", ["temperature", "cfg_weight", "exaggeration", "repetition_penalty", "min_p", "top_p"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), True, "warm"])
+def test_sampling_settings_have_bounds(field: str, value: Any) -> None:
+    with pytest.raises(BadInputError, match=field):
+        Sampling(**{field: value})
+
+
+def test_too_few_tokens_are_an_error_and_not_a_crash(attached: Attached) -> None:
+    with pytest.raises(ModelError, match="too few"):
+        attached.synthesizer.synthesize(TEXT, seed=1, max_new_tokens=1)

@@ -1,0 +1,109 @@
+"""The reset of `compiled` is undone: over 50 calls, one wrapper is built and no hook is left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from chatterbox.models.t3 import T3
+from chatterbox.models.t3 import t3 as t3_module
+from chatterbox.models.t3.modules.cond_enc import T3Cond
+
+from chatterbox_prewarm.models.english import make_t3
+from chatterbox_prewarm.models.t3_backend import PersistentT3, keep_backend
+
+CALLS = 50
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts how often upstream's wrapper is built."""
+    counted = [0]
+
+    class Counting(t3_module.T3HuggingfaceBackend):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            counted[0] += 1
+            super().__init__(*arguments, **settings)
+
+    monkeypatch.setattr(t3_module, "T3HuggingfaceBackend", Counting)
+    return counted
+
+
+@pytest.fixture(scope="module")
+def english_t3() -> T3:
+    torch.manual_seed(0)
+    return make_t3(1).eval()
+
+
+@pytest.fixture(scope="module")
+def multilingual_t3() -> T3:
+    """Fourteen layers: the alignment analyzer listens at the thirteenth."""
+    torch.manual_seed(0)
+    return make_t3(14, multilingual=True).eval()
+
+
+def _speak(t3: T3, seed: int = 0) -> torch.Tensor:
+    torch.manual_seed(seed)
+    text = torch.tensor([[t3.hp.start_text_token, 5, 6, 7, t3.hp.stop_text_token]] * 2)
+    cond = T3Cond(
+        speaker_emb=torch.ones(1, 256),
+        cond_prompt_speech_tokens=torch.zeros(1, 150, dtype=torch.long),
+        emotion_adv=0.5 * torch.ones(1, 1, 1),
+    )
+    tokens: torch.Tensor = t3.inference(t3_cond=cond, text_tokens=text, max_new_tokens=2)
+    return tokens
+
+
+def _hooks(t3: T3) -> int:
+    return sum(len(module._forward_hooks) for module in t3.modules())
+
+
+def test_upstream_builds_a_wrapper_for_every_call(english_t3: T3, builds: list[int]) -> None:
+    """The fault that is mended; when upstream mends it, this project's part can go."""
+    for _ in range(3):
+        _speak(english_t3)
+    assert builds == [3]
+
+
+def test_one_wrapper_serves_fifty_calls(english_t3: T3, builds: list[int]) -> None:
+    expected = _speak(english_t3)
+    hooks = _hooks(english_t3)
+    builds[0] = 0
+    del english_t3.patched_model
+    keep_backend(english_t3)
+    results = [_speak(english_t3) for _ in range(CALLS)]
+    assert builds == [1]
+    assert _hooks(english_t3) == hooks, "transformers registers its own once, and nobody adds to them"
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_keeping_twice_is_keeping_once(english_t3: T3) -> None:
+    keep_backend(english_t3)
+    keep_backend(english_t3)
+    assert type(english_t3) is PersistentT3
+
+
+def _upstream_hooks_after(t3: T3, calls: int) -> int:
+    for _ in range(calls):
+        _speak(t3)
+    return _hooks(t3)
+
+
+def test_the_multilingual_model_keeps_no_hook_and_its_attention(multilingual_t3: T3, builds: list[int]) -> None:
+    config = multilingual_t3.tfmr.config
+    attention = (config._attn_implementation, config.output_attentions)
+    first_call = _upstream_hooks_after(multilingual_t3, 1)
+    assert _upstream_hooks_after(multilingual_t3, 2) == first_call + 6, "upstream leaves three hooks a call"
+
+    keep_backend(multilingual_t3)
+    config._attn_implementation, config.output_attentions = attention
+    builds[0] = 0
+    first = _speak(multilingual_t3)
+    hooks = _hooks(multilingual_t3)
+    assert hooks == first_call - 3, "what is left are transformers' own"
+    later = [_speak(multilingual_t3) for _ in range(CALLS - 1)]
+    assert _hooks(multilingual_t3) == hooks
+    assert (config._attn_implementation, config.output_attentions) == attention
+    assert all(torch.equal(result, first) for result in later)
+    assert builds == [CALLS], "the analyzer belongs to one utterance"

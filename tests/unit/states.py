@@ -1,0 +1,77 @@
+"""Small warm states and manifests made by hand, without a bake."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from chatterbox_prewarm import manifest as manifests
+from chatterbox_prewarm.manifest import FamilyEntry, Manifest, Reference, WeightsEntry
+from chatterbox_prewarm.profiles import Execution
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+#: Facts that hold on any machine that these tests run on, for families that are to fit.
+FITTING = {"arch": platform.machine()}
+
+REFERENCE = Reference(
+    text="Grüße — a «reference».",
+    voice="default",
+    seed=7,
+    max_new_tokens=12,
+    threads=2,
+    device="cpu",
+    sample_rate=24000,
+    samples=960,
+    tokens_sha256="0" * 64,
+    pcm_sha256="1" * 64,
+)
+WEIGHTS = WeightsEntry(repository="someone/voice", revision="a" * 40, set_digest="2" * 64, files=())
+
+
+def make_state(
+    root: Path, families: Mapping[str, Mapping[str, bytes]], requires: Mapping[str, Mapping[str, str]] | None = None
+) -> Manifest:
+    """Write the files of `families` (family → path below it → content) and their manifest into `root`, mode 0644."""
+    root.mkdir(mode=0o755)
+    entries = []
+    for name, files in families.items():
+        (root / name).mkdir(mode=0o755)
+        for path, content in files.items():
+            target = root / name / path
+            target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            target.write_bytes(content)
+            target.chmod(0o644)
+        entries.append(
+            FamilyEntry(
+                name=name,
+                requires=dict((requires or {}).get(name, FITTING)),
+                files=manifests.scan(root, below=name),
+                seconds_spent=1.5,
+                seconds_saved=1.25,
+            )
+        )
+    manifest = make_manifest(entries)
+    manifests.write(manifest, root)
+    return manifest
+
+
+def make_manifest(families: list[FamilyEntry]) -> Manifest:
+    """A manifest of these families whose set digest is right; all else is made up."""
+    manifest = Manifest(
+        tool="chatterbox-prewarm 0.1.0",
+        created="2025-01-02T03:04:05+00:00",
+        variant="english",
+        execution=Execution(profile="eager"),
+        levels=(1, 2, 3),
+        warmup_texts=("One.", "Grüße."),
+        weights=WEIGHTS,
+        fingerprint={"arch": "x86_64", "python": "cpython-311 3.11.7"},
+        families=tuple(families),
+        voices=("default", "second"),
+        reference=REFERENCE,
+    )
+    return replace(manifest, set_digest=manifests.set_digest(manifest.files))
