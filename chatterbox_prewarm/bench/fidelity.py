@@ -11,6 +11,7 @@ from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.regions.bound import bound
 from chatterbox_prewarm.regions.t3_blocks import rms_norm
 from chatterbox_prewarm.synthesis import Sampling, seed_everything
+from chatterbox_prewarm.voices import detached
 
 if TYPE_CHECKING:
     from chatterbox.tts import ChatterboxTTS, Conditionals
@@ -43,7 +44,7 @@ def reference(model: ChatterboxTTS, voice: Conditionals, text: str) -> dict[str,
         float32 (samples,), of `mel`.
     """
     tokens = model.t3.inference(
-        t3_cond=voice.t3,
+        t3_cond=detached(voice).t3,
         text_tokens=text_tokens(model, text).repeat(2, 1),
         max_new_tokens=TOKENS,
         temperature=_GREEDY.temperature,

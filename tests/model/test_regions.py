@@ -236,7 +236,9 @@ def signal_to_noise(signal: torch.Tensor, other: torch.Tensor) -> float:
 def test_the_comparison_with_upstream_sees_what_differs(attached: Attached, model: ChatterboxTTS) -> None:
     text = "Hello, world."
     synthesizer = attached.synthesizer
-    upstreams = fidelity.reference(model, synthesizer.voices[DEFAULT_VOICE], text)
+    voice = synthesizer.voices[DEFAULT_VOICE]
+    upstreams = fidelity.reference(model, voice, text)
+    assert voice.t3.cond_prompt_speech_emb is None, "upstream changes the voice it is given; this is everyone's"
     found = fidelity.compare(synthesizer, text, upstreams)
     assert found["greedy_tokens_equal"] == len(upstreams["tokens"]) == fidelity.TOKENS
     assert found["next_tokens_equal"] == 1.0

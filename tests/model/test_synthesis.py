@@ -12,7 +12,7 @@ import torch
 
 from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.errors import BadInputError, ModelError
-from chatterbox_prewarm.synthesis import Sampling, Speech, seed_everything
+from chatterbox_prewarm.synthesis import Sampling, seed_everything
 from chatterbox_prewarm.voices import detached
 
 if TYPE_CHECKING:
@@ -38,6 +38,11 @@ def _upstream_generate(attached: Attached, seed: int, **arguments: Any) -> torch
         model.conds = None
 
 
+def decibels(signal: Any, other: Any) -> float:
+    """The energy of a signal over that of its difference from another."""
+    return float(10 * np.log10(np.square(signal).sum() / max(np.square(signal - other).sum(), 1e-30)))
+
+
 @pytest.mark.parametrize("settings", [{}, {"cfg_weight": 0.7, "temperature": 0.5}, {"exaggeration": 1.0}])
 def test_the_audio_is_upstreams(attached: Attached, settings: dict[str, float]) -> None:
     theirs = _upstream_generate(attached, 7, **settings).squeeze(0).numpy()
@@ -45,16 +50,16 @@ def test_the_audio_is_upstreams(attached: Attached, settings: dict[str, float]) 
     assert ours.sample_rate == 24_000
     assert len(ours.samples) > 5_000
     assert ours.samples.shape == theirs.shape
-    noise = np.square(ours.samples - theirs).sum()
-    assert 10 * np.log10(np.square(theirs).sum() / noise) >= 50
+    assert decibels(theirs, ours.samples) >= 50
 
 
 _UNTOUCHED = """
 import sys, warnings
 warnings.simplefilter("ignore")
 import chatterbox.tts as tts
+import numpy as np
 from chatterbox_prewarm.models import english
-from chatterbox_prewarm.synthesis import Speech, seed_everything
+from chatterbox_prewarm.synthesis import seed_everything
 make = tts.S3Gen
 def s3gen():
     model = make()
@@ -67,21 +72,31 @@ model.t3.inference = lambda **given: inference(**{**given, "max_new_tokens": 12}
 seed_everything(7)
 samples = model.generate("Hello, world.").squeeze(0).numpy()
 assert "torch._dynamo" in sys.modules, "imported the ordinary way"
-print(Speech(tokens=samples[:0], samples=samples, sample_rate=24000).pcm_sha256)
+np.save(sys.argv[2], samples)
 """
 
 
-def test_the_audio_is_that_of_a_process_where_upstream_was_imported_the_ordinary_way(
-    attached: Attached, mini: Path
+def test_the_audio_is_that_of_a_process_where_upstream_was_imported_and_loaded_the_ordinary_way(
+    attached: Attached, mini: Path, tmp_path: Path
 ) -> None:
-    """The lean imports change nothing that can be heard."""
+    """The lean imports and the mapped weights change nothing that can be heard.
+
+    Not to the last bit: kernels round differently for weights at other addresses modulo 64, on some processors.
+    """
+    file = tmp_path / "samples.npy"
     untouched = subprocess.run(
-        [sys.executable, "-c", _UNTOUCHED, str(mini)], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", _UNTOUCHED, str(mini), str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert untouched.returncode == 0, untouched.stderr
-    samples = _upstream_generate(attached, 7).squeeze(0).numpy()
-    here = Speech(tokens=np.empty(0, dtype=np.int64), samples=samples, sample_rate=24_000)
-    assert untouched.stdout.split()[-1] == here.pcm_sha256
+    theirs = np.load(file)
+    here = _upstream_generate(attached, 7).squeeze(0).numpy()
+    assert len(theirs) > 5_000
+    assert here.shape == theirs.shape
+    assert decibels(theirs, here) >= 80
 
 
 def test_a_seed_repeats_and_another_does_not(attached: Attached) -> None:
