@@ -7,11 +7,12 @@ upstream makes them with autograd on, which keeps a graph of some 280 MB alive f
 from __future__ import annotations
 
 import logging
+import pickle
 from typing import TYPE_CHECKING
 
 import torch
 
-from chatterbox_prewarm.errors import ModelError
+from chatterbox_prewarm.errors import ModelError, WeightsError, first_line
 from chatterbox_prewarm.models import ENGLISH
 from chatterbox_prewarm.warmup.inputs import reference_clip
 from chatterbox_prewarm.weights import read_record
@@ -68,13 +69,22 @@ def builtin_voice(model: ChatterboxTTS, weights: Path) -> Conditionals:
     """The voice that is always there: the checkpoint's own, or one made from a generated clip.
 
     The checkpoint's voice is a pickle; torch reads it with `weights_only`, which runs no code from it.
+
+    Raises:
+        WeightsError: it is no voice, or a pickle that wants to run code.
     """
     from chatterbox.tts import Conditionals
 
     path = weights / ENGLISH.builtin_voice
     # A file that the record does not name has no digest, and a pickle without one is not read.
     if any(entry.path == ENGLISH.builtin_voice for entry in read_record(weights).files):
-        return detached(Conditionals.load(path, map_location=model.device).to(model.device))
+        try:
+            return detached(Conditionals.load(path, map_location=model.device).to(model.device))
+        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
+            raise WeightsError(
+                f"{path} is no voice of Chatterbox's: {first_line(error)}",
+                next_step="fetch the published file, or remove it and record the checkpoint anew: a voice is then made",
+            ) from error
     logger.info("the checkpoint ships no voice; making one from a generated clip")
     with reference_clip() as clip:
         return prepare_voice(model, clip)

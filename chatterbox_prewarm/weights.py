@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, WeightsError, from_os_error
 from chatterbox_prewarm.manifest import FileEntry, WeightsEntry, hash_file, set_digest, verify_files
-from chatterbox_prewarm.models import Variant, get_variant
+from chatterbox_prewarm.models import VARIANTS, Variant, get_variant
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,6 +31,13 @@ _STORAGE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, err
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 #: How a pickle of protocol 2 to 5 begins, and a zip archive of torch's. So may the length of a safetensors header.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+#: Bytes of a number of each dtype that safetensors has.
+_WIDTHS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
 _FETCH = "fetch them again with `chatterbox-prewarm weights fetch`"
 
 
@@ -73,7 +81,8 @@ def fetch(directory: Path, *, variant: Variant, revision: str | None = None) -> 
     """Download a variant's files at a pinned commit, verify them against the hub's own digests, and record them.
 
     The hub's client shows progress and resumes a transfer that breaks. Another call keeps the files that an earlier one
-    finished, and fetches the one that it was interrupted in from its beginning.
+    finished, and fetches the one that it was interrupted in from its beginning. A checkpoint of another origin is left
+    alone.
 
     Args:
         directory: where the files go.
@@ -81,7 +90,7 @@ def fetch(directory: Path, *, variant: Variant, revision: str | None = None) -> 
         revision: a full commit hash; the variant's pinned one by default. Branches and tags move, so they are refused.
 
     Raises:
-        BadInputError: `revision` is no commit hash, or `directory` cannot be written.
+        BadInputError: `revision` is no commit hash, or `directory` cannot be written, or holds another checkpoint.
         WeightsError: the hub cannot be reached, lacks a file, or sent something else than it announced.
     """
     import httpx
@@ -98,6 +107,7 @@ def fetch(directory: Path, *, variant: Variant, revision: str | None = None) -> 
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise from_os_error(error, "making the weights directory") from error
+    ours = _fetched_before(directory, variant)
     for name in variant.files:
         try:
             # A fresh look at what the hub announces: the download itself compares sizes, never digests.
@@ -105,6 +115,11 @@ def fetch(directory: Path, *, variant: Variant, revision: str | None = None) -> 
             path = directory / name
             if path.is_file() and _differs_from_etag(path, announced.etag) is None:
                 continue
+            if path.exists() and name not in ours:
+                raise BadInputError(
+                    f"{path} is not of {variant.repository}, and fetching would replace it",
+                    next_step="name another directory, or remove the file",
+                )
             # From here on the record is no longer true, until it is written anew.
             (directory / RECORD_NAME).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
@@ -122,6 +137,16 @@ def fetch(directory: Path, *, variant: Variant, revision: str | None = None) -> 
     for leftover in (directory / ".cache" / "huggingface").rglob("*.incomplete"):
         leftover.unlink(missing_ok=True)  # of a call that was killed; the client never takes one up again
     return record(directory, variant=variant, repository=variant.repository, revision=commit)
+
+
+def _fetched_before(directory: Path, variant: Variant) -> frozenset[str]:
+    """The files in `directory` that came from the hub: by our record, or where there is none, by its client's notes."""
+    try:
+        known = read_record(directory)
+    except WeightsError:
+        notes = (directory / ".cache" / "huggingface" / "download").rglob("*.metadata")
+        return frozenset(path.name.removesuffix(".metadata") for path in notes)
+    return frozenset(variant.files) if known.repository == variant.repository else frozenset()
 
 
 def _differs_from_etag(path: Path, etag: str | None) -> str | None:
@@ -185,6 +210,11 @@ def read_record(directory: Path) -> WeightsRecord:
                 next_step="upgrade chatterbox-prewarm, or run `chatterbox-prewarm weights record`",
             )
         synthetic = raw["synthetic"]
+        if raw["variant"] not in VARIANTS:
+            raise WeightsError(
+                f"{path} is of the variant {raw['variant']!r}; this version knows {', '.join(VARIANTS)}",
+                next_step="upgrade chatterbox-prewarm, or run `chatterbox-prewarm weights record`",
+            )
         return WeightsRecord(
             **{
                 **raw,
@@ -197,12 +227,12 @@ def read_record(directory: Path) -> WeightsRecord:
             f"{directory} has no {RECORD_NAME}: the download never finished, or the checkpoint is your own",
             next_step=f"{_FETCH}, or record your own with `chatterbox-prewarm weights record {directory}`",
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read: {error!r}", next_step=_FETCH) from error
 
 
 def check_quickly(directory: Path, found: WeightsRecord) -> None:
-    """Compare what a start can afford with the record: the size of every file, the digest of the small ones.
+    """Compare what a start can afford with the record: the size of every file, the digest of all but large tensors.
 
     `verify` compares all digests, which takes seconds.
 
@@ -219,7 +249,7 @@ def check_quickly(directory: Path, found: WeightsRecord) -> None:
                 f"{directory / entry.path} is truncated or was changed: {entry.size} bytes recorded, {size} found",
                 next_step=_FETCH,
             )
-    small = [entry for entry in found.files if entry.size <= _SMALL]
+    small = [entry for entry in found.files if entry.size <= _SMALL or not entry.path.endswith(".safetensors")]
     if problems := verify_files(small, directory):
         raise WeightsError(f"the weights in {directory} differ from their record: {problems[0]}", next_step=_FETCH)
 
@@ -262,9 +292,14 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]
                 raise ValueError(f"a header of {length} bytes in a file of {size}")  # noqa: TRY301 - one way out
             header = json.loads(stream.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
+            end = 0
+            for entry in sorted(tensors.values(), key=lambda entry: entry["data_offsets"]):  # one after the other
+                first, last = entry["data_offsets"]
+                if first != end or last - first != _WIDTHS[entry["dtype"]] * math.prod(entry["shape"]):
+                    raise ValueError(f"{entry} does not follow the {end} bytes before it, or is not as long as it says")  # noqa: TRY301
+                end = last
             shapes = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in tensors.items()}
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             if start.startswith(_PICKLES):
                 raise WeightsError(
                     f"{path} is a pickle where safetensors belong; loading one runs whatever code is in it",

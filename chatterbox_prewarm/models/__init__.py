@@ -17,7 +17,8 @@ class Variant:
         revision: the commit that `weights fetch` takes when none is given. Upstream pins none.
         files: every file of the checkpoint, in the order of their use.
         safetensors: those of `files` that hold tensors and must not be pickles.
-        builtin_voice: the file with upstream's own voice, a pickle that is read with `weights_only`, at bake alone.
+        builtin_voice: the file with upstream's own voice, a pickle that is read with `weights_only`, at bake and by a
+            start that has no baked voice.
     """
 
     name: str

@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -190,7 +191,10 @@ def _assign(
             raise WeightsError(
                 f"{path}: {name} has shape {list(shape)}, the model needs {list(expected[name].shape)}", next_step=step
             )
-    tensors = load_file(path, device=device)
+    try:
+        tensors = load_file(path, device=device)
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is not a safetensors file: {error}", next_step=step) from error
     module.load_state_dict(
         # The cast is for half-precision files alone: upstream would copy them into float32 parameters too.
         {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items() if name in expected},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from chatterbox_prewarm.errors import WeightsError
 from chatterbox_prewarm.models import ENGLISH, english
+from chatterbox_prewarm.voices import builtin_voice
 from chatterbox_prewarm.weights import read_record, record
 
 if TYPE_CHECKING:
@@ -89,6 +92,11 @@ def _copy(mini: Path, place: Path) -> Path:
     return place
 
 
+def _record(copy: Path, mini: Path) -> None:
+    old = read_record(mini)
+    record(copy, variant=ENGLISH, repository=old.repository, revision=old.revision, synthetic=old.synthetic)
+
+
 def _reshape(path: Path) -> None:
     tensors = load_file(path)
     tensors["speech_head.weight"] = tensors["speech_head.weight"][:-1].contiguous()
@@ -118,14 +126,7 @@ def test_a_tensor_that_does_not_fit_is_named(
 ) -> None:
     copy = _copy(mini, tmp_path / "weights")
     damage(copy / "t3_cfg.safetensors")
-    old = read_record(mini)
-    record(
-        copy,
-        variant=ENGLISH,
-        repository=old.repository,
-        revision=old.revision,
-        synthetic=old.synthetic,
-    )
+    _record(copy, mini)
     with pytest.raises(WeightsError, match=r"t3_cfg") as caught:
         english.load(copy)
     assert word in caught.value.message
@@ -137,6 +138,29 @@ def test_a_truncated_file_is_refused_before_anything_is_built(mini: Path, tmp_pa
         stream.truncate(1_000_000)
     with pytest.raises(WeightsError, match="truncated or was changed"):
         english.load(copy)
+
+
+class _Sabotage:
+    def __init__(self, target: Path) -> None:
+        self._target = target
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch {self._target}",)
+
+
+def test_a_voice_that_is_none_is_refused_and_runs_no_code(mini: Path, tmp_path: Path, attached: Attached) -> None:
+    copy = _copy(mini, tmp_path / "weights")
+    for content in (pickle.dumps(_Sabotage(tmp_path / "ran")), b"PK\x03\x04 and no more", b"", b"voice"):
+        (copy / ENGLISH.builtin_voice).write_bytes(content)
+        _record(copy, mini)
+        with pytest.raises(WeightsError, match=r"is no voice of Chatterbox's"):
+            builtin_voice(attached.synthesizer.model, copy)
+    for saved in ({}, {"t3": {"no": "such field"}, "gen": {}}, [1]):
+        torch.save(saved, copy / ENGLISH.builtin_voice)
+        _record(copy, mini)
+        with pytest.raises(WeightsError, match=r"is no voice of Chatterbox's"):
+            builtin_voice(attached.synthesizer.model, copy)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_gpu_that_is_not_there_is_said(mini: Path) -> None:

@@ -140,6 +140,10 @@ def test_a_start_compares_sizes_and_the_digests_of_small_files(recorded: Path, m
         check_quickly(recorded, found)
     monkeypatch.setattr("chatterbox_prewarm.weights._SMALL", 0)
     check_quickly(recorded, found)  # of large ones, a start can afford the size alone
+    flip(recorded / "conds.pt")
+    with pytest.raises(WeightsError, match=r"conds\.pt: sha256"):
+        check_quickly(recorded, found)  # but a pickle is compared whatever its size
+    flip(recorded / "conds.pt")
     truncate(recorded / T3)
     with pytest.raises(WeightsError, match=rf"{T3} is truncated or was changed"):
         check_quickly(recorded, found)
@@ -178,6 +182,7 @@ def test_a_directory_that_does_not_exist_is_named(tmp_path: Path) -> None:
         (lambda raw: raw.update(surplus=1), "cannot be read"),
         (lambda raw: raw.update(files=[{"path": "x"}]), "cannot be read"),
         (lambda raw: raw.update(synthetic="yes"), "cannot be read"),
+        (lambda raw: raw.update(variant="klingon"), "is of the variant 'klingon'; this version knows english"),
     ],
 )
 def test_a_record_of_another_form_is_refused(
@@ -192,7 +197,7 @@ def test_a_record_of_another_form_is_refused(
     assert caught.value.exit_code == 10
 
 
-@pytest.mark.parametrize("content", [b"", b"{half", b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{half", b"[]", b"\xff\xfe", b"[" * 100_000])
 def test_a_record_that_is_no_json_object_is_refused(recorded: Path, content: bytes) -> None:
     (recorded / "weights.json").write_bytes(content)
     with pytest.raises(WeightsError, match="cannot be read"):
@@ -225,6 +230,11 @@ def test_a_header_whose_length_looks_like_the_start_of_a_pickle_is_read(tmp_path
         b'{"w": {"dtype": "F32", "data_offsets": [0, 4]}}',
         b'{"w": {"shape": [1], "data_offsets": [0, 4]}}',
         b'{"w": \xff}',
+        b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"w": {"dtype": "F33", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"w": {"dtype": "F32", "shape": [], "data_offsets": [4, 8]}}',
+        b'{"v": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}, "w": {"dtype": "U8", "data_offsets": [2, 4]}}',
+        b'{"w": ' + b"[" * 100_000 + b"}",
     ],
 )
 def test_a_header_of_another_form_is_refused(tmp_path: Path, header: bytes) -> None:

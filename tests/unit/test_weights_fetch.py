@@ -12,7 +12,8 @@ from safetensors.numpy import save
 
 from chatterbox_prewarm.errors import BadInputError, WeightsError
 from chatterbox_prewarm.manifest import verify_files
-from chatterbox_prewarm.weights import check_quickly, read_record
+from chatterbox_prewarm.models import ENGLISH
+from chatterbox_prewarm.weights import check_quickly, read_record, record
 
 from .children import call, start
 from .hub_server import Hub, serve
@@ -135,6 +136,21 @@ def test_a_file_that_was_changed_on_disk_is_found_and_fetched_again(hub: Hub, tm
     fetch(hub, tmp_path)
     assert changed.read_bytes() == hub.files[SMALL]
     assert hub.of("GET", LARGE) == [None]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_checkpoint_of_ones_own_is_not_replaced(hub: Hub, tmp_path: Path, recorded: bool) -> None:
+    mine = tmp_path / "weights"
+    mine.mkdir()
+    for name in ENGLISH.files:
+        (mine / name).write_bytes(TENSORS[:-4] + b"mine" if name in ENGLISH.safetensors else b"a fine-tune")
+    if recorded:
+        record(mine, variant=ENGLISH, repository="own", revision="unversioned")
+    before = {path: path.read_bytes() for path in mine.iterdir()}
+    with pytest.raises(BadInputError, match=f"{SMALL} is not of someone/voice") as caught:
+        fetch(hub, tmp_path)
+    assert caught.value.exit_code == 16
+    assert {path: path.read_bytes() for path in mine.iterdir()} == before
 
 
 def test_a_hub_that_cannot_be_reached_leaves_a_complete_checkpoint_as_it_is(hub: Hub, tmp_path: Path) -> None:
