@@ -1,7 +1,8 @@
 """The manifest of a warm state: what is in it, what it was made from, and the digest of every file.
 
 Compiled caches are code, so nothing of a warm state is opened before its digest was compared with this file.
-Reading and writing round-trip: `read(write(m)) == m`, and equal manifests are equal bytes.
+Reading and writing round-trip: `read(write(m)) == m`, and equal manifests are equal bytes. The text holds a digest of
+itself, so that one byte changed anywhere in it is seen.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import json
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from chatterbox_prewarm.errors import BadInputError, IntegrityError
 from chatterbox_prewarm.profiles import Execution
@@ -21,7 +22,7 @@ from chatterbox_prewarm.profiles import Execution
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 _REBAKE = "bake the warm state again with `chatterbox-prewarm bake`"
 
@@ -175,15 +176,20 @@ def write(manifest: Manifest, root: Path) -> None:
 
 
 def to_json(manifest: Manifest) -> str:
-    """The manifest as JSON text, keys sorted."""
-    return json.dumps(asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    """The manifest as JSON text, keys sorted, with the digest of all else in it."""
+    raw = asdict(manifest)
+    return _dump({**raw, "digest": hashlib.sha256(_dump(raw).encode()).hexdigest()})
+
+
+def _dump(raw: Mapping[str, Any]) -> str:
+    return json.dumps(raw, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def read(root: Path) -> Manifest:
     """Read the manifest of the warm state in `root`.
 
     Raises:
-        IntegrityError: there is none, it is not JSON, it is of a newer schema, or its set digest is wrong.
+        IntegrityError: there is none, it is not JSON, it is of a newer schema, or it was changed.
     """
     path = root / MANIFEST_NAME
     try:
@@ -225,16 +231,18 @@ def from_json(text: str, *, source: str) -> Manifest:
             f"{source}: the set digest is {manifest.set_digest}, but its own list of files gives {expected}",
             next_step=_REBAKE,
         )
+    if schema >= 3 and text != to_json(manifest):  # schemas 1 and 2 had no digest of themselves
+        raise IntegrityError(f"{source} was changed after it was written: its digest is another", next_step=_REBAKE)
     return manifest
 
 
 def _build(raw: Mapping[str, Any]) -> Manifest:
     weights = raw["weights"]
+    raw = {key: value for key, value in raw.items() if key != "digest" or raw["schema"] < 3}
     if raw["schema"] == 1:  # before there was anything to compile
-        profile = raw["profile"]
-        raw = {key: value for key, value in raw.items() if key != "profile"}
-        raw |= {"schema": SCHEMA_VERSION, "execution": {"profile": profile}}
-    return Manifest(
+        raw["execution"] = {"profile": raw.pop("profile")}
+    raw["schema"] = SCHEMA_VERSION
+    manifest = Manifest(
         **{
             **raw,
             "execution": Execution(**raw["execution"]),
@@ -246,6 +254,28 @@ def _build(raw: Mapping[str, Any]) -> Manifest:
             "reference": Reference(**raw["reference"]),
         }
     )
+    _check_types(manifest)
+    return manifest
+
+
+def _check_types(record: Any) -> None:
+    """Make sure that every field of a dataclass is of the type that it is declared with.
+
+    Raises:
+        TypeError: naming the first one that is not.
+    """
+    for name, kind in get_type_hints(type(record)).items():
+        value = getattr(record, name)
+        values, kinds = [value], {int, float} if kind is float else {kind}
+        if get_origin(kind) is tuple:
+            values, kinds = list(value), {get_args(kind)[0]}
+        elif get_origin(kind) is dict:
+            values, kinds = [*value.keys(), *value.values()], set(get_args(kind))
+        for item in values:
+            if is_dataclass(item):
+                _check_types(item)
+            elif type(item) not in kinds:
+                raise TypeError(f"{name} holds {item!r}")
 
 
 def _families(raw: Sequence[Mapping[str, Any]]) -> tuple[FamilyEntry, ...]:
@@ -256,8 +286,6 @@ def _families(raw: Sequence[Mapping[str, Any]]) -> tuple[FamilyEntry, ...]:
     for family in families:
         if stray := [file.path for file in family.files if PurePosixPath(file.path).parts[:1] != (family.name,)]:
             raise ValueError(f"the file {stray[0]!r} is not in the folder of its family {family.name}")
-        if not all(isinstance(value, str) for value in family.requires.values()):
-            raise ValueError(f"a requirement of the family {family.name} is not a string")
     return families
 
 
@@ -267,8 +295,6 @@ def _files(raw: Sequence[Mapping[str, Any]]) -> tuple[FileEntry, ...]:
         path = PurePosixPath(entry.path)
         if path.is_absolute() or ".." in path.parts or "\0" in entry.path:
             raise ValueError(f"the path {entry.path!r} leaves the warm state")
-        if not isinstance(entry.size, int):
-            raise TypeError(f"the size of {entry.path!r} is no whole number")
     return entries
 
 

@@ -55,11 +55,11 @@ def test_writing_leaves_one_read_only_file_and_nothing_temporary(tmp_path: Path)
     assert (tmp_path / "manifest.json").stat().st_mode & 0o777 == 0o444
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_a_manifest_of_every_schema_is_still_read(version: int) -> None:
     text = (FIXTURES / f"manifest-v{version}.json").read_text(encoding="utf-8")
     manifest = manifests.from_json(text, source="the fixture")
-    assert manifest.schema == 2
+    assert manifest.schema == manifests.SCHEMA_VERSION
     assert manifest.execution == Execution(profile="eager")
     assert manifest.levels == (1, 2, 3)
     assert manifest.voices == ("default", "second")
@@ -72,7 +72,7 @@ def test_a_manifest_of_every_schema_is_still_read(version: int) -> None:
 
 
 def test_a_manifest_of_the_present_schema_is_written_byte_for_byte() -> None:
-    text = (FIXTURES / "manifest-v2.json").read_text(encoding="utf-8")
+    text = (FIXTURES / f"manifest-v{manifests.SCHEMA_VERSION}.json").read_text(encoding="utf-8")
     assert manifests.to_json(manifests.from_json(text, source="the fixture")) == text
 
 
@@ -105,12 +105,18 @@ def edited(change: Callable[[dict[str, Any]], object]) -> str:
         (edited(lambda raw: raw["reference"].pop("seed")), "seed"),
         (edited(lambda raw: raw["families"][0]["files"][0].pop("sha256")), "sha256"),
         (edited(lambda raw: raw.update(surplus=1)), "surplus"),
-        (edited(lambda raw: raw.update(families=None)), "schema 2"),
-        (edited(lambda raw: raw.update(weights="none")), "schema 2"),
-        (edited(lambda raw: raw["families"][0]["files"][0].update(size="3")), "whole number"),
-        (edited(lambda raw: raw["families"][0]["files"][0].update(path=3)), "schema 2"),
-        (edited(lambda raw: raw["families"][0]["files"][0].update(path="numba/\ud800")), "schema 2"),
-        (edited(lambda raw: raw["families"][0].update(requires={"arch": 5})), "not a string"),
+        (edited(lambda raw: raw.update(families=None)), "schema 3"),
+        (edited(lambda raw: raw.update(weights="none")), "schema 3"),
+        (edited(lambda raw: raw["families"][0]["files"][0].update(size="3")), "size holds '3'"),
+        (edited(lambda raw: raw["families"][0]["files"][0].update(path=3)), "schema 3"),
+        (edited(lambda raw: raw["families"][0]["files"][0].update(path="numba/\ud800")), "schema 3"),
+        (edited(lambda raw: raw["families"][0].update(requires={"arch": 5})), "requires holds 5"),
+        (edited(lambda raw: raw.update(fingerprint=[])), "schema 3"),
+        (edited(lambda raw: raw.update(voices=[1])), "voices holds 1"),
+        (edited(lambda raw: raw.update(levels=[True])), "levels holds True"),
+        (edited(lambda raw: raw["reference"].update(threads="2")), "threads holds '2'"),
+        (edited(lambda raw: raw.pop("digest")), "was changed"),
+        (edited(lambda raw: raw.update(digest="5" * 64)), "was changed"),
         (edited(lambda raw: raw["families"].append(raw["families"][0])), "listed twice"),
         (edited(lambda raw: raw.update(set_digest="5" * 64)), "the set digest is " + "5" * 64),
         (edited(lambda raw: raw["families"][0]["files"][0].update(sha256="5" * 64)), "set digest"),
@@ -126,8 +132,8 @@ def test_a_manifest_that_cannot_be_trusted_is_refused_in_words(text: str, says: 
 
 
 def test_a_newer_schema_is_refused_with_the_advice_to_upgrade() -> None:
-    with pytest.raises(IntegrityError, match="is of schema 3; this version reads up to 2") as caught:
-        manifests.from_json('{"schema": 3, "fields": "unheard of"}', source="manifest.json")
+    with pytest.raises(IntegrityError, match="is of schema 4; this version reads up to 3") as caught:
+        manifests.from_json('{"schema": 4, "fields": "unheard of"}', source="manifest.json")
     assert "upgrade" in caught.value.next_step
 
 
@@ -143,6 +149,17 @@ def test_a_file_outside_its_familys_folder_is_refused(path: str) -> None:
     # Otherwise a family could be verified by a list of files that are not those that it reads.
     with pytest.raises(IntegrityError, match="not in the folder of its family numba"):
         manifests.from_json(manifests.to_json(with_files(file(path))), source="manifest.json")
+
+
+def test_one_flipped_byte_anywhere_in_a_manifest_is_seen(tmp_path: Path) -> None:
+    content = manifests.to_json(with_files(file("numba/a"))).encode()
+    path = tmp_path / "manifest.json"
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(IntegrityError):
+            manifests.read(tmp_path)
+    path.write_bytes(content)
+    manifests.read(tmp_path)
 
 
 def test_a_folder_without_a_manifest_is_no_warm_state(tmp_path: Path) -> None:
