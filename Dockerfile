@@ -54,7 +54,8 @@ RUN --mount=type=cache,target=/var/cache/weights,sharing=locked \
 FROM deps AS weights-synthetic
 ARG SIZE=full
 COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/manifest.py \
-     chatterbox_prewarm/profiles.py chatterbox_prewarm/staging.py chatterbox_prewarm/weights.py \
+     chatterbox_prewarm/process.py chatterbox_prewarm/profiles.py chatterbox_prewarm/staging.py \
+     chatterbox_prewarm/weights.py \
      /build/chatterbox_prewarm/
 COPY chatterbox_prewarm/models /build/chatterbox_prewarm/models
 COPY build/fetch.py /build/
@@ -74,7 +75,7 @@ RUN apt-get update \
 COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/bake.py chatterbox_prewarm/bake_cold.py \
      chatterbox_prewarm/bake_compile.py chatterbox_prewarm/child.py chatterbox_prewarm/clips.py chatterbox_prewarm/errors.py \
      chatterbox_prewarm/fingerprint.py chatterbox_prewarm/fit.py chatterbox_prewarm/load.py \
-     chatterbox_prewarm/manifest.py \
+     chatterbox_prewarm/manifest.py chatterbox_prewarm/places.py \
      chatterbox_prewarm/probes.py chatterbox_prewarm/process.py chatterbox_prewarm/profiles.py \
      chatterbox_prewarm/prove.py \
      chatterbox_prewarm/save.py chatterbox_prewarm/staging.py chatterbox_prewarm/synthesis.py \
@@ -107,7 +108,7 @@ ARG PROFILE=aot
 LABEL org.opencontainers.image.title="chatterbox-prewarm" \
       org.opencontainers.image.description="Chatterbox TTS with its warm state baked in" \
       org.opencontainers.image.licenses="MIT" \
-      io.chatterbox-prewarm.schema="2" \
+      io.chatterbox-prewarm.schema="3" \
       io.chatterbox-prewarm.variant="${VARIANT}" \
       io.chatterbox-prewarm.profile="${PROFILE}" \
       io.chatterbox-prewarm.torch="${STACK}"

@@ -8,7 +8,7 @@ import sys
 
 from chatterbox_prewarm.bake import bake
 from chatterbox_prewarm.errors import exit_with_code
-from chatterbox_prewarm.load import CACHE, WARM, WEIGHTS
+from chatterbox_prewarm.places import CACHE, WARM, WEIGHTS
 from chatterbox_prewarm.profiles import default_execution
 
 

@@ -8,12 +8,12 @@ state appears under its name all at once, or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.clips import check_clip
 from chatterbox_prewarm.errors import BadInputError, ModelError, NotWarmError, from_os_error
 from chatterbox_prewarm.families import COMPILED, FAMILIES, applicable
-from chatterbox_prewarm.load import make_cache
+from chatterbox_prewarm.places import BAKE, make_cache, require_execution
 from chatterbox_prewarm.process import run as run_process
 from chatterbox_prewarm.profiles import default_execution
 from chatterbox_prewarm.prove import counter_checks, parse_trial, trial_command
@@ -32,7 +32,7 @@ from chatterbox_prewarm.warmup import LEVELS, SWITCH, check_levels, switched_off
 from chatterbox_prewarm.weights import verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from chatterbox_prewarm.manifest import FamilyEntry, Manifest
     from chatterbox_prewarm.profiles import Execution
@@ -82,23 +82,15 @@ def bake(
 
     Raises:
         WeightsError: the weights are not as recorded.
-        BadInputError: a clip or a name cannot be used, a place cannot be written, or another bake writes there.
+        BadInputError: a clip or a name cannot be used, a place cannot be written, or another process is at work there.
         ModelError: the warm-up failed.
         NotWarmError: a start from the new state missed; nothing was put in place.
     """
     warm = Path(os.path.abspath(warm))  # noqa: PTH100 - a link must stay visible as one
     clips = {check_voice_name(name): str(path.resolve()) for name, path in (voices or {}).items()}
-    if unknown := set(families) - set(FAMILIES):
-        raise BadInputError(
-            f"there is no cache family {min(unknown)!r}", next_step=f"choose from: {', '.join(FAMILIES)}"
-        )
     execution = execution or default_execution(device)
-    wanted = tuple(name for name in applicable(execution.profile, device) if name in families)
-    if unmade := [name for name in applicable(execution.profile, device) if name in COMPILED and name not in families]:
-        raise BadInputError(
-            f"the profile {execution.profile!r} stands on the family {unmade[0]!r}, which is left out",
-            next_step="bake with that family, or with --profile eager",
-        )
+    wanted = _wanted(families, execution.profile, device)
+    compiles = any(name in COMPILED for name in wanted)
     if clips and "conditionals" not in families:
         raise BadInputError(
             "voices are kept in the family 'conditionals', which is left out",
@@ -113,20 +105,21 @@ def bake(
     progress("verifying the weights")
     verify(weights)
     make_cache(cache)
+    if compiles:
+        require_execution(cache)
     try:
         warm.parent.mkdir(parents=True, exist_ok=True)
-        # What is compiled is run by this bake: it goes to a new folder that only this user can enter.
         with (
             exclusive(warm),
-            exclusive(cache / "bake"),
+            exclusive(cache / BAKE),
             staging_folder(warm) as staging,
-            tempfile.TemporaryDirectory(prefix="bake-made-", dir=cache.resolve()) as made,
+            _folder_for_compiled(cache.resolve()) as made,
         ):
             request = BakeRequest(
                 weights=str(weights.resolve()),
                 cache=str(cache.resolve()),
                 output=str(staging),
-                made=made,
+                made=str(made),
                 device=device,
                 execution=asdict(execution),
                 levels=levels,
@@ -134,7 +127,7 @@ def bake(
                 families=wanted,
             )
             compiled: dict[str, Any] = {}
-            if any(name in COMPILED for name in wanted):
+            if compiles:
                 progress("compiling the regions, in a process of its own")
                 compiled = _run_child("bake_compile", request)
             progress("cold start, warm-up and save, in a process of its own")
@@ -161,6 +154,24 @@ def bake(
     except OSError as error:
         raise from_os_error(error, "baking the warm state") from error
     return manifest
+
+
+def _wanted(families: Sequence[str], profile: str, device: str) -> tuple[str, ...]:
+    """Those of `families` that a model which executes so has anything of.
+
+    Raises:
+        BadInputError: one is unknown, or one is left out that the profile stands on.
+    """
+    if unknown := set(families) - set(FAMILIES):
+        raise BadInputError(
+            f"there is no cache family {min(unknown)!r}", next_step=f"choose from: {', '.join(FAMILIES)}"
+        )
+    if unmade := [name for name in applicable(profile, device) if name in COMPILED and name not in families]:
+        raise BadInputError(
+            f"the profile {profile!r} stands on the family {unmade[0]!r}, which is left out",
+            next_step="bake with that family, or with --profile eager",
+        )
+    return tuple(name for name in applicable(profile, device) if name in families)
 
 
 def _check_target(warm: Path) -> None:
@@ -211,6 +222,21 @@ def _run_child(module: str, request: BakeRequest) -> dict[str, Any]:
             next_step="if it was out of memory, give the machine more; see its output above",
         )
     return parse_trial(finished.stdout, finished.returncode)
+
+
+@contextlib.contextmanager
+def _folder_for_compiled(cache: Path) -> Iterator[Path]:
+    """A new folder for what is compiled, which this bake also runs: only this user can enter it.
+
+    One that a killed bake left behind goes first.
+    """
+    folder = cache / "bake-made"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _empty_cache(cache: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from chatterbox_prewarm.child import report
 from chatterbox_prewarm.families import BYTECODE
 from chatterbox_prewarm.load import attach, prepare
 from chatterbox_prewarm.profiles import Execution
+from chatterbox_prewarm.warmup import metrics as metrics_module
 
 
 def run(**request_fields: Any) -> dict[str, Any]:
@@ -20,6 +22,7 @@ def run(**request_fields: Any) -> dict[str, Any]:
         the log of this process.
     """
     request = BakeRequest(**request_fields)
+    logging.getLogger(metrics_module.__name__).setLevel(logging.ERROR)  # nothing is baked yet, so all of it misses
     output = Path(request.output)
     prepared = prepare(
         output,

@@ -16,8 +16,9 @@ import click
 from chatterbox_prewarm import __version__
 from chatterbox_prewarm.child import DEBUG
 from chatterbox_prewarm.errors import BadInputError, as_prewarm_error
-from chatterbox_prewarm.load import CACHE, POLICIES, WARM, WEIGHTS
+from chatterbox_prewarm.load import POLICIES
 from chatterbox_prewarm.models import VARIANTS, get_variant
+from chatterbox_prewarm.places import CACHE, WARM, WEIGHTS
 from chatterbox_prewarm.profiles import PROFILES, T3_DTYPES, default_execution
 from chatterbox_prewarm.text import MAX_CHARACTERS
 
@@ -219,7 +220,10 @@ def verify(*, warm: Path, weights: Path, cache: Path) -> None:
 @click.option("--here", is_flag=True, help="This process is set apart already, as in a container: make no namespaces.")
 @click.option("--image", help="Prove in a container of this image, run as it is meant to be.")
 def prove(*, warm: Path, weights: Path, cache: Path, evidence: Path | None, here: bool, image: str | None) -> None:
-    """Show that a fresh, isolated process hits every cache and misses none. Exit code 13 when it does not."""
+    """Show that a fresh, isolated process hits every cache and misses none. Exit code 13 when it does not.
+
+    With --image the places are the image's own. --cache counts with --here alone: otherwise the cache is a new folder.
+    """
     from chatterbox_prewarm import prove as proving
 
     if evidence is not None and str(evidence) != "-":
@@ -251,8 +255,13 @@ def prove(*, warm: Path, weights: Path, cache: Path, evidence: Path | None, here
 @_option("--port", default=8000, type=click.IntRange(1, 65535), help="The port to listen on.")
 @_option("--threads", type=click.IntRange(1), help="CPU threads of torch; all by default.")
 @_option("--max-characters", default=MAX_CHARACTERS, type=click.IntRange(1), help="The longest text accepted.")
-@_option("--max-new-tokens", default=1000, type=click.IntRange(1, 1500), help="Most speech tokens, 25 a second.")
-@_option("--queue-limit", default=32, type=click.IntRange(1), help="Most requests that wait; others get 429.")
+@_option("--max-new-tokens", default=1000, type=click.IntRange(3, 1500), help="Most speech tokens, 25 a second.")
+@_option(
+    "--queue-limit",
+    default=32,
+    type=click.IntRange(1),
+    help="Most requests at a time, the one being spoken too; others get 429.",
+)
 @_option("--drain-seconds", default=100.0, type=click.FloatRange(0), help="How long requests may finish after SIGTERM.")
 def serve(
     *,

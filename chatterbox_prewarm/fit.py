@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm import manifest as manifests
-from chatterbox_prewarm.errors import FingerprintMismatchError, IntegrityError, WeightsError
-from chatterbox_prewarm.families import FAMILIES, MAY_BE_EMPTY, current_facts
+from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, IntegrityError, WeightsError
+from chatterbox_prewarm.families import FAMILIES, MAY_BE_EMPTY, applicable, current_facts
 from chatterbox_prewarm.fingerprint import explain, package_digest, read_fingerprint
+from chatterbox_prewarm.places import require_execution
 from chatterbox_prewarm.weights import read_record
 
 if TYPE_CHECKING:
@@ -16,9 +18,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox_prewarm.manifest import FamilyEntry, Manifest
+    from chatterbox_prewarm.profiles import Execution
     from chatterbox_prewarm.warmup.metrics import WarmupMetrics
 
 logger = logging.getLogger(__name__)
+
+#: The families that a profile stands on: without one the model runs as written, since compiling takes minutes.
+_STANDS_ON = {"eager": (), "aot": ("aot",), "compiled": ("inductor", "triton")}
 
 
 def device_kind(device: str) -> str:
@@ -135,3 +141,43 @@ def _misfit(entry: FamilyEntry, differences: list[str], policy: str, metrics: Wa
             next_step="bake on this machine's kind, or start with --policy fallback to run cold",
         )
     metrics.miss(entry.name, f"left out: {'; '.join(differences)}")
+
+
+def possible_execution(
+    asked: Execution,
+    folders: Mapping[str, Path],
+    device: str,
+    cache: Path,
+    policy: str,
+    metrics: WarmupMetrics,
+    *,
+    by_name: bool,
+) -> Execution:
+    """How the model can execute with what is usable: as asked for, or as written.
+
+    Whoever asks for `compiled` by name has it compiled cold.
+
+    Raises:
+        FingerprintMismatchError: under "require", the state has nothing for the profile asked for.
+        BadInputError: under "require", the profile is `compiled` and the cache forbids execution.
+    """
+    if asked.profile == "compiled":  # the one that loads libraries from the cache
+        try:
+            require_execution(cache)
+        except BadInputError as error:
+            if policy == "require":
+                raise
+            metrics.miss("inductor", f"{error.message}; the model runs as written")
+            return replace(asked, profile="eager")
+    needed = set(applicable(asked.profile, device)).intersection(_STANDS_ON[asked.profile])
+    if needed <= folders.keys():
+        return asked
+    if policy == "require":
+        raise FingerprintMismatchError(
+            f"the warm state has no family {min(needed - folders.keys())!r}, which the profile {asked.profile!r} needs",
+            next_step=f"bake with --profile {asked.profile}, or leave the profile to the state",
+        )
+    if by_name and asked.profile == "compiled":
+        return asked
+    logger.warning("the profile %s has nothing to run from; the model runs as written", asked.profile)
+    return replace(asked, profile="eager")

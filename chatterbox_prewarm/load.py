@@ -8,53 +8,32 @@ unless the policy forbids it.
 from __future__ import annotations
 
 import importlib
-import logging
 import os
-import pwd
 import sys
-import tempfile
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.clips import DEFAULT_VOICE, check_clip
-from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, IntegrityError, from_os_error
-from chatterbox_prewarm.families import COMPILED, FAMILIES, MAY_BE_EMPTY, Session, applicable
-from chatterbox_prewarm.fit import device_kind, facts, usable_families
+from chatterbox_prewarm.errors import BadInputError, IntegrityError, from_os_error
+from chatterbox_prewarm.families import COMPILED, FAMILIES, Session, applicable
+from chatterbox_prewarm.fit import device_kind, facts, possible_execution, usable_families
+from chatterbox_prewarm.places import BAKE, CACHE, WARM, WEIGHTS, make_cache, model_environment
 from chatterbox_prewarm.profiles import Execution
+from chatterbox_prewarm.staging import share
 from chatterbox_prewarm.text import check_voice_name
 from chatterbox_prewarm.warmup.metrics import WarmupMetrics
 from chatterbox_prewarm.weights import check_quickly, read_record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from chatterbox_prewarm.manifest import Manifest
     from chatterbox_prewarm.regions.execute import Executor
     from chatterbox_prewarm.synthesis import Synthesizer
 
-logger = logging.getLogger(__name__)
-
-#: The places of an image. The cache is the one path that compilers see, the same at bake and at run.
-WEIGHTS = Path("/opt/chatterbox-prewarm/weights")
-WARM = Path("/opt/chatterbox-prewarm/warm")
-CACHE = Path("/var/cache/chatterbox-prewarm")
-
 POLICIES = ("require", "fallback", "off")
-
-#: Set in every process that loads the model: nothing is fetched at run time, and no bar is drawn into a log.
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TQDM_DISABLE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
-
-#: The families that a profile stands on: without one the model runs as written, since compiling takes minutes.
-_STANDS_ON = {"eager": (), "aot": ("aot",), "compiled": ("inductor", "triton")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +131,7 @@ def prepare(
         WeightsError: the weights are missing, or a file of theirs is truncated.
         FingerprintMismatchError: under "require", a family was baked for something else.
         IntegrityError: under "require", the state or a file of it is not as its manifest says.
-        BadInputError: an unknown policy or profile, or `cache` cannot be written.
+        BadInputError: an unknown policy or profile, or `cache` cannot be written, or a bake is at work in it.
     """
     if policy not in POLICIES:
         raise BadInputError(f"there is no policy {policy!r}", next_step=f"choose one of: {', '.join(POLICIES)}")
@@ -162,6 +141,7 @@ def prepare(
     with metrics.phase("prepare"):
         check_quickly(weights, read_record(weights))  # no policy can do without weights, so this comes first
         make_cache(cache)
+        share(cache / BAKE)  # a bake would empty it
         manifest: Manifest | None = None
         folders: dict[str, Path] = {}
         if policy == "off":
@@ -175,10 +155,10 @@ def prepare(
                     manifest, warm, wanted, facts(weights, cache, device), policy=policy, metrics=metrics
                 )
                 folders = {name: warm / name for name in usable}
-            asked = _possible(asked, manifest, folders, device, policy, by_name=profile is not None)
+            asked = possible_execution(asked, folders, device, cache, policy, metrics, by_name=profile is not None)
         metrics.profile = asked.profile
         try:
-            environment = {**_ENVIRONMENT, **_user_environment(cache), "HF_HOME": str(_seed_hub(cache))}
+            environment = model_environment(cache)
             for name, family in FAMILIES.items():
                 environment |= family.environment(cache)
                 if family.applies(asked.profile, device):
@@ -240,8 +220,9 @@ def attach(
     if threads is not None:
         torch.set_num_threads(threads)
     english.check_device(device)
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)  # what packages and graph captures go by
+    if device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(device).index or 0)  # what packages and graph captures go by
+        torch.backends.cudnn.deterministic = True  # a proof compares to the last bit
     with metrics.phase("weights"):
         model = english.load(prepared.weights, device=device)
         keep_backend(model.t3)
@@ -296,38 +277,6 @@ def _compiled_before(made: Path | None, wanted: Sequence[str], metrics: WarmupMe
     return folders
 
 
-def _possible(
-    asked: Execution,
-    manifest: Manifest | None,
-    folders: Mapping[str, Path],
-    device: str,
-    policy: str,
-    *,
-    by_name: bool,
-) -> Execution:
-    """How the model can execute with what is usable: as asked for, or as written.
-
-    Whoever asks for `compiled` by name has it compiled cold.
-
-    Raises:
-        FingerprintMismatchError: under "require", the state has nothing for the profile asked for.
-    """
-    baked = {entry.name for entry in manifest.families if entry.files} if manifest is not None else set()
-    empty = set(MAY_BE_EMPTY) - baked
-    needed = set(applicable(asked.profile, device)).intersection(_STANDS_ON[asked.profile]) - empty
-    if needed <= folders.keys():
-        return asked
-    if policy == "require":
-        raise FingerprintMismatchError(
-            f"the warm state has no family {min(needed - folders.keys())!r}, which the profile {asked.profile!r} needs",
-            next_step=f"bake with --profile {asked.profile}, or leave the profile to the state",
-        )
-    if by_name and asked.profile == "compiled":
-        return asked
-    logger.warning("the profile %s has nothing to run from; the model runs as written", asked.profile)
-    return replace(asked, profile="eager")
-
-
 def _read_state(warm: Path, policy: str, metrics: WarmupMetrics) -> Manifest | None:
     """The manifest of a state whose layout is sound; None, and a miss, when the policy lets a start go on without.
 
@@ -345,41 +294,6 @@ def _read_state(warm: Path, policy: str, metrics: WarmupMetrics) -> Manifest | N
         metrics.miss("all", str(error).partition("\n")[0])
         return None
     return manifest
-
-
-def make_cache(cache: Path) -> None:
-    """Make sure that the cache directory exists and that files can be made in it.
-
-    Raises:
-        BadInputError: it cannot be written.
-    """
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache):
-            pass
-    except OSError as error:
-        raise BadInputError(
-            f"the cache directory {cache} cannot be written: {error.strerror or error}",
-            next_step="mount a tmpfs or an emptyDir there (it must allow execution), or name another with --cache",
-        ) from error
-
-
-def _seed_hub(cache: Path) -> Path:
-    """A home for hub clients, with the marker that diffusers otherwise writes on import."""
-    marker = cache / "hub" / "hub" / "version_diffusers_cache.txt"
-    if not marker.exists():
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.write_text("1", encoding="ascii")
-    return cache / "hub"
-
-
-def _user_environment(cache: Path) -> Mapping[str, str]:
-    """A home and a user name for a UID that has no passwd entry: caches and getpass ask for both."""
-    try:
-        pwd.getpwuid(os.getuid())
-    except KeyError:
-        return {"HOME": str(cache), "USER": "chatterbox", "XDG_CACHE_HOME": str(cache / "xdg")}
-    return {}
 
 
 def _warn_if_late(metrics: WarmupMetrics) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.load import WEIGHTS, attach, prepare
+from chatterbox_prewarm.load import attach, prepare
 from chatterbox_prewarm.models import ENGLISH
+from chatterbox_prewarm.places import WEIGHTS
 from chatterbox_prewarm.weights import RECORD_NAME, fetch
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.child import DEBUG, rebuild
 from chatterbox_prewarm.errors import EngineError, ModelError, NotWarmError
 from chatterbox_prewarm.families.numba_cache import COMPILE_TIMER
-from chatterbox_prewarm.load import make_cache
+from chatterbox_prewarm.places import make_cache
 from chatterbox_prewarm.probes import names_a_compiler
 from chatterbox_prewarm.process import run as run_process
 

@@ -11,9 +11,10 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.process import PARENT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _OLD = "old-"
+#: Locks that this process shares to its end, by their files.
+_SHARED: dict[Path, int] = {}
 
 
 @contextlib.contextmanager
@@ -30,22 +33,62 @@ def exclusive(target: Path) -> Iterator[None]:
     """Hold the lock of a place that is being written; the kernel drops it with the process, however it ends.
 
     Raises:
-        BadInputError: another process holds it; names that process.
+        BadInputError: another process holds it, or shares it; names one that holds it.
     """
-    path = target.parent / f".{target.name}.lock"
-    with path.open("a+", encoding="ascii") as lock:
+    with _lock_file(target).open("a+", encoding="ascii") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
             raise BadInputError(
-                f"another process ({lock.read().strip() or 'unknown'}) is writing {target}",
-                next_step="wait for it to end, or name another place",
+                _who_uses(lock, target), next_step="wait for it to end, or name another place"
             ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield
+        try:
+            yield
+        finally:
+            lock.truncate(0)
+
+
+def share(target: Path) -> None:
+    """Share the lock of a place to the end of this process: until then nobody holds it alone.
+
+    A process that the holder started is part of its work, and shares nothing.
+
+    Raises:
+        BadInputError: another process holds it; names that process.
+    """
+    path = _lock_file(target)
+    if path in _SHARED:
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with os.fdopen(descriptor, encoding="ascii") as lock:
+            if lock.read().strip() == os.environ.get(PARENT):
+                return
+            raise BadInputError(
+                _who_uses(lock, target), next_step="wait for it to end, or name another place"
+            ) from None
+    _SHARED[path] = descriptor
+
+
+def _lock_file(target: Path) -> Path:
+    return target.parent / f".{target.name}.lock"
+
+
+def _who_uses(lock: IO[str], target: Path) -> str:
+    """Who is in the way, in words: whoever holds a lock wrote its number into the file, those that share it did not."""
+    lock.seek(0)
+    holder = lock.read().strip()
+    if holder and Path(f"/proc/{holder}").exists():  # or it was killed, and others came after it
+        return f"another process ({holder}) is writing {target}"
+    return f"another process uses {target.parent}"
 
 
 @contextlib.contextmanager

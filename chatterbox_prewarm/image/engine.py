@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from chatterbox_prewarm.errors import EXIT_CODES, EngineError, NotWarmError, error_with_code
-from chatterbox_prewarm.load import CACHE
+from chatterbox_prewarm.places import CACHE
 from chatterbox_prewarm.prove import Check, Evidence
 
 logger = logging.getLogger(__name__)

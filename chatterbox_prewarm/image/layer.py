@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.errors import IntegrityError, from_os_error
-from chatterbox_prewarm.load import WARM
+from chatterbox_prewarm.places import WARM
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from kubernetes_validate.utils import all_versions, major_minor
 
-from chatterbox_prewarm.load import CACHE
+from chatterbox_prewarm.places import CACHE
 from chatterbox_prewarm.process import run
 
 if TYPE_CHECKING:

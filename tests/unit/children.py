@@ -159,9 +159,20 @@ def hold_staging(*, warm: str) -> dict[str, Any]:
     return {}
 
 
+def share_place(*, place: str) -> dict[str, Any]:
+    """Act as a server that started from a cache: share the place until killed."""
+    from chatterbox_prewarm.staging import share
+
+    share(Path(place))
+    share(Path(place))  # a second time changes nothing
+    Path(place).with_name("busy").touch()
+    time.sleep(TIMEOUT)
+    return {}
+
+
 PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
-    for function in (fingerprint, prepare, import_from_pack, probed, fetch, seed_numba, hold_staging)
+    for function in (fingerprint, prepare, import_from_pack, probed, fetch, seed_numba, hold_staging, share_place)
 }
 
 

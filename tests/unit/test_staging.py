@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.staging import exclusive, put_in_place, seal, staging_folder
+from chatterbox_prewarm.process import PARENT
+from chatterbox_prewarm.staging import exclusive, put_in_place, seal, share, staging_folder
 
 from .children import start
 
@@ -42,6 +43,44 @@ def test_a_second_process_in_the_same_place_is_refused_and_told_who_is_there(tmp
                 pass
         finally:
             other.kill()
+
+
+def test_a_place_that_others_share_is_nobodys_alone(tmp_path: Path) -> None:
+    place = tmp_path / "bake"
+    with start("share_place", {"place": str(place)}) as one:
+        try:
+            wait_for(tmp_path / "busy", one)
+            (tmp_path / "busy").unlink()
+            with start("share_place", {"place": str(place)}) as two:
+                try:
+                    wait_for(tmp_path / "busy", two)
+                finally:
+                    two.kill()
+            with pytest.raises(BadInputError, match=f"another process uses {tmp_path}"), exclusive(place):
+                pass
+        finally:
+            one.kill()
+            one.wait()
+    with exclusive(place):
+        pass
+
+
+def test_a_place_that_somebody_holds_is_not_shared_but_by_those_whom_the_holder_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "warm"
+    with start("hold_staging", {"warm": str(place)}) as holder:
+        try:
+            wait_for(tmp_path / "busy", holder)
+            with pytest.raises(BadInputError, match=rf"another process \({holder.pid}\) is writing"):
+                share(place)
+            monkeypatch.setenv(PARENT, str(holder.pid))
+            share(place)
+        finally:
+            holder.kill()
+            holder.wait()
+    with exclusive(place):
+        pass
 
 
 def test_what_a_killed_bake_left_is_removed_by_the_next(tmp_path: Path) -> None:
