@@ -5,6 +5,7 @@ Apart from the cold process, since a compiler imports a thousand modules that a 
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from chatterbox_prewarm.families import COMPILED, FAMILIES
 from chatterbox_prewarm.families.folders import seed
 from chatterbox_prewarm.load import Prepared, attach, prepare
 from chatterbox_prewarm.profiles import Execution
+from chatterbox_prewarm.warmup import metrics as metrics_module
 from chatterbox_prewarm.warmup.inputs import TEXTS
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ def run(**request_fields: Any) -> dict[str, Any]:
         the log of this process.
     """
     request = BakeRequest(**request_fields)
+    logging.getLogger(metrics_module.__name__).setLevel(logging.ERROR)  # nothing is baked yet, so all of it misses
     prepared = prepare(
         Path(request.output),
         Path(request.weights),
@@ -63,7 +66,7 @@ def _make_packages(prepared: Prepared, directory: Path) -> None:
     from chatterbox_prewarm.regions.bound import bind
     from chatterbox_prewarm.regions.execute import eager
     from chatterbox_prewarm.regions.make_packages import make_packages
-    from chatterbox_prewarm.regions.packages import can_run_in_graphs
+    from chatterbox_prewarm.regions.packages import has_single_threaded_mode
 
     found: dict[str, Sequence[torch.Tensor]] = {}
 
@@ -73,7 +76,7 @@ def _make_packages(prepared: Prepared, directory: Path) -> None:
 
     execution = prepared.execution
     bind(english.load(prepared.weights, device=prepared.device), note, t3_dtype=getattr(torch, execution.t3_dtype))
-    if execution.graphs and not can_run_in_graphs():
+    if execution.graphs and not has_single_threaded_mode():
         found = {name: weights for name, weights in found.items() if name not in IN_GRAPHS}
     with prepared.metrics.phase("aot make"):
         make_packages(found, directory, progress=_say)

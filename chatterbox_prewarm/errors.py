@@ -92,9 +92,10 @@ def exit_with_code() -> Iterator[None]:
     """End a program that has no command line of its own as the command line ends: the message, then the exit code."""
     try:
         yield
-    except PrewarmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    except Exception as error:  # noqa: BLE001 - the last line of defence
+        found = as_prewarm_error(error)
+        print(f"error: {found}", file=sys.stderr)
+        sys.exit(found.exit_code)
 
 
 def as_prewarm_error(error: Exception) -> PrewarmError:

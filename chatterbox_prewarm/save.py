@@ -64,16 +64,18 @@ def save_warmup_cache(
     for name in families:
         (directory / name).mkdir()
         keys = FAMILIES[name].save(directory / name, session)
+        files = manifests.scan(directory, below=name)
+        if not files:
+            (directory / name).rmdir()  # a state has no folders without files
         entries.append(
             FamilyEntry(
                 name=name,
                 requires=current_facts(keys, known),
-                files=manifests.scan(directory, below=name),
+                files=files,
                 seconds_spent=0.0,
                 seconds_saved=0.0,
             )
         )
-    files = [file for entry in entries for file in entry.files]
     manifest = Manifest(
         tool=f"chatterbox-prewarm {__version__}",
         created=_created(),
@@ -86,7 +88,7 @@ def save_warmup_cache(
         families=tuple(entries),
         voices=tuple(sorted(attached.synthesizer.voices)) if "conditionals" in families else (),
         reference=reference,
-        set_digest=manifests.set_digest(files),
+        set_digest=manifests.set_digest(file for entry in entries for file in entry.files),
     )
     manifests.write(manifest, directory)
     return manifest

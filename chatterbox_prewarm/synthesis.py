@@ -93,10 +93,11 @@ def seed_everything(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def preserved_generators() -> Iterator[None]:
-    """Leave all generators that `seed_everything` touches as they were, whatever the block draws."""
+def preserved_generators(device: str) -> Iterator[None]:
+    """Leave the generators that a synthesis on `device` draws from as they were, whatever the block draws."""
     python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # Named, since otherwise a context is made on every GPU there is.
+    with torch.random.fork_rng([torch.device(device)] if device.startswith("cuda") else []):
         try:
             yield
         finally:

@@ -23,6 +23,9 @@ TOKENS = 200
 _SOUNDING = 50
 _GREEDY = Sampling(min_p=1.0)
 _SEED = 1
+#: Convolutions in full float32: on a GPU torch has cuDNN round them to TF32, upstream's and ours alike, by more than
+#: what is to be seen here.
+_exactly = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 def text_tokens(model: ChatterboxTTS, text: str) -> torch.Tensor:
@@ -35,6 +38,7 @@ def text_tokens(model: ChatterboxTTS, text: str) -> torch.Tensor:
     return padded
 
 
+@_exactly
 @torch.inference_mode()
 def reference(model: ChatterboxTTS, voice: Conditionals, text: str) -> dict[str, torch.Tensor]:
     """What upstream makes of a text.
@@ -62,6 +66,7 @@ def reference(model: ChatterboxTTS, voice: Conditionals, text: str) -> dict[str,
     return {"tokens": tokens.cpu(), "mel": mel.cpu(), "sound": sound.cpu()}
 
 
+@_exactly
 @torch.inference_mode()
 def compare(synthesizer: Synthesizer, text: str, upstreams: dict[str, torch.Tensor]) -> dict[str, float]:
     """How far the regions bound to a model are from upstream, each stage given what upstream's gave before.

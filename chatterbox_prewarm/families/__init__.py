@@ -89,8 +89,8 @@ FAMILIES: dict[str, Family] = {
 }
 #: What a bake compiles, in a process of its own before all others.
 COMPILED = ("aot", "inductor", "triton")
-#: What may hold nothing although it applies: a GPU whose code needs no kernel of Triton's, and none of the driver's.
-MAY_BE_EMPTY = ("triton", "cuda")
+#: What may hold nothing although it applies: a GPU whose code is all there, so that the driver compiles none.
+MAY_BE_EMPTY = ("cuda",)
 
 
 def applicable(profile: str, device: str) -> tuple[str, ...]:

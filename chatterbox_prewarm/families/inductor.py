@@ -6,12 +6,11 @@ and run must see one cache path. A hit or a miss is what Inductor itself counted
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from chatterbox_prewarm.families.answers import Answers
 from chatterbox_prewarm.families.folders import collect, seed
 
 if TYPE_CHECKING:
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.families import Session
     from chatterbox_prewarm.warmup.metrics import WarmupMetrics
 
-_ANSWERS = "compiler.json"
-#: What Inductor asks a C++ compiler about itself, in every process, even when nothing is left to compile.
-_QUESTIONS = frozenset({"--version", "-v"})
 #: Inductor's own counters: of the FX graph cache, and of AOTAutograd's where that is on.
 _HITS = (("inductor", "fxgraph_cache_hit"), ("aot_autograd", "autograd_cache_hit"))
 _MISSES = (
@@ -83,15 +79,13 @@ class InductorFamily:
         """Answer for the compiler, so that it need not be started, nor be there."""
         from torch._inductor import cpp_builder
 
-        if directory is not None:
-            self._answers.known = json.loads((directory / _ANSWERS).read_text(encoding="utf-8"))
-        builder: Any = cpp_builder
-        builder.subprocess = self._answers
+        self._answers.load(directory)
+        self._answers.stand_in(cpp_builder)
 
     def save(self, directory: Path, session: Session) -> tuple[str, ...]:
         """Copy Inductor's cache of this process, without its locks."""
         collect(session.cache / "inductor", directory, leave=lambda path: path.suffix == ".lock")
-        (directory / _ANSWERS).write_text(json.dumps(self._answers.known, indent=1, sort_keys=True), encoding="ascii")
+        self._answers.save(directory)
         machine = ("gpu", "compute_capability", "driver") if session.device == "cuda" else ()
         return (
             "arch",
@@ -105,31 +99,6 @@ class InductorFamily:
             "device",
             *machine,
         )
-
-
-class Answers:
-    """Stands for `subprocess` in Inductor's C++ builder: a compiler's answers about itself are given from memory.
-
-    Attributes:
-        known: by command line.
-    """
-
-    def __init__(self) -> None:
-        self.known: dict[str, str] = {}
-
-    def check_output(self, args: Any, **settings: Any) -> Any:
-        """As `subprocess.check_output`."""
-        words = [str(word) for word in args] if isinstance(args, (list, tuple)) else [str(args)]
-        question = " ".join(words)
-        if len(words) != 2 or words[1] not in _QUESTIONS:
-            return subprocess.check_output(args, **settings)
-        if question not in self.known:
-            self.known[question] = os.fsdecode(subprocess.check_output(args, **settings))
-        answer = self.known[question]
-        return answer if settings.get("text") else os.fsencode(answer)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(subprocess, name)
 
 
 def _counter(group: str, name: str) -> int:

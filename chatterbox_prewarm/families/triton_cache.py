@@ -6,8 +6,11 @@ missing needs a C compiler.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.families.answers import Answers
 from chatterbox_prewarm.families.folders import collect, seed
 
 if TYPE_CHECKING:
@@ -16,12 +19,18 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.families import Session
     from chatterbox_prewarm.warmup.metrics import WarmupMetrics
 
+#: The modules of Triton that ask ptxas for its version; the second one is there since Triton 3.4.
+_ASKING = ("triton.backends.nvidia.compiler", "triton.knobs")
+
 
 class TritonFamily:
     """See the module's docstring."""
 
     name = "triton"
     timers = ()
+
+    def __init__(self) -> None:
+        self._answers = Answers()
 
     def applies(self, profile: str, device: str) -> bool:
         """Only to the profile `compiled` on a GPU."""
@@ -38,15 +47,23 @@ class TritonFamily:
     def watch(self, metrics: WarmupMetrics) -> None:
         """Nothing to do yet: Triton comes with the compiler."""
 
-    def attach(self, directory: Path | None, session: Session) -> None:  # noqa: ARG002
-        """Count at the doors of Triton's cache: a group of files that is found is a hit, a file put in was compiled."""
+    def attach(self, directory: Path | None, session: Session) -> None:
+        """Count at the doors of Triton's cache: a group of files that is found is a hit, a file put in was compiled.
+
+        And answer for ptxas, which Triton asks for its version even on a hit.
+        """
         from triton.runtime.cache import FileCacheManager
 
         count(FileCacheManager, session.metrics)
+        self._answers.load(directory)
+        for name in _ASKING:
+            if importlib.util.find_spec(name) is not None:
+                self._answers.stand_in(importlib.import_module(name))
 
     def save(self, directory: Path, session: Session) -> tuple[str, ...]:
         """Copy Triton's cache of this process."""
         collect(session.cache / "triton", directory)
+        self._answers.save(directory)
         return ("arch", "gpu", "compute_capability", "driver", "python", "torch", "triton", "regions", "cache")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.warmup.metrics import WarmupMetrics
 
     BoundRegion = Callable[..., tuple[torch.Tensor, ...]]
+
+logger = logging.getLogger(__name__)
 
 
 class Executor(Protocol):
@@ -57,7 +60,7 @@ class Compiled:
     def _compile(self, region: Region) -> BoundRegion:
         import torch
         from torch._dynamo import mark_dynamic
-        from torch._dynamo.exc import BackendCompilerFailed
+        from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 
         # As many threads as the process has been given, not as many as the bake had.
         settings: dict[str, str | int | bool] = {"cpp.dynamic_threads": True}
@@ -70,18 +73,16 @@ class Compiled:
         def call(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
             nonlocal compiled, marked
             found: tuple[torch.Tensor, ...]
-            if marked:
-                found = compiled(*arguments)
-                return found
-            marked = True
-            # Lengths that differ are symbols from the first call on, or the second would compile anew.
-            for tensor, given in zip(arguments[-len(region.inputs) :], region.inputs, strict=True):
-                for place in given.dynamic:
-                    mark_dynamic(tensor, place)
+            first, marked = not marked, True
+            if first:
+                # Lengths that differ are symbols from the first call on, or the second would compile anew.
+                for tensor, given in zip(arguments[-len(region.inputs) :], region.inputs, strict=True):
+                    for place in given.dynamic:
+                        mark_dynamic(tensor, place)
             started = time.perf_counter()
             try:
                 found = compiled(*arguments)
-            except BackendCompilerFailed as error:
+            except (BackendCompilerFailed, FailOnRecompileLimitHit) as error:  # later calls may be of another class
                 if self._strict:
                     raise ModelError(
                         f"the region {region.name} cannot be compiled: {first_line(error)}",
@@ -90,7 +91,8 @@ class Compiled:
                 self._metrics.miss("inductor", f"{first_line(error)}; {region.name} runs as written")
                 compiled = region.function
                 found = compiled(*arguments)
-            self._metrics.add_seconds("compile", time.perf_counter() - started)
+            if first:
+                self._metrics.add_seconds("compile", time.perf_counter() - started)
             return found
 
         return call
@@ -135,13 +137,15 @@ class AheadOfTime:
         return _bind(self._packages[region.name], weights)
 
     def _load(self, region: Region) -> BoundRegion:
-        from chatterbox_prewarm.regions.packages import Package, can_run_in_graphs
+        from chatterbox_prewarm.regions.packages import Package, has_single_threaded_mode
 
-        in_graph = self._in_graphs and region.name in IN_GRAPHS
-        if self._directory is None or (in_graph and not can_run_in_graphs()):
-            return region.function  # in the first case the family said why
+        if self._directory is None:
+            return region.function  # the family said why
+        if self._in_graphs and region.name in IN_GRAPHS and not has_single_threaded_mode():
+            logger.info("%s runs as written: this torch cannot have a package in a CUDA graph", region.name)
+            return region.function
         try:
-            loaded = Package(self._directory / region.name, self._device, in_graph=in_graph)
+            loaded = Package(self._directory / region.name, self._device)
         except IntegrityError as error:
             if self._strict:
                 raise

@@ -7,6 +7,7 @@ where that folder forbids execution, as a container's tmpfs does by default. So 
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import shutil
@@ -130,9 +131,10 @@ def make_package(region: Region, weights: Sequence[torch.Tensor], directory: Pat
     """
     device, dtype = weights[0].device, weights[0].dtype
     inputs = tuple(given.example(device, dtype) for given in region.inputs)
-    if device.type == "cuda":
-        _find_toolkit()
     with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-package-") as scratch, torch.no_grad():
+        if device.type == "cuda":
+            _find_toolkit()
+            _find_driver(Path(scratch), Path("/proc/self/maps").read_text(encoding="utf-8"))
         archive = Path(scratch) / f"{region.name}.pt2"
         shapes = (_dynamic_shapes(region, len(weights)),)
         try:
@@ -142,6 +144,8 @@ def make_package(region: Region, weights: Sequence[torch.Tensor], directory: Pat
                     exported, package_path=str(archive), inductor_configs=_settings()
                 )
         except Exception as error:
+            if _is_full(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), scratch) from error
             raise ModelError(
                 f"the region {region.name} cannot be compiled: {first_line(error)}",
                 next_step="a C++ compiler (g++) is needed, and for a GPU CUDA's headers and libcuda.so (CUDA_HOME); "
@@ -160,14 +164,44 @@ def _settings() -> dict[str, Any]:
     return settings
 
 
+def _is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that a file system is full; compilers say so in words."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _find_toolkit() -> None:
     """Let the compiler of packages find CUDA's headers in torch's own wheels, when no toolkit is installed."""
-    if "CUDA_HOME" in os.environ or shutil.which("nvcc"):
+    installed = {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys() or shutil.which("nvcc")
+    if installed or Path("/usr/local/cuda").exists():
         return
-    packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    packages = Path(sysconfig.get_paths()["purelib"])
     for name in ("cuda_runtime", "cu13"):  # of CUDA 12's wheels, and of CUDA 13's
-        if (packages / name / "include" / "cuda.h").exists():
-            os.environ["CUDA_HOME"] = str(packages / name)
+        if (packages / "nvidia" / name / "include" / "cuda.h").exists():
+            os.environ["CUDA_HOME"] = str(packages / "nvidia" / name)
+            break
+    # NVIDIA's wheel of the runtime lacks the headers in `crt`, which its own include; Triton's brings them along.
+    headers = packages / "triton" / "backends" / "nvidia" / "include"
+    if headers.is_dir():
+        os.environ.setdefault("CUDA_INC_PATH", str(headers))
+
+
+def _find_driver(folder: Path, maps: str) -> None:
+    """Let the linker find the driver's library that this process runs on, which may have no name without a version.
+
+    Args:
+        folder: for a link with that name.
+        maps: of this process, as the kernel gives it in `/proc/self/maps`.
+    """
+    mapped = (line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split(maxsplit=5)) == 6)
+    for path in map(Path, mapped):
+        if path.name.startswith("libcuda.so"):
+            (folder / "libcuda.so").symlink_to(path)
+            paths = (str(folder), *filter(None, [os.environ.get("LIBRARY_PATH")]))
+            os.environ["LIBRARY_PATH"] = os.pathsep.join(paths)
             return
 
 

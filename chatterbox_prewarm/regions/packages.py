@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LIBRARY = "region.so"
+#: How many calls of one package may be under way on a GPU where its runtime keeps count of them: with one, each call
+#: would wait for the one before it to end there.
+_CALLS_UNDER_WAY = 4
 
 
 class Package:
@@ -25,21 +28,23 @@ class Package:
     Args:
         directory: of the package.
         device: that it was compiled for.
-        in_graph: it will run inside a CUDA graph. The library then leaves out its own bookkeeping of threads, which a
-            capture does not allow; torch can do that since 2.7.
 
     Raises:
         IntegrityError: the library cannot be loaded.
     """
 
-    def __init__(self, directory: Path, device: torch.device, *, in_graph: bool = False) -> None:
+    def __init__(self, directory: Path, device: torch.device) -> None:
         library = str(directory / LIBRARY)
         runners: Any = torch._C._aoti
         try:
-            if device.type == "cuda":
-                arguments = (library, 1, str(device), str(directory))
-                single_threaded = (True,) if in_graph else ()
-                self._runner = runners.AOTIModelContainerRunnerCuda(*arguments, *single_threaded)
+            if device.type == "cuda" and has_single_threaded_mode():
+                # One thread calls a model here. Without the runtime's bookkeeping for several, a call neither waits
+                # for the one before it nor breaks the capture of a CUDA graph.
+                self._runner = runners.AOTIModelContainerRunnerCuda(library, 1, str(device), str(directory), True)
+            elif device.type == "cuda":
+                self._runner = runners.AOTIModelContainerRunnerCuda(
+                    library, _CALLS_UNDER_WAY, str(device), str(directory)
+                )
             else:
                 self._runner = runners.AOTIModelContainerRunnerCpu(library, 1)
         except (RuntimeError, OSError) as error:
@@ -53,7 +58,7 @@ class Package:
         return tuple(self._runner.run(arguments))
 
 
-def can_run_in_graphs() -> bool:
-    """Whether this torch can run a package inside a CUDA graph."""
+def has_single_threaded_mode() -> bool:
+    """Whether this torch can leave out the runtime's bookkeeping of threads, without which no graph holds a package."""
     runner: Any = torch._C._aoti.AOTIModelContainerRunnerCuda
     return "arg4: bool" in (inspect.getdoc(runner.__init__) or "")

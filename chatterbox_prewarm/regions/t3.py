@@ -88,8 +88,8 @@ class SpeechTokens:
                 f"more than the {MOST_PLACES} there are",
                 next_step="split the text at sentences and send the parts one by one, or ask for fewer tokens",
             )
-        state = self._state(length + max_new_tokens)
         nucleus = sampling.top_p < 1.0
+        state = self._state(length + max_new_tokens, nucleus=nucleus)
         self._begin(state, prompt, sampling)
         state.sample(self._samplers[nucleus])
         look_every = _LOOK_EVERY_ON_CPU if self._device.type == "cpu" else _LOOK_EVERY_ON_GPU
@@ -123,7 +123,7 @@ class SpeechTokens:
         t3, count = self._t3, len(speech_tokens)
         prompt = self._prompt(conditionals, text_tokens, sampling.cfg_weight)
         length = prompt.size(1)
-        state = self._state(length + count)
+        state = self._state(length + count, nucleus=False)
         self._begin(state, prompt, sampling)
         places = torch.arange(1, count + 1, device=self._device)
         tokens, positions = t3.speech_emb.weight[speech_tokens], t3.speech_pos_emb.emb.weight[places]
@@ -147,7 +147,7 @@ class SpeechTokens:
         # Twice: upstream embeds the start token with the prompt, and again as the first of its loop.
         return torch.cat([voice.expand(2, -1, -1), text, start.expand(2, 2, -1)], dim=1).to(self.dtype)
 
-    def _state(self, places: int) -> _State:
+    def _state(self, places: int, *, nucleus: bool) -> _State:
         """Tensors for a sequence of so many places; on a GPU kept between calls, since graphs hold their addresses."""
         if self._device.type == "cpu":
             return _State(len(self._decode), places, self._device, self.dtype, self._t3.hp.speech_tokens_dict_size)
@@ -155,12 +155,8 @@ class SpeechTokens:
             self._kept = None  # before the larger one is made
             room = next(step for step in _GPU_PLACES if step >= places)
             self._kept = _State(len(self._decode), room, self._device, self.dtype, self._t3.hp.speech_tokens_dict_size)
-            if self._graphs:
-                try:
-                    self._capture(self._kept)
-                except BaseException:
-                    self._kept = None  # the next call tries again, or says why not
-                    raise
+        if self._graphs and nucleus not in self._kept.graphs:
+            self._capture(self._kept, nucleus=nucleus)
         return self._kept
 
     def _places(self, state: _State, used: int) -> int:
@@ -194,26 +190,33 @@ class SpeechTokens:
         state.step += 1
         state.sample(sampler)
 
-    def _capture(self, state: _State) -> None:
-        """Capture the step as CUDA graphs, with and without top-p; the random generator stays as it was."""
-        device = self._device
+    def _capture(self, state: _State, *, nucleus: bool) -> None:
+        """Capture the step as a CUDA graph, between two utterances; the random generator stays as it was.
+
+        Only when a request first needs it: few ask for top-p, and what a start does is waited for.
+        """
+        device, sampler = self._device, self._samplers[nucleus]
         torch.cuda.synchronize(device)
         started = time.perf_counter()
         generator = torch.cuda.get_rng_state(device)
         try:
-            for nucleus, sampler in self._samplers.items():
-                state.position.zero_()
-                state.step.zero_()
-                side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-                side.wait_stream(torch.cuda.current_stream(device))
-                with torch.cuda.stream(side):
-                    self._step(state, sampler, state.places)  # libraries set themselves up outside of the capture
-                torch.cuda.current_stream(device).wait_stream(side)
-                graph = torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
-                # The stream names the device; other threads may go on using theirs meanwhile.
-                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                    self._step(state, sampler, state.places)
-                state.graphs[nucleus] = graph
+            state.position.zero_()
+            state.step.zero_()
+            side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                self._step(state, sampler, state.places)  # libraries set themselves up outside of the capture
+            torch.cuda.current_stream(device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+            # The stream names the device; other threads may go on using theirs meanwhile. The two graphs never run at
+            # once, so they share one pool of memory.
+            pool = next((other.pool() for other in state.graphs.values()), None)  # type: ignore[no-untyped-call]
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                self._step(state, sampler, state.places)
+            state.graphs[nucleus] = graph
+        except BaseException:
+            self._kept = None  # the next call begins anew, or says why not
+            raise
         finally:
             torch.cuda.set_rng_state(generator, device)
         torch.cuda.synchronize(device)

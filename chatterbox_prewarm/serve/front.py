@@ -10,6 +10,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,9 @@ def serve(config: ServeConfig, worker: WorkerConfig) -> None:
         BadInputError: the address cannot be listened on.
         PrewarmError: the worker could not start; of its kind.
     """
+    # Until the loop handles it: with nothing in flight there is nothing to drain. Unhandled, it would not end the first
+    # process of a container at all.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     listener = listen(config.host, config.port)
     worker = replace(worker, origin=exec_time())
     first = spawn(worker)

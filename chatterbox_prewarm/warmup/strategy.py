@@ -80,7 +80,7 @@ class ChatterboxWarmupStrategy:
 
         steps = {1: self.warm_up_models, 2: self.warm_up_kernels, 3: self.warm_up_memory}
         try:
-            with preserved_generators():
+            with preserved_generators(str(model.device)):
                 for level in self.levels:
                     with self.metrics.phase(f"warm-up level {level}"):
                         if not self._fits(steps[level], model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ import pytest
 from tests.conftest import run_cli
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from chatterbox_prewarm.load import Attached
 
 
@@ -55,9 +58,28 @@ def baked_compiled(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def _bake(weights: Path, place: Path, *arguments: str) -> Path:
+    if "eager" not in arguments:
+        if shutil.which("g++") is None:
+            pytest.skip("there is no C++ compiler (Debian: apt-get install g++)")
+        if "compiled" in arguments and not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+            pytest.skip("torch.compile needs Python's headers (Debian: apt-get install python3-dev)")
     result = run_cli("bake", "--weights", weights, "--warm", place / "warm", "--cache", place / "cache", *arguments)
     assert result.returncode == 0, result.stderr
     return place / "warm"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")

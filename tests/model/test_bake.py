@@ -18,9 +18,10 @@ from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.families import applicable
 from chatterbox_prewarm.warmup import SWITCH
 from tests.conftest import run_cli, writable_copy
+from tests.unit.states import rewrite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 
 #: The families of a state that compiles nothing.
@@ -76,15 +77,9 @@ def test_a_fresh_isolated_process_hits_everything(baked: Path, mini: Path, tmp_p
     assert written["observed"]["metrics"]["hits"]["numba"] > 0
 
 
-def _edit(state: Path, change: Callable[[dict[str, object]], None]) -> None:
-    raw = json.loads((state / "manifest.json").read_text())
-    change(raw)
-    (state / "manifest.json").write_text(json.dumps(raw, indent=1, sort_keys=True) + "\n")
-
-
 @pytest.mark.usefixtures("namespaces")
 def test_another_audio_fails_the_proof(state: Path, mini: Path) -> None:
-    _edit(state, lambda raw: raw["reference"].update(pcm_sha256="0" * 64))  # type: ignore[attr-defined]
+    rewrite(state, lambda raw: raw["reference"].update(pcm_sha256="0" * 64))
     proven = run_cli("prove", "--warm", state, "--weights", mini)
     assert proven.returncode == 13
     assert "FAIL the audio is the bake's own" in proven.stdout
@@ -101,7 +96,7 @@ def test_a_family_that_was_left_out_fails_the_proof(state: Path, mini: Path) -> 
         files = [manifests.FileEntry(**entry) for family in families for entry in family["files"]]
         raw["set_digest"] = manifests.set_digest(files)
 
-    _edit(state, without_numba)
+    rewrite(state, without_numba)
     shutil.rmtree(state / "numba")
     proven = run_cli("prove", "--warm", state, "--weights", mini)
     assert proven.returncode == 13
@@ -127,7 +122,7 @@ def _link(state: Path, mini: Path) -> None:
 
 
 def _newer(state: Path, mini: Path) -> None:  # noqa: ARG001
-    _edit(state, lambda raw: raw.update(schema=3))
+    rewrite(state, lambda raw: raw.update(schema=4))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +131,7 @@ def _newer(state: Path, mini: Path) -> None:  # noqa: ARG001
         (_flip, "sha256"),
         (_extra, "extra.nbc"),
         (_link, "is a link"),
-        (_newer, "schema 3"),
+        (_newer, "schema 4"),
     ],
 )
 @pytest.mark.parametrize("command", ["verify", "prove"])
@@ -149,6 +144,21 @@ def test_a_damaged_state_is_refused(
     assert word in refused.stderr
     assert "next:" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_flipped_byte_in_any_file_is_seen(state: Path) -> None:
+    manifest = manifests.read(state)
+    assert {path.relative_to(state).parts[0] for path in state.rglob("*") if path.is_file()} == {
+        "manifest.json",
+        *AS_WRITTEN,
+    }
+    for entry in manifest.files:
+        path = state / entry.path
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        (problem,) = manifests.verify_files(manifest.files, state)
+        assert problem.startswith(f"{entry.path}: sha256")
+        path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +176,7 @@ def test_verify_explains_what_does_not_fit(family: str, field: str, words: str, 
         entry = next(entry for entry in raw["families"] if entry["name"] == family)  # type: ignore[attr-defined]
         entry["requires"][field] = "0.1"
 
-    _edit(state, change)
+    rewrite(state, change)
     refused = run_cli("verify", "--warm", state, "--weights", mini)
     assert refused.returncode == 11
     assert words in refused.stderr
@@ -222,20 +232,6 @@ def _processes_naming(text: str) -> list[int]:
             except OSError:
                 continue
     return found
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, text=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("left_out", [[], ["bytecode", "numba"]])

@@ -12,11 +12,18 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from chatterbox_prewarm.errors import ModelError
-from chatterbox_prewarm.regions.make_packages import make_packages
+from chatterbox_prewarm.errors import BadInputError, ModelError
+from chatterbox_prewarm.regions.execute import eager
+from chatterbox_prewarm.regions.flow import Flow
+from chatterbox_prewarm.regions.make_packages import _find_driver, make_packages
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from chatterbox_prewarm.load import Attached
+    from chatterbox_prewarm.regions import Region
+    from chatterbox_prewarm.regions.execute import BoundRegion
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +40,35 @@ def test_a_region_that_cannot_be_compiled_is_named(tmp_path: Path) -> None:
     assert said == []
     assert list(tmp_path.iterdir()) == []
     assert multiprocessing.active_children() == []
+
+
+def test_a_disk_that_is_full_is_not_a_missing_compiler(
+    small_disk: Path, tmp_path: Path, attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, Sequence[torch.Tensor]] = {}
+
+    def note(region: Region, weights: Sequence[torch.Tensor]) -> BoundRegion:
+        found[region.name] = weights
+        return eager(region, weights)
+
+    Flow(attached.synthesizer.model.s3gen.flow, note)
+    monkeypatch.setenv("TMPDIR", str(small_disk))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(small_disk / "inductor"))
+    with pytest.raises(BadInputError, match="No space left on device") as caught:
+        make_packages({"flow_euler": found["flow_euler"]}, tmp_path / "packages", progress=lambda _: None)
+    assert "free some space" in caught.value.next_step
+    assert not (tmp_path / "packages").exists()
+
+
+def test_the_linker_finds_the_drivers_library_by_the_one_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIBRARY_PATH", "/elsewhere")
+    _find_driver(tmp_path, "7f00-7f01 r--p 00000000 08:01 12 /usr/lib/libc.so.6\n7f02-7f03 rw-p 00000000 00:00 0\n")
+    assert list(tmp_path.iterdir()) == []
+    _find_driver(tmp_path, "7f00-7f01 r-xp 00000000 08:01 12 /usr/lib/libcuda.so.550.54\n" * 2)
+    assert str((tmp_path / "libcuda.so").readlink()) == "/usr/lib/libcuda.so.550.54"
+    assert os.environ["LIBRARY_PATH"] == f"{tmp_path}{os.pathsep}/elsewhere"
 
 
 def test_a_compiler_that_is_killed_is_said(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,10 @@ import torch._functorch.config
 from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm import probes
 from chatterbox_prewarm.regions import REGIONS
-from tests.conftest import run_cli, writable_copy
+from tests.conftest import ROOT, run_cli, writable_copy
+from tests.unit.states import rewrite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from chatterbox_prewarm.load import Attached
@@ -71,17 +72,6 @@ def signal_to_noise(signal: Any, other: Any) -> float:
     """In dB."""
     signal, other = np.asarray(signal), np.asarray(other)
     return float(10 * np.log10(np.square(signal).sum() / max(np.square(signal - other).sum(), 1e-30)))
-
-
-def rewrite(state: Path, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
-    """Change a state's manifest and list its files anew, as somebody would who bakes badly, not who tampers."""
-    raw = json.loads((state / "manifest.json").read_text())
-    change(raw)
-    for family in raw["families"]:
-        family["files"] = [vars(entry) for entry in manifests.scan(state, below=family["name"])]
-    files = [manifests.FileEntry(**entry) for family in raw["families"] for entry in family["files"]]
-    raw["set_digest"] = manifests.set_digest(files)
-    (state / "manifest.json").write_text(json.dumps(raw))
 
 
 def requirement(state: Path, family: str, fact: str, value: str) -> None:
@@ -187,14 +177,29 @@ def test_packages_for_something_else_are_not_used(
     refused = run_cli("verify", "--warm", state, "--weights", mini)
     assert refused.returncode == 11
     assert words in refused.stderr
-    if fact != "regions":
-        return
+    if fact in {"torch", "device"}:
+        return  # as the others
     found = start(state, mini, tmp_path / "cache")
     assert found["metrics"]["profile"] == "eager"
     assert found["metrics"]["misses"] == {"aot": 1}
     assert words in found["metrics"]["reasons"][0]
     served = run_cli("serve", "--policy", "require", "--warm", state, "--weights", mini, "--cache", tmp_path / "c")
     assert served.returncode == 11, served.stderr
+
+
+@pytest.mark.parametrize("profile", ["aot", "compiled"])
+def test_a_changed_source_of_a_region_is_caught_by_a_proof(
+    profile: str, mini: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    state = request.getfixturevalue(f"baked_{profile}")
+    shutil.copytree(ROOT / "chatterbox_prewarm", tmp_path / "chatterbox_prewarm")
+    with (tmp_path / "chatterbox_prewarm" / "regions" / "flow_blocks.py").open("a") as source:
+        source.write("# a change\n")
+    places = ("--warm", state, "--weights", mini, "--cache", state.parent / "cache")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    proven = run_cli("prove", "--here", *places, env=environment)
+    assert proven.returncode == 11, proven.stdout + proven.stderr
+    assert "source of the regions: baked with" in proven.stderr
 
 
 def test_a_state_that_is_bound_to_another_cache_path_is_refused_at_verify(baked_compiled: Path, mini: Path) -> None:
@@ -223,7 +228,7 @@ def test_a_package_that_does_not_load_is_named_and_its_region_runs_as_written(
     state = writable_copy(baked_aot, tmp_path / "warm")
     (state / "aot" / "t3_decode" / "region.so").write_text("no library at all")
     shutil.rmtree(state / "aot" / "flow_euler")
-    rewrite(state)
+    rewrite(state, scan=True)
     found = start(state, mini, tmp_path / "cache")
     assert found["metrics"]["misses"] == {"aot": 2}
     assert found["metrics"]["hits"]["aot"] == len(REGIONS) - 2
@@ -256,6 +261,24 @@ def test_a_start_needs_no_temporary_folder_but_the_state_must_be_executable(
     assert "must allow execution" in forbidden.stderr
 
 
+@pytest.mark.usefixtures("namespaces")
+def test_a_cache_that_forbids_execution_is_said_before_anything_is_slow(baked_compiled: Path, mini: Path) -> None:
+    cache = baked_compiled.parent / "cache"
+    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
+    mount = f"mount -t tmpfs -o noexec tmpfs {cache} && exec "
+    trial = [sys.executable, "-m", "chatterbox_prewarm", "prove", "--here", "--cache", str(cache)]
+    trial += ["--warm", str(baked_compiled), "--weights", str(mini)]
+    refused = subprocess.run([*alone, mount + shlex.join(trial)], capture_output=True, text=True, check=False)
+    assert refused.returncode == 16, refused.stdout + refused.stderr
+    assert f"{cache} lies on a file system that forbids execution" in refused.stderr
+    speak = [sys.executable, "-c", _START, str(baked_compiled), str(mini), str(cache), "fallback", "7"]
+    spoke = subprocess.run([*alone, mount + shlex.join(speak)], capture_output=True, text=True, check=False)
+    assert spoke.returncode == 0, spoke.stderr
+    metrics = json.loads(spoke.stdout.rpartition("JSON")[2])["metrics"]
+    assert (metrics["profile"], metrics["misses"]) == ("eager", {"inductor": 1})
+    assert "forbids execution" in metrics["reasons"][0]
+
+
 def test_another_setting_of_torch_is_seen_as_a_miss(baked_compiled: Path, mini: Path) -> None:
     places = ("--warm", baked_compiled, "--weights", mini, "--cache", baked_compiled.parent / "cache")
     proven = run_cli("prove", "--here", *places, env={**os.environ, "TORCHINDUCTOR_SHAPE_PADDING": "0"})
@@ -268,7 +291,7 @@ def test_a_deleted_kernel_is_seen_as_a_miss(baked_compiled: Path, mini: Path, tm
     state = writable_copy(baked_compiled, tmp_path / "warm")
     for library in (state / "inductor").rglob("*.so"):
         library.unlink()
-    rewrite(state)
+    rewrite(state, scan=True)
     cache = baked_compiled.parent / "cache"
     proven = run_cli("prove", "--here", "--warm", state, "--weights", mini, "--cache", cache)
     assert proven.returncode == 13, proven.stdout + proven.stderr
@@ -301,8 +324,45 @@ def test_without_a_compiler_a_region_that_misses_runs_as_written(
     state = writable_copy(baked_compiled, tmp_path / "warm")
     for library in (state / "inductor").rglob("*.so"):
         library.unlink()
-    rewrite(state)
+    rewrite(state, scan=True)
     found = start(state, mini, baked_compiled.parent / "cache", env={"PATH": "/nonexistent"})
     assert len(found["samples"]) > 0
     assert found["metrics"]["misses"]["inductor"] >= len(REGIONS)
     assert any("t3_decode runs as written" in reason for reason in found["metrics"]["reasons"])
+
+
+_LATER_CLASS = """
+import os
+import torch
+from chatterbox_prewarm.regions import Input, Region, Size
+from chatterbox_prewarm.regions.execute import Compiled
+from chatterbox_prewarm.warmup.metrics import WarmupMetrics
+
+def double(weight, x):
+    return (torch.sin(x) * weight,)
+
+metrics = WarmupMetrics()
+lengths = Size(name="length", example=4, least=2, most=64)
+region = Region(name="double", function=double, inputs=(Input(shape=(lengths,)),))
+call = Compiled(metrics)(region, [torch.ones(1)])
+assert torch.allclose(call(torch.ones(8))[0], torch.sin(torch.ones(8)))
+assert not metrics.misses
+os.environ["PATH"] = "/nonexistent"
+wide = torch.ones(8, dtype=torch.float64)
+assert torch.allclose(call(wide)[0], torch.sin(wide))
+print(metrics.misses["inductor"], metrics.reasons)
+"""
+
+
+def test_a_class_of_inputs_that_comes_later_and_cannot_be_compiled_runs_as_written(tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _LATER_CLASS],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("1 ")
+    assert "double runs as written" in ran.stdout

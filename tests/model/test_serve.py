@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import soundfile
+import torch
 
 from chatterbox_prewarm.bench.server import free_port
 from tests.conftest import run_cli
@@ -313,6 +314,8 @@ def test_a_damaged_family_is_left_out_said_and_counted(damaged: Path, mini: Path
 def test_a_start_that_cannot_be_ends_with_its_exit_code(
     change: dict[str, str], code: int, word: str, damaged: Path, baked: Path, mini: Path, tmp_path: Path
 ) -> None:
+    if change == {"--device": "cuda"} and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
     options = {"--warm": str(baked), "--weights": str(mini), "--cache": str(tmp_path / "c"), "--policy": "require"}
     options |= change
     if options["--warm"] == "damaged":
@@ -323,6 +326,20 @@ def test_a_start_that_cannot_be_ends_with_its_exit_code(
     assert word in refused.stderr
     assert "next:" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_it_can_be_ended_from_its_first_moment_on(baked: Path, mini: Path, tmp_path: Path) -> None:
+    """As the first process of a container it would not even be ended by a signal that it does not handle."""
+    places = [*("--warm", str(baked), "--weights", str(mini), "--cache", str(tmp_path / "cache"))]
+    command = [sys.executable, "-m", "chatterbox_prewarm", "serve", "--port", str(free_port()), *places]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        handled = 0
+        while not handled >> (signal.SIGTERM - 1) & 1:
+            assert process.poll() is None
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            handled = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
 
 
 def test_a_burst_beyond_the_queue_and_a_client_that_goes_away_break_nothing(

@@ -36,8 +36,11 @@ main()
 
 
 def _without_model(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    program = _WITHOUT_MODEL
+    if arguments[0] == "verify":  # which looks for that package's sources and imports nothing of it
+        program = program.replace('"chatterbox", ', "")
     return subprocess.run(
-        [sys.executable, "-c", _WITHOUT_MODEL, *map(str, arguments)],
+        [sys.executable, "-c", program, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -64,6 +67,33 @@ def test_a_command_that_needs_the_model_says_how_to_get_it(tmp_path: Path) -> No
     refused = _without_model("weights", "synthesize", tmp_path / "w", "--size", "mini")
     assert refused.returncode == 15
     assert "chatterbox-prewarm[model]" in refused.stderr
+
+
+def test_verify_and_the_proof_of_an_image_need_no_model_packages(state: Path, tmp_path: Path) -> None:
+    verified = _without_model("verify", "--warm", state, "--weights", tmp_path)
+    assert verified.returncode == 0, verified.stderr
+    assert "numba: 1 file(s) intact, fits this machine" in verified.stdout
+    refused = _without_model("prove", "--image", "no such image")
+    assert refused.returncode == 14, refused.stderr
+    fetched = _without_model("weights", "fetch", tmp_path / "weights", "--revision", "main")
+    assert fetched.returncode == 16, fetched.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.IntegrityError("changed", next_step="bake"), 12),
+        (OSError(28, "No space left on device"), 16),
+        (ValueError("unheard of"), 70),
+    ],
+)
+def test_a_program_without_a_command_line_ends_like_one(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, errors.exit_with_code():
+        raise error
+    assert ended.value.code == code
+    assert "next:" in capsys.readouterr().err
 
 
 def test_the_public_names_can_be_imported_before_torch() -> None:
