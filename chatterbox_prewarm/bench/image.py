@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.bench.startup import machine
 from chatterbox_prewarm.errors import BadInputError, EngineError
 from chatterbox_prewarm.image.engine import prove_image
 from chatterbox_prewarm.process import run as run_process
@@ -32,7 +33,7 @@ def run(checkout: Path, *, size: str, say: Callable[[str], None]) -> dict[str, A
         say: called with a line for each step.
 
     Returns:
-        for each of the two builds its seconds, the steps that ran and came from no cache, the image's bytes, and the
+        the machine and its engine, and for each of the two builds its seconds, the steps that ran and came from no cache, the image's bytes, and the
         evidence of its proof. The first build takes what the engine's cache has, so its seconds are no figure.
 
     Raises:
@@ -52,7 +53,15 @@ def run(checkout: Path, *, size: str, say: Callable[[str], None]) -> dict[str, A
             again = _build_and_prove(context, size, say)
         finally:
             run_process([docker(), "rmi", "--force", _TAG])
-    return {"size": size, "changed": _CHANGED, "first": first, "after a change": again}
+    engine = run_process([docker(), "version", "--format", "{{.Server.Version}}"]).stdout.strip()
+    return {
+        "machine": machine(),
+        "engine": engine,
+        "size": size,
+        "changed": _CHANGED,
+        "first": first,
+        "after a change": again,
+    }
 
 
 def _build_and_prove(context: Path, size: str, say: Callable[[str], None]) -> dict[str, Any]:

@@ -114,7 +114,8 @@ def run(
                 }
                 command = [sys.executable, "-m", "chatterbox_prewarm.bench.stages", json.dumps(arguments)]
                 finished = run_process(command)
-                runs.append({"system": name, **parse_trial(finished.stdout, finished.returncode)})
+                found = parse_trial(finished.stdout, finished.returncode)
+                runs.append({"system": name, "round": number, **found})
     medians = {name: {**baked.get(name, {}), **_medians(runs, name)} for name in (UPSTREAM, *executions)}
     return {
         "machine": machine(),
@@ -125,7 +126,7 @@ def run(
         "executions": {name: asdict(execution) for name, execution in executions.items()},
         "runs": runs,
         "medians": medians,
-        "ratios": _ratios(medians),
+        "ratios": _ratios(runs, medians),
     }
 
 
@@ -152,23 +153,39 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _ratios(medians: dict[str, dict[str, float]]) -> dict[str, float]:
-    upstream = medians[UPSTREAM]
-    found: dict[str, float] = {}
+def _ratios(runs: Sequence[dict[str, Any]], medians: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """What is compared within one process or one round alone: the median, and between which figures it lies."""
+    found: dict[str, dict[str, float]] = {}
     for name, mine in medians.items():
         if name == UPSTREAM:
             continue
-        speed = mine["tokens_per_second"] / upstream["tokens_per_second"]
-        found[f"T3 tokens per second, {name} / upstream"] = round(speed, 3)
-        own, theirs = (row["flow_seconds"] + row["vocoder_seconds"] for row in (mine, upstream))
-        found[f"S3Gen speed, {name} / upstream"] = round(theirs / own, 3)
+        for key, part in (("t3_speeds", "T3"), ("s3gen_speeds", "S3Gen")):
+            if pairs := [pair for run in runs if run["system"] == name for pair in run.get(key, ())]:
+                found[f"{part} speed, {name} / upstream"] = _spread(pairs)
         if "eager" in medians and name != "eager":
-            found[f"attached, {name} - eager, s"] = round(mine["attached"] - medians["eager"]["attached"], 3)
+            for key, what in (("attached", "attached"), ("loading_seconds", "regions bound")):
+                found[f"{what}, {name} - eager, s"] = _spread(_differences(runs, key, name, "eager"))
         if mine.get("compile_seconds"):
-            found[f"compiled anew / from the state, {name}"] = round(
-                mine["compile_seconds"] / max(mine["loading_seconds"], 1e-3), 1
+            loading = [run["loading_seconds"] for run in runs if run["system"] == name]
+            found[f"compiled anew / from the state, {name}"] = _spread(
+                [mine["compile_seconds"] / max(seconds, 1e-3) for seconds in loading]
             )
     return found
+
+
+def _differences(runs: Sequence[dict[str, Any]], key: str, name: str, base: str) -> list[float]:
+    """Between two systems, round by round."""
+    values = {(run["system"], run["round"]): run[key] for run in runs if key in run}
+    return [value - values[base, number] for (system, number), value in values.items() if system == name]
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 3),
+        "least": round(min(values), 3),
+        "most": round(max(values), 3),
+        "count": len(values),
+    }
 
 
 def table(report: dict[str, Any]) -> str:
@@ -180,7 +197,11 @@ def table(report: dict[str, Any]) -> str:
         cells = [row.get(key) for row in medians.values()]
         if any(cell is not None for cell in cells):
             lines.append(f"{title:<20}" + "".join(f"{'' if cell is None else _shown(cell):>{width}}" for cell in cells))
-    return "\n".join([*lines, *(f"{title}: {ratio}" for title, ratio in report["ratios"].items())])
+    lines.extend(
+        f"{title}: {ratio['median']} ({ratio['least']} to {ratio['most']}, {ratio['count']} times)"
+        for title, ratio in report["ratios"].items()
+    )
+    return "\n".join(lines)
 
 
 def _shown(value: float) -> str:

@@ -1,4 +1,8 @@
-"""One fresh process of `bench profiles`: start, speak, and time each stage of a synthesis; upstream's, or ours."""
+"""One fresh process of `bench profiles`: start, speak, and time each stage of a synthesis; upstream's, or ours.
+
+Two processes of a shared machine differ by more than two profiles do. So one process also runs upstream's code and ours
+in turn, over the same weights, and compares the stages of each pair.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,10 @@ from chatterbox_prewarm.warmup.metrics import WarmupMetrics
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from chatterbox.tts import ChatterboxTTS, Conditionals
+
 _REPEATS = 3
+_PAIRS = 5
 _TEXT = TEXTS[1]
 _SEED = 1
 
@@ -32,10 +39,12 @@ def run(
         cache: the cache directory.
         device: to run on.
         tokens: speech tokens of each synthesis.
-        reference: a file for what upstream makes of the text; upstream writes it and ours is compared with it.
+        reference: a file for what upstream makes of the text; upstream writes it, and ours is compared with it and runs
+            in pairs with upstream's code.
 
     Returns:
-        moments since exec, the medians of the stages, in seconds, and with a reference what `fidelity.compare` finds.
+        moments since exec, the medians of the stages, in seconds, and with a reference what `fidelity.compare` and
+        `_in_pairs` find.
     """
     metrics = WarmupMetrics()
     system = (
@@ -77,7 +86,7 @@ class _System:
     """What is measured: a synthesis that tells the seconds of its stages, and a comparison with upstream's results."""
 
     speak: Callable[[], dict[str, float]]
-    check: Callable[[Path], dict[str, float]]
+    check: Callable[[Path], dict[str, Any]]
     capture_seconds: float = 0.0
 
 
@@ -125,10 +134,13 @@ def _ours(warm: Path, weights: Path, cache: Path, device: str, tokens: int, metr
     synthesizer.synthesize(_TEXT, voice=DEFAULT_VOICE, seed=_SEED, max_new_tokens=8)
     metrics.mark("ready")
 
-    def check(reference: Path) -> dict[str, float]:
+    def check(reference: Path) -> dict[str, Any]:
         from chatterbox_prewarm.bench.fidelity import compare
 
-        return compare(synthesizer, _TEXT, torch.load(reference, weights_only=True))
+        found = compare(synthesizer, _TEXT, torch.load(reference, weights_only=True))
+        with_t3 = attached.prepared.execution.t3_dtype == "float32"  # in another type upstream's T3 cannot run
+        theirs = _upstreams_speak(synthesizer.model, voice, device, tokens, with_t3=with_t3)
+        return {**found, **_in_pairs(speak, theirs, with_t3=with_t3)}
 
     return _System(speak=speak, check=check, capture_seconds=stages.speech_tokens.capture_seconds)
 
@@ -137,35 +149,69 @@ def _upstream(weights: str, voice: str, device: str, tokens: int, metrics: Warmu
     import torch
     from chatterbox.tts import ChatterboxTTS
 
-    from chatterbox_prewarm.bench.fidelity import reference, text_tokens
+    from chatterbox_prewarm.bench.fidelity import reference
     from chatterbox_prewarm.families.conditionals import load_voice
-    from chatterbox_prewarm.synthesis import seed_everything
 
     model = ChatterboxTTS.from_local(weights, device)
     conditionals = load_voice(Path(voice), device=device)
     metrics.mark("attached")
+
+    def check(file: Path) -> dict[str, Any]:
+        torch.save(reference(model, conditionals, _TEXT), file)
+        return {}
+
+    return _System(speak=_upstreams_speak(model, conditionals, device, tokens), check=check)
+
+
+def _upstreams_speak(
+    model: ChatterboxTTS, voice: Conditionals, device: str, tokens: int, *, with_t3: bool = True
+) -> Callable[[], dict[str, float]]:
+    """A synthesis by upstream's own code over a model's weights, without its T3 on request."""
+    import torch
+
+    from chatterbox_prewarm.bench.fidelity import text_tokens
+    from chatterbox_prewarm.synthesis import seed_everything
+    from chatterbox_prewarm.voices import detached
+
     clock = _clock(device)
     text = text_tokens(model, _TEXT).repeat(2, 1)
+    conditionals = detached(voice).t3  # upstream stores what it computes into it
 
     @torch.inference_mode()
     def speak() -> dict[str, float]:
         seed_everything(_SEED)
         started = clock()
-        drawn = model.t3.inference(t3_cond=conditionals.t3, text_tokens=text, max_new_tokens=tokens, top_p=1.0)[0]
+        drawn = torch.arange(tokens)
+        if with_t3:
+            drawn = model.t3.inference(t3_cond=conditionals, text_tokens=text, max_new_tokens=tokens, top_p=1.0)[0]
         drawn = _of_one_length(drawn[drawn < model.t3.hp.start_speech_token], tokens)
         decoded = clock()
-        mel = model.s3gen.flow_inference(drawn.to(device), ref_dict=dict(conditionals.gen), finalize=True)
+        mel = model.s3gen.flow_inference(drawn.to(device), ref_dict=dict(voice.gen), finalize=True)
         made = clock()
         samples, _ = model.s3gen.hift_inference(mel)
         samples = samples.cpu()
         done = clock()
         return _stages(started, decoded, made, done, samples.numel())
 
-    def check(file: Path) -> dict[str, float]:
-        torch.save(reference(model, conditionals, _TEXT), file)
-        return {}
+    return speak
 
-    return _System(speak=speak, check=check)
+
+def _in_pairs(
+    ours: Callable[[], dict[str, float]], theirs: Callable[[], dict[str, float]], *, with_t3: bool
+) -> dict[str, list[float]]:
+    """How many times as fast our stages are as upstream's, pair by pair; each first in half of them."""
+    theirs()  # the first run of upstream's code pays for what a second does not
+    found: dict[str, list[float]] = {"t3_speeds": [], "s3gen_speeds": []}
+    for number in range(_PAIRS):
+        if number % 2:
+            mine, other = ours(), theirs()
+        else:
+            other, mine = theirs(), ours()
+        if with_t3:
+            found["t3_speeds"].append(other["t3_seconds"] / mine["t3_seconds"])
+        s3gen = [stages["flow_seconds"] + stages["vocoder_seconds"] for stages in (other, mine)]
+        found["s3gen_speeds"].append(s3gen[0] / s3gen[1])
+    return found
 
 
 def _of_one_length(drawn: Any, tokens: int) -> Any:

@@ -17,7 +17,9 @@ import pytest
 from safetensors.numpy import save
 
 from chatterbox_prewarm.bench.image import build, copy_context, ran_steps
+from chatterbox_prewarm.manifest import SCHEMA_VERSION
 from chatterbox_prewarm.models import ENGLISH
+from chatterbox_prewarm.probes import names_a_compiler
 from chatterbox_prewarm.weights import RECORD_NAME
 from tests.conftest import ROOT, run_cli
 from tests.unit.hub_server import Hub, serve
@@ -64,6 +66,26 @@ def test_the_image_proves_itself_under_the_promised_flags(docker: str, image: st
     assert evidence["observed"]["state_writes"] == evidence["observed"]["cache_writes"] == []
     assert evidence["observed"]["metrics"]["misses"] == {}
     assert evidence["observed"]["metrics"]["hits"]["numba"] > 0
+
+
+def test_an_image_of_the_profile_compiled_starts_no_compiler_either(
+    docker: str, context: Path, image: str, tmp_path: Path
+) -> None:
+    assert image, "whose layers it shares up to the bake"
+    tag = f"{TAG}-compiled"
+    build(context, tag, [*SYNTHETIC, "--build-arg", "PROFILE=compiled", "--build-arg", "LEVELS=1"])
+    try:
+        proven = run_cli("prove", "--image", tag, "--evidence", tmp_path / "evidence.json")
+        assert proven.returncode == 0, proven.stdout + proven.stderr
+        observed = json.loads((tmp_path / "evidence.json").read_text())["observed"]
+        assert observed["isolation"]["uid"] == 12345
+        assert observed["metrics"]["profile"] == "compiled"
+        assert observed["metrics"]["misses"] == {}
+        assert observed["metrics"]["hits"]["inductor"] > 0
+        assert [event for event in observed["programs"] if names_a_compiler(event)] == []
+        assert observed["cache_writes"] == []
+    finally:
+        subprocess.run([docker, "rmi", "--force", tag], capture_output=True, check=False)
 
 
 def test_prove_runs_an_image_by_itself(image: str, tmp_path: Path) -> None:
@@ -143,8 +165,15 @@ def test_the_state_cannot_be_written_and_no_secret_stays(docker: str, image: str
 
 def test_the_image_has_the_documented_labels_and_no_gpu_setting(docker: str, image: str) -> None:
     config = json.loads(run(docker, "inspect", "--format", "{{json .Config}}", image).stdout)
-    for name in ("schema", "variant", "profile", "torch"):
-        assert config["Labels"][f"io.chatterbox-prewarm.{name}"]
+    prefix = "io.chatterbox-prewarm."
+    labels = {name.removeprefix(prefix): value for name, value in config["Labels"].items() if name.startswith(prefix)}
+    assert labels == {
+        "schema": str(SCHEMA_VERSION),
+        "variant": "english",
+        "profile": "aot",
+        "gpu": "none",
+        "torch": "torch-2.6",
+    }
     assert config["User"] == "12345:12345"
     assert not any(entry.startswith("NVIDIA_VISIBLE_DEVICES") for entry in config["Env"])
     assert "HF_HUB_OFFLINE=1" in config["Env"]

@@ -13,7 +13,7 @@ from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.load import attach, prepare
 from chatterbox_prewarm.profiles import Execution
-from chatterbox_prewarm.regions import MOST_PLACES, REGIONS, t3, t3_blocks
+from chatterbox_prewarm.regions import MOST_FRAMES, MOST_PLACES, REGIONS, t3, t3_blocks
 from chatterbox_prewarm.regions.bound import Bound, bound
 from chatterbox_prewarm.regions.execute import eager
 from chatterbox_prewarm.regions.t3 import SpeechTokens
@@ -151,6 +151,12 @@ def test_what_is_drawn_past_the_end_is_dropped(
 def test_a_text_longer_than_the_cache_is_refused(model: ChatterboxTTS, voice: Conditionals, stages: Bound) -> None:
     with pytest.raises(BadInputError, match=f"more than the {MOST_PLACES} there are") as caught:
         stages.speech_tokens(voice.t3, text_tokens(model), sampling=GREEDY, max_new_tokens=MOST_PLACES)
+    assert "split the text" in caught.value.next_step
+
+
+def test_speech_longer_than_the_flow_takes_is_refused(voice: Conditionals, stages: Bound) -> None:
+    with pytest.raises(BadInputError, match=f"more than the {MOST_FRAMES} that one utterance may have") as caught:
+        stages.flow(torch.zeros(MOST_FRAMES // 2, dtype=torch.int64), voice.gen)
     assert "split the text" in caught.value.next_step
 
 
