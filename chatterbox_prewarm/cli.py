@@ -315,16 +315,21 @@ def bench() -> None:
 @bench.command("startup")
 @_weights
 @_warm
+@_device
 @click.option("--output", type=_PATH, required=True, help="Where the report goes, a JSON file.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Fresh processes of each system.")
 @click.option("--cold-pages", is_flag=True, help="Besides, one round with the page cache dropped (needs root).")
 @click.option("--systems", default="torch,upstream,cold,warm", show_default=True, help="Which ones, in turn.")
-def bench_startup(*, weights: Path, warm: Path, output: Path, rounds: int, cold_pages: bool, systems: str) -> None:
+def bench_startup(
+    *, weights: Path, warm: Path, device: str, output: Path, rounds: int, cold_pages: bool, systems: str
+) -> None:
     """Time starts in fresh processes, in turn: bare torch, upstream as it is, ours cold, ours warm."""
     from chatterbox_prewarm.bench.startup import run, table
 
     _check_place(output)
-    report = run(weights, warm, rounds=rounds, cold_pages=cold_pages, systems=systems.split(","), say=_say)
+    report = run(
+        weights, warm, rounds=rounds, cold_pages=cold_pages, systems=systems.split(","), device=device, say=_say
+    )
     _write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
     click.echo(table(report))
 

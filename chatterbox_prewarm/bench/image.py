@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.bench.startup import machine
+from chatterbox_prewarm.bench.starts import machine
 from chatterbox_prewarm.errors import BadInputError, EngineError
 from chatterbox_prewarm.image.engine import prove_image
 from chatterbox_prewarm.process import run as run_process
@@ -33,8 +33,9 @@ def run(checkout: Path, *, size: str, say: Callable[[str], None]) -> dict[str, A
         say: called with a line for each step.
 
     Returns:
-        the machine and its engine, and for each of the two builds its seconds, the steps that ran and came from no cache, the image's bytes, and the
-        evidence of its proof. The first build takes what the engine's cache has, so its seconds are no figure.
+        the machine and its engine, and for each of the two builds its seconds, the steps that ran and came from no
+        cache, the image's bytes, and the evidence of its proof. The first build takes what the engine's cache has, so
+        its seconds are no figure.
 
     Raises:
         BadInputError: there is no Dockerfile.

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bake import bake
-from chatterbox_prewarm.bench.startup import check_loadable, machine, settle, versions
+from chatterbox_prewarm.bench.starts import checkpoint, machine, settle, versions
+from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.families import COMPILED
 from chatterbox_prewarm.process import run as run_process
 from chatterbox_prewarm.profiles import PROFILES, Execution
 from chatterbox_prewarm.prove import parse_trial
-from chatterbox_prewarm.weights import read_record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 #: Two seconds of audio: enough to time a token.
 TOKENS = 50
@@ -89,48 +89,93 @@ def run(
         the report: machine, versions, what each bake gave, every run, medians and ratios.
     """
     executions = variants(device, profiles)
-    check_loadable(weights)
-    baked: dict[str, dict[str, Any]] = {}
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-bench-") as scratch:
         states = {name: Path(scratch) / str(number) for number, name in enumerate(executions)}
+        baked = {}
         for name, execution in executions.items():
             say(f"bake: {name}")
-            baked[name] = _bake(weights, states[name], cache, device, execution)
-        voice = next(iter(states.values())) / "conditionals" / "default.safetensors"
+            baked[name] = bake_one(weights, states[name], cache, device, execution)
         for number in range(1, rounds + 1):
             for name in (UPSTREAM, *executions):
                 say(f"{name}, {number} of {rounds}")
-                settle(weights, states.get(name))
-                state = states.get(name)
-                arguments = {
-                    "weights": str(weights),
-                    "warm": str(state) if state else None,
-                    "voice": str(voice),
-                    "cache": str(cache),
-                    "device": device,
-                    "tokens": TOKENS,
-                    "reference": str(Path(scratch) / "reference.pt") if number == 1 else None,
-                }
-                command = [sys.executable, "-m", "chatterbox_prewarm.bench.stages", json.dumps(arguments)]
-                finished = run_process(command)
-                found = parse_trial(finished.stdout, finished.returncode)
+                found = measure_one(
+                    weights,
+                    states.get(name),
+                    cache=cache,
+                    device=device,
+                    voice=voice_of(next(iter(states.values()))),
+                    reference=Path(scratch) / "reference.pt" if number == 1 else None,
+                )
                 runs.append({"system": name, "round": number, **found})
+    return summarize(runs, baked, executions, weights=weights, device=device)
+
+
+def voice_of(state: Path) -> Path:
+    """The file of a state's built-in voice, which upstream is given as well."""
+    return state / "conditionals" / f"{DEFAULT_VOICE}.safetensors"
+
+
+def measure_one(
+    weights: Path,
+    state: Path | None,
+    *,
+    cache: Path,
+    device: str,
+    voice: Path,
+    reference: Path | None = None,
+    tokens: int = TOKENS,
+) -> dict[str, Any]:
+    """Start one system in a fresh process, with a hot page cache; see `stages.run`.
+
+    Args:
+        weights: the checkpoint.
+        state: a warm state, or None for upstream as it is.
+        cache: the cache directory that the state is bound to.
+        device: to run on.
+        voice: the file of a baked voice, for upstream.
+        reference: a file for what upstream makes of the text.
+        tokens: speech tokens of each synthesis.
+    """
+    settle(weights, state)
+    arguments = {
+        "weights": str(weights),
+        "warm": str(state) if state else None,
+        "voice": str(voice),
+        "cache": str(cache),
+        "device": device,
+        "tokens": tokens,
+        "reference": str(reference) if reference else None,
+    }
+    finished = run_process([sys.executable, "-m", "chatterbox_prewarm.bench.stages", json.dumps(arguments)])
+    return parse_trial(finished.stdout, finished.returncode)
+
+
+def summarize(
+    runs: Sequence[dict[str, Any]],
+    baked: Mapping[str, dict[str, float]],
+    executions: Mapping[str, Execution],
+    *,
+    weights: Path,
+    device: str,
+) -> dict[str, Any]:
+    """The report: medians over the rounds, and what is compared within a process or a round."""
     medians = {name: {**baked.get(name, {}), **_medians(runs, name)} for name in (UPSTREAM, *executions)}
     return {
         "machine": machine(),
         "versions": versions(),
-        "weights": read_record(weights).repository,
+        "weights": checkpoint(weights),
         "device": device,
         "tokens": TOKENS,
         "executions": {name: asdict(execution) for name, execution in executions.items()},
-        "runs": runs,
+        "runs": list(runs),
         "medians": medians,
         "ratios": _ratios(runs, medians),
     }
 
 
-def _bake(weights: Path, warm: Path, cache: Path, device: str, execution: Execution) -> dict[str, float]:
+def bake_one(weights: Path, warm: Path, cache: Path, device: str, execution: Execution) -> dict[str, float]:
+    """Bake a state for one way of executing; returns what that took and gave."""
     started = time.monotonic()
     manifest = bake(weights, warm, cache=cache, device=device, execution=execution, levels=(1,))
     seconds = time.monotonic() - started

@@ -90,7 +90,7 @@ class _System:
     capture_seconds: float = 0.0
 
 
-def _clock(device: str) -> Callable[[], float]:
+def clock_of(device: str) -> Callable[[], float]:
     """A clock that first waits for the device."""
     import torch
 
@@ -114,7 +114,7 @@ def _ours(warm: Path, weights: Path, cache: Path, device: str, tokens: int, metr
     from chatterbox_prewarm.regions.bound import bound
     from chatterbox_prewarm.synthesis import seed_everything
 
-    clock = _clock(device)
+    clock = clock_of(device)
     stages = bound(synthesizer.model)
     voice = synthesizer.voices[DEFAULT_VOICE]
 
@@ -147,12 +147,12 @@ def _ours(warm: Path, weights: Path, cache: Path, device: str, tokens: int, metr
 
 def _upstream(weights: str, voice: str, device: str, tokens: int, metrics: WarmupMetrics) -> _System:
     import torch
-    from chatterbox.tts import ChatterboxTTS
 
     from chatterbox_prewarm.bench.fidelity import reference
+    from chatterbox_prewarm.bench.upstream import load
     from chatterbox_prewarm.families.conditionals import load_voice
 
-    model = ChatterboxTTS.from_local(weights, device)
+    model = load(weights, device)
     conditionals = load_voice(Path(voice), device=device)
     metrics.mark("attached")
 
@@ -173,7 +173,7 @@ def _upstreams_speak(
     from chatterbox_prewarm.synthesis import seed_everything
     from chatterbox_prewarm.voices import detached
 
-    clock = _clock(device)
+    clock = clock_of(device)
     text = text_tokens(model, _TEXT).repeat(2, 1)
     conditionals = detached(voice).t3  # upstream stores what it computes into it
 

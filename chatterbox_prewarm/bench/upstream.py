@@ -6,18 +6,36 @@ random weights never sample the stop token.
 
 from __future__ import annotations
 
+import importlib
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.child import report
 from chatterbox_prewarm.warmup.metrics import WarmupMetrics
+from chatterbox_prewarm.weights import read_record
+
+if TYPE_CHECKING:
+    from chatterbox.tts import ChatterboxTTS
 
 #: How many requests after the first one are measured; the steady request is their median.
 STEADY_REQUESTS = 3
 
 
-def run(*, weights: str, clip: str, text: str, max_new_tokens: int) -> dict[str, Any]:
+def load(weights: str, device: str) -> ChatterboxTTS:
+    """Upstream's own loading; a shortened checkpoint, for rehearsals, needs its constructors shortened too."""
+    from chatterbox.tts import ChatterboxTTS
+
+    synthetic = read_record(Path(weights)).synthetic
+    if synthetic is None or synthetic.t3_layers is None:
+        return ChatterboxTTS.from_local(weights, device)
+    from chatterbox_prewarm.models.synthetic import shortened_upstream
+
+    with shortened_upstream(synthetic):
+        return ChatterboxTTS.from_local(weights, device)
+
+
+def run(*, weights: str, clip: str, text: str, max_new_tokens: int, device: str) -> dict[str, Any]:
     """Start upstream, speak once, and then as often as a steady request is measured.
 
     Returns:
@@ -25,10 +43,9 @@ def run(*, weights: str, clip: str, text: str, max_new_tokens: int) -> dict[str,
         (`steady`), and the bytes read.
     """
     metrics = WarmupMetrics()
-    from chatterbox.tts import ChatterboxTTS
-
+    importlib.import_module("chatterbox.tts")
     metrics.mark("imported")
-    model = ChatterboxTTS.from_local(weights, "cpu")
+    model = load(weights, device)
     metrics.mark("loaded")
     model.prepare_conditionals(clip)
     metrics.mark("attached")

@@ -6,6 +6,7 @@ The vocabulary of the tokenizer is characters instead of the trained merges, and
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -26,6 +27,8 @@ from chatterbox_prewarm.staging import exclusive, put_in_place, staging_folder
 from chatterbox_prewarm.weights import RECORD_NAME, Synthetic, WeightsRecord, read_record, record
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,28 @@ REPOSITORY = "synthetic"
 
 #: Length of the random voice prompt in S3 speech tokens (25 a second); a published voice has up to 10 s.
 _PROMPT_TOKENS = 75
+
+
+@contextlib.contextmanager
+def shortened_upstream(synthetic: Synthetic | None) -> Iterator[None]:
+    """Have upstream's own loading construct as few layers as a shortened checkpoint has; for rehearsals and tests."""
+    if synthetic is None or synthetic.t3_layers is None or synthetic.s3gen_blocks is None:
+        yield
+        return
+    from chatterbox import tts
+
+    full_t3, full_s3gen, blocks = tts.T3, tts.S3Gen, synthetic.s3gen_blocks
+
+    def s3gen() -> nn.Module:
+        model: nn.Module = full_s3gen()
+        shorten_s3gen(model, blocks)
+        return model
+
+    tts.T3, tts.S3Gen = lambda: make_t3(synthetic.t3_layers), s3gen
+    try:
+        yield
+    finally:
+        tts.T3, tts.S3Gen = full_t3, full_s3gen
 
 
 def synthesize(directory: Path, *, size: str, seed: int) -> WeightsRecord:

@@ -333,15 +333,3 @@ def test_a_damaged_state_is_not_packed(state: Path, mini: Path, tmp_path: Path) 
     refused = run_cli("pack", "--warm", state, "--output", tmp_path / "layer.tar.gz")
     assert refused.returncode == 12
     assert list(tmp_path.glob("*layer*")) == []
-
-
-@pytest.mark.parametrize("command", ["startup", "profiles"])
-def test_upstream_is_not_asked_to_load_a_shortened_checkpoint(
-    command: str, baked: Path, mini: Path, tmp_path: Path
-) -> None:
-    places = ("--weights", mini, "--output", tmp_path / "report.json")
-    more = ("--warm", baked) if command == "startup" else ("--cache", tmp_path / "cache")
-    refused = run_cli("bench", command, *places, *more)
-    assert refused.returncode == 16, refused.stderr
-    assert "shortened" in refused.stderr
-    assert not (tmp_path / "report.json").exists()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from chatterbox_prewarm.errors import WeightsError
 from chatterbox_prewarm.models import ENGLISH, english
+from chatterbox_prewarm.models.synthetic import shortened_upstream
 from chatterbox_prewarm.voices import builtin_voice
 from chatterbox_prewarm.weights import read_record, record
 
@@ -38,23 +39,11 @@ def upstream(mini: Path, attached: Attached) -> Any:  # noqa: ARG001 - the short
     """The same checkpoint through upstream's own loading, its constructors shortened to the mini depth."""
     from chatterbox import tts
 
-    synthetic = read_record(mini).synthetic
-    assert synthetic is not None
-    blocks = synthetic.s3gen_blocks
-    assert blocks is not None
-    full_s3gen, full_t3 = tts.S3Gen, tts.T3
-
-    def s3gen() -> Any:
-        model = full_s3gen()
-        english.shorten_s3gen(model, blocks)
-        return model
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(tts, "T3", lambda: english.make_t3(synthetic.t3_layers))
-    patch.setattr(tts, "S3Gen", s3gen)
-    model = tts.ChatterboxTTS.from_local(mini, "cpu")
-    patch.undo()
-    assert tts.T3 is full_t3
+    full = tts.T3, tts.S3Gen
+    with shortened_upstream(read_record(mini).synthetic):
+        model = tts.ChatterboxTTS.from_local(mini, "cpu")
+    assert (tts.T3, tts.S3Gen) == full
+    assert len(model.t3.tfmr.layers) == 2
     return model
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import socket
+import subprocess
+import sys
 import tempfile
 from typing import TYPE_CHECKING
 
@@ -12,6 +17,8 @@ import torch
 import chatterbox_prewarm
 from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.families.conditionals import load_voice
+from chatterbox_prewarm.models import ENGLISH
 from chatterbox_prewarm.voices import detached
 from chatterbox_prewarm.warmup import SWITCH
 from chatterbox_prewarm.warmup.inputs import LONG_TEXT, MEDIUM_TEXT, SHORT_TEXT, reference_audio, reference_clip
@@ -123,3 +130,45 @@ def test_enhanced_loading_gives_upstreams_class_with_a_voice(mini: Path, tmp_pat
     assert isinstance(model, ChatterboxTTS)
     assert model.conds is not None
     assert any("T3" in line for line in lines)
+
+
+_ENHANCED = """
+import json, sys
+from pathlib import Path
+from chatterbox_prewarm import from_pretrained_with_warmup
+from chatterbox_prewarm.errors import WeightsError
+warm, weights, cache = map(Path, sys.argv[1:4])
+try:
+    from_pretrained_with_warmup("cpu")
+except WeightsError as error:
+    fetched = str(error)
+model = from_pretrained_with_warmup("cpu", weights=weights, warm=warm, cache=cache, policy="require")
+speaker = model.conds.t3.speaker_emb.flatten().tolist()
+print("JSON" + json.dumps({"fetched": fetched, "speaker": speaker, "class": type(model).__name__}))
+"""
+
+
+def test_enhanced_loading_takes_a_warm_state_and_fetches_what_is_not_there(
+    baked: Path, mini: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as nobody:  # bound, but not listening
+        nobody.bind(("127.0.0.1", 0))
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{nobody.getsockname()[1]}",
+            "XDG_CACHE_HOME": str(tmp_path / "home"),
+        }
+        ran = subprocess.run(
+            [sys.executable, "-c", _ENHANCED, str(baked), str(mini), str(tmp_path / "cache")],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.rpartition("JSON")[2])
+    assert f"{ENGLISH.repository} at {ENGLISH.revision[:12]} could not be fetched" in found["fetched"]
+    assert found["class"] == "ChatterboxTTS"
+    voice = load_voice(baked / "conditionals" / f"{DEFAULT_VOICE}.safetensors")
+    assert found["speaker"] == voice.t3.speaker_emb.flatten().tolist()
+    assert "level 1" not in ran.stderr, "what is loaded is not warmed up again"
