@@ -139,7 +139,7 @@ class _Sabotage:
 
 def test_a_voice_that_is_none_is_refused_and_runs_no_code(mini: Path, tmp_path: Path, attached: Attached) -> None:
     copy = _copy(mini, tmp_path / "weights")
-    for content in (pickle.dumps(_Sabotage(tmp_path / "ran")), b"PK\x03\x04 and no more", b"", b"voice"):
+    for content in (pickle.dumps(_Sabotage(tmp_path / "ran"), protocol=2), b"PK\x03\x04 and no more", b"", b"voice"):
         (copy / ENGLISH.builtin_voice).write_bytes(content)
         _record(copy, mini)
         with pytest.raises(WeightsError, match=r"is no voice of Chatterbox's"):
