@@ -23,7 +23,7 @@ def writable_copy(baked: Path, target: Path) -> Path:
 
 
 def run_cli(
-    *arguments: str | Path, timeout: float = 600.0, env: Mapping[str, str] | None = None
+    *arguments: str | Path, timeout: float = 600.0, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run `chatterbox-prewarm ARGUMENTS` in a process of its own."""
     return subprocess.run(
@@ -33,4 +33,5 @@ def run_cli(
         timeout=timeout,
         check=False,
         env=env,
+        cwd=cwd,
     )

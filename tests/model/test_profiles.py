@@ -196,8 +196,7 @@ def test_a_changed_source_of_a_region_is_caught_by_a_proof(
     with (tmp_path / "chatterbox_prewarm" / "regions" / "flow_blocks.py").open("a") as source:
         source.write("# a change\n")
     places = ("--warm", state, "--weights", mini, "--cache", state.parent / "cache")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    proven = run_cli("prove", "--here", *places, env=environment)
+    proven = run_cli("prove", "--here", *places, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert proven.returncode == 11, proven.stdout + proven.stderr
     assert "source of the regions: baked with" in proven.stderr
 
