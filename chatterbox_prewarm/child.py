@@ -49,9 +49,14 @@ def rebuild(description: Mapping[str, Any]) -> PrewarmError:
 
 def die_with_parent() -> None:
     """Have the kernel end this process when the one that started it is gone, however that ended."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
         os.kill(os.getpid(), signal.SIGKILL)  # it was gone before the kernel knew that we want to know
+
+
+def end_with_parent(number: int) -> None:
+    """Have the kernel send this process a signal when the one that started it has ended."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def claim_stdout() -> Any:

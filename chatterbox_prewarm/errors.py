@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def exit_with_code() -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - the last line of defence
         found = as_prewarm_error(error)
+        if found.exit_code == PrewarmError.exit_code:  # a fault of this program; there is no --debug to ask for
+            traceback.print_exc()
         print(f"error: {found}", file=sys.stderr)
         sys.exit(found.exit_code)
 

@@ -193,7 +193,7 @@ def read(root: Path) -> Manifest:
     """
     path = root / MANIFEST_NAME
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")  # `read_text` would take one kind of line end for another
     except FileNotFoundError as error:
         raise IntegrityError(f"{root} holds no {MANIFEST_NAME}, so it is no warm state", next_step=_REBAKE) from error
     except (OSError, UnicodeDecodeError) as error:
@@ -222,6 +222,7 @@ def from_json(text: str, *, source: str) -> Manifest:
     try:
         manifest = _build(raw)
         expected = set_digest(manifest.files)
+        changed = schema >= 3 and text != to_json(manifest)  # schemas 1 and 2 had no digest of themselves
     except (KeyError, TypeError, ValueError, AttributeError, BadInputError) as error:
         raise IntegrityError(
             f"{source} does not have the fields of schema {schema}: {error!r}", next_step=_REBAKE
@@ -231,7 +232,7 @@ def from_json(text: str, *, source: str) -> Manifest:
             f"{source}: the set digest is {manifest.set_digest}, but its own list of files gives {expected}",
             next_step=_REBAKE,
         )
-    if schema >= 3 and text != to_json(manifest):  # schemas 1 and 2 had no digest of themselves
+    if changed:
         raise IntegrityError(f"{source} was changed after it was written: its digest is another", next_step=_REBAKE)
     return manifest
 

@@ -79,12 +79,13 @@ def builtin_voice(model: ChatterboxTTS, weights: Path) -> Conditionals:
     # A file that the record does not name has no digest, and a pickle without one is not read.
     if any(entry.path == ENGLISH.builtin_voice for entry in read_record(weights).files):
         try:
-            return detached(Conditionals.load(path, map_location=model.device).to(model.device))
+            loaded = Conditionals.load(path)
         except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
             raise WeightsError(
                 f"{path} is no voice of Chatterbox's: {first_line(error)}",
                 next_step="fetch the published file, or remove it and record the checkpoint anew: a voice is then made",
             ) from error
+        return detached(loaded.to(model.device))
     logger.info("the checkpoint ships no voice; making one from a generated clip")
     with reference_clip() as clip:
         return prepare_voice(model, clip)

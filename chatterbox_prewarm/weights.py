@@ -108,6 +108,11 @@ def fetch(directory: Path, *, variant: Variant, revision: str | None = None) -> 
     except OSError as error:
         raise from_os_error(error, "making the weights directory") from error
     ours = _fetched_before(directory, variant)
+    if foreign := [name for name in variant.files if (directory / name).exists() and name not in ours]:
+        raise BadInputError(
+            f"{directory / foreign[0]} is not of {variant.repository}, and fetching would replace it",
+            next_step="name another directory, or remove the file",
+        )
     for name in variant.files:
         try:
             # A fresh look at what the hub announces: the download itself compares sizes, never digests.
@@ -115,11 +120,6 @@ def fetch(directory: Path, *, variant: Variant, revision: str | None = None) -> 
             path = directory / name
             if path.is_file() and _differs_from_etag(path, announced.etag) is None:
                 continue
-            if path.exists() and name not in ours:
-                raise BadInputError(
-                    f"{path} is not of {variant.repository}, and fetching would replace it",
-                    next_step="name another directory, or remove the file",
-                )
             # From here on the record is no longer true, until it is written anew.
             (directory / RECORD_NAME).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
@@ -141,12 +141,11 @@ def fetch(directory: Path, *, variant: Variant, revision: str | None = None) -> 
 
 def _fetched_before(directory: Path, variant: Variant) -> frozenset[str]:
     """The files in `directory` that came from the hub: by our record, or where there is none, by its client's notes."""
-    try:
+    if (directory / RECORD_NAME).exists():
         known = read_record(directory)
-    except WeightsError:
-        notes = (directory / ".cache" / "huggingface" / "download").rglob("*.metadata")
-        return frozenset(path.name.removesuffix(".metadata") for path in notes)
-    return frozenset(variant.files) if known.repository == variant.repository else frozenset()
+        return frozenset(variant.files) if known.repository == variant.repository else frozenset()
+    notes = (directory / ".cache" / "huggingface" / "download").rglob("*.metadata")
+    return frozenset(path.name.removesuffix(".metadata") for path in notes)
 
 
 def _differs_from_etag(path: Path, etag: str | None) -> str | None:

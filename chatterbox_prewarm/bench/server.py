@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bench.upstream import read_bytes
+from chatterbox_prewarm.child import end_with_parent
 from chatterbox_prewarm.errors import ModelError
 from chatterbox_prewarm.warmup.metrics import exec_time, now
 
@@ -118,6 +120,8 @@ def measured_server(arguments: Sequence[str], *, log: Path) -> Iterator[Measured
             [sys.executable, "-m", "chatterbox_prewarm", "serve", "--port", str(port), *arguments],
             stdout=stream,
             stderr=stream,
+            # A bench that is killed must not leave a server behind, with a lock on the cache.
+            preexec_fn=lambda: end_with_parent(signal.SIGTERM),  # noqa: PLW1509 - a single call into the kernel
         )
         try:
             yield MeasuredServer(process, port, log)

@@ -68,17 +68,16 @@ class Compiled:
             # Torch 2.11 would preprocess its headers in every process, to see whether a compiled one is still right.
             settings["cpp_cache_precompile_headers"] = False
         compiled: Any = torch.compile(region.function, fullgraph=True, dynamic=False, options=settings)
-        marked = False
+        first = True
 
         def call(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            nonlocal compiled, marked
+            nonlocal compiled, first
             found: tuple[torch.Tensor, ...]
-            first, marked = not marked, True
-            if first:
-                # Lengths that differ are symbols from the first call on, or the second would compile anew.
-                for tensor, given in zip(arguments[-len(region.inputs) :], region.inputs, strict=True):
-                    for place in given.dynamic:
-                        mark_dynamic(tensor, place)
+            # Lengths that differ are symbols in every call: a later one may be of a class that is compiled apart, and
+            # would be compiled for its very length.
+            for tensor, given in zip(arguments[-len(region.inputs) :], region.inputs, strict=True):
+                for place in given.dynamic:
+                    mark_dynamic(tensor, place)
             started = time.perf_counter()
             try:
                 found = compiled(*arguments)
@@ -92,6 +91,7 @@ class Compiled:
                 compiled = region.function
                 found = compiled(*arguments)
             if first:
+                first = False
                 self._metrics.add_seconds("compile", time.perf_counter() - started)
             return found
 

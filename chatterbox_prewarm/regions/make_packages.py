@@ -176,7 +176,7 @@ def _is_full(error: BaseException | None) -> bool:
 def _find_toolkit() -> None:
     """Let the compiler of packages find CUDA's headers in torch's own wheels, when no toolkit is installed."""
     installed = {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys() or shutil.which("nvcc")
-    if installed or Path("/usr/local/cuda").exists():
+    if installed or Path("/usr/local/cuda/include/cuda.h").exists():
         return
     packages = Path(sysconfig.get_paths()["purelib"])
     for name in ("cuda_runtime", "cu13"):  # of CUDA 12's wheels, and of CUDA 13's

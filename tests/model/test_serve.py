@@ -332,7 +332,8 @@ def test_it_can_be_ended_from_its_first_moment_on(baked: Path, mini: Path, tmp_p
     """As the first process of a container it would not even be ended by a signal that it does not handle."""
     places = [*("--warm", str(baked), "--weights", str(mini), "--cache", str(tmp_path / "cache"))]
     command = [sys.executable, "-m", "chatterbox_prewarm", "serve", "--port", str(free_port()), *places]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
         handled = 0
         while not handled >> (signal.SIGTERM - 1) & 1:
             assert process.poll() is None
@@ -340,6 +341,9 @@ def test_it_can_be_ended_from_its_first_moment_on(baked: Path, mini: Path, tmp_p
             handled = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_burst_beyond_the_queue_and_a_client_that_goes_away_break_nothing(

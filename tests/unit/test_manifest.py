@@ -115,6 +115,7 @@ def edited(change: Callable[[dict[str, Any]], object]) -> str:
         (edited(lambda raw: raw.update(voices=[1])), "voices holds 1"),
         (edited(lambda raw: raw.update(levels=[True])), "levels holds True"),
         (edited(lambda raw: raw["reference"].update(threads="2")), "threads holds '2'"),
+        (edited(lambda raw: raw.update(tool="\ud800")), "schema 3"),
         (edited(lambda raw: raw.pop("digest")), "was changed"),
         (edited(lambda raw: raw.update(digest="5" * 64)), "was changed"),
         (edited(lambda raw: raw["families"].append(raw["families"][0])), "listed twice"),
@@ -155,9 +156,10 @@ def test_one_flipped_byte_anywhere_in_a_manifest_is_seen(tmp_path: Path) -> None
     content = manifests.to_json(with_files(file("numba/a"))).encode()
     path = tmp_path / "manifest.json"
     for place in range(len(content)):
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        with pytest.raises(IntegrityError):
-            manifests.read(tmp_path)
+        for other in {content[place] ^ 1, 0x0D if content[place] == 0x0A else content[place] ^ 2}:
+            path.write_bytes(content[:place] + bytes([other]) + content[place + 1 :])
+            with pytest.raises(IntegrityError):
+                manifests.read(tmp_path)
     path.write_bytes(content)
     manifests.read(tmp_path)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bench.gpu.parts import PARTS
-from chatterbox_prewarm.bench.gpu.record import Plan, Record
+from chatterbox_prewarm.bench.gpu.record import Plan, Record, is_complete
 from chatterbox_prewarm.errors import ModelError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+PLAN = Plan(out="/out", device="cpu", size="mini", rounds=1)
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -25,10 +29,10 @@ def test_each_step_is_written_when_it_is_done_and_not_done_again(tmp_path: Path)
         calls.append(name)
         return {"of": name}
 
-    first = Record(path, lambda _: None)
+    first = Record(path, PLAN, lambda _: None)
     assert first.step("one", measure, "one") == {"of": "one"}
-    assert content(path) == {"complete": False, "failed": {}, "steps": {"one": {"of": "one"}}}
-    again = Record(path, lambda _: None)  # the first was cut off
+    assert content(path) == {"plan": asdict(PLAN), "complete": False, "failed": {}, "steps": {"one": {"of": "one"}}}
+    again = Record(path, PLAN, lambda _: None)  # the first was cut off
     assert again.step("one", measure, "one") == {"of": "one"}
     again.step("two", measure, "two")
     again.write(complete=True)
@@ -43,16 +47,32 @@ def test_a_step_that_fails_loses_no_other_and_is_tried_again(tmp_path: Path) -> 
     def fail() -> dict[str, Any]:
         raise ModelError("no speech", next_step="none")
 
-    record = Record(path, said.append)
+    record = Record(path, PLAN, said.append)
     assert record.step("bad", fail) is None
     record.step("good", dict)
     record.write(complete=True)
-    assert content(path) == {"complete": False, "failed": {"bad": "no speech"}, "steps": {"good": {}}}
+    assert content(path) == {
+        "plan": asdict(PLAN),
+        "complete": False,
+        "failed": {"bad": "no speech"},
+        "steps": {"good": {}},
+    }
     assert "bad failed: no speech" in said
-    again = Record(path, said.append)
+    again = Record(path, PLAN, said.append)
     again.step("bad", dict)
     again.write(complete=True)
-    assert content(path) == {"complete": True, "failed": {}, "steps": {"bad": {}, "good": {}}}
+    assert content(path) == {"plan": asdict(PLAN), "complete": True, "failed": {}, "steps": {"bad": {}, "good": {}}}
+
+
+def test_what_another_plan_gave_counts_as_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "start.json"
+    rehearsal = Record(path, PLAN, lambda _: None)
+    rehearsal.step("one", dict)
+    rehearsal.write(complete=True)
+    assert is_complete(path, PLAN)
+    assert not is_complete(path, replace(PLAN, device="cuda"))
+    assert Record(path, replace(PLAN, rounds=3), lambda _: None).steps == {}
+    assert not is_complete(tmp_path / "absent.json", PLAN)
 
 
 def test_the_parts_and_what_is_compared_on_a_gpu() -> None:

@@ -88,7 +88,7 @@ def profiles(plan: Plan, record: Record) -> None:
 
 
 def memory(plan: Plan, record: Record) -> None:
-    """What each step of a start takes of time and memory, by itself; from each state, and cold."""
+    """What each step of a start takes of time and memory, by itself, from each state."""
     for name in plan.executions():
         record.step(name, _in_process, "memory", _places(plan, name))
 
@@ -165,7 +165,7 @@ def _summary(evidence: Evidence) -> dict[str, Any]:
 def run(*, part: str, **plan_fields: Any) -> dict[str, Any]:
     """Run one part to its end."""
     plan = Plan(**plan_fields)
-    record = Record(Path(plan.out) / f"{part}.json", lambda line: print(f"  {part}: {line}", file=sys.stderr))
+    record = Record(Path(plan.out) / f"{part}.json", plan, lambda line: print(f"  {part}: {line}", file=sys.stderr))
     PARTS[part](plan, record)
     record.write(complete=True)
     return {"failed": record.failed}

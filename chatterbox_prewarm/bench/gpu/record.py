@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from chatterbox_prewarm.bench.profiles import variants
-from chatterbox_prewarm.errors import PrewarmError
+from chatterbox_prewarm.errors import as_prewarm_error
 from chatterbox_prewarm.profiles import PROFILES
 
 if TYPE_CHECKING:
@@ -63,16 +63,16 @@ class Record:
     """The steps of a part and what each gave.
 
     Args:
-        path: the file; steps that it names are not done again.
+        path: the file; steps that it names are not done again, unless they were of another plan.
+        plan: what is measured.
         say: called with a line for each step.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, plan: Plan, say: Callable[[str], None]) -> None:
         self._path = path
+        self._plan = plan
         self._say = say
-        self.steps: dict[str, Any] = {}
-        if path.exists():
-            self.steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
+        self.steps: dict[str, Any] = _read(path, plan).get("steps", {})
         self.failed: dict[str, str] = {}
 
     def step(
@@ -83,16 +83,34 @@ class Record:
             self._say(name)
             try:
                 self.steps[name] = measure(*given, **named)
-            except PrewarmError as error:
-                self.failed[name] = error.message
-                self._say(f"{name} failed: {error.message}")
+            except Exception as error:  # noqa: BLE001 - one that nobody foresaw must not cost the steps after it
+                self.failed[name] = as_prewarm_error(error).message
+                self._say(f"{name} failed: {self.failed[name]}")
             self.write(complete=False)
         found: dict[str, Any] | None = self.steps.get(name)
         return found
 
     def write(self, *, complete: bool) -> None:
         """Write all of it at once; a part with a failed step is not complete."""
-        content = {"complete": complete and not self.failed, "failed": self.failed, "steps": self.steps}
+        content = {
+            "plan": asdict(self._plan),
+            "complete": complete and not self.failed,
+            "failed": self.failed,
+            "steps": self.steps,
+        }
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         temporary.replace(self._path)
+
+
+def is_complete(path: Path, plan: Plan) -> bool:
+    """Whether a part has been measured as planned, with every step."""
+    return bool(_read(path, plan).get("complete"))
+
+
+def _read(path: Path, plan: Plan) -> dict[str, Any]:
+    """What a file holds of this plan; nothing when it is of another one."""
+    if not path.exists():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content if content["plan"] == asdict(plan) else {}
