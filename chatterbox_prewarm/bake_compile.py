@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bake import BakeRequest
 from chatterbox_prewarm.child import report
+from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.families import COMPILED, FAMILIES
 from chatterbox_prewarm.families.folders import seed
 from chatterbox_prewarm.load import Prepared, attach, prepare
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.regions.execute import BoundRegion
 
 #: On a CPU torch 2.11 compiles the vocoder's convolutions for classes of lengths, by the library that takes them: up to
-#: 40 mel frames, up to 256, and more. A token gives two frames; a random one may be none of a sound.
-_TOKENS = (12, 60, 200)
+#: 40 mel frames, up to 256, and more. A token gives two frames.
+_RENDERED_TOKENS = (12, 60, 200)
+#: Of each synthesis: T3 is compiled for any number of them.
+_DRAWN_TOKENS = 12
 
 
 def run(**request_fields: Any) -> dict[str, Any]:
@@ -85,13 +88,22 @@ def _make_packages(prepared: Prepared, directory: Path) -> None:
 def _compile(prepared: Prepared, made: Path, families: list[str]) -> None:
     """Run every region through `torch.compile`, with top-p and without, and for each class of lengths."""
     _say("compiling while synthesising")
-    attached = attach(prepared)
+    synthesizer = attach(prepared).synthesizer
 
+    import torch
+
+    from chatterbox_prewarm.regions.bound import bound
     from chatterbox_prewarm.synthesis import Sampling
 
-    for text, count, top_p in zip(TEXTS, _TOKENS, (1.0, 0.9, 1.0), strict=True):
-        attached.synthesizer.synthesize(text, seed=0, max_new_tokens=count, sampling=Sampling(top_p=top_p))
-    session = prepared.session(attached.synthesizer)
+    for text, top_p in zip(TEXTS, (1.0, 0.9, 1.0), strict=True):
+        synthesizer.synthesize(text, seed=0, max_new_tokens=_DRAWN_TOKENS, sampling=Sampling(top_p=top_p))
+    # How much of what is drawn makes a sound is chance, so that the lengths that are to be met are given.
+    stages = bound(synthesizer.model)
+    with torch.inference_mode():
+        for count in _RENDERED_TOKENS:
+            tokens = torch.arange(count, device=synthesizer.model.device)
+            stages.vocoder(stages.flow(tokens, synthesizer.voices[DEFAULT_VOICE].gen))
+    session = prepared.session(synthesizer)
     for name in families:
         (made / name).mkdir(parents=True)
         FAMILIES[name].save(made / name, session)
