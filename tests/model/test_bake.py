@@ -333,3 +333,44 @@ def test_a_damaged_state_is_not_packed(state: Path, mini: Path, tmp_path: Path) 
     refused = run_cli("pack", "--warm", state, "--output", tmp_path / "layer.tar.gz")
     assert refused.returncode == 12
     assert list(tmp_path.glob("*layer*")) == []
+
+
+#: Python runs a `sitecustomize` before anything else: it stands in for a GPU whose memory ends at level 3.
+_FULL_DEVICE = """
+import importlib.abc, importlib.util, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "chatterbox_prewarm.warmup.strategy":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            module.ChatterboxWarmupStrategy.warm_up_memory = fill
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+def fill(strategy, model):
+    import torch
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_a_bake_that_runs_out_of_memory_in_a_level_says_so_and_a_start_from_it_is_ready(
+    mini: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_FULL_DEVICE)
+    places = ("--weights", mini, "--warm", tmp_path / "warm", "--cache", tmp_path / "cache")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    baked = run_cli("bake", *places, "--profile", "eager", "--levels", "1,3", env=env)
+    assert baked.returncode == 0, baked.stderr
+    assert "level 3: out of memory; the warm-up ends below it" in baked.stderr
+    assert manifests.read(tmp_path / "warm").levels == (1,)
+    # A bake ends with a start from its state that speaks; it is put in place only when that was warm.
+    assert "start from the new state" in baked.stderr
