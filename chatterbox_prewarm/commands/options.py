@@ -1,0 +1,70 @@
+"""Options that several commands share, and how a command writes its result."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.places import CACHE, WARM, WEIGHTS
+from chatterbox_prewarm.profiles import PROFILES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PATH = click.Path(path_type=Path)
+
+
+def option(name: str, *more: str, **settings: Any) -> Callable[[Any], Any]:
+    """An option that the environment can set as CHATTERBOX_PREWARM_NAME, shown in the help."""
+    variable = "CHATTERBOX_PREWARM_" + name.removeprefix("--").replace("-", "_").upper()
+    return click.option(name, *more, envvar=variable, show_envvar=True, show_default=True, **settings)
+
+
+warm_option = option("--warm", type=PATH, default=WARM, help="The warm state's directory.")
+weights_option = option("--weights", type=PATH, default=WEIGHTS, help="The checkpoint's directory.")
+cache_option = option("--cache", type=PATH, default=CACHE, help="A writable directory for compilers and Numba.")
+device_option = option("--device", default="cpu", help="The torch device, such as cpu or cuda.")
+
+
+def profile_option(default: str) -> Callable[[Any], Any]:
+    """The profile; `default` is what the help calls what is taken without it."""
+    text = f"How the model executes: as written, through torch.compile, or ahead of time; {default} by default."
+    return option("--profile", type=click.Choice(PROFILES), help=text)
+
+
+def check_place(path: Path) -> None:
+    """Make sure that a result can be written, before the minutes that it takes to get it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise BadInputError(f"{path} is a directory", next_step="name a file")
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def write_result(path: Path, text: str) -> None:
+    """Write a result all at once."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def say(line: str) -> None:
+    """Show a line of progress, apart from the result."""
+    click.echo(line, err=True)
+
+
+def parse_voice(text: str) -> tuple[str, Path]:
+    """Name and clip of NAME=PATH.
+
+    Raises:
+        BadInputError: it is not of that form.
+    """
+    name, separator, path = text.partition("=")
+    if not separator or not path:
+        raise BadInputError(f"--voice {text!r} has no path", next_step="write --voice NAME=PATH")
+    return name, Path(path)

@@ -1,0 +1,176 @@
+"""bake, inspect, verify, prove: what is done with a warm state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from chatterbox_prewarm.commands.options import (
+    PATH,
+    cache_option,
+    check_place,
+    device_option,
+    option,
+    parse_voice,
+    profile_option,
+    warm_option,
+    weights_option,
+    write_result,
+)
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.profiles import T3_DTYPES, default_execution
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from chatterbox_prewarm.prove import Evidence
+
+
+@click.command()
+@weights_option
+@warm_option
+@cache_option
+@device_option
+@profile_option("aot")
+@option("--t3-dtype", default="float32", type=click.Choice(T3_DTYPES), help="What T3's transformer computes in.")
+@click.option("--graphs/--no-graphs", default=None, help="T3's step as a CUDA graph; on a GPU it is by default.")
+@option("--levels", default="1,2,3", help="Which warm-up levels to run, separated by commas.")
+@click.option("--voice", "voices", multiple=True, metavar="NAME=PATH", help="Bake a voice from a clip; repeatable.")
+@click.option("--without", multiple=True, metavar="FAMILY", help="Leave a cache family out; repeatable.")
+def bake(
+    *,
+    weights: Path,
+    warm: Path,
+    cache: Path,
+    device: str,
+    profile: str | None,
+    t3_dtype: str,
+    graphs: bool | None,
+    levels: str,
+    voices: tuple[str, ...],
+    without: tuple[str, ...],
+) -> None:
+    """Warm the model up on this machine and write the warm state."""
+    from chatterbox_prewarm import bake as baking
+    from chatterbox_prewarm.families import FAMILIES
+
+    if unknown := sorted(set(without) - set(FAMILIES)):
+        raise BadInputError(f"there is no cache family {unknown[0]!r}", next_step=f"choose from: {', '.join(FAMILIES)}")
+    manifest = baking.bake(
+        weights,
+        warm,
+        cache=cache,
+        device=device,
+        execution=default_execution(device, profile=profile, t3_dtype=t3_dtype, graphs=graphs),
+        levels=_parse_levels(levels),
+        voices=dict(parse_voice(voice) for voice in voices),
+        families=[name for name in FAMILIES if name not in without],
+        progress=lambda line: click.echo(f"bake: {line}", err=True),
+    )
+    click.echo(_family_table(manifest))
+
+
+@click.command()
+@warm_option
+@click.option("--output", type=PATH, required=True, help="Where the layer goes, a .tar.gz file.")
+def pack(*, warm: Path, output: Path) -> None:
+    """Pack the warm state as a deterministic image layer: the same state gives the same bytes."""
+    from chatterbox_prewarm.image.layer import pack as pack_layer
+
+    layer = pack_layer(warm, output)
+    click.echo(f"{output}: {layer.size / 1e6:.1f} MB, digest sha256:{layer.digest}, diff id sha256:{layer.diff_id}")
+
+
+@click.command()
+@warm_option
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest itself.")
+def inspect(*, warm: Path, as_json: bool) -> None:
+    """Show what a warm state holds and what it was made for."""
+    from chatterbox_prewarm import manifest as manifests
+
+    manifest = manifests.read(warm)
+    if as_json:
+        click.echo(manifests.to_json(manifest), nl=False)
+        return
+    click.echo(f"warm state {manifest.set_digest}")
+    click.echo(
+        f"  made by {manifest.tool} on {manifest.created}, levels {', '.join(map(str, manifest.levels)) or 'none'}"
+    )
+    execution = manifest.execution
+    graphs = "with" if execution.graphs else "without"
+    click.echo(f"  {manifest.variant}, voices: {', '.join(manifest.voices)}")
+    click.echo(f"  profile {execution.profile}, T3 in {execution.t3_dtype}, {graphs} CUDA graphs")
+    click.echo(f"  weights {manifest.weights.repository} at {manifest.weights.revision}")
+    for name in ("arch", "cpu_model", "gpu", "compute_capability", "driver", "python", "torch", "numba"):
+        click.echo(f"  {name}: {manifest.fingerprint.get(name, 'not recorded')}")
+    click.echo(_family_table(manifest))
+
+
+@click.command()
+@warm_option
+@weights_option
+@cache_option
+def verify(*, warm: Path, weights: Path, cache: Path) -> None:
+    """Check every digest of a warm state, and whether each family fits this machine; explains each difference."""
+    from chatterbox_prewarm.fit import verify as verify_state
+
+    for line in verify_state(warm, weights, cache):
+        click.echo(line)
+
+
+@click.command()
+@warm_option
+@weights_option
+@cache_option
+@click.option("--evidence", type=PATH, help="Write the evidence to this JSON file, or to standard output (-).")
+@click.option("--here", is_flag=True, help="This process is set apart already, as in a container: make no namespaces.")
+@click.option("--image", help="Prove in a container of this image, run as it is meant to be.")
+def prove(*, warm: Path, weights: Path, cache: Path, evidence: Path | None, here: bool, image: str | None) -> None:
+    """Show that a fresh, isolated process hits every cache and misses none. Exit code 13 when it does not.
+
+    With --image the places are the image's own. --cache counts with --here alone: otherwise the cache is a new folder.
+    """
+    from chatterbox_prewarm import prove as proving
+
+    if evidence is not None and str(evidence) != "-":
+        check_place(evidence)
+        evidence.unlink(missing_ok=True)  # an older proof must not stand for this one
+    if image:
+        from chatterbox_prewarm.image.engine import prove_image
+
+        found = prove_image(image)
+    elif here:
+        found = proving.prove_here(warm, weights, cache)
+    else:
+        found = proving.prove(warm, weights)
+    _write_evidence(found, evidence)
+    for check in found.checks:
+        click.echo(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}", err=str(evidence) == "-")
+    proving.require_passed(found)
+
+
+def _parse_levels(levels: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(level) for level in levels.split(","))
+    except ValueError:
+        raise BadInputError(f"{levels!r} is no list of warm-up levels", next_step="use --levels 1,2,3") from None
+
+
+def _family_table(manifest: Any) -> str:
+    lines = [f"  {'family':<14}{'files':>6}{'bytes':>14}{'spent s':>10}{'saved s':>10}"]
+    for family in manifest.families:
+        # What a node that pulls 100 MB/s waits for the family's bytes.
+        remark = "  saves less than it costs" if family.seconds_saved < family.size / 100e6 else ""
+        lines.append(
+            f"  {family.name:<14}{len(family.files):>6}{family.size:>14,}{family.seconds_spent:>10.2f}"
+            f"{family.seconds_saved:>10.2f}{remark}"
+        )
+    return "\n".join(lines)
+
+
+def _write_evidence(found: Evidence, path: Path | None) -> None:
+    if str(path) == "-":
+        click.echo(found.to_json(), nl=False)
+    elif path is not None:
+        write_result(path, found.to_json())

@@ -1,0 +1,66 @@
+"""weights: fetch, make, record and verify checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from chatterbox_prewarm.commands.options import PATH, option
+from chatterbox_prewarm.models import VARIANTS, get_variant
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.group()
+def weights() -> None:
+    """Fetch, make and verify checkpoints."""
+
+
+@weights.command("fetch")
+@click.argument("directory", type=PATH)
+@option("--variant", default="english", type=click.Choice(sorted(VARIANTS)), help="The model variant.")
+@option("--revision", help="A full commit hash; the pinned one of the variant by default.")
+def weights_fetch(directory: Path, variant: str, revision: str | None) -> None:
+    """Download a checkpoint from the model hub at a pinned commit into DIRECTORY, verify and record it."""
+    from chatterbox_prewarm.weights import fetch
+
+    record = fetch(directory, variant=get_variant(variant), revision=revision or None)
+    click.echo(f"{directory}: {len(record.files)} files of {record.repository} at {record.revision}")
+
+
+@weights.command("synthesize")
+@click.argument("directory", type=PATH)
+@click.option("--size", default="full", show_default=True, help="full (3.2 GB, the published sizes) or mini.")
+@click.option("--seed", default=0, show_default=True, help="Of the random generator.")
+def weights_synthesize(directory: Path, size: str, seed: int) -> None:
+    """Make a checkpoint of random weights in DIRECTORY. What it speaks is noise."""
+    from chatterbox_prewarm.child import quiet_packages
+    from chatterbox_prewarm.models.synthetic import synthesize
+
+    quiet_packages()
+    record = synthesize(directory, size=size, seed=seed)
+    total = sum(file.size for file in record.files)
+    click.echo(f"{directory}: {total / 1e9:.2f} GB of random weights; the speech of this model is noise")
+
+
+@weights.command("record")
+@click.argument("directory", type=PATH)
+@click.option("--variant", default="english", show_default=True, type=click.Choice(sorted(VARIANTS)))
+def weights_record(directory: Path, variant: str) -> None:
+    """Record the digests of a checkpoint of your own in DIRECTORY."""
+    from chatterbox_prewarm.weights import record
+
+    made = record(directory, variant=get_variant(variant), repository="own", revision="unversioned")
+    click.echo(f"{directory}: recorded {len(made.files)} files, set digest {made.set_digest}")
+
+
+@weights.command("verify")
+@click.argument("directory", type=PATH)
+def weights_verify(directory: Path) -> None:
+    """Compare every file in DIRECTORY with its recorded digest."""
+    from chatterbox_prewarm.weights import verify
+
+    record = verify(directory)
+    click.echo(f"{directory}: {len(record.files)} files as recorded, set digest {record.set_digest}")
