@@ -10,7 +10,8 @@
 # Optional secrets: ca (a PEM bundle for package indexes and the hub), pip (a pip configuration), hf_token.
 
 ARG BASE=debian:bookworm-slim
-# Where the weights come from: hub (the published ones), or synthetic (random ones, whose speech is noise).
+# Where the weights come from: hub (the published ones), synthetic (random ones, whose speech is noise), or none (they
+# are appended, or mounted).
 ARG WEIGHTS=hub
 
 # ---- base: the system that everything runs on ------------------------------------------------------------------------
@@ -61,6 +62,9 @@ COPY chatterbox_prewarm/models /build/chatterbox_prewarm/models
 COPY build/fetch.py /build/
 RUN PYTHONPATH=/build python /build/fetch.py --synthetic "${SIZE}" /opt/chatterbox-prewarm/weights
 
+FROM base AS weights-none
+RUN mkdir -p /opt/chatterbox-prewarm/weights
+
 # hadolint ignore=DL3006 -- a stage of this file
 FROM weights-${WEIGHTS} AS weights
 
@@ -99,24 +103,17 @@ RUN --mount=type=bind,from=weights,source=/opt/chatterbox-prewarm/weights,target
  && PYTHONPATH=/build python /build/bake.py --device "${DEVICE}" --levels "${LEVELS}" --profile "${PROFILE}" \
     --t3-dtype "${T3_DTYPE}"
 
-# ---- runtime ---------------------------------------------------------------------------------------------------------
-FROM base AS runtime
+# ---- cold: all but the warm state ------------------------------------------------------------------------------------
+FROM base AS cold
 ARG STACK=torch-2.6
 ARG VARIANT=english
-ARG DEVICE=cpu
-ARG PROFILE=aot
-ARG GPU=none
 LABEL org.opencontainers.image.title="chatterbox-prewarm" \
       org.opencontainers.image.description="Chatterbox TTS with its warm state baked in" \
       org.opencontainers.image.licenses="MIT" \
-      io.chatterbox-prewarm.schema="3" \
       io.chatterbox-prewarm.variant="${VARIANT}" \
-      io.chatterbox-prewarm.profile="${PROFILE}" \
-      io.chatterbox-prewarm.gpu="${GPU}" \
       io.chatterbox-prewarm.torch="${STACK}"
 COPY --from=deps /opt/venv /opt/venv
 COPY --from=weights /opt/chatterbox-prewarm/weights /opt/chatterbox-prewarm/weights
-COPY --from=bake /opt/chatterbox-prewarm/warm /opt/chatterbox-prewarm/warm
 COPY chatterbox_prewarm /opt/chatterbox-prewarm/app/chatterbox_prewarm
 # Our own modules are not in the warm state, so that a change of them needs no bake; they are compiled here, and (-B)
 # nothing of the environment is, whose files keep their time.
@@ -125,10 +122,29 @@ RUN python -B -m compileall -q /opt/chatterbox-prewarm/app \
 ENV PYTHONPATH=/opt/chatterbox-prewarm/app \
     HF_HUB_OFFLINE=1 \
     CHATTERBOX_PREWARM_HOST=0.0.0.0 \
-    CHATTERBOX_PREWARM_PORT=8000 \
-    CHATTERBOX_PREWARM_DEVICE=${DEVICE}
+    CHATTERBOX_PREWARM_PORT=8000
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 USER 12345:12345
 ENTRYPOINT ["python", "-m", "chatterbox_prewarm"]
 CMD ["serve"]
+
+# ---- tools: cold with what compiles; `chatterbox-prewarm build` bakes in a container of it, with a GPU ---------------
+FROM cold AS tools
+# hadolint ignore=DL3002 -- it bakes, and is not shipped
+USER 0:0
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends g++ python3-dev \
+ && rm -rf /var/lib/apt/lists/*
+
+# ---- runtime ---------------------------------------------------------------------------------------------------------
+FROM cold AS runtime
+ARG DEVICE=cpu
+ARG PROFILE=aot
+ARG GPU=none
+LABEL io.chatterbox-prewarm.schema="3" \
+      io.chatterbox-prewarm.profile="${PROFILE}" \
+      io.chatterbox-prewarm.gpu="${GPU}"
+ENV CHATTERBOX_PREWARM_DEVICE=${DEVICE}
+COPY --from=bake /opt/chatterbox-prewarm/warm /opt/chatterbox-prewarm/warm

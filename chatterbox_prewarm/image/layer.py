@@ -1,38 +1,77 @@
-"""The warm state as an image layer: a tar whose bytes depend on the state alone.
+"""Layers: tars whose bytes depend on what is in them alone.
 
-Sorted entries, modification time zero, owner root, modes 0555 and 0444, no links, no extended attributes; gzip at a
-fixed level with no name and no time in its header. So one warm state has one layer digest.
+Sorted entries, modification time zero, owner root, modes 0555 and 0444, no links, no extended attributes. The warm
+state is small and compressed: gzip at a fixed level with no name and no time in its header. Weights do not compress, so
+each group of their files is a tar as it is, which is made anew whenever it is read: no second copy lies on the disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
 import os
 import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.errors import IntegrityError, from_os_error
-from chatterbox_prewarm.places import WARM
+from chatterbox_prewarm.image.oci import OCI_LAYER, OCI_LAYER_GZIP, Descriptor
+from chatterbox_prewarm.places import WARM, WEIGHTS
+from chatterbox_prewarm.weights import RECORD_NAME, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+WARM_PREFIX = PurePosixPath(WARM)
+WEIGHTS_PREFIX = PurePosixPath(WEIGHTS)
 
 _GZIP_LEVEL = 6
-IMAGE_PREFIX = PurePosixPath(WARM)
+#: What made the bytes besides the content: another zlib may compress to others of the same tar.
+_PACKER = "io.chatterbox-prewarm.packer"
+_TAR = "tar pax"
+#: A file of at least this many bytes has a layer of its own, so that one that changes costs no other.
+_LARGE = 100_000_000
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A packed layer: the SHA-256 of the compressed file, that of the tar inside (OCI's diff id), and its bytes."""
+    """A layer that is not in an image yet: the SHA-256 of its bytes and of its tar (OCI's diff id), its size in bytes.
+
+    `opened` opens it from its beginning, as often as it is asked for. `title` says what it holds.
+    """
 
     digest: str
     diff_id: str
     size: int
+    media_type: str
+    packer: str
+    title: str
+    opened: Callable[[], AbstractContextManager[BinaryIO]]
+
+    @property
+    def descriptor(self) -> Descriptor:
+        """As a manifest names it."""
+        return Descriptor(
+            media_type=self.media_type,
+            digest=f"sha256:{self.digest}",
+            size=self.size,
+            annotations={_PACKER: self.packer, "org.opencontainers.image.title": self.title},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A member of a tar, and the file that has its content."""
+
+    info: tarfile.TarInfo
+    path: Path | None = None
 
 
 class _Hashing(io.RawIOBase):
@@ -50,7 +89,28 @@ class _Hashing(io.RawIOBase):
         return self._target.write(data)
 
 
-def pack(warm: Path, output: Path, *, prefix: PurePosixPath = IMAGE_PREFIX) -> Layer:
+class _Tar(io.RawIOBase):
+    """A tar as a stream, made while it is read."""
+
+    def __init__(self, entries: Sequence[_Entry]) -> None:
+        self._pieces = _pieces(entries)
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._rest:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._rest = piece
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+
+def pack(warm: Path, output: Path, *, prefix: PurePosixPath = WARM_PREFIX) -> Layer:
     """Write the warm state as a gzip-compressed layer that unpacks to `prefix`.
 
     Raises:
@@ -63,41 +123,114 @@ def pack(warm: Path, output: Path, *, prefix: PurePosixPath = IMAGE_PREFIX) -> L
         raise IntegrityError(
             f"{warm} is not as its manifest says: {'; '.join(problems)}", next_step="bake the warm state again"
         )
+    entries = [*_parents(prefix), *_members(warm, prefix)]
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    plain = hashlib.sha256()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
             compressed = _Hashing(cast("BinaryIO", stream))
             with gzip.GzipFile("", "wb", _GZIP_LEVEL, cast("BinaryIO", compressed), mtime=0) as zipped:
-                plain = _Hashing(cast("BinaryIO", zipped))
-                with tarfile.open(fileobj=cast("BinaryIO", plain), mode="w|", format=tarfile.PAX_FORMAT) as tar:
-                    for info, path in _entries(warm, prefix):
-                        if path is None:
-                            tar.addfile(info)
-                        else:
-                            with path.open("rb") as content:
-                                tar.addfile(info, content)
+                for piece in _pieces(entries):
+                    plain.update(piece)
+                    zipped.write(piece)
             size = stream.tell()
         temporary.replace(output)
     except OSError as error:
         raise from_os_error(error, "writing the layer") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return Layer(digest=compressed.sha256.hexdigest(), diff_id=plain.sha256.hexdigest(), size=size)
+    return Layer(
+        digest=compressed.sha256.hexdigest(),
+        diff_id=plain.hexdigest(),
+        size=size,
+        media_type=OCI_LAYER_GZIP,
+        packer=f"{_TAR}; gzip {_GZIP_LEVEL}; zlib {zlib.ZLIB_RUNTIME_VERSION}",
+        title=f"warm state {manifest.set_digest}",
+        opened=lambda: output.open("rb"),
+    )
 
 
-def _entries(warm: Path, prefix: PurePosixPath) -> Iterator[tuple[tarfile.TarInfo, Path | None]]:
-    """Tar members in the order of their names: parents of the prefix, then the state."""
+def weight_layers(weights: Path, *, prefix: PurePosixPath = WEIGHTS_PREFIX) -> tuple[Layer, ...]:
+    """A checkpoint as uncompressed layers that unpack to `prefix`: one for each large file, one for all others.
+
+    Raises:
+        WeightsError: a file is not as recorded.
+        BadInputError: one cannot be read.
+    """
+    record = verify(weights)
+    names = [RECORD_NAME, *(file.path for file in record.files)]
+    large = [file.path for file in sorted(record.files) if file.size >= _LARGE]
+    groups = [sorted(set(names) - set(large)), *([name] for name in large)]
+    return tuple(_weight_layer(weights, group, prefix) for group in groups)
+
+
+def _weight_layer(weights: Path, names: Sequence[str], prefix: PurePosixPath) -> Layer:
     relative = prefix.relative_to("/")
-    for parent in [*reversed(relative.parents)][1:]:
-        yield _info(parent, directory=True, mode=0o755), None
-    yield _info(relative, directory=True), None
+    entries = [
+        *_parents(prefix),
+        _Entry(info=_info(relative, directory=True)),
+        *(
+            _Entry(info=_info(relative / name, size=(weights / name).stat().st_size), path=weights / name)
+            for name in names
+        ),
+    ]
+
+    def opened() -> AbstractContextManager[BinaryIO]:
+        return contextlib.closing(cast("BinaryIO", io.BufferedReader(_Tar(entries), _CHUNK)))
+
+    sha256, size = hashlib.sha256(), 0
+    try:
+        for piece in _pieces(entries):
+            sha256.update(piece)
+            size += len(piece)
+    except OSError as error:
+        raise from_os_error(error, "reading the weights") from error
+    return Layer(
+        digest=sha256.hexdigest(),
+        diff_id=sha256.hexdigest(),
+        size=size,
+        media_type=OCI_LAYER,
+        packer=_TAR,
+        title=f"weights {' '.join(names)}",
+        opened=opened,
+    )
+
+
+def _pieces(entries: Sequence[_Entry]) -> Iterator[bytes]:
+    """The bytes of a tar, a megabyte at most at a time."""
+    for entry in entries:
+        yield entry.info.tobuf(tarfile.PAX_FORMAT)
+        if entry.path is None:
+            continue
+        left = entry.info.size
+        with entry.path.open("rb") as stream:
+            while left:
+                piece = stream.read(min(_CHUNK, left))
+                if not piece:
+                    raise OSError(0, "it became shorter while it was read", str(entry.path))
+                left -= len(piece)
+                yield piece
+        if over := entry.info.size % tarfile.BLOCKSIZE:
+            yield b"\0" * (tarfile.BLOCKSIZE - over)
+    yield b"\0" * (2 * tarfile.BLOCKSIZE)
+
+
+def _parents(prefix: PurePosixPath) -> Iterator[_Entry]:
+    for parent in [*reversed(prefix.relative_to("/").parents)][1:]:
+        yield _Entry(info=_info(parent, directory=True, mode=0o755))
+
+
+def _members(warm: Path, prefix: PurePosixPath) -> Iterator[_Entry]:
+    """The state in the order of its names."""
+    relative = prefix.relative_to("/")
+    yield _Entry(info=_info(relative, directory=True))
     for path in sorted(warm.rglob("*")):
         name = relative / path.relative_to(warm).as_posix()
         if path.is_dir():
-            yield _info(name, directory=True), None
+            yield _Entry(info=_info(name, directory=True))
         else:
-            yield _info(name, size=path.stat().st_size), path
+            yield _Entry(info=_info(name, size=path.stat().st_size), path=path)
 
 
 def _info(name: PurePosixPath, *, directory: bool = False, size: int = 0, mode: int | None = None) -> tarfile.TarInfo:

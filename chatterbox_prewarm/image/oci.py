@@ -100,8 +100,8 @@ class Image:
         return tuple(self.config["rootfs"]["diff_ids"])
 
 
-class Store(Protocol):
-    """Where an image's blobs and manifests are: a repository of a registry, or a layout in a folder.
+class Readable(Protocol):
+    """Where an image is read from.
 
     Every method raises EngineError: the place cannot be reached, refuses, or has something else than it should.
     """
@@ -117,7 +117,11 @@ class Store(Protocol):
         """Whether there is a manifest of that tag or digest."""
 
     def open_blob(self, descriptor: Descriptor) -> AbstractContextManager[BinaryIO]:
-        """A blob for reading, as a stream; its digest and size are checked at its end."""
+        """A blob for reading, as a stream; its digest and size are checked, at its end at the latest."""
+
+
+class Store(Readable, Protocol):
+    """Where an image's blobs and manifests are kept: a repository of a registry, or a layout in a folder."""
 
     def has_blob(self, descriptor: Descriptor) -> bool:
         """Whether the blob is there already."""

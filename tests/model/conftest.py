@@ -13,8 +13,6 @@ import pytest
 from tests.conftest import run_cli
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from chatterbox_prewarm.load import Attached
 
 
@@ -66,20 +64,6 @@ def _bake(weights: Path, place: Path, *arguments: str) -> Path:
     result = run_cli("bake", "--weights", weights, "--warm", place / "warm", "--cache", place / "cache", *arguments)
     assert result.returncode == 0, result.stderr
     return place / "warm"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, text=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Small warm states and manifests made by hand, without a bake."""
+"""Small warm states, manifests and checkpoints made by hand, without a bake."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import platform
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.manifest import FamilyEntry, Manifest, Reference, WeightsEntry
+from chatterbox_prewarm.models import ENGLISH
 from chatterbox_prewarm.profiles import Execution
 
 if TYPE_CHECKING:
@@ -32,6 +36,16 @@ REFERENCE = Reference(
     pcm_sha256="1" * 64,
 )
 WEIGHTS = WeightsEntry(repository="someone/voice", revision="a" * 40, set_digest="2" * 64, files=())
+
+
+def make_checkpoint(directory: Path) -> Path:
+    """Write files with the names of the English model's, tiny, without a record."""
+    directory.mkdir()
+    for index, name in enumerate(ENGLISH.safetensors):
+        save_file({"w": np.full((2, 3), index, np.float32), "n": np.arange(4, dtype=np.int64)}, directory / name)
+    (directory / "tokenizer.json").write_text('{"version": "1.0"}')
+    (directory / "conds.pt").write_bytes(b"a voice, not read here")
+    return directory
 
 
 def make_state(

@@ -23,6 +23,7 @@ from chatterbox_prewarm.weights import (
     record,
     verify,
 )
+from tests.unit.states import make_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,13 +35,7 @@ T3 = "t3_cfg.safetensors"
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """Files with the names of the English model's, tiny, without a record."""
-    directory = tmp_path / "weights"
-    directory.mkdir()
-    for index, name in enumerate(ENGLISH.safetensors):
-        save_file({"w": np.full((2, 3), index, np.float32), "n": np.arange(4, dtype=np.int64)}, directory / name)
-    (directory / "tokenizer.json").write_text('{"version": "1.0"}')
-    (directory / "conds.pt").write_bytes(b"a voice, not read here")
-    return directory
+    return make_checkpoint(tmp_path / "weights")
 
 
 @pytest.fixture
