@@ -26,11 +26,17 @@ logger = logging.getLogger(__name__)
 
 ABSENT = "absent"
 
+#: The fields that are a machine's own; all others are of the software, which an image brings along.
+MACHINE = ("arch", "cpu_model", "cpu_features", "instruction_set", "gpu", "compute_capability", "driver")
+
 #: Flags of the kernel's that `-march=native` turns into instructions; the others come and go with kernels and settings.
 _CODE = re.compile(
     r"sse\d?|sse4_[12]|ssse3|avx|avx2|avx_\w+|avx512\w*|avx10\w*|amx_\w+|fma|f16c|bmi[12]|abm|popcnt|movbe|adx|gfni|vaes"
     r"|aes|vpclmulqdq|pclmulqdq|sha_ni|asimd\w*|sve\w*|sme\w*|bf16|i8mm|fphp"
 )
+
+#: Characters of a value that is shown in full.
+_LONG = 96
 
 #: What each field is called when a difference is explained to a person.
 _WORDS = {
@@ -117,21 +123,32 @@ def read_fingerprint(device: str = "cpu") -> Fingerprint:
 
 def explain(recorded: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
     """Say in words where `current` differs from `recorded`, one sentence for each field, in the order of `recorded`."""
-    return [
-        f"{_words(name)}: baked with {_short(value)}, here {_short(current.get(name, ABSENT))}"
-        for name, value in recorded.items()
-        if current.get(name, ABSENT) != value
-    ]
+    sentences = []
+    for name, value in recorded.items():
+        if (here := current.get(name, ABSENT)) != value:
+            baked, found = contrast(value, here)
+            sentences.append(f"{words_for(name)}: baked with {baked}, here {found}")
+    return sentences
 
 
-def _words(name: str) -> str:
+def words_for(name: str) -> str:
+    """What a fact is called when it is explained to a person."""
     if name.startswith("source:"):
         return f"source file {name.removeprefix('source:')}"
     return _WORDS.get(name, name)
 
 
+def contrast(one: str, other: str) -> tuple[str, str]:
+    """Two values that differ, short enough to be read: of long lists of words, what only one of the two has."""
+    words, others = one.split(), other.split()
+    if max(len(one), len(other)) > _LONG and min(len(words), len(others)) > 1:
+        one = " ".join(["...", *(word for word in words if word not in set(others))])
+        other = " ".join(["...", *(word for word in others if word not in set(words))])
+    return _short(one), _short(other)
+
+
 def _short(value: str) -> str:
-    return value if len(value) <= 96 else value[:93] + "..."
+    return value if len(value) <= _LONG else value[: _LONG - 3] + "..."
 
 
 def _version(distribution: str) -> str:

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm import manifest as manifests
+from chatterbox_prewarm.choice import choose
 from chatterbox_prewarm.clips import DEFAULT_VOICE, check_clip
 from chatterbox_prewarm.errors import BadInputError, IntegrityError, from_os_error
 from chatterbox_prewarm.families import COMPILED, FAMILIES, Session, applicable
@@ -21,6 +21,7 @@ from chatterbox_prewarm.fit import device_kind, facts, possible_execution, usabl
 from chatterbox_prewarm.places import BAKE, CACHE, WARM, WEIGHTS, make_cache, model_environment
 from chatterbox_prewarm.profiles import Execution
 from chatterbox_prewarm.staging import share
+from chatterbox_prewarm.states import key_of
 from chatterbox_prewarm.text import check_voice_name
 from chatterbox_prewarm.warmup.metrics import WarmupMetrics
 from chatterbox_prewarm.weights import check_quickly, read_record
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from chatterbox_prewarm.choice import Choice
     from chatterbox_prewarm.manifest import Manifest
     from chatterbox_prewarm.regions.execute import Executor
     from chatterbox_prewarm.synthesis import Synthesizer
@@ -117,7 +119,8 @@ def prepare(
     """Verify the warm state, compare fingerprints, seed the caches and set the environment; imports nothing heavy.
 
     Args:
-        warm: the warm state's directory; never written to.
+        warm: the warm state's directory, or a folder of states, of which the one that fits best is used; never written
+            to.
         weights: the checkpoint's directory.
         cache: a writable directory for what compilers and Numba keep.
         device: as upstream takes it, a string.
@@ -129,7 +132,7 @@ def prepare(
 
     Raises:
         WeightsError: the weights are missing, or a file of theirs is truncated.
-        FingerprintMismatchError: under "require", a family was baked for something else.
+        FingerprintMismatchError: under "require", a family was baked for something else, or each of several states was.
         IntegrityError: under "require", the state or a file of it is not as its manifest says.
         BadInputError: an unknown policy or profile, or `cache` cannot be written, or a bake is at work in it.
     """
@@ -147,13 +150,14 @@ def prepare(
         if policy == "off":
             folders = _compiled_before(made, applicable(asked.profile, device), metrics)
         else:
-            manifest = _read_state(warm, policy, metrics)
-            if manifest is not None:
+            known = facts(weights, cache, device)
+            found = _read_state(warm, known, policy, metrics, device=device, profile=profile)
+            if found is not None:
+                manifest, warm = found.manifest, found.path
+                metrics.state = key_of(manifest)
                 asked = manifest.execution if profile is None else replace(manifest.execution, profile=profile)
                 wanted = applicable(asked.profile, device)
-                usable = usable_families(
-                    manifest, warm, wanted, facts(weights, cache, device), policy=policy, metrics=metrics
-                )
+                usable = usable_families(manifest, warm, wanted, known, policy=policy, metrics=metrics)
                 folders = {name: warm / name for name in usable}
             asked = possible_execution(asked, folders, device, cache, policy, metrics, by_name=profile is not None)
         metrics.profile = asked.profile
@@ -277,15 +281,17 @@ def _compiled_before(made: Path | None, wanted: Sequence[str], metrics: WarmupMe
     return folders
 
 
-def _read_state(warm: Path, policy: str, metrics: WarmupMetrics) -> Manifest | None:
-    """The manifest of a state whose layout is sound; None, and a miss, when the policy lets a start go on without.
+def _read_state(
+    warm: Path, known: Mapping[str, str], policy: str, metrics: WarmupMetrics, *, device: str, profile: str | None
+) -> Choice | None:
+    """The state to use, of a sound layout; None, and a miss, when the policy lets a start go on without.
 
     Raises:
         IntegrityError: under "require", there is no such state.
+        FingerprintMismatchError: under "require", none of several fits.
     """
     try:
-        manifest = manifests.read(warm)
-        manifests.check_layout(manifest, warm)
+        found = choose(warm, lambda _: known, device=device, profile=profile, strict=policy == "require")
     except (IntegrityError, OSError) as error:
         if policy == "require":
             if isinstance(error, OSError):
@@ -293,7 +299,10 @@ def _read_state(warm: Path, policy: str, metrics: WarmupMetrics) -> Manifest | N
             raise
         metrics.miss("all", str(error).partition("\n")[0])
         return None
-    return manifest
+    if not found.fits:  # then a broken one might have done better
+        for sentence in found.broken:
+            metrics.miss("states", sentence)
+    return found
 
 
 def _warn_if_late(metrics: WarmupMetrics) -> None:

@@ -13,6 +13,7 @@ import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -20,10 +21,12 @@ from chatterbox_prewarm.errors import BadInputError, IntegrityError
 from chatterbox_prewarm.profiles import Execution
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
+#: The types of a dataclass's fields; Python evaluates the annotations anew in every call.
+_type_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 _REBAKE = "bake the warm state again with `chatterbox-prewarm bake`"
 
 
@@ -265,7 +268,7 @@ def _check_types(record: Any) -> None:
     Raises:
         TypeError: naming the first one that is not.
     """
-    for name, kind in get_type_hints(type(record)).items():
+    for name, kind in _type_hints(type(record)).items():
         value = getattr(record, name)
         values, kinds = [value], {int, float} if kind is float else {kind}
         if get_origin(kind) is tuple:

@@ -16,15 +16,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.child import DEBUG, rebuild
+from chatterbox_prewarm.choice import choose
 from chatterbox_prewarm.errors import EngineError, ModelError, NotWarmError
 from chatterbox_prewarm.families.numba_cache import COMPILE_TIMER
-from chatterbox_prewarm.places import make_cache
+from chatterbox_prewarm.fit import facts
+from chatterbox_prewarm.places import CACHE, make_cache
 from chatterbox_prewarm.probes import names_a_compiler
 from chatterbox_prewarm.process import run as run_process
 
 if TYPE_CHECKING:
+    from chatterbox_prewarm.choice import Choice
     from chatterbox_prewarm.manifest import Manifest
 
 PROOF_UID = 12345
@@ -55,14 +57,24 @@ class Evidence:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
 
-def prove(warm: Path, weights: Path, *, timeout: float = 900.0) -> Evidence:
+def prove(
+    warm: Path, weights: Path, *, device: str | None = None, state: str | None = None, timeout: float = 900.0
+) -> Evidence:
     """Run the trial in a new user, network, host-name and mount namespace, and judge what it saw.
+
+    Args:
+        warm: a state, or a folder of states.
+        weights: the checkpoint's directory.
+        device: of the start that a state of a folder is chosen for; each state's own by default.
+        state: the one to prove of a folder; by default the one that a start here would take.
+        timeout: of the trial, in seconds.
 
     Raises:
         EngineError: this system does not let the process be set apart.
         PrewarmError: the state cannot be used at all; the code says why.
     """
-    manifest = manifests.read(warm)
+    chosen = _choose(warm, weights, None, device, state)
+    manifest, warm = chosen.manifest, chosen.path
     scratch = Path(tempfile.mkdtemp(prefix="chatterbox-prewarm-proof-"))
     try:
         _check_namespaces(warm.resolve())
@@ -80,11 +92,28 @@ def prove(warm: Path, weights: Path, *, timeout: float = 900.0) -> Evidence:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def prove_here(warm: Path, weights: Path, cache: Path, *, timeout: float = 900.0) -> Evidence:
+def prove_here(
+    warm: Path,
+    weights: Path,
+    cache: Path,
+    *,
+    device: str | None = None,
+    state: str | None = None,
+    timeout: float = 900.0,
+) -> Evidence:
     """Run the trial in a child of this process, which is itself set apart, as in a container run for this purpose."""
-    manifest = manifests.read(warm)
-    finished = run_process(trial_command(warm, weights, cache), timeout=timeout)
-    return judge(parse_trial(finished.stdout, finished.returncode), manifest.set_digest)
+    chosen = _choose(warm, weights, cache, device, state)
+    finished = run_process(trial_command(chosen.path, weights, cache), timeout=timeout)
+    return judge(parse_trial(finished.stdout, finished.returncode), chosen.manifest.set_digest)
+
+
+def _choose(warm: Path, weights: Path, cache: Path | None, device: str | None, state: str | None) -> Choice:
+    """The state to prove; without a `cache` each has the one that it is bound to, since a proof makes that."""
+
+    def known(manifest: Manifest) -> dict[str, str]:
+        return facts(weights, cache or _baked_cache(manifest) or CACHE, device or manifest.reference.device)
+
+    return choose(warm, known, device=device, name=state, strict=True)
 
 
 def judge(observed: dict[str, Any], set_digest: str) -> Evidence:

@@ -25,7 +25,11 @@ def option(name: str, *more: str, **settings: Any) -> Callable[[Any], Any]:
     return click.option(name, *more, envvar=variable, show_envvar=True, show_default=True, **settings)
 
 
-warm_option = option("--warm", type=PATH, default=WARM, help="The warm state's directory.")
+warm_option = option("--warm", type=PATH, default=WARM, help="The warm state's directory, or a folder of states.")
+state_option = click.option("--state", help="Which state of a folder of several, by the name of its own folder.")
+start_device_option = option(
+    "--device", help="What a state of a folder of several is chosen for; for each its own device by default."
+)
 weights_option = option("--weights", type=PATH, default=WEIGHTS, help="The checkpoint's directory.")
 cache_option = option("--cache", type=PATH, default=CACHE, help="A writable directory for compilers and Numba.")
 device_option = option("--device", default="cpu", help="The torch device, such as cpu or cuda.")

@@ -14,11 +14,13 @@ from chatterbox_prewarm.commands.options import (
     option,
     parse_voice,
     profile_option,
+    start_device_option,
+    state_option,
     warm_option,
     weights_option,
     write_result,
 )
-from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.errors import BadInputError, IntegrityError
 from chatterbox_prewarm.profiles import T3_DTYPES, default_execution
 
 if TYPE_CHECKING:
@@ -73,27 +75,54 @@ def bake(
 
 @click.command()
 @warm_option
+@state_option
 @click.option("--output", type=PATH, required=True, help="Where the layer goes, a .tar.gz file.")
-def pack(*, warm: Path, output: Path) -> None:
-    """Pack the warm state as a deterministic image layer: the same state gives the same bytes."""
-    from chatterbox_prewarm.image.layer import pack as pack_layer
+def pack(*, warm: Path, state: str | None, output: Path) -> None:
+    """Pack a warm state as a deterministic image layer: the same state gives the same bytes.
 
-    layer = pack_layer(warm, output)
+    A state of a folder of several unpacks to a folder of its own, named by its key, beside which others can lie.
+    """
+    from chatterbox_prewarm import manifest as manifests
+    from chatterbox_prewarm.image.layer import IMAGE_PREFIX
+    from chatterbox_prewarm.image.layer import pack as pack_layer
+    from chatterbox_prewarm.states import key_of, named
+
+    path = named(warm, state)
+    prefix = IMAGE_PREFIX if path == warm else IMAGE_PREFIX / key_of(manifests.read(path))
+    layer = pack_layer(path, output, prefix=prefix)
     click.echo(f"{output}: {layer.size / 1e6:.1f} MB, digest sha256:{layer.digest}, diff id sha256:{layer.diff_id}")
 
 
 @click.command()
 @warm_option
+@state_option
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest itself.")
-def inspect(*, warm: Path, as_json: bool) -> None:
-    """Show what a warm state holds and what it was made for."""
-    from chatterbox_prewarm import manifest as manifests
+@click.option("--diff", nargs=2, type=PATH, metavar="A B", help="Say how the state B differs from the state A.")
+def inspect(*, warm: Path, state: str | None, as_json: bool, diff: tuple[Path, Path] | None) -> None:
+    """Show what a warm state holds and what it was made for, or list the states of a folder.
 
-    manifest = manifests.read(warm)
+    With --diff nothing else is looked at, and the exit code is 0 whether they differ or not.
+    """
+    from chatterbox_prewarm import manifest as manifests
+    from chatterbox_prewarm.states import key_of, named, states_in
+
+    if diff is not None:
+        from chatterbox_prewarm.difference import differences
+
+        one, other = (manifests.read(named(path, None)) for path in diff)
+        click.echo("\n".join(differences(one, other)) or "no difference")
+        return
+    found = states_in(warm)
+    if state is None and len(found) > 1 and not as_json:
+        for name, path in found.items():
+            click.echo(_state_line(name, path))
+        return
+    manifest = manifests.read(named(warm, state))
     if as_json:
         click.echo(manifests.to_json(manifest), nl=False)
         return
     click.echo(f"warm state {manifest.set_digest}")
+    click.echo(f"  key {key_of(manifest)}")
     click.echo(
         f"  made by {manifest.tool} on {manifest.created}, levels {', '.join(map(str, manifest.levels)) or 'none'}"
     )
@@ -109,27 +138,54 @@ def inspect(*, warm: Path, as_json: bool) -> None:
 
 @click.command()
 @warm_option
+@state_option
+@start_device_option
 @weights_option
 @cache_option
-def verify(*, warm: Path, weights: Path, cache: Path) -> None:
-    """Check every digest of a warm state, and whether each family fits this machine; explains each difference."""
+def verify(*, warm: Path, state: str | None, device: str | None, weights: Path, cache: Path) -> None:
+    """Check every digest of a warm state, and whether each family fits this machine; explains each difference.
+
+    Of a folder of several states it checks the one that a start here would take, and says why not the others.
+    """
+    from chatterbox_prewarm.choice import choose
+    from chatterbox_prewarm.fit import facts
     from chatterbox_prewarm.fit import verify as verify_state
 
-    for line in verify_state(warm, weights, cache):
+    choice = choose(
+        warm,
+        lambda manifest: facts(weights, cache, device or manifest.reference.device),
+        device=device,
+        name=state,
+        strict=True,
+    )
+    for line in (*choice.remarks, *verify_state(choice.path, weights, cache)):
         click.echo(line)
 
 
 @click.command()
 @warm_option
+@state_option
+@start_device_option
 @weights_option
 @cache_option
 @click.option("--evidence", type=PATH, help="Write the evidence to this JSON file, or to standard output (-).")
 @click.option("--here", is_flag=True, help="This process is set apart already, as in a container: make no namespaces.")
 @click.option("--image", help="Prove in a container of this image, run as it is meant to be.")
-def prove(*, warm: Path, weights: Path, cache: Path, evidence: Path | None, here: bool, image: str | None) -> None:
+def prove(
+    *,
+    warm: Path,
+    state: str | None,
+    device: str | None,
+    weights: Path,
+    cache: Path,
+    evidence: Path | None,
+    here: bool,
+    image: str | None,
+) -> None:
     """Show that a fresh, isolated process hits every cache and misses none. Exit code 13 when it does not.
 
-    With --image the places are the image's own. --cache counts with --here alone: otherwise the cache is a new folder.
+    Of a folder of several states it proves the one that a start here would take. With --image the places, and the
+    states, are the image's own. --cache counts with --here alone: otherwise the cache is a new folder.
     """
     from chatterbox_prewarm import prove as proving
 
@@ -141,13 +197,26 @@ def prove(*, warm: Path, weights: Path, cache: Path, evidence: Path | None, here
 
         found = prove_image(image)
     elif here:
-        found = proving.prove_here(warm, weights, cache)
+        found = proving.prove_here(warm, weights, cache, device=device, state=state)
     else:
-        found = proving.prove(warm, weights)
+        found = proving.prove(warm, weights, device=device, state=state)
     _write_evidence(found, evidence)
     for check in found.checks:
         click.echo(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}", err=str(evidence) == "-")
     proving.require_passed(found)
+
+
+def _state_line(name: str, path: Path) -> str:
+    """A state of several in one line."""
+    from chatterbox_prewarm import manifest as manifests
+    from chatterbox_prewarm.states import key_of
+
+    try:
+        manifest = manifests.read(path)
+    except IntegrityError as error:
+        return f"{name}: cannot be used: {error.message}"
+    size = sum(family.size for family in manifest.families)
+    return f"{name}: {key_of(manifest)}, {size:,} bytes, set digest {manifest.set_digest}"
 
 
 def _parse_levels(levels: str) -> tuple[int, ...]:

@@ -38,6 +38,10 @@ class Exposition(Collector):
             ("requests_in_flight", "Requests accepted and not yet answered.", self._in_flight()),
         ):
             yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value=float(value))
+        state = GaugeMetricFamily(f"{_PREFIX}_state", "The warm state in use, by its key.", labels=["key"])
+        if log.get("state"):
+            state.add_metric([log["state"]], 1)
+        yield state
         restarts = CounterMetricFamily(f"{_PREFIX}_worker_restarts", "Workers that died and were replaced.")
         restarts.add_metric([], supervisor.restarts)
         yield restarts

@@ -59,6 +59,7 @@ class WarmupMetrics:
         reasons: one sentence for each miss that has one.
         timers: seconds spent in work that is scattered over a phase, by name.
         profile: how the model executes.
+        state: the key of the warm state in use, as `states.key_of` names it, or "".
 
     `on_phase`, when given, is called with the name of each phase as it begins.
     """
@@ -74,6 +75,7 @@ class WarmupMetrics:
         self.reasons: list[str] = []
         self.timers: dict[str, float] = {}
         self.profile = ""
+        self.state = ""
         self._before_reading: list[Callable[[], None]] = []
 
     def before_reading(self, update: Callable[[], None]) -> None:
@@ -128,5 +130,6 @@ class WarmupMetrics:
             "misses": dict(self.misses),
             "reasons": list(self.reasons),
             "profile": self.profile,
+            "state": self.state,
             "timers": {name: round(value, 4) for name, value in self.timers.items()},
         }

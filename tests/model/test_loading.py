@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -14,11 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.errors import WeightsError
 from chatterbox_prewarm.models import ENGLISH, english
 from chatterbox_prewarm.models.synthetic import shortened_upstream
+from chatterbox_prewarm.states import key_of
 from chatterbox_prewarm.voices import builtin_voice
 from chatterbox_prewarm.weights import read_record, record
+from tests.conftest import run_cli, writable_copy
+from tests.unit.states import rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -195,3 +200,55 @@ def test_what_lean_imports_defer_works_for_whoever_asks_for_it(first: str) -> No
     program = _AFTERWARDS.format(first=first)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+#: Starts from a folder of states and speaks; prints the log as JSON.
+_START = """
+import json, sys
+from pathlib import Path
+from chatterbox_prewarm.load import load_warmup_cache
+warm, weights, cache = map(Path, sys.argv[1:])
+attached = load_warmup_cache(warm, weights, cache=cache, policy="require")
+attached.synthesizer.synthesize("Hello, world.", seed=7, max_new_tokens=12)
+print("JSON" + json.dumps(attached.metrics.to_dict()))
+"""
+
+
+@pytest.fixture
+def two_states(baked: Path, tmp_path: Path) -> Path:
+    """A folder with the baked state and one for another processor, which has every file of it."""
+    (tmp_path / "states").mkdir(mode=0o755)
+    for name in ("another", "here"):
+        writable_copy(baked, tmp_path / "states" / name)
+    rewrite(
+        tmp_path / "states" / "another",
+        lambda raw: [family["requires"].update(arch="riscv64") for family in raw["families"]],
+    )
+    return tmp_path / "states"
+
+
+def test_a_start_from_two_states_takes_the_one_that_fits_and_misses_nothing(
+    two_states: Path, mini: Path, tmp_path: Path
+) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", _START, str(two_states), str(mini), str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    log = json.loads(ran.stdout.rpartition("JSON")[2])
+    assert log["misses"] == {}
+    assert log["state"] == key_of(manifests.read(two_states / "here"))
+    assert {"bytecode", "numba", "conditionals"} <= log["hits"].keys()
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_a_proof_of_two_states_is_of_the_one_that_fits(two_states: Path, mini: Path, tmp_path: Path) -> None:
+    evidence = tmp_path / "evidence.json"
+    proven = run_cli("prove", "--warm", two_states, "--weights", mini, "--evidence", evidence)
+    assert proven.returncode == 0, proven.stdout + proven.stderr
+    found = json.loads(evidence.read_text())
+    assert found["set_digest"] == manifests.read(two_states / "here").set_digest
+    assert found["observed"]["metrics"]["state"] == key_of(manifests.read(two_states / "here"))
+    assert run_cli("prove", "--warm", two_states, "--weights", mini, "--state", "another").returncode == 11

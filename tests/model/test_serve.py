@@ -205,6 +205,7 @@ def test_metrics_tell_hits_phases_and_readiness(server: Server) -> None:
     assert "chatterbox_prewarm_ready 1.0" in lines
     assert any(line.startswith('chatterbox_prewarm_cache_hits_total{family="numba"}') for line in lines)
     assert any(line.startswith('chatterbox_prewarm_phase_seconds{phase="import"}') for line in lines)
+    assert any(line.startswith('chatterbox_prewarm_state{key="cpu-') for line in lines)
 
 
 def test_a_port_in_use_is_said_before_anything_is_loaded(server: Server, baked: Path, mini: Path) -> None:

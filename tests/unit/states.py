@@ -75,6 +75,39 @@ def make_state(
     return manifest
 
 
+def make_state_for(
+    root: Path,
+    facts: Mapping[str, str],
+    *,
+    device: str = "cuda",
+    profile: str = "aot",
+    code: bytes = b"machine code",
+) -> Manifest:
+    """A state for a machine with these facts: a family for every one, and one of `code` if the profile compiles.
+
+    Args:
+        root: where it goes; the folder that it is in is made.
+        facts: those of the machine that its compiled family requires, and its fingerprint.
+        device: that it was baked for.
+        profile: that it was baked for.
+        code: what was compiled.
+    """
+    root.parent.mkdir(mode=0o755, exist_ok=True)
+    families = {"numba": {"librosa/filters.nbi": b"index"}, "aot": {"region.so": code}}
+    requires = {"numba": {"arch": facts["arch"]}, "aot": {**facts, "device": device}}
+    if profile != "aot":
+        del families["aot"]
+    make_state(root, families, requires)
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["reference"]["device"] = device
+        raw["execution"]["profile"] = profile
+        raw["fingerprint"] = {"torch": "2.6.0", **facts}
+
+    rewrite(root, change)
+    return manifests.read(root)
+
+
 def rewrite(root: Path, change: Callable[[dict[str, Any]], object] = lambda _: None, *, scan: bool = False) -> None:
     """Change a state's manifest as somebody does who bakes badly, not who tampers: its digest of itself is right.
 

@@ -59,7 +59,7 @@ def test_the_log_is_json_and_holds_everything() -> None:
     metrics.add_seconds("numba load", 0.25)
     assert metrics.mark("attached") == metrics.marks["attached"]
     log = json.loads(json.dumps(metrics.to_dict()))
-    assert set(log) == {"phases", "marks", "loaded", "hits", "misses", "reasons", "profile", "timers"}
+    assert set(log) == {"phases", "marks", "loaded", "hits", "misses", "reasons", "profile", "state", "timers"}
     assert log["hits"] == {"numba": 1}
     assert log["misses"] == {"signal": 1}
     assert log["reasons"] == ["signal: gone"]
