@@ -54,6 +54,12 @@ def fingerprint() -> dict[str, Any]:
     return {"fields": read_fingerprint().fields(), "heavy": [name for name in HEAVY if name in sys.modules]}
 
 
+def host_facts() -> dict[str, Any]:
+    from chatterbox_prewarm import hosts
+
+    return {"facts": hosts.host_facts(), "heavy": [name for name in HEAVY if name in sys.modules]}
+
+
 def prepare(*, warm: str, weights: str, cache: str, policy: str, imports: tuple[str, ...] = ()) -> dict[str, Any]:
     from chatterbox_prewarm.load import prepare as prepare_state
 
@@ -172,7 +178,17 @@ def share_place(*, place: str) -> dict[str, Any]:
 
 PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
-    for function in (fingerprint, prepare, import_from_pack, probed, fetch, seed_numba, hold_staging, share_place)
+    for function in (
+        fingerprint,
+        host_facts,
+        prepare,
+        import_from_pack,
+        probed,
+        fetch,
+        seed_numba,
+        hold_staging,
+        share_place,
+    )
 }
 
 

@@ -1,0 +1,195 @@
+"""Labels: what a finished image says about its warm states, so that a node can be judged before it pulls a byte.
+
+One label for each property, for people and policies, and `io.chatterbox-prewarm.states`, compact JSON, for this
+project: of every state its key, what it is, and what each family requires of a machine and its software.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm import __version__
+from chatterbox_prewarm.errors import BadInputError, EngineError
+from chatterbox_prewarm.fit import device_kind
+from chatterbox_prewarm.manifest import SCHEMA_VERSION
+from chatterbox_prewarm.states import key_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from chatterbox_prewarm.manifest import Manifest
+
+PREFIX = "io.chatterbox-prewarm."
+STATES = f"{PREFIX}states"
+#: Of the label `states`, apart from the manifest's.
+STATES_SCHEMA = 1
+_OCI = "org.opencontainers.image."
+#: What a label holds for a property that a state has not, such as the GPU of one for a CPU.
+_NONE = "none"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyLabel:
+    """A cache family of a state: its bytes, and the facts that its reuse depends on, but those of single files."""
+
+    name: str
+    size: int
+    requires: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateLabel:
+    """A state of an image, as far as its labels tell; `device` is the kind that it was baked for."""
+
+    key: str
+    set_digest: str
+    variant: str
+    profile: str
+    device: str
+    families: tuple[FamilyLabel, ...]
+
+
+def labels_of(
+    manifests: Sequence[Manifest], *, created: str | None = None, base_name: str = "", base_digest: str = ""
+) -> dict[str, str]:
+    """The labels of an image that holds these states.
+
+    Where states differ in a property, its label holds all values, each once, in the order of the states' keys, joined
+    by a comma and a space.
+
+    Args:
+        manifests: of the states, at least one.
+        created: when the image was made, as RFC 3339 has it; by default when the newest state was baked, so that the
+            same states give the same labels.
+        base_name: the reference of the image that the states were added to, if it is known.
+        base_digest: the digest of its manifest.
+
+    Raises:
+        BadInputError: there is no state, or two have one key, and so one folder in the image.
+    """
+    if not manifests:
+        raise BadInputError("an image without a warm state has no labels", next_step="name at least one state")
+    states = {key_of(manifest): manifest for manifest in manifests}
+    if len(states) != len(manifests):
+        raise BadInputError(
+            "two of the states are for one machine, one software and one profile", next_step="leave one of them out"
+        )
+    ordered = [states[key] for key in sorted(states)]
+
+    def joined(value: Callable[[Manifest], str]) -> str:
+        return ", ".join(dict.fromkeys(value(manifest) for manifest in ordered))
+
+    def of_gpu(field: str) -> Callable[[Manifest], str]:
+        return lambda found: found.fingerprint.get(field, _NONE) if _device(found) == "cuda" else _NONE
+
+    standard = {
+        "title": "chatterbox-prewarm",
+        "description": "Chatterbox TTS with its warm state baked in",
+        "version": __version__,
+        "licenses": "MIT",
+        "created": created or max(manifest.created for manifest in ordered),
+        "base.name": base_name,
+        "base.digest": base_digest,
+    }
+    return {
+        **{f"{_OCI}{name}": value for name, value in standard.items() if value},
+        f"{PREFIX}schema": str(SCHEMA_VERSION),
+        f"{PREFIX}variant": joined(lambda found: found.variant),
+        f"{PREFIX}profile": joined(lambda found: found.execution.profile),
+        f"{PREFIX}gpu": joined(of_gpu("gpu")),
+        f"{PREFIX}compute-capability": joined(of_gpu("compute_capability")),
+        f"{PREFIX}driver": joined(of_gpu("driver")),
+        f"{PREFIX}torch": joined(lambda found: found.fingerprint.get("torch", _NONE)),
+        f"{PREFIX}set-digest": joined(lambda found: found.set_digest),
+        STATES: _dump({"schema": STATES_SCHEMA, "states": [_state(found) for found in ordered]}),
+    }
+
+
+def read_states(labels: Mapping[str, str]) -> tuple[StateLabel, ...]:
+    """Read the states that an image's labels tell of.
+
+    Raises:
+        EngineError: there is no such label, it is malformed, or of a newer schema.
+    """
+    if STATES not in labels:
+        raise EngineError(
+            f"the image has no label {STATES}, so it does not say which nodes would hit",
+            next_step="check the reference; label it by adding its warm state with this version",
+        )
+    try:
+        return _parse(json.loads(labels[STATES]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise EngineError(
+            f"the label {STATES} is malformed: {error!r}", next_step="build the image again, or check who changed it"
+        ) from error
+
+
+def _parse(raw: Mapping[str, Any]) -> tuple[StateLabel, ...]:
+    schema = raw["schema"]
+    if type(schema) is not int or schema < 1:
+        raise ValueError(f"its schema is {schema!r}")
+    if schema > STATES_SCHEMA:
+        raise EngineError(
+            f"the label {STATES} is of schema {schema}; this version reads up to {STATES_SCHEMA}",
+            next_step="upgrade chatterbox-prewarm",
+        )
+    states = tuple(_parse_state(entry) for entry in raw["states"])
+    if not states or len({state.key for state in states}) != len(states):
+        raise ValueError("it tells of no state, or of one twice")
+    return states
+
+
+def _device(manifest: Manifest) -> str:
+    return device_kind(manifest.reference.device)
+
+
+def _state(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "key": key_of(manifest),
+        "set_digest": manifest.set_digest,
+        "variant": manifest.variant,
+        "profile": manifest.execution.profile,
+        "device": _device(manifest),
+        "families": {
+            family.name: {
+                "bytes": family.size,
+                "requires": {name: value for name, value in family.requires.items() if not name.startswith("source:")},
+            }
+            for family in manifest.families
+        },
+    }
+
+
+def _parse_state(raw: Mapping[str, Any]) -> StateLabel:
+    families = []
+    for name, family in raw["families"].items():
+        size, requires = family["bytes"], family["requires"]
+        if type(size) is not int or size < 0:
+            raise ValueError(f"the bytes of {name} are {size!r}")
+        families.append(
+            FamilyLabel(name=name, size=size, requires={_text(fact): _text(requires[fact]) for fact in requires})
+        )
+    if not _SHA256.fullmatch(_text(raw["set_digest"])):
+        raise ValueError(f"{raw['set_digest']!r} is no set digest")
+    return StateLabel(
+        key=_text(raw["key"]),
+        set_digest=raw["set_digest"],
+        variant=_text(raw["variant"]),
+        profile=_text(raw["profile"]),
+        device=_text(raw["device"]),
+        families=tuple(families),
+    )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _dump(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
