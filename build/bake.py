@@ -10,6 +10,7 @@ from chatterbox_prewarm.bake import bake
 from chatterbox_prewarm.errors import exit_with_code
 from chatterbox_prewarm.places import CACHE, WARM, WEIGHTS
 from chatterbox_prewarm.profiles import default_execution
+from chatterbox_prewarm.states import key_of
 
 
 def main() -> None:
@@ -21,15 +22,18 @@ def main() -> None:
     parser.add_argument("--t3-dtype", required=True)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    made = WARM / "made"
     manifest = bake(
         WEIGHTS,
-        WARM,
+        made,
         cache=CACHE,
         device=options.device,
         execution=default_execution(options.device, profile=options.profile, t3_dtype=options.t3_dtype),
         levels=[int(level) for level in options.levels.split(",")],
         progress=lambda line: print(f"bake: {line}", file=sys.stderr, flush=True),
     )
+    made.rename(WARM / key_of(manifest))  # a folder of its own, beside which other states can be added
+    (WARM / f".{made.name}.lock").unlink()
     for family in manifest.families:
         print(f"{family.name}: {family.size} bytes, {family.seconds_saved:.1f} s saved", file=sys.stderr)
 

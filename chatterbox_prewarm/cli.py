@@ -12,6 +12,8 @@ import click
 from chatterbox_prewarm import __version__
 from chatterbox_prewarm.child import DEBUG
 from chatterbox_prewarm.commands.bench import bench
+from chatterbox_prewarm.commands.images import build
+from chatterbox_prewarm.commands.nodes import facts
 from chatterbox_prewarm.commands.serving import serve
 from chatterbox_prewarm.commands.states import bake, inspect, pack, prove, verify
 from chatterbox_prewarm.commands.weights import weights
@@ -38,7 +40,7 @@ def cli(*, debug: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-for command in (weights, bake, pack, inspect, verify, prove, serve, bench):
+for command in (weights, bake, inspect, verify, prove, pack, build, facts, serve, bench):
     cli.add_command(command)
 
 

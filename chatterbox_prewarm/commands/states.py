@@ -80,16 +80,13 @@ def bake(
 def pack(*, warm: Path, state: str | None, output: Path) -> None:
     """Pack a warm state as a deterministic image layer: the same state gives the same bytes.
 
-    A state of a folder of several unpacks to a folder of its own, named by its key, beside which others can lie.
+    It unpacks to a folder of its own, named by the state's key, beside which others can lie.
     """
-    from chatterbox_prewarm import manifest as manifests
-    from chatterbox_prewarm.image.layer import IMAGE_PREFIX
     from chatterbox_prewarm.image.layer import pack as pack_layer
-    from chatterbox_prewarm.states import key_of, named
+    from chatterbox_prewarm.states import named
 
     path = named(warm, state)
-    prefix = IMAGE_PREFIX if path == warm else IMAGE_PREFIX / key_of(manifests.read(path))
-    layer = pack_layer(path, output, prefix=prefix)
+    layer = pack_layer(path, output)
     click.echo(f"{output}: {layer.size / 1e6:.1f} MB, digest sha256:{layer.digest}, diff id sha256:{layer.diff_id}")
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.errors import BadInputError, EngineError
 from chatterbox_prewarm.image.oci import (
     INDEXES,
+    MANIFESTS,
     MAX_DOCUMENT,
     Document,
     Image,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: What the kernel calls an architecture, and what an image does.
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +77,17 @@ def resolve(store: Readable, reference: str, *, platform: str = "") -> Image:
     platform = platform or platform_of(this_machine.machine())
     document = store.read_manifest(reference)
     if document.media_type in INDEXES:
-        # Entries without a platform of their own are attestations, and the like.
-        entries = [entry for entry in read_index(document) if entry.platform not in {"", "unknown/unknown"}]
-        chosen = [entry for entry in entries if _matches(entry.platform, platform)]
-        if not chosen:
-            known = ", ".join(sorted({entry.platform for entry in entries})) or "none"
-            raise EngineError(
-                f"{reference} has no image for {platform}, only for: {known}", next_step="choose one with --platform"
-            )
-        document = store.read_manifest(chosen[0].digest)
+        document = store.read_manifest(_choose(read_index(document), platform, reference).digest)
+    if document.media_type not in MANIFESTS:
+        raise EngineError(
+            f"{reference} is no image, but of the media type {document.media_type!r}", next_step="check the reference"
+        )
     described = config_descriptor(document)
     if described.size > MAX_DOCUMENT:
-        raise EngineError(f"the configuration of {reference} has {described.size} bytes", next_step="check the image")
+        raise EngineError(
+            f"the configuration of {reference} has {described.size} bytes, more than {MAX_DOCUMENT}",
+            next_step="check the reference",
+        )
     with store.open_blob(described) as stream:
         image = read_image(document, stream.read())
     if not _matches(image.platform, platform):
@@ -195,6 +195,19 @@ def check_tag(target: Store, reference: str, *, replacing: bool) -> None:
 def with_annotations(image: Image, annotations: Mapping[str, str]) -> Image:
     """The image with more annotations on its manifest."""
     return replace(image, annotations={**image.annotations, **annotations})
+
+
+def _choose(entries: Sequence[Descriptor], platform: str, reference: str) -> Descriptor:
+    """The image of an index that is for a platform; attestations are for an unknown one."""
+    images = [entry for entry in entries if entry.media_type in MANIFESTS and entry.platform != "unknown/unknown"]
+    if len(images) == 1 and not images[0].platform:
+        return images[0]
+    if chosen := [entry for entry in images if _matches(entry.platform, platform)]:
+        return chosen[0]
+    known = ", ".join(sorted({entry.platform or "an unnamed one" for entry in images})) or "none"
+    raise EngineError(
+        f"{reference} has no image for {platform}, only for: {known}", next_step="choose another with --platform"
+    )
 
 
 def _mounted(source: Readable, target: Store, descriptor: Descriptor) -> bool:

@@ -22,14 +22,16 @@ from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.errors import IntegrityError, from_os_error
 from chatterbox_prewarm.image.oci import OCI_LAYER, OCI_LAYER_GZIP, Descriptor
 from chatterbox_prewarm.places import WARM, WEIGHTS
+from chatterbox_prewarm.states import key_of
 from chatterbox_prewarm.weights import RECORD_NAME, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
-WARM_PREFIX = PurePosixPath(WARM)
-WEIGHTS_PREFIX = PurePosixPath(WEIGHTS)
+#: As a tar names them.
+_WARM = PurePosixPath(WARM).relative_to("/")
+_WEIGHTS = PurePosixPath(WEIGHTS).relative_to("/")
 
 _GZIP_LEVEL = 6
 #: What made the bytes besides the content: another zlib may compress to others of the same tar.
@@ -110,8 +112,8 @@ class _Tar(io.RawIOBase):
         return count
 
 
-def pack(warm: Path, output: Path, *, prefix: PurePosixPath = WARM_PREFIX) -> Layer:
-    """Write the warm state as a gzip-compressed layer that unpacks to `prefix`.
+def pack(warm: Path, output: Path) -> Layer:
+    """Write a warm state as a gzip-compressed layer that unpacks to a folder of an image named by the state's key.
 
     Raises:
         IntegrityError: the state is not as its manifest says; a broken one is not shipped.
@@ -123,7 +125,8 @@ def pack(warm: Path, output: Path, *, prefix: PurePosixPath = WARM_PREFIX) -> La
         raise IntegrityError(
             f"{warm} is not as its manifest says: {'; '.join(problems)}", next_step="bake the warm state again"
         )
-    entries = [*_parents(prefix), *_members(warm, prefix)]
+    key = key_of(manifest)
+    entries = [*_parents(_WARM / key), *_members(warm, _WARM / key)]
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     plain = hashlib.sha256()
     try:
@@ -146,13 +149,13 @@ def pack(warm: Path, output: Path, *, prefix: PurePosixPath = WARM_PREFIX) -> La
         size=size,
         media_type=OCI_LAYER_GZIP,
         packer=f"{_TAR}; gzip {_GZIP_LEVEL}; zlib {zlib.ZLIB_RUNTIME_VERSION}",
-        title=f"warm state {manifest.set_digest}",
+        title=f"warm state {key}",
         opened=lambda: output.open("rb"),
     )
 
 
-def weight_layers(weights: Path, *, prefix: PurePosixPath = WEIGHTS_PREFIX) -> tuple[Layer, ...]:
-    """A checkpoint as uncompressed layers that unpack to `prefix`: one for each large file, one for all others.
+def weight_layers(weights: Path) -> tuple[Layer, ...]:
+    """A checkpoint as uncompressed layers that unpack to its place: one for each large file, one for all others.
 
     Raises:
         WeightsError: a file is not as recorded.
@@ -162,16 +165,15 @@ def weight_layers(weights: Path, *, prefix: PurePosixPath = WEIGHTS_PREFIX) -> t
     names = [RECORD_NAME, *(file.path for file in record.files)]
     large = [file.path for file in sorted(record.files) if file.size >= _LARGE]
     groups = [sorted(set(names) - set(large)), *([name] for name in large)]
-    return tuple(_weight_layer(weights, group, prefix) for group in groups)
+    return tuple(_weight_layer(weights, group) for group in groups)
 
 
-def _weight_layer(weights: Path, names: Sequence[str], prefix: PurePosixPath) -> Layer:
-    relative = prefix.relative_to("/")
+def _weight_layer(weights: Path, names: Sequence[str]) -> Layer:
     entries = [
-        *_parents(prefix),
-        _Entry(info=_info(relative, directory=True)),
+        *_parents(_WEIGHTS),
+        _Entry(info=_info(_WEIGHTS, directory=True)),
         *(
-            _Entry(info=_info(relative / name, size=(weights / name).stat().st_size), path=weights / name)
+            _Entry(info=_info(_WEIGHTS / name, size=(weights / name).stat().st_size), path=weights / name)
             for name in names
         ),
     ]
@@ -216,17 +218,16 @@ def _pieces(entries: Sequence[_Entry]) -> Iterator[bytes]:
     yield b"\0" * (2 * tarfile.BLOCKSIZE)
 
 
-def _parents(prefix: PurePosixPath) -> Iterator[_Entry]:
-    for parent in [*reversed(prefix.relative_to("/").parents)][1:]:
+def _parents(place: PurePosixPath) -> Iterator[_Entry]:
+    for parent in [*reversed(place.parents)][1:]:
         yield _Entry(info=_info(parent, directory=True, mode=0o755))
 
 
-def _members(warm: Path, prefix: PurePosixPath) -> Iterator[_Entry]:
-    """The state in the order of its names."""
-    relative = prefix.relative_to("/")
-    yield _Entry(info=_info(relative, directory=True))
+def _members(warm: Path, place: PurePosixPath) -> Iterator[_Entry]:
+    """The state's folder, then what is in it, in the order of the names."""
+    yield _Entry(info=_info(place, directory=True))
     for path in sorted(warm.rglob("*")):
-        name = relative / path.relative_to(warm).as_posix()
+        name = place / path.relative_to(warm).as_posix()
         if path.is_dir():
             yield _Entry(info=_info(name, directory=True))
         else:

@@ -86,7 +86,7 @@ class Image:
     @property
     def labels(self) -> dict[str, str]:
         """The labels of its configuration."""
-        return dict(self.config.get("config", {}).get("Labels") or {})
+        return dict((self.config.get("config") or {}).get("Labels") or {})
 
     @property
     def platform(self) -> str:

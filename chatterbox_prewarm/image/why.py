@@ -9,17 +9,17 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.choice import Fit, measure, outranked
-from chatterbox_prewarm.errors import EngineError, FingerprintMismatchError
+from chatterbox_prewarm.errors import FingerprintMismatchError
 from chatterbox_prewarm.fingerprint import MACHINE, Fingerprint, explain, words_for
 from chatterbox_prewarm.fit import device_kind
-from chatterbox_prewarm.image import oci
+from chatterbox_prewarm.image.append import platform_of, resolve
 from chatterbox_prewarm.image.labels import read_states
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from chatterbox_prewarm.image.labels import FamilyLabel, StateLabel
-    from chatterbox_prewarm.image.oci import Descriptor, Image, Store
+    from chatterbox_prewarm.image.oci import Image, Readable
 
 #: What is in the image and fits as it was baked, beside the fields of a fingerprint that are no machine's.
 _IN_THE_IMAGE = frozenset({field.name for field in fields(Fingerprint)} - {*MACHINE}) | {
@@ -28,8 +28,6 @@ _IN_THE_IMAGE = frozenset({field.name for field in fields(Fingerprint)} - {*MACH
     "regions",
     "cache",
 }
-#: Linux's names of processors, as images call them.
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +90,7 @@ def judge(image: Image, host: Mapping[str, str]) -> Verdict:
     return Verdict(fits=tuple(sorted(fits, key=lambda fit: fit.rank(profile))), profile=profile)
 
 
-def judge_reference(store: Store, reference: str, host: Mapping[str, str]) -> Verdict:
+def judge_reference(store: Readable, reference: str, host: Mapping[str, str]) -> Verdict:
     """The same for an image in a registry or a layout, of which two or three small documents are read.
 
     Args:
@@ -103,45 +101,7 @@ def judge_reference(store: Store, reference: str, host: Mapping[str, str]) -> Ve
     Raises:
         EngineError: the image cannot be read, has no such platform, or its labels cannot be read.
     """
-    return judge(read_image(store, reference, architecture=host["arch"]), host)
-
-
-def read_image(store: Store, reference: str, *, architecture: str) -> Image:
-    """An image by tag or digest; of an index, the one for Linux on an architecture, as `uname -m` calls it.
-
-    Raises:
-        EngineError: it cannot be read, or there is none for that platform.
-    """
-    document = store.read_manifest(reference)
-    if document.media_type in oci.INDEXES:
-        wanted = f"linux/{_ARCHITECTURES.get(architecture, architecture)}"
-        document = store.read_manifest(_choose(oci.read_index(document), wanted, reference).digest)
-    if document.media_type not in oci.MANIFESTS:
-        raise EngineError(
-            f"{reference} is no image, but of the media type {document.media_type!r}",
-            next_step="check the reference",
-        )
-    descriptor = oci.config_descriptor(document)
-    if descriptor.size > oci.MAX_DOCUMENT:
-        raise EngineError(
-            f"the configuration of {reference} has {descriptor.size} bytes, more than {oci.MAX_DOCUMENT}",
-            next_step="check the reference",
-        )
-    with store.open_blob(descriptor) as stream:
-        return oci.read_image(document, stream.read())
-
-
-def _choose(entries: tuple[Descriptor, ...], wanted: str, reference: str) -> Descriptor:
-    images = [entry for entry in entries if entry.media_type in oci.MANIFESTS]
-    if len(images) == 1 and not images[0].platform:
-        return images[0]
-    for entry in images:
-        if entry.platform == wanted or entry.platform.startswith(f"{wanted}/"):
-            return entry
-    listed = ", ".join(sorted({entry.platform or "an unnamed one" for entry in images})) or "none"
-    raise EngineError(
-        f"{reference} has no image for {wanted}; it has: {listed}", next_step="build it for that platform"
-    )
+    return judge(resolve(store, reference, platform=platform_of(host["arch"])), host)
 
 
 def _setting(image: Image, name: str) -> str | None:

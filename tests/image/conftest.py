@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
+from typing import TYPE_CHECKING
 
 import pytest
 
 from chatterbox_prewarm.bench.image import docker as client
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 BASE = "debian:bookworm-slim"
 
@@ -23,3 +29,33 @@ def docker() -> str:
     if subprocess.run([program, "image", "inspect", BASE], capture_output=True, check=False).returncode != 0:
         pytest.skip(f"there is no image {BASE}; make it with build/base-image")
     return program
+
+
+@pytest.fixture
+def small_engine(docker: str, tmp_path: Path) -> Iterator[str]:
+    """A Docker engine of its own with 200 MB for images; its address."""
+    if (program := shutil.which("dockerd", path="/usr/sbin:/usr/bin:/usr/local/bin")) is None:
+        pytest.skip("there is no dockerd to start (Debian: apt-get install docker.io)")
+    data, run = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(data)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
+    address = f"unix://{run}/docker.sock"
+    command = [program, "--data-root", data, "--exec-root", run / "exec", "--pidfile", run / "pid", "--host", address]
+    # Beside the engine that runs already, whose bridge and rules it must leave alone.
+    command += ["--bridge", "none", "--iptables=false", "--ip-masq=false"]
+    run.mkdir()
+    with (run / "log").open("wb") as log, subprocess.Popen(list(map(str, command)), stderr=log) as engine:
+        try:
+            for _ in range(60):
+                if subprocess.run([docker, "--host", address, "info"], capture_output=True).returncode == 0:
+                    break
+                time.sleep(0.5)
+            else:
+                pytest.fail((run / "log").read_text()[-2000:])
+            yield address
+        finally:
+            engine.terminate()
+            engine.wait(30)
+            subprocess.run(["umount", "--lazy", str(data)], check=True)

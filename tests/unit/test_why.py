@@ -16,9 +16,10 @@ from chatterbox_prewarm.errors import EngineError, FingerprintMismatchError
 from chatterbox_prewarm.families import applicable
 from chatterbox_prewarm.fingerprint import ABSENT
 from chatterbox_prewarm.image import oci
+from chatterbox_prewarm.image.append import platform_of, resolve
 from chatterbox_prewarm.image.labels import STATES, labels_of
 from chatterbox_prewarm.image.oci import Descriptor, Document, Image
-from chatterbox_prewarm.image.why import judge, judge_reference, read_image
+from chatterbox_prewarm.image.why import judge, judge_reference
 
 from .states import make_state_for
 
@@ -218,25 +219,25 @@ def test_of_an_index_the_image_for_the_hosts_architecture_is_read(
         (amd, {"os": "linux", "architecture": "amd64"}),
         (arm, {"os": "linux", "architecture": "arm64", "variant": "v8"}),
     )
-    assert read_image(store, "latest", architecture=arch).platform == f"linux/{found}"
+    assert resolve(store, "latest", platform=platform_of(arch)).platform == f"linux/{found}"
 
 
 def test_an_index_without_the_hosts_platform_names_those_that_it_has(labels: dict[str, str]) -> None:
     store = Memory()
     entry = store.add(image_of(labels))
     index(store, (entry, {"os": "linux", "architecture": "amd64"}))
-    with pytest.raises(EngineError, match="no image for linux/arm64; it has: linux/amd64"):
-        read_image(store, "latest", architecture="aarch64")
+    with pytest.raises(EngineError, match="no image for linux/arm64, only for: linux/amd64"):
+        resolve(store, "latest", platform="linux/arm64")
     index(store, (entry, None))
-    assert read_image(store, "latest", architecture="aarch64").labels == labels
+    assert resolve(store, "latest", platform="linux/amd64").labels == labels
 
 
 def test_what_is_no_image_is_refused(labels: dict[str, str]) -> None:
     store = Memory()
     store.put_manifest(Document(media_type="application/octet-stream", raw=b"{}"), "latest")
     with pytest.raises(EngineError, match="is no image, but of the media type"):
-        read_image(store, "latest", architecture="x86_64")
+        resolve(store, "latest", platform="linux/amd64")
     store.add(image_of({**labels, "large": "x" * (oci.MAX_DOCUMENT + 1)}), "latest")
     with pytest.raises(EngineError, match="more than 4194304"):
-        read_image(store, "latest", architecture="x86_64")
+        resolve(store, "latest", platform="linux/amd64")
     assert store.opened == []

@@ -1,0 +1,80 @@
+"""build and append: how a warm state becomes part of an image."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from chatterbox_prewarm.commands.options import PATH, check_place, option, parse_voice, say, write_result
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.image.engine import ENGINES
+from chatterbox_prewarm.profiles import PROFILES, T3_DTYPES
+
+_ROUTES = ("export", "dockerfile", "no-gpu")
+
+
+@click.command()
+@click.option("--tag", required=True, help="The image's name.")
+@click.option("--checkout", type=PATH, default=Path(), help="Of this project; the current directory by default.")
+@click.option("--warm", type=PATH, default=Path("out/warm"), show_default=True, help="Where the warm state is kept.")
+@option("--device", default="cpu", help="The torch device that the image is for, such as cpu or cuda.")
+@click.option(
+    "--route",
+    default="export",
+    show_default=True,
+    type=click.Choice(_ROUTES),
+    help="Bake in a container and export; in the Dockerfile; or what needs no GPU, for an image for one.",
+)
+@option("--profile", default="aot", type=click.Choice(PROFILES), help="How the model executes.")
+@option("--t3-dtype", default="float32", type=click.Choice(T3_DTYPES), help="What T3's transformer computes in.")
+@option("--levels", default="1,2,3", help="Which warm-up levels to run, separated by commas.")
+@click.option("--voice", "voices", multiple=True, metavar="NAME=PATH", help="Bake a voice from a clip; repeatable.")
+@click.option("--build-arg", "arguments", multiple=True, metavar="NAME=VALUE", help="Of the Dockerfile; repeatable.")
+@click.option("--secret", "secrets", multiple=True, metavar="SPEC", help="As docker build has it; repeatable.")
+@click.option("--network", default="default", show_default=True, help="Of the build, as docker build has it.")
+@option("--engine", "engine_name", default="docker", type=click.Choice(ENGINES), help="What builds and runs.")
+@click.option("--evidence", type=PATH, help="Write the evidence of the proof to this JSON file.")
+@click.option("--replace", "replacing", is_flag=True, help="Take the name from an image that has it.")
+@click.option("--dry-run", is_flag=True, help="Check what the engine can do, show the plan, and do nothing.")
+def build(*, engine_name: str, evidence: Path | None, dry_run: bool, **fields: Any) -> None:
+    """Build an image on a container engine, bake in it, prove it, and tag it when it has missed nothing.
+
+    The warm state is kept, and baked again only when something changed that it depends on.
+    """
+    from chatterbox_prewarm.image import build as building
+    from chatterbox_prewarm.image.engine import connect
+
+    if evidence is not None:
+        check_place(evidence)
+        evidence.unlink(missing_ok=True)  # an older proof must not stand for this one
+    request = building.Request(
+        **{
+            **fields,
+            "voices": dict(map(parse_voice, fields["voices"])),
+            "arguments": dict(map(_parse_argument, fields["arguments"])),
+        }
+    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as with Ctrl-C, what is in the making goes
+    with contextlib.closing(connect(engine_name)) as engine:
+        building.check(request, engine)
+        if dry_run:
+            click.echo("\n".join(building.plan(request, engine)))
+            return
+        built = building.build(request, engine, say=say)
+    if evidence is not None:
+        write_result(evidence, built.evidence.to_json())
+    if built.layer is not None:
+        click.echo(f"warm layer: {built.layer.size / 1e6:.1f} MB, diff id sha256:{built.layer.diff_id}")
+    click.echo(f"{fields['tag']}: proven, {len(built.evidence.checks)} checks passed")
+
+
+def _parse_argument(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise BadInputError(f"--build-arg {text!r} has no value", next_step="write --build-arg NAME=VALUE")
+    return name, value

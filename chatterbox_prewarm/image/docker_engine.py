@@ -1,0 +1,308 @@
+"""The Docker engine, through docker-py: what it can do, containers that leave nothing behind, images with more in."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm.errors import BadInputError, EngineError, from_os_error
+from chatterbox_prewarm.image.archive import write_archive
+from chatterbox_prewarm.image.engine import USER, Facts, Run, check_status
+from chatterbox_prewarm.image.oci import OCI_LAYER, Descriptor, Image
+from chatterbox_prewarm.places import CACHE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from docker import DockerClient
+    from docker.models.containers import Container
+
+    from chatterbox_prewarm.image.layer import Layer
+
+logger = logging.getLogger(__name__)
+
+#: The oldest engine whose BuildKit understands the Dockerfile.
+_OLDEST = (20, 10)
+#: How an image is meant to be run.
+_ISOLATED: Mapping[str, Any] = {
+    "read_only": True,
+    "network_mode": "none",
+    "user": USER,
+    "cap_drop": ["ALL"],
+    "security_opt": ["no-new-privileges"],
+    "tmpfs": {"/tmp": "", str(CACHE): "exec,mode=1777"},  # noqa: S108 - a path in the container
+}
+
+
+class DockerEngine:
+    """A Docker engine as an `Engine`.
+
+    Args:
+        timeout: seconds that a single call may take, a whole bake among them.
+
+    Raises:
+        EngineError: none answers, or it is too old.
+    """
+
+    def __init__(self, *, timeout: float = 7200.0) -> None:
+        import docker
+
+        with _failing("reach the Docker engine", "start the engine, or set DOCKER_HOST"):
+            self._client: DockerClient = docker.from_env(timeout=int(timeout))
+            info: dict[str, Any] = self._client.info()
+        self.facts = _facts(info)
+        if _version(self.facts.version) < _OLDEST:
+            raise EngineError(
+                f"the Docker engine is {self.facts.version}; {'.'.join(map(str, _OLDEST))} is the oldest with BuildKit",
+                next_step="upgrade the engine",
+            )
+
+    def close(self) -> None:
+        """As `Engine`."""
+        self._client.close()
+
+    def check_device(self, device: str) -> None:
+        """As `Engine`."""
+        self._gpus(device)
+
+    def build_command(self, arguments: Sequence[str]) -> list[str]:
+        """As `Engine`; docker-py knows only the builder without mounts, so it is the client: `$DOCKER`, or `docker`."""
+        client = os.environ.get("DOCKER", "docker")
+        return ["env", "DOCKER_BUILDKIT=1", client, "build", "--progress=plain", *arguments]
+
+    def run(self, container: Run) -> tuple[int, str]:
+        """As `Engine`."""
+        settings = dict(_ISOLATED if container.isolated else {"network_mode": "none"})
+        with self._container(
+            container.image, container.command, device_requests=self._gpus(container.device), **settings
+        ) as made:
+            for place, source in container.files.items():
+                self._copy_in(made, source, place)
+            with _failing("run the container", "see the engine's log"):
+                made.start()
+                if container.follow:
+                    for line in made.logs(stdout=False, stream=True, follow=True):
+                        logger.info("%s", line.decode(errors="replace").rstrip())
+                status = int(made.wait()["StatusCode"])
+                output = made.logs(stdout=True, stderr=False).decode(errors="replace")
+                said = made.logs(stdout=False).decode(errors="replace")
+            check_status(status, container.allowed, said)
+            if container.export:
+                self._copy_out(made, *container.export)
+        return status, output
+
+    def _gpus(self, device: str) -> list[Any]:
+        """The device requests of a container for a torch device; none for a CPU."""
+        import docker.types
+
+        if not device.startswith("cuda"):
+            return []
+        if self.facts.gpu == "cdi":
+            return [docker.types.DeviceRequest(driver="cdi", device_ids=["nvidia.com/gpu=all"])]
+        if self.facts.gpu == "nvidia":
+            return [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])]
+        raise EngineError(
+            "the Docker engine gives containers no GPU: it knows no runtime `nvidia` and no CDI device",
+            next_step="install the NVIDIA Container Toolkit (`nvidia-ctk runtime configure`), or use --device cpu",
+        )
+
+    @contextlib.contextmanager
+    def _container(self, image: str, command: Sequence[str], **settings: Any) -> Iterator[Container]:
+        """A container that is removed at the end, whatever happens."""
+        import docker.errors
+
+        with _failing(f"run {image!r}", "see the engine's log"):
+            try:
+                made = self._client.containers.create(image, list(command), **settings)
+            except docker.errors.ImageNotFound as error:
+                raise EngineError(f"there is no image {image!r}", next_step="build it: make image") from error
+        logger.info("container %s of %s: %s", made.short_id, image, " ".join(command))
+        try:
+            yield made
+        finally:
+            with contextlib.suppress(docker.errors.NotFound):
+                made.remove(force=True, v=True)
+
+    def _copy_in(self, container: Container, source: Path, target: PurePosixPath) -> None:
+        """Copy a file into a container that has not run yet.
+
+        Raises:
+            BadInputError: the file cannot be read.
+        """
+        with tempfile.TemporaryFile() as spool:
+            try:
+                with tarfile.open(fileobj=spool, mode="w") as tar, source.open("rb") as stream:
+                    info = tarfile.TarInfo(target.name)
+                    info.size, info.mode = source.stat().st_size, 0o444
+                    tar.addfile(info, stream)
+            except OSError as error:
+                raise from_os_error(error, f"reading {source}") from error
+            spool.seek(0)
+            with _failing(f"copy {source} into the container", "see the engine's log"):
+                container.put_archive(str(target.parent), spool)
+
+    def _copy_out(self, container: Container, source: PurePosixPath, target: Path) -> None:
+        """Copy a folder of a container, running or ended, into the folder `target`.
+
+        Raises:
+            EngineError: it is not there, or holds a link or a special file.
+            BadInputError: the target cannot be written.
+        """
+        with tempfile.TemporaryFile() as spool:
+            with _failing(f"copy {source} out of the container", "see what the container said"):
+                stream, _ = container.get_archive(str(source))
+                for chunk in stream:
+                    spool.write(chunk)
+            spool.seek(0)
+            try:
+                with tarfile.open(fileobj=spool) as tar:
+                    for member in tar:
+                        _extract(tar, member, target)
+            except OSError as error:
+                raise from_os_error(error, f"writing {target}") from error
+
+    def load(self, base: str, layers: Sequence[Layer], image: Image, tag: str) -> None:
+        """As `Engine`: for a layer whose like it has above the same others, Docker does not look into the archive."""
+        with tempfile.TemporaryFile() as spool:
+            write_archive(image, tag, {layer.descriptor.digest: layer.opened for layer in layers}, spool)
+            spool.seek(0)
+            with _failing(f"load {tag!r}, which is {base!r} with more layers", "see the engine's log"):
+                self._client.images.load(spool)
+                found = self._client.images.get(tag).attrs["RootFS"]["Layers"]
+        if tuple(found) != image.diff_ids:
+            raise EngineError(
+                f"the engine made something else of {tag!r}: {len(found)} layers",
+                next_step="append in a registry instead",
+            )
+
+    def image(self, reference: str) -> Image:
+        """As `Engine`."""
+        import docker.errors
+
+        with _failing(f"read {reference!r}", "see the engine's log"):
+            try:
+                found = self._client.images.get(reference)
+            except docker.errors.ImageNotFound as error:
+                raise EngineError(f"the engine has no image {reference!r}", next_step="build or pull it") from error
+            history = found.history()
+        attributes: dict[str, Any] = found.attrs
+        diff_ids = attributes["RootFS"].get("Layers") or []
+        config: dict[str, Any] = {
+            "architecture": attributes["Architecture"],
+            "os": attributes["Os"],
+            "config": attributes["Config"],
+            "created": attributes["Created"],
+            "rootfs": {"type": "layers", "diff_ids": diff_ids},
+            "history": _history(history, len(diff_ids)),
+        }
+        if attributes.get("Variant"):
+            config["variant"] = attributes["Variant"]
+        layers = tuple(Descriptor(media_type=OCI_LAYER, digest=diff_id, size=0) for diff_id in diff_ids)
+        return Image(config=config, layers=layers)
+
+    def exists(self, reference: str) -> bool:
+        """As `Engine`."""
+        import docker.errors
+
+        with _failing(f"look for {reference!r}", "see the engine's log"):
+            try:
+                self._client.images.get(reference)
+            except docker.errors.ImageNotFound:
+                return False
+        return True
+
+    def tag(self, reference: str, tag: str) -> None:
+        """As `Engine`."""
+        name, _, label = tag.rpartition(":") if ":" in tag.rpartition("/")[2] else (tag, "", "latest")
+        with _failing(f"tag {tag!r}", "see the engine's log"):
+            self._client.images.get(reference).tag(name, label)
+
+    def forget(self, tag: str) -> None:
+        """As `Engine`."""
+        import docker.errors
+
+        with contextlib.suppress(docker.errors.ImageNotFound), _failing(f"remove {tag!r}", "remove it by hand"):
+            self._client.images.remove(tag, force=True)
+
+
+@contextlib.contextmanager
+def _failing(doing: str, next_step: str) -> Iterator[None]:
+    """Put what docker-py raises into the tree of errors."""
+    import docker.errors
+    import requests.exceptions
+
+    try:
+        yield
+    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
+        raise EngineError(f"cannot {doing}: {error}", next_step=next_step) from error
+
+
+def _facts(info: Mapping[str, Any]) -> Facts:
+    runtimes = info.get("Runtimes") or {}
+    devices = [str(device.get("ID", "")) for device in info.get("DiscoveredDevices") or []]
+    gpu = "nvidia" if "nvidia" in runtimes else ""
+    if any(device.startswith("nvidia.com/gpu") for device in devices):
+        gpu = "cdi"
+    root = Path(info.get("DockerRootDir") or "/nonexistent")
+    try:
+        free = (
+            shutil.disk_usage(root).free
+            if info.get("Name") == Path("/proc/sys/kernel/hostname").read_text().strip()
+            else None
+        )
+    except OSError:
+        free = None
+    return Facts(
+        name="Docker",
+        version=str(info.get("ServerVersion", "0")),
+        gpu=gpu,
+        default_runtime=str(info.get("DefaultRuntime", "")),
+        free=free,
+    )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)[:2]))
+
+
+def _history(entries: Sequence[Mapping[str, Any]], layers: int) -> list[dict[str, Any]]:
+    """An image's history as its configuration has it, the oldest first; the engine does not say which made a layer.
+
+    Those that are larger than nothing did; where that does not add up, one line for each layer stands for all.
+    """
+    found = [
+        {"created_by": entry["CreatedBy"], **({} if entry["Size"] else {"empty_layer": True})}
+        for entry in reversed(entries)
+    ]
+    if sum("empty_layer" not in entry for entry in found) == layers:
+        return found
+    return [{"created_by": "a layer of the base"}] * layers
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+    """Write a member of a container's folder below `target`, without the folder's own name.
+
+    A container may hold anything: nothing of it may lie outside of the target.
+    """
+    parts = PurePosixPath(member.name).parts[1:]
+    if ".." in parts or not (member.isdir() or member.isfile()):
+        raise EngineError(
+            f"{member.name} of the container is neither a file nor a folder", next_step="bake the warm state again"
+        )
+    path = target.joinpath(*parts)
+    if member.isdir():
+        path.mkdir(parents=True, exist_ok=True)
+        return
+    stream = tar.extractfile(member)
+    if stream is None or not parts:
+        raise BadInputError(f"{member.name} of the container is no folder", next_step="name a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with stream, path.open("wb") as copy:
+        shutil.copyfileobj(stream, copy)

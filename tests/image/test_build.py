@@ -1,0 +1,195 @@
+"""`build`: bake in a container, export, append, prove, tag; and what it leaves when something ends it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from chatterbox_prewarm.bench.image import copy_context
+from chatterbox_prewarm.image.labels import read_states
+from tests.conftest import ROOT, run_cli
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+TAG = "chatterbox-prewarm-test:built"
+#: A mini checkpoint, and what compiles nothing: that a bake compiles is tested elsewhere.
+ARGUMENTS = [
+    *("--network", "host", "--profile", "eager", "--levels", "1"),
+    *("--build-arg", "WEIGHTS=synthetic", "--build-arg", "SIZE=mini"),
+    *(("--secret", f"id=ca,src={os.environ['SSL_CERT_FILE']}") if os.environ.get("SSL_CERT_FILE") else ()),
+]
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the build reads, so that a test can change a file."""
+    return copy_context(ROOT, tmp_path_factory.mktemp("context") / "copy")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the warm state and the evidence go."""
+    return tmp_path_factory.mktemp("build")
+
+
+@pytest.fixture(scope="module")
+def built(docker: str, context: Path, place: Path) -> Iterator[subprocess.CompletedProcess[str]]:
+    """The first build, with a bake."""
+    made = _build(context, place, "--evidence", place / "evidence.json")
+    assert made.returncode == 0, made.stderr
+    yield made
+    subprocess.run([docker, "rmi", "--force", TAG, f"{TAG}-gpu"], capture_output=True, check=False)
+
+
+def _build(
+    context: Path, place: Path, *more: str | Path, tag: str = TAG, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return run_cli("build", "--tag", tag, "--checkout", context, "--warm", place / "warm", *ARGUMENTS, *more, env=env)
+
+
+def _ask(docker: str, *arguments: str) -> str:
+    return subprocess.run([docker, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _config(docker: str, tag: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(_ask(docker, "inspect", tag))[0]
+    return found
+
+
+def _layers_of_state(docker: str, tag: str, output: str) -> list[str]:
+    """The layer that a build names, if the image has it on top."""
+    (diff_id,) = re.findall(r"diff id (sha256:[0-9a-f]{64})", output)
+    layers: list[str] = _config(docker, tag)["RootFS"]["Layers"]
+    assert layers[-1] == diff_id
+    return layers
+
+
+def _left_behind(docker: str) -> list[str]:
+    unproven = _ask(docker, "images", "--quiet", "chatterbox-prewarm-unproven").split()
+    return unproven + _ask(docker, "ps", "--all", "--quiet").split()
+
+
+def test_an_image_is_baked_in_a_container_proven_and_tagged(
+    docker: str, built: subprocess.CompletedProcess[str], place: Path
+) -> None:
+    assert "proven" in built.stdout
+    evidence = (place / "evidence.json").read_text()
+    assert json.loads(evidence)["passed"]
+    assert json.loads(evidence)["observed"]["metrics"]["misses"] == {}
+    assert json.loads(evidence)["observed"]["isolation"]["uid"] == 12345
+    config = _config(docker, TAG)["Config"]
+    digest = hashlib.sha256(evidence.encode()).hexdigest()
+    assert config["Labels"]["io.chatterbox-prewarm.evidence"] == f"sha256:{digest}"
+    (state,) = read_states(config["Labels"])
+    assert state.profile == "eager"
+    assert "CHATTERBOX_PREWARM_DEVICE=cpu" in config["Env"]
+    assert config["User"] == "12345:12345"
+    assert config["Entrypoint"] == ["python", "-m", "chatterbox_prewarm"]
+    _layers_of_state(docker, TAG, built.stdout)
+    assert _left_behind(docker) == []
+
+
+def test_a_code_change_takes_the_state_that_is_kept(
+    docker: str, built: subprocess.CompletedProcess[str], context: Path, place: Path
+) -> None:
+    before = _layers_of_state(docker, TAG, built.stdout)
+    changed = context / "chatterbox_prewarm" / "serve" / "front.py"
+    changed.write_text(changed.read_text() + f"\n# {os.urandom(20).hex()}\n")
+    again = _build(context, place, "--replace")
+    assert again.returncode == 0, again.stderr
+    assert "it fits the image: nothing is baked" in again.stderr
+    after = _layers_of_state(docker, TAG, again.stdout)
+    assert after[-1] == before[-1], "one state, one layer"
+    assert after != before
+
+
+@pytest.mark.usefixtures("built")
+def test_an_image_for_a_gpu_has_without_one_what_depends_on_none(docker: str, context: Path, place: Path) -> None:
+    made = _build(context, place, "--device", "cuda", "--route", "no-gpu", tag=f"{TAG}-gpu")
+    assert made.returncode == 0, made.stderr
+    assert "nothing is baked" in made.stderr, "the recipe is that of the state for a CPU"
+    config = _config(docker, f"{TAG}-gpu")["Config"]
+    assert "CHATTERBOX_PREWARM_DEVICE=cuda" in config["Env"]
+    assert config["Labels"]["io.chatterbox-prewarm.gpu"] == "none"
+    (state,) = read_states(config["Labels"])
+    assert {family.name for family in state.families} == {"bytecode", "numba", "signal", "conditionals"}
+
+
+@pytest.mark.usefixtures("built")
+def test_a_name_that_is_taken_is_refused_before_anything_slow(context: Path, place: Path) -> None:
+    refused = _build(context, place)
+    assert refused.returncode == 16
+    assert "there is an image" in refused.stderr
+    assert "docker build" not in refused.stderr
+
+
+def test_a_dry_run_shows_the_plan_and_makes_nothing(docker: str, context: Path, tmp_path: Path) -> None:
+    shown = _build(context, tmp_path, "--dry-run", tag=f"{TAG}-dry")
+    assert shown.returncode == 0, shown.stderr
+    for word in ("engine: Docker", "--target cold", "--target tools", "bake --device cpu", f"tag: {TAG}-dry"):
+        assert word in shown.stdout
+    assert _ask(docker, "images", "--quiet", f"{TAG}-dry") == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (["--device", "cuda"], 14, "gives containers no GPU"),
+        (["--device", "cuda", "--route", "dockerfile"], 14, "default runtime"),
+        (["--route", "no-gpu"], 16, "for an image for a GPU"),
+        (["--voice", "fox=/nowhere/fox.wav"], 16, "there is no clip"),
+        (["--build-arg", "WEIGHTS"], 16, "has no value"),
+        (["--checkout", "/nowhere"], 16, "has no Dockerfile"),
+    ],
+)
+def test_a_build_that_cannot_be_is_refused_at_once(
+    docker: str, arguments: list[str], code: int, word: str, context: Path, tmp_path: Path
+) -> None:
+    assert docker
+    refused = _build(context, tmp_path, *arguments, tag=f"{TAG}-never")
+    assert refused.returncode == code, refused.stderr
+    assert word in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_is_not_there_is_said(context: Path, tmp_path: Path) -> None:
+    refused = _build(context, tmp_path, env={**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/none.sock"})
+    assert refused.returncode == 14
+    assert "start the engine, or set DOCKER_HOST" in refused.stderr
+
+
+def test_a_build_without_room_is_refused(context: Path, small_engine: str, tmp_path: Path) -> None:
+    refused = _build(context, tmp_path, env={**os.environ, "DOCKER_HOST": small_engine})
+    assert refused.returncode == 14, refused.stderr
+    assert "GB left for images" in refused.stderr
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_build_that_is_ended_leaves_nothing(docker: str, context: Path, tmp_path: Path, sent: int) -> None:
+    command = [sys.executable, "-m", "chatterbox_prewarm", "build", "--tag", f"{TAG}-ended"]
+    command += ["--checkout", str(context), "--warm", str(tmp_path / "warm"), *ARGUMENTS]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "cold start, warm-up and save" in line:
+                break
+        time.sleep(1)
+        process.send_signal(sent)
+        process.communicate(timeout=60)
+    assert process.returncode in {130, 143}
+    assert _left_behind(docker) == []
+    assert _ask(docker, "images", "--quiet", f"{TAG}-ended") == ""
+    assert [path.name for path in tmp_path.iterdir()] == [".warm.lock"]
