@@ -26,6 +26,7 @@ from chatterbox_prewarm.places import BAKE, make_cache, require_execution
 from chatterbox_prewarm.process import run as run_process
 from chatterbox_prewarm.profiles import default_execution
 from chatterbox_prewarm.prove import counter_checks, parse_trial, trial_command
+from chatterbox_prewarm.provenance import check_base_image
 from chatterbox_prewarm.staging import exclusive, put_in_place, seal, staging_folder
 from chatterbox_prewarm.text import check_voice_name
 from chatterbox_prewarm.warmup import LEVELS, SWITCH, check_levels, switched_off
@@ -53,6 +54,16 @@ class BakeRequest:
     levels: tuple[int, ...]
     voices: dict[str, str]
     families: tuple[str, ...]
+
+    def parameters(self) -> dict[str, str]:
+        """What was asked for, for the provenance: no places of this machine, and a voice by the digest of its clip."""
+        return {
+            "device": self.device,
+            "families": ",".join(self.families),
+            "levels": ",".join(map(str, self.levels)),
+            **{name: str(value) for name, value in self.execution.items()},
+            **{f"voice:{name}": f"sha256:{manifests.hash_file(Path(clip))}" for name, clip in self.voices.items()},
+        }
 
 
 def bake(
@@ -102,6 +113,7 @@ def bake(
     _check_target(warm)
     for name, clip in clips.items():
         check_clip(Path(clip), name=name)  # before minutes of compiling
+    check_base_image()
     progress("verifying the weights")
     verify(weights)
     make_cache(cache)

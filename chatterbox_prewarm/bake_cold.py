@@ -65,6 +65,7 @@ def run(**request_fields: Any) -> dict[str, Any]:
         texts=TEXTS if 2 in request.levels else (),
         reference=reference,
         sources=sources,
+        parameters=request.parameters(),
     )
     return {"metrics": metrics.to_dict()}
 

@@ -23,10 +23,12 @@ from chatterbox_prewarm.profiles import Execution
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 #: The types of a dataclass's fields; Python evaluates the annotations anew in every call.
 _type_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
+#: What a provenance says where nobody told; all that is known of states before schema 4.
+UNKNOWN = "not recorded"
 _REBAKE = "bake the warm state again with `chatterbox-prewarm bake`"
 
 
@@ -90,6 +92,29 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """How the state was made, as far as the rest of the manifest does not say; the questions are those of SLSA.
+
+    The builder's machine is the fingerprint, its time `created`, the weights have their own entry.
+
+    Attributes:
+        source: SHA-256 over this package's sources as the bake ran them, see `fingerprint.package_digest`.
+        packages: SHA-256 over the lines `name==version` of every Python package that was installed.
+        revision: of the sources in version control, as the builder was told.
+        base_image: digest of the image that the bake ran in, as the builder was told.
+        builder: what ran the bake, such as the URL of a CI job, as the builder was told.
+        parameters: of the bake by name; a voice's is the digest of its clip.
+    """
+
+    source: str = UNKNOWN
+    packages: str = UNKNOWN
+    revision: str = UNKNOWN
+    base_image: str = UNKNOWN
+    builder: str = UNKNOWN
+    parameters: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything a start needs to know before it opens a file of the warm state."""
 
@@ -105,6 +130,7 @@ class Manifest:
     families: tuple[FamilyEntry, ...]
     voices: tuple[str, ...]
     reference: Reference
+    provenance: Provenance
     set_digest: str = field(default="")
 
     def family(self, name: str) -> FamilyEntry | None:
@@ -180,7 +206,11 @@ def write(manifest: Manifest, root: Path) -> None:
 
 def to_json(manifest: Manifest) -> str:
     """The manifest as JSON text, keys sorted, with the digest of all else in it."""
-    raw = asdict(manifest)
+    return _sealed(asdict(manifest))
+
+
+def _sealed(raw: Mapping[str, Any]) -> str:
+    """The text of a manifest's fields, with the digest of them; fields of an older schema keep theirs."""
     return _dump({**raw, "digest": hashlib.sha256(_dump(raw).encode()).hexdigest()})
 
 
@@ -204,6 +234,23 @@ def read(root: Path) -> Manifest:
     return from_json(text, source=str(path))
 
 
+def file_digest(root: Path) -> str:
+    """SHA-256 in hexadecimal of the `manifest.json` in `root`, which names the state as a whole.
+
+    It is over the bytes, whatever they say: nothing needs to be parsed to compare it, and `sha256sum` gives the same.
+    The set digest covers the files alone; this one all that the manifest says of them.
+
+    Raises:
+        IntegrityError: there is no manifest, or it cannot be read.
+    """
+    try:
+        return hash_file(root / MANIFEST_NAME)
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{root} holds no {MANIFEST_NAME}, so it is no warm state", next_step=_REBAKE) from error
+    except OSError as error:
+        raise IntegrityError(f"{root / MANIFEST_NAME} cannot be read: {error}", next_step=_REBAKE) from error
+
+
 def from_json(text: str, *, source: str) -> Manifest:
     """Parse a manifest; `source` names it in errors.
 
@@ -225,7 +272,8 @@ def from_json(text: str, *, source: str) -> Manifest:
     try:
         manifest = _build(raw)
         expected = set_digest(manifest.files)
-        changed = schema >= 3 and text != to_json(manifest)  # schemas 1 and 2 had no digest of themselves
+        own = {key: value for key, value in raw.items() if key != "digest"}
+        changed = schema >= 3 and text != _sealed(own)  # schemas 1 and 2 had no digest of themselves
     except (KeyError, TypeError, ValueError, AttributeError, BadInputError) as error:
         raise IntegrityError(
             f"{source} does not have the fields of schema {schema}: {error!r}", next_step=_REBAKE
@@ -245,6 +293,8 @@ def _build(raw: Mapping[str, Any]) -> Manifest:
     raw = {key: value for key, value in raw.items() if key != "digest" or raw["schema"] < 3}
     if raw["schema"] == 1:  # before there was anything to compile
         raw["execution"] = {"profile": raw.pop("profile")}
+    if raw["schema"] < 4:
+        raw["provenance"] = {}
     raw["schema"] = SCHEMA_VERSION
     manifest = Manifest(
         **{
@@ -256,6 +306,7 @@ def _build(raw: Mapping[str, Any]) -> Manifest:
             "weights": WeightsEntry(**{**weights, "files": _files(weights["files"])}),
             "families": _families(raw["families"]),
             "reference": Reference(**raw["reference"]),
+            "provenance": Provenance(**raw["provenance"]),
         }
     )
     _check_types(manifest)

@@ -13,11 +13,12 @@ from chatterbox_prewarm.families import BYTECODE, FAMILIES, applicable, current_
 from chatterbox_prewarm.fingerprint import read_fingerprint
 from chatterbox_prewarm.fit import facts
 from chatterbox_prewarm.manifest import FamilyEntry, Manifest, Reference
+from chatterbox_prewarm.provenance import read_provenance
 from chatterbox_prewarm.warmup.inputs import SHORT_TEXT
 from chatterbox_prewarm.weights import read_record
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from chatterbox_prewarm.load import Attached
@@ -36,6 +37,7 @@ def save_warmup_cache(
     texts: Sequence[str] = (),
     reference: Reference | None = None,
     sources: Collection[str] | None = None,
+    parameters: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Write the warm state of a loaded and warmed-up model into an empty directory.
 
@@ -50,6 +52,7 @@ def save_warmup_cache(
         texts: what it synthesised, for the record.
         reference: the synthesis that a proof repeats; made now by default.
         sources: source files of the modules that a start imports; of all that were imported by default.
+        parameters: what was asked for, for the record.
     """
     prepared = attached.prepared
     record = read_record(prepared.weights)
@@ -88,6 +91,7 @@ def save_warmup_cache(
         families=tuple(entries),
         voices=tuple(sorted(attached.synthesizer.voices)) if "conditionals" in families else (),
         reference=reference,
+        provenance=read_provenance(parameters or {}),
         set_digest=manifests.set_digest(file for entry in entries for file in entry.files),
     )
     manifests.write(manifest, directory)

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from chatterbox_prewarm import manifest as manifests
-from chatterbox_prewarm.manifest import FamilyEntry, Manifest, Reference, WeightsEntry
+from chatterbox_prewarm.manifest import FamilyEntry, Manifest, Provenance, Reference, WeightsEntry
 from chatterbox_prewarm.models import ENGLISH
 from chatterbox_prewarm.profiles import Execution
 
@@ -34,6 +34,14 @@ REFERENCE = Reference(
     samples=960,
     tokens_sha256="0" * 64,
     pcm_sha256="1" * 64,
+)
+PROVENANCE = Provenance(
+    source="3" * 64,
+    packages="4" * 64,
+    revision="b" * 40,
+    base_image="debian@sha256:" + "5" * 64,
+    builder="tests",
+    parameters={"device": "cpu", "levels": "1,2,3"},
 )
 WEIGHTS = WeightsEntry(repository="someone/voice", revision="a" * 40, set_digest="2" * 64, files=())
 
@@ -147,5 +155,6 @@ def make_manifest(families: list[FamilyEntry]) -> Manifest:
         families=tuple(families),
         voices=("default", "second"),
         reference=REFERENCE,
+        provenance=PROVENANCE,
     )
     return replace(manifest, set_digest=manifests.set_digest(manifest.files))

@@ -1,0 +1,77 @@
+"""Provenance: what a bake sees itself, what its builder tells it, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import metadata
+
+import pytest
+
+from chatterbox_prewarm import provenance
+from chatterbox_prewarm.bake import BakeRequest, bake
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.fingerprint import package_digest
+from chatterbox_prewarm.manifest import UNKNOWN
+from tests.conftest import ROOT
+
+TOLD = {provenance.REVISION: "c" * 40, provenance.BUILDER: "https://ci.example.com/jobs/7"}
+BASE = "debian@sha256:" + "0123456789abcdef" * 4
+
+
+def test_what_the_builder_tells_is_recorded_beside_what_the_bake_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**TOLD, provenance.BASE_DIGEST: BASE}.items():
+        monkeypatch.setenv(name, value)
+    found = provenance.read_provenance({"levels": "1", "device": "cpu"})
+    assert (found.revision, found.builder, found.base_image) == ("c" * 40, "https://ci.example.com/jobs/7", BASE)
+    assert list(found.parameters.items()) == [("device", "cpu"), ("levels", "1")]
+    assert found.source == package_digest("chatterbox_prewarm") != "absent"
+
+
+def test_what_nobody_told_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (provenance.REVISION, provenance.BUILDER):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(provenance.BASE_DIGEST, "")  # as an image build sets it whose argument is empty
+    found = provenance.read_provenance({})
+    assert (found.revision, found.builder, found.base_image) == (UNKNOWN, UNKNOWN, UNKNOWN)
+
+
+@pytest.mark.parametrize("name", ["debian:bookworm", "sha256:abc", "md5:" + "0" * 64, BASE + "0", BASE.upper()])
+def test_a_base_image_named_by_a_tag_ends_a_bake_before_its_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(provenance.BASE_DIGEST, name)
+    nowhere = ROOT / "nowhere"
+    with pytest.raises(BadInputError, match="is no digest of an image") as caught:
+        bake(nowhere / "weights", nowhere / "warm", cache=nowhere / "cache")
+    assert "sha256:" in caught.value.next_step
+    assert not nowhere.exists()
+
+
+def test_the_digest_of_the_packages_is_over_their_sorted_names_and_versions() -> None:
+    lines = hashlib.sha256(b"a-b==1\nc==2\n").hexdigest()
+    assert provenance.packages_digest({"c": "2", "a-b": "1"}) == lines
+    assert provenance.packages_digest({"c": "2", "a-b": "1.0"}) != lines
+    installed = provenance.installed_packages()
+    assert installed["pytest"] == metadata.version("pytest")
+    assert all(name == provenance.normalized(name) for name in installed)
+
+
+def test_the_parameters_of_a_bake_name_no_place_and_a_voice_by_the_digest_of_its_clip() -> None:
+    clip = ROOT / "pyproject.toml"  # any file does
+    request = BakeRequest(
+        weights="/somewhere/weights",
+        cache="/somewhere/cache",
+        output="/somewhere/warm",
+        made="/somewhere/made",
+        device="cpu",
+        execution={"profile": "aot", "graphs": False},
+        levels=(1, 2),
+        voices={"anna": str(clip)},
+        families=("aot", "numba"),
+    )
+    assert request.parameters() == {
+        "device": "cpu",
+        "families": "aot,numba",
+        "levels": "1,2",
+        "profile": "aot",
+        "graphs": "False",
+        "voice:anna": "sha256:" + hashlib.sha256(clip.read_bytes()).hexdigest(),
+    }
