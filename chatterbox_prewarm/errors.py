@@ -80,6 +80,10 @@ class BadInputError(PrewarmError):
 EXIT_CODES = frozenset({PrewarmError.exit_code, *(kind.exit_code for kind in PrewarmError.__subclasses__())})
 
 
+#: What the extra `trust` installs, by the names that are imported.
+_TRUST = frozenset({"cryptography", "cyclonedx", "model_signing", "packageurl"})
+
+
 def error_with_code(exit_code: int, message: str, next_step: str) -> PrewarmError:
     """Rebuild an error that another process of this project reported."""
     for kind in PrewarmError.__subclasses__():
@@ -106,9 +110,10 @@ def as_prewarm_error(error: Exception) -> PrewarmError:
     if isinstance(error, PrewarmError):
         return error
     if isinstance(error, ImportError):
+        extra = "trust" if (error.name or "").partition(".")[0] in _TRUST else "model"
         return ModelError(
             f"a package is missing: {error}",
-            next_step="install the model extra: pip install 'chatterbox-prewarm[model]'",
+            next_step=f"install the {extra} extra: pip install 'chatterbox-prewarm[{extra}]'",
         )
     if isinstance(error, OSError):
         return from_os_error(error, "reading or writing a file")

@@ -11,6 +11,7 @@ from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, I
 from chatterbox_prewarm.families import FAMILIES, MAY_BE_EMPTY, applicable, current_facts
 from chatterbox_prewarm.fingerprint import explain, package_digest, read_fingerprint
 from chatterbox_prewarm.places import require_execution
+from chatterbox_prewarm.signing import check_trust
 from chatterbox_prewarm.weights import read_record
 
 if TYPE_CHECKING:
@@ -56,16 +57,27 @@ def check_fit(manifest: Manifest, known: Mapping[str, str]) -> dict[str, list[st
     return {entry.name: explain(entry.requires, current_facts(entry.requires, known)) for entry in manifest.families}
 
 
-def verify(warm: Path, weights: Path, cache: Path) -> list[str]:
+def verify(
+    warm: Path,
+    weights: Path,
+    cache: Path,
+    *,
+    key: Path | None = None,
+    signature: Path | None = None,
+    expected_digest: str | None = None,
+) -> list[str]:
     """Check every digest of a warm state and the fit of every family to this machine, and to its places.
 
+    What it is trusted by, a key or a digest, is as for `signing.check_trust`.
+
     Returns:
-        lines that say for each family that it is intact and fits.
+        lines that say by what the state is trusted, and for each family that it is intact and fits.
 
     Raises:
-        IntegrityError: a file is not as baked, or does not belong there.
+        IntegrityError: the state is not trusted, or a file is not as baked, or does not belong there.
         FingerprintMismatchError: a family was baked for something else; names every difference.
     """
+    trusted = check_trust(warm, key=key, signature=signature, expected_digest=expected_digest)
     manifest = manifests.read(warm)
     manifests.check_layout(manifest, warm)
     if problems := manifests.verify_files(manifest.files, warm):
@@ -81,6 +93,7 @@ def verify(warm: Path, weights: Path, cache: Path) -> list[str]:
         )
     notes = explain(manifest.fingerprint, read_fingerprint(manifest.reference.device).fields())
     return [
+        *trusted,
         *(f"{entry.name}: {len(entry.files)} file(s) intact, fits this machine" for entry in manifest.families),
         *(f"note: {sentence}; no family depends on it" for sentence in notes),
     ]

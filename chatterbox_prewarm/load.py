@@ -20,6 +20,7 @@ from chatterbox_prewarm.families import COMPILED, FAMILIES, Session, applicable
 from chatterbox_prewarm.fit import device_kind, facts, possible_execution, usable_families
 from chatterbox_prewarm.places import BAKE, CACHE, WARM, WEIGHTS, make_cache, model_environment
 from chatterbox_prewarm.profiles import Execution
+from chatterbox_prewarm.signing import check_trust
 from chatterbox_prewarm.staging import share
 from chatterbox_prewarm.states import key_of
 from chatterbox_prewarm.text import check_voice_name
@@ -93,6 +94,9 @@ def load_warmup_cache(
     device: str = "cpu",
     policy: str = "fallback",
     profile: str | None = None,
+    key: Path | None = None,
+    signature: Path | None = None,
+    expected_digest: str | None = None,
 ) -> Attached:
     """Load the model with its persistent warm state: `prepare`, then `attach`.
 
@@ -101,7 +105,19 @@ def load_warmup_cache(
     Raises:
         PrewarmError: as `prepare` and `attach` do.
     """
-    return attach(prepare(warm, weights, cache=cache, device=device, policy=policy, profile=profile))
+    return attach(
+        prepare(
+            warm,
+            weights,
+            cache=cache,
+            device=device,
+            policy=policy,
+            profile=profile,
+            key=key,
+            signature=signature,
+            expected_digest=expected_digest,
+        )
+    )
 
 
 def prepare(
@@ -115,6 +131,9 @@ def prepare(
     execution: Execution | None = None,
     made: Path | None = None,
     metrics: WarmupMetrics | None = None,
+    key: Path | None = None,
+    signature: Path | None = None,
+    expected_digest: str | None = None,
 ) -> Prepared:
     """Verify the warm state, compare fingerprints, seed the caches and set the environment; imports nothing heavy.
 
@@ -129,12 +148,16 @@ def prepare(
         execution: the same with all that goes on top of a profile, for a bake.
         made: what a bake compiled before, a folder for each family; used as if it were baked.
         metrics: the log to write into; a new one by default.
+        key: a public key; a state that is not signed with its private one counts as no state.
+        signature: where the signature is; beside the state by default.
+        expected_digest: of the state's manifest, as for `signing.check_trust`; another state counts as none.
 
     Raises:
         WeightsError: the weights are missing, or a file of theirs is truncated.
         FingerprintMismatchError: under "require", a family was baked for something else, or each of several states was.
-        IntegrityError: under "require", the state or a file of it is not as its manifest says.
-        BadInputError: an unknown policy or profile, or `cache` cannot be written, or a bake is at work in it.
+        IntegrityError: under "require", the state or a file of it is not as its manifest says, or is not trusted.
+        BadInputError: an unknown policy or profile, or a key that is none, or `cache` cannot be written, or a bake is
+            at work in it.
     """
     if policy not in POLICIES:
         raise BadInputError(f"there is no policy {policy!r}", next_step=f"choose one of: {', '.join(POLICIES)}")
@@ -151,7 +174,8 @@ def prepare(
             folders = _compiled_before(made, applicable(asked.profile, device), metrics)
         else:
             known = facts(weights, cache, device)
-            found = _read_state(warm, known, policy, metrics, device=device, profile=profile)
+            trust = {"key": key, "signature": signature, "expected_digest": expected_digest}
+            found = _read_state(warm, known, policy, metrics, device=device, profile=profile, trust=trust)
             if found is not None:
                 manifest, warm = found.manifest, found.path
                 metrics.state = key_of(manifest)
@@ -282,16 +306,25 @@ def _compiled_before(made: Path | None, wanted: Sequence[str], metrics: WarmupMe
 
 
 def _read_state(
-    warm: Path, known: Mapping[str, str], policy: str, metrics: WarmupMetrics, *, device: str, profile: str | None
+    warm: Path,
+    known: Mapping[str, str],
+    policy: str,
+    metrics: WarmupMetrics,
+    *,
+    device: str,
+    profile: str | None,
+    trust: Mapping[str, Any],
 ) -> Choice | None:
-    """The state to use, of a sound layout; None, and a miss, when the policy lets a start go on without.
+    """The state to use, trusted and of a sound layout; None, and a miss, when the policy lets a start go on without.
 
     Raises:
         IntegrityError: under "require", there is no such state.
         FingerprintMismatchError: under "require", none of several fits.
+        BadInputError: what was given to trust it by cannot be used.
     """
     try:
         found = choose(warm, lambda _: known, device=device, profile=profile, strict=policy == "require")
+        check_trust(found.path, **trust)
     except (IntegrityError, OSError) as error:
         if policy == "require":
             if isinstance(error, OSError):

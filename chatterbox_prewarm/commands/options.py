@@ -41,6 +41,17 @@ def profile_option(default: str) -> Callable[[Any], Any]:
     return option("--profile", type=click.Choice(PROFILES), help=text)
 
 
+def trust_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What a state is trusted by, given from outside of it."""
+    for add in (
+        option("--expect-digest", metavar="sha256:…", help="The state's manifest must have this digest."),
+        option("--signature", type=PATH, help="The state's signature; beside the state, with .sig, by default."),
+        option("--key", type=PATH, help="The state must be signed with the private key of this public one (PEM)."),
+    ):
+        command = add(command)
+    return command
+
+
 def check_place(path: Path) -> None:
     """Make sure that a result can be written, before the minutes that it takes to get it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from chatterbox_prewarm.commands.options import (
     option,
     parse_voice,
     profile_option,
+    trust_options,
     warm_option,
     weights_option,
 )
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @option("--voice", "voices", multiple=True, metavar="NAME=PATH", help="Make a voice at start unless it is baked.")
 @option("--policy", default="fallback", type=click.Choice(POLICIES), help="What a start does that does not fit.")
 @profile_option("the one baked")
+@trust_options
 @option("--host", default="127.0.0.1", help="The address to listen on.")
 @option("--port", default=8000, type=click.IntRange(1, 65535), help="The port to listen on.")
 @option("--threads", type=click.IntRange(1), help="CPU threads of torch; all by default.")
@@ -51,6 +53,9 @@ def serve(
     voices: tuple[str, ...],
     policy: str,
     profile: str | None,
+    key: Path | None,
+    signature: Path | None,
+    expect_digest: str | None,
     host: str,
     port: int,
     threads: int | None,
@@ -78,6 +83,9 @@ def serve(
             cache=str(cache),
             policy=policy,
             profile=profile,
+            key=str(key) if key else None,
+            signature=str(signature) if signature else None,
+            expect_digest=expect_digest,
             device=device,
             voices={name: str(path) for name, path in map(parse_voice, voices)},
             threads=threads,

@@ -16,6 +16,7 @@ from chatterbox_prewarm.commands.options import (
     profile_option,
     start_device_option,
     state_option,
+    trust_options,
     warm_option,
     weights_option,
     write_result,
@@ -120,6 +121,7 @@ def inspect(*, warm: Path, state: str | None, as_json: bool, diff: tuple[Path, P
         return
     click.echo(f"warm state {manifest.set_digest}")
     click.echo(f"  key {key_of(manifest)}")
+    click.echo(f"  manifest sha256:{manifests.file_digest(path)}, what --expect-digest takes")
     click.echo(
         f"  made by {manifest.tool} on {manifest.created}, levels {', '.join(map(str, manifest.levels)) or 'none'}"
     )
@@ -128,6 +130,9 @@ def inspect(*, warm: Path, state: str | None, as_json: bool, diff: tuple[Path, P
     click.echo(f"  {manifest.variant}, voices: {', '.join(manifest.voices)}")
     click.echo(f"  profile {execution.profile}, T3 in {execution.t3_dtype}, {graphs} CUDA graphs")
     click.echo(f"  weights {manifest.weights.repository} at {manifest.weights.revision}")
+    made = manifest.provenance
+    click.echo(f"  sources {made.source} at revision {made.revision}, base image {made.base_image}")
+    click.echo(f"  packages {made.packages}, builder {made.builder}")
     for name in ("arch", "cpu_model", "gpu", "compute_capability", "driver", "python", "torch", "numba"):
         click.echo(f"  {name}: {manifest.fingerprint.get(name, 'not recorded')}")
     click.echo(_family_table(manifest))
@@ -139,10 +144,22 @@ def inspect(*, warm: Path, state: str | None, as_json: bool, diff: tuple[Path, P
 @start_device_option
 @weights_option
 @cache_option
-def verify(*, warm: Path, state: str | None, device: str | None, weights: Path, cache: Path) -> None:
+@trust_options
+def verify(
+    *,
+    warm: Path,
+    state: str | None,
+    device: str | None,
+    weights: Path,
+    cache: Path,
+    key: Path | None,
+    signature: Path | None,
+    expect_digest: str | None,
+) -> None:
     """Check every digest of a warm state, and whether each family fits this machine; explains each difference.
 
-    Of a folder of several states it checks the one that a start here would take, and says why not the others.
+    Of a folder of several states it checks the one that a start here would take, and says why not the others. With
+    --key or --expect-digest, first that it is the state that you trust.
     """
     from chatterbox_prewarm.choice import choose
     from chatterbox_prewarm.fit import facts
@@ -155,7 +172,8 @@ def verify(*, warm: Path, state: str | None, device: str | None, weights: Path, 
         name=state,
         strict=True,
     )
-    for line in (*choice.remarks, *verify_state(choice.path, weights, cache)):
+    lines = verify_state(choice.path, weights, cache, key=key, signature=signature, expected_digest=expect_digest)
+    for line in (*choice.remarks, *lines):
         click.echo(line)
 
 

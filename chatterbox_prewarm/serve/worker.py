@@ -48,6 +48,9 @@ class WorkerConfig:
     cache: str
     policy: str
     profile: str | None
+    key: str | None
+    signature: str | None
+    expect_digest: str | None
     device: str
     voices: dict[str, str]
     threads: int | None
@@ -104,6 +107,9 @@ class Worker:
             policy=config.policy,
             profile=config.profile,
             metrics=self._metrics,
+            key=Path(config.key) if config.key else None,
+            signature=Path(config.signature) if config.signature else None,
+            expected_digest=config.expect_digest,
         )
         attached = self._attached = attach(
             prepared,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 TIMEOUT = 60.0
-HEAVY = ("torch", "numba", "transformers", "librosa", "numpy")
+HEAVY = ("torch", "numba", "transformers", "librosa", "numpy", "model_signing", "sigstore", "cryptography")
 
 
 def start(program: str, arguments: Mapping[str, Any], env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
@@ -60,10 +60,35 @@ def host_facts() -> dict[str, Any]:
     return {"facts": hosts.host_facts(), "heavy": [name for name in HEAVY if name in sys.modules]}
 
 
-def prepare(*, warm: str, weights: str, cache: str, policy: str, imports: tuple[str, ...] = ()) -> dict[str, Any]:
+def prepare(
+    *,
+    warm: str,
+    weights: str,
+    cache: str,
+    policy: str,
+    imports: tuple[str, ...] = (),
+    key: str | None = None,
+    signature: str | None = None,
+    expected_digest: str | None = None,
+) -> dict[str, Any]:
     from chatterbox_prewarm.load import prepare as prepare_state
 
-    prepared = prepare_state(Path(warm), Path(weights), cache=Path(cache), policy=policy)
+    opened: list[str] = []
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]).startswith(f"{warm}/"):
+            opened.append(str(arguments[0]).removeprefix(f"{warm}/"))
+
+    sys.addaudithook(watch)
+    prepared = prepare_state(
+        Path(warm),
+        Path(weights),
+        cache=Path(cache),
+        policy=policy,
+        key=Path(key) if key else None,
+        signature=Path(signature) if signature else None,
+        expected_digest=expected_digest,
+    )
     for name in imports:
         __import__(name)
     return {
@@ -74,7 +99,17 @@ def prepare(*, warm: str, weights: str, cache: str, policy: str, imports: tuple[
             name: os.environ.get(name) for name in ("NUMBA_CACHE_DIR", "NUMBA_CPU_NAME", "HF_HUB_OFFLINE", "HF_HOME")
         },
         "heavy": [name for name in HEAVY if name in sys.modules],
+        "opened": opened,
     }
+
+
+def sign(*, warm: str, key: str) -> dict[str, Any]:
+    from chatterbox_prewarm import probes
+    from chatterbox_prewarm.signing import sign as sign_state
+
+    seen = probes.install(Path(warm))
+    signature = sign_state(Path(warm), Path(key))
+    return {"signature": str(signature), "network": seen.network, "programs": seen.programs, "writes": seen.writes}
 
 
 def import_from_pack(*, pack: str, imports: list[str]) -> dict[str, Any]:
@@ -182,6 +217,7 @@ PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
         fingerprint,
         host_facts,
         prepare,
+        sign,
         import_from_pack,
         probed,
         fetch,

@@ -1,0 +1,90 @@
+"""Keys: the pair of an elliptic curve that signs a warm state and verifies it, as PEM files of openssl's."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from chatterbox_prewarm.errors import BadInputError, from_os_error
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+
+#: The curves that a Sigstore bundle may be signed with, and the hash that goes with each.
+CURVES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
+#: The variable that holds the passphrase of an encrypted key: an argument would show in the list of processes.
+PASSPHRASE = "CHATTERBOX_PREWARM_PASSPHRASE"  # noqa: S105 - the name of a variable
+
+_PASSPHRASE = f"set {PASSPHRASE} to the key's passphrase if it is encrypted, and unset it if not"
+_MAKE_KEY = "make a key with `openssl ecparam -name prime256v1 -genkey -noout -out private.pem`"
+_MAKE_PUBLIC = "write the public one with `openssl ec -in private.pem -pubout -out public.pem`"
+
+
+def read_private_key(path: Path, passphrase: str | None) -> EllipticCurvePrivateKey:
+    """A private key to sign with.
+
+    Raises:
+        BadInputError: the file is none, or no passphrase opens it, or it is of a kind that is not used here.
+    """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    data = _read(path)
+    if b"PUBLIC KEY" in data:
+        raise BadInputError(f"{path} is a public key, and a private one signs", next_step=_MAKE_KEY)
+    try:
+        key = load_pem_private_key(data, None if passphrase is None else passphrase.encode())
+    except TypeError as error:  # a passphrase without need, or need without a passphrase
+        raise BadInputError(f"the key {path}: {error}", next_step=_PASSPHRASE) from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise BadInputError(
+            f"{path} holds no private key in PEM that can be opened{' with this passphrase' if passphrase else ''}: "
+            f"{str(error).partition('.')[0]}",
+            next_step=_PASSPHRASE if passphrase else _MAKE_KEY,
+        ) from error
+    if not isinstance(key, EllipticCurvePrivateKey) or key.curve.name not in CURVES:
+        raise BadInputError(f"the key {path} is not of a curve among {', '.join(CURVES)}", next_step=_MAKE_KEY)
+    return key
+
+
+def read_public_key(path: Path) -> EllipticCurvePublicKey:
+    """A public key to verify with.
+
+    Raises:
+        BadInputError: the file is none, or a private one, or of a kind that is not used here.
+    """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    data = _read(path)
+    if b"PRIVATE KEY" in data:
+        raise BadInputError(
+            f"{path} is a private key; it belongs to who signs, and not to who verifies", next_step=_MAKE_PUBLIC
+        )
+    try:
+        key = load_pem_public_key(data)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise BadInputError(
+            f"{path} holds no public key in PEM: {str(error).partition('.')[0]}", next_step=_MAKE_PUBLIC
+        ) from error
+    if not isinstance(key, EllipticCurvePublicKey) or key.curve.name not in CURVES:
+        raise BadInputError(f"the key {path} is not of a curve among {', '.join(CURVES)}", next_step=_MAKE_KEY)
+    return key
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise from_os_error(error, "reading the key") from error
+
+
+def key_hint(key: EllipticCurvePublicKey) -> str:
+    """How a bundle names its key: SHA-256 over the PEM of the public one. Not signed, so it explains and no more."""
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    return hashlib.sha256(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
