@@ -16,7 +16,7 @@ from chatterbox_prewarm.fingerprint import package_digest
 from chatterbox_prewarm.manifest import UNKNOWN, Provenance
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 #: What only the builder knows, told through the environment.
 REVISION = "CHATTERBOX_PREWARM_REVISION"
@@ -37,7 +37,7 @@ def read_provenance(parameters: Mapping[str, str]) -> Provenance:
     """
     return Provenance(
         source=package_digest("chatterbox_prewarm"),
-        packages=packages_digest(installed_packages()),
+        packages=packages_digest({name: found.version for name, found in by_name(metadata.distributions()).items()}),
         revision=os.environ.get(REVISION) or UNKNOWN,
         base_image=check_base_image(),
         builder=os.environ.get(BUILDER) or UNKNOWN,
@@ -60,19 +60,14 @@ def check_base_image() -> str:
     return found or UNKNOWN
 
 
-def installed_packages() -> dict[str, str]:
-    """Versions of the Python packages that this interpreter would import, by their normalized names."""
-    found: dict[str, str] = {}
-    for distribution in metadata.distributions():
+def by_name(distributions: Iterable[metadata.Distribution]) -> dict[str, metadata.Distribution]:
+    """Python packages by their names, as indexes compare these (PEP 503), sorted."""
+    found: dict[str, metadata.Distribution] = {}
+    for distribution in distributions:
         # What an interrupted installation leaves has no name; of two, the first on the path is imported.
-        if name := distribution.metadata["Name"]:
-            found.setdefault(normalized(name), distribution.version)
-    return found
-
-
-def normalized(name: str) -> str:
-    """A distribution's name as indexes compare it (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", name).lower()
+        for name in (distribution.metadata.get_all("Name") or [])[:1]:
+            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution)
+    return dict(sorted(found.items()))
 
 
 def packages_digest(packages: Mapping[str, str]) -> str:

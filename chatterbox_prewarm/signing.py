@@ -113,7 +113,7 @@ def sign(warm: Path, key: Path, output: Path | None = None, *, passphrase: str |
 
     config = signing.Config().use_elliptic_key_signer(
         private_key=key,
-        password=passphrase and passphrase.encode(),  # type: ignore[arg-type]  # it hands it on to where bytes belong
+        password=passphrase and passphrase.encode(),  # it says str, and hands it on to where bytes belong
     )
     config.set_hashing_config(hashing.Config().set_ignored_paths(paths=(), ignore_git_paths=False))
     temporary = output.with_name(f".{output.name}.{os.getpid()}")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import click
 
-from chatterbox_prewarm.commands.options import PATH, warm_option
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from chatterbox_prewarm.commands.options import PATH, check_place, warm_option, weights_option, write_result
 
 
 @click.command()
@@ -28,3 +25,21 @@ def sign(*, warm: Path, key: Path, output: Path | None) -> None:
 
     signature = sign_state(warm, key, output, passphrase=os.environ.get(PASSPHRASE) or None)
     click.echo(f"{signature}: signs {warm}, manifest sha256:{manifests.file_digest(warm)}")
+
+
+@click.command()
+@warm_option
+@weights_option
+@click.option("--root", type=PATH, default=Path("/"), show_default=True, help="Of the file system to list packages of.")
+@click.option("--output", type=PATH, help="Where the document goes; standard output by default.")
+def sbom(*, warm: Path, weights: Path, root: Path, output: Path | None) -> None:
+    """List what an image is made of, as CycloneDX 1.6: packages, weights and warm state, files with their digests."""
+    from chatterbox_prewarm.sbom import make_sbom
+
+    if output is not None:
+        check_place(output)
+    document = make_sbom(warm, weights, root=root)
+    if output is None:
+        click.echo(document, nl=False)
+    else:
+        write_result(output, document)

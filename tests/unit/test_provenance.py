@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +14,9 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.fingerprint import package_digest
 from chatterbox_prewarm.manifest import UNKNOWN
 from tests.conftest import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TOLD = {provenance.REVISION: "c" * 40, provenance.BUILDER: "https://ci.example.com/jobs/7"}
 BASE = "debian@sha256:" + "0123456789abcdef" * 4
@@ -49,9 +53,17 @@ def test_the_digest_of_the_packages_is_over_their_sorted_names_and_versions() ->
     lines = hashlib.sha256(b"a-b==1\nc==2\n").hexdigest()
     assert provenance.packages_digest({"c": "2", "a-b": "1"}) == lines
     assert provenance.packages_digest({"c": "2", "a-b": "1.0"}) != lines
-    installed = provenance.installed_packages()
-    assert installed["pytest"] == metadata.version("pytest")
-    assert all(name == provenance.normalized(name) for name in installed)
+
+
+def test_packages_go_by_their_normalized_names_and_what_has_none_is_passed_over(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, name, version in ((first, "Some_Package", "1"), (second, "some.package", "2"), (second, "other", "3")):
+        (folder / f"{name}-{version}.dist-info").mkdir(parents=True)
+        (folder / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    (first / "broken-1.dist-info").mkdir()
+    found = provenance.by_name(metadata.distributions(path=[str(first), str(second)]))
+    assert {name: distribution.version for name, distribution in found.items()} == {"other": "3", "some-package": "1"}
+    assert provenance.by_name(metadata.distributions())["pytest"].version == metadata.version("pytest")
 
 
 def test_the_parameters_of_a_bake_name_no_place_and_a_voice_by_the_digest_of_its_clip() -> None:

@@ -65,8 +65,9 @@ class Signed:
 
     def prepare(self, policy: str, **given: Any) -> dict[str, Any]:
         record_weights(self.folder / "weights")
-        places = {name: str(self.folder / name) for name in ("warm", "weights", "cache")}
-        return call("prepare", policy=policy, **places, **{name: str(value) for name, value in given.items()})
+        places: dict[str, Any] = {name: str(self.folder / name) for name in ("warm", "weights", "cache")}
+        strings: dict[str, Any] = {name: str(value) for name, value in given.items()}
+        return call("prepare", policy=policy, **places, **strings)
 
 
 @pytest.fixture
@@ -205,9 +206,8 @@ def test_a_flipped_byte_anywhere_in_what_is_signed_is_seen(signed: Signed) -> No
     payload = base64.b64decode(envelope["payload"])
     for place in range(0, len(payload), 7):
         changed = payload[:place] + bytes([payload[place] ^ 1]) + payload[place + 1 :]
-        change_bundle(
-            signed, lambda bundle, to=changed: bundle["dsseEnvelope"].update(payload=base64.b64encode(to).decode())
-        )
+        envelope["payload"] = base64.b64encode(changed).decode()
+        change_bundle(signed, lambda bundle: bundle.update(dsseEnvelope=envelope))
         with pytest.raises(IntegrityError, match="is not valid"):
             signed.check()
 
