@@ -1,0 +1,191 @@
+"""Image references: a registry's repository, a layout in a folder, an archive of Docker's; by skopeo's words."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from chatterbox_prewarm.errors import BadInputError
+
+Kind = Literal["registry", "oci", "docker-archive"]
+
+#: Where an image is without a registry's name, and where that one's API answers.
+DOCKER_HUB = "docker.io"
+_DOCKER_HUB_API = "registry-1.docker.io"
+DEFAULT_TAG = "latest"
+
+_HOST = re.compile(
+    r"(?:(?P<name>[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?)|\[(?P<ipv6>[0-9a-fA-F:.]+)\])(?::(?P<port>[0-9]{1,5}))?"
+)
+#: The grammar of the OCI distribution specification, "Pulling manifests"; a name is at most 255 characters long.
+_REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+_MAX_NAME = 255
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+#: What the OCI image layout allows as a name in its index ("org.opencontainers.image.ref.name").
+_LAYOUT_TAG = re.compile(
+    r"[A-Za-z0-9]+(?:(?:[-._:@+]|--)[A-Za-z0-9]+)*(?:/[A-Za-z0-9]+(?:(?:[-._:@+]|--)[A-Za-z0-9]+)*)*"
+)
+_EXPECTED = "HOST[:PORT]/REPOSITORY[:TAG][@sha256:…], oci:PATH[:TAG] or docker-archive:PATH[:REPOSITORY[:TAG]]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReference:
+    """Where an image is, or is to go.
+
+    Attributes:
+        kind: a registry's repository, an OCI layout in a folder, or a tar as `docker save` writes it.
+        host: of the registry, with its port where it has one; "docker.io" where none was named.
+        repository: below the host; of Docker Hub's own images with "library/".
+        path: of the layout or the archive.
+        tag: as given; empty where none was.
+        digest: "sha256:…", which a tag gives way to; empty where none was given.
+    """
+
+    kind: Kind
+    host: str = ""
+    repository: str = ""
+    path: Path | None = None
+    tag: str = ""
+    digest: str = ""
+
+    def __str__(self) -> str:
+        """As `parse` takes it, with the registry spelled out."""
+        named = f"{self.host}/{self.repository}" if self.repository else ""
+        ending = (f":{self.tag}" if self.tag else "") + (f"@{self.digest}" if self.digest else "")
+        if self.kind == "registry":
+            return named + ending
+        if self.kind == "oci":
+            return f"oci:{self.path}{ending}"
+        return f"docker-archive:{self.path}" + (f":{named}{ending}" if named else "")
+
+    @property
+    def target(self) -> str:
+        """What names the manifest in its repository: the digest, or the tag, or "latest"."""
+        return self.digest or self.tag or DEFAULT_TAG
+
+    @property
+    def familiar(self) -> str:
+        """The repository as Docker shows it, without what it leaves out for Docker Hub."""
+        if self.host != DOCKER_HUB:
+            return f"{self.host}/{self.repository}"
+        return self.repository.removeprefix("library/")
+
+    @property
+    def api_host(self) -> str:
+        """The host, and port, at which the registry's API answers."""
+        return _DOCKER_HUB_API if self.host == DOCKER_HUB else self.host
+
+    def at(self, digest: str) -> ImageReference:
+        """The same place by a digest, without the tag that may move."""
+        return replace(self, tag="", digest=digest)
+
+
+def parse(text: str) -> ImageReference:
+    """Parse an image reference; a registry's may begin with skopeo's "docker://".
+
+    Raises:
+        BadInputError: it is none; the message says what was expected.
+    """
+    transport, colon, rest = text.partition(":")
+    if colon and transport == "oci":
+        return _parse_layout(text, rest)
+    if colon and transport == "docker-archive":
+        return _parse_archive(text, rest)
+    return _parse_registry(text, text.removeprefix("docker://"))
+
+
+def is_tag(text: str) -> bool:
+    """Whether a registry takes this as a tag."""
+    return bool(_TAG.fullmatch(text))
+
+
+def is_digest(text: str) -> bool:
+    """Whether this is a digest of SHA-256, the kind that this program knows."""
+    return bool(_DIGEST.fullmatch(text))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, with or without a port, is this machine: Docker, too, speaks plain HTTP to such a registry."""
+    found = _HOST.fullmatch(host)
+    if not found:
+        return False
+    name = found["name"] or found["ipv6"]
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name.lower() == "localhost"
+
+
+def _parse_registry(text: str, rest: str) -> ImageReference:
+    import docker.auth
+    import docker.errors
+
+    if "://" in rest:
+        raise _bad(text, "it has a scheme")
+    rest, digest = _split_digest(rest)
+    if ":" in rest.rpartition("/")[2]:
+        rest, _, tag = rest.rpartition(":")
+        if not is_tag(tag):
+            raise _bad(text, f"{tag!r} is no tag: letters, digits, '_', '.' and '-', at most 128")
+    else:
+        tag = ""
+    if not rest:
+        raise _bad(text, "it names no repository")
+    try:
+        host, repository = docker.auth.resolve_repository_name(rest)
+    except (docker.errors.InvalidRepository, IndexError) as error:
+        raise _bad(text, "its host is none") from error
+    found = _HOST.fullmatch(host)
+    if not found or (found["port"] and not 0 < int(found["port"]) < 1 << 16) or not _is_address(found["ipv6"]):
+        raise _bad(text, f"{host!r} is no host")
+    if host == DOCKER_HUB and "/" not in repository:
+        repository = f"library/{repository}"
+    if not _REPOSITORY.fullmatch(repository) or len(host) + 1 + len(repository) > _MAX_NAME:
+        raise _bad(
+            text, f"{repository!r} is no repository: small letters and digits, with '.', '_', '-' and '/' between them"
+        )
+    return ImageReference(kind="registry", host=host, repository=repository, tag=tag, digest=digest)
+
+
+def _parse_layout(text: str, rest: str) -> ImageReference:
+    rest, digest = _split_digest(rest)
+    path, colon, tag = rest.partition(":")
+    if not path or (colon and not _LAYOUT_TAG.fullmatch(tag)):
+        raise _bad(text, f"{tag!r} is no tag of a layout" if path else "it names no folder")
+    return ImageReference(kind="oci", path=Path(path), tag=tag, digest=digest)
+
+
+def _parse_archive(text: str, rest: str) -> ImageReference:
+    path, colon, name = rest.partition(":")
+    if not path:
+        raise _bad(text, "it names no file")
+    if not colon:
+        return ImageReference(kind="docker-archive", path=Path(path))
+    inside = _parse_registry(text, name)
+    if inside.digest:
+        raise _bad(text, "an archive names its images by tags, not by digests")
+    return replace(inside, kind="docker-archive", path=Path(path), tag=inside.tag or DEFAULT_TAG)
+
+
+def _split_digest(rest: str) -> tuple[str, str]:
+    rest, at, digest = rest.partition("@")
+    if at and not is_digest(digest):
+        # What stands before may be a password.
+        raise _bad(f"…@{digest}", f"{digest!r} is no digest: sha256: and 64 hexadecimal digits")
+    return rest, digest
+
+
+def _is_address(ipv6: str | None) -> bool:
+    """Whether what stood in brackets, if anything did, is an address."""
+    try:
+        return ipv6 is None or bool(ipaddress.IPv6Address(ipv6))
+    except ValueError:
+        return False
+
+
+def _bad(text: str, why: str) -> BadInputError:
+    return BadInputError(f"{text!r} is no image reference: {why}", next_step=f"write it as {_EXPECTED}")

@@ -1,0 +1,847 @@
+"""Blobs and manifests in a real registry: there and back, cut off, refused, damaged, and behind a login."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import pytest
+
+from chatterbox_prewarm.errors import BadInputError, EngineError
+from chatterbox_prewarm.image.login import parse_challenges
+from chatterbox_prewarm.image.oci import (
+    DOCKER_MANIFEST,
+    OCI_LAYER,
+    OCI_MANIFEST,
+    Descriptor,
+    Document,
+    Image,
+    digest_of,
+    dump,
+    to_documents,
+)
+from chatterbox_prewarm.image.references import parse
+from chatterbox_prewarm.image.registry import Repository
+from tests.conftest import ROOT
+
+from . import registry_server
+from .registry_server import PASSWORD, USER, Fault, Registry, Tokens, before, serve, serve_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+MB = 1 << 20
+#: Short, so that what is tried again does not make the tests slow.
+WAITS = (0.05, 0.1, 0.1)
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with serve(tmp_path_factory.mktemp("registry")) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration of Docker's that is empty: nobody's login at this machine has a part in a test."""
+    folder = tmp_path / "docker-config"
+    folder.mkdir()
+    monkeypatch.setenv("DOCKER_CONFIG", str(folder))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return folder
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """A repository of each test's own."""
+    return "tests/" + hashlib.sha256(request.node.name.encode()).hexdigest()[:16]
+
+
+def connect(address: str, name: str, **options: Any) -> Repository:
+    return Repository(parse(f"{address}/{name}"), **{"waits": WAITS, **options})
+
+
+def describe(content: bytes) -> Descriptor:
+    return Descriptor(media_type=OCI_LAYER, digest=digest_of(content), size=len(content))
+
+
+def put(repository: Repository, content: bytes) -> Descriptor:
+    descriptor = describe(content)
+    repository.put_blob(descriptor, lambda: io.BytesIO(content))
+    return descriptor
+
+
+def read(repository: Repository, descriptor: Descriptor) -> bytes:
+    with repository.open_blob(descriptor) as stream:
+        return stream.read()
+
+
+def push_image(repository: Repository, tag: str) -> Document:
+    """Push an image without layers."""
+    named = {"rootfs": {"diff_ids": []}, "author": repository.reference.repository}
+    document, config, content = to_documents(Image(config=named, layers=()))
+    repository.put_blob(config, lambda: io.BytesIO(content))
+    repository.put_manifest(document, tag)
+    return document
+
+
+# --- there and back
+
+
+@pytest.mark.parametrize("size", [0, 1, MB, 5 * MB + 17])
+def test_a_blob_is_read_back_as_it_was_put(registry: Registry, name: str, size: int) -> None:
+    content = os.urandom(size)
+    with connect(registry.address, name, piece=2 * MB) as repository:
+        descriptor = describe(content)
+        assert not repository.has_blob(descriptor)
+        put(repository, content)
+        assert repository.has_blob(descriptor)
+        assert read(repository, descriptor) == content
+        counters = repository.counters
+    assert (counters.blobs_sent, counters.bytes_sent, counters.bytes_received) == (1, size, size)
+    assert registry.blob(descriptor.digest).read_bytes() == content
+    assert registry.sessions(name) == []
+
+
+def test_a_blob_that_is_there_is_not_sent_again(registry: Registry, name: str) -> None:
+    with connect(registry.address, name) as repository:
+        put(repository, b"a blob")
+    with connect(registry.address, name) as repository:
+        put(repository, b"a blob")
+        counters = repository.counters
+    assert (counters.requests, counters.blobs_sent, counters.bytes_sent) == (1, 0, 0)
+
+
+def test_a_manifest_is_read_back_by_tag_and_by_digest(registry: Registry, name: str) -> None:
+    with connect(registry.address, name) as repository:
+        assert not repository.has_manifest("1.0")
+        document = push_image(repository, "1.0")
+        assert repository.has_manifest("1.0")
+        assert repository.has_manifest(document.digest)
+        assert repository.read_manifest("1.0") == document
+        assert repository.read_manifest(document.digest) == document
+        repository.put_manifest(document, document.digest)
+        with pytest.raises(BadInputError, match="cannot be stored as"):
+            repository.put_manifest(document, digest_of(b"other"))
+        with pytest.raises(BadInputError, match="names no manifest"):
+            repository.read_manifest("../tags/list")
+
+
+def test_a_deleted_manifest_is_gone_with_its_tag(registry: Registry, name: str) -> None:
+    with connect(registry.address, name) as repository:
+        document = push_image(repository, "1.0")
+        with pytest.raises(BadInputError, match="is no digest"):
+            repository.delete_manifest("1.0")
+        assert repository.delete_manifest(document.digest)
+        assert not repository.has_manifest("1.0")
+        assert repository.delete_manifest(document.digest)
+
+
+def test_a_registry_that_allows_no_deletion_is_no_error(
+    registry: Registry, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusal = b'{"errors":[{"code":"UNSUPPORTED","message":"The operation is unsupported."}]}'
+    with (
+        before(registry, Fault(method="DELETE", status=405, body=refusal)) as proxy,
+        connect(proxy.address, name) as repository,
+    ):
+        document = push_image(repository, "1.0")
+        assert not repository.delete_manifest(document.digest)
+        assert repository.has_manifest("1.0")
+    assert "The operation is unsupported." in caplog.text
+
+
+def test_a_manifest_that_names_a_blob_which_is_not_there_is_refused(registry: Registry, name: str) -> None:
+    document, _, _ = to_documents(Image(config={"rootfs": {"diff_ids": []}, "nobody": name}, layers=()))
+    with connect(registry.address, name) as repository, pytest.raises(EngineError, match="MANIFEST_BLOB_UNKNOWN"):
+        repository.put_manifest(document, "1.0")
+
+
+def test_a_blob_is_mounted_from_another_repository_without_being_sent(registry: Registry, name: str) -> None:
+    with connect(registry.address, f"{name}/source") as source, connect(registry.address, name) as repository:
+        descriptor = put(source, name.encode())
+        assert repository.mount_blob(descriptor, f"{name}/source")
+        assert repository.has_blob(descriptor)
+        assert repository.counters.bytes_sent == 0
+        absent = describe(b"nowhere " + name.encode())
+        assert not repository.mount_blob(absent, f"{name}/source")
+        assert not repository.has_blob(absent)
+    assert registry.sessions(name) == []
+
+
+def test_a_blob_goes_from_one_repository_to_another_as_a_stream_however_often_it_is_cut(
+    registry: Registry, name: str
+) -> None:
+    content = os.urandom(5 * MB)
+    descriptor = describe(content)
+    faults = [Fault(method="GET", cut=3 * MB, path="blobs/sha256"), Fault(method="PATCH", cut=MB, deliver="part")]
+    with connect(registry.address, f"{name}/source") as source, before(registry, *faults) as proxy:
+        put(source, content)
+        with connect(proxy.address, f"{name}/source") as cut, connect(proxy.address, name, piece=2 * MB) as repository:
+            # The same registry would have it by a mount; here it is to be sent.
+            repository.put_blob(descriptor, lambda: cut.open_blob(descriptor))
+            assert read(repository, descriptor) == content
+    assert [fault.times for fault in faults] == [0, 0]
+
+
+# --- what is damaged
+
+
+def test_a_manifest_whose_bytes_changed_in_the_registry_is_refused(registry: Registry, name: str) -> None:
+    with connect(registry.address, name) as repository:
+        document = push_image(repository, "1.0")
+        path = registry.blob(document.digest)
+        path.write_bytes(document.raw.replace(b'"size":', b'"size": '))
+        for reference in ("1.0", document.digest):
+            with pytest.raises(EngineError, match=rf"is damaged.*{document.digest} belongs there"):
+                repository.read_manifest(reference)
+
+
+def test_a_blob_whose_bytes_changed_in_the_registry_is_refused(registry: Registry, name: str) -> None:
+    content = name.encode() + bytes(3 * MB)
+    with connect(registry.address, name) as repository:
+        descriptor = put(repository, content)
+        registry.blob(descriptor.digest).write_bytes(content[:-1] + b"x")
+        with repository.open_blob(descriptor) as stream:
+            assert stream.read(MB) == content[:MB]  # nothing is wrong up to here
+            with pytest.raises(EngineError, match=r"not what the registry .* should have: its bytes have the digest"):
+                stream.read(2 * MB + 100)  # exactly the rest: nobody reads on for the end
+        registry.blob(descriptor.digest).write_bytes(content[:-1])
+        with pytest.raises(EngineError, match=f"{len(content) - 1} bytes of it are sent where {len(content)} belong"):
+            read(repository, descriptor)
+        with pytest.raises(EngineError, match=f"has {len(content) - 1} bytes in the registry"):
+            repository.has_blob(descriptor)
+
+
+def test_bytes_that_are_not_those_described_are_not_stored(registry: Registry, name: str) -> None:
+    content = name.encode()
+    with connect(registry.address, name) as repository:
+        with pytest.raises(EngineError, match=r"DIGEST_INVALID.*what was sent is not sha256:"):
+            repository.put_blob(describe(content), lambda: io.BytesIO(content[::-1]))
+        with pytest.raises(EngineError, match="ends 1 bytes too soon"):
+            repository.put_blob(describe(content), lambda: io.BytesIO(content[:-1]))
+        assert not repository.has_blob(describe(content))
+
+
+def test_a_manifest_of_a_kind_that_is_not_known_is_refused(registry: Registry, name: str) -> None:
+    odd = {"Content-Type": "application/vnd.docker.distribution.manifest.v1+prettyjws"}
+    two = {"Content-Type": DOCKER_MANIFEST}
+    faults = [
+        Fault(method="GET", status=200, headers=odd, body=b'{"schemaVersion":1}'),
+        Fault(method="GET", status=200, headers=two, body=dump({"mediaType": OCI_MANIFEST})),
+        Fault(method="GET", status=200, headers=two, body=b"<html>"),
+        Fault(method="GET", status=200, headers=two, body=b" " * (4 * MB + 1)),
+    ]
+    with before(registry, *faults) as proxy, connect(proxy.address, name) as repository:
+        for words in ("first schema", "says of itself that it is", "is no manifest", "is longer than 4194304 bytes"):
+            with pytest.raises(EngineError, match=words) as refused:
+                repository.read_manifest("1.0")
+            assert refused.value.exit_code == 14
+
+
+# --- what breaks on the way
+
+
+def test_an_upload_that_is_cut_goes_on_where_the_registry_stands(registry: Registry, name: str) -> None:
+    """Of the piece that is cut the registry got nothing; it need not get again what it had before."""
+    content = os.urandom(8 * MB)
+    # The first piece is through; the second is cut after 1 MB, and nothing of it reaches the registry.
+    fault = Fault(method="PATCH", cut=MB, skip=1)
+    with before(registry, fault) as proxy, connect(proxy.address, name, piece=3 * MB) as repository:
+        put(repository, content)
+        assert read(repository, describe(content)) == content
+    ranges = [headers["Content-Range"] for headers in proxy.of("PATCH")]
+    assert ranges == [
+        f"0-{3 * MB - 1}",
+        f"{3 * MB}-{6 * MB - 1}",
+        f"{3 * MB}-{6 * MB - 1}",
+        f"{6 * MB}-{8 * MB - 1}",
+    ]
+    assert len(proxy.of("POST")) == 1
+    assert registry.sessions(name) == []
+
+
+def test_an_upload_that_is_cut_goes_on_in_the_middle_of_a_piece(registry: Registry, name: str) -> None:
+    """As with a registry that keeps what it got of a piece: every byte reaches it once."""
+    content = os.urandom(5 * MB)
+    fault = Fault(method="PATCH", cut=MB + 5, deliver="piece")
+    with before(registry, fault) as proxy, connect(proxy.address, name, piece=3 * MB) as repository:
+        repository.put_blob(describe(content), pipe(content))  # cannot seek: what was sent is read over
+        assert read(repository, describe(content)) == content
+    assert proxy.received["PATCH"] == len(content)
+    assert [headers["Content-Range"] for headers in proxy.of("PATCH")][1] == f"{MB + 5}-{4 * MB + 4}"
+    assert len(proxy.of("POST")) == 1
+
+
+def test_an_upload_that_is_cut_begins_anew_where_the_registry_cannot_say_where_it_stands(
+    registry: Registry, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As this registry, which answers 404 when it got a part of a piece."""
+    content = os.urandom(5 * MB)
+    fault = Fault(method="PATCH", cut=MB, deliver="part")
+    with before(registry, fault) as proxy, connect(proxy.address, name, piece=3 * MB) as repository:
+        put(repository, content)
+        assert read(repository, describe(content)) == content
+        assert repository.counters.blobs_sent == 1
+    assert len(proxy.of("POST")) == 2
+    assert "anew" in caplog.text
+
+
+def test_an_upload_whose_last_answer_is_lost_is_not_sent_again(registry: Registry, name: str) -> None:
+    fault = Fault(method="PUT", lose=True)
+    with before(registry, fault) as proxy, connect(proxy.address, name) as repository:
+        put(repository, name.encode())
+        assert repository.has_blob(describe(name.encode()))
+    assert len(proxy.of("PATCH")) == 1
+
+
+def test_an_upload_that_is_always_cut_ends_after_a_bounded_number_of_attempts(registry: Registry, name: str) -> None:
+    fault = Fault(method="PATCH", cut=100, times=99)
+    with (
+        before(registry, fault) as proxy,
+        connect(proxy.address, name) as repository,
+        pytest.raises(EngineError, match=r"failed 4 times in a row at byte 0 of 1048576: the connection .* broke"),
+    ):
+        put(repository, name.encode().ljust(MB))
+    assert len(proxy.of("PATCH")) == len(WAITS) + 1
+    assert registry.sessions(name) == []
+
+
+def test_a_download_that_is_cut_goes_on_from_there(registry: Registry, name: str) -> None:
+    content = os.urandom(5 * MB)
+    with connect(registry.address, name) as repository:
+        descriptor = put(repository, content)
+    faults = [Fault(method="GET", cut=2 * MB + 3, path="blobs"), Fault(method="GET", cut=MB + 5, path="blobs")]
+    with before(registry, *faults) as proxy, connect(proxy.address, name) as repository:
+        assert read(repository, descriptor) == content
+    ranges = [headers.get("Range") for headers in proxy.of("GET")]
+    assert ranges[0] is None
+    assert len(ranges) == 3
+    starts = [int(str(ranged).removeprefix("bytes=").rstrip("-")) for ranged in ranges[1:]]
+    assert MB <= starts[0] <= 2 * MB + 3
+    assert starts[0] < starts[1] < len(content)
+
+
+def test_a_download_that_is_cut_goes_on_where_ranges_are_not_known(registry: Registry, name: str) -> None:
+    content = os.urandom(3 * MB)
+    with connect(registry.address, name) as repository:
+        descriptor = put(repository, content)
+    whole = Fault(method="GET", status=200, body=content, path="blobs")
+    with (
+        before(registry, Fault(method="GET", cut=2 * MB, path="blobs"), whole) as proxy,
+        connect(proxy.address, name) as repository,
+    ):
+        assert read(repository, descriptor) == content
+    assert proxy.of("GET")[1]["Range"].startswith("bytes=")
+
+
+def test_a_download_that_is_always_cut_ends_after_a_bounded_number_of_attempts(registry: Registry, name: str) -> None:
+    with connect(registry.address, name) as repository:
+        descriptor = put(repository, name.encode().ljust(MB))
+    with (
+        before(registry, Fault(method="GET", cut=1000, times=99, path="blobs")) as proxy,
+        connect(proxy.address, name) as repository,
+        pytest.raises(EngineError, match=r"was cut off after .* 4 times"),
+    ):
+        read(repository, descriptor)
+    assert len(proxy.of("GET")) == len(WAITS) + 1
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+def test_a_registry_that_is_busy_for_a_moment_is_asked_again(registry: Registry, name: str, status: int) -> None:
+    faults = [Fault(method=method, status=status) for method in ("HEAD", "POST", "PATCH", "PUT", "GET")]
+    with before(registry, *faults) as proxy, connect(proxy.address, name) as repository:
+        document = push_image(repository, "1.0")
+        assert repository.read_manifest("1.0") == document
+    assert [fault.times for fault in faults] == [0] * len(faults)
+
+
+def test_as_long_is_waited_as_the_registry_asks_for(registry: Registry, name: str) -> None:
+    with (
+        before(registry, Fault(method="HEAD", status=429, headers={"Retry-After": "1"})) as proxy,
+        connect(proxy.address, name) as repository,
+    ):
+        start = time.monotonic()
+        assert not repository.has_manifest("1.0")
+        assert 1.0 <= time.monotonic() - start < 5.0
+
+
+def test_a_registry_that_asks_for_an_hour_is_not_waited_for(registry: Registry, name: str) -> None:
+    with (
+        before(registry, Fault(method="GET", status=429, headers={"Retry-After": "3600"})) as proxy,
+        connect(proxy.address, name) as repository,
+        pytest.raises(EngineError, match="asks to wait 3600 s"),
+    ):
+        repository.read_manifest("1.0")
+    assert len(proxy.of("GET")) == 1
+
+
+def test_a_registry_that_stays_broken_is_reported_in_its_own_words(registry: Registry, name: str) -> None:
+    words = b'{"errors":[{"code":"UNAVAILABLE","message":"closed \x1b[31m on sundays"}]}'
+    with (
+        before(registry, Fault(method="GET", status=503, body=words, times=99)) as proxy,
+        connect(proxy.address, name) as repository,
+        pytest.raises(EngineError, match="on sundays") as refused,
+    ):
+        repository.read_manifest("1.0")
+    assert "\x1b" not in str(refused.value)
+    assert len(proxy.of("GET")) == len(WAITS) + 1
+
+
+def test_requests_that_are_too_large_for_a_proxy_are_made_smaller(registry: Registry, name: str) -> None:
+    content = os.urandom(9 * MB)
+    fault = Fault(method="PATCH", status=413, above=4 * MB, times=99)
+    with before(registry, fault) as proxy, connect(proxy.address, name) as repository:
+        put(repository, content)
+        assert read(repository, describe(content)) == content
+    assert [int(headers["Content-Length"]) for headers in proxy.of("PATCH")] == [9 * MB, 4 * MB, 4 * MB, MB]
+
+
+def test_a_limit_that_no_piece_meets_is_named(registry: Registry, name: str) -> None:
+    page = b"<html><head><title>413 Request Entity Too Large</title></head></html>"
+    with (
+        before(registry, Fault(method="PATCH", status=413, above=MB, times=99, body=page)) as proxy,
+        connect(proxy.address, name) as repository,
+        pytest.raises(EngineError, match="Too Large; the registry, or a proxy before it, limits the size") as refused,
+    ):
+        put(repository, name.encode().ljust(5 * MB))
+    assert "client_max_body_size" in refused.value.next_step
+    assert registry.sessions(name) == []
+
+
+def test_a_registry_that_is_down_is_named_at_once(name: str) -> None:
+    address = f"127.0.0.1:{registry_server.free_port()}"
+    with connect(address, name, waits=(60.0,)) as repository:
+        start = time.monotonic()
+        with pytest.raises(
+            EngineError, match=rf"{address} cannot be reached: nothing answers .*Connection refused"
+        ) as refused:
+            repository.has_manifest("1.0")
+    assert time.monotonic() - start < 5.0
+    assert refused.value.exit_code == 14
+
+
+def test_a_host_without_an_address_is_named(name: str) -> None:
+    with (
+        connect("registry.invalid", name) as repository,
+        pytest.raises(EngineError, match=r"cannot be re(ached|solved)"),
+    ):
+        repository.has_manifest("1.0")
+
+
+def test_a_registry_that_speaks_plain_http_where_tls_is_expected_is_told_apart(registry: Registry, name: str) -> None:
+    with (
+        connect(registry.address, name, insecure=False) as repository,
+        pytest.raises(EngineError, match="no TLS that can be trusted") as refused,
+    ):
+        repository.has_manifest("1.0")
+    assert "plain HTTP" in refused.value.next_step
+
+
+def test_a_certificate_is_trusted_by_its_authority_alone(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    registry_server.make_certificate(key, certificate)
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
+    with serve(tmp_path / "registry", tls={"certificate": str(certificate), "key": str(key)}) as secure:
+        with (
+            connect(secure.address, name, insecure=False) as repository,
+            pytest.raises(EngineError, match=r"no TLS that can be trusted.*self.signed") as refused,
+        ):
+            repository.has_manifest("1.0")
+        assert "REQUESTS_CA_BUNDLE" in refused.value.next_step
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        with connect(secure.address, name, insecure=False) as repository:
+            document = push_image(repository, "1.0")
+            assert repository.read_manifest("1.0") == document
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "nowhere"))
+    with pytest.raises(BadInputError, match="REQUESTS_CA_BUNDLE names"):
+        connect("registry.example", name)
+
+
+def test_an_image_that_is_not_there_is_said_to_be_not_there(registry: Registry, name: str) -> None:
+    with connect(registry.address, name) as repository:
+        with pytest.raises(EngineError, match=r"answered 404 to GET manifest 1\.0 .*MANIFEST_UNKNOWN"):
+            repository.read_manifest("1.0")
+        with pytest.raises(EngineError, match="answered 404 to GET blob"):
+            read(repository, describe(b"nowhere"))
+
+
+def test_a_full_disk_of_the_registry_is_named(tmp_path: Path, name: str) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted: {mounted.stderr.strip()}")
+    try:
+        with (
+            serve(tmp_path / "registry", storage=disk) as full,
+            connect(full.address, name) as repository,
+            pytest.raises(EngineError, match="its disk is full"),
+        ):
+            put(repository, os.urandom(8 * MB))
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+# --- what a process must keep to
+
+SLOW = """
+    import io, sys, time
+    from chatterbox_prewarm.image.oci import Descriptor
+    from chatterbox_prewarm.image.references import parse
+    from chatterbox_prewarm.image.registry import Repository
+
+    class Slow(io.RawIOBase):
+        def readable(self): return True
+        def read(self, count):
+            print("reading", flush=True)
+            time.sleep(0.2)
+            return bytes(count)
+
+    repository = Repository(parse(sys.argv[1]), piece=4 << 20)
+    descriptor = Descriptor(media_type="", digest="sha256:" + "0" * 64, size=64 << 20)
+    repository.put_blob(descriptor, Slow)
+"""
+
+
+def test_an_interrupted_upload_leaves_no_session(registry: Registry, name: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SLOW), f"{registry.address}/{name}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            for _ in range(6):  # in the middle of the second piece
+                assert process.stdout.readline() == "reading\n"
+            assert len(registry.sessions(name)) == 1
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGINT
+    assert said.rstrip().endswith("KeyboardInterrupt")
+    assert registry.sessions(name) == []
+
+
+HUGE = """
+    import hashlib, resource, sys
+    from chatterbox_prewarm.image.oci import Descriptor
+    from chatterbox_prewarm.image.references import parse
+    from chatterbox_prewarm.image.registry import Repository
+
+    path, reference = sys.argv[1:]
+    def describe(path):
+        sha256, size = hashlib.sha256(), 0
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                sha256.update(block)
+                size += len(block)
+        return Descriptor(media_type="", digest="sha256:" + sha256.hexdigest(), size=size)
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with Repository(parse(reference)) as repository:
+        small = path + ".small"
+        open(small, "wb").write(bytes(1000))
+        descriptor = describe(small)
+        repository.put_blob(descriptor, lambda: open(small, "rb"))
+        with repository.open_blob(descriptor) as stream:
+            stream.read()
+        before = peak()
+        descriptor = describe(path)
+        repository.put_blob(descriptor, lambda: open(path, "rb"))
+        sent = peak()
+        with repository.open_blob(descriptor) as stream:
+            while stream.read(1 << 20): pass
+        print(sent - before, peak() - before, repository.counters.bytes_sent)
+"""
+
+
+def test_memory_stays_flat_for_a_blob_of_300_megabytes(registry: Registry, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "blob"
+    with path.open("wb") as stream:
+        for number in range(300):
+            stream.write(hashlib.sha256(number.to_bytes(4, "big")).digest() * (MB // 32))
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(HUGE), str(path), f"{registry.address}/{name}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    sent, received, count = (float(word) for word in ended.stdout.split())
+    assert count == 300 * MB + 1000
+    assert sent < 12, ended.stdout  # megabytes
+    assert received < 16, ended.stdout
+
+
+# --- logins
+
+
+def log_in(folder: Path, address: str, password: str = PASSWORD, user: str = USER) -> None:
+    """As `docker login` does it, without a helper."""
+    pair = base64.b64encode(f"{user}:{password}".encode()).decode()
+    (folder / "config.json").write_text(json.dumps({"auths": {address: {"auth": pair}}}))
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    root = tmp_path_factory.mktemp("private")
+    with serve(root, auth=registry_server.basic_auth(root)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tokens]:
+    with serve_tokens(tmp_path_factory.mktemp("tokens")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def guarded(tokens: Tokens, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """A registry that wants tokens."""
+    with serve(tmp_path_factory.mktemp("guarded"), auth=tokens.auth()) as running:
+        yield running
+
+
+def test_a_login_is_sent_where_it_is_asked_for(private: Registry, name: str, no_login: Path) -> None:
+    log_in(no_login, private.address)
+    with before(private) as proxy:
+        log_in(no_login, proxy.address)
+        with connect(proxy.address, name) as repository:
+            document = push_image(repository, "1.0")
+            assert repository.read_manifest("1.0") == document
+    sent = ["Authorization" in headers for _, _, headers in proxy.requests]
+    assert sent == [False] + [True] * (len(sent) - 1)
+
+
+def test_a_missing_login_is_named_with_the_command(private: Registry, name: str) -> None:
+    with connect(private.address, name) as repository, pytest.raises(EngineError, match="without a login") as refused:
+        repository.read_manifest("1.0")
+    assert f"docker login {private.address}" in refused.value.next_step
+
+
+def test_a_wrong_password_is_refused_at_once_with_the_user_and_without_the_password(
+    private: Registry, name: str, no_login: Path
+) -> None:
+    with before(private) as proxy:
+        log_in(no_login, proxy.address, password="wrong-secret")
+        with connect(proxy.address, name) as repository, pytest.raises(EngineError, match="as 'somebody'") as refused:
+            repository.read_manifest("1.0")
+    assert "wrong-secret" not in str(refused.value)
+    assert len(proxy.requests) == 2
+
+
+HELPER = """#!/bin/sh
+[ "$1" = get ] || exit 2
+read -r server
+[ "$server" = "{address}" ] || {{ echo "credentials not found in native keychain"; exit 1; }}
+echo '{{"ServerURL": "{address}", "Username": "{user}", "Secret": "{secret}"}}'
+"""
+
+
+@pytest.mark.parametrize("key", ["credsStore", "credHelpers"])
+def test_a_login_is_taken_from_a_helper(
+    private: Registry, name: str, no_login: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    helper = tmp_path / "docker-credential-test"
+    helper.write_text(HELPER.format(address=private.address, user=USER, secret=PASSWORD))
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    value: Any = "test" if key == "credsStore" else {private.address: "test"}
+    (no_login / "config.json").write_text(json.dumps({key: value}))
+    with connect(private.address, name) as repository:
+        document = push_image(repository, "1.0")
+        assert repository.read_manifest("1.0") == document
+
+
+def test_a_helper_that_is_missing_or_broken_is_named(
+    private: Registry, name: str, no_login: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (no_login / "config.json").write_text(json.dumps({"credsStore": "test"}))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with connect(private.address, name) as repository:
+        with pytest.raises(EngineError, match="docker-credential-test not installed") as refused:
+            repository.has_manifest("1.0")
+        assert "config.json names" in refused.value.next_step
+    helper = tmp_path / "docker-credential-test"
+    for script, words in [("echo locked; exit 1", "locked"), ("echo '{\"a-secret\"'", "cannot be read")]:
+        helper.write_text(f"#!/bin/sh\n{script}\n")
+        helper.chmod(0o755)
+        with connect(private.address, name) as repository, pytest.raises(EngineError, match=words) as refused:
+            repository.has_manifest("1.0")
+        assert "a-secret" not in str(refused.value)
+
+
+def test_a_configuration_that_cannot_be_read_is_not_taken_for_none(
+    private: Registry, registry: Registry, name: str, no_login: Path
+) -> None:
+    (no_login / "config.json").write_text('{"auths": ')
+    with connect(registry.address, name) as repository:
+        assert not repository.has_manifest("1.0")  # nobody asked for a login
+    with connect(private.address, name) as repository, pytest.raises(EngineError, match="no JSON object"):
+        repository.has_manifest("1.0")
+    (no_login / "config.json").write_text(json.dumps({"auths": {private.address: {"auth": "no pair"}}}))
+    with connect(private.address, name) as repository, pytest.raises(EngineError, match="cannot be read") as refused:
+        repository.has_manifest("1.0")
+    assert "no pair" not in str(refused.value)
+
+
+def test_tokens_are_fetched_for_each_scope_once_and_kept(
+    guarded: Registry, tokens: Tokens, name: str, no_login: Path
+) -> None:
+    log_in(no_login, guarded.address)
+    tokens.asked.clear()
+    with connect(guarded.address, name) as repository:
+        document = push_image(repository, "1.0")
+        assert repository.read_manifest("1.0") == document
+        put(repository, name.encode() * MB)
+    scopes = [query["scope"] for _, query in tokens.asked]
+    assert scopes == [[f"repository:{name}:pull"], [f"repository:{name}:pull,push"]]
+    assert {tuple(query["service"]) for _, query in tokens.asked} == {(registry_server.SERVICE,)}
+    with connect(guarded.address, f"{name}/other") as other:
+        assert other.mount_blob(describe(name.encode() * MB), name)
+    assert set(tokens.asked[-1][1]["scope"]) == {
+        f"repository:{name}:pull",
+        f"repository:{name}/other:pull,push",
+    }
+
+
+def test_a_token_that_ends_is_renewed(
+    guarded: Registry, tokens: Tokens, name: str, no_login: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_in(no_login, guarded.address)
+    with connect(guarded.address, name) as repository:
+        document = push_image(repository, "1.0")
+        tokens.asked.clear()
+        monkeypatch.setattr(tokens, "lifetime", 6)  # a second, less what is left for its way
+        with connect(guarded.address, name) as short:
+            assert short.read_manifest("1.0") == document
+            assert short.read_manifest("1.0") == document
+            assert len(tokens.asked) == 1
+            time.sleep(1.2)
+            before_renewal = short.counters.requests
+            assert short.read_manifest("1.0") == document
+    assert len(tokens.asked) == 2
+    assert short.counters.requests == before_renewal + 2  # the token and the manifest: no 401 in between
+
+
+def test_a_token_that_the_registry_no_longer_takes_is_renewed(
+    guarded: Registry, tokens: Tokens, name: str, no_login: Path
+) -> None:
+    with before(guarded) as proxy:
+        log_in(no_login, proxy.address)
+        with connect(proxy.address, name) as repository:
+            document = push_image(repository, "1.0")
+            repository.read_manifest("1.0")
+            challenge = f'Bearer realm="{tokens.realm}",service="{registry_server.SERVICE}",error="invalid_token"'
+            proxy.faults.append(Fault(method="GET", status=401, headers={"WWW-Authenticate": challenge}))
+            assert repository.read_manifest("1.0") == document
+            # And in the middle of an upload, whose body cannot be sent again as it is.
+            proxy.faults.append(Fault(method="PATCH", status=401, headers={"WWW-Authenticate": challenge}))
+            put(repository, name.encode() * MB)
+            assert repository.has_blob(describe(name.encode() * MB))
+
+
+def test_an_identity_token_stands_in_for_a_password(
+    guarded: Registry, tokens: Tokens, name: str, no_login: Path
+) -> None:
+    entry = {"auth": base64.b64encode(b"00000000:").decode(), "identitytoken": tokens.identity}
+    (no_login / "config.json").write_text(json.dumps({"auths": {guarded.address: entry}}))
+    tokens.asked.clear()
+    with connect(guarded.address, name) as repository:
+        push_image(repository, "1.0")
+    assert {tuple(form["refresh_token"]) for _, form in tokens.asked} == {(tokens.identity,)}
+    entry["identitytoken"] = "ended-secret"
+    (no_login / "config.json").write_text(json.dumps({"auths": {guarded.address: entry}}))
+    with connect(guarded.address, name) as repository, pytest.raises(EngineError, match="refuses") as refused:
+        repository.read_manifest("1.0")
+    assert "ended-secret" not in str(refused.value)
+
+
+def test_a_login_that_the_server_of_tokens_refuses_is_not_tried_again(
+    guarded: Registry, tokens: Tokens, name: str, no_login: Path
+) -> None:
+    log_in(no_login, guarded.address, password="wrong-secret")
+    tokens.asked.clear()
+    with connect(guarded.address, name) as repository, pytest.raises(EngineError, match="as 'somebody'") as refused:
+        repository.read_manifest("1.0")
+    assert len(tokens.asked) == 1
+    assert "wrong-secret" not in str(refused.value)
+
+
+def test_a_login_does_not_follow_a_redirect_to_another_host(
+    private: Registry, name: str, no_login: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = name.encode()
+    (no_login.parent / ".netrc").write_text("machine 127.0.0.1 login netrc password netrc\n")
+    (no_login.parent / ".netrc").chmod(0o600)
+    caplog.set_level("DEBUG", "chatterbox_prewarm")
+    with registry_server.serve_blob(content) as (url, seen), before(private) as proxy:
+        log_in(no_login, proxy.address)
+        with connect(proxy.address, name) as repository:
+            descriptor = put(repository, content)
+            proxy.faults.append(Fault(method="GET", path="blobs", status=307, headers={"Location": url}))
+            assert read(repository, descriptor) == content
+    assert len(seen) == 1
+    assert "Authorization" not in seen[0]
+    assert "Authorization" in proxy.of("GET")[-1]
+    assert "/store" in caplog.text
+    assert "signature=secret" not in caplog.text
+    assert PASSWORD not in caplog.text
+
+
+def test_a_login_is_not_sent_in_the_clear_to_another_machine(registry: Registry, name: str, no_login: Path) -> None:
+    realm = {"WWW-Authenticate": 'Bearer realm="http://tokens.example/token",service="a",scope="b"'}
+    with before(registry, Fault(method="HEAD", status=401, headers=realm)) as proxy:
+        log_in(no_login, proxy.address)
+        with connect(proxy.address, name) as repository, pytest.raises(EngineError, match="where others can read it"):
+            repository.has_manifest("1.0")
+
+
+def test_challenges_are_parsed_with_commas_in_their_quotes() -> None:
+    header = (
+        'Basic realm="a, b", Bearer realm="https://x/t",service="s",scope="repository:a:pull,push repository:b:pull"'
+    )
+    basic, bearer = parse_challenges(header)
+    assert (basic.scheme, basic.realm) == ("basic", "a, b")
+    assert (bearer.scheme, bearer.realm, bearer.service) == ("bearer", "https://x/t", "s")
+    assert bearer.scope == "repository:a:pull,push repository:b:pull"
+    assert parse_challenges("") == ()
+    assert parse_challenges("Negotiate")[0].scheme == "negotiate"
+    assert parse_challenges("Bearer realm=")[0].realm == ""
+
+
+# --- streams to send
+
+
+def pipe(content: bytes) -> Callable[[], AbstractContextManager[BinaryIO]]:
+    """A stream that cannot seek."""
+
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+        def seek(self, *_: int) -> int:
+            raise io.UnsupportedOperation("seek")
+
+    return lambda: Pipe(content)
