@@ -48,7 +48,8 @@ class BlobReader(io.RawIOBase):
         self._position = 0
         self._failures = 0
         self._failed_at = 0
-        self._response: requests.Response | None = self._open(attempts=None)
+        self._response: requests.Response | None = None
+        self._response = self._open(attempts=None)
         if descriptor.size == 0:
             self._check()
 

@@ -118,6 +118,25 @@ def origin(url: str) -> str:
     return f"{parts.scheme}://{host.removesuffix(':443' if parts.scheme == 'https' else ':80')}"
 
 
+def resolve(base: str, location: str) -> str:
+    """The address that a Location header leads to.
+
+    Raises:
+        EngineError: it leads nowhere.
+    """
+    try:
+        found = urllib.parse.urljoin(base, location)
+        parts = urllib.parse.urlsplit(found)
+        if parts.scheme in {"http", "https"} and parts.hostname and (parts.port is None or parts.port):
+            return found
+    except ValueError:  # what stands for the host or the port is none
+        pass
+    raise EngineError(
+        f"{origin(base)} leads to an address that is none: {location.partition('?')[0][:200]!r}",
+        next_step="see the registry's configuration, and the proxies before it",
+    )
+
+
 def shown(url: str) -> str:
     """An address without its query, which may be a secret."""
     return origin(url) + urllib.parse.urlsplit(url).path

@@ -92,8 +92,8 @@ class Login:
             return self._renew(challenge, scope)
         return f"Bearer {token}"
 
-    def answer(self, header: str, scope: str) -> str:
-        """Answer a 401 with this WWW-Authenticate header: what to send for the scope from now on.
+    def answer(self, header: str, scope: str) -> None:
+        """Take what a 401 asks for in its WWW-Authenticate header; `header` has the answer from now on.
 
         Raises:
             EngineError: there is no login, it is refused, or the registry asks for what this program does not know.
@@ -101,7 +101,8 @@ class Login:
         challenges = parse_challenges(header)
         for challenge in challenges:
             if challenge.scheme == "bearer" and challenge.realm:
-                return self._renew(challenge, scope)
+                self._renew(challenge, scope)
+                return
         if not any(challenge.scheme == "basic" for challenge in challenges):
             schemes = ", ".join(challenge.scheme for challenge in challenges) or "nothing"
             raise EngineError(
@@ -113,7 +114,6 @@ class Login:
             raise self.refused("it asks for a name and a password")
         self._check_private(self._base)
         self._basic = found.basic
-        return self._basic
 
     def refused(self, said: str) -> EngineError:
         """The error of a login that is missing, wrong, or not enough."""

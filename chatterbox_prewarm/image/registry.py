@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from chatterbox_prewarm.errors import BadInputError, EngineError
 from chatterbox_prewarm.image.downloads import BlobReader
+from chatterbox_prewarm.image.failures import resolve
 from chatterbox_prewarm.image.oci import INDEXES, MANIFESTS, Descriptor, Document, digest_of
 from chatterbox_prewarm.image.references import is_digest, is_tag
 from chatterbox_prewarm.image.transport import WAITS, Transport
@@ -209,25 +210,27 @@ class Repository:
             source_repository: as `reference.repository` has it.
 
         Returns:
-            Whether it did. A registry need not: it may not have the blob there, or not let this user read it.
+            Whether it did. A registry need not: it may not have the blob there, or not let this user read it. One that
+            refuses a push does not either; `put_blob` then says so.
 
         Raises:
-            EngineError: the registry cannot be reached, or refuses a push to this repository.
+            EngineError: the registry cannot be reached, or is not to be logged in to.
         """
         if self.has_blob(descriptor):
             return True
         scope = f"{self._scope('pull,push')} repository:{source_repository}:pull"
         what = self._blob(descriptor)
-        url = f"/v2/{self._name}/blobs/uploads/?mount={descriptor.digest}&from={source_repository}"
-        answer = self._transport.request("POST", url, what=what, scope=scope, expect={201, 202})
+        query = urllib.parse.urlencode({"mount": descriptor.digest, "from": source_repository})
+        url = f"/v2/{self._name}/blobs/uploads/?{query}"
+        answer = self._transport.request(
+            "POST", url, what=what, scope=scope, expect={201, 202, 401, 403, 404, 405}, body=b""
+        )
         if answer.status == 201:
             return True
-        # It began an upload in the mount's place, which is of no use here.
-        logger.info("the registry does not take the %s from %s", what, source_repository)
-        if location := answer.headers.get("Location"):
-            cancel(
-                self._transport, urllib.parse.urljoin(answer.url, location), scope=self._scope("pull,push"), what=what
-            )
+        logger.info("the registry does not take the %s from %s: %d", what, source_repository, answer.status)
+        if answer.status == 202 and (location := answer.headers.get("Location")):
+            # It began an upload in the mount's place, which is of no use here.
+            cancel(self._transport, resolve(answer.url, location), scope=self._scope("pull,push"), what=what)
         return False
 
     def _manifest(

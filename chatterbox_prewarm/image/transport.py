@@ -16,7 +16,7 @@ import urllib3.exceptions
 
 from chatterbox_prewarm import __version__
 from chatterbox_prewarm.errors import BadInputError, EngineError
-from chatterbox_prewarm.image.failures import PASSING, TransientError, broken, origin, refusal, shown, words_of
+from chatterbox_prewarm.image.failures import PASSING, TransientError, broken, origin, refusal, resolve, shown, words_of
 from chatterbox_prewarm.image.login import Login
 from chatterbox_prewarm.image.oci import MAX_DOCUMENT
 from chatterbox_prewarm.image.references import is_loopback
@@ -80,6 +80,13 @@ class Body:
         return self._blocks
 
 
+class _Session(requests.Session):
+    """Leaves redirects to us; without this it parses and reads them even when it is not to follow them."""
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:  # noqa: ARG002
+        return None
+
+
 class Transport:
     """Requests to one registry; not for several threads at once.
 
@@ -100,7 +107,7 @@ class Transport:
         self.counters = Counters()
         self._reached = False
         self._login = Login(reference.host, self.base, self._fetch)
-        self._session = requests.Session()
+        self._session = _Session()
         # Nothing of the environment unless we put it there: requests would send what ~/.netrc has in our login's place.
         self._session.trust_env = False
         self._session.headers.update({"User-Agent": f"chatterbox-prewarm/{__version__}", "Accept-Encoding": "identity"})
@@ -130,7 +137,7 @@ class Transport:
             url: absolute, or below the registry.
             what: the request is about, for messages.
             scope: that a token is to have, as in "repository:NAME:pull".
-            expect: the statuses that are handed back; any other is an error.
+            expect: the statuses that are handed back, a 401 only after a login; any other is an error.
             headers: besides those of every request.
             body: a `Body` can be sent once.
             attempts: all by default; 1 for what the caller tries again itself.
@@ -206,11 +213,11 @@ class Transport:
             sent = {**headers, "Authorization": authorization} if authorization else headers
             response = self._exchange(method, url, sent, body, timeout)
             status = response.status_code
-            if status in expect:
+            if status in expect and (status != 401 or asked or not ours):
                 return response
             with response:
                 if status in _REDIRECTS and method in {"GET", "HEAD"} and "Location" in response.headers:
-                    url = urllib.parse.urljoin(url, response.headers["Location"])
+                    url = resolve(url, response.headers["Location"])
                     continue
                 content = self._read(response, _MAX_TOKEN, what)
             answer = Answer(status=status, headers=response.headers, url=url, body=content)

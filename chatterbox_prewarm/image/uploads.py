@@ -15,7 +15,7 @@ import urllib.parse
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from chatterbox_prewarm.errors import EngineError, PrewarmError, from_os_error
-from chatterbox_prewarm.image.failures import TransientError
+from chatterbox_prewarm.image.failures import TransientError, resolve
 from chatterbox_prewarm.image.transport import Answer, Body, pause
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class Upload:
                 f"the registry {self._transport.host} does not say where {self._what} is to go",
                 next_step="see the registry's configuration, and the proxies before it",
             )
-        self._location = urllib.parse.urljoin(answer.url, location)
+        self._location = resolve(answer.url, location)
 
     def _drop(self) -> None:
         self._cancel()
@@ -282,7 +282,8 @@ def _interrupt_put_off() -> Iterator[None]:
         if came:
             raise KeyboardInterrupt
         came.append(number)
-        logger.warning("interrupted: ending the piece under way, so that the registry can drop the upload")
+        logger.warning("interrupted: the piece under way goes to its end, so that the registry can drop the upload")
+        logger.warning("interrupt once more to leave at once")
 
     signal.signal(signal.SIGINT, note)
     try:

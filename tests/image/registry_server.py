@@ -120,6 +120,7 @@ class Tokens:
     Attributes:
         asked: the Authorization header and the parameters of each request.
         lifetime: seconds, of the tokens.
+        denied: repositories that nobody may have.
         identity: the identity token that it takes in the place of a password.
     """
 
@@ -127,6 +128,7 @@ class Tokens:
     certificate: Path
     asked: list[tuple[str, dict[str, list[str]]]] = field(default_factory=list)
     lifetime: int = 300
+    denied: set[str] = field(default_factory=set)
     identity: str = "an identity token"
     realm: str = ""
 
@@ -150,6 +152,8 @@ class Tokens:
         access = []
         for scope in scopes:
             kind, name, actions = scope.split(":")
+            if name in self.denied:
+                continue
             access.append({"type": kind, "name": name, "actions": actions.split(",")})
         header = {"typ": "JWT", "alg": "RS256", "x5c": [base64.b64encode(der).decode()]}
         claims = {
