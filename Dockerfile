@@ -78,13 +78,12 @@ RUN apt-get update \
 # What the bake runs, and nothing that only serves: a change of the server bakes nothing.
 COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/bake.py chatterbox_prewarm/bake_cold.py \
      chatterbox_prewarm/bake_compile.py chatterbox_prewarm/child.py chatterbox_prewarm/choice.py \
-     chatterbox_prewarm/clips.py chatterbox_prewarm/errors.py \
-     chatterbox_prewarm/fingerprint.py chatterbox_prewarm/fit.py chatterbox_prewarm/load.py \
-     chatterbox_prewarm/manifest.py chatterbox_prewarm/places.py \
-     chatterbox_prewarm/probes.py chatterbox_prewarm/process.py chatterbox_prewarm/profiles.py \
-     chatterbox_prewarm/prove.py \
-     chatterbox_prewarm/save.py chatterbox_prewarm/staging.py chatterbox_prewarm/states.py chatterbox_prewarm/synthesis.py \
-     chatterbox_prewarm/text.py \
+     chatterbox_prewarm/clips.py chatterbox_prewarm/errors.py chatterbox_prewarm/fingerprint.py \
+     chatterbox_prewarm/fit.py chatterbox_prewarm/keys.py chatterbox_prewarm/load.py chatterbox_prewarm/manifest.py \
+     chatterbox_prewarm/places.py chatterbox_prewarm/probes.py chatterbox_prewarm/process.py \
+     chatterbox_prewarm/profiles.py chatterbox_prewarm/prove.py chatterbox_prewarm/provenance.py \
+     chatterbox_prewarm/save.py chatterbox_prewarm/signing.py chatterbox_prewarm/staging.py \
+     chatterbox_prewarm/states.py chatterbox_prewarm/synthesis.py chatterbox_prewarm/text.py \
      chatterbox_prewarm/trial.py chatterbox_prewarm/voices.py chatterbox_prewarm/weights.py \
      /build/chatterbox_prewarm/
 COPY chatterbox_prewarm/families /build/chatterbox_prewarm/families
@@ -99,10 +98,15 @@ ARG T3_DTYPE=float32
 # The builder's GPU is not part of BuildKit's cache key: name it, so that another one bakes anew.
 ARG GPU=none
 ARG SOURCE_DATE_EPOCH=
+# What the state's provenance says that a build cannot see: the commit of this project, the digest of BASE, the builder.
+ARG SOURCE_REVISION=
+ARG BASE_DIGEST=
+ARG BUILDER=
 RUN --mount=type=bind,from=weights,source=/opt/chatterbox-prewarm/weights,target=/opt/chatterbox-prewarm/weights \
     echo "baking for GPU: ${GPU}" \
- && PYTHONPATH=/build python /build/bake.py --device "${DEVICE}" --levels "${LEVELS}" --profile "${PROFILE}" \
-    --t3-dtype "${T3_DTYPE}"
+ && CHATTERBOX_PREWARM_REVISION="${SOURCE_REVISION}" CHATTERBOX_PREWARM_BASE_DIGEST="${BASE_DIGEST}" \
+    CHATTERBOX_PREWARM_BUILDER="${BUILDER}" PYTHONPATH=/build python /build/bake.py --device "${DEVICE}" \
+    --levels "${LEVELS}" --profile "${PROFILE}" --t3-dtype "${T3_DTYPE}"
 
 # ---- cold: all but the warm state ------------------------------------------------------------------------------------
 FROM base AS cold
@@ -144,7 +148,7 @@ FROM cold AS runtime
 ARG DEVICE=cpu
 ARG PROFILE=aot
 ARG GPU=none
-LABEL io.chatterbox-prewarm.schema="3" \
+LABEL io.chatterbox-prewarm.schema="4" \
       io.chatterbox-prewarm.profile="${PROFILE}" \
       io.chatterbox-prewarm.gpu="${GPU}"
 ENV CHATTERBOX_PREWARM_DEVICE=${DEVICE}

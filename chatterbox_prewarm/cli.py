@@ -16,6 +16,7 @@ from chatterbox_prewarm.commands.images import build
 from chatterbox_prewarm.commands.nodes import facts
 from chatterbox_prewarm.commands.serving import serve
 from chatterbox_prewarm.commands.states import bake, inspect, pack, prove, verify
+from chatterbox_prewarm.commands.trust import sbom, sign
 from chatterbox_prewarm.commands.weights import weights
 from chatterbox_prewarm.errors import as_prewarm_error
 
@@ -40,7 +41,7 @@ def cli(*, debug: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-for command in (weights, bake, inspect, verify, prove, pack, build, facts, serve, bench):
+for command in (weights, bake, inspect, verify, prove, pack, build, facts, sign, sbom, serve, bench):
     cli.add_command(command)
 
 
