@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.choice import choose
 from chatterbox_prewarm.clips import DEFAULT_VOICE, check_clip

@@ -115,7 +115,8 @@ def inspect(*, warm: Path, state: str | None, as_json: bool, diff: tuple[Path, P
         for name, path in found.items():
             click.echo(_state_line(name, path))
         return
-    manifest = manifests.read(named(warm, state))
+    path = named(warm, state)
+    manifest = manifests.read(path)
     if as_json:
         click.echo(manifests.to_json(manifest), nl=False)
         return

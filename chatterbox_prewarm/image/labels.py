@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm import __version__
@@ -43,18 +43,35 @@ class FamilyLabel:
 
 @dataclass(frozen=True, kw_only=True)
 class StateLabel:
-    """A state of an image, as far as its labels tell; `device` is the kind that it was baked for."""
+    """A state of an image, as far as its labels tell; `device` is the kind that it was baked for.
+
+    `gpu`, `compute_capability` and `driver` are "none" for a state that was baked for a CPU.
+    """
 
     key: str
     set_digest: str
     variant: str
     profile: str
     device: str
+    created: str
+    gpu: str
+    compute_capability: str
+    driver: str
+    torch: str
     families: tuple[FamilyLabel, ...]
 
 
+#: The fields of a state that are text, in the label as in the class.
+_TEXTS = tuple(field.name for field in fields(StateLabel) if field.name != "families")
+
+
 def labels_of(
-    manifests: Sequence[Manifest], *, created: str | None = None, base_name: str = "", base_digest: str = ""
+    manifests: Sequence[Manifest],
+    *,
+    beside: Sequence[StateLabel] = (),
+    created: str | None = None,
+    base_name: str = "",
+    base_digest: str = "",
 ) -> dict[str, str]:
     """The labels of an image that holds these states.
 
@@ -63,6 +80,7 @@ def labels_of(
 
     Args:
         manifests: of the states, at least one.
+        beside: the states that the image has already.
         created: when the image was made, as RFC 3339 has it; by default when the newest state was baked, so that the
             same states give the same labels.
         base_name: the reference of the image that the states were added to, if it is known.
@@ -73,38 +91,36 @@ def labels_of(
     """
     if not manifests:
         raise BadInputError("an image without a warm state has no labels", next_step="name at least one state")
-    states = {key_of(manifest): manifest for manifest in manifests}
-    if len(states) != len(manifests):
+    found = [*beside, *map(_label, manifests)]
+    states = {state.key: state for state in found}
+    if len(states) != len(found):
         raise BadInputError(
             "two of the states are for one machine, one software and one profile", next_step="leave one of them out"
         )
     ordered = [states[key] for key in sorted(states)]
 
-    def joined(value: Callable[[Manifest], str]) -> str:
-        return ", ".join(dict.fromkeys(value(manifest) for manifest in ordered))
-
-    def of_gpu(field: str) -> Callable[[Manifest], str]:
-        return lambda found: found.fingerprint.get(field, _NONE) if _device(found) == "cuda" else _NONE
+    def joined(value: Callable[[StateLabel], str]) -> str:
+        return ", ".join(dict.fromkeys(map(value, ordered)))
 
     standard = {
         "title": "chatterbox-prewarm",
         "description": "Chatterbox TTS with its warm state baked in",
         "version": __version__,
         "licenses": "MIT",
-        "created": created or max(manifest.created for manifest in ordered),
+        "created": created or max(state.created for state in ordered),
         "base.name": base_name,
         "base.digest": base_digest,
     }
     return {
         **{f"{_OCI}{name}": value for name, value in standard.items() if value},
         f"{PREFIX}schema": str(SCHEMA_VERSION),
-        f"{PREFIX}variant": joined(lambda found: found.variant),
-        f"{PREFIX}profile": joined(lambda found: found.execution.profile),
-        f"{PREFIX}gpu": joined(of_gpu("gpu")),
-        f"{PREFIX}compute-capability": joined(of_gpu("compute_capability")),
-        f"{PREFIX}driver": joined(of_gpu("driver")),
-        f"{PREFIX}torch": joined(lambda found: found.fingerprint.get("torch", _NONE)),
-        f"{PREFIX}set-digest": joined(lambda found: found.set_digest),
+        f"{PREFIX}variant": joined(lambda state: state.variant),
+        f"{PREFIX}profile": joined(lambda state: state.profile),
+        f"{PREFIX}gpu": joined(lambda state: state.gpu),
+        f"{PREFIX}compute-capability": joined(lambda state: state.compute_capability),
+        f"{PREFIX}driver": joined(lambda state: state.driver),
+        f"{PREFIX}torch": joined(lambda state: state.torch),
+        f"{PREFIX}set-digest": joined(lambda state: state.set_digest),
         STATES: _dump({"schema": STATES_SCHEMA, "states": [_state(found) for found in ordered]}),
     }
 
@@ -143,25 +159,34 @@ def _parse(raw: Mapping[str, Any]) -> tuple[StateLabel, ...]:
     return states
 
 
-def _device(manifest: Manifest) -> str:
-    return device_kind(manifest.reference.device)
-
-
-def _state(manifest: Manifest) -> dict[str, Any]:
-    return {
-        "key": key_of(manifest),
-        "set_digest": manifest.set_digest,
-        "variant": manifest.variant,
-        "profile": manifest.execution.profile,
-        "device": _device(manifest),
-        "families": {
-            family.name: {
-                "bytes": family.size,
-                "requires": {name: value for name, value in family.requires.items() if not name.startswith("source:")},
-            }
+def _label(manifest: Manifest) -> StateLabel:
+    device, fingerprint = device_kind(manifest.reference.device), manifest.fingerprint
+    of_gpu = fingerprint if device == "cuda" else {}
+    return StateLabel(
+        key=key_of(manifest),
+        set_digest=manifest.set_digest,
+        variant=manifest.variant,
+        profile=manifest.execution.profile,
+        device=device,
+        created=manifest.created,
+        gpu=of_gpu.get("gpu", _NONE),
+        compute_capability=of_gpu.get("compute_capability", _NONE),
+        driver=of_gpu.get("driver", _NONE),
+        torch=fingerprint.get("torch", _NONE),
+        families=tuple(
+            FamilyLabel(
+                name=family.name,
+                size=family.size,
+                requires={name: value for name, value in family.requires.items() if not name.startswith("source:")},
+            )
             for family in manifest.families
-        },
-    }
+        ),
+    )
+
+
+def _state(state: StateLabel) -> dict[str, Any]:
+    families = {family.name: {"bytes": family.size, "requires": family.requires} for family in state.families}
+    return {**{name: getattr(state, name) for name in _TEXTS}, "families": families}
 
 
 def _parse_state(raw: Mapping[str, Any]) -> StateLabel:
@@ -175,14 +200,7 @@ def _parse_state(raw: Mapping[str, Any]) -> StateLabel:
         )
     if not _SHA256.fullmatch(_text(raw["set_digest"])):
         raise ValueError(f"{raw['set_digest']!r} is no set digest")
-    return StateLabel(
-        key=_text(raw["key"]),
-        set_digest=raw["set_digest"],
-        variant=_text(raw["variant"]),
-        profile=_text(raw["profile"]),
-        device=_text(raw["device"]),
-        families=tuple(families),
-    )
+    return StateLabel(**{name: _text(raw[name]) for name in _TEXTS}, families=tuple(families))
 
 
 def _text(value: object) -> str:

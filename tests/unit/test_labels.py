@@ -12,6 +12,7 @@ from chatterbox_prewarm import __version__
 from chatterbox_prewarm.errors import BadInputError, EngineError
 from chatterbox_prewarm.fingerprint import read_fingerprint
 from chatterbox_prewarm.image.labels import STATES, labels_of, read_states
+from chatterbox_prewarm.manifest import SCHEMA_VERSION
 from chatterbox_prewarm.states import key_of
 
 from .states import make_manifest, make_state_for
@@ -45,7 +46,7 @@ def test_the_labels_of_one_state_say_what_it_is_for(three: list[Manifest]) -> No
     labels = labels_of(three[:1], base_name="registry.example.com/speech:1", base_digest="sha256:" + "a" * 64)
     assert labels.pop(STATES)
     assert labels == {
-        "io.chatterbox-prewarm.schema": "3",
+        "io.chatterbox-prewarm.schema": str(SCHEMA_VERSION),
         "io.chatterbox-prewarm.variant": "english",
         "io.chatterbox-prewarm.profile": "aot",
         "io.chatterbox-prewarm.gpu": "NVIDIA H100",
@@ -121,7 +122,7 @@ def test_an_image_cannot_hold_two_states_of_one_key_or_none(three: list[Manifest
 
 def test_an_image_without_the_label_is_refused_with_a_next_step() -> None:
     with pytest.raises(EngineError, match=r"has no label io\.chatterbox-prewarm\.states") as caught:
-        read_states({"io.chatterbox-prewarm.schema": "3"})
+        read_states({"io.chatterbox-prewarm.schema": str(SCHEMA_VERSION)})
     assert caught.value.exit_code == 14
 
 
