@@ -1,4 +1,4 @@
-"""build and append: how a warm state becomes part of an image."""
+"""build, append, attest: how a warm state becomes part of an image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 
 import click
 
-from chatterbox_prewarm.commands.options import PATH, check_place, option, parse_voice, say, write_result
+from chatterbox_prewarm.commands.options import (
+    PATH,
+    check_place,
+    insecure_option,
+    option,
+    parse_voice,
+    say,
+    write_result,
+)
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.image.engine import ENGINES
 from chatterbox_prewarm.profiles import PROFILES, T3_DTYPES
@@ -59,7 +67,7 @@ def build(*, engine_name: str, evidence: Path | None, dry_run: bool, **fields: A
             "arguments": dict(map(_parse_argument, fields["arguments"])),
         }
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as with Ctrl-C, what is in the making goes
+    _end_as_interrupted()
     with contextlib.closing(connect(engine_name)) as engine:
         building.check(request, engine)
         if dry_run:
@@ -71,6 +79,52 @@ def build(*, engine_name: str, evidence: Path | None, dry_run: bool, **fields: A
     if built.layer is not None:
         click.echo(f"warm layer: {built.layer.size / 1e6:.1f} MB, diff id sha256:{built.layer.diff_id}")
     click.echo(f"{fields['tag']}: proven, {len(built.evidence.checks)} checks passed")
+
+
+@click.command()
+@click.option("--base", required=True, metavar="IMAGE", help="The image below.")
+@click.option("--to", "target", required=True, metavar="IMAGE", help="What the result is called, and where it goes.")
+@click.option("--warm", "states", multiple=True, required=True, type=PATH, help="A state, or several; repeatable.")
+@click.option("--weights", type=PATH, help="A checkpoint that is to go along.")
+@click.option("--platform", default="", help="Of the base, as linux/amd64; that of the states by default.")
+@click.option("--device", default="", help="That a start uses; that of the base, or of the states, by default.")
+@insecure_option
+@click.option("--replace", "replacing", is_flag=True, help="Take the tag from an image that has it.")
+def append(*, base: str, target: str, states: tuple[Path, ...], weights: Path | None, **settings: Any) -> None:
+    """Add warm states to an image, without an engine: what the target lacks is sent, and its tag comes last.
+
+    IMAGE is HOST/NAME:TAG in a registry, oci:PATH:TAG for a layout, docker-archive:PATH:NAME:TAG for a file.
+    """
+    from chatterbox_prewarm.image.addition import gather
+    from chatterbox_prewarm.image.append import append as append_image
+    from chatterbox_prewarm.image.references import parse
+
+    below, result = parse(base), parse(target)
+    _end_as_interrupted()
+    with gather(states, weights) as addition:
+        made = append_image(below, result, addition, say=say, **settings)
+    click.echo(f"{result}: {made.blobs_sent} blobs sent, {made.bytes_sent / 1e6:.1f} MB")
+    click.echo(f"digest {made.document.digest}")
+
+
+@click.command()
+@click.option("--image", required=True, metavar="IMAGE", help="In a registry or a layout.")
+@click.option("--evidence", required=True, type=PATH, help="What `prove --evidence` wrote.")
+@insecure_option
+def attest(*, image: str, evidence: Path, insecure: bool | None) -> None:
+    """Attach the evidence of a proof to an image, as an OCI referrer; the image stays as it is."""
+    from chatterbox_prewarm.image.attest import attach_evidence
+    from chatterbox_prewarm.image.references import parse
+    from chatterbox_prewarm.image.stores import storing
+
+    with storing(parse(image), insecure=insecure) as (store, name):
+        digest = attach_evidence(store, name, evidence)
+    click.echo(f"{image}: evidence attached as {digest}")
+
+
+def _end_as_interrupted() -> None:
+    """SIGTERM ends a command as Ctrl-C does: what is in the making goes."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def _parse_argument(text: str) -> tuple[str, str]:

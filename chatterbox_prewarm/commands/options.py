@@ -32,6 +32,16 @@ start_device_option = option(
 )
 weights_option = option("--weights", type=PATH, default=WEIGHTS, help="The checkpoint's directory.")
 cache_option = option("--cache", type=PATH, default=CACHE, help="A writable directory for compilers and Numba.")
+insecure_option = click.option(
+    "--insecure/--secure",
+    default=None,
+    help="Plain HTTP, or HTTPS, to a registry; by default plain to this machine alone.",
+)
+insecure_option = click.option(
+    "--insecure/--secure",
+    default=None,
+    help="Plain HTTP, or HTTPS, to a registry; by default plain to this machine alone.",
+)
 device_option = option("--device", default="cpu", help="The torch device, such as cpu or cuda.")
 
 

@@ -11,6 +11,7 @@ from chatterbox_prewarm.commands.options import (
     cache_option,
     check_place,
     device_option,
+    insecure_option,
     option,
     parse_voice,
     profile_option,
@@ -146,7 +147,38 @@ def inspect(*, warm: Path, state: str | None, as_json: bool, diff: tuple[Path, P
 @weights_option
 @cache_option
 @trust_options
+@click.option("--image", metavar="IMAGE", help="Judge an image by its labels alone; nothing of it is pulled.")
+@click.option("--host-facts", type=PATH, help="With --image: the node, as `facts` wrote it; this one by default.")
+@insecure_option
 def verify(
+    *, image: str | None, host_facts: Path | None, insecure: bool | None, device: str | None, **places: Any
+) -> None:
+    """Check every digest of a warm state, and whether each family fits this machine; explains each difference.
+
+    Of a folder of several states it checks the one that a start here would take, and says why not the others. With
+    --key or --expect-digest, first that it is the state that you trust.
+    """
+    if image is not None:
+        _verify_image(image, host_facts, device, insecure=insecure)
+    elif host_facts is not None:
+        raise BadInputError("--host-facts is for an image", next_step="add --image IMAGE")
+    else:
+        _verify_here(device=device, **places)
+
+
+def _verify_image(image: str, host_facts: Path | None, device: str | None, *, insecure: bool | None) -> None:
+    from chatterbox_prewarm import hosts
+    from chatterbox_prewarm.commands.nodes import report_verdict
+    from chatterbox_prewarm.image.references import parse
+    from chatterbox_prewarm.image.stores import reading
+    from chatterbox_prewarm.image.why import judge_reference
+
+    host = hosts.read_host_facts(host_facts) if host_facts else hosts.host_facts(device)
+    with reading(parse(image), insecure=insecure) as (store, name):
+        report_verdict(judge_reference(store, name, host))
+
+
+def _verify_here(
     *,
     warm: Path,
     state: str | None,
@@ -157,11 +189,6 @@ def verify(
     signature: Path | None,
     expect_digest: str | None,
 ) -> None:
-    """Check every digest of a warm state, and whether each family fits this machine; explains each difference.
-
-    Of a folder of several states it checks the one that a start here would take, and says why not the others. With
-    --key or --expect-digest, first that it is the state that you trust.
-    """
     from chatterbox_prewarm.choice import choose
     from chatterbox_prewarm.fit import facts
     from chatterbox_prewarm.fit import verify as verify_state

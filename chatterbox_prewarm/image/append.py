@@ -1,4 +1,4 @@
-"""Append: a base image and new layers make a new image, without an engine. Of the base only its documents are read.
+"""Append: a base image and new layers make a new image, without an engine.
 
 Layers that the target has already are not sent; what remains goes through as a stream.
 """
@@ -7,46 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import platform as this_machine
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.errors import BadInputError, EngineError
-from chatterbox_prewarm.image.oci import (
-    INDEXES,
-    MANIFESTS,
-    MAX_DOCUMENT,
-    Document,
-    Image,
-    config_descriptor,
-    read_image,
-    read_index,
-    to_documents,
-)
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.image.addition import change_for
+from chatterbox_prewarm.image.archive import save_archive
+from chatterbox_prewarm.image.compose import add_layers, resolve
+from chatterbox_prewarm.image.oci import to_documents
+from chatterbox_prewarm.image.stores import reading, storing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
     from typing import BinaryIO
 
+    from chatterbox_prewarm.image.addition import Addition
     from chatterbox_prewarm.image.layer import Layer
-    from chatterbox_prewarm.image.oci import Descriptor, Readable, Store
+    from chatterbox_prewarm.image.oci import Descriptor, Document, Image, Readable, Store
+    from chatterbox_prewarm.image.references import ImageReference
 
 logger = logging.getLogger(__name__)
-
-#: What the kernel calls an architecture, and what an image does.
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """What becomes of a base's configuration; what is None stays as it is."""
-
-    labels: Mapping[str, str] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
-    entrypoint: Sequence[str] | None = None
-    command: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,78 +40,62 @@ class Appended:
     bytes_sent: int
 
 
-def platform_of(machine: str) -> str:
-    """The platform of images for a machine, as "linux/amd64" for the kernel's "x86_64"."""
-    return f"linux/{_ARCHITECTURES.get(machine, machine)}"
-
-
-def resolve(store: Readable, reference: str, *, platform: str = "") -> Image:
-    """Read an image's documents; of an index, the image for a platform.
+def append(
+    base: ImageReference,
+    target: ImageReference,
+    addition: Addition,
+    *,
+    platform: str = "",
+    device: str = "",
+    replacing: bool = False,
+    insecure: bool | None = None,
+    say: Callable[[str], None] = logger.info,
+) -> Appended:
+    """Add states, and what goes with them, to a base, as a new image.
 
     Args:
-        store: where it is.
-        reference: its tag or digest.
-        platform: "os/architecture"; of this machine by default.
+        base: the image below.
+        target: what the result is called, and where it goes; a layout or an archive is made if it is not there.
+        addition: what is added.
+        platform: of the base, where there are several; by default that of the states.
+        device: that a start is to use; by default that of the states, if the base names none.
+        replacing: take the tag, or the archive, that is there.
+        insecure: of both registries, as `Repository` has it.
+        say: called with one line for each blob that is sent.
 
     Raises:
-        EngineError: there is no such image, or none for the platform.
+        BadInputError: the base is not fit for it, or the tag exists.
+        EngineError: the base cannot be read, or the target not be written; what the tag named is as it was.
     """
-    platform = platform or platform_of(this_machine.machine())
-    document = store.read_manifest(reference)
-    if document.media_type in INDEXES:
-        document = store.read_manifest(_choose(read_index(document), platform, reference).digest)
-    if document.media_type not in MANIFESTS:
-        raise EngineError(
-            f"{reference} is no image, but of the media type {document.media_type!r}", next_step="check the reference"
-        )
-    described = config_descriptor(document)
-    if described.size > MAX_DOCUMENT:
-        raise EngineError(
-            f"the configuration of {reference} has {described.size} bytes, more than {MAX_DOCUMENT}",
-            next_step="check the reference",
-        )
-    with store.open_blob(described) as stream:
-        image = read_image(document, stream.read())
-    if not _matches(image.platform, platform):
-        raise EngineError(
-            f"{reference} is an image for {image.platform}, not for {platform}",
-            next_step="choose a base for that platform, or another with --platform",
-        )
-    return image
+    with reading(base, insecure=insecure) as (source, name):
+        found = resolve(source, name, platform=platform or addition.platform)
+        digest = "" if base.kind == "docker-archive" else source.read_manifest(name).digest
+        change = change_for(found, addition, name=str(base), digest=digest, device=device)
+        image = add_layers(found, addition.layers, change, created=addition.created)
+        if target.kind == "docker-archive":
+            return _save(image, source, addition.layers, target, replacing=replacing)
+        with storing(target, insecure=insecure) as (store, tag):
+            return send(image, source, addition.layers, store, tag, replacing=replacing, say=say)
 
 
-def add_layers(base: Image, layers: Sequence[Layer], change: Change, *, created: str) -> Image:
-    """The image that has `layers` on top of `base`.
+def _save(
+    image: Image, source: Readable, layers: Sequence[Layer], target: ImageReference, *, replacing: bool
+) -> Appended:
+    """Write an image to an archive of Docker's, all of its layers."""
+    assert target.path is not None
+    if not target.repository:
+        raise BadInputError(f"{target} names no image", next_step=f"write it as {target}:NAME:TAG")
+    if target.path.exists() and not replacing:
+        raise BadInputError(f"{target.path} exists", next_step="name another file, or take that one with --replace")
+    new = {layer.descriptor.digest: layer.opened for layer in layers}
 
-    Args:
-        base: what lies below.
-        layers: in their order, the lowest first.
-        change: of the configuration.
-        created: an RFC 3339 time; the same input is to give the same image, so it is not the present one.
-    """
-    config = dict(base.config)
-    settings: dict[str, Any] = dict(config.get("config") or {})
-    settings["Labels"] = {**base.labels, **change.labels}
-    variables = dict(line.partition("=")[::2] for line in settings.get("Env") or [])
-    settings["Env"] = [f"{name}={value}" for name, value in {**variables, **change.environment}.items()]
-    if change.entrypoint is not None:
-        settings["Entrypoint"], settings["Cmd"] = list(change.entrypoint), []
-    if change.command is not None:
-        settings["Cmd"] = list(change.command)
-    config["config"] = settings
-    config["created"] = created
-    config["rootfs"] = {"type": "layers", "diff_ids": [*base.diff_ids, *(f"sha256:{one.diff_id}" for one in layers)]}
-    if config.get("history") or not base.diff_ids:  # with none for the layers below, ours would be taken for theirs
-        config["history"] = [
-            *(config.get("history") or []),
-            *({"created": created, "created_by": f"chatterbox-prewarm append: {one.title}"} for one in layers),
-        ]
-    # What an engine notes of the container that it built the base in, and is no part of an image.
-    for name in ("container", "container_config"):
-        config.pop(name, None)
-    return Image(
-        config=config, layers=(*base.layers, *(one.descriptor for one in layers)), annotations=dict(base.annotations)
-    )
+    def opened(descriptor: Descriptor) -> Callable[[], AbstractContextManager[BinaryIO]]:
+        return new.get(descriptor.digest) or (lambda: source.open_blob(descriptor))
+
+    blobs = {descriptor.digest: opened(descriptor) for descriptor in image.layers}
+    save_archive(image, f"{target.familiar}:{target.tag}", blobs, target.path)
+    document, _, _ = to_documents(image)
+    return Appended(document=document, blobs_sent=len(blobs), bytes_sent=sum(one.size for one in image.layers))
 
 
 def send(
@@ -192,31 +158,12 @@ def check_tag(target: Store, reference: str, *, replacing: bool) -> None:
         )
 
 
-def with_annotations(image: Image, annotations: Mapping[str, str]) -> Image:
-    """The image with more annotations on its manifest."""
-    return replace(image, annotations={**image.annotations, **annotations})
-
-
-def _choose(entries: Sequence[Descriptor], platform: str, reference: str) -> Descriptor:
-    """The image of an index that is for a platform; attestations are for an unknown one."""
-    images = [entry for entry in entries if entry.media_type in MANIFESTS and entry.platform != "unknown/unknown"]
-    if len(images) == 1 and not images[0].platform:
-        return images[0]
-    if chosen := [entry for entry in images if _matches(entry.platform, platform)]:
-        return chosen[0]
-    known = ", ".join(sorted({entry.platform or "an unnamed one" for entry in images})) or "none"
-    raise EngineError(
-        f"{reference} has no image for {platform}, only for: {known}", next_step="choose another with --platform"
-    )
-
-
 def _mounted(source: Readable, target: Store, descriptor: Descriptor) -> bool:
-    """Whether the target took the blob over from a source beside it."""
-    mount = getattr(target, "mount_blob", None)
-    return bool(mount and mount(descriptor, source))
+    """Whether the target, a repository, took the blob over from another of its registry."""
+    from chatterbox_prewarm.image.registry import Repository
 
-
-def _matches(found: str, wanted: str) -> bool:
-    """Whether an image of one platform runs on another: a variant counts only where both name one."""
-    parts, wanted_parts = found.split("/"), wanted.split("/")
-    return parts[:2] == wanted_parts[:2] and (len(parts) < 3 or len(wanted_parts) < 3 or parts[2] == wanted_parts[2])
+    if not isinstance(source, Repository) or not isinstance(target, Repository):
+        return False
+    if source.reference.host != target.reference.host:
+        return False
+    return target.mount_blob(descriptor, source.reference.repository)

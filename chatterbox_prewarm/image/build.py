@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.errors import BadInputError, EngineError, FingerprintMismatchError, IntegrityError
-from chatterbox_prewarm.image.append import Change, add_layers
+from chatterbox_prewarm.image.addition import change_for, gather
+from chatterbox_prewarm.image.compose import Change, add_layers
 from chatterbox_prewarm.image.engine import Run, prove, run_build
-from chatterbox_prewarm.image.layer import pack
+from chatterbox_prewarm.image.labels import labels_of
 from chatterbox_prewarm.places import WARM
 from chatterbox_prewarm.prove import require_passed
 from chatterbox_prewarm.staging import exclusive, put_in_place, seal, staging_folder
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 #: Bytes that a build needs where the engine keeps its images: the packages twice, the weights, and room to work.
 _ROOM = 20_000_000_000
 EVIDENCE = "io.chatterbox-prewarm.evidence"
-_DEVICE = "CHATTERBOX_PREWARM_DEVICE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,16 +130,20 @@ def check(request: Request, engine: Engine) -> None:
         check_voice_name(name)
         if not clip.is_file():
             raise BadInputError(f"there is no clip {clip}", next_step="name an audio file: --voice NAME=PATH")
-    if not request.replacing and engine.exists(request.tag):
-        raise BadInputError(
-            f"there is an image {request.tag!r} already", next_step="choose another --tag, or take it with --replace"
-        )
+    _check_tag(request, engine)
     _check_route(request, engine)
     if engine.facts.free is not None and engine.facts.free < _ROOM:
         raise EngineError(
             f"the engine has {engine.facts.free / 1e9:.0f} GB left for images, and a build needs about "
             f"{_ROOM / 1e9:.0f}",
             next_step="remove images (`docker image prune`) or the builder's cache (`docker builder prune`)",
+        )
+
+
+def _check_tag(request: Request, engine: Engine) -> None:
+    if not request.replacing and engine.exists(request.tag):
+        raise BadInputError(
+            f"there is an image {request.tag!r} already", next_step="choose another --tag, or take it with --replace"
         )
 
 
@@ -225,7 +229,7 @@ def build(request: Request, engine: Engine, *, say: Callable[[str], None] = logg
         labels = {EVIDENCE: f"sha256:{hashlib.sha256(evidence.to_json().encode()).hexdigest()}"}
         proven = add_layers(image, [], Change(labels=labels), created=image.config["created"])
         engine.load(unproven, [], proven, temporary("proven"))
-        check(request, engine)  # minutes have passed, and somebody may have taken the name
+        _check_tag(request, engine)  # minutes have passed, and somebody may have taken the name
         engine.tag(_unproven(request.tag, "proven"), request.tag)
     return Built(layer=layer, evidence=evidence)
 
@@ -286,20 +290,17 @@ def _bake(request: Request, engine: Engine, tools: str, warm: Path) -> None:
 
 
 def _append_here(request: Request, engine: Engine, cold: str, unproven: str) -> tuple[Layer, Image]:
-    from chatterbox_prewarm.image.labels import labels_of
-
-    manifest = manifests.read(request.warm)
-    layer = pack(request.warm, request.warm.with_name(f"{request.warm.name}.tar.gz"))
-    change = Change(labels=labels_of([manifest]), environment={_DEVICE: request.device})
-    image = add_layers(engine.image(cold), [layer], change, created=manifest.created)
-    engine.load(cold, [layer], image, unproven)
-    return layer, image
+    """Load the state that is kept on top of the cold image."""
+    base = engine.image(cold)
+    with gather([request.warm]) as addition:
+        change = change_for(base, addition, device=request.device)
+        image = add_layers(base, addition.layers, change, created=addition.created)
+        engine.load(cold, addition.layers, image, unproven)
+        return addition.layers[0], image
 
 
 def _labelled(engine: Engine, image: str) -> Image:
     """An image whose state a Dockerfile made, with the labels that a Dockerfile cannot know."""
-    from chatterbox_prewarm.image.labels import labels_of
-
     _, text = engine.run(Run(image=image, command=["inspect", "--json"]))
     manifest = manifests.from_json(text, source=f"the manifest in {image}")
     found = engine.image(image)

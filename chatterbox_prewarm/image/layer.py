@@ -154,6 +154,17 @@ def pack(warm: Path, output: Path) -> Layer:
     )
 
 
+def signature_layer(warm: Path, signature: Path) -> Layer:
+    """The signature of a state as a layer of its own, beside the state's folder: two signatures of one state differ.
+
+    Raises:
+        IntegrityError: the state has no sound manifest.
+        BadInputError: the signature cannot be read.
+    """
+    key = key_of(manifests.read(warm))
+    return _plain([signature], [PurePosixPath(f"{key}{signature.suffix}")], _WARM, f"signature of {key}")
+
+
 def weight_layers(weights: Path) -> tuple[Layer, ...]:
     """A checkpoint as uncompressed layers that unpack to its place: one for each large file, one for all others.
 
@@ -165,36 +176,42 @@ def weight_layers(weights: Path) -> tuple[Layer, ...]:
     names = [RECORD_NAME, *(file.path for file in record.files)]
     large = [file.path for file in sorted(record.files) if file.size >= _LARGE]
     groups = [sorted(set(names) - set(large)), *([name] for name in large)]
-    return tuple(_weight_layer(weights, group) for group in groups)
+    return tuple(
+        _plain(
+            [weights / name for name in group], list(map(PurePosixPath, group)), _WEIGHTS, f"weights {' '.join(group)}"
+        )
+        for group in groups
+    )
 
 
-def _weight_layer(weights: Path, names: Sequence[str]) -> Layer:
-    entries = [
-        *_parents(_WEIGHTS),
-        _Entry(info=_info(_WEIGHTS, directory=True)),
-        *(
-            _Entry(info=_info(_WEIGHTS / name, size=(weights / name).stat().st_size), path=weights / name)
-            for name in names
-        ),
-    ]
-
-    def opened() -> AbstractContextManager[BinaryIO]:
-        return contextlib.closing(cast("BinaryIO", io.BufferedReader(_Tar(entries), _CHUNK)))
-
-    sha256, size = hashlib.sha256(), 0
+def _plain(files: Sequence[Path], names: Sequence[PurePosixPath], place: PurePosixPath, title: str) -> Layer:
+    """An uncompressed layer of files in one folder."""
     try:
+        entries = [
+            *_parents(place),
+            _Entry(info=_info(place, directory=True, mode=0o755)),
+            *(
+                _Entry(info=_info(place / name, size=path.stat().st_size), path=path)
+                for path, name in zip(files, names, strict=True)
+            ),
+        ]
+        sha256, size = hashlib.sha256(), 0
         for piece in _pieces(entries):
             sha256.update(piece)
             size += len(piece)
     except OSError as error:
-        raise from_os_error(error, "reading the weights") from error
+        raise from_os_error(error, f"reading what becomes the layer {title!r}") from error
+
+    def opened() -> AbstractContextManager[BinaryIO]:
+        return contextlib.closing(cast("BinaryIO", io.BufferedReader(_Tar(entries), _CHUNK)))
+
     return Layer(
         digest=sha256.hexdigest(),
         diff_id=sha256.hexdigest(),
         size=size,
         media_type=OCI_LAYER,
         packer=_TAR,
-        title=f"weights {' '.join(names)}",
+        title=title,
         opened=opened,
     )
 

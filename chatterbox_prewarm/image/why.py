@@ -12,7 +12,7 @@ from chatterbox_prewarm.choice import Fit, measure, outranked
 from chatterbox_prewarm.errors import FingerprintMismatchError
 from chatterbox_prewarm.fingerprint import MACHINE, Fingerprint, explain, words_for
 from chatterbox_prewarm.fit import device_kind
-from chatterbox_prewarm.image.append import platform_of, resolve
+from chatterbox_prewarm.image.compose import platform_of, resolve
 from chatterbox_prewarm.image.labels import read_states
 
 if TYPE_CHECKING:

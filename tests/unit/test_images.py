@@ -10,13 +10,14 @@ import os
 import tarfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError, EngineError, IntegrityError, WeightsError
-from chatterbox_prewarm.image.append import Change, add_layers, resolve, send
+from chatterbox_prewarm.image.append import send
 from chatterbox_prewarm.image.archive import Archive, save_archive
+from chatterbox_prewarm.image.compose import Change, add_layers, resolve
 from chatterbox_prewarm.image.layer import Layer, pack, weight_layers
 from chatterbox_prewarm.image.layout import Layout
 from chatterbox_prewarm.image.oci import (
@@ -25,50 +26,16 @@ from chatterbox_prewarm.image.oci import (
     OCI_LAYER,
     Descriptor,
     Document,
-    Image,
     digest_of,
     dump,
     to_documents,
 )
 from chatterbox_prewarm.models import ENGLISH
 from chatterbox_prewarm.weights import record
+from tests.unit.images import make_base, tar_of
 from tests.unit.states import make_checkpoint, make_state
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 CREATED = "2025-01-02T03:04:05+00:00"
-
-
-def tar_of(files: Mapping[str, bytes]) -> bytes:
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return made.getvalue()
-
-
-def make_base(layout: Layout, tag: str, *, architecture: str = "amd64", **config: Any) -> Image:
-    """An image of one layer, stored in a layout."""
-    raw = tar_of({"etc/base": architecture.encode()})
-    layer = Descriptor(media_type=OCI_LAYER, digest=digest_of(raw), size=len(raw))
-    image = Image(
-        config={
-            "architecture": architecture,
-            "os": "linux",
-            "config": {"Env": ["PATH=/bin", "A=1"], "Labels": {"kept": "yes"}, "Cmd": ["sh"], **config},
-            "rootfs": {"type": "layers", "diff_ids": [layer.digest]},
-            "history": [{"created_by": "base"}],
-        },
-        layers=(layer,),
-    )
-    document, descriptor, text = to_documents(image)
-    layout.put_blob(layer, lambda: nullcontext(io.BytesIO(raw)))
-    layout.put_blob(descriptor, lambda: nullcontext(io.BytesIO(text)))
-    layout.put_manifest(document, tag)
-    return image
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from chatterbox_prewarm.errors import EngineError, FingerprintMismatchError
 from chatterbox_prewarm.families import applicable
 from chatterbox_prewarm.fingerprint import ABSENT
 from chatterbox_prewarm.image import oci
-from chatterbox_prewarm.image.append import platform_of, resolve
+from chatterbox_prewarm.image.compose import platform_of, resolve
 from chatterbox_prewarm.image.labels import STATES, labels_of
 from chatterbox_prewarm.image.oci import Descriptor, Document, Image
 from chatterbox_prewarm.image.why import judge, judge_reference

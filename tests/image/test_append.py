@@ -1,0 +1,281 @@
+"""`append`, `attest` and `verify --image` between registries, layouts and archives, with small images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from chatterbox_prewarm import manifest as manifests
+from chatterbox_prewarm.image.attest import EVIDENCE_TYPE
+from chatterbox_prewarm.image.compose import resolve
+from chatterbox_prewarm.image.labels import read_states
+from chatterbox_prewarm.image.layout import Layout
+from chatterbox_prewarm.image.oci import OCI_INDEX, Document, dump
+from chatterbox_prewarm.image.references import parse
+from chatterbox_prewarm.image.stores import storing
+from chatterbox_prewarm.models import ENGLISH
+from chatterbox_prewarm.states import key_of
+from chatterbox_prewarm.weights import read_record, record
+from tests.conftest import run_cli
+from tests.image.registry_server import serve
+from tests.unit.images import make_base
+from tests.unit.states import make_checkpoint, make_state_for, rewrite
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from chatterbox_prewarm.image.oci import Image
+    from tests.image.registry_server import Registry
+
+LABELS = {"io.chatterbox-prewarm.torch": "torch-2.6", "io.chatterbox-prewarm.variant": "english"}
+H100 = {"arch": "x86_64", "gpu": "NVIDIA H100", "compute_capability": "9.0", "driver": "550.54.15", "torch": "2.6.0"}
+L4 = {**H100, "gpu": "NVIDIA L4", "compute_capability": "8.9"}
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    with serve(tmp_path / "registry") as running:
+        yield running
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    """A layout with a base for states as its tag `base`."""
+    made = Layout(tmp_path / "layout")
+    make_base(made, "base", Labels=LABELS)
+    return made
+
+
+@pytest.fixture
+def h100(tmp_path: Path) -> Path:
+    make_state_for(tmp_path / "h100", H100, code=b"of an H100")
+    return tmp_path / "h100"
+
+
+@pytest.fixture
+def l4(tmp_path: Path) -> Path:
+    make_state_for(tmp_path / "l4", L4, code=b"of an L4")
+    return tmp_path / "l4"
+
+
+def read(reference: str) -> Image:
+    with storing(parse(reference)) as (store, name):
+        return resolve(store, name, platform="linux/amd64")
+
+
+def test_one_state_is_one_layer_wherever_it_goes(
+    layout: Layout, registry: Registry, h100: Path, tmp_path: Path
+) -> None:
+    targets = [f"oci:{layout.path}:warm", f"{registry.address}/speech:warm", f"oci:{tmp_path / 'new'}:warm"]
+    for target in targets:
+        made = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
+        assert made.returncode == 0, made.stderr
+    images = [read(target) for target in targets]
+    assert images[0] == images[1] == images[2]
+    assert images[0].labels["io.chatterbox-prewarm.gpu"] == "NVIDIA H100"
+    assert images[0].labels["org.opencontainers.image.base.name"] == f"oci:{layout.path}:base"
+    assert "CHATTERBOX_PREWARM_DEVICE=cuda" in images[0].config["config"]["Env"]
+    packed = run_cli("pack", "--warm", h100, "--output", tmp_path / "layer.tar.gz")
+    assert images[0].layers[-1].digest in packed.stdout
+    assert images[0].diff_ids[-1] in packed.stdout
+
+
+def test_another_implementation_reads_what_is_appended(
+    layout: Layout, registry: Registry, h100: Path, tmp_path: Path
+) -> None:
+    if shutil.which("skopeo") is None:
+        pytest.skip("there is no skopeo (Debian: apt-get install skopeo)")
+    target = f"{registry.address}/speech:warm"
+    run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
+    policy = tmp_path / "policy.json"
+    policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+    copy = ["skopeo", "--policy", str(policy), "copy", "--src-tls-verify=false", f"docker://{target}"]
+    copied = subprocess.run([*copy, f"oci:{tmp_path / 'copy'}:warm"], capture_output=True, text=True)
+    assert copied.returncode == 0, copied.stderr
+    # skopeo compresses the base's layer on the way, so that its descriptor differs; the diff ids are as they were.
+    assert read(f"oci:{tmp_path / 'copy'}:warm").config == read(target).config
+
+
+def test_an_archive_is_loaded_by_an_engine(docker: str, layout: Layout, h100: Path, tmp_path: Path) -> None:
+    tag = "chatterbox-prewarm-test:appended"
+    archive = tmp_path / "image.tar"
+    arguments = ("--base", f"oci:{layout.path}:base", "--to", f"docker-archive:{archive}:{tag}", "--warm", h100)
+    made = run_cli("append", *arguments)
+    assert made.returncode == 0, made.stderr
+    run_cli("append", "--base", f"oci:{layout.path}:base", "--to", f"oci:{layout.path}:warm", "--warm", h100)
+    try:
+        subprocess.run([docker, "load", "--input", str(archive)], check=True, capture_output=True)
+        (found,) = json.loads(subprocess.run([docker, "inspect", tag], check=True, capture_output=True).stdout)
+        assert tuple(found["RootFS"]["Layers"]) == read(f"oci:{layout.path}:warm").diff_ids
+        assert found["Config"]["Labels"] == read(f"oci:{layout.path}:warm").labels
+    finally:
+        subprocess.run([docker, "rmi", "--force", tag], capture_output=True)
+    refused = run_cli("append", *arguments)
+    assert refused.returncode == 16
+    assert "exists" in refused.stderr
+    assert run_cli("append", *arguments, "--replace").returncode == 0
+
+
+def test_a_gpu_type_is_added_to_a_published_image_and_only_that_is_sent(
+    layout: Layout, registry: Registry, h100: Path, l4: Path
+) -> None:
+    first, second = (f"{registry.address}/speech:{tag}" for tag in ("1", "2"))
+    run_cli("append", "--base", f"oci:{layout.path}:base", "--to", first, "--warm", h100)
+    added = run_cli("append", "--base", first, "--to", second, "--warm", l4)
+    assert added.returncode == 0, added.stderr
+    assert "2 blobs sent" in added.stdout, "the layer and the configuration"
+    image = read(second)
+    assert {state.key for state in read_states(image.labels)} == {key_of(manifests.read(one)) for one in (h100, l4)}
+    assert image.labels["io.chatterbox-prewarm.gpu"] == "NVIDIA H100, NVIDIA L4"
+    assert image.layers[:-1] == read(first).layers
+    again = run_cli("append", "--base", second, "--to", f"{registry.address}/speech:3", "--warm", l4)
+    assert again.returncode == 16
+    assert "for one machine" in again.stderr
+
+
+def test_layers_come_from_a_repository_beside_without_being_sent(registry: Registry, h100: Path) -> None:
+    base = f"{registry.address}/base:1"
+    with storing(parse(base)) as (store, _):
+        make_base(store, "1", Labels=LABELS)
+    made = run_cli("append", "--base", base, "--to", f"{registry.address}/other:1", "--warm", h100)
+    assert made.returncode == 0, made.stderr
+    assert "2 blobs sent" in made.stdout
+    assert read(f"{registry.address}/other:1").layers[0] == read(base).layers[0]
+
+
+def test_weights_and_signatures_go_along_as_layers(layout: Layout, h100: Path, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "weights")
+    record(checkpoint, variant=ENGLISH, repository="own", revision="1")
+    arguments = ("--base", f"oci:{layout.path}:base", "--to", f"oci:{layout.path}:warm", "--weights", checkpoint)
+    refused = run_cli("append", *arguments, "--warm", h100)
+    assert refused.returncode == 16
+    assert "baked with other weights" in refused.stderr
+    digest = read_record(checkpoint).set_digest
+    rewrite(h100, lambda raw: raw["weights"].update(set_digest=digest))
+    h100.with_name("h100.sig").write_text("{}")
+    made = run_cli("append", *arguments, "--warm", h100)
+    assert made.returncode == 0, made.stderr
+    titles = [layer.annotations.get("org.opencontainers.image.title", "") for layer in read(arguments[3]).layers]
+    assert [title.split()[0] for title in titles[1:]] == ["weights", "warm", "signature"]
+
+
+def test_of_an_index_the_image_for_the_states_machine_is_the_base(layout: Layout, h100: Path) -> None:
+    entries = []
+    for architecture in ("amd64", "arm64"):
+        make_base(layout, architecture, architecture=architecture, Labels=LABELS)
+        document = layout.read_manifest(architecture)
+        entries.append(
+            {
+                "mediaType": document.media_type,
+                "digest": document.digest,
+                "size": len(document.raw),
+                "platform": {"os": "linux", "architecture": architecture},
+            }
+        )
+    for name, listed in (("both", entries), ("arm", entries[1:])):
+        raw = dump({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": listed})
+        layout.put_manifest(Document(media_type=OCI_INDEX, raw=raw), name)
+    to = ("--to", f"oci:{layout.path}:warm", "--warm", h100)
+    assert run_cli("append", "--base", f"oci:{layout.path}:both", *to).returncode == 0
+    assert read(f"oci:{layout.path}:warm").platform == "linux/amd64"
+    refused = run_cli("append", "--base", f"oci:{layout.path}:arm", *to, "--replace")
+    assert refused.returncode == 14
+    assert "only for: linux/arm64" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "word"),
+    [
+        ({"Labels": {}}, 16, "no image of this project"),
+        ({"Labels": {**LABELS, "io.chatterbox-prewarm.torch": "torch-2.11"}}, 16, "the base has torch 2.11"),
+        ({"Labels": {**LABELS, "io.chatterbox-prewarm.variant": "turbo"}}, 16, "for the model variant turbo"),
+        ({"Labels": {**LABELS, "io.chatterbox-prewarm.states": "{"}}, 14, "is malformed"),
+        ({"Labels": LABELS, "architecture": "arm64"}, 14, "not for linux/amd64"),
+    ],
+)
+def test_a_base_that_a_start_could_not_use_is_refused(
+    settings: dict[str, Any], code: int, word: str, tmp_path: Path, h100: Path
+) -> None:
+    layout = Layout(tmp_path / "other")
+    make_base(layout, "base", **settings)
+    target = f"oci:{layout.path}:warm"
+    refused = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
+    assert refused.returncode == code, refused.stderr
+    assert word in refused.stderr
+    assert not layout.has_manifest("warm")
+
+
+def test_a_broken_state_and_a_missing_base_send_nothing(layout: Layout, registry: Registry, h100: Path) -> None:
+    target = f"{registry.address}/speech:warm"
+    missing = run_cli("append", "--base", f"oci:{layout.path}:none", "--to", target, "--warm", h100)
+    assert missing.returncode == 14
+    assert "choose a tag it has: base" in missing.stderr
+    next(path for path in h100.rglob("*") if path.is_file() and path.name != "manifest.json").write_bytes(b"changed")
+    broken = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
+    assert broken.returncode == 12
+    assert list(registry.storage.rglob("data")) == []
+
+
+def test_a_tag_that_exists_is_taken_on_request_alone(layout: Layout, registry: Registry, h100: Path, l4: Path) -> None:
+    target = f"{registry.address}/speech:warm"
+    run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
+    before = read(target)
+    arguments = ("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", l4)
+    refused = run_cli(*arguments)
+    assert refused.returncode == 16
+    assert "already" in refused.stderr
+    assert read(target) == before
+    assert run_cli(*arguments, "--replace").returncode == 0
+    assert read(target) != before
+
+
+def test_a_node_is_judged_by_an_images_labels(layout: Layout, registry: Registry, h100: Path, tmp_path: Path) -> None:
+    target = f"{registry.address}/speech:warm"
+    run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
+    facts = {"arch": "x86_64", "cpu_model": "any", "cpu_features": "avx", "instruction_set": "avx"}
+    node = tmp_path / "node.json"
+    for gpu, code, word in ((L4, 11, "GPU: baked with NVIDIA H100, here NVIDIA L4"), (H100, 11, "not in the state")):
+        machine = {name: gpu[name] for name in ("gpu", "compute_capability", "driver")}
+        node.write_text(json.dumps({**facts, **machine}))
+        judged = run_cli("verify", "--image", target, "--host-facts", node)
+        assert judged.returncode == code, judged.stdout + judged.stderr
+        assert word in judged.stdout
+    refused = run_cli("verify", "--host-facts", node)
+    assert refused.returncode == 16
+
+
+def test_evidence_is_attached_to_the_image_that_it_is_of(
+    layout: Layout, registry: Registry, h100: Path, tmp_path: Path
+) -> None:
+    target = f"{registry.address}/speech:warm"
+    run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
+    evidence = tmp_path / "evidence.json"
+    found = {"passed": True, "set_digest": manifests.read(h100).set_digest, "checks": [], "observed": {}}
+    for change, code in (({"passed": False}, 13), ({"set_digest": "0" * 64}, 12), ({"passed": None}, 13)):
+        evidence.write_text(json.dumps({**found, **change}))
+        assert run_cli("attest", "--image", target, "--evidence", evidence).returncode == code
+    evidence.write_text("{}")
+    assert run_cli("attest", "--image", target, "--evidence", evidence).returncode == 16
+    evidence.write_text(json.dumps(found))
+    for _ in range(2):  # twice is once
+        attached = run_cli("attest", "--image", target, "--evidence", evidence)
+        assert attached.returncode == 0, attached.stderr
+    with storing(parse(target)) as (store, name):
+        subject = store.read_manifest(name)
+        listed = json.loads(store.read_manifest(subject.digest.replace(":", "-")).raw)["manifests"]
+        assert [entry["artifactType"] for entry in listed] == [EVIDENCE_TYPE]
+        referrer = json.loads(store.read_manifest(listed[0]["digest"]).raw)
+    assert referrer["subject"]["digest"] == subject.digest
+    assert registry.blob(referrer["layers"][0]["digest"]).read_bytes() == evidence.read_bytes()
+
+
+def test_a_registry_that_is_down_is_said(layout: Layout, h100: Path) -> None:
+    target = ("--to", "127.0.0.1:9/speech:warm", "--warm", h100)
+    refused = run_cli("append", "--base", f"oci:{layout.path}:base", *target)
+    assert refused.returncode == 14
+    assert "127.0.0.1:9" in refused.stderr
