@@ -13,6 +13,8 @@ ARG BASE=debian:bookworm-slim
 # Where the weights come from: hub (the published ones), synthetic (random ones, whose speech is noise), or none (they
 # are appended, or mounted).
 ARG WEIGHTS=hub
+# Where the packages come from: the stage that installs them, or an image that was made of the stage `deps` before.
+ARG DEPS=packages
 
 # ---- base: the system that everything runs on ------------------------------------------------------------------------
 FROM ${BASE} AS base
@@ -25,7 +27,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1
 
 # ---- deps: the Python packages of one software stack, from its hashed lock -------------------------------------------
-FROM base AS deps
+FROM base AS packages
 ARG STACK=torch-2.6
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -35,6 +37,9 @@ COPY build/sync build/locks/uv.txt build/locks/${STACK}.txt /build/
 RUN --mount=type=cache,target=/var/cache/uv \
     --mount=type=secret,id=ca --mount=type=secret,id=pip \
     UV_CACHE_DIR=/var/cache/uv sh /build/sync /build/uv.txt "/build/${STACK}.txt" /opt/venv
+
+# hadolint ignore=DL3006 -- a stage of this file, or an image that is named
+FROM ${DEPS} AS deps
 
 # ---- weights: fetched at a pinned commit, or random ------------------------------------------------------------------
 # Only the modules that fetch are copied, so that other changes of the code download nothing.

@@ -12,7 +12,7 @@ import click
 from chatterbox_prewarm import __version__
 from chatterbox_prewarm.child import DEBUG
 from chatterbox_prewarm.commands.bench import bench
-from chatterbox_prewarm.commands.images import append, attest, build
+from chatterbox_prewarm.commands.images import append, attest, build, dockerfile, publish
 from chatterbox_prewarm.commands.nodes import facts
 from chatterbox_prewarm.commands.serving import serve
 from chatterbox_prewarm.commands.states import bake, inspect, pack, prove, verify
@@ -41,7 +41,24 @@ def cli(*, debug: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-for command in (weights, bake, inspect, verify, prove, pack, build, append, attest, facts, sign, sbom, serve, bench):
+for command in (
+    weights,
+    bake,
+    inspect,
+    verify,
+    prove,
+    pack,
+    build,
+    append,
+    attest,
+    publish,
+    dockerfile,
+    facts,
+    sign,
+    sbom,
+    serve,
+    bench,
+):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""build, append, attest: how a warm state becomes part of an image."""
+"""build, append, attest, publish, dockerfile: how a warm state becomes part of an image."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ import click
 
 from chatterbox_prewarm.commands.options import (
     PATH,
+    cache_option,
     check_place,
     insecure_option,
     option,
     parse_voice,
     say,
+    weights_option,
     write_result,
 )
 from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.image.dockerfile import VARIANTS
 from chatterbox_prewarm.image.engine import ENGINES
+from chatterbox_prewarm.matrix import FILE
 from chatterbox_prewarm.profiles import PROFILES, T3_DTYPES
 
 _ROUTES = ("export", "dockerfile", "no-gpu")
@@ -120,6 +124,66 @@ def attest(*, image: str, evidence: Path, insecure: bool | None) -> None:
     with storing(parse(image), insecure=insecure) as (store, name):
         digest = attach_evidence(store, name, evidence)
     click.echo(f"{image}: evidence attached as {digest}")
+
+
+@click.command()
+@click.option("--for", "variant", required=True, type=click.Choice(VARIANTS), help="The builder that it is for.")
+@click.option("--checkout", type=PATH, default=Path(), help="Of this project; the current directory by default.")
+@click.option("--target", default="runtime", show_default=True, help="The last stage of one for the classic builder.")
+@click.option("--build-arg", "arguments", multiple=True, metavar="NAME=VALUE", help="That choose stages; repeatable.")
+def dockerfile(*, variant: str, checkout: Path, target: str, arguments: tuple[str, ...]) -> None:
+    """Print the Dockerfile for another builder: with the GPU in the step that bakes (cdi), or without mounts (classic).
+
+    cdi needs BuildKit 0.20 and Buildx 0.22: docker buildx build --allow device=nvidia.com/gpu=all --build-arg
+    DEVICE=cuda -f - .
+    """
+    from chatterbox_prewarm.image.dockerfile import for_cdi, for_classic
+
+    path = checkout / "Dockerfile"
+    if not path.is_file():
+        raise BadInputError(f"{checkout} has no Dockerfile", next_step="name a checkout of this project")
+    text = path.read_text(encoding="utf-8")
+    found = for_cdi(text) if variant == "cdi" else for_classic(text, dict(map(_parse_argument, arguments)), target)
+    click.echo(found, nl=False)
+
+
+@click.command()
+@click.option("--matrix", type=PATH, default=Path(FILE), show_default=True, help="Which bakes there are.")
+@click.option("--index", type=click.IntRange(0), envvar="JOB_COMPLETION_INDEX", show_envvar=True, help="Which of them.")
+@click.option("--list", "listing", is_flag=True, help="List the bakes with their numbers, and do nothing.")
+@option("--warm", type=PATH, default="/tmp/warm", help="Where the state is made.")  # noqa: S108 - in a container
+@weights_option
+@cache_option
+@insecure_option
+def publish(
+    *, matrix: Path, index: int | None, listing: bool, warm: Path, weights: Path, cache: Path, insecure: bool | None
+) -> None:
+    """Bake on this node without an engine, prove it, and add it to an image in a registry: a container of a Job.
+
+    Runs in an image of the stage `tools`; the matrix names the image of the stage `cold` as its base.
+    """
+    from chatterbox_prewarm import matrix as matrices
+
+    found = matrices.read(matrix)
+    if listing:
+        for number, bake in enumerate(found.bakes):
+            voices = ", ".join(bake.voices) or "no more voices"
+            click.echo(f"{number}: {bake.variant}, {bake.gpu or 'CPU'}, {bake.profile}, {bake.t3_dtype}, {voices}")
+        return
+    if index is None or index >= len(found.bakes):
+        raise BadInputError(
+            f"{matrix} has {len(found.bakes)} bakes, and --index is {index}", next_step="see publish --list"
+        )
+    from chatterbox_prewarm.image import publish as publishing
+
+    _end_as_interrupted()
+    places = publishing.Places(
+        weights=weights, warm=warm, cache=cache, evidence=warm.with_name(f"{warm.name}.evidence.json")
+    )
+    made = publishing.publish(found.bakes[index], found.base, found.target, places, insecure=insecure, say=say)
+    if made is not None:
+        click.echo(f"{found.target}: {made.blobs_sent} blobs sent, {made.bytes_sent / 1e6:.1f} MB")
+        click.echo(f"digest {made.document.digest}")
 
 
 def _end_as_interrupted() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.errors import BadInputError, EngineError
 from chatterbox_prewarm.image.addition import change_for
 from chatterbox_prewarm.image.archive import save_archive
 from chatterbox_prewarm.image.compose import add_layers, resolve
@@ -40,6 +40,10 @@ class Appended:
     bytes_sent: int
 
 
+class TagMovedError(EngineError):
+    """The tag names another image than the one that was added to."""
+
+
 def append(
     base: ImageReference,
     target: ImageReference,
@@ -48,6 +52,7 @@ def append(
     platform: str = "",
     device: str = "",
     replacing: bool = False,
+    expected: str | None = None,
     insecure: bool | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> Appended:
@@ -60,6 +65,7 @@ def append(
         platform: of the base, where there are several; by default that of the states.
         device: that a start is to use; by default that of the states, if the base names none.
         replacing: take the tag, or the archive, that is there.
+        expected: the digest that the tag must still have when it is taken, or "" if it must not be there.
         insecure: of both registries, as `Repository` has it.
         say: called with one line for each blob that is sent.
 
@@ -75,7 +81,7 @@ def append(
         if target.kind == "docker-archive":
             return _save(image, source, addition.layers, target, replacing=replacing)
         with storing(target, insecure=insecure) as (store, tag):
-            return send(image, source, addition.layers, store, tag, replacing=replacing, say=say)
+            return send(image, source, addition.layers, store, tag, replacing=replacing, expected=expected, say=say)
 
 
 def _save(
@@ -106,6 +112,7 @@ def send(
     reference: str,
     *,
     replacing: bool = False,
+    expected: str | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> Appended:
     """Store an image: the blobs that the target lacks, then its documents, and its tag last.
@@ -117,13 +124,15 @@ def send(
         target: to store in.
         reference: the tag it gets.
         replacing: take the tag from an image that has it.
+        expected: the digest that the tag must still have when it is taken, or "" if it must not be there.
         say: called with one line for each blob that is sent.
 
     Raises:
         BadInputError: the tag exists.
         EngineError: the source or the target failed; the tag is as it was.
+        TagMovedError: it names another image than the one expected.
     """
-    check_tag(target, reference, replacing=replacing)
+    check_tag(target, reference, replacing=replacing, expected=expected)
     document, config, raw = to_documents(image)
     new = {layer.descriptor.digest: layer for layer in layers}
     sent: list[int] = []
@@ -141,18 +150,25 @@ def send(
         elif not target.has_blob(descriptor) and not _mounted(source, target, descriptor):
             put(descriptor, lambda wanted=descriptor: source.open_blob(wanted), f"layer {number} of the base")  # type: ignore[misc]
     put(config, lambda: contextlib.nullcontext(BytesIO(raw)), "the configuration")
-    check_tag(target, reference, replacing=replacing)  # minutes may have passed
+    check_tag(target, reference, replacing=replacing, expected=expected)  # minutes may have passed
     target.put_manifest(document, reference)
     return Appended(document=document, blobs_sent=len(sent), bytes_sent=sum(sent))
 
 
-def check_tag(target: Store, reference: str, *, replacing: bool) -> None:
-    """Refuse to take a tag from an image that has it.
+def check_tag(target: Store, reference: str, *, replacing: bool, expected: str | None = None) -> None:
+    """Refuse to take a tag from an image that has it, or that is not the expected one.
 
     Raises:
         BadInputError: the tag exists.
+        TagMovedError: it names another image.
     """
-    if not replacing and target.has_manifest(reference):
+    if expected is not None:
+        found = target.read_manifest(reference).digest if target.has_manifest(reference) else ""
+        if found != expected:
+            raise TagMovedError(
+                f"{reference!r} has moved from {expected or 'nothing'} to {found or 'nothing'}", next_step="try again"
+            )
+    elif not replacing and target.has_manifest(reference):
         raise BadInputError(
             f"there is an image {reference!r} already", next_step="choose another tag, or take that one with --replace"
         )

@@ -1,0 +1,155 @@
+"""Publish: bake, prove and append in one container, on a node that has the GPU and no engine, as in a Kubernetes Job.
+
+The order makes it safe to try again: nothing is named in the registry before the proof has passed, and the tag comes
+last. Several that gather states in one image at a time each begin again when the tag has moved under them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chatterbox_prewarm.bake import bake
+from chatterbox_prewarm.errors import BadInputError, EngineError, FingerprintMismatchError
+from chatterbox_prewarm.fingerprint import read_fingerprint
+from chatterbox_prewarm.image.addition import gather
+from chatterbox_prewarm.image.append import TagMovedError, append
+from chatterbox_prewarm.image.attest import attach_evidence
+from chatterbox_prewarm.image.compose import resolve
+from chatterbox_prewarm.image.labels import STATES, read_states
+from chatterbox_prewarm.image.references import parse
+from chatterbox_prewarm.image.stores import reading, storing
+from chatterbox_prewarm.profiles import default_execution
+from chatterbox_prewarm.prove import prove_here, require_passed
+from chatterbox_prewarm.states import key_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from chatterbox_prewarm.image.addition import Addition
+    from chatterbox_prewarm.image.append import Appended
+    from chatterbox_prewarm.image.oci import Readable
+    from chatterbox_prewarm.image.references import ImageReference
+    from chatterbox_prewarm.matrix import Bake
+
+logger = logging.getLogger(__name__)
+
+#: More than bakes that end within the seconds that an append takes.
+_ATTEMPTS = 10
+#: Seconds after which a tag is seen that another set at the same moment: a registry compares nothing as it sets one.
+_SETTLED = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where a container has the checkpoint, makes the state, and keeps caches; and where the evidence goes."""
+
+    weights: Path
+    warm: Path
+    cache: Path
+    evidence: Path
+
+
+def publish(
+    wanted: Bake,
+    base: str,
+    target: str,
+    places: Places,
+    *,
+    insecure: bool | None = None,
+    say: Callable[[str], None] = logger.info,
+) -> Appended | None:
+    """Bake here, prove it, add it to an image, and attach the evidence.
+
+    The image is `target` if it is there, so that the states of several GPU types gather in it one after another, and
+    `base` for the first one.
+
+    Args:
+        wanted: what to bake; the GPU must be this node's.
+        base: the image without a state that this process runs in, but for its compilers.
+        target: the image that it becomes.
+        places: in this container.
+        insecure: of the registries, as `Repository` has it.
+        say: called with one line for each step.
+
+    Returns:
+        what was sent, or None if the image had the state already.
+
+    Raises:
+        FingerprintMismatchError: this node has another GPU.
+        NotWarmError: a fresh process missed; nothing was sent.
+        PrewarmError: as `bake`, `prove_here` and `append`.
+    """
+    below, result = parse(base), parse(target)
+    if result.digest:
+        raise BadInputError(f"{target} names a digest, not a tag", next_step="name the tag that the image is to get")
+    found = read_fingerprint(wanted.device).gpu
+    if wanted.gpu and found != wanted.gpu:
+        raise FingerprintMismatchError(
+            f"this node has the GPU {found!r}, and the bake is for {wanted.gpu!r}",
+            next_step="run it on such a node: nodeSelector nvidia.com/gpu.product",
+        )
+    _check_base(below, insecure=insecure)
+    say(f"bake: {wanted.variant}, {wanted.gpu or 'CPU'}, {wanted.profile}")
+    manifest = bake(
+        places.weights,
+        places.warm,
+        cache=places.cache,
+        device=wanted.device,
+        execution=default_execution(wanted.device, profile=wanted.profile, t3_dtype=wanted.t3_dtype),
+        levels=[int(level) for level in wanted.levels.split(",")],
+        voices=wanted.voices,
+        progress=say,
+    )
+    say("prove, in a fresh process")
+    evidence = prove_here(places.warm, places.weights, places.cache)
+    require_passed(evidence)
+    places.evidence.write_text(evidence.to_json(), encoding="utf-8")
+    with gather([places.warm]) as addition:
+        made = _add(below, result, addition, key_of(manifest), insecure=insecure, say=say)
+    if made is None:
+        say(f"{target} has the state {key_of(manifest)} already, from an earlier attempt: nothing is sent")
+        return None
+    with storing(result.at(made.document.digest), insecure=insecure) as (store, digest):
+        attach_evidence(store, digest, places.evidence)
+    return made
+
+
+def _check_base(base: ImageReference, *, insecure: bool | None) -> None:
+    """Make sure that the base can be read, before minutes of baking."""
+    with reading(base, insecure=insecure) as (source, name):
+        resolve(source, name)
+
+
+def _add(
+    base: ImageReference,
+    target: ImageReference,
+    addition: Addition,
+    key: str,
+    *,
+    insecure: bool | None,
+    say: Callable[[str], None],
+) -> Appended | None:
+    """Add a state to the image that has the tag by now, or to the base; None if it is in there."""
+    made: Appended | None = None
+    for _ in range(_ATTEMPTS):
+        with storing(target, insecure=insecure) as (store, tag):
+            before = store.read_manifest(tag).digest if store.has_manifest(tag) else ""
+            if before and key in _keys(store, before):
+                return made
+        below = target.at(before) if before else base
+        try:
+            made = append(below, target, addition, expected=before, insecure=insecure, say=say)
+        except TagMovedError as error:
+            say(f"{error.message}; once more")
+        time.sleep(_SETTLED)
+    raise EngineError(f"the tag of {target} moves all the time", next_step="let fewer bakes add to it at once")
+
+
+def _keys(store: Readable, digest: str) -> set[str]:
+    """The states of an image, by their keys."""
+    labels = resolve(store, digest).labels
+    return {state.key for state in read_states(labels)} if STATES in labels else set()

@@ -1,0 +1,126 @@
+"""`publish`: bake, prove, add to an image and attach the evidence, in one process without an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import pytest
+
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.image.addition import gather
+from chatterbox_prewarm.image.append import TagMovedError, append
+from chatterbox_prewarm.image.compose import resolve
+from chatterbox_prewarm.image.labels import read_states
+from chatterbox_prewarm.image.layout import Layout
+from chatterbox_prewarm.image.references import parse
+from tests.conftest import run_cli
+from tests.unit.images import make_base
+from tests.unit.states import make_state_for
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+STACK = ".".join(version("torch").split(".")[:2])
+L4 = {"arch": "x86_64", "gpu": "NVIDIA L4", "compute_capability": "8.9", "driver": "550.54.15"}
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    made = Layout(tmp_path / "layout")
+    labels = {"io.chatterbox-prewarm.torch": f"torch-{STACK}", "io.chatterbox-prewarm.variant": "english"}
+    make_base(made, "cold", Labels=labels)
+    return made
+
+
+def write(layout: Layout, folder: Path, bake: str) -> Path:
+    matrix = folder / "prewarm.toml"
+    image = f'[image]\nbase = "oci:{layout.path}:cold"\ntarget = "oci:{layout.path}:warm"\n'
+    matrix.write_text(f'{image}[[bake]]\nlevels = "1"\n{bake}')
+    return matrix
+
+
+def test_a_node_bakes_proves_and_adds_its_state_to_an_image(layout: Layout, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    assert run_cli("weights", "synthesize", weights, "--size", "mini").returncode == 0
+    matrix = write(layout, tmp_path, 'profiles = ["eager"]')
+    arguments: list[str | Path] = ["publish", "--matrix", matrix, "--index", "0", "--weights", weights]
+    arguments += ["--warm", tmp_path / "warm", "--cache", tmp_path / "cache"]
+    made = run_cli(*arguments)
+    assert made.returncode == 0, made.stderr
+    image = resolve(layout, "warm", platform="linux/amd64")
+    (state,) = read_states(image.labels)
+    assert state.profile == "eager"
+    evidence = json.loads((tmp_path / "warm.evidence.json").read_text())
+    assert evidence["passed"]
+    assert evidence["set_digest"] == state.set_digest
+    subject = layout.read_manifest("warm").digest
+    assert layout.has_manifest(subject.replace(":", "-")), "the evidence is listed beside the image"
+    again = run_cli(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "already, from an earlier attempt" in again.stderr
+    assert layout.read_manifest("warm").digest == subject
+
+
+def test_another_gpu_than_the_one_asked_for_is_refused_before_the_bake(layout: Layout, tmp_path: Path) -> None:
+    matrix = write(layout, tmp_path, 'gpus = ["NVIDIA H100 80GB HBM3"]')
+    refused = run_cli("publish", "--matrix", matrix, "--index", "0", "--warm", tmp_path / "warm")
+    assert refused.returncode == 11
+    assert "the bake is for 'NVIDIA H100 80GB HBM3'" in refused.stderr
+    assert not (tmp_path / "warm").exists()
+    assert not layout.has_manifest("warm")
+
+
+def test_a_base_that_cannot_be_read_is_said_before_the_bake(layout: Layout, tmp_path: Path) -> None:
+    matrix = write(layout, tmp_path, 'profiles = ["eager"]')
+    matrix.write_text(matrix.read_text().replace(":cold", ":none"))
+    refused = run_cli("publish", "--matrix", matrix, "--index", "0", "--warm", tmp_path / "warm")
+    assert refused.returncode == 14
+    assert not (tmp_path / "warm").exists()
+
+
+def test_a_tag_that_moved_meanwhile_is_not_taken(layout: Layout, tmp_path: Path) -> None:
+    make_state_for(tmp_path / "l4", {**L4, "torch": f"{STACK}.0"})
+    base, target = parse(f"oci:{layout.path}:cold"), parse(f"oci:{layout.path}:warm")
+    with gather([tmp_path / "l4"]) as addition:
+        first = append(base, target, addition)
+        with pytest.raises(TagMovedError, match="has moved from sha256:0000"):
+            append(base, target, addition, expected=f"sha256:{'0' * 64}")
+        with pytest.raises(TagMovedError, match="has moved from nothing"):
+            append(base, target, addition, expected="")
+        assert layout.read_manifest("warm").digest == first.document.digest
+        append(base, target, addition, expected=first.document.digest)
+        with pytest.raises(BadInputError, match="already"):
+            append(base, target, addition)
+
+
+def test_nodes_that_add_to_one_image_at_once_all_end_in_it(layout: Layout, tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from chatterbox_prewarm import manifest as manifests\n"
+        "from chatterbox_prewarm.image.addition import gather\n"
+        "from chatterbox_prewarm.image.publish import _add\n"
+        "from chatterbox_prewarm.image.references import parse\n"
+        "from chatterbox_prewarm.states import key_of\n"
+        "state, base, target = Path(sys.argv[1]), parse(sys.argv[2]), parse(sys.argv[3])\n"
+        "with gather([state]) as addition:\n"
+        "    _add(base, target, addition, key_of(manifests.read(state)), insecure=None, say=print)\n"
+    )
+    gpus = [f"NVIDIA L{number}" for number in range(4)]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for number, gpu in enumerate(gpus):
+            make_state_for(tmp_path / str(number), {**L4, "gpu": gpu, "torch": f"{STACK}.0"})
+            command = [sys.executable, "-c", program, str(tmp_path / str(number))]
+            command += [f"oci:{layout.path}:cold", f"oci:{layout.path}:warm"]
+            processes.append(stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
+        for process in processes:
+            assert process.wait(60) == 0, process.communicate()[1]
+    image = resolve(layout, "warm", platform="linux/amd64")
+    assert len(read_states(image.labels)) == len(gpus)
+    assert image.labels["io.chatterbox-prewarm.gpu"] == ", ".join(gpus)
