@@ -5,7 +5,7 @@
 #     --tmpfs /tmp --tmpfs /var/cache/chatterbox-prewarm:exec,mode=1777 chatterbox:warm
 #
 # Needs BuildKit (Docker 20.10 with DOCKER_BUILDKIT=1, or newer), and no GPU: without one, what depends on a GPU is left
-# out. Layers of the result, from the one that changes least: system, dependencies, weights, warm state, code.
+# out. Layers of the result, from the one that changes least: system, dependencies, weights, code, warm state.
 #
 # Optional secrets: ca (a PEM bundle for package indexes and the hub), pip (a pip configuration), hf_token.
 

@@ -20,6 +20,7 @@ from chatterbox_prewarm import __version__
 from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.provenance import by_name
+from chatterbox_prewarm.states import states_in
 from chatterbox_prewarm.weights import read_record
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def make_sbom(warm: Path, weights: Path, *, root: Path = Path("/")) -> str:
     """The bill of materials of an image, or of this machine.
 
     Args:
-        warm: the warm state's directory.
+        warm: the warm state's directory, or a folder of several, which are all listed.
         weights: the checkpoint's directory.
         root: of the file system whose packages are listed. For `/` the Python packages are those of this interpreter,
             for any other root those of an image's environment, `/opt/venv`.
@@ -65,7 +66,7 @@ def make_sbom(warm: Path, weights: Path, *, root: Path = Path("/")) -> str:
         name="chatterbox-prewarm", version=__version__, type=ComponentType.APPLICATION, bom_ref="chatterbox-prewarm"
     )
     time = _time()
-    parts = [*_python_packages(root), *_system_packages(root), _weights(weights), _warm_state(warm)]
+    parts = [*_python_packages(root), *_system_packages(root), _weights(weights), *_warm_states(warm)]
     bom = Bom(
         components=parts,
         metadata=BomMetaData(component=subject, timestamp=time),  # without one, the library takes the present
@@ -209,7 +210,16 @@ def _weights(directory: Path) -> Component:
     )
 
 
-def _warm_state(warm: Path) -> Component:
+def _warm_states(warm: Path) -> Iterator[Component]:
+    """A state as "warm-state", or those of a folder as "warm-state/KEY"."""
+    found = states_in(warm)
+    if len(found) < 2:
+        found = {"": next(iter(found.values()), warm)}
+    for name, path in found.items():
+        yield _warm_state(path, f"warm-state/{name}" if name else "warm-state")
+
+
+def _warm_state(warm: Path, reference: str) -> Component:
     """The state with a component for each family, in which its files are; the manifest is a file of its own."""
     from cyclonedx.model.component import Component, ComponentType
 
@@ -219,18 +229,18 @@ def _warm_state(warm: Path) -> Component:
         Component(
             name=family.name,
             type=ComponentType.DATA,
-            bom_ref=f"warm-state#{family.name}",
-            components=_files(family.files, "warm-state"),
+            bom_ref=f"{reference}#{family.name}",
+            components=_files(family.files, reference),
         )
         for family in manifest.families
     ]
     made = manifest.provenance
     return Component(
-        name="warm-state",
+        name=reference,
         version=manifest.set_digest,
         type=ComponentType.DATA,
-        bom_ref="warm-state",
-        components=[*_files([own], "warm-state"), *families],
+        bom_ref=reference,
+        components=[*_files([own], reference), *families],
         properties=_properties(
             {
                 "set-digest": manifest.set_digest,

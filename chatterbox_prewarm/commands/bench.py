@@ -79,3 +79,18 @@ def bench_image(*, output: Path, size: str, checkout: Path) -> None:
     click.echo(f"after a change of {report['changed']}: {again['build_seconds']} s, {len(again['steps'])} steps ran:")
     for step in again["steps"]:
         click.echo(f"  {step}")
+
+
+@bench.command("append")
+@warm_option
+@click.option("--output", type=PATH, required=True, help="Where the report goes, a JSON file.")
+@click.option("--gigabytes", default=9, show_default=True, type=click.IntRange(1), help="Of the image appended to.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Fresh processes.")
+def bench_append(*, warm: Path, output: Path, gigabytes: int, rounds: int) -> None:
+    """Add a warm state to a large image in a registry on this machine: seconds, memory, and what is sent."""
+    from chatterbox_prewarm.bench.append import run, table
+
+    check_place(output)
+    report = run(warm, gigabytes=gigabytes, rounds=rounds, say=say)
+    write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    click.echo(table(report))

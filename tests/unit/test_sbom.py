@@ -182,3 +182,14 @@ def test_what_is_missing_is_named(tmp_path: Path, image: Path) -> None:
         make_sbom(tmp_path / "weights", tmp_path / "weights", root=image)
     with pytest.raises(WeightsError, match="no weights directory"):
         make_sbom(tmp_path / "warm", tmp_path / "nowhere", root=image)
+
+
+def test_all_states_of_a_folder_are_listed(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / "states").mkdir(exist_ok=True)
+        make_state(tmp_path / "states" / name, {"signal": {"constants": name.encode()}})
+    record(tmp_path / "weights")
+    found = json.loads(make_sbom(tmp_path / "states", tmp_path / "weights"))
+    listed = {entry["name"]: entry for entry in found["components"] if entry["name"].startswith("warm-state")}
+    assert set(listed) == {"warm-state/one", "warm-state/two"}
+    assert len({entry["version"] for entry in listed.values()}) == 2
