@@ -279,3 +279,17 @@ def test_a_registry_that_is_down_is_said(layout: Layout, h100: Path) -> None:
     refused = run_cli("append", "--base", f"oci:{layout.path}:base", *target)
     assert refused.returncode == 14
     assert "127.0.0.1:9" in refused.stderr
+
+
+def test_the_benchmark_counts_what_an_append_to_a_large_image_sends(h100: Path, tmp_path: Path) -> None:
+    if shutil.which("docker-registry") is None:
+        pytest.skip("there is no docker-registry (Debian: apt-get install docker-registry)")
+    output = tmp_path / "append.json"
+    measured = run_cli("bench", "append", "--warm", h100, "--gigabytes", "1", "--rounds", "2", "--output", output)
+    assert measured.returncode == 0, measured.stderr
+    found = json.loads(output.read_text())
+    assert found["base_bytes"] == 1_000_000_000
+    for run in found["runs"]:
+        assert run["blobs_sent"] == 2, "the layer and the configuration"
+        assert run["bytes_sent"] < 10_000
+        assert run["peak_megabytes"] < 100
