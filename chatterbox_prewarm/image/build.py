@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ from chatterbox_prewarm.image.compose import Change, add_layers
 from chatterbox_prewarm.image.engine import Run, prove, run_build
 from chatterbox_prewarm.image.labels import labels_of
 from chatterbox_prewarm.places import WARM
+from chatterbox_prewarm.provenance import VARIABLES
 from chatterbox_prewarm.prove import require_passed
 from chatterbox_prewarm.staging import exclusive, put_in_place, seal, staging_folder
 from chatterbox_prewarm.text import check_voice_name
@@ -277,6 +279,7 @@ def _bake(request: Request, engine: Engine, tools: str, warm: Path) -> None:
             device=recipe.device,
             isolated=False,
             files={place: request.voices[name] for name, place in places.items()},
+            environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
             export=(PurePosixPath(WARM), staging),
             follow=True,
         )
@@ -313,7 +316,8 @@ def _verify(engine: Engine, image: str, request: Request) -> None:
     Raises:
         FingerprintMismatchError, IntegrityError: it does not.
     """
-    engine.run(Run(image=image, command=["verify"], device=request.recipe().device))
+    device = request.recipe().device
+    engine.run(Run(image=image, command=["verify", "--device", device], device=device))
 
 
 def _made_by(warm: Path) -> Recipe | None:

@@ -81,7 +81,11 @@ class DockerEngine:
         """As `Engine`."""
         settings = dict(_ISOLATED if container.isolated else {"network_mode": "none"})
         with self._container(
-            container.image, container.command, device_requests=self._gpus(container.device), **settings
+            container.image,
+            container.command,
+            device_requests=self._gpus(container.device),
+            environment=dict(container.environment),
+            **settings,
         ) as made:
             for place, source in container.files.items():
                 self._copy_in(made, source, place)

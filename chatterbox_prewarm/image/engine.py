@@ -52,6 +52,7 @@ class Run:
         isolated: as a finished image is meant to be run: read-only, no capabilities, as `USER`. Neither kind has a
             network.
         files: that are put in before it starts, by their places there.
+        environment: variables beside those of the image.
         export: a folder to copy out of it when it ended well, and where to; that folder is there.
         allowed: exit codes that are no failure.
         follow: log what it says on the way.
@@ -62,6 +63,7 @@ class Run:
     device: str = "cpu"
     isolated: bool = True
     files: Mapping[PurePosixPath, Path] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
     export: tuple[PurePosixPath, Path] | None = None
     allowed: Sequence[int] = (0,)
     follow: bool = False
@@ -138,7 +140,7 @@ def prove(engine: Engine, image: str, *, device: str) -> Evidence:
     Raises:
         EngineError: there is no such image, or the container could not report.
     """
-    command = ["prove", "--here", "--evidence", "-"]
+    command = ["prove", "--here", "--device", device, "--evidence", "-"]
     _, output = engine.run(Run(image=image, command=command, device=device, allowed=(0, NotWarmError.exit_code)))
     try:
         raw: dict[str, Any] = json.loads(output)
