@@ -60,11 +60,12 @@ def build(*, engine_name: str, evidence: Path | None, dry_run: bool, **fields: A
     """
     from chatterbox_prewarm.image import build as building
     from chatterbox_prewarm.image.engine import connect
+    from chatterbox_prewarm.image.request import Request, check, plan
 
     if evidence is not None:
         check_place(evidence)
         evidence.unlink(missing_ok=True)  # an older proof must not stand for this one
-    request = building.Request(
+    request = Request(
         **{
             **fields,
             "voices": dict(map(parse_voice, fields["voices"])),
@@ -73,15 +74,14 @@ def build(*, engine_name: str, evidence: Path | None, dry_run: bool, **fields: A
     )
     _end_as_interrupted()
     with contextlib.closing(connect(engine_name)) as engine:
-        building.check(request, engine)
+        check(request, engine)
         if dry_run:
-            click.echo("\n".join(building.plan(request, engine)))
+            click.echo("\n".join(plan(request, engine)))
             return
         built = building.build(request, engine, say=say)
     if evidence is not None:
         write_result(evidence, built.evidence.to_json())
-    if built.layer is not None:
-        click.echo(f"warm layer: {built.layer.size / 1e6:.1f} MB, diff id sha256:{built.layer.diff_id}")
+    click.echo(f"warm layer: {built.layer.size / 1e6:.1f} MB, diff id sha256:{built.layer.diff_id}")
     click.echo(f"{fields['tag']}: proven, {len(built.evidence.checks)} checks passed")
 
 

@@ -127,6 +127,22 @@ def test_an_image_for_a_gpu_has_without_one_what_depends_on_none(docker: str, co
 
 
 @pytest.mark.usefixtures("built")
+def test_a_state_that_the_dockerfile_baked_becomes_the_same_kind_of_layer(
+    docker: str, context: Path, tmp_path: Path
+) -> None:
+    tag = f"{TAG}-dockerfile"
+    made = _build(context, tmp_path, "--route", "dockerfile", tag=tag)
+    try:
+        assert made.returncode == 0, made.stderr
+        layers = _layers_of_state(docker, tag, made.stdout)
+        packed = run_cli("pack", "--warm", tmp_path / "warm", "--output", tmp_path / "layer.tar.gz")
+        assert layers[-1] in packed.stdout
+        assert _left_behind(docker) == []
+    finally:
+        subprocess.run([docker, "rmi", "--force", tag], capture_output=True, check=False)
+
+
+@pytest.mark.usefixtures("built")
 def test_a_name_that_is_taken_is_refused_before_anything_slow(context: Path, place: Path) -> None:
     refused = _build(context, place)
     assert refused.returncode == 16
