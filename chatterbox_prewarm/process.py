@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import subprocess
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from chatterbox_prewarm.errors import EngineError
 
@@ -27,10 +27,14 @@ def run(
     cwd: Path | None = None,
     timeout: float | None = None,
     with_stderr: bool = False,
+    stdin: IO[bytes] | None = None,
+    stdout: IO[bytes] | int | None = None,
+    stderr: IO[bytes] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and return what it printed; the caller looks at `returncode`.
 
     Standard error is passed through, so that progress stays visible, or comes with what was printed (`with_stderr`).
+    What is large or no text goes from and to files: `stdin`, `stdout`, `stderr`.
 
     Raises:
         EngineError: the program does not exist or ran past `timeout` seconds.
@@ -42,8 +46,9 @@ def run(
             env={**(os.environ if env is None else env), PARENT: str(os.getpid())},
             cwd=cwd,
             timeout=timeout,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if with_stderr else None,
+            stdin=stdin,
+            stdout=subprocess.PIPE if stdout is None else stdout,
+            stderr=subprocess.STDOUT if with_stderr else stderr,
             text=True,
             check=False,
         )

@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import shutil
-import tarfile
 import tempfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.errors import BadInputError, EngineError, from_os_error
+from chatterbox_prewarm.errors import EngineError
 from chatterbox_prewarm.image.archive import write_archive
-from chatterbox_prewarm.image.engine import USER, Facts, Run, check_status
+from chatterbox_prewarm.image.engine import USER, Facts, Run, check_status, parse_version
 from chatterbox_prewarm.image.oci import OCI_LAYER, Descriptor, Image
+from chatterbox_prewarm.image.transfer import packed, unpack
 from chatterbox_prewarm.places import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import PurePosixPath
 
     from docker import DockerClient
     from docker.models.containers import Container
@@ -58,7 +58,7 @@ class DockerEngine:
             self._client: DockerClient = docker.from_env(timeout=int(timeout))
             info: dict[str, Any] = self._client.info()
         self.facts = _facts(info)
-        if _version(self.facts.version) < _OLDEST:
+        if parse_version(self.facts.version) < _OLDEST:
             raise EngineError(
                 f"the Docker engine is {self.facts.version}; {'.'.join(map(str, _OLDEST))} is the oldest with BuildKit",
                 next_step="upgrade the engine",
@@ -140,17 +140,11 @@ class DockerEngine:
         Raises:
             BadInputError: the file cannot be read.
         """
-        with tempfile.TemporaryFile() as spool:
-            try:
-                with tarfile.open(fileobj=spool, mode="w") as tar, source.open("rb") as stream:
-                    info = tarfile.TarInfo(target.name)
-                    info.size, info.mode = source.stat().st_size, 0o444
-                    tar.addfile(info, stream)
-            except OSError as error:
-                raise from_os_error(error, f"reading {source}") from error
-            spool.seek(0)
-            with _failing(f"copy {source} into the container", "see the engine's log"):
-                container.put_archive(str(target.parent), spool)
+        with (
+            packed(source, target.name) as spool,
+            _failing(f"copy {source} into the container", "see the engine's log"),
+        ):
+            container.put_archive(str(target.parent), spool)
 
     def _copy_out(self, container: Container, source: PurePosixPath, target: Path) -> None:
         """Copy a folder of a container, running or ended, into the folder `target`.
@@ -164,13 +158,7 @@ class DockerEngine:
                 stream, _ = container.get_archive(str(source))
                 for chunk in stream:
                     spool.write(chunk)
-            spool.seek(0)
-            try:
-                with tarfile.open(fileobj=spool) as tar:
-                    for member in tar:
-                        _extract(tar, member, target)
-            except OSError as error:
-                raise from_os_error(error, f"writing {target}") from error
+            unpack(spool, target)
 
     def load(self, base: str, layers: Sequence[Layer], image: Image, tag: str) -> None:
         """As `Engine`: for a layer whose like it has above the same others, Docker does not look into the archive."""
@@ -272,10 +260,6 @@ def _facts(info: Mapping[str, Any]) -> Facts:
     )
 
 
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", text)[:2]))
-
-
 def _history(entries: Sequence[Mapping[str, Any]], layers: int) -> list[dict[str, Any]]:
     """An image's history as its configuration has it, the oldest first; the engine does not say which made a layer.
 
@@ -288,25 +272,3 @@ def _history(entries: Sequence[Mapping[str, Any]], layers: int) -> list[dict[str
     if sum("empty_layer" not in entry for entry in found) == layers:
         return found
     return [{"created_by": "a layer of the base"}] * layers
-
-
-def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
-    """Write a member of a container's folder below `target`, without the folder's own name.
-
-    A container may hold anything: nothing of it may lie outside of the target.
-    """
-    parts = PurePosixPath(member.name).parts[1:]
-    if ".." in parts or not (member.isdir() or member.isfile()):
-        raise EngineError(
-            f"{member.name} of the container is neither a file nor a folder", next_step="bake the warm state again"
-        )
-    path = target.joinpath(*parts)
-    if member.isdir():
-        path.mkdir(parents=True, exist_ok=True)
-        return
-    stream = tar.extractfile(member)
-    if stream is None or not parts:
-        raise BadInputError(f"{member.name} of the container is no folder", next_step="name a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with stream, path.open("wb") as copy:
-        shutil.copyfileobj(stream, copy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 ENGINES = ("docker", "podman")
 #: Whom a container of a finished image runs as: a user that nobody knows.
 USER = "12345:12345"
+#: Where a build's log goes, whichever stream the engine's client writes it to; standard output is for results.
+_STDERR = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +169,16 @@ def run_build(engine: Engine, arguments: Sequence[str]) -> None:
     Raises:
         EngineError: the build failed.
     """
-    finished = run_process(engine.build_command(arguments))
+    finished = run_process(engine.build_command(arguments), stdout=_STDERR)
     if finished.returncode != 0:
         raise EngineError(
             f"the build ended with status {finished.returncode}", next_step="see the end of its log above"
         )
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """The first two numbers of a version, to be compared."""
+    return tuple(map(int, re.findall(r"\d+", text)[:2]))
 
 
 def check_status(status: int, allowed: Sequence[int], said: str) -> None:
