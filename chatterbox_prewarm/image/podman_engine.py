@@ -5,22 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import secrets
 import shutil
 import subprocess
 import tempfile
+import time
 from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from chatterbox_prewarm.errors import EngineError
+from chatterbox_prewarm.errors import EngineError, from_os_error
 from chatterbox_prewarm.image.engine import USER, Facts, Run, check_status, parse_version
 from chatterbox_prewarm.image.layout import Layout
 from chatterbox_prewarm.image.oci import OCI_LAYER, Descriptor, Image, to_documents
-from chatterbox_prewarm.image.transfer import packed, unpack
+from chatterbox_prewarm.image.transfer import unpack
 from chatterbox_prewarm.places import CACHE
 from chatterbox_prewarm.process import run as run_process
+from chatterbox_prewarm.process import undisturbed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -34,10 +37,17 @@ _PROGRAM = "podman"
 #: The oldest that skips the stages that a build does not need (4.2), and removes a name without the layers that the
 #: next build takes again (4.3).
 _OLDEST = (4, 3)
+#: Seconds that a command may take that waits for no container; most of them nothing interrupts.
+_SHORT = 1800.0
+#: Seconds before each attempt to remove a container: podman fails at one that ends by itself at that moment.
+_ATTEMPTS = (0.0, 0.5, 1.0, 2.0)
 #: What takes what a command prints and nobody reads.
 _NOWHERE = subprocess.DEVNULL
 #: Of every container: no network, and nothing that podman or its configuration would add on its own.
-_ALWAYS = ("--pull=never", "--network=none", "--http-proxy=false", "--no-healthcheck")
+_ALWAYS = (
+    *("--pull=never", "--network=none", "--http-proxy=false", "--no-healthcheck"),
+    *("--log-driver=k8s-file", "--log-opt=max-size=1gb"),
+)
 #: How an image is meant to be run. Podman mounts more than what is named on its own, and lets a tmpfs execute.
 _ISOLATED = (
     *("--read-only", "--read-only-tmpfs=false", f"--user={USER}"),
@@ -53,7 +63,7 @@ class PodmanEngine:
     """Podman as an `Engine`.
 
     Args:
-        timeout: seconds that a single command may take, a whole bake among them.
+        timeout: seconds that a container may run, a whole bake among them.
 
     Raises:
         EngineError: it is not installed, too old, or on another machine.
@@ -101,32 +111,37 @@ class PodmanEngine:
             raise EngineError(f"there is no image {container.image!r}", next_step="build it: make image")
         name = _new_name()
         options = [f"--name={name}", *_ALWAYS, *(_ISOLATED if container.isolated else ()), *gpus]
-        # What is followed passes by on standard error, and its end is read again in the log.
-        options.append("--log-driver=k8s-file" if container.follow else "--log-driver=none")
-        made = [*options, container.image, *container.command]
         with self._removing(name), tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as said:
-            if container.files:
-                self._podman("create", *made, failing=f"cannot make a container of {container.image!r}")
-                for place, source in container.files.items():
-                    self._copy_in(name, source, place)
-                start = ["start", "--attach", "--sig-proxy=false", name]
-            else:
-                # `create` has no --passwd: only so is the user one that nobody knows.
-                start = ["run", "--sig-proxy=false", "--passwd=false", *made]
-            run_process(
-                [_PROGRAM, *start], timeout=self._timeout, stdout=output, stderr=None if container.follow else said
-            )
-            status = self._status(name)
-            if status is None:
+            self._start(name, options, container)
+            if container.follow:
+                self._ask("logs", "--follow", name, stdout=_NOWHERE)
+            status = int(self._podman("wait", name, failing=f"cannot wait for the end of {container.image!r}"))
+            if self._ask("logs", name, stdout=output, stderr=said).returncode != 0:
                 raise EngineError(
-                    f"podman could not run {container.image!r}: {_end(said)}", next_step="see what it said"
+                    f"cannot read what the container of {container.image!r} printed: {_end(said)}",
+                    next_step="see what podman said; its option --log-level=debug tells more",
                 )
-            if container.follow and status not in container.allowed:
-                run_process([_PROGRAM, "logs", name], timeout=self._timeout, stdout=_NOWHERE, stderr=said)
             check_status(status, container.allowed, _end(said))
             if container.export:
                 self._copy_out(name, *container.export)
             return status, _read(output)
+
+    def _start(self, name: str, options: Sequence[str], container: Run) -> None:
+        """Start a container in the background, so that whoever waits for it may be interrupted.
+
+        Podman that is interrupted while it starts one leaves processes and mounts behind.
+        """
+        failing = f"podman could not run {container.image!r}"
+        made = [*options, container.image, *container.command]
+        with undisturbed():
+            if not container.files:
+                # `create` has no --passwd: only so is the user one that nobody knows.
+                self._podman("run", "--detach", "--passwd=false", *made, failing=failing)
+                return
+            self._podman("create", *made, failing=failing)
+            for place, source in container.files.items():
+                self._copy_in(name, source, place)
+            self._podman("start", name, failing=failing)
 
     def _gpus(self, device: str) -> list[str]:
         """The options of a container for a torch device; none for a CPU."""
@@ -145,21 +160,14 @@ class PodmanEngine:
         try:
             yield
         finally:
-            removed = run_process(
-                [_PROGRAM, "rm", "--force", "--ignore", "--volumes", "--time=0", name], with_stderr=True
-            )
-            if removed.returncode != 0:  # not raised: what ended the container says more
-                logger.error("container %s stays: %s", name, removed.stdout.strip())
-
-    def _status(self, name: str) -> int | None:
-        """The exit code of a container; None if it never ran."""
-        found = run_process(
-            [_PROGRAM, "container", "inspect", "--format={{.State.Status}} {{.State.ExitCode}}", name],
-            timeout=self._timeout,
-            with_stderr=True,
-        )
-        state, _, code = found.stdout.strip().partition(" ")
-        return int(code) if found.returncode == 0 and state in {"exited", "stopped"} else None
+            with undisturbed():
+                for wait in _ATTEMPTS:
+                    time.sleep(wait)
+                    removed = self._ask("rm", "--force", "--ignore", "--volumes", "--time=0", name, with_stderr=True)
+                    if removed.returncode == 0:
+                        break
+                else:  # not raised: what ended the container says more
+                    logger.error("container %s stays: %s", name, removed.stdout.strip())
 
     def _copy_in(self, name: str, source: Path, target: PurePosixPath) -> None:
         """Copy a file into a container that has not run yet.
@@ -167,11 +175,16 @@ class PodmanEngine:
         Raises:
             BadInputError: the file cannot be read.
         """
-        with packed(source, target.name) as spool:
+        with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-") as scratch:
+            copy = Path(scratch) / "file"  # not as a tar through standard input, which podman leaves behind
+            try:
+                shutil.copyfile(source, copy)
+            except OSError as error:
+                raise from_os_error(error, f"reading {source}") from error
+            copy.chmod(0o444)
             self._podman(
-                *("cp", "--archive=false", "-", f"{name}:{target.parent}"),
+                *("cp", "--archive=false", str(copy), f"{name}:{target}"),
                 failing=f"cannot copy {source} into the container",
-                stdin=spool,
             )
 
     def _copy_out(self, name: str, source: PurePosixPath, target: Path) -> None:
@@ -192,24 +205,28 @@ class PodmanEngine:
         name = _new_name()
         failing = f"cannot load {tag!r}, which is {base!r} with more layers"
         document, config, raw = to_documents(image)
-        with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-", dir=self._scratch) as scratch:
-            layout = Layout(Path(scratch) / name)
+        scratch = Path(tempfile.mkdtemp(prefix="chatterbox-prewarm-", dir=self._scratch))
+        try:
+            layout = Layout(scratch / name)
             layout.put_blob(config, lambda: BytesIO(raw))
             for layer in layers:
                 layout.put_blob(layer.descriptor, layer.opened)
             layout.put_manifest(document, "latest")
-            try:
-                # Podman calls an image after the path of its layout; a relative one is a name that we know.
-                self._podman("pull", "--quiet", f"oci:{name}", failing=failing, cwd=Path(scratch))
-                found = self._inspect(name)
-                if f"sha256:{found['Id']}" != config.digest or tuple(found["RootFS"]["Layers"]) != image.diff_ids:
-                    raise EngineError(
-                        f"podman made something else of {tag!r}: {found['Id']} with {len(found['RootFS']['Layers'])} "
-                        f"layers, not {config.digest}",
-                        next_step="append in a registry instead",
-                    )
-                self.tag(name, tag)
-            finally:
+            # Podman calls an image after the path of its layout; a relative one is a name that we know. Interrupted, it
+            # may leave an image without a manifest, and then fails at all that it is asked.
+            with undisturbed():
+                self._podman("pull", "--quiet", f"oci:{name}", failing=failing, scratch=scratch)
+            found = self._inspect(name)
+            if f"sha256:{found['Id']}" != config.digest or tuple(found["RootFS"]["Layers"]) != image.diff_ids:
+                raise EngineError(
+                    f"podman made something else of {tag!r}: {found['Id']} with {len(found['RootFS']['Layers'])} "
+                    f"layers, not {config.digest}",
+                    next_step="append in a registry instead",
+                )
+            self.tag(name, tag)
+        finally:
+            with undisturbed():
+                shutil.rmtree(scratch)
                 self.forget(name)
 
     def image(self, reference: str) -> Image:
@@ -246,42 +263,49 @@ class PodmanEngine:
 
     def exists(self, reference: str) -> bool:
         """As `Engine`."""
-        found = run_process([_PROGRAM, "image", "exists", reference], timeout=self._timeout, with_stderr=True)
+        found = self._ask("image", "exists", reference, with_stderr=True)
         if found.returncode not in {0, 1}:
             raise EngineError(f"cannot look for {reference!r}: {found.stdout.strip()}", next_step="check the name")
         return found.returncode == 0
 
     def tag(self, reference: str, tag: str) -> None:
         """As `Engine`."""
-        self._podman("tag", reference, tag, failing=f"cannot tag {tag!r}")
+        with undisturbed():
+            self._podman("tag", reference, tag, failing=f"cannot tag {tag!r}")
 
     def forget(self, tag: str) -> None:
         """As `Engine`; without --no-prune, the next build would find nothing of this one's to start from."""
-        if not self.exists(tag):
-            return
-        removed = run_process([_PROGRAM, "rmi", "--no-prune", tag], timeout=self._timeout, with_stderr=True)
-        if removed.returncode == 2:  # a container uses it, and is not ours to remove
-            self._podman("untag", tag, tag, failing=f"cannot remove the name {tag!r}")
-        elif removed.returncode != 0 and self.exists(tag):
-            raise EngineError(f"cannot remove {tag!r}: {removed.stdout.strip()}", next_step="remove it by hand")
+        with undisturbed():
+            if not self.exists(tag):
+                return
+            removed = self._ask("rmi", "--no-prune", tag, with_stderr=True)
+            if removed.returncode == 2:  # a container uses it, and is not ours to remove
+                self._podman("untag", tag, tag, failing=f"cannot remove the name {tag!r}")
+            elif removed.returncode != 0 and self.exists(tag):
+                raise EngineError(f"cannot remove {tag!r}: {removed.stdout.strip()}", next_step="remove it by hand")
+
+    def _ask(self, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command of podman to its end."""
+        timeout = self._timeout if arguments[0] in {"wait", "logs"} else _SHORT
+        return run_process([_PROGRAM, *arguments], timeout=timeout, **settings)
 
     def _podman(
         self,
         *arguments: str,
         failing: str,
-        cwd: Path | None = None,
-        stdin: IO[bytes] | None = None,
+        scratch: Path | None = None,
         stdout: IO[bytes] | None = None,
     ) -> str:
         """Run a command of podman; what it printed.
+
+        With a folder `scratch`, in it; and what podman spools lies there as well.
 
         Raises:
             EngineError: it failed, with `failing` and what it said.
         """
         with tempfile.TemporaryFile() as said:
-            finished = run_process(
-                [_PROGRAM, *arguments], cwd=cwd, timeout=self._timeout, stdin=stdin, stdout=stdout, stderr=said
-            )
+            env = {**os.environ, "TMPDIR": str(scratch)} if scratch else None
+            finished = self._ask(*arguments, env=env, cwd=scratch, stdout=stdout, stderr=said)
             if finished.returncode != 0:
                 raise EngineError(
                     f"{failing}: {_end(said)}",

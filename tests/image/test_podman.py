@@ -69,6 +69,10 @@ class Storage:
     root: Path
     driver: str
 
+    def spooled(self) -> list[str]:
+        """What lies where podman puts files on their way."""
+        return sorted(path.name for path in (self.root.parent / "tmp").iterdir() if path.name != "buildah-cache")
+
     def layers(self) -> int:
         """How many layers there are, of all images."""
         return len(json.loads((self.root / f"{self.driver}-layers" / "layers.json").read_text()))
@@ -88,7 +92,9 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
         f'[engine]\nruntime="{runtime}"\ncgroup_manager="cgroupfs"\nevents_logger="file"\nlock_type="file"\n'
         f'tmp_dir="{folder}/libpod"\n[containers]\ndefault_ulimits=["nofile=1024:1024","nproc=4096:4096"]\n'
     )
+    (folder / "tmp").mkdir()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder / "tmp"))  # where podman spools, and keeps what builds mount as caches
         patch.setenv("CONTAINERS_CONF", str(folder / "containers.conf"))
         patch.setenv("CONTAINERS_STORAGE_CONF", str(folder / "storage.conf"))
         try:
@@ -219,13 +225,14 @@ def test_a_container_is_isolated(engine: PodmanEngine, base: str) -> None:
     grep -E '^tmpfs (/tmp|/var/cache/chatterbox-prewarm) ' /proc/mounts | grep -c noexec
     stat -c '%a %n' /tmp /var/cache/chatterbox-prewarm
     cat /bin/id > /var/cache/chatterbox-prewarm/id && stat -c %s /var/cache/chatterbox-prewarm/id | grep -c .
-    env | grep -i -c _proxy; true
+    env | grep -i -c _proxy; grep SigBlk /proc/self/status | tr -d '\\t'
     """
     assert shell(engine, base, script).split("\n") == [
         *("12345", "12345", "0", "lo "),
         *("CapEff:0000000000000000", "CapBnd:0000000000000000", "NoNewPrivs:1"),
         *("/tmp", "/var/cache/chatterbox-prewarm"),
-        *("1", "1777 /tmp", "1777 /var/cache/chatterbox-prewarm", "1", "0", ""),
+        *("1", "1777 /tmp", "1777 /var/cache/chatterbox-prewarm", "1", "0"),
+        *("SigBlk:0000000000000000", ""),
     ]
     assert made() == []
 
@@ -295,7 +302,7 @@ def test_an_image_that_is_not_there_is_said(engine: PodmanEngine) -> None:
         engine.exists("Not A Name")
 
 
-def test_files_go_in_and_a_folder_comes_out(engine: PodmanEngine, base: str, tmp_path: Path) -> None:
+def test_files_go_in_and_a_folder_comes_out(engine: PodmanEngine, storage: Storage, base: str, tmp_path: Path) -> None:
     clip, out = tmp_path / "clip.wav", tmp_path / "out"
     clip.write_bytes(os.urandom(100_000))
     clip.chmod(0o600)
@@ -314,6 +321,7 @@ def test_files_go_in_and_a_folder_comes_out(engine: PodmanEngine, base: str, tmp
     with pytest.raises(BadInputError, match=r"reading .*clip"):
         engine.run(Run(image=base, command=["true"], files={PurePosixPath("/tmp/a"): tmp_path / "no-clip"}))
     assert made() == []
+    assert storage.spooled() == []
 
 
 @pytest.mark.parametrize(
@@ -392,6 +400,7 @@ def test_of_an_image_with_more_layers_the_new_ones_alone_travel(
     engine.load(base, [layer], image, "chatterbox-prewarm-test:more")
     assert storage.layers() == before + 1
     assert made() == ["localhost/chatterbox-prewarm-test:more"]
+    assert storage.spooled() == []
     engine.forget("chatterbox-prewarm-test:more")
     assert storage.layers() == before
 
