@@ -110,7 +110,8 @@ class PodmanEngine:
         if not self.exists(container.image):
             raise EngineError(f"there is no image {container.image!r}", next_step="build it: make image")
         name = _new_name()
-        options = [f"--name={name}", *_ALWAYS, *(_ISOLATED if container.isolated else ()), *gpus]
+        variables = [f"--env={variable}={value}" for variable, value in container.environment.items()]
+        options = [f"--name={name}", *_ALWAYS, *(_ISOLATED if container.isolated else ()), *gpus, *variables]
         with self._removing(name), tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as said:
             self._start(name, options, container)
             if container.follow:

@@ -107,7 +107,7 @@ def check(request: Request, engine: Engine) -> None:
         raise EngineError(
             f"the engine has {engine.facts.free / 1e9:.0f} GB left for images, and a build needs about "
             f"{_ROOM / 1e9:.0f}",
-            next_step="remove images (`docker image prune`) or the builder's cache (`docker builder prune`)",
+            next_step=f"remove images (`{engine.facts.name.lower()} image prune`), or the builder's cache",
         )
 
 

@@ -23,7 +23,7 @@ import pytest
 
 from chatterbox_prewarm.errors import BadInputError, EngineError, NotWarmError
 from chatterbox_prewarm.image import podman_engine
-from chatterbox_prewarm.image.append import Change, add_layers
+from chatterbox_prewarm.image.compose import Change, add_layers
 from chatterbox_prewarm.image.engine import Run, connect, run_build
 from chatterbox_prewarm.image.layer import Layer
 from chatterbox_prewarm.image.oci import OCI_LAYER_GZIP, Image, to_documents
