@@ -220,7 +220,7 @@ class DockerEngine:
         """As `Engine`."""
         import docker.errors
 
-        with contextlib.suppress(docker.errors.ImageNotFound), _failing(f"remove {tag!r}", "remove it by hand"):
+        with _failing(f"remove {tag!r}", "remove it by hand"), contextlib.suppress(docker.errors.ImageNotFound):
             self._client.images.remove(tag, force=True)
 
 
