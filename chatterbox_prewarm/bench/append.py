@@ -123,7 +123,8 @@ def _registry(scratch: Path) -> Iterator[str]:
         "http": {"addr": address, "secret": os.urandom(8).hex()},
     }
     (scratch / "registry.json").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
-    with subprocess.Popen([program, "serve", str(scratch / "registry.json")], stderr=subprocess.DEVNULL) as process:
+    command = [program, "serve", str(scratch / "registry.json")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             for _ in range(100):
                 with contextlib.suppress(OSError), socket.create_connection(tuple(address.split(":"))):  # type: ignore[arg-type]
