@@ -122,7 +122,7 @@ def _link(state: Path, mini: Path) -> None:
 
 
 def _newer(state: Path, mini: Path) -> None:  # noqa: ARG001
-    rewrite(state, lambda raw: raw.update(schema=4))
+    rewrite(state, lambda raw: raw.update(schema=manifests.SCHEMA_VERSION + 1))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def _newer(state: Path, mini: Path) -> None:  # noqa: ARG001
         (_flip, "sha256"),
         (_extra, "extra.nbc"),
         (_link, "is a link"),
-        (_newer, "schema 4"),
+        (_newer, f"schema {manifests.SCHEMA_VERSION + 1}"),
     ],
 )
 @pytest.mark.parametrize("command", ["verify", "prove"])
