@@ -16,6 +16,7 @@ of GPUs is a bake for the CPU.
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field, fields
 from itertools import product
@@ -101,6 +102,29 @@ def read(path: Path) -> Matrix:
     if len({(bake.variant, bake.gpu, bake.profile, bake.t3_dtype) for bake in bakes}) != len(bakes):
         raise _bad(path, "two of its bakes are for one variant, GPU and profile")
     return Matrix(base=image["base"], target=image["target"], bakes=bakes)
+
+
+def to_toml(matrix: Matrix) -> str:
+    """A matrix as text that `read` understands, a table for each bake; clips stand there as they are named."""
+
+    def text(value: str) -> str:
+        # A string of JSON is one of TOML, but for a delete character, which no name has.
+        return json.dumps(value, ensure_ascii=False)
+
+    lines = ["[image]", f"base = {text(matrix.base)}", f"target = {text(matrix.target)}"]
+    for bake in matrix.bakes:
+        voices = ", ".join(f"{text(name)} = {text(str(clip))}" for name, clip in bake.voices.items())
+        lines += [
+            "",
+            "[[bake]]",
+            f"variants = [{text(bake.variant)}]",
+            f"gpus = [{text(bake.gpu) if bake.gpu else ''}]",
+            f"profiles = [{text(bake.profile)}]",
+            f"t3_dtype = {text(bake.t3_dtype)}",
+            f"levels = {text(bake.levels)}",
+            f"voices = {{ {voices} }}" if voices else "voices = {}",
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def _bakes(path: Path, raw: Any) -> list[Bake]:

@@ -6,60 +6,32 @@ import copy
 import json
 import re
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kubernetes_validate
 import pytest
 import yaml
-from kubernetes_validate.utils import all_versions, major_minor
 
+from chatterbox_prewarm.kube.budgets import EXIT_SECONDS
 from chatterbox_prewarm.places import CACHE
 from chatterbox_prewarm.process import run
+from tests.kube.manifests import K8S, OLDEST, ROOT, VERSIONS, kustomize, the, validate, violations
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-ROOT = Path(__file__).parents[2]
-K8S = ROOT / "k8s"
+    from pathlib import Path
 
 #: The server's health routes, as the design fixes them.
 HEALTH_ROUTES = {"/livez", "/startupz", "/readyz"}
 PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 
-#: The oldest minor version that we promise to work with.
-OLDEST = (1, 29)
-
-
-def _minor_versions() -> list[str]:
-    """Each minor version once, oldest first; the package lists its loose and its strict schemas apart."""
-    minors = {tuple(int(part) for part in major_minor(version).split(".")) for version in all_versions()}
-    return [".".join(map(str, minor)) for minor in sorted(minors) if minor >= OLDEST]
-
-
-VERSIONS = _minor_versions()
-
-
-def _render(directory: Path) -> dict[str, dict[str, Any]]:
-    """The documents of a kustomization by their kind."""
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl is missing: install it to render the manifests")
-    result = run(["kubectl", "kustomize", str(directory)], timeout=60)
-    assert result.returncode == 0, "kubectl kustomize failed; its message is on standard error"
-    documents = list(yaml.safe_load_all(result.stdout))
-    by_kind = {document["kind"]: document for document in documents}
-    assert len(by_kind) == len(documents), "two documents of one kind"
-    return by_kind
-
-
-def _validate(document: dict[str, Any], version: str) -> None:
-    # It takes the nearest older schema if it lacks one: then the check would not be the one asked for.
-    assert kubernetes_validate.validate(document, version, strict=True) == version
-
 
 @pytest.fixture(scope="module")
 def documents() -> dict[str, dict[str, Any]]:
-    return _render(K8S / "base")
+    found = kustomize(K8S / "base")
+    by_kind = {document["kind"]: document for document in found}
+    assert len(by_kind) == len(found), "two documents of one kind"
+    return by_kind
 
 
 @pytest.fixture
@@ -81,12 +53,22 @@ def server(pod: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def environment(server: dict[str, Any]) -> dict[str, str]:
-    return {variable["name"]: variable["value"] for variable in server["env"]}
+def environment(documents: dict[str, dict[str, Any]], server: dict[str, Any]) -> dict[str, str]:
+    (source,) = server["envFrom"]
+    assert source == {"configMapRef": {"name": documents["ConfigMap"]["metadata"]["name"]}}
+    settings: dict[str, str] = documents["ConfigMap"]["data"]
+    return settings
 
 
-def test_base_is_a_deployment_and_a_service(documents: dict[str, dict[str, Any]]) -> None:
-    assert documents.keys() == {"Deployment", "Service"}
+def test_base_is_what_every_deployment_shares(documents: dict[str, dict[str, Any]]) -> None:
+    assert documents.keys() == {
+        "ConfigMap",
+        "Deployment",
+        "NetworkPolicy",
+        "PodDisruptionBudget",
+        "Service",
+        "ServiceAccount",
+    }
 
 
 def test_the_validator_knows_the_oldest_version_and_newer_ones() -> None:
@@ -97,7 +79,7 @@ def test_the_validator_knows_the_oldest_version_and_newer_ones() -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_document_is_valid(documents: dict[str, dict[str, Any]], version: str) -> None:
     for document in documents.values():
-        _validate(document, version)
+        validate(document, version)
 
 
 def _unknown_field(deployment: dict[str, Any]) -> None:
@@ -120,7 +102,7 @@ def test_a_broken_deployment_is_refused(
 ) -> None:
     damage(deployment)
     with pytest.raises(kubernetes_validate.ValidationError):
-        _validate(deployment, version)
+        validate(deployment, version)
 
 
 def test_no_document_names_a_namespace(documents: dict[str, dict[str, Any]]) -> None:
@@ -151,8 +133,40 @@ def test_a_busy_pod_is_not_killed(server: dict[str, Any]) -> None:
     assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 15
 
 
-def test_the_grace_period_is_longer_than_the_drain(pod: dict[str, Any], environment: dict[str, str]) -> None:
-    assert pod["terminationGracePeriodSeconds"] > int(environment["CHATTERBOX_PREWARM_DRAIN_SECONDS"])
+def test_the_grace_period_holds_the_wait_the_drain_and_the_exit(
+    pod: dict[str, Any], server: dict[str, Any], environment: dict[str, str]
+) -> None:
+    command, seconds = server["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == "sleep"
+    drain = int(environment["CHATTERBOX_PREWARM_DRAIN_SECONDS"])
+    assert pod["terminationGracePeriodSeconds"] == int(seconds) + drain + EXIT_SECONDS
+
+
+def test_settings_are_options_of_the_server_and_nothing_else(environment: dict[str, str]) -> None:
+    assert environment
+    assert all(name.startswith("CHATTERBOX_PREWARM_") for name in environment)
+
+
+def test_another_setting_gives_other_pods(documents: dict[str, dict[str, Any]]) -> None:
+    """The map's name ends in a digest of its content."""
+    assert re.fullmatch(r"chatterbox-[a-z0-9]{10}", documents["ConfigMap"]["metadata"]["name"])
+
+
+def test_nothing_goes_out_and_one_port_lets_in(documents: dict[str, dict[str, Any]], pod: dict[str, Any]) -> None:
+    spec = documents["NetworkPolicy"]["spec"]
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert spec["egress"] == []
+    assert spec["ingress"] == [{"ports": [{"port": "http", "protocol": "TCP"}]}]
+    labels = documents["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert spec["podSelector"]["matchLabels"].items() <= labels.items()
+    assert pod["serviceAccountName"] == documents["ServiceAccount"]["metadata"]["name"]
+    assert documents["ServiceAccount"]["automountServiceAccountToken"] is False
+
+
+def test_a_single_pod_does_not_keep_its_node_for_ever(documents: dict[str, dict[str, Any]]) -> None:
+    spec = documents["PodDisruptionBudget"]["spec"]
+    assert (spec["maxUnavailable"], "minAvailable" in spec) == (1, False)
+    assert spec["selector"] == documents["Deployment"]["spec"]["selector"]
 
 
 def test_an_update_never_lacks_a_ready_pod(deployment: dict[str, Any]) -> None:
@@ -162,21 +176,15 @@ def test_an_update_never_lacks_a_ready_pod(deployment: dict[str, Any]) -> None:
     }
 
 
-def test_the_pod_keeps_the_restricted_profile(pod: dict[str, Any], server: dict[str, Any]) -> None:
+def test_the_pod_keeps_the_restricted_profile(pod: dict[str, Any]) -> None:
     assert pod["securityContext"] == {
         "runAsNonRoot": True,
         "runAsUser": 12345,
         "runAsGroup": 12345,
         "seccompProfile": {"type": "RuntimeDefault"},
     }
-    # The container's own settings win over the pod's, so it must have none besides these.
-    assert server["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
-    assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC", "initContainers", "ephemeralContainers"}
-    assert not any("hostPort" in port for port in server["ports"])
+    assert violations(pod) == []
+    assert not pod.keys() & {"initContainers", "ephemeralContainers"}
 
 
 def test_the_pod_is_told_nothing_of_the_cluster(pod: dict[str, Any]) -> None:
@@ -202,7 +210,7 @@ def test_mounts_and_volumes_belong_together(pod: dict[str, Any], server: dict[st
 
 def test_a_pod_that_requests_no_gpu_is_shown_none(server: dict[str, Any], environment: dict[str, str]) -> None:
     assert "NVIDIA_VISIBLE_DEVICES" not in environment
-    assert "envFrom" not in server
+    assert "env" not in server
     assert server["resources"] == {"requests": {"cpu": "2", "memory": "6Gi"}, "limits": {"memory": "8Gi"}}
 
 
@@ -234,5 +242,5 @@ def test_the_overlay_of_the_docs_replaces_the_image(tmp_path: Path) -> None:
     (overlay / "kustomization.yaml").write_text(example[1], encoding="utf-8")
 
     (image,) = yaml.safe_load(example[1])["images"]
-    (container,) = _render(overlay)["Deployment"]["spec"]["template"]["spec"]["containers"]
+    (container,) = the(kustomize(overlay), "Deployment")["spec"]["template"]["spec"]["containers"]
     assert container["image"] == f"{image['newName']}:{image['newTag']}"

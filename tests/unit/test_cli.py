@@ -147,9 +147,9 @@ def test_every_exit_code_is_in_the_help_and_in_the_readme() -> None:
         assert {int(number) for number in re.findall(r"\d+", sentence.partition("bug")[0])} == codes | {0, 2}
 
 
-def test_the_variables_of_the_kubernetes_base_are_options_of_serve() -> None:
-    deployment = (ROOT / "k8s" / "base" / "deployment.yaml").read_text()
-    named = set(re.findall(r"name: (CHATTERBOX_PREWARM_\w+)", deployment))
+def test_the_variables_of_the_kubernetes_manifests_are_options_of_serve() -> None:
+    files = [path for path in (ROOT / "k8s").rglob("kustomization.yaml") if path.parent.name != "bake"]
+    named = {name for path in files for name in re.findall(r"- (CHATTERBOX_PREWARM_\w+)=", path.read_text())}
     assert named
     assert named <= {str(option.envvar) for option in _commands(cli)["serve"].params}
 
