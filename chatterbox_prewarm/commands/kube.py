@@ -98,6 +98,7 @@ def render(
 
     if output is not None:
         check_place(output)
+    cluster = _cluster(feature_discovery, mig_strategy, node_labels, runtime_class)
     name, states = _states(image, labels, platform=platform, insecure=insecure)
     if cold_seconds is None and warm is not None:
         cold_seconds = _cold_seconds(warm, states)
@@ -110,7 +111,7 @@ def render(
             rss_mib=rss_mib,
             gpu_memory_mib=gpu_memory_mib,
         ),
-        cluster=_cluster(feature_discovery, mig_strategy, node_labels, runtime_class),
+        cluster=cluster,
         **fields,
     )
     _write(render_deployment(request), output)

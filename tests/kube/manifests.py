@@ -80,19 +80,25 @@ def violations(pod: Document) -> list[str]:
         if kind == "emptyDir" and not volume[kind].get("sizeLimit"):
             found.append(f"the volume {volume['name']} has no size limit")
     for container in (*pod.get("initContainers", []), *pod["containers"]):
-        # The container's own settings win over the pod's, so it must have none besides these.
-        if container.get("securityContext") != {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }:
-            found.append(f"the container {container['name']} may do more")
-        if any("hostPort" in port for port in container.get("ports", [])):
-            found.append("a host port")
-        if any(variable["name"].startswith("NVIDIA_") for variable in container.get("env", [])):
-            found.append("a variable of NVIDIA's")
-        if "memory" not in container["resources"]["limits"]:
-            found.append("no limit of memory")
+        found += _violations_of_a_container(container)
     if pod.get("automountServiceAccountToken") is not False or pod.get("enableServiceLinks") is not False:
         found.append("told of the cluster")
+    return found
+
+
+def _violations_of_a_container(container: Document) -> list[str]:
+    found = []
+    # The container's own settings win over the pod's, so it must have none besides these.
+    if container.get("securityContext") != {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }:
+        found.append(f"the container {container['name']} may do more")
+    if any("hostPort" in port for port in container.get("ports", [])):
+        found.append("a host port")
+    if any(variable["name"].startswith("NVIDIA_") for variable in container.get("env", [])):
+        found.append("a variable of NVIDIA's")
+    if "memory" not in container["resources"]["limits"]:
+        found.append("no limit of memory")
     return found
