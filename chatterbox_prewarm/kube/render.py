@@ -99,6 +99,8 @@ def _choose(request: Request) -> tuple[str, list[StateLabel]]:
     kinds = {state.device for state in request.states}
     device = request.device or ("cuda" if "cuda" in kinds else "cpu")
     states = [state for state in request.states if state.device == device]
+    if not states and device == "cuda":  # an image that was baked without a GPU, for one: what depends on none is warm
+        states = list(request.states)
     if not states:
         raise BadInputError(
             f"the image has no state for the device {device!r}, only for {', '.join(sorted(kinds))}",
@@ -229,7 +231,7 @@ def _notes(request: Request, device: str, states: Sequence[StateLabel]) -> list[
         if not request.cluster.feature_discovery:
             notes.append(NO_FEATURE_DISCOVERY)
         elif not all(wanted_of(state).product for state in states):
-            notes.append("A state names no GPU: it was baked where there was none, and fits whatever node comes.")
+            notes.append("A state was baked without a GPU: any node will do, and on each a start misses in part.")
     given = {
         "--cold-seconds": measured.cold_seconds,
         "--request-seconds": measured.request_seconds,

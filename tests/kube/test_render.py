@@ -240,9 +240,10 @@ def test_without_feature_discovery_it_still_runs_and_says_what_may_happen() -> N
 
 
 def test_a_state_that_saw_no_gpu_is_at_home_on_any() -> None:
-    rendering = render_for([state("absent", "absent")])
-    assert terms(rendering) == [{"kubernetes.io/arch": ("amd64",)}]
-    assert any("names no GPU" in note for note in rendering.notes)
+    for rendering in (render_for([state("absent", "absent")]), render_for([CPU], device="cuda")):
+        assert terms(rendering) == [{"kubernetes.io/arch": ("amd64",)}]
+        assert server_of(rendering)["resources"]["limits"]["nvidia.com/gpu"] == "1"
+        assert any("misses in part" in note for note in rendering.notes)
 
 
 def test_an_image_for_both_uses_the_gpu_unless_told_otherwise() -> None:
@@ -252,8 +253,8 @@ def test_an_image_for_both_uses_the_gpu_unless_told_otherwise() -> None:
     assert the(cpu.documents, "ConfigMap")["data"]["CHATTERBOX_PREWARM_DEVICE"] == "cpu"
     assert server_of(cpu)["resources"]["limits"] == {"memory": "8Gi"}
     assert "tolerations" not in pod_of(cpu)
-    with pytest.raises(BadInputError, match="no state for the device 'cuda', only for cpu"):
-        render_for([CPU], device="cuda")
+    with pytest.raises(BadInputError, match="no state for the device 'cpu', only for cuda"):
+        render_for([L4], device="cpu")
 
 
 def test_the_startup_probe_covers_a_cold_start_with_margin() -> None:
