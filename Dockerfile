@@ -19,7 +19,8 @@ ARG DEPS=packages
 # ---- base: the system that everything runs on ------------------------------------------------------------------------
 FROM ${BASE} AS base
 # libgomp1 is what compiled regions are linked with on a CPU.
-# hadolint ignore=DL3008 -- the base image's release pins the versions
+# The release of the base image pins the versions of its packages, here and below.
+# hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates libgomp1 python3 \
  && rm -rf /var/lib/apt/lists/*
@@ -38,7 +39,8 @@ RUN --mount=type=cache,target=/var/cache/uv \
     --mount=type=secret,id=ca --mount=type=secret,id=pip \
     UV_CACHE_DIR=/var/cache/uv sh /build/sync /build/uv.txt "/build/${STACK}.txt" /opt/venv
 
-# hadolint ignore=DL3006 -- a stage of this file, or an image that is named
+# A stage of this file, or an image that is named.
+# hadolint ignore=DL3006
 FROM ${DEPS} AS deps
 
 # ---- weights: fetched at a pinned commit, or random ------------------------------------------------------------------
@@ -70,7 +72,8 @@ RUN PYTHONPATH=/build python /build/fetch.py --synthetic "${SIZE}" /opt/chatterb
 FROM base AS weights-none
 RUN mkdir -p /opt/chatterbox-prewarm/weights
 
-# hadolint ignore=DL3006 -- a stage of this file
+# A stage of this file.
+# hadolint ignore=DL3006
 FROM weights-${WEIGHTS} AS weights
 
 # ---- bake: the warm-up, on the device that is named ------------------------------------------------------------------
@@ -141,7 +144,8 @@ CMD ["serve"]
 
 # ---- tools: cold with what compiles; `chatterbox-prewarm build` bakes in a container of it, with a GPU ---------------
 FROM cold AS tools
-# hadolint ignore=DL3002 -- it bakes, and is not shipped
+# It bakes, and is not shipped.
+# hadolint ignore=DL3002
 USER 0:0
 # hadolint ignore=DL3008
 RUN apt-get update \

@@ -9,18 +9,23 @@ TAG ?= chatterbox:warm
 LOCKS := build/locks/$(STACK).txt build/locks/dev.txt
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo test lint format image bench lock clean
+CHECKS := .venv-checks
+
+.PHONY: demo test lint format checks image bench lock clean
 
 demo: $(VENV)/.complete  ## bake, pack, prove and serve on this machine, with random weights
 	$(BIN)/python -m chatterbox_prewarm.bench.demo
 
 test: $(VENV)/.complete  ## every test that this machine can run; each skipped one says what it lacks
-	$(BIN)/python -m pytest
+	PATH="$$PATH:$(CURDIR)/$(CHECKS)/bin" $(BIN)/python -m pytest
 
 lint: $(VENV)/.complete
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+checks: $(CHECKS)/.complete  ## hadolint for the Dockerfile; checkov, an environment of its own, for tests/kube
+	$(CHECKS)/bin/hadolint Dockerfile
 
 format: $(VENV)/.complete
 	$(BIN)/ruff check --fix .
@@ -40,6 +45,8 @@ lock:  ## renew the locks; commit what changes
 	    --no-header --override build/locks/torch-2.11.in pyproject.toml -o build/locks/torch-2.11.txt
 	uv pip compile -q --python-version 3.11 --extra dev --generate-hashes --no-emit-index-url --no-emit-find-links \
 	    --no-header --constraint build/locks/torch-2.6.txt pyproject.toml -o build/locks/dev.txt
+	printf 'checkov\nhadolint-bin\n' | uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --no-emit-find-links --no-header - -o build/locks/checks.txt
 	echo uv | uv pip compile -q --generate-hashes --no-emit-index-url --no-header - -o build/locks/uv.txt
 
 # Made anew whenever a lock changes; `build/sync` is what the image uses as well. All bytecode is made at once: where
@@ -48,6 +55,11 @@ $(VENV)/.complete: $(LOCKS) build/locks/uv.txt build/sync
 	rm -rf $(VENV)
 	UV_LINK_MODE=hardlink sh build/sync build/locks/uv.txt $(LOCKS) $(VENV)
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib
+	touch $@
+
+$(CHECKS)/.complete: build/locks/checks.txt build/locks/uv.txt build/sync
+	rm -rf $(CHECKS)
+	UV_LINK_MODE=hardlink sh build/sync build/locks/uv.txt build/locks/checks.txt $(CHECKS)
 	touch $@
 
 clean:

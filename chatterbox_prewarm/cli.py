@@ -13,6 +13,7 @@ from chatterbox_prewarm import __version__
 from chatterbox_prewarm.child import DEBUG
 from chatterbox_prewarm.commands.bench import bench
 from chatterbox_prewarm.commands.images import append, attest, build, dockerfile, publish
+from chatterbox_prewarm.commands.kube import k8s
 from chatterbox_prewarm.commands.nodes import facts
 from chatterbox_prewarm.commands.serving import serve
 from chatterbox_prewarm.commands.states import bake, inspect, pack, prove, verify
@@ -53,6 +54,7 @@ for command in (
     attest,
     publish,
     dockerfile,
+    k8s,
     facts,
     sign,
     sbom,

@@ -37,11 +37,6 @@ insecure_option = click.option(
     default=None,
     help="Plain HTTP, or HTTPS, to a registry; by default plain to this machine alone.",
 )
-insecure_option = click.option(
-    "--insecure/--secure",
-    default=None,
-    help="Plain HTTP, or HTTPS, to a registry; by default plain to this machine alone.",
-)
 device_option = option("--device", default="cpu", help="The torch device, such as cpu or cuda.")
 
 

@@ -22,7 +22,7 @@ CONFIG = K8S / ".checkov.yaml"
 def scan(folder: Path) -> dict[str, Any]:
     checkov = shutil.which("checkov")
     if checkov is None:
-        pytest.skip("checkov is missing: pip install checkov")
+        pytest.skip("checkov is missing: make checks")
     done = subprocess.run(
         [checkov, "--config-file", str(CONFIG), "--directory", str(folder), "--output", "json"],
         capture_output=True,
