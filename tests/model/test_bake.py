@@ -16,6 +16,7 @@ import pytest
 
 from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.families import applicable
+from chatterbox_prewarm.states import key_of
 from chatterbox_prewarm.warmup import SWITCH
 from tests.conftest import run_cli, writable_copy
 from tests.unit.states import rewrite
@@ -323,7 +324,8 @@ def test_one_state_packs_to_one_digest(baked: Path, state: Path, tmp_path: Path)
     listing = subprocess.run(
         ["tar", "-tvf", str(tmp_path / "one.tar.gz")], capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    assert any("opt/chatterbox-prewarm/warm/manifest.json" in line for line in listing)
+    place = f"opt/chatterbox-prewarm/warm/{key_of(manifests.read(baked))}"
+    assert any(f"{place}/manifest.json" in line for line in listing)
     assert all(line.split()[1] == "0/0" and "1970-01-01" in line for line in listing)
     assert all(line.startswith(("dr-xr-xr-x", "drwxr-xr-x", "-r--r--r--")) for line in listing)
 
