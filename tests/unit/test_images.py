@@ -49,7 +49,7 @@ def layer(tmp_path: Path) -> Layer:
     return pack(tmp_path / "warm", tmp_path / "layer.tar.gz")
 
 
-def test_a_state_packs_to_the_same_bytes_on_another_path_with_other_times_and_rights(tmp_path: Path) -> None:
+def test_a_state_packs_to_the_same_bytes_on_another_path_with_other_times_rights_and_owners(tmp_path: Path) -> None:
     layers = []
     for number, mode in enumerate((0o644, 0o400)):
         warm = tmp_path / f"place {number}" / "warm"
@@ -58,6 +58,8 @@ def test_a_state_packs_to_the_same_bytes_on_another_path_with_other_times_and_ri
         for path in warm.rglob("*"):
             if path.is_file():
                 path.chmod(mode)
+            if os.geteuid() == 0:
+                os.chown(path, 1000 + number, 1000 + number)
             os.utime(path, (number, number))
         layers.append(pack(warm, tmp_path / f"{number}.tar.gz"))
     assert (tmp_path / "0.tar.gz").read_bytes() == (tmp_path / "1.tar.gz").read_bytes()
