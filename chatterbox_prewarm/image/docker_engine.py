@@ -182,7 +182,7 @@ class DockerEngine:
             try:
                 found = self._client.images.get(reference)
             except docker.errors.ImageNotFound as error:
-                raise EngineError(f"the engine has no image {reference!r}", next_step="build or pull it") from error
+                raise EngineError(f"there is no image {reference!r}", next_step="build or pull it") from error
             history = found.history()
         attributes: dict[str, Any] = found.attrs
         diff_ids = attributes["RootFS"].get("Layers") or []

@@ -42,9 +42,9 @@ def small_engine(docker: str, tmp_path: Path) -> Iterator[str]:
     if mounted.returncode != 0:
         pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
     address = f"unix://{run}/docker.sock"
-    command = [program, "--data-root", data, "--exec-root", run / "exec", "--pidfile", run / "pid", "--host", address]
-    # Beside the engine that runs already, whose bridge and rules it must leave alone.
-    command += ["--bridge", "none", "--iptables=false", "--ip-masq=false"]
+    # In a network of its own: an engine that starts without a bridge removes that of the one that runs already.
+    command = ["unshare", "--net", program, "--data-root", data, "--exec-root", run / "exec", "--pidfile", run / "pid"]
+    command += ["--host", address, "--bridge", "none", "--iptables=false", "--ip-masq=false"]
     run.mkdir()
     with (run / "log").open("wb") as log, subprocess.Popen(list(map(str, command)), stderr=log) as engine:
         try:
