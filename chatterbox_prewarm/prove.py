@@ -99,12 +99,24 @@ def prove_here(
     *,
     device: str | None = None,
     state: str | None = None,
+    apart: bool = True,
     timeout: float = 900.0,
 ) -> Evidence:
-    """Run the trial in a child of this process, which is itself set apart, as in a container run for this purpose."""
+    """Run the trial in a child of this process, which is itself set apart, as in a container run for this purpose.
+
+    Args:
+        warm: a state, or a folder of states.
+        weights: the checkpoint's directory.
+        cache: the cache directory.
+        device: as for `prove`.
+        state: as for `prove`.
+        timeout: of the trial, in seconds.
+        apart: False for a process that is not, such as one that must reach a registry: then nothing is asked of how it
+            is set apart, and the evidence has no check of it.
+    """
     chosen = _choose(warm, weights, cache, device, state)
     finished = run_process(trial_command(chosen.path, weights, cache), timeout=timeout)
-    return judge(parse_trial(finished.stdout, finished.returncode), chosen.manifest.set_digest)
+    return judge(parse_trial(finished.stdout, finished.returncode), chosen.manifest.set_digest, apart=apart)
 
 
 def _choose(warm: Path, weights: Path, cache: Path | None, device: str | None, state: str | None) -> Choice:
@@ -116,21 +128,17 @@ def _choose(warm: Path, weights: Path, cache: Path | None, device: str | None, s
     return choose(warm, known, device=device, name=state, strict=True)
 
 
-def judge(observed: dict[str, Any], set_digest: str) -> Evidence:
-    """Turn what a trial saw into checks; pure, so that each check can be shown to fail."""
-    isolation, audio = observed["isolation"], observed["audio"]
+def judge(observed: dict[str, Any], set_digest: str, *, apart: bool = True) -> Evidence:
+    """Turn what a trial saw into checks; pure, so that each check can be shown to fail.
+
+    Args:
+        observed: what a trial reported.
+        set_digest: of the state.
+        apart: whether the process was to be set apart.
+    """
+    audio = observed["audio"]
     checks = [
-        Check(name="not the super-user", passed=isolation["uid"] != 0, seen=f"uid {isolation['uid']}"),
-        Check(
-            name="no network interface but loopback",
-            passed=set(isolation["interfaces"]) <= {"lo"},
-            seen=", ".join(isolation["interfaces"]) or "none",
-        ),
-        Check(
-            name="the state is read-only",
-            passed=not isolation["state_writable"],
-            seen="writable" if isolation["state_writable"] else "read-only",
-        ),
+        *(_isolation_checks(observed["isolation"]) if apart else []),
         *counter_checks(observed),
         Check(
             name="the audio is the bake's own",
@@ -144,6 +152,22 @@ def judge(observed: dict[str, Any], set_digest: str) -> Evidence:
         checks=tuple(checks),
         observed=observed,
     )
+
+
+def _isolation_checks(isolation: dict[str, Any]) -> list[Check]:
+    return [
+        Check(name="not the super-user", passed=isolation["uid"] != 0, seen=f"uid {isolation['uid']}"),
+        Check(
+            name="no network interface but loopback",
+            passed=set(isolation["interfaces"]) <= {"lo"},
+            seen=", ".join(isolation["interfaces"]) or "none",
+        ),
+        Check(
+            name="the state is read-only",
+            passed=not isolation["state_writable"],
+            seen="writable" if isolation["state_writable"] else "read-only",
+        ),
+    ]
 
 
 def counter_checks(observed: dict[str, Any], *, left_out: frozenset[str] = frozenset()) -> list[Check]:

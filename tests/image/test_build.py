@@ -198,13 +198,16 @@ def test_a_build_that_is_ended_leaves_nothing(docker: str, context: Path, tmp_pa
     command = [sys.executable, "-m", "chatterbox_prewarm", "build", "--tag", f"{TAG}-ended"]
     command += ["--checkout", str(context), "--warm", str(tmp_path / "warm"), *ARGUMENTS]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "cold start, warm-up and save" in line:
-                break
-        time.sleep(1)
-        process.send_signal(sent)
-        process.communicate(timeout=60)
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if "cold start, warm-up and save" in line:
+                    break
+            time.sleep(1)
+            process.send_signal(sent)
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode in {130, 143}
     assert _left_behind(docker) == []
     assert _ask(docker, "images", "--quiet", f"{TAG}-ended") == ""

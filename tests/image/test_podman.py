@@ -361,11 +361,14 @@ PodmanEngine().run(
 """
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline() == "runs\n"
-        assert len(made()) == 1
-        process.send_signal(sent)
-        process.communicate(timeout=30)
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline() == "runs\n"
+            assert len(made()) == 1
+            process.send_signal(sent)
+            process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode in {130, 143, -signal.SIGINT}
     assert made() == []
 

@@ -202,3 +202,14 @@ def test_an_error_of_the_process_is_raised_again_as_its_own_kind(code: int, kind
 def test_a_process_that_ended_without_a_report_is_a_model_error(output: str, status: int) -> None:
     with pytest.raises(errors.ModelError, match=f"ended with status {status} "):
         parse_trial(output, status)
+
+
+def test_a_process_that_is_not_set_apart_is_judged_by_its_counters() -> None:
+    trial = warm_trial()
+    trial["isolation"].update(uid=0, interfaces=["eth0", "lo"], state_writable=True)
+    assert not judge(trial, DIGEST).passed
+    found = judge(trial, DIGEST, apart=False)
+    assert found.passed
+    assert not any("super-user" in check.name for check in found.checks)
+    miss("numba", "compiled librosa")(trial)
+    assert not judge(trial, DIGEST, apart=False).passed
