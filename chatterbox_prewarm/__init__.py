@@ -14,6 +14,8 @@ _PUBLIC = {
     "ChatterboxWarmupStrategy": "chatterbox_prewarm.warmup.strategy",
     "WarmupMetrics": "chatterbox_prewarm.warmup.metrics",
     "from_pretrained_with_warmup": "chatterbox_prewarm.pretrained",
+    "generate_stream": "chatterbox_prewarm.streaming",
+    "generate_stream_with_warmup_check": "chatterbox_prewarm.streaming",
     "load_warmup_cache": "chatterbox_prewarm.load",
     "save_warmup_cache": "chatterbox_prewarm.save",
 }
@@ -22,6 +24,8 @@ __all__ = [
     "ChatterboxWarmupStrategy",
     "WarmupMetrics",
     "from_pretrained_with_warmup",
+    "generate_stream",
+    "generate_stream_with_warmup_check",
     "load_warmup_cache",
     "save_warmup_cache",
 ]

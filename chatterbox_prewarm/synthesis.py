@@ -21,8 +21,9 @@ from chatterbox_prewarm.regions.bound import bound
 from chatterbox_prewarm.text import MAX_SEED, check_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Iterator, Mapping
 
+    from chatterbox.models.t3.modules.cond_enc import T3Cond
     from chatterbox.tts import ChatterboxTTS, Conditionals
     from numpy.typing import NDArray
 
@@ -71,8 +72,7 @@ class Speech:
     @property
     def pcm(self) -> NDArray[np.int16]:
         """The audio as 16-bit samples."""
-        scaled: NDArray[np.float32] = np.round(np.clip(self.samples, -1.0, 1.0) * 32767.0)
-        return scaled.astype(np.int16)
+        return as_pcm(self.samples)
 
     @property
     def pcm_sha256(self) -> str:
@@ -83,6 +83,23 @@ class Speech:
     def tokens_sha256(self) -> str:
         """Digest of `tokens` as little-endian int64 bytes."""
         return hashlib.sha256(self.tokens.astype("<i8").tobytes()).hexdigest()
+
+
+def as_pcm(samples: NDArray[np.float32]) -> NDArray[np.int16]:
+    """Samples within [-1, 1] as 16-bit ones; what is outside is clipped."""
+    scaled: NDArray[np.float32] = np.round(np.clip(samples, -1.0, 1.0) * 32767.0)
+    return scaled.astype(np.int16)
+
+
+def chosen_seed(seed: int | None) -> int:
+    """The seed asked for, or a fresh one.
+
+    Raises:
+        BadInputError: one that the generators do not take.
+    """
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise BadInputError(f"the seed is {seed}", next_step=f"give a whole number from 0 to {MAX_SEED}")
+    return seed if seed is not None else random.SystemRandom().getrandbits(31)
 
 
 def seed_everything(seed: int) -> None:
@@ -134,18 +151,13 @@ class Synthesizer:
             BadInputError: the text cannot be spoken, or there is no such voice.
             ModelError: the model gave too few speech tokens to make a sound of.
         """
-        conditionals = self._voice(voice)
-        if seed is not None and not 0 <= seed <= MAX_SEED:
-            raise BadInputError(f"the seed is {seed}", next_step=f"give a whole number from 0 to {MAX_SEED}")
-        seed_everything(seed if seed is not None else random.SystemRandom().getrandbits(31))
+        conditionals = self.voice(voice)
+        seed_everything(chosen_seed(seed))
         with torch.inference_mode():
             tokens = self.speech_tokens(text, voice=voice, max_new_tokens=max_new_tokens, sampling=sampling)
             stages = bound(self.model)
-            samples = stages.vocoder(stages.flow(tokens, conditionals.gen)).cpu().numpy()
-            marked = self.model.watermarker.apply_watermark(samples, sample_rate=self.model.sr)
-        return Speech(
-            tokens=tokens.cpu().numpy(), samples=np.asarray(marked, dtype=np.float32), sample_rate=self.model.sr
-        )
+            samples = self.watermarked(stages.vocoder(stages.flow(tokens, conditionals.gen)).cpu().numpy())
+        return Speech(tokens=tokens.cpu().numpy(), samples=samples, sample_rate=self.model.sr)
 
     @torch.inference_mode()
     def speech_tokens(
@@ -161,11 +173,55 @@ class Synthesizer:
         Returns:
             int64 of shape (n,), 25 to a second of audio, start and stop tokens dropped.
         """
+        sampling = sampling or Sampling()
+        conditionals, text_tokens = self._t3_inputs(text, voice, sampling)
+        decoder = bound(self.model).speech_tokens
+        return self.usable(decoder(conditionals, text_tokens, sampling=sampling, max_new_tokens=max_new_tokens))
+
+    @torch.inference_mode()
+    def token_blocks(
+        self,
+        text: str,
+        *,
+        voice: str = DEFAULT_VOICE,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling | None = None,
+    ) -> Generator[torch.Tensor]:
+        """The same as they are drawn, those included that `usable` drops; what cannot be spoken is refused at once.
+
+        Returns:
+            int64 (n,) each; see `SpeechTokens.blocks`.
+        """
+        sampling = sampling or Sampling()
+        conditionals, text_tokens = self._t3_inputs(text, voice, sampling)
+        decoder = bound(self.model).speech_tokens
+        return decoder.blocks(conditionals, text_tokens, sampling=sampling, max_new_tokens=max_new_tokens)
+
+    def usable(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Those of an utterance's tokens that sound.
+
+        Raises:
+            ModelError: they are too few.
+        """
+        # Start and stop are the first ids above the codebook; upstream drops both, and the stop token ends the loop.
+        usable: torch.Tensor = tokens[tokens < self.model.t3.hp.start_speech_token]
+        if usable.numel() < _MIN_TOKENS:
+            raise ModelError(
+                f"the model gave {usable.numel()} usable speech tokens for this text, too few for a sound",
+                next_step="try again, or another text",
+            )
+        return usable
+
+    def watermarked(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Mono audio at the model's rate, with upstream's watermark."""
+        return np.asarray(self.model.watermarker.apply_watermark(samples, sample_rate=self.model.sr), dtype=np.float32)
+
+    def _t3_inputs(self, text: str, voice: str, sampling: Sampling) -> tuple[T3Cond, torch.Tensor]:
+        """What T3 takes: the voice, and the text's tokens, int64 (1, n), start and stop tokens included."""
         from chatterbox.tts import T3Cond, punc_norm
 
         check_text(text, limit=None)  # the model's own bound is on tokens, below
-        conditionals = self._voice(voice)
-        sampling = sampling or Sampling()
+        conditionals = self.voice(voice)
         model = self.model
         t3 = model.t3
         text_tokens = model.tokenizer.text_to_tokens(punc_norm(text)).to(model.device)
@@ -179,26 +235,19 @@ class Synthesizer:
         emotion = conditionals.t3.emotion_adv
         if sampling.exaggeration is not None:
             emotion = torch.full_like(emotion, sampling.exaggeration)
-        tokens = bound(model).speech_tokens(
-            T3Cond(
-                speaker_emb=conditionals.t3.speaker_emb,
-                cond_prompt_speech_tokens=conditionals.t3.cond_prompt_speech_tokens,
-                emotion_adv=emotion,
-            ),
-            text_tokens,
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
+        prompt = T3Cond(
+            speaker_emb=conditionals.t3.speaker_emb,
+            cond_prompt_speech_tokens=conditionals.t3.cond_prompt_speech_tokens,
+            emotion_adv=emotion,
         )
-        # Start and stop are the first ids above the codebook; upstream drops both, and the stop token ends the loop.
-        usable: torch.Tensor = tokens[tokens < t3.hp.start_speech_token]
-        if usable.numel() < _MIN_TOKENS:
-            raise ModelError(
-                f"the model gave {usable.numel()} usable speech tokens for this text, too few for a sound",
-                next_step="try again, or another text",
-            )
-        return usable
+        return prompt, text_tokens
 
-    def _voice(self, name: str) -> Conditionals:
+    def voice(self, name: str) -> Conditionals:
+        """A voice by its name.
+
+        Raises:
+            BadInputError: there is none of that name.
+        """
         try:
             return self.voices[name]
         except KeyError:

@@ -52,15 +52,19 @@ class Flow:
         self._euler = executor(FLOW_EULER, _weights(up[2], final[0], final[2], estimator.final_proj))
 
     @torch.inference_mode()
-    def __call__(self, tokens: torch.Tensor, voice: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(
+        self, tokens: torch.Tensor, voice: Mapping[str, torch.Tensor], *, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Make the mel spectrogram of speech tokens.
 
         Args:
             tokens: int64 (n,), each below 6561.
             voice: `prompt_token` (1, m), `prompt_feat` (1, 2m, 80) and `embedding` (1, 192) of the reference clip.
+            noise: (1, frames, 80), of the voice's clip and of the speech to come, as many frames as are needed or more;
+                None draws it from the generator of the device.
 
         Returns:
-            (1, 80, 2n), 50 frames a second, drawn from the generator of the device.
+            (1, 80, 2n), 50 frames a second.
 
         Raises:
             BadInputError: the voice's clip and the speech are longer than one utterance may be.
@@ -78,7 +82,7 @@ class Flow:
         mean = self._encode(flow.input_embedding(sequence))
         condition = torch.zeros_like(mean)
         condition[:, : prompt.size(1)] = prompt
-        mel = self._solve(mean, flow.spk_embed_affine_layer(speaker), condition)
+        mel = self._solve(mean, flow.spk_embed_affine_layer(speaker), condition, noise)
         return mel[:, prompt.size(1) :].transpose(1, 2).contiguous()
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -95,15 +99,19 @@ class Flow:
         mean: torch.Tensor = self._flow.encoder_proj(encoder.after_norm(x))
         return mean
 
-    def _solve(self, mean: torch.Tensor, speaker: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def _solve(
+        self, mean: torch.Tensor, speaker: torch.Tensor, condition: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
         """Follow the flow from noise to the mel spectrogram; all of (1, frames, 80), `speaker` of (1, 80).
 
         Only the first of the estimator's two rows sees mean, speaker and condition.
         """
         decoder = self._flow.decoder
         estimator = decoder.estimator
-        # Drawn in upstream's layout, so that one seed gives one noise.
-        mel = torch.randn_like(mean.transpose(1, 2).contiguous()).transpose(1, 2).contiguous()
+        if noise is None:
+            # Drawn in upstream's layout, so that one seed gives one noise.
+            noise = torch.randn_like(mean.transpose(1, 2).contiguous()).transpose(1, 2)
+        mel = noise[:, : mean.size(1)].contiguous()
         times = torch.linspace(0, 1, EULER_STEPS + 1, device=mean.device, dtype=mean.dtype)
         times = 1 - torch.cos(times * 0.5 * torch.pi)
         embedded = estimator.time_mlp(estimator.time_embeddings(times[:-1]).to(mean.dtype))

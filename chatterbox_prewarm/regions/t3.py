@@ -17,6 +17,8 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.regions import MOST_PLACES, T3_DECODE, T3_PREFILL, T3_SAMPLE, T3_SAMPLE_NUCLEUS, t3_blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from chatterbox.models.t3 import T3
     from chatterbox.models.t3.modules.cond_enc import T3Cond
 
@@ -80,6 +82,20 @@ class SpeechTokens:
         Raises:
             BadInputError: the text and the speech to come have more places than the cache may have.
         """
+        blocks = self.blocks(conditionals, text_tokens, sampling=sampling, max_new_tokens=max_new_tokens)
+        return torch.cat(list(blocks))
+
+    @torch.inference_mode()
+    def blocks(
+        self, conditionals: T3Cond, text_tokens: torch.Tensor, *, sampling: Sampling, max_new_tokens: int
+    ) -> Generator[torch.Tensor]:
+        """As a call, in the blocks between two looks for the end of speech; arguments and errors as a call's.
+
+        The generators of random numbers must stand as this left them when the next block is asked for.
+
+        Yields:
+            int64 (n,), 1 token on a CPU and up to 16 on a GPU.
+        """
         prompt = self._prompt(conditionals, text_tokens, sampling.cfg_weight)
         length = prompt.size(1)
         if length + max_new_tokens > MOST_PLACES:
@@ -90,18 +106,25 @@ class SpeechTokens:
             )
         nucleus = sampling.top_p < 1.0
         state = self._state(length + max_new_tokens, nucleus=nucleus)
-        self._begin(state, prompt, sampling)
-        state.sample(self._samplers[nucleus])
-        look_every = _LOOK_EVERY_ON_CPU if self._device.type == "cpu" else _LOOK_EVERY_ON_GPU
-        for count in range(1, max_new_tokens + 1):
-            if count % look_every == 0 or count == max_new_tokens:
-                ended = (state.drawn[:count] == self._t3.hp.stop_speech_token).nonzero()
-                if ended.numel():
-                    return state.drawn[: int(ended[0, 0]) + 1].clone()
-            if count == max_new_tokens:
-                break
-            self._advance(state, nucleus=nucleus, places=self._places(state, length + count))
-        return state.drawn[:max_new_tokens].clone()
+        kept, self._kept = self._kept, None  # a call between two blocks of this one takes tensors of its own
+        try:
+            self._begin(state, prompt, sampling)
+            state.sample(self._samplers[nucleus])
+            look_every = _LOOK_EVERY_ON_CPU if self._device.type == "cpu" else _LOOK_EVERY_ON_GPU
+            looked = 0
+            for count in range(1, max_new_tokens + 1):
+                if count % look_every == 0 or count == max_new_tokens:
+                    block = state.drawn[looked:count]
+                    looked = count
+                    ended = (block == self._t3.hp.stop_speech_token).nonzero()
+                    if ended.numel():
+                        yield block[: int(ended[0, 0]) + 1].clone()
+                        return
+                    yield block.clone()
+                if count < max_new_tokens:
+                    self._advance(state, nucleus=nucleus, places=self._places(state, length + count))
+        finally:
+            self._kept = kept
 
     @torch.inference_mode()
     def hidden(
