@@ -23,7 +23,7 @@ from chatterbox_prewarm.errors import BadInputError, ModelError, NotWarmError
 from chatterbox_prewarm.load import POLICIES, Attached
 from chatterbox_prewarm.regions import MOST_FRAMES
 from chatterbox_prewarm.regions.bound import bound
-from chatterbox_prewarm.regions.vocoder import SAMPLES_PER_FRAME
+from chatterbox_prewarm.regions.vocoder import HELD_FRAMES, SAMPLES_PER_FRAME
 from chatterbox_prewarm.regions.windows import Windows
 from chatterbox_prewarm.synthesis import (
     MAX_NEW_TOKENS,
@@ -57,6 +57,8 @@ _BLENDED_FRAMES = 6
 #: 3.2 each, and its resamplers some hundred samples.
 _STEP = 240
 _WATERMARK_CONTEXT = 24
+#: Mel frames that the vocoder and the watermark hold back between them.
+_HELD_FRAMES = HELD_FRAMES + _WATERMARK_CONTEXT * _STEP // SAMPLES_PER_FRAME
 #: Noise of its own for a stream that looks ahead, from the same seed.
 _NOISE_SEED = 0x9E3779B9
 
@@ -139,7 +141,7 @@ def generate_stream_with_warmup_check(
     Args:
         attached: the loaded model with its warm state.
         text: what to say.
-        policy: what to do about misses: "require" raises, "fallback" warns, "off" goes on; that of the start by default.
+        policy: what to do about misses: "require" raises, "fallback" warns, "off" goes on; the start's by default.
         **arguments: of `generate_stream`.
 
     Raises:
@@ -231,12 +233,12 @@ class _Stream:
     @torch.inference_mode()
     def _whole(self, blocks: Generator[torch.Tensor]) -> Generator[Piece]:
         """The spectrogram of all tokens, as `Synthesizer.synthesize` makes it."""
-        drawn = []
+        drawn = self._no_tokens()
         for block in blocks:
-            drawn.append(block)
+            drawn = torch.cat([drawn, block])
             if self._stopped():
                 return
-        tokens = self._synthesizer.usable(torch.cat(drawn))
+        tokens = self._synthesizer.usable(drawn)
         yield tokens, self._stages.flow(tokens, self._voice), True
 
     @torch.inference_mode()
@@ -252,21 +254,26 @@ class _Stream:
         noise = torch.randn((1, MOST_FRAMES, 80), generator=generator).to(model.device)
         # A voice's spectrogram may have a frame more than its tokens, which the first one then lacks.
         surplus = voice["prompt_feat"].size(1) - _FRAMES_PER_TOKEN * voice["prompt_token"].size(1)
-        drawn, count, frames = torch.empty(0, dtype=torch.int64, device=model.device), 0, 0
+        drawn, count, frames = self._no_tokens(), 0, 0
+        chunk = _FRAMES_PER_TOKEN * self._chunk_tokens
+        wanted = chunk + _HELD_FRAMES  # so that the first rendering is enough for the first chunk
         tail: torch.Tensor | None = None
         for block in blocks:
             drawn = torch.cat([drawn, block[block < model.t3.hp.start_speech_token]])
             if self._stopped():
                 return
-            if drawn.numel() - look_ahead - count < self._chunk_tokens:
+            known = drawn.numel() - look_ahead
+            end = _FRAMES_PER_TOKEN * known - surplus
+            if end - frames < wanted:
                 continue
             mel = flow(drawn, voice, noise=noise)
-            before, count = count, drawn.numel() - look_ahead
-            begin, frames = frames, _FRAMES_PER_TOKEN * count - surplus
-            yield drawn[before:count], _blended(mel[..., begin:frames], tail), False
-            tail = mel[..., frames:]
+            yield drawn[count:known], _blended(mel[..., frames:end], tail), False
+            count, frames, tail, wanted = known, end, mel[..., end:], chunk
         mel = flow(self._synthesizer.usable(drawn), voice, noise=noise)
         yield drawn[count:], _blended(mel[..., frames:], tail), True
+
+    def _no_tokens(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.int64, device=self._synthesizer.model.device)
 
     @torch.inference_mode()
     def _watermarked(self, steps: torch.Tensor) -> torch.Tensor:

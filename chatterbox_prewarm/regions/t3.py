@@ -83,7 +83,7 @@ class SpeechTokens:
             BadInputError: the text and the speech to come have more places than the cache may have.
         """
         blocks = self.blocks(conditionals, text_tokens, sampling=sampling, max_new_tokens=max_new_tokens)
-        return torch.cat(list(blocks))
+        return torch.cat([text_tokens.new_empty(0), *blocks])
 
     @torch.inference_mode()
     def blocks(

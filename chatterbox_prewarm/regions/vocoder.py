@@ -21,9 +21,11 @@ _LOUDEST_BIN = 1e2  # upstream's clip of the magnitude
 SAMPLES_PER_FRAME = 480
 #: How many mel frames to each side the pitch depends on: five convolutions of three.
 _PITCH_CONTEXT = 5
-#: And the waveform, at most: 4.7 of the source or 4.2 of the spectrogram before the residual blocks of the first stage,
-#: where 60 places of an eighth of a frame are seen, as many of a fortieth and of a 120th in the two stages after it.
+#: And the waveform: on 14.3 frames of the source, most of them for the residual blocks of the first stage and those of
+#: its source, and on 13.2 of the spectrogram.
 _TRUNK_CONTEXT = 15
+#: How many mel frames a stream holds back until it knows what follows.
+HELD_FRAMES = _PITCH_CONTEXT + _TRUNK_CONTEXT
 
 
 class Vocoder:
