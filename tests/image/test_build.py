@@ -46,10 +46,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def built(docker: str, context: Path, place: Path) -> Iterator[subprocess.CompletedProcess[str]]:
     """The first build, with a bake."""
+    names = [TAG, f"{TAG}-gpu", f"{TAG}-dockerfile"]
+    subprocess.run([docker, "rmi", "--force", *names], capture_output=True, check=False)  # of a run that was killed
     made = _build(context, place, "--evidence", place / "evidence.json")
     assert made.returncode == 0, made.stderr
     yield made
-    subprocess.run([docker, "rmi", "--force", TAG, f"{TAG}-gpu"], capture_output=True, check=False)
+    subprocess.run([docker, "rmi", "--force", *names], capture_output=True, check=False)
 
 
 def _build(
