@@ -20,12 +20,11 @@ _PUBLIC = {
     "save_warmup_cache": "chatterbox_prewarm.save",
 }
 
+#: Without the streams, whose module imports torch: `import *` must not, or it comes before `prepare`.
 __all__ = [
     "ChatterboxWarmupStrategy",
     "WarmupMetrics",
     "from_pretrained_with_warmup",
-    "generate_stream",
-    "generate_stream_with_warmup_check",
     "load_warmup_cache",
     "save_warmup_cache",
 ]
