@@ -10,7 +10,8 @@ from chatterbox_prewarm.fingerprint import ABSENT, contrast, words_for
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from chatterbox_prewarm.manifest import FamilyEntry, Manifest
+    from chatterbox_prewarm.manifest import FamilyEntry, Manifest, Reference
+    from chatterbox_prewarm.profiles import Execution
 
 #: How many files of a kind are named.
 _NAMED = 3
@@ -25,19 +26,11 @@ def differences(one: Manifest, other: Manifest) -> list[str]:
     return [
         *_weights(one, other),
         *_changed("variant", one.variant, other.variant),
-        *(
-            line
-            for field in fields(one.execution)
-            for line in _changed(
-                f"execution: {field.name}",
-                str(getattr(one.execution, field.name)),
-                str(getattr(other.execution, field.name)),
-            )
-        ),
+        *_fields("execution", one.execution, other.execution),
         *_facts("", one.fingerprint, other.fingerprint),
         *(line for name in _names(one, other) for line in _family(name, one.family(name), other.family(name))),
         *_only("voices", one.voices, other.voices),
-        *_reference(one, other),
+        *_fields("reference", one.reference, other.reference),
     ]
 
 
@@ -99,13 +92,10 @@ def _family(name: str, one: FamilyEntry | None, other: FamilyEntry | None) -> li
     ]
 
 
-def _reference(one: Manifest, other: Manifest) -> list[str]:
+def _fields(what: str, one: Execution | Reference, other: Execution | Reference) -> list[str]:
+    """The fields in which two records of one kind differ."""
     return [
         line
-        for field in fields(one.reference)
-        for line in _changed(
-            f"reference: {field.name}",
-            str(getattr(one.reference, field.name)),
-            str(getattr(other.reference, field.name)),
-        )
+        for field in fields(one)
+        for line in _changed(f"{what}: {field.name}", str(getattr(one, field.name)), str(getattr(other, field.name)))
     ]
