@@ -1,14 +1,14 @@
 """Layers: tars whose bytes depend on what is in them alone.
 
 Sorted entries, modification time zero, owner root, modes 0555 and 0444, no links, no extended attributes. The warm
-state is small and compressed: gzip at a fixed level with no name and no time in its header. Weights do not compress, so
-each group of their files is a tar as it is, which is made anew whenever it is read: no second copy lies on the disk.
+state is small and compressed: gzip at a fixed level, without name and time, in members of a fixed size. Weights do not
+compress, so each group of their files is a tar as it is, which is made anew whenever it is read: no second copy lies on
+the disk.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import io
 import os
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.errors import IntegrityError, from_os_error
+from chatterbox_prewarm.image.members import MEMBER, compressed
 from chatterbox_prewarm.image.oci import OCI_LAYER, OCI_LAYER_GZIP, Descriptor
 from chatterbox_prewarm.places import WARM, WEIGHTS
 from chatterbox_prewarm.states import key_of
@@ -76,21 +77,6 @@ class _Entry:
     path: Path | None = None
 
 
-class _Hashing(io.RawIOBase):
-    """Passes bytes on and hashes them."""
-
-    def __init__(self, target: BinaryIO) -> None:
-        self._target = target
-        self.sha256 = hashlib.sha256()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        self.sha256.update(data)
-        return self._target.write(data)
-
-
 class _Tar(io.RawIOBase):
     """A tar as a stream, made while it is read."""
 
@@ -128,15 +114,13 @@ def pack(warm: Path, output: Path) -> Layer:
     key = key_of(manifest)
     entries = [*_parents(_WARM / key), *_members(warm, _WARM / key)]
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    plain = hashlib.sha256()
+    packed, plain = hashlib.sha256(), hashlib.sha256()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
-            compressed = _Hashing(cast("BinaryIO", stream))
-            with gzip.GzipFile("", "wb", _GZIP_LEVEL, cast("BinaryIO", compressed), mtime=0) as zipped:
-                for piece in _pieces(entries):
-                    plain.update(piece)
-                    zipped.write(piece)
+            for piece in compressed(_hashed(_pieces(entries), plain), _GZIP_LEVEL):
+                packed.update(piece)
+                stream.write(piece)
             size = stream.tell()
         temporary.replace(output)
     except OSError as error:
@@ -144,11 +128,11 @@ def pack(warm: Path, output: Path) -> Layer:
     finally:
         temporary.unlink(missing_ok=True)
     return Layer(
-        digest=compressed.sha256.hexdigest(),
+        digest=packed.hexdigest(),
         diff_id=plain.hexdigest(),
         size=size,
         media_type=OCI_LAYER_GZIP,
-        packer=f"{_TAR}; gzip {_GZIP_LEVEL}; zlib {zlib.ZLIB_RUNTIME_VERSION}",
+        packer=f"{_TAR}; gzip {_GZIP_LEVEL} in members of {MEMBER}; zlib {zlib.ZLIB_RUNTIME_VERSION}",
         title=f"warm state {key}",
         opened=lambda: output.open("rb"),
     )
@@ -233,6 +217,12 @@ def _pieces(entries: Sequence[_Entry]) -> Iterator[bytes]:
         if over := entry.info.size % tarfile.BLOCKSIZE:
             yield b"\0" * (tarfile.BLOCKSIZE - over)
     yield b"\0" * (2 * tarfile.BLOCKSIZE)
+
+
+def _hashed(pieces: Iterator[bytes], digest: hashlib._Hash) -> Iterator[bytes]:
+    for piece in pieces:
+        digest.update(piece)
+        yield piece
 
 
 def _parents(place: PurePosixPath) -> Iterator[_Entry]:

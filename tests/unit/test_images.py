@@ -93,7 +93,7 @@ def test_a_layer_holds_files_and_folders_of_root_that_nobody_can_write(layer: La
 def test_what_packed_a_layer_is_in_the_digest_of_its_image(layer: Layer, layout: Layout) -> None:
     image = add_layers(make_base(layout, "base"), [layer], Change(), created=CREATED)
     packer = image.layers[-1].annotations["io.chatterbox-prewarm.packer"]
-    assert packer.startswith("tar pax; gzip 6; zlib ")
+    assert packer.startswith("tar pax; gzip 6 in members of 1048576; zlib ")
     assert packer.encode() in to_documents(image)[0].raw
 
 
