@@ -28,7 +28,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1
 
 # ---- deps: the Python packages of one software stack, from its hashed lock -------------------------------------------
-FROM base AS packages
+FROM base AS installed
 ARG STACK=torch-2.6
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -38,6 +38,10 @@ COPY build/sync build/locks/uv.txt build/locks/${STACK}.txt /build/
 RUN --mount=type=cache,target=/var/cache/uv \
     --mount=type=secret,id=ca --mount=type=secret,id=pip \
     UV_CACHE_DIR=/var/cache/uv sh /build/sync /build/uv.txt "/build/${STACK}.txt" /opt/venv
+
+# Without what installed them. Everything below stands on it, so that whoever names an image of it copies no gigabyte.
+FROM base AS packages
+COPY --from=installed /opt/venv /opt/venv
 
 # A stage of this file, or an image that is named.
 # hadolint ignore=DL3006
@@ -117,7 +121,7 @@ RUN --mount=type=bind,from=weights,source=/opt/chatterbox-prewarm/weights,target
     --levels "${LEVELS}" --profile "${PROFILE}" --t3-dtype "${T3_DTYPE}"
 
 # ---- cold: all but the warm state ------------------------------------------------------------------------------------
-FROM base AS cold
+FROM deps AS cold
 ARG STACK=torch-2.6
 ARG VARIANT=english
 LABEL org.opencontainers.image.title="chatterbox-prewarm" \
@@ -125,7 +129,6 @@ LABEL org.opencontainers.image.title="chatterbox-prewarm" \
       org.opencontainers.image.licenses="MIT" \
       io.chatterbox-prewarm.variant="${VARIANT}" \
       io.chatterbox-prewarm.torch="${STACK}"
-COPY --from=deps /opt/venv /opt/venv
 COPY --from=weights /opt/chatterbox-prewarm/weights /opt/chatterbox-prewarm/weights
 COPY chatterbox_prewarm /opt/chatterbox-prewarm/app/chatterbox_prewarm
 # Our own modules are not in the warm state, so that a change of them needs no bake; they are compiled here, and (-B)

@@ -117,7 +117,7 @@ def build(context: Path, tag: str, arguments: Sequence[str]) -> str:
 
 
 def ran_steps(log: str) -> list[str]:
-    """The steps that ran, from BuildKit's plain log: `#7 [deps 3/3] RUN …`, and `#7 CACHED` for the others."""
+    """The steps that ran, from BuildKit's plain log: `#7 [installed 3/3] RUN …`, and `#7 CACHED` for the others."""
     steps: dict[str, str] = {}
     for line in log.splitlines():
         number, _, rest = line.partition(" ")

@@ -28,6 +28,7 @@ def test_the_classic_builder_gets_no_mount_and_only_the_stages_that_the_target_s
     assert "--mount" not in found
     assert STAGE.findall(found) == [
         "base",
+        "installed",
         "packages",
         "deps",
         "weights-synthetic",
@@ -39,10 +40,12 @@ def test_the_classic_builder_gets_no_mount_and_only_the_stages_that_the_target_s
     bake = found[found.index("AS bake") : found.index("AS cold")]
     copied = "COPY --from=weights /opt/chatterbox-prewarm/weights /opt/chatterbox-prewarm/weights\nRUN echo"
     assert copied in bake, "what was bound is copied before the step"
-    assert STAGE.findall(for_classic(TEXT, {}, "runtime"))[3] == "weights-hub", "as the Dockerfile has it by default"
-    assert "packages" not in STAGE.findall(for_classic(TEXT, {"DEPS": "other/image:1"}, "runtime"))
+    assert STAGE.findall(for_classic(TEXT, {}, "runtime"))[4] == "weights-hub", "as the Dockerfile has it by default"
+    assert STAGE.findall(for_classic(TEXT, {"DEPS": "other/image:1"}, "runtime")) == [
+        *("deps", "weights-hub", "weights", "bake", "cold", "runtime"),
+    ]
     assert STAGE.findall(for_classic(TEXT, {"WEIGHTS": "none"}, "cold")) == [
-        *("base", "packages", "deps", "weights-none", "weights", "cold"),
+        *("base", "installed", "packages", "deps", "weights-none", "weights", "cold"),
     ]
 
 
