@@ -17,6 +17,7 @@ of GPUs is a bake for the CPU.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from itertools import product
@@ -54,6 +55,16 @@ class Bake:
     def device(self) -> str:
         """As torch names it."""
         return "cuda" if self.gpu else "cpu"
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.variant}, {self.gpu or 'CPU'}, {self.profile}, {self.t3_dtype}"
+
+    @property
+    def name(self) -> str:
+        """The same as a part of a file's or an image's name; two bakes of a matrix have two."""
+        return re.sub(r"[^a-z0-9.]+", "-", self.title.lower())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +110,7 @@ def read(path: Path) -> Matrix:
     if not isinstance(tables, list) or not tables:
         raise _bad(path, "it has no table [[bake]]")
     bakes = tuple(bake for table in tables for bake in _bakes(path, table))
-    if len({(bake.variant, bake.gpu, bake.profile, bake.t3_dtype) for bake in bakes}) != len(bakes):
+    if len({bake.name for bake in bakes}) != len(bakes):
         raise _bad(path, "two of its bakes are for one variant, GPU and profile")
     return Matrix(base=image["base"], target=image["target"], bakes=bakes)
 

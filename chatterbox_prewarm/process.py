@@ -37,11 +37,12 @@ def run(
     with_stderr: bool = False,
     stdout: IO[bytes] | int | None = None,
     stderr: IO[bytes] | None = None,
+    given: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and return what it printed; the caller looks at `returncode`.
 
     Standard error is passed through, so that progress stays visible, or comes with what was printed (`with_stderr`).
-    What is large or no text goes to a file: `stdout`, `stderr`.
+    What is large or no text goes to a file: `stdout`, `stderr`. Standard input is ours, or the text `given`.
 
     Raises:
         EngineError: the program does not exist or ran past `timeout` seconds.
@@ -52,6 +53,7 @@ def run(
             list(command),
             env={**(os.environ if env is None else env), PARENT: str(os.getpid())},
             cwd=cwd,
+            input=given,
             timeout=timeout,
             stdout=subprocess.PIPE if stdout is None else stdout,
             stderr=subprocess.STDOUT if with_stderr else stderr,

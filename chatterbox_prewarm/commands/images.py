@@ -6,9 +6,10 @@ import contextlib
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from chatterbox_prewarm.commands.options import (
     PATH,
@@ -24,14 +25,22 @@ from chatterbox_prewarm.commands.options import (
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.image.dockerfile import VARIANTS
 from chatterbox_prewarm.image.engine import ENGINES
+from chatterbox_prewarm.image.request import BUILDERS, ROUTES
 from chatterbox_prewarm.matrix import FILE
 from chatterbox_prewarm.profiles import PROFILES, T3_DTYPES
 
-_ROUTES = ("export", "dockerfile", "no-gpu")
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from chatterbox_prewarm.image.request import Request
+
+#: What a bake of a matrix says itself; its evidence lies beside its state.
+_NOT_WITH_A_MATRIX = {"device", "profile", "t3_dtype", "levels", "voices", "evidence"}
 
 
 @click.command()
-@click.option("--tag", required=True, help="The image's name.")
+@click.option("--tag", default="", help="The image's name; of each of a matrix, by default, after its target.")
+@click.option("--matrix", type=PATH, help="Build an image for each bake of it that this machine can do.")
 @click.option("--checkout", type=PATH, default=Path(), help="Of this project; the current directory by default.")
 @click.option("--warm", type=PATH, default=Path("out/warm"), show_default=True, help="Where the warm state is kept.")
 @option("--device", default="cpu", help="The torch device that the image is for, such as cpu or cuda.")
@@ -39,8 +48,15 @@ _ROUTES = ("export", "dockerfile", "no-gpu")
     "--route",
     default="export",
     show_default=True,
-    type=click.Choice(_ROUTES),
+    type=click.Choice(ROUTES),
     help="Bake in a container and export; in the Dockerfile; or what needs no GPU, for an image for one.",
+)
+@click.option(
+    "--builder",
+    default="buildkit",
+    show_default=True,
+    type=click.Choice(BUILDERS),
+    help="Of Docker's; the classic one has in its steps the GPU of the engine's default runtime.",
 )
 @option("--profile", default="aot", type=click.Choice(PROFILES), help="How the model executes.")
 @option("--t3-dtype", default="float32", type=click.Choice(T3_DTYPES), help="What T3's transformer computes in.")
@@ -53,14 +69,24 @@ _ROUTES = ("export", "dockerfile", "no-gpu")
 @click.option("--evidence", type=PATH, help="Write the evidence of the proof to this JSON file.")
 @click.option("--replace", "replacing", is_flag=True, help="Take the name from an image that has it.")
 @click.option("--dry-run", is_flag=True, help="Check what the engine can do, show the plan, and do nothing.")
-def build(*, engine_name: str, evidence: Path | None, dry_run: bool, **fields: Any) -> None:
+@click.pass_context
+def build(
+    context: click.Context,
+    /,
+    *,
+    matrix: Path | None,
+    engine_name: str,
+    evidence: Path | None,
+    dry_run: bool,
+    **fields: Any,
+) -> None:
     """Build an image on a container engine, bake in it, prove it, and tag it when it has missed nothing.
 
     The warm state is kept, and baked again only when something changed that it depends on.
     """
     from chatterbox_prewarm.image import build as building
     from chatterbox_prewarm.image.engine import connect
-    from chatterbox_prewarm.image.request import Request, check, plan
+    from chatterbox_prewarm.image.request import Request, check, plan, routes
 
     if evidence is not None:
         check_place(evidence)
@@ -72,17 +98,40 @@ def build(*, engine_name: str, evidence: Path | None, dry_run: bool, **fields: A
             "arguments": dict(map(_parse_argument, fields["arguments"])),
         }
     )
+    requests = [request] if matrix is None else _of_matrix(context, matrix, request)
+    if not all(one.tag for one in requests):
+        raise click.UsageError("Missing option '--tag'.")
     _end_as_interrupted()
     with contextlib.closing(connect(engine_name)) as engine:
-        check(request, engine)
         if dry_run:
-            click.echo("\n".join(plan(request, engine)))
-            return
-        built = building.build(request, engine, say=say)
-    if evidence is not None:
-        write_result(evidence, built.evidence.to_json())
-    click.echo(f"warm layer: {built.layer.size / 1e6:.1f} MB, diff id sha256:{built.layer.diff_id}")
-    click.echo(f"{fields['tag']}: proven, {len(built.evidence.checks)} checks passed")
+            click.echo("\n".join(routes(requests[0], engine)))
+        for one in requests:  # before anything slow
+            check(one, engine)
+        for one in requests:
+            if dry_run:
+                click.echo("\n".join(plan(one, engine)))
+                continue
+            built = building.build(one, engine, say=say)
+            place = evidence if matrix is None else one.warm.with_name(f"{one.warm.name}.evidence.json")
+            if place is not None:
+                write_result(place, built.evidence.to_json())
+            click.echo(f"warm layer: {built.layer.size / 1e6:.1f} MB, diff id sha256:{built.layer.diff_id}")
+            click.echo(f"{one.tag}: proven, {len(built.evidence.checks)} checks passed")
+
+
+def _of_matrix(context: click.Context, path: Path, template: Request) -> Sequence[Request]:
+    """The builds of a matrix; what is left to other machines is said."""
+    from chatterbox_prewarm import matrix as matrices
+    from chatterbox_prewarm.fingerprint import read_fingerprint
+    from chatterbox_prewarm.image.series import series
+
+    for given in context.command.params:
+        if given.name in _NOT_WITH_A_MATRIX and context.get_parameter_source(given.name) == ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{given.opts[0]} does not go with --matrix.")
+    found = series(matrices.read(path), template, gpu=read_fingerprint("cuda").gpu)
+    for line in found.left:
+        say(f"left to another machine: {line}")
+    return found.requests
 
 
 @click.command()
@@ -168,7 +217,7 @@ def publish(
     if listing:
         for number, bake in enumerate(found.bakes):
             voices = ", ".join(bake.voices) or "no more voices"
-            click.echo(f"{number}: {bake.variant}, {bake.gpu or 'CPU'}, {bake.profile}, {bake.t3_dtype}, {voices}")
+            click.echo(f"{number}: {bake.title}, {voices}")
         return
     if index is None or index >= len(found.bakes):
         raise BadInputError(

@@ -23,6 +23,7 @@ from chatterbox_prewarm.commands.options import (
     write_result,
 )
 from chatterbox_prewarm.errors import BadInputError, IntegrityError
+from chatterbox_prewarm.image.engine import ENGINES
 from chatterbox_prewarm.profiles import T3_DTYPES, default_execution
 
 if TYPE_CHECKING:
@@ -214,6 +215,7 @@ def _verify_here(
 @click.option("--evidence", type=PATH, help="Write the evidence to this JSON file, or to standard output (-).")
 @click.option("--here", is_flag=True, help="This process is set apart already, as in a container: make no namespaces.")
 @click.option("--image", help="Prove in a container of this image, run as it is meant to be.")
+@option("--engine", default="docker", type=click.Choice(ENGINES), help="That has the image.")
 def prove(
     *,
     warm: Path,
@@ -224,6 +226,7 @@ def prove(
     evidence: Path | None,
     here: bool,
     image: str | None,
+    engine: str,
 ) -> None:
     """Show that a fresh, isolated process hits every cache and misses none. Exit code 13 when it does not.
 
@@ -238,7 +241,7 @@ def prove(
     if image:
         from chatterbox_prewarm.image.engine import prove_image
 
-        found = prove_image(image)
+        found = prove_image(image, engine=engine)
     elif here:
         found = proving.prove_here(warm, weights, cache, device=device, state=state)
     else:

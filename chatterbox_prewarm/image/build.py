@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -22,7 +21,15 @@ from chatterbox_prewarm.errors import FingerprintMismatchError, IntegrityError
 from chatterbox_prewarm.image.addition import change_for, gather
 from chatterbox_prewarm.image.compose import Change, add_layers
 from chatterbox_prewarm.image.engine import Run, prove, run_build
-from chatterbox_prewarm.image.request import Recipe, arguments_of, check, check_tag, unproven_name
+from chatterbox_prewarm.image.request import (
+    Recipe,
+    arguments_of,
+    check,
+    check_tag,
+    dockerfile_of,
+    in_words,
+    unproven_name,
+)
 from chatterbox_prewarm.places import WARM
 from chatterbox_prewarm.prove import require_passed
 from chatterbox_prewarm.provenance import VARIABLES
@@ -188,6 +195,5 @@ def _recipe_file(warm: Path) -> Path:
 
 
 def _build(engine: Engine, request: Request, stage: str, tag: str, say: Callable[[str], None]) -> None:
-    arguments = arguments_of(request, stage, tag)
-    say(shlex.join(engine.build_command(arguments)))
-    run_build(engine, arguments)
+    say(in_words(request, engine, stage, tag))
+    run_build(engine, arguments_of(request, stage, tag), dockerfile=dockerfile_of(request, stage))

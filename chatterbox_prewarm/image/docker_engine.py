@@ -53,16 +53,18 @@ class DockerEngine:
 
     def __init__(self, *, timeout: float = 7200.0) -> None:
         import docker
+        import docker.errors
 
         with _failing("reach the Docker engine", "start the engine, or set DOCKER_HOST"):
-            self._client: DockerClient = docker.from_env(timeout=int(timeout))
+            try:
+                self._client: DockerClient = docker.from_env(timeout=int(timeout))
+            except docker.errors.InvalidVersion as error:
+                raise _too_old(f"so old that docker-py cannot talk to it ({error})") from error
             info: dict[str, Any] = self._client.info()
         self.facts = _facts(info)
         if parse_version(self.facts.version) < _OLDEST:
-            raise EngineError(
-                f"the Docker engine is {self.facts.version}; {'.'.join(map(str, _OLDEST))} is the oldest with BuildKit",
-                next_step="upgrade the engine",
-            )
+            self.close()
+            raise _too_old(self.facts.version)
 
     def close(self) -> None:
         """As `Engine`."""
@@ -72,9 +74,12 @@ class DockerEngine:
         """As `Engine`."""
         self._gpus(device)
 
-    def build_command(self, arguments: Sequence[str]) -> list[str]:
+    def build_command(self, arguments: Sequence[str], *, classic: bool = False) -> list[str]:
         """As `Engine`; docker-py knows only the builder without mounts, so it is the client: `$DOCKER`, or `docker`."""
         client = os.environ.get("DOCKER", "docker")
+        if classic:
+            # A step that fails leaves its container otherwise.
+            return ["env", "DOCKER_BUILDKIT=0", client, "build", "--force-rm", *arguments]
         return ["env", "DOCKER_BUILDKIT=1", client, "build", "--progress=plain", *arguments]
 
     def run(self, container: Run) -> tuple[int, str]:
@@ -165,8 +170,13 @@ class DockerEngine:
         with tempfile.TemporaryFile() as spool:
             write_archive(image, tag, {layer.descriptor.digest: layer.opened for layer in layers}, spool)
             spool.seek(0)
-            with _failing(f"load {tag!r}, which is {base!r} with more layers", "see the engine's log"):
-                self._client.images.load(spool)
+            doing = f"load {tag!r}, which is {base!r} with more layers"
+            with _failing(doing, "see the engine's log"):
+                # To its end, even after an error: only then the connection can be closed.
+                said: list[dict[str, Any]] = list(self._client.api.load_image(spool))  # type: ignore[no-untyped-call]
+            if failures := [line["errorDetail"]["message"] for line in said if "errorDetail" in line]:
+                raise EngineError(f"cannot {doing}: {'; '.join(failures)}", next_step="see the engine's log")
+            with _failing(doing, "see the engine's log"):
                 found = self._client.images.get(tag).attrs["RootFS"]["Layers"]
         if tuple(found) != image.diff_ids:
             raise EngineError(
@@ -234,6 +244,13 @@ def _failing(doing: str, next_step: str) -> Iterator[None]:
         yield
     except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
         raise EngineError(f"cannot {doing}: {error}", next_step=next_step) from error
+
+
+def _too_old(found: str) -> EngineError:
+    return EngineError(
+        f"the Docker engine is {found}; {'.'.join(map(str, _OLDEST))} is the oldest with BuildKit",
+        next_step="upgrade the engine, or use --engine podman",
+    )
 
 
 def _facts(info: Mapping[str, Any]) -> Facts:

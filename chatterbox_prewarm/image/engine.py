@@ -89,8 +89,12 @@ class Engine(Protocol):
             EngineError: the engine gives containers no GPU.
         """
 
-    def build_command(self, arguments: Sequence[str]) -> list[str]:
-        """The command that builds an image, before those arguments that Docker's and podman's share."""
+    def build_command(self, arguments: Sequence[str], *, classic: bool = False) -> list[str]:
+        """The command that builds an image, before those arguments that Docker's and podman's share.
+
+        Raises:
+            EngineError: it has no such builder as the classic one.
+        """
 
     def run(self, container: Run) -> tuple[int, str]:
         """Run a container to its end, and remove it whatever happens; its exit code and standard output.
@@ -163,13 +167,19 @@ def prove_image(image: str, *, engine: str = "docker") -> Evidence:
         return prove(connected, image, device=device)
 
 
-def run_build(engine: Engine, arguments: Sequence[str]) -> None:
+def run_build(engine: Engine, arguments: Sequence[str], *, dockerfile: str | None = None) -> None:
     """Build an image; its log passes through.
+
+    Args:
+        engine: to build with.
+        arguments: of the build.
+        dockerfile: of the classic builder, which reads it from standard input.
 
     Raises:
         EngineError: the build failed.
     """
-    finished = run_process(engine.build_command(arguments), stdout=_STDERR)
+    command = engine.build_command(arguments, classic=dockerfile is not None)
+    finished = run_process(command, stdout=_STDERR, given=dockerfile)
     if finished.returncode != 0:
         raise EngineError(
             f"the build ended with status {finished.returncode}", next_step="see the end of its log above"

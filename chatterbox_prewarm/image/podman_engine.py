@@ -41,6 +41,8 @@ _OLDEST = (4, 3)
 _SHORT = 1800.0
 #: Seconds before each attempt to remove a container: podman fails at one that ends by itself at that moment.
 _ATTEMPTS = (0.0, 0.5, 1.0, 2.0)
+#: Bytes: with less room than this, podman cannot even note that a container ended.
+_FULL = 1 << 20
 #: What takes what a command prints and nobody reads.
 _NOWHERE = subprocess.DEVNULL
 #: Of every container: no network, and nothing that podman or its configuration would add on its own.
@@ -77,6 +79,7 @@ class PodmanEngine:
             self.facts = _facts(info)
             remote = bool(info["host"].get("serviceIsRemote"))
             self._scratch: str | None = info["store"].get("imageCopyTmpDir")
+            self._root = str(info["store"]["graphRoot"])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise EngineError(
                 f"`podman info` printed something else than facts: {error!r}", next_step="run it and see what it says"
@@ -100,8 +103,10 @@ class PodmanEngine:
         """As `Engine`."""
         self._gpus(device)
 
-    def build_command(self, arguments: Sequence[str]) -> list[str]:
+    def build_command(self, arguments: Sequence[str], *, classic: bool = False) -> list[str]:
         """As `Engine`; podman has a default network, but no name "default" for it."""
+        if classic:
+            raise EngineError("podman has no classic builder", next_step="leave --builder out, or use --engine docker")
         return [_PROGRAM, "build", *(word for word in arguments if word != "--network=default")]
 
     def run(self, container: Run) -> tuple[int, str]:
@@ -308,11 +313,18 @@ class PodmanEngine:
             env = {**os.environ, "TMPDIR": str(scratch)} if scratch else None
             finished = self._ask(*arguments, env=env, cwd=scratch, stdout=stdout, stderr=said)
             if finished.returncode != 0:
-                raise EngineError(
-                    f"{failing}: {_end(said)}",
-                    next_step="see what podman said; its option --log-level=debug tells more",
-                )
+                raise self._failure(f"{failing}: {_end(said)}")
         return finished.stdout or ""
+
+    def _failure(self, problem: str) -> EngineError:
+        """What a command's failure means; podman without room for its own notes speaks of something else."""
+        with contextlib.suppress(OSError, AttributeError):  # it is not known before `podman info`
+            if shutil.disk_usage(self._root).free < _FULL:
+                return EngineError(
+                    f"{problem}; no space left on device: the disk of podman's storage, {self._root}, is full",
+                    next_step="make room, with `podman image prune` for example",
+                )
+        return EngineError(problem, next_step="see what podman said; its option --log-level=debug tells more")
 
 
 def _facts(info: Mapping[str, Any]) -> Facts:

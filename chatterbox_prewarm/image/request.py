@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm import manifest as manifests
-from chatterbox_prewarm.errors import BadInputError, EngineError
+from chatterbox_prewarm.errors import BadInputError, EngineError, PrewarmError
+from chatterbox_prewarm.image.dockerfile import for_classic
 from chatterbox_prewarm.text import check_voice_name
 
 if TYPE_CHECKING:
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.image.engine import Engine
 
+#: How the bake gets at the device: in a container, in a step of the Dockerfile, or without it.
+ROUTES = ("export", "dockerfile", "no-gpu")
+#: Of Docker's: the one that knows mounts and secrets, and the one before it.
+BUILDERS = ("buildkit", "classic")
 #: Bytes that a build needs where the engine keeps its images: the packages twice, the weights, and room to work.
 _ROOM = 20_000_000_000
 
@@ -52,6 +57,8 @@ class Request:
         warm: where the warm state is kept for the next build.
         device: that the image is for, as torch names it.
         route: how the bake gets at the device.
+        builder: which of Docker's builds. The classic one gives a step the GPU of the engine's default runtime, and
+            knows no secrets.
         profile: how the model executes; the recipe's is `eager` where the device is absent.
         t3_dtype: of T3's transformer.
         levels: of the warm-up, separated by commas.
@@ -67,6 +74,7 @@ class Request:
     warm: Path
     device: str
     route: str
+    builder: str
     profile: str
     t3_dtype: str
     levels: str
@@ -75,6 +83,11 @@ class Request:
     secrets: tuple[str, ...]
     network: str
     replacing: bool
+
+    @property
+    def classic(self) -> bool:
+        """Whether the classic builder builds."""
+        return self.builder == "classic"
 
     def recipe(self) -> Recipe:
         """What the bake is asked for; without the GPU that the image is for, only what depends on none."""
@@ -103,6 +116,13 @@ def check(request: Request, engine: Engine) -> None:
             raise BadInputError(f"there is no clip {clip}", next_step="name an audio file: --voice NAME=PATH")
     check_tag(request, engine)
     _check_route(request, engine)
+    if request.classic:
+        engine.build_command([], classic=True)
+        if request.secrets:
+            raise BadInputError(
+                "the classic builder knows no secrets",
+                next_step="make an image of the stage `deps` with BuildKit, and name it with --build-arg DEPS=IMAGE",
+            )
     if engine.facts.free is not None and engine.facts.free < _ROOM:
         raise EngineError(
             f"the engine has {engine.facts.free / 1e9:.0f} GB left for images, and a build needs about "
@@ -136,6 +156,24 @@ def _check_route(request: Request, engine: Engine) -> None:
             f"the engine's default runtime is {engine.facts.default_runtime!r}, so that a build sees no GPU",
             next_step='set "default-runtime": "nvidia" in the engine\'s configuration, or use --route export',
         )
+    elif request.route == "dockerfile" and on_gpu and not request.classic:
+        # https://github.com/moby/buildkit/issues/1800
+        raise EngineError(
+            "BuildKit gives a step no GPU, whatever the engine's default runtime",
+            next_step="use --builder classic, or --route export",
+        )
+
+
+def routes(request: Request, engine: Engine) -> list[str]:
+    """Of each route, in words, whether the engine can take it for the request's device."""
+    found = []
+    for route in ROUTES:
+        try:
+            _check_route(replace(request, route=route), engine)
+            found.append(f"route {route}: possible")
+        except PrewarmError as error:
+            found.append(f"route {route}: not here: {error.message}; {error.next_step}")
+    return found
 
 
 def plan(request: Request, engine: Engine) -> list[str]:
@@ -143,11 +181,11 @@ def plan(request: Request, engine: Engine) -> list[str]:
     gpu = f", with the engine's GPUs ({engine.facts.gpu})" if request.device.startswith("cuda") else ""
     head = [
         f"engine: {engine.facts.name} {engine.facts.version}, GPUs through {engine.facts.gpu or 'nothing'}",
-        f"route: {request.route}",
+        f"route taken: {request.route}",
     ]
 
     def command(stage: str) -> str:
-        return shlex.join(engine.build_command(arguments_of(request, stage, unproven_name(request.tag, stage))))
+        return in_words(request, engine, stage, unproven_name(request.tag, stage))
 
     bake = [f"  {command('bake')}"]
     if request.route != "dockerfile":
@@ -169,6 +207,29 @@ def unproven_name(tag: str, stage: str) -> str:
     return f"chatterbox-prewarm-unproven:{stage}-{hashlib.sha256(tag.encode()).hexdigest()[:12]}"
 
 
+def in_words(request: Request, engine: Engine, stage: str, tag: str) -> str:
+    """The build of a stage, as one would type it."""
+    line = shlex.join(engine.build_command(arguments_of(request, stage, tag), classic=request.classic))
+    if not request.classic:
+        return line
+    printed = ["chatterbox-prewarm", "dockerfile", "--for", "classic", "--checkout", str(request.checkout)]
+    for name, value in sorted(request.arguments.items()):
+        printed += ["--build-arg", f"{name}={value}"]
+    return f"{shlex.join([*printed, '--target', stage])} | {line}"
+
+
+def dockerfile_of(request: Request, stage: str) -> str | None:
+    """The Dockerfile for the build of a stage, where it is not that of the checkout.
+
+    Raises:
+        BadInputError: there is no such stage.
+    """
+    if not request.classic:
+        return None
+    text = (request.checkout / "Dockerfile").read_text(encoding="utf-8")
+    return for_classic(text, request.arguments, stage)
+
+
 def arguments_of(request: Request, stage: str, tag: str) -> list[str]:
     """Arguments of the engine's build of a stage."""
     arguments = dict(request.arguments)
@@ -183,5 +244,6 @@ def arguments_of(request: Request, stage: str, tag: str) -> list[str]:
         f"--network={request.network}",
         *(word for secret in request.secrets for word in ("--secret", secret)),
         *(word for name, value in sorted(arguments.items()) for word in ("--build-arg", f"{name}={value}")),
+        *(("--file=-",) if request.classic else ()),  # as `dockerfile_of` has it
         *("--target", stage, "--tag", tag, str(request.checkout)),
     ]

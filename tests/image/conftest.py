@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import re
 import shutil
 import subprocess
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,22 +36,35 @@ def docker() -> str:
     return program
 
 
+@contextlib.contextmanager
+def small_file_system(folder: Path, size: str) -> Iterator[None]:
+    """A file system of a size, in a new folder; skips where none can be mounted."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 @pytest.fixture
 def small_engine(docker: str, tmp_path: Path) -> Iterator[str]:
     """A Docker engine of its own with 200 MB for images; its address."""
     if (program := shutil.which("dockerd", path="/usr/sbin:/usr/bin:/usr/local/bin")) is None:
         pytest.skip("there is no dockerd to start (Debian: apt-get install docker.io)")
     data, run = tmp_path / "data", tmp_path / "run"
-    data.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(data)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
     address = f"unix://{run}/docker.sock"
     # In a network of its own: an engine that starts without a bridge removes that of the one that runs already.
     command = ["unshare", "--net", program, "--data-root", data, "--exec-root", run / "exec", "--pidfile", run / "pid"]
     command += ["--host", address, "--bridge", "none", "--iptables=false", "--ip-masq=false"]
     run.mkdir()
-    with (run / "log").open("wb") as log, subprocess.Popen(list(map(str, command)), stderr=log) as engine:
+    with (
+        small_file_system(data, "200m"),
+        (run / "log").open("wb") as log,
+        subprocess.Popen(list(map(str, command)), stderr=log) as engine,
+    ):
         try:
             for _ in range(60):
                 if subprocess.run([docker, "--host", address, "info"], capture_output=True).returncode == 0:
@@ -58,4 +76,82 @@ def small_engine(docker: str, tmp_path: Path) -> Iterator[str]:
         finally:
             engine.terminate()
             engine.wait(30)
-            subprocess.run(["umount", "--lazy", str(data)], check=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """Where podman keeps everything during these tests."""
+
+    root: Path
+    driver: str
+
+    def spooled(self) -> list[str]:
+        """What lies where podman puts files on their way."""
+        return sorted(path.name for path in (self.root.parent / "tmp").iterdir() if path.name != "buildah-cache")
+
+    def layers(self) -> int:
+        """How many layers there are, of all images."""
+        return len(json.loads((self.root / f"{self.driver}-layers" / "layers.json").read_text()))
+
+
+def copy_programs(root: Path, *programs: str) -> None:
+    """Copy programs of this machine, and the libraries that they need, to where an image is to have them."""
+    for program in programs:
+        found = shutil.which(program, path="/usr/bin:/bin")
+        assert found is not None
+        libraries = subprocess.run(["ldd", found], capture_output=True, text=True, check=True).stdout
+        for path in (f"/bin/{program}", *re.findall(r"(/\S+) \(0x", libraries)):
+            copy = root / path.lstrip("/")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(found if path == f"/bin/{program}" else path, copy)
+
+
+@contextlib.contextmanager
+def podman_storage(folder: Path) -> Iterator[Storage]:
+    """Storage of its own in a folder, that leaves a user's alone; podman uses it, also that of other processes."""
+    if shutil.which("podman") is None:
+        pytest.skip("there is no podman (Debian: apt-get install podman)")
+    if os.geteuid() != 0:
+        pytest.skip("storage of its own needs root, here")
+    root, driver = folder / "graph", "overlay"
+    runtime = next((name for name in ("runc", "crun") if shutil.which(name)), "runc")
+    (folder / "tmp").mkdir(parents=True)
+    (folder / "containers.conf").write_text(
+        f'[engine]\nruntime="{runtime}"\ncgroup_manager="cgroupfs"\nevents_logger="file"\nlock_type="file"\n'
+        f'tmp_dir="{folder}/libpod"\n[containers]\ndefault_ulimits=["nofile=1024:1024","nproc=4096:4096"]\n'
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder / "tmp"))  # where podman spools, and keeps what builds mount as caches
+        patch.setenv("CONTAINERS_CONF", str(folder / "containers.conf"))
+        patch.setenv("CONTAINERS_STORAGE_CONF", str(folder / "storage.conf"))
+        try:
+            for driver in ("overlay", "vfs"):
+                (folder / "storage.conf").write_text(
+                    f'[storage]\ndriver="{driver}"\ngraphroot="{root}"\nrunroot="{folder}/run"\n'
+                )
+                started = subprocess.run(["podman", "info"], capture_output=True, text=True)
+                if started.returncode == 0:
+                    break
+                shutil.rmtree(root, ignore_errors=True)
+            else:
+                pytest.skip(f"podman does not work here: {started.stderr.strip()}")
+            yield Storage(root=root, driver=driver)
+            for command in (["rm", "--all", "--force", "--time=0"], ["rmi", "--all", "--force"]):
+                subprocess.run(["podman", *command], capture_output=True, check=True)
+        finally:
+            subprocess.run(["umount", "--lazy", str(root / driver)], capture_output=True)
+            shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
+    """Where podman keeps everything during the tests of a module."""
+    with podman_storage(tmp_path_factory.mktemp("podman")) as made:
+        yield made
+
+
+@pytest.fixture
+def small_storage(tmp_path: Path) -> Iterator[Storage]:
+    """The same on a file system of 100 MB, for one test."""
+    with small_file_system(tmp_path / "podman", "100m"), podman_storage(tmp_path / "podman" / "all") as made:
+        yield made

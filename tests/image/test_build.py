@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def built(docker: str, context: Path, place: Path) -> Iterator[subprocess.CompletedProcess[str]]:
     """The first build, with a bake."""
-    names = [TAG, f"{TAG}-gpu", f"{TAG}-dockerfile"]
+    names = [TAG, f"{TAG}-gpu"]
     subprocess.run([docker, "rmi", "--force", *names], capture_output=True, check=False)  # of a run that was killed
     made = _build(context, place, "--evidence", place / "evidence.json")
     assert made.returncode == 0, made.stderr
@@ -129,19 +130,32 @@ def test_an_image_for_a_gpu_has_without_one_what_depends_on_none(docker: str, co
 
 
 @pytest.mark.usefixtures("built")
-def test_a_state_that_the_dockerfile_baked_becomes_the_same_kind_of_layer(
-    docker: str, context: Path, tmp_path: Path
+def test_a_matrix_builds_what_this_machine_can_and_says_what_it_cannot(
+    docker: str, context: Path, place: Path, tmp_path: Path
 ) -> None:
-    tag = f"{TAG}-dockerfile"
-    made = _build(context, tmp_path, "--route", "dockerfile", tag=tag)
+    matrix = tmp_path / "prewarm.toml"
+    matrix.write_text(
+        f'[image]\nbase = "unused:1"\ntarget = "{TAG}"\n'
+        '[[bake]]\ngpus = ["NVIDIA L4"]\n[[bake]]\nprofiles = ["eager"]\nlevels = "1"\n'
+    )
+    name = "english-cpu-eager-float32"
+    (tmp_path / "states").mkdir()
+    shutil.copytree(place / "warm", tmp_path / "states" / name)  # baked by the same recipe
+    shutil.copy(place / "warm.recipe.json", tmp_path / "states" / f"{name}.recipe.json")
+    arguments = [word for word in ARGUMENTS if word not in {"--profile", "eager", "--levels", "1"}]
+    made = run_cli(
+        *("build", "--matrix", matrix, "--checkout", context, "--warm", tmp_path / "states", *arguments),
+    )
     try:
         assert made.returncode == 0, made.stderr
-        layers = _layers_of_state(docker, tag, made.stdout)
-        packed = run_cli("pack", "--warm", tmp_path / "warm", "--output", tmp_path / "layer.tar.gz")
-        assert layers[-1] in packed.stdout
-        assert _left_behind(docker) == []
+        assert "left to another machine: 0: english, NVIDIA L4, aot, float32: this machine has" in made.stderr
+        assert f"{TAG}-{name}: proven" in made.stdout
+        (state,) = read_states(_config(docker, f"{TAG}-{name}")["Config"]["Labels"])
+        assert state.profile == "eager"
+        evidence = json.loads((tmp_path / "states" / f"{name}.evidence.json").read_text())
+        assert evidence["set_digest"] == state.set_digest
     finally:
-        subprocess.run([docker, "rmi", "--force", tag], capture_output=True, check=False)
+        subprocess.run([docker, "rmi", "--force", f"{TAG}-{name}"], capture_output=True, check=False)
 
 
 @pytest.mark.usefixtures("built")
@@ -155,6 +169,9 @@ def test_a_name_that_is_taken_is_refused_before_anything_slow(context: Path, pla
 def test_a_dry_run_shows_the_plan_and_makes_nothing(docker: str, context: Path, tmp_path: Path) -> None:
     shown = _build(context, tmp_path, "--dry-run", tag=f"{TAG}-dry")
     assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    assert lines[:2] == ["route export: possible", "route dockerfile: possible"]
+    assert lines[2].startswith("route no-gpu: not here: --route no-gpu is for an image for a GPU")
     for word in ("engine: Docker", "--target cold", "--target tools", "bake --device cpu", f"tag: {TAG}-dry"):
         assert word in shown.stdout
     assert _ask(docker, "images", "--quiet", f"{TAG}-dry") == ""
@@ -195,15 +212,30 @@ def test_a_build_without_room_is_refused(context: Path, small_engine: str, tmp_p
 
 
 @pytest.mark.usefixtures("built")
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_build_that_is_ended_leaves_nothing(docker: str, context: Path, tmp_path: Path, sent: int) -> None:
+@pytest.mark.parametrize(
+    ("sent", "doing"),
+    [
+        (signal.SIGINT, "--target cold"),
+        (signal.SIGINT, "cold start, warm-up and save"),
+        (signal.SIGTERM, "cold start, warm-up and save"),
+        (signal.SIGTERM, "prove, in a container of it"),
+    ],
+)
+def test_a_build_that_is_ended_leaves_nothing(
+    docker: str, context: Path, place: Path, tmp_path: Path, sent: int, doing: str
+) -> None:
     command = [sys.executable, "-m", "chatterbox_prewarm", "build", "--tag", f"{TAG}-ended"]
     command += ["--checkout", str(context), "--warm", str(tmp_path / "warm"), *ARGUMENTS]
+    kept = {".warm.lock"}
+    if doing.startswith("prove"):
+        shutil.copytree(place / "warm", tmp_path / "warm")
+        shutil.copy(place / "warm.recipe.json", tmp_path)
+        kept |= {"warm", "warm.recipe.json"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
             for line in process.stderr:
-                if "cold start, warm-up and save" in line:
+                if doing in line:
                     break
             time.sleep(1)
             process.send_signal(sent)
@@ -213,4 +245,4 @@ def test_a_build_that_is_ended_leaves_nothing(docker: str, context: Path, tmp_pa
     assert process.returncode in {130, 143}
     assert _left_behind(docker) == []
     assert _ask(docker, "images", "--quiet", f"{TAG}-ended") == ""
-    assert [path.name for path in tmp_path.iterdir()] == [".warm.lock"]
+    assert {path.name for path in tmp_path.iterdir()} <= kept

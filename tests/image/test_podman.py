@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -25,12 +22,16 @@ from chatterbox_prewarm.errors import BadInputError, EngineError, NotWarmError
 from chatterbox_prewarm.image import podman_engine
 from chatterbox_prewarm.image.compose import Change, add_layers
 from chatterbox_prewarm.image.engine import Run, connect, run_build
-from chatterbox_prewarm.image.layer import Layer
-from chatterbox_prewarm.image.oci import OCI_LAYER_GZIP, Image, to_documents
+from chatterbox_prewarm.image.oci import Image, to_documents
 from chatterbox_prewarm.image.podman_engine import PodmanEngine
+from tests.image.conftest import copy_programs
+from tests.unit.images import layer_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from chatterbox_prewarm.image.layer import Layer
+    from tests.image.conftest import Storage
 
 BASE = "chatterbox-prewarm-test:base"
 PROGRAMS = ("sh", "cat", "env", "grep", "id", "ln", "ls", "mkdir", "mkfifo", "seq", "sleep", "stat", "touch", "tr")
@@ -62,60 +63,6 @@ RUN ["sh", "-c", "exit 1"]
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Storage:
-    """Where podman keeps everything during these tests."""
-
-    root: Path
-    driver: str
-
-    def spooled(self) -> list[str]:
-        """What lies where podman puts files on their way."""
-        return sorted(path.name for path in (self.root.parent / "tmp").iterdir() if path.name != "buildah-cache")
-
-    def layers(self) -> int:
-        """How many layers there are, of all images."""
-        return len(json.loads((self.root / f"{self.driver}-layers" / "layers.json").read_text()))
-
-
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
-    """Storage of its own, that leaves a user's alone."""
-    if shutil.which("podman") is None:
-        pytest.skip("there is no podman (Debian: apt-get install podman)")
-    if os.geteuid() != 0:
-        pytest.skip("storage of its own needs root, here")
-    folder = tmp_path_factory.mktemp("podman")
-    root, driver = folder / "graph", "overlay"
-    runtime = next((name for name in ("runc", "crun") if shutil.which(name)), "runc")
-    (folder / "containers.conf").write_text(
-        f'[engine]\nruntime="{runtime}"\ncgroup_manager="cgroupfs"\nevents_logger="file"\nlock_type="file"\n'
-        f'tmp_dir="{folder}/libpod"\n[containers]\ndefault_ulimits=["nofile=1024:1024","nproc=4096:4096"]\n'
-    )
-    (folder / "tmp").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(folder / "tmp"))  # where podman spools, and keeps what builds mount as caches
-        patch.setenv("CONTAINERS_CONF", str(folder / "containers.conf"))
-        patch.setenv("CONTAINERS_STORAGE_CONF", str(folder / "storage.conf"))
-        try:
-            for driver in ("overlay", "vfs"):
-                (folder / "storage.conf").write_text(
-                    f'[storage]\ndriver="{driver}"\ngraphroot="{root}"\nrunroot="{folder}/run"\n'
-                )
-                started = subprocess.run(["podman", "info"], capture_output=True, text=True)
-                if started.returncode == 0:
-                    break
-                shutil.rmtree(root, ignore_errors=True)
-            else:
-                pytest.skip(f"podman does not work here: {started.stderr.strip()}")
-            yield Storage(root=root, driver=driver)
-            ask("rm", "--all", "--force", "--time=0")
-            ask("rmi", "--all", "--force")
-        finally:
-            subprocess.run(["umount", "--lazy", str(root / driver)], capture_output=True)
-            shutil.rmtree(folder)
-
-
 @pytest.fixture(scope="module")
 def engine(storage: Storage) -> Iterator[PodmanEngine]:
     assert storage.root.is_dir()
@@ -127,14 +74,7 @@ def engine(storage: Storage) -> Iterator[PodmanEngine]:
 def base(engine: PodmanEngine, tmp_path_factory: pytest.TempPathFactory) -> str:
     """An image with a shell, built as `build` builds: of a Dockerfile that uses what ours does."""
     context = tmp_path_factory.mktemp("context")
-    for program in PROGRAMS:
-        found = shutil.which(program, path="/usr/bin:/bin")
-        assert found is not None
-        libraries = subprocess.run(["ldd", found], capture_output=True, text=True, check=True).stdout
-        for path in (f"/bin/{program}", *re.findall(r"(/\S+) \(0x", libraries)):
-            copy = context / "root" / path.lstrip("/")
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(found if path == f"/bin/{program}" else path, copy)
+    copy_programs(context / "root", *PROGRAMS)
     (context / "root" / "etc").mkdir()
     (context / "root" / "etc" / "passwd").write_text("root:x:0:0::/:/bin/sh\n")
     (context / "Dockerfile").write_text(DOCKERFILE)
@@ -163,26 +103,6 @@ def made() -> list[str]:
     ]
 
 
-def layer_of(files: dict[str, bytes]) -> Layer:
-    spool = io.BytesIO()
-    with tarfile.open(fileobj=spool, mode="w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    plain = spool.getvalue()
-    packed = gzip.compress(plain, mtime=0)
-    return Layer(
-        digest=hashlib.sha256(packed).hexdigest(),
-        diff_id=hashlib.sha256(plain).hexdigest(),
-        size=len(packed),
-        media_type=OCI_LAYER_GZIP,
-        packer="test",
-        title="a test's",
-        opened=lambda: contextlib.closing(io.BytesIO(packed)),
-    )
-
-
 def shell(engine: PodmanEngine, image: str, script: str) -> str:
     return engine.run(Run(image=image, command=[script]))[1]
 
@@ -205,6 +125,11 @@ def test_a_build_has_the_default_network_without_a_name(engine: PodmanEngine) ->
     arguments = ["--network=default", "--tag", "a:b", "."]
     assert engine.build_command(arguments) == ["podman", "build", "--tag", "a:b", "."]
     assert "--network=host" in engine.build_command(["--network=host", "."])
+
+
+def test_podman_has_no_classic_builder(engine: PodmanEngine) -> None:
+    with pytest.raises(EngineError, match="podman has no classic builder"):
+        engine.build_command(["."], classic=True)
 
 
 def test_a_build_that_fails_says_so(engine: PodmanEngine, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

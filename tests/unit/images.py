@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import hashlib
 import io
 import tarfile
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.image.oci import OCI_LAYER, Descriptor, Image, digest_of, to_documents
+from chatterbox_prewarm.image.layer import Layer
+from chatterbox_prewarm.image.oci import OCI_LAYER, OCI_LAYER_GZIP, Descriptor, Image, digest_of, to_documents
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,6 +27,21 @@ def tar_of(files: Mapping[str, bytes]) -> bytes:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return made.getvalue()
+
+
+def layer_of(files: Mapping[str, bytes]) -> Layer:
+    """A layer with files, gzip-compressed."""
+    plain = tar_of(files)
+    packed = gzip.compress(plain, mtime=0)
+    return Layer(
+        digest=hashlib.sha256(packed).hexdigest(),
+        diff_id=hashlib.sha256(plain).hexdigest(),
+        size=len(packed),
+        media_type=OCI_LAYER_GZIP,
+        packer="test",
+        title="a test's",
+        opened=lambda: contextlib.closing(io.BytesIO(packed)),
+    )
 
 
 def make_base(store: Store, tag: str, *, architecture: str = "amd64", **config: Any) -> Image:

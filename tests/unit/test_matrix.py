@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError
+from chatterbox_prewarm.image.request import Request
+from chatterbox_prewarm.image.series import series
 from chatterbox_prewarm.matrix import read
-from tests.conftest import run_cli
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from tests.conftest import ROOT, run_cli
 
 IMAGE = """
 [image]
@@ -90,3 +90,67 @@ def test_what_is_no_matrix_is_refused(text: str, word: str, tmp_path: Path) -> N
 def test_a_matrix_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="No such file"):
         read(tmp_path / "prewarm.toml")
+
+
+def template(**fields: Any) -> Request:
+    settings: dict[str, Any] = {
+        "checkout": Path(),
+        "tag": "",
+        "warm": Path("out"),
+        "device": "cpu",
+        "route": "export",
+        "builder": "buildkit",
+        "profile": "aot",
+        "t3_dtype": "float32",
+        "levels": "1,2,3",
+        "voices": {},
+        "arguments": {"STACK": "torch-2.6"},
+        "secrets": (),
+        "network": "default",
+        "replacing": False,
+    }
+    return Request(**{**settings, **fields})
+
+
+def test_of_a_matrix_a_machine_builds_what_it_has_the_gpu_for_and_says_what_is_left(tmp_path: Path) -> None:
+    matrix = read(write(tmp_path, MATRIX))
+    found = series(matrix, template(), gpu="NVIDIA L4")
+    assert [request.tag for request in found.requests] == [
+        "registry.example.com/speech:1-english-nvidia-l4-aot-float32",
+        "registry.example.com/speech:1-english-nvidia-l4-compiled-float32",
+        "registry.example.com/speech:1-english-cpu-eager-bfloat16",
+    ]
+    first, _, last = found.requests
+    assert (first.device, first.profile, first.voices) == ("cuda", "aot", {"fox": tmp_path / "clips" / "fox.wav"})
+    assert (last.device, last.t3_dtype, last.levels, last.voices) == ("cpu", "bfloat16", "1", {})
+    assert first.warm == Path("out/english-nvidia-l4-aot-float32")
+    assert first.arguments == {"STACK": "torch-2.6", "VARIANT": "english"}
+    assert found.left == (
+        "0: english, NVIDIA H100 80GB HBM3, aot, float32: this machine has the GPU NVIDIA L4",
+        "1: english, NVIDIA H100 80GB HBM3, compiled, float32: this machine has the GPU NVIDIA L4",
+    )
+
+
+def test_without_a_gpu_the_bakes_for_one_are_left_unless_they_are_to_do_without(tmp_path: Path) -> None:
+    matrix = read(write(tmp_path, MATRIX))
+    found = series(matrix, template(tag="127.0.0.1:5000/speech"), gpu="absent")
+    assert [request.tag for request in found.requests] == ["127.0.0.1:5000/speech:english-cpu-eager-bfloat16"]
+    assert len(found.left) == 4
+    assert all(line.endswith(": this machine has no GPU") for line in found.left)
+    without = series(matrix, template(route="no-gpu"), gpu="absent")
+    assert [request.device for request in without.requests] == ["cuda"] * 4
+    assert without.left == ("4: english, CPU, eager, bfloat16: --route no-gpu is for images for a GPU",)
+    only = read(write(tmp_path, f'{IMAGE}[[bake]]\ngpus = ["NVIDIA L4"]\n'))
+    with pytest.raises(FingerprintMismatchError, match="none of the bakes can be made here: 0: english, NVIDIA L4"):
+        series(only, template(), gpu="absent")
+
+
+def test_what_a_matrix_says_itself_is_not_said_beside_it(tmp_path: Path) -> None:
+    matrix = write(tmp_path, MATRIX)
+    for option, value in (("--profile", "eager"), ("--voice", "fox=fox.wav"), ("--evidence", str(tmp_path / "e.json"))):
+        refused = run_cli("build", "--matrix", matrix, option, value, "--checkout", ROOT)
+        assert refused.returncode == 2, refused.stderr
+        assert f"{option} does not go with --matrix" in refused.stderr
+    missing = run_cli("build", "--checkout", ROOT)
+    assert missing.returncode == 2
+    assert "--tag" in missing.stderr
