@@ -72,7 +72,7 @@ def run(warm: Path, *, gigabytes: int, rounds: int, say: Callable[[str], None]) 
     """
     with (
         tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-bench-") as scratch,
-        _registry(Path(scratch)) as address,
+        registry(Path(scratch)) as address,
     ):
         say(f"a base of {gigabytes} GB")
         base = f"{address}/speech:cold"
@@ -109,7 +109,12 @@ def measure(*, base: str, target: str, warm: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _registry(scratch: Path) -> Iterator[str]:
+def registry(scratch: Path) -> Iterator[str]:
+    """A real registry that keeps its blobs in a folder; its address.
+
+    Raises:
+        EngineError: there is no registry program.
+    """
     program = shutil.which(_PROGRAM)
     if program is None:
         raise EngineError(f"there is no {_PROGRAM}", next_step="apt-get install docker-registry")

@@ -94,3 +94,16 @@ def bench_append(*, warm: Path, output: Path, gigabytes: int, rounds: int) -> No
     report = run(warm, gigabytes=gigabytes, rounds=rounds, say=say)
     write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
     click.echo(table(report))
+
+
+@bench.command("routes")
+@click.option("--output", type=PATH, required=True, help="Where the report goes, a JSON file.")
+@click.option("--checkout", type=PATH, default=Path(), help="Of this project; the current directory by default.")
+def bench_routes(*, output: Path, checkout: Path) -> None:
+    """Bring one state into an image by every route that needs no GPU, prove each, and compare their warm layers."""
+    from chatterbox_prewarm.bench.routes import run, table
+
+    check_place(output)
+    report = run(checkout, say=say)
+    write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    click.echo(table(report))
