@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from chatterbox_prewarm.bounds import LEAST_TOKENS, MAX_SEED, SAMPLING
 from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.regions.bound import bound
-from chatterbox_prewarm.text import MAX_SEED, check_text
+from chatterbox_prewarm.text import check_text
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 #: Upstream's own bound in `ChatterboxTTS.generate`: 40 s of audio.
 MAX_NEW_TOKENS = 1000
-#: S3Gen's convolutions look three tokens ahead.
-_MIN_TOKENS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +44,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        bounds = {
-            "temperature": (0.05, 5.0),
-            "cfg_weight": (0.0, 5.0),
-            "exaggeration": (0.0, 2.0),
-            "repetition_penalty": (1.0, 5.0),
-            "min_p": (0.0, 1.0),
-            "top_p": (0.01, 1.0),
-        }
-        for name, (low, high) in bounds.items():
+        for name, (low, high) in SAMPLING.items():
             value = getattr(self, name)
             if value is None and name == "exaggeration":
                 continue
@@ -205,7 +196,7 @@ class Synthesizer:
         """
         # Start and stop are the first ids above the codebook; upstream drops both, and the stop token ends the loop.
         usable: torch.Tensor = tokens[tokens < self.model.t3.hp.start_speech_token]
-        if usable.numel() < _MIN_TOKENS:
+        if usable.numel() < LEAST_TOKENS:
             raise ModelError(
                 f"the model gave {usable.numel()} usable speech tokens for this text, too few for a sound",
                 next_step="try again, or another text",

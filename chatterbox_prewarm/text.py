@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import unicodedata
 
 from chatterbox_prewarm.errors import BadInputError
 
-#: Default bound on a text; upstream's position table ends at 2048 text tokens, roughly one a character or less.
-MAX_CHARACTERS = 2000
-#: NumPy's generator takes no larger seed.
-MAX_SEED = 2**32 - 1
-_VOICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+#: Default bound on a request's text, as in OpenAI's API. The model takes less at once (2046 text tokens, roughly one a
+#: character or less); the server speaks it in parts.
+MAX_CHARACTERS = 4096
+#: What a name of a voice must match in whole.
+VOICE_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 _ALLOWED_CONTROLS = frozenset("\t\n\r")
 
 
@@ -61,9 +62,9 @@ def check_voice_name(name: object) -> str:
     Raises:
         BadInputError: it cannot.
     """
-    if not isinstance(name, str) or not _VOICE.fullmatch(name):
+    if not isinstance(name, str) or not re.fullmatch(VOICE_NAME, name):
         raise BadInputError(
-            f"{name!r} cannot name a voice",
+            f"{reprlib.repr(name)} cannot name a voice",
             next_step="use 1 to 64 letters, digits, '_' and '-', beginning with a letter or digit",
         )
     return name
