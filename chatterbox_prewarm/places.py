@@ -13,6 +13,8 @@ from chatterbox_prewarm.errors import BadInputError
 WEIGHTS = Path("/opt/chatterbox-prewarm/weights")
 WARM = Path("/opt/chatterbox-prewarm/warm")
 CACHE = Path("/var/cache/chatterbox-prewarm")
+#: Where voices are that were added at run time; a volume, or there are none.
+VOICES = Path("/data/voices")
 
 #: What a bake locks in a cache directory, and a start shares.
 BAKE = "bake"

@@ -14,7 +14,7 @@ import os
 import re
 import struct
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from chatterbox_prewarm.errors import BadInputError, WeightsError, from_os_error
 from chatterbox_prewarm.manifest import FileEntry, WeightsEntry, hash_file, set_digest, verify_files
@@ -277,36 +277,59 @@ def verify(directory: Path) -> WeightsRecord:
 def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Read the header of a safetensors file: the dtype and shape of each tensor.
 
-    The format is an 8-byte little-endian header length, that many bytes of JSON, then the data.
-
     Raises:
         WeightsError: the file is a pickle, truncated, or no safetensors file at all.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         try:
-            if not 2 <= length <= size - 8:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")  # noqa: TRY301 - one way out
-            header = json.loads(stream.read(length))
-            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            end = 0
-            for entry in sorted(tensors.values(), key=lambda entry: entry["data_offsets"]):  # one after the other
-                first, last = entry["data_offsets"]
-                if first != end or last - first != _WIDTHS[entry["dtype"]] * math.prod(entry["shape"]):
-                    raise ValueError(f"{entry} does not follow the {end} bytes before it, or is not as long as it says")  # noqa: TRY301
-                end = last
-            shapes = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in tensors.items()}
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            if start.startswith(_PICKLES):
+            shapes, _, promised = parse_safetensors_header(stream, size)
+        except ValueError as error:
+            stream.seek(0)
+            if stream.read(8).startswith(_PICKLES):
                 raise WeightsError(
                     f"{path} is a pickle where safetensors belong; loading one runs whatever code is in it",
                     next_step="convert it with safetensors, or fetch the published safetensors file",
                 ) from error
             raise WeightsError(f"{path} is not a safetensors file: {error!r}", next_step=_FETCH) from error
-    if 8 + length + end != size:
+    if promised != size:
         raise WeightsError(
-            f"{path} is truncated: its header promises {8 + length + end} bytes, {size} are there", next_step=_FETCH
+            f"{path} is truncated: its header promises {promised} bytes, {size} are there", next_step=_FETCH
         )
     return shapes
+
+
+def parse_safetensors_header(
+    stream: BinaryIO, size: int
+) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str], int]:
+    """Read the header of safetensors from a stream at its beginning.
+
+    The format is an 8-byte little-endian header length, that many bytes of JSON, then the data.
+
+    Args:
+        stream: read up to the end of the header.
+        size: of all that the stream holds, in bytes.
+
+    Returns:
+        the dtype and shape of each tensor, the metadata, and the size in bytes that the header promises.
+
+    Raises:
+        ValueError: it is none.
+    """
+    start = stream.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 2 <= length <= size - 8:
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    try:
+        header = json.loads(stream.read(length))
+        metadata = {str(name): str(value) for name, value in header.pop("__metadata__", {}).items()}
+        end = 0
+        for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):  # one after the other
+            first, last = entry["data_offsets"]
+            if first != end or last - first != _WIDTHS[entry["dtype"]] * math.prod(entry["shape"]):
+                raise ValueError(f"{entry} does not follow the {end} bytes before it, or is not as long as it says")
+            end = last
+        shapes = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items()}
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(repr(error)) from error
+    return shapes, metadata, 8 + length + end

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.families.tensors import write_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    import torch
     from chatterbox.tts import Conditionals
 
     from chatterbox_prewarm.families import Session
@@ -62,17 +64,26 @@ class ConditionalsFamily:
 
 def save_voice(voice: Conditionals, path: Path) -> None:
     """Write conditionals, before any generation has changed them; equal conditionals give equal bytes."""
-    tensors = {f"t3.{key}": getattr(voice.t3, key) for key in _T3_KEYS}
-    tensors |= {f"gen.{key}": voice.gen[key] for key in _GEN_KEYS if voice.gen.get(key) is not None}
-    write_tensors(tensors, path)
+    write_tensors(voice_tensors(voice), path)
 
 
 def load_voice(path: Path, *, device: str = "cpu") -> Conditionals:
     """Read conditionals; shapes and dtypes are `prepare_voice`'s."""
-    from chatterbox.tts import Conditionals, T3Cond
     from safetensors.torch import load_file
 
-    tensors = load_file(path, device=device)
+    return voice_of(load_file(path, device=device))
+
+
+def voice_tensors(voice: Conditionals) -> dict[str, torch.Tensor]:
+    """The tensors of conditionals by the names that they have in a file."""
+    tensors = {f"t3.{key}": getattr(voice.t3, key) for key in _T3_KEYS}
+    return tensors | {f"gen.{key}": voice.gen[key] for key in _GEN_KEYS if voice.gen.get(key) is not None}
+
+
+def voice_of(tensors: Mapping[str, torch.Tensor]) -> Conditionals:
+    """Conditionals of the tensors that `voice_tensors` gave."""
+    from chatterbox.tts import Conditionals, T3Cond
+
     return Conditionals(
         T3Cond(**{key: tensors[f"t3.{key}"] for key in _T3_KEYS}),
         {key: tensors.get(f"gen.{key}") for key in _GEN_KEYS},

@@ -1,0 +1,168 @@
+"""A voice added at run time is the one that a bake would have made, and a worker holds no more of them than it may."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.families.conditionals import voice_tensors
+from chatterbox_prewarm.serve.decode_clip import decode
+from chatterbox_prewarm.serve.voice_errors import UnusableVoiceError
+from chatterbox_prewarm.serve.voice_store import VoiceStore
+from chatterbox_prewarm.serve.worker_voices import CacheLimits, VoiceCache, voice_bytes, voice_sizes
+from chatterbox_prewarm.synthesis import Synthesizer
+from chatterbox_prewarm.voices import prepare_voice
+from chatterbox_prewarm.weights import read_record
+from tests.unit.added_voices import sound_file, tone
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from chatterbox_prewarm.load import Attached
+
+TEXT: dict[str, Any] = {"text": "Hello, world.", "seed": 5, "max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def made(attached: Attached, clip: Path) -> bytes:
+    """The file of a voice, made of a clip as it would be uploaded."""
+    return voice_bytes(attached, asyncio.run(decode(clip.read_bytes())))
+
+
+@pytest.fixture
+def store(attached: Attached, tmp_path: Path) -> VoiceStore:
+    record = read_record(attached.prepared.weights)
+    baked = voice_sizes(attached.synthesizer)
+    return VoiceStore(tmp_path, baked=baked, variant=record.variant, weights=record.set_digest)
+
+
+def test_an_uploaded_voice_speaks_as_the_same_clip_baked_to_the_last_bit(
+    attached: Attached, clip: Path, made: bytes, store: VoiceStore, tmp_path: Path
+) -> None:
+    baked = prepare_voice(attached.synthesizer.model, clip)
+    entry = store.add("ann", made)
+    digest = store.digest("ann")
+    assert digest is not None
+    synthesizer = VoiceCache(attached, tmp_path).synthesizer("ann", digest)
+    for name, tensor in voice_tensors(baked).items():
+        found = voice_tensors(synthesizer.voices["ann"])[name]
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, tensor)
+    ours = synthesizer.synthesize(voice="ann", **TEXT)
+    theirs = Synthesizer(attached.synthesizer.model, {"ann": baked}).synthesize(voice="ann", **TEXT)
+    assert np.array_equal(ours.tokens, theirs.tokens)
+    assert np.array_equal(ours.samples, theirs.samples)
+    assert not np.array_equal(ours.samples, attached.synthesizer.synthesize(**TEXT).samples)
+    assert entry.created is not None
+    assert store.get("ann").problem is None
+
+
+def test_making_a_voice_leaves_the_model_and_the_disk_as_they_were(
+    attached: Attached, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/nonexistent")
+    monkeypatch.setattr("tempfile.tempdir", None)
+    before = attached.synthesizer.synthesize(**TEXT)
+    first, second = (load(voice_bytes(attached, clip.read_bytes())) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert np.array_equal(attached.synthesizer.synthesize(**TEXT).samples, before.samples)
+    assert attached.synthesizer.model.conds is None
+
+
+def test_the_shortest_and_the_longest_clip_make_a_voice_of_bounded_size(attached: Attached, store: VoiceStore) -> None:
+    sizes = {}
+    for seconds in (1.0, 10.0, 12.3, 60.0):
+        random = np.random.default_rng(0).normal(0, 0.05, int(seconds * 24_000))
+        wav = sound_file(np.tile(tone(1.0), 60)[: len(random)] + random, subtype="PCM_16")
+        sizes[seconds] = store.add(f"v{seconds:.0f}", voice_bytes(attached, wav)).size
+    assert sizes[1.0] < 25_000
+    assert sizes[10.0] == pytest.approx(sizes[60.0], abs=1000)
+    assert sizes[60.0] < 180_000, "of which frames: 500 of 80 numbers"
+
+
+def test_a_worker_holds_the_voices_used_last(
+    attached: Attached, made: bytes, store: VoiceStore, tmp_path: Path
+) -> None:
+    digests = {}
+    for name in ("ann", "bob", "cem"):
+        store.add(name, made)
+        digests[name] = store.digest(name) or ""
+    cache = VoiceCache(attached, tmp_path, CacheLimits(voices=2))
+    ann = cache.synthesizer("ann", digests["ann"])
+    assert cache.voices == 1
+    assert 0 < cache.size < len(made)
+    cache.synthesizer("bob", digests["bob"])
+    assert cache.synthesizer("ann", digests["ann"]) is ann
+    cache.synthesizer("cem", digests["cem"])
+    assert (cache.voices, cache.hits, cache.misses) == (2, 1, 3)
+    assert cache.synthesizer("ann", digests["ann"]) is ann, "bob was used least recently"
+    small = VoiceCache(attached, tmp_path, CacheLimits(size=cache.size))
+    for name, digest in digests.items():
+        small.synthesizer(name, digest)
+    assert small.size <= cache.size
+    assert small.voices == 2
+
+
+def test_another_voice_under_the_same_name_is_read_anew(
+    attached: Attached, made: bytes, store: VoiceStore, tmp_path: Path
+) -> None:
+    cache = VoiceCache(attached, tmp_path)
+    store.add("ann", made)
+    old = store.digest("ann") or ""
+    first = cache.synthesizer("ann", old)
+    store.delete("ann")
+    assert cache.synthesizer("ann", old) is first, "a request that had begun is finished"
+    store.add("ann", voice_bytes(attached, sound_file(tone(3.0))))
+    new = store.digest("ann") or ""
+    assert cache.synthesizer("ann", new) is not first
+    assert cache.voices == 1
+    with pytest.raises(UnusableVoiceError, match="replaced"):
+        cache.synthesizer("ann", old)
+    store.delete("ann")
+    with pytest.raises(UnusableVoiceError, match="No such file"):
+        VoiceCache(attached, tmp_path).synthesizer("ann", new)
+
+
+def _with(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, torch.Tensor]], Any]:
+    return lambda tensors: change(tensors[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (_with("t3.cond_prompt_speech_tokens", lambda tensor: tensor.fill_(6561)), "do not exist"),
+        (_with("gen.prompt_token", lambda tensor: tensor[0, :1].fill_(-1)), "do not exist"),
+        (_with("gen.prompt_token_len", lambda tensor: tensor.fill_(10**9)), "another than it says"),
+        (_with("gen.embedding", lambda tensor: tensor[0, :1].fill_(float("nan"))), "numbers that are none"),
+        (_with("gen.prompt_feat", lambda tensor: tensor[0, 0, :1].fill_(float("inf"))), "numbers that are none"),
+    ],
+)
+def test_values_that_would_end_a_gpus_context_are_refused(
+    attached: Attached,
+    made: bytes,
+    store: VoiceStore,
+    tmp_path: Path,
+    change: Callable[[dict[str, torch.Tensor]], Any],
+    word: str,
+) -> None:
+    record = read_record(attached.prepared.weights)
+    tensors = load(made)
+    change(tensors)
+    said = {"schema": "1", "variant": record.variant, "weights": record.set_digest}
+    (tmp_path / "bad.safetensors").write_bytes(save(tensors, {**said, "created": "1", "clip_sha256": "a" * 64}))
+    digest = store.digest("bad")
+    assert digest is not None, "what needs torch to be seen, the front does not see"
+    with pytest.raises(UnusableVoiceError, match=word):
+        VoiceCache(attached, tmp_path).synthesizer("bad", digest)
+
+
+def test_a_clip_that_the_model_cannot_take_is_bad_input(attached: Attached) -> None:
+    with pytest.raises(BadInputError, match="no voice could be made of the clip"):
+        voice_bytes(attached, sound_file(tone(0.001)))
