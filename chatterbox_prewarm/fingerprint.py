@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import logging
 import os
 import platform
@@ -215,6 +216,23 @@ def _gpu(number: int) -> tuple[str, str, str]:
     except pynvml.NVMLError as error:
         logger.warning("NVML: %s; going on as if there was no GPU", error)
         return ABSENT, ABSENT, ABSENT
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def visible_gpus() -> int:
+    """How many GPUs this process may use, as torch counts them; 0 where NVML finds none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return 0
+    try:
+        return next(number for number in itertools.count() if _visible_gpu(pynvml, number) is None)
+    except pynvml.NVMLError as error:
+        logger.warning("NVML: %s; going on as if there was no GPU", error)
+        return 0
     finally:
         pynvml.nvmlShutdown()
 

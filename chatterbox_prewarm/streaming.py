@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from chatterbox_prewarm.bounds import LEAST_LOOK_AHEAD, MAX_SEED
 from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.errors import BadInputError, ModelError, NotWarmError
 from chatterbox_prewarm.load import POLICIES, Attached
@@ -34,7 +35,6 @@ from chatterbox_prewarm.synthesis import (
     preserved_generators,
     seed_everything,
 )
-from chatterbox_prewarm.text import MAX_SEED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -48,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 #: A second of audio.
 CHUNK_TOKENS = 25
-#: The flow's encoder has a convolution over three tokens to come.
-LEAST_LOOK_AHEAD = 3
 _FRAMES_PER_TOKEN = 2
 #: Over how many mel frames one rendering of the flow goes over into the next.
 _BLENDED_FRAMES = 6
@@ -113,8 +111,8 @@ def generate_stream(
         sampling: how tokens are drawn.
         chunk_tokens: speech tokens to a chunk, 40 ms each; the last chunk may be shorter.
         look_ahead: how many tokens after a chunk the flow waits for, at least 3. None waits for all.
-        stopped: asked every few tokens and before each chunk, also while the first is being made and nobody can close
-            the iterator; when it says yes the stream ends, without a last chunk.
+        stopped: asked every few tokens, before each step of the flow and before each chunk, also while the first is
+            being made and nobody can close the iterator; when it says yes the stream ends, without a last chunk.
 
     Raises:
         BadInputError: at the call, an argument that cannot be used; at a chunk, a text or a speech that is too long.
@@ -161,6 +159,10 @@ def generate_stream_with_warmup_check(
     return generate_stream(attached, text, **arguments)
 
 
+class _StoppedError(Exception):
+    """Nobody wants the rest."""
+
+
 class _Stream:
     """One streamed synthesis; the arguments are those of `generate_stream`."""
 
@@ -179,10 +181,14 @@ class _Stream:
         self._look_ahead = look_ahead
         self._stopped = stopped
 
-    # Inference mode is left while a chunk is out: it would hold in the code of whoever asked for it.
-    @torch.inference_mode()
     def chunks(self, blocks: Generator[torch.Tensor], seed: int, called: float) -> Generator[Chunk]:
         """Make the chunks from the tokens as they are drawn."""
+        with contextlib.suppress(_StoppedError):
+            yield from self._chunks(blocks, seed, called)
+
+    # Inference mode is left while a chunk is out: it would hold in the code of whoever asked for it.
+    @torch.inference_mode()
+    def _chunks(self, blocks: Generator[torch.Tensor], seed: int, called: float) -> Generator[Chunk]:
         seed_everything(seed)
         size = _FRAMES_PER_TOKEN * SAMPLES_PER_FRAME * self._chunk_tokens
         tokens, ready, index = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32), 0
@@ -239,7 +245,7 @@ class _Stream:
             if self._stopped():
                 return
         tokens = self._synthesizer.usable(drawn)
-        yield tokens, self._stages.flow(tokens, self._voice), True
+        yield tokens, self._stages.flow(tokens, self._voice, on_step=self._check), True
 
     @torch.inference_mode()
     def _settled(
@@ -266,11 +272,15 @@ class _Stream:
             end = _FRAMES_PER_TOKEN * known - surplus
             if end - frames < wanted:
                 continue
-            mel = flow(drawn, voice, noise=noise)
+            mel = flow(drawn, voice, noise=noise, on_step=self._check)
             yield drawn[count:known], _blended(mel[..., frames:end], tail), False
             count, frames, tail, wanted = known, end, mel[..., end:], chunk
-        mel = flow(self._synthesizer.usable(drawn), voice, noise=noise)
+        mel = flow(self._synthesizer.usable(drawn), voice, noise=noise, on_step=self._check)
         yield drawn[count:], _blended(mel[..., frames:], tail), True
+
+    def _check(self) -> None:
+        if self._stopped():
+            raise _StoppedError
 
     def _no_tokens(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.int64, device=self._synthesizer.model.device)

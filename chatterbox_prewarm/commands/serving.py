@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from chatterbox_prewarm.commands.options import (
+    PATH,
     cache_option,
-    device_option,
     option,
     parse_voice,
     profile_option,
@@ -17,6 +17,8 @@ from chatterbox_prewarm.commands.options import (
     weights_option,
 )
 from chatterbox_prewarm.load import POLICIES
+from chatterbox_prewarm.places import VOICES
+from chatterbox_prewarm.serve import log_lines
 from chatterbox_prewarm.text import MAX_CHARACTERS
 
 if TYPE_CHECKING:
@@ -27,8 +29,14 @@ if TYPE_CHECKING:
 @warm_option
 @weights_option
 @cache_option
-@device_option
+@option(
+    "--device",
+    default="cpu",
+    help="Torch devices with commas between them, a worker for each; cuda:all is every GPU there is.",
+)
 @option("--voice", "voices", multiple=True, metavar="NAME=PATH", help="Make a voice at start unless it is baked.")
+@option("--voices-dir", type=PATH, default=VOICES, help="Where added voices are kept; without it, none can be added.")
+@option("--max-voices", default=1000, type=click.IntRange(0), help="Most voices that may be added.")
 @option("--policy", default="fallback", type=click.Choice(POLICIES), help="What a start does that does not fit.")
 @profile_option("the one baked")
 @trust_options
@@ -43,6 +51,37 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     help="Most requests at a time, the one being spoken too; others get 429.",
 )
+@option(
+    "--queue-seconds",
+    default=120.0,
+    type=click.FloatRange(0.1),
+    help="How long a part of a text may wait for a worker; then its request gets 503.",
+)
+@option(
+    "--hang-seconds",
+    default=120.0,
+    type=click.FloatRange(1),
+    help="A worker at work from which nothing is heard for so long is replaced.",
+)
+@option(
+    "--requests-per-minute",
+    default=0.0,
+    type=click.FloatRange(0),
+    help="The load to expect: what it makes worth warming up beyond what a start does is done while idle.",
+)
+@option(
+    "--token-file",
+    type=PATH,
+    help="Demand the token in this file of everybody but probes; CHATTERBOX_PREWARM_TOKEN may hold it instead.",
+)
+@option(
+    "--max-connections",
+    default=1000,
+    type=click.IntRange(8),
+    help="Most open connections; for more, the longest idle one is closed.",
+)
+@option("--log-format", default="text", type=click.Choice(log_lines.FORMATS), help="How log lines look.")
+@option("--log-text", is_flag=True, help="Log what is spoken, too.")
 @option("--drain-seconds", default=100.0, type=click.FloatRange(0), help="How long requests may finish after SIGTERM.")
 def serve(
     *,
@@ -51,6 +90,8 @@ def serve(
     cache: Path,
     device: str,
     voices: tuple[str, ...],
+    voices_dir: Path,
+    max_voices: int,
     policy: str,
     profile: str | None,
     key: Path | None,
@@ -62,33 +103,58 @@ def serve(
     max_characters: int,
     max_new_tokens: int,
     queue_limit: int,
+    queue_seconds: float,
+    hang_seconds: float,
+    requests_per_minute: float,
+    token_file: Path | None,
+    max_connections: int,
+    log_format: str,
+    log_text: bool,
     drain_seconds: float,
 ) -> None:
-    """Serve speech over HTTP from the warm state: /v1/audio/speech, /livez, /startupz, /readyz, /metrics."""
+    """Serve speech over HTTP from the warm state: /v1/audio/speech, /livez, /startupz, /readyz, /metrics, a page."""
+    from chatterbox_prewarm.serve.access import load_token
+    from chatterbox_prewarm.serve.connections import Limits
+    from chatterbox_prewarm.serve.devices import for_devices, parse_devices
     from chatterbox_prewarm.serve.front import ServeConfig
     from chatterbox_prewarm.serve.front import serve as run_server
     from chatterbox_prewarm.serve.worker import WorkerConfig
 
+    log_lines.install(log_format, process="front")
     run_server(
         ServeConfig(
             host=host,
             port=port,
             max_characters=max_characters,
+            weights=weights,
+            voices_dir=voices_dir,
+            max_voices=max_voices,
             queue_limit=queue_limit,
+            queue_seconds=queue_seconds,
+            hang_seconds=hang_seconds,
             drain_seconds=drain_seconds,
+            token=load_token(token_file),
+            limits=Limits(connections=max_connections),
+            log_text=log_text,
         ),
-        WorkerConfig(
-            warm=str(warm),
-            weights=str(weights),
-            cache=str(cache),
-            policy=policy,
-            profile=profile,
-            key=str(key) if key else None,
-            signature=str(signature) if signature else None,
-            expect_digest=expect_digest,
-            device=device,
-            voices={name: str(path) for name, path in map(parse_voice, voices)},
-            threads=threads,
-            max_new_tokens=max_new_tokens,
+        for_devices(
+            parse_devices(device),
+            WorkerConfig(
+                warm=str(warm),
+                weights=str(weights),
+                cache=str(cache),
+                policy=policy,
+                profile=profile,
+                key=str(key) if key else None,
+                signature=str(signature) if signature else None,
+                expect_digest=expect_digest,
+                device=device,
+                voices={name: str(path) for name, path in map(parse_voice, voices)},
+                voice_directory=str(voices_dir),
+                threads=threads,
+                max_new_tokens=max_new_tokens,
+                requests_per_minute=requests_per_minute,
+                log_format=log_format,
+            ),
         ),
     )

@@ -12,7 +12,7 @@ from chatterbox_prewarm.regions import FLOW_ENCODER_LAYER, FLOW_EULER, FLOW_RESN
 from chatterbox_prewarm.regions.flow_blocks import causal_convolution
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from chatterbox_prewarm.regions.execute import BoundRegion, Executor
 
@@ -53,7 +53,12 @@ class Flow:
 
     @torch.inference_mode()
     def __call__(
-        self, tokens: torch.Tensor, voice: Mapping[str, torch.Tensor], *, noise: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        voice: Mapping[str, torch.Tensor],
+        *,
+        noise: torch.Tensor | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """Make the mel spectrogram of speech tokens.
 
@@ -62,6 +67,7 @@ class Flow:
             voice: `prompt_token` (1, m), `prompt_feat` (1, 2m, 80) and `embedding` (1, 192) of the reference clip.
             noise: (1, frames, 80), of the voice's clip and of the speech to come, as many frames as are needed or more;
                 None draws it from the generator of the device.
+            on_step: called before each Euler step; what it raises ends the work.
 
         Returns:
             (1, 80, 2n), 50 frames a second.
@@ -82,7 +88,7 @@ class Flow:
         mean = self._encode(flow.input_embedding(sequence))
         condition = torch.zeros_like(mean)
         condition[:, : prompt.size(1)] = prompt
-        mel = self._solve(mean, flow.spk_embed_affine_layer(speaker), condition, noise)
+        mel = self._solve(mean, flow.spk_embed_affine_layer(speaker), condition, noise, on_step)
         return mel[:, prompt.size(1) :].transpose(1, 2).contiguous()
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +106,12 @@ class Flow:
         return mean
 
     def _solve(
-        self, mean: torch.Tensor, speaker: torch.Tensor, condition: torch.Tensor, noise: torch.Tensor | None
+        self,
+        mean: torch.Tensor,
+        speaker: torch.Tensor,
+        condition: torch.Tensor,
+        noise: torch.Tensor | None,
+        on_step: Callable[[], None] | None,
     ) -> torch.Tensor:
         """Follow the flow from noise to the mel spectrogram; all of (1, frames, 80), `speaker` of (1, 80).
 
@@ -119,6 +130,8 @@ class Flow:
         known = torch.cat([known, torch.zeros_like(known)])
         guidance = torch.full((1,), decoder.inference_cfg_rate, device=mean.device, dtype=mean.dtype)
         for step in range(EULER_STEPS):
+            if on_step is not None:
+                on_step()
             hidden = self._estimate(mel, known, embedded[step : step + 1])
             (mel,) = self._euler(hidden, mel, guidance, times[step + 1 : step + 2] - times[step : step + 1])
         return mel

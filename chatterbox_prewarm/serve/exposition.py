@@ -1,28 +1,31 @@
-"""What `/metrics` exposes, in Prometheus' text format: the worker's own counters and this process's view of it."""
+"""What `/metrics` exposes, in Prometheus' text format: the workers' own counters and this process's view of them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from chatterbox_prewarm.serve.measures import PREFIX
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
-    from chatterbox_prewarm.serve.supervisor import Supervisor
-
-_PREFIX = "chatterbox_prewarm"
+    from chatterbox_prewarm.serve.admission import Admission
+    from chatterbox_prewarm.serve.measures import Measures
+    from chatterbox_prewarm.serve.pool import Pool
 
 
 class Exposition(Collector):
-    """Turns a supervisor's state into metrics at the moment of a scrape; nothing is kept twice."""
+    """Turns the pool's state into metrics at the moment of a scrape; nothing is kept twice."""
 
-    def __init__(self, supervisor: Supervisor, in_flight: Callable[[], int]) -> None:
-        self._supervisor = supervisor
-        self._in_flight = in_flight
-        self._registry = CollectorRegistry()
+    def __init__(self, pool: Pool, admission: Admission, measures: Measures) -> None:
+        self._pool = pool
+        self._admission = admission
+        self._registry = measures.registry
         self._registry.register(self)
 
     def render(self) -> bytes:
@@ -31,30 +34,24 @@ class Exposition(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Called by the registry at each scrape."""
-        supervisor, log = self._supervisor, self._supervisor.log
+        pool = self._pool
         for name, text, value in (
-            ("attached", "Whether model and warm state are in place.", supervisor.attached),
-            ("ready", "Whether a real synthesis has passed.", supervisor.ready),
-            ("requests_in_flight", "Requests accepted and not yet answered.", self._in_flight()),
+            ("attached", "Whether model and warm state are in place.", pool.attached),
+            ("ready", "Whether a real synthesis has passed.", pool.ready),
+            ("requests_in_flight", "Requests accepted and not yet answered.", self._admission.in_flight),
+            ("queue_parts", "Parts of texts that wait for a worker.", pool.waiting),
         ):
-            yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value=float(value))
-        state = GaugeMetricFamily(f"{_PREFIX}_state", "The warm state in use, by its key.", labels=["key"])
+            yield GaugeMetricFamily(f"{PREFIX}_{name}", text, value=float(value))
+        log = pool.leading.log
+        state = GaugeMetricFamily(f"{PREFIX}_state", "The warm state in use, by its key.", labels=["key"])
         if log.get("state"):
             state.add_metric([log["state"]], 1)
         yield state
-        restarts = CounterMetricFamily(f"{_PREFIX}_worker_restarts", "Workers that died and were replaced.")
-        restarts.add_metric([], supervisor.restarts)
+        restarts = CounterMetricFamily(f"{PREFIX}_worker_restarts", "Workers that died and were replaced.")
+        restarts.add_metric([], sum(worker.restarts for worker in pool.workers))
         yield restarts
-        for kind, text in (
-            ("loaded", "Baked artifacts in place for use on demand."),
-            ("hits", "Baked artifacts that were used."),
-            ("misses", "Artifacts rebuilt or left out."),
-        ):
-            counter = CounterMetricFamily(f"{_PREFIX}_cache_{kind}", text, labels=["family"])
-            for family, count in log.get(kind, {}).items():
-                counter.add_metric([family], count)
-            yield counter
-        phases = GaugeMetricFamily(f"{_PREFIX}_phase_seconds", "Length of a phase of the start.", labels=["phase"])
+        yield from self._caches()
+        phases = GaugeMetricFamily(f"{PREFIX}_phase_seconds", "Length of a phase of the start.", labels=["phase"])
         totals: dict[str, float] = {}
         for phase in log.get("phases", []):
             totals[phase["name"]] = totals.get(phase["name"], 0.0) + phase["seconds"]
@@ -62,8 +59,45 @@ class Exposition(Collector):
             phases.add_metric([name], seconds)
         yield phases
         marks = GaugeMetricFamily(
-            f"{_PREFIX}_since_exec_seconds", "When a moment of the start was reached.", labels=["moment"]
+            f"{PREFIX}_since_exec_seconds", "When a moment of the start was reached.", labels=["moment"]
         )
         for name, seconds in log.get("marks", {}).items():
             marks.add_metric([name], seconds)
         yield marks
+        yield from self._workers()
+
+    def _caches(self) -> Iterable[Metric]:
+        """Counts by family, of all workers together."""
+        for kind, text in (
+            ("loaded", "Baked artifacts in place for use on demand."),
+            ("hits", "Baked artifacts that were used."),
+            ("misses", "Artifacts rebuilt or left out."),
+        ):
+            counter = CounterMetricFamily(f"{PREFIX}_cache_{kind}", text, labels=["family"])
+            sums: Counter[str] = Counter()
+            for worker in self._pool.workers:
+                sums.update(worker.log.get(kind, {}))
+            for family, count in sums.items():
+                counter.add_metric([family], count)
+            yield counter
+
+    def _workers(self) -> Iterable[Metric]:
+        """What is known of each worker, which a number tells from others on the same device."""
+        labels = ["worker", "device"]
+        gauges = {
+            name: GaugeMetricFamily(f"{PREFIX}_worker_{name}", text, labels=labels)
+            for name, text in (
+                ("ready", "Whether the worker can speak."),
+                ("busy", "Whether a request is with it."),
+                ("rss_bytes", "Memory of its process, as of its last answer."),
+                ("vram_bytes", "Memory of its device that its allocator holds, as of its last answer."),
+                ("vram_peak_bytes", "The most of that which was in use at once."),
+                ("voices", "Added voices that it holds in memory."),
+                ("voice_bytes", "Memory of these."),
+            )
+        }
+        for number, worker in enumerate(self._pool.workers):
+            for name, gauge in gauges.items():
+                source = worker if name in {"ready", "busy"} else worker.usage
+                gauge.add_metric([str(number), worker.config.device], float(getattr(source, name)))
+        yield from gauges.values()

@@ -11,57 +11,90 @@ import logging
 import signal
 import socket
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.errors import BadInputError, PrewarmError
-from chatterbox_prewarm.serve.speech_api import failure, failure_of, parse_speech, read_body
-from chatterbox_prewarm.serve.supervisor import Supervisor, spawn
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.serve.connections import AT_ONCE, WAITING, Limits, http_protocol
+from chatterbox_prewarm.serve.supervisor import spawn_all
+from chatterbox_prewarm.serve.voice_store import VoiceStore
 from chatterbox_prewarm.warmup.metrics import exec_time
+from chatterbox_prewarm.weights import read_record
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    import subprocess
+    from collections.abc import Sequence
+    from pathlib import Path
 
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import Response
-
+    from chatterbox_prewarm.serve.access import Token
     from chatterbox_prewarm.serve.worker import WorkerConfig
 
-logger = logging.getLogger(__name__)
+    Spawned = tuple[subprocess.Popen[bytes], socket.socket]
 
-_BODY_SECONDS = 10.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Where to listen, what to accept, and how long a drain may take (seconds)."""
+    """Where to listen, what to accept, and how long things may take.
+
+    Attributes:
+        host, port: the address.
+        max_characters: longest text that is taken.
+        weights: the checkpoint, which an added voice must be of.
+        voices_dir, max_voices: where added voices are, and how many there may be.
+        queue_limit: most requests at a time, those being spoken too.
+        queue_seconds: how long one may wait for a worker.
+        hang_seconds: how long a worker at work may be silent before it is replaced.
+        drain_seconds: how long requests may finish after a signal.
+        token: demanded of everybody but probes.
+        limits: on connections.
+        log_text: whether what is spoken is logged.
+    """
 
     host: str
     port: int
     max_characters: int
+    weights: Path
+    voices_dir: Path
+    max_voices: int
     queue_limit: int
+    queue_seconds: float
+    hang_seconds: float
     drain_seconds: float
+    token: Token | None = None
+    limits: Limits = field(default_factory=Limits)
+    log_text: bool = False
 
 
-def serve(config: ServeConfig, worker: WorkerConfig) -> None:
+def serve(config: ServeConfig, workers: Sequence[WorkerConfig]) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return.
+
+    Args:
+        config: of the server.
+        workers: one for each device; all are started at once.
 
     Raises:
         BadInputError: the address cannot be listened on.
+        WeightsError: there is no checkpoint.
         PrewarmError: the worker could not start; of its kind.
     """
     # Until the loop handles it: with nothing in flight there is nothing to drain. Unhandled, it would not end the first
     # process of a container at all.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     listener = listen(config.host, config.port)
-    worker = replace(worker, origin=exec_time())
-    first = spawn(worker)
+    record = read_record(config.weights)
+    voices = VoiceStore(
+        config.voices_dir, baked={}, variant=record.variant, weights=record.set_digest, max_voices=config.max_voices
+    )
+    origin = exec_time()
+    started = spawn_all([replace(worker, origin=origin) for worker in workers])
     try:
-        asyncio.run(Front(config, worker, first).run(listener))
+        asyncio.run(Front(config, started, voices).run(listener))
     finally:
-        if first[0].poll() is None:
-            first[0].terminate()
+        for _, (process, _) in started:
+            if process.poll() is None:
+                process.terminate()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -75,7 +108,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(2048)  # early probes wait for the routes instead of being refused
+        listener.listen(WAITING)  # early probes wait for the routes instead of being refused
     except OSError as error:
         listener.close()
         raise BadInputError(
@@ -87,33 +120,61 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Front:
-    """The HTTP side: routes, what is in flight, and the drain."""
+    """The server's life: it listens, it serves until a signal or for want of workers, it drains."""
 
-    def __init__(self, config: ServeConfig, worker: WorkerConfig, first: tuple[Any, socket.socket]) -> None:
+    def __init__(
+        self, config: ServeConfig, workers: Sequence[tuple[WorkerConfig, Spawned]], voices: VoiceStore
+    ) -> None:
         self._config = config
-        self._supervisor = Supervisor(worker, first)
-        self._in_flight = 0
-        self._draining = False
+        self._workers = workers
+        self._voices = voices
 
     async def run(self, listener: socket.socket) -> None:
-        """Serve on `listener` until a signal or a failed worker ends it."""
+        """Serve on `listener` until a signal or the last worker's failure ends it.
+
+        Raises:
+            PrewarmError: why there is no worker any more.
+        """
         loop = asyncio.get_running_loop()
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        supervision = loop.create_task(self._supervisor.run(stop.set))
+        from chatterbox_prewarm.serve.pool import Pool, PoolConfig
+
+        config = self._config
+        pool = Pool(
+            PoolConfig(wait_seconds=config.queue_seconds, hang_seconds=config.hang_seconds),
+            self._workers,
+            voices=self._voices,
+        )
+        supervision = loop.create_task(pool.run())
 
         import uvicorn
+
+        from chatterbox_prewarm.serve.access import Access
+        from chatterbox_prewarm.serve.admission import Admission
+        from chatterbox_prewarm.serve.app import App
+        from chatterbox_prewarm.serve.request_log import RequestLog
 
         class Server(uvicorn.Server):
             @contextlib.contextmanager
             def capture_signals(self) -> Any:
                 yield  # signals drain, and are handled above
 
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                listener.listen(WAITING)
+
+        admission = Admission(pool, limit=config.queue_limit)
+        app = App(pool, admission, self._voices, max_characters=config.max_characters)
         server = Server(
             uvicorn.Config(
-                self.app(),
+                RequestLog(Access(app.asgi(), config.token), log_text=config.log_text),
                 lifespan="off",
+                http=http_protocol(config.limits),
+                ws="none",
+                backlog=AT_ONCE,
+                headers=[("X-Content-Type-Options", "nosniff")],
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -124,112 +185,14 @@ class Front:
         stopping = loop.create_task(stop.wait())
         await asyncio.wait([serving, supervision, stopping], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        await self._drain()
+        admission.draining = True
+        pool.close()
+        logger.info("draining: %d request(s) in flight", admission.in_flight)
+        if not await admission.drained(config.drain_seconds):
+            logger.error("%d request(s) did not finish within %.0f s", admission.in_flight, config.drain_seconds)
+        await pool.stop()
         server.should_exit = True
         await serving
-        if self._supervisor.failure is not None:
-            raise self._supervisor.failure
         await supervision
-
-    async def _drain(self) -> None:
-        """Refuse new requests, wait for those in flight, then let the worker end."""
-        self._draining = True
-        self._supervisor.close()
-        logger.info("draining: %d request(s) in flight", self._in_flight)
-        deadline = asyncio.get_running_loop().time() + self._config.drain_seconds
-        while self._in_flight and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.05)
-        if self._in_flight:
-            logger.error("%d request(s) did not finish within %.0f s", self._in_flight, self._config.drain_seconds)
-        await self._supervisor.stop()
-
-    def app(self) -> Starlette:
-        """The ASGI application."""
-        from starlette.applications import Starlette
-        from starlette.routing import Route
-
-        from chatterbox_prewarm.serve.exposition import Exposition
-
-        self._exposition = Exposition(self._supervisor, lambda: self._in_flight)
-        return Starlette(
-            routes=[
-                Route("/livez", self._livez),
-                Route("/startupz", self._startupz),
-                Route("/readyz", self._readyz),
-                Route("/metrics", self._metrics),
-                Route("/v1/audio/speech", self._speech, methods=["POST"]),
-            ]
-        )
-
-    async def _livez(self, _: Request) -> Response:
-        from starlette.responses import PlainTextResponse
-
-        return PlainTextResponse("ok\n")
-
-    async def _startupz(self, _: Request) -> Response:
-        return self._status(ok=self._supervisor.attached)
-
-    async def _readyz(self, _: Request) -> Response:
-        return self._status(ok=self._supervisor.ready and not self._draining)
-
-    def _status(self, *, ok: bool) -> Response:
-        from starlette.responses import JSONResponse
-
-        supervisor = self._supervisor
-        body = {
-            "phase": "draining" if self._draining else supervisor.phase,
-            "attached": supervisor.attached,
-            "ready": supervisor.ready,
-            "voices": supervisor.voices,
-            "restarts": supervisor.restarts,
-            **supervisor.log,
-        }
-        return JSONResponse(body, status_code=200 if ok else 503)
-
-    async def _metrics(self, _: Request) -> Response:
-        from starlette.responses import Response
-
-        return Response(self._exposition.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    async def _speech(self, request: Request) -> Response:
-        from starlette.requests import ClientDisconnect
-        from starlette.responses import Response
-
-        if (refusal := self._refusal()) is not None:
-            return refusal
-        wav = None
-        try:
-            # A body that trickles in is not in flight yet: it holds no place in the queue and no drain back.
-            body = await asyncio.wait_for(read_body(request), _BODY_SECONDS)
-            order = parse_speech(body, limit=self._config.max_characters)
-            if (refusal := self._refusal()) is not None:  # much may have changed while the body arrived
-                return refusal
-            async with self._counted():
-                wav = await self._supervisor.speak(order, gone=request.is_disconnected)
-        except PrewarmError as error:
-            return failure_of(error)
-        except (asyncio.TimeoutError, TimeoutError):
-            return failure(408, f"the body did not arrive within {_BODY_SECONDS:.0f} s", "timeout")
-        except ClientDisconnect:
-            logger.info("a client went away before its request was complete")
-        if wav is None:
-            return Response(status_code=499)  # nobody reads it
-        return Response(wav, media_type="audio/wav")
-
-    def _refusal(self) -> Response | None:
-        """Why a request cannot be taken on now."""
-        if self._draining:
-            return failure(503, "the server is shutting down", "draining")
-        if not self._supervisor.ready:
-            return failure(503, f"the server is not ready: {self._supervisor.phase}", "not_ready")
-        if self._in_flight >= self._config.queue_limit:
-            return failure(429, f"{self._in_flight} requests are waiting already", "queue_full")
-        return None
-
-    @contextlib.asynccontextmanager
-    async def _counted(self) -> AsyncIterator[None]:
-        self._in_flight += 1
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
+        if pool.failure is not None:
+            raise pool.failure

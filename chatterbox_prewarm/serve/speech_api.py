@@ -1,24 +1,37 @@
-"""The speech API's wire format: what the body of a request may hold, and the shape of an answer that is an error."""
+"""What all routes of the API share: reading a body in a bounded way, and the shape of an answer that is an error."""
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.errors import BadInputError, PrewarmError
+from chatterbox_prewarm.errors import BadInputError, ModelError, PrewarmError
+from chatterbox_prewarm.serve.pool import BusyError
 from chatterbox_prewarm.serve.supervisor import WorkerGoneError
-from chatterbox_prewarm.text import MAX_SEED, check_text, decode_text
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
 _BODY_LIMIT = 1 << 20
-_NUMBERS = ("temperature", "cfg_weight", "exaggeration")
+_RETRY_SECONDS = 5
 
 
 class BodyTooLargeError(BadInputError):
     """A request's body is larger than any request needs."""
+
+
+class BadFieldError(BadInputError):
+    """A field of a request cannot be used.
+
+    Args:
+        message: what is wrong, with the expected and the found value.
+        param: the field.
+        next_step: what to do about it.
+    """
+
+    def __init__(self, message: str, *, param: str, next_step: str) -> None:
+        super().__init__(message, next_step=next_step)
+        self.param = param
 
 
 async def read_body(request: Request) -> bytes:
@@ -35,58 +48,53 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def parse_speech(body: bytes, *, limit: int) -> dict[str, Any]:
-    """Check the body of `POST /v1/audio/speech` and return the worker's request.
+def failure_of(error: PrewarmError, *, retry_after: int = _RETRY_SECONDS) -> Response:
+    """The answer that an error of this project's own gives; `retry_after` as for `failure`."""
+    status, fields = _described(error)
+    return _response(status, fields, retry_after)
 
-    Fields as in OpenAI's API: `input`, `voice`, `response_format` ("wav"); besides them `seed`, `max_new_tokens`,
-    `temperature`, `cfg_weight`, `exaggeration`.
 
-    Raises:
-        BadInputError: naming the field.
+def error_fields(error: PrewarmError) -> dict[str, Any]:
+    """What the same answer holds under `error`, for an event in a stream that has begun: message, type, code, param."""
+    return _described(error)[1]
+
+
+def failure(
+    status: int, message: str, code: str, *, param: str | None = None, retry_after: int = _RETRY_SECONDS
+) -> Response:
+    """An error in the shape of OpenAI's API.
+
+    Args:
+        status: of HTTP.
+        message: what is wrong, for people.
+        code: the same for programs.
+        param: the field of the request that it is about, if it is about one.
+        retry_after: in how many seconds it is worth asking again, of a status that says that it is.
     """
-    try:
-        fields = json.loads(decode_text(body))
-    except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, brackets without end
-        raise BadInputError(f"the body is not JSON: {error}", next_step='send {"input": "Hello."}') from error
-    if not isinstance(fields, dict) or "input" not in fields:
-        raise BadInputError("the body has no field 'input'", next_step='send {"input": "Hello."}')
-    audio_format = fields.get("response_format", "wav")
-    if audio_format != "wav":
-        raise BadInputError(f"the format {audio_format!r} is not offered", next_step="ask for wav")
-    if fields.get("speed", 1.0) != 1.0:
-        raise BadInputError("the speed cannot be changed", next_step="leave 'speed' out")
-    voice = fields.get("voice") or "default"
-    if not isinstance(voice, str):
-        raise BadInputError("'voice' is not a string", next_step="name a voice, or leave it out")
-    order: dict[str, Any] = {"text": check_text(fields["input"], limit=limit), "voice": voice}
-    for name, low, high in (("seed", 0, MAX_SEED), ("max_new_tokens", 3, 4096)):
-        value = fields.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise BadInputError(f"{name!r} is {value!r}", next_step=f"give a whole number from {low} to {high}")
-        order[name] = value
-    order |= {name: fields[name] for name in _NUMBERS if fields.get(name) is not None}
-    return order
+    return _response(status, _fields(status, message, code, param), retry_after)
 
 
-def failure_of(error: PrewarmError) -> Response:
-    """The answer that an error of this project's own gives."""
+def _described(error: PrewarmError) -> tuple[int, dict[str, Any]]:
     if isinstance(error, BodyTooLargeError):
-        return failure(413, error.message, "too_large")
+        return 413, _fields(413, error.message, "too_large")
     if isinstance(error, BadInputError):
-        return failure(400, str(error), "invalid_request")
+        return 400, _fields(400, str(error), "invalid_request", getattr(error, "param", None))
+    if isinstance(error, BusyError):
+        return 503, _fields(503, error.message, "busy")
     if isinstance(error, WorkerGoneError):
-        return failure(503, error.message, "worker_gone")
-    return failure(500, error.message, "synthesis_failed")
+        return 503, _fields(503, error.message, "worker_gone")
+    if isinstance(error, ModelError):  # of too few tokens, say; the text was fine by itself
+        return 422, _fields(422, error.message, "no_speech")
+    return 500, _fields(500, error.message, "synthesis_failed")
 
 
-def failure(status: int, message: str, code: str) -> Response:
-    """An error in the shape of OpenAI's API."""
+def _fields(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"message": message, "type": kind, "code": code, "param": param}
+
+
+def _response(status: int, fields: dict[str, Any], retry_after: int) -> Response:
     from starlette.responses import JSONResponse
 
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    headers = {"Retry-After": "5"} if status in {429, 503} else {}
-    return JSONResponse(
-        {"error": {"message": message, "type": kind, "code": code, "param": None}}, status_code=status, headers=headers
-    )
+    headers = {"Retry-After": str(retry_after)} if status in {429, 503} else {}
+    return JSONResponse({"error": fields}, status_code=status, headers=headers)

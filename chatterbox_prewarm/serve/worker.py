@@ -6,12 +6,13 @@ the front can answer probes while this process is busy importing.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
+import queue
 import socket
 import sys
+import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,18 +20,29 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.child import DEBUG, claim_stdout, describe, die_with_parent
 from chatterbox_prewarm.clips import DEFAULT_VOICE
-from chatterbox_prewarm.errors import PrewarmError, as_prewarm_error
+from chatterbox_prewarm.errors import ModelError, PrewarmError, as_prewarm_error, first_line
 from chatterbox_prewarm.load import attach, prepare
 from chatterbox_prewarm.save import REFERENCE_TOKENS
-from chatterbox_prewarm.serve import frames
+from chatterbox_prewarm.serve import frames, log_lines
+from chatterbox_prewarm.serve.inbox import Inbox, LeftError
+from chatterbox_prewarm.serve.messages import PROGRESS_SECONDS, PartOrder, Usage
+from chatterbox_prewarm.warmup import switched_off
+from chatterbox_prewarm.warmup.adaptive import AdaptiveWarmup
 from chatterbox_prewarm.warmup.inputs import SHORT_TEXT
 from chatterbox_prewarm.warmup.metrics import WarmupMetrics
 
 if TYPE_CHECKING:
     from chatterbox_prewarm.load import Attached
-    from chatterbox_prewarm.synthesis import Speech
+    from chatterbox_prewarm.serve.worker_voices import VoiceCache
+    from chatterbox_prewarm.synthesis import Synthesizer
+    from chatterbox_prewarm.warmup.adaptive import WarmupStep
 
 logger = logging.getLogger(__name__)
+
+#: A worker counts as idle, and warms up what is left, when no request came for so long.
+_IDLE_SECONDS = 2.0
+#: Chunks where nobody waits for them, ten seconds each: a vocoder at work on more would say nothing for too long.
+_WHOLE_TOKENS = 250
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +51,7 @@ class WorkerConfig:
 
     `fd` is its end of the socket pair. `origin` is when the start began, in seconds since boot: for the first worker
     the moment the front was executed, since that is the clock a user waits by; None for a replacement.
+    `requests_per_minute` is the load to warm up for, beyond what is needed to be ready, while idle.
     """
 
     fd: int = -1
@@ -53,8 +66,11 @@ class WorkerConfig:
     expect_digest: str | None
     device: str
     voices: dict[str, str]
+    voice_directory: str | None = None
     threads: int | None
     max_new_tokens: int
+    requests_per_minute: float = 0.0
+    log_format: str = "text"
 
     def to_argument(self) -> str:
         """The configuration as a command-line argument."""
@@ -64,9 +80,9 @@ class WorkerConfig:
 def main() -> None:
     """Run a worker to its end; a failure before ready is reported to the front and ends with its exit code."""
     die_with_parent()  # a front that was killed must not leave a model behind
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s", stream=sys.stderr)
     claim_stdout().close()
     config = WorkerConfig(**json.loads(sys.argv[1]))
+    log_lines.install(config.log_format, process=f"worker {config.device}", level=logging.INFO)
     with socket.socket(fileno=config.fd) as connection:
         worker = Worker(config, connection)
         try:
@@ -91,6 +107,8 @@ class Worker:
             on_phase=lambda name: self.send({"type": "phase", "name": name, "metrics": self._metrics.to_dict()}),
         )
         self._attached: Attached | None = None
+        self._added: VoiceCache | None = None
+        self._reported = 0.0
 
     def start(self) -> None:
         """Become ready: prepare, attach, and one real synthesis.
@@ -116,8 +134,12 @@ class Worker:
             threads=config.threads,
             voices={name: Path(clip) for name, clip in config.voices.items()},
         )
-        voices = sorted(attached.synthesizer.voices)
-        self.send({"type": "attached", "voices": voices, "metrics": self._metrics.to_dict()})
+        from chatterbox_prewarm.serve.worker_voices import VoiceCache, voice_sizes  # torch, and so after attaching
+
+        if config.voice_directory is not None:
+            self._added = VoiceCache(attached, Path(config.voice_directory))
+        sizes = voice_sizes(attached.synthesizer)
+        self.send({"type": "attached", "voices": sizes, "metrics": self._metrics.to_dict()})
         reference = prepared.manifest.reference if prepared.manifest else None
         with self._metrics.phase("first synthesis"):
             attached.synthesizer.synthesize(
@@ -127,51 +149,163 @@ class Worker:
                 max_new_tokens=reference.max_new_tokens if reference else REFERENCE_TOKENS,
             )
         self._metrics.mark("ready")
-        self.send({"type": "ready", "metrics": self._metrics.to_dict()})
+        self.send({"type": "ready", **self._report()})
 
     def serve(self) -> None:
-        """Answer requests until the front closes or says stop."""
-        while (message := frames.receive(self._connection)) is not None:
-            header, _ = message
-            if header["type"] == "stop":
-                return
+        """Answer requests until the front closes or says stop; between them, warm up what is left."""
+        inbox = Inbox(self._connection)
+        steps = self._steps_left()
+        while True:
             try:
-                wav = encode_wav(self._speak(header["request"]))
-            except PrewarmError as error:
-                self.send({"type": "error", "id": header["id"], **describe(error)})
-            except Exception as error:
-                logger.exception("request %s failed", header["id"])
-                fault = PrewarmError(f"the synthesis failed: {type(error).__name__}", next_step="see the server's log")
-                self.send({"type": "error", "id": header["id"], **describe(fault)})
-            else:
-                self.send({"type": "speech", "id": header["id"], "metrics": self._metrics.to_dict()}, wav)
+                message = inbox.take(_IDLE_SECONDS if steps else None)
+            except queue.Empty:
+                if self._warm_up(steps[0], inbox):
+                    del steps[0]
+                continue
+            if message is None or message[0]["type"] == "stop":
+                return
+            self._answer(inbox, *message)
 
     def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
         """Send a message to the front."""
         self._connection.sendall(frames.encode(header, payload))
 
-    def _speak(self, request: dict[str, Any]) -> Speech:
+    def _answer(self, inbox: Inbox, header: dict[str, Any], payload: bytes) -> None:
+        """Do what a message asks for, and say how it went.
+
+        Raises:
+            SystemExit: the process can do no more work, as after a fault of the device.
+        """
+        number = header["id"]
+        log_lines.REQUEST_ID.set(header["request"])
+        try:
+            if header["type"] == "speak":
+                self._speak(inbox, number, PartOrder(**header["part"]))
+            else:
+                self._prepare_voice(number, payload)
+        except PrewarmError as error:
+            self.send({"type": "error", "id": number, "broken": False, **describe(error)})
+        except Exception as error:
+            logger.exception("request %d failed", number)
+            broken = is_broken(error)
+            what = f"the worker's device failed: {first_line(error)}" if broken else f"a fault: {type(error).__name__}"
+            kind = ModelError if broken else PrewarmError
+            fault = kind(what, next_step="try again; if it stays so, see the server's log")
+            self.send({"type": "error", "id": number, "broken": broken, **describe(fault)})
+            if broken:
+                sys.exit(fault.exit_code)
+
+    def _speak(self, inbox: Inbox, number: int, part: PartOrder) -> None:
+        from chatterbox_prewarm.streaming import generate_stream
         from chatterbox_prewarm.synthesis import Sampling
+
+        fields = {
+            name: value
+            for name in ("temperature", "cfg_weight", "exaggeration")
+            if (value := getattr(part, name)) is not None
+        }
+        bound = min(part.max_new_tokens, self._config.max_new_tokens)
+        started, samples = time.monotonic(), 0
+        stream = generate_stream(
+            self._synthesizer(part),
+            part.text,
+            voice=part.voice,
+            seed=part.seed,
+            max_new_tokens=bound,
+            sampling=Sampling(**fields),
+            chunk_tokens=part.chunk_tokens or _WHOLE_TOKENS,
+            look_ahead=part.look_ahead,
+            stopped=lambda: self._wanted_no_more(inbox, number),
+        )
+        finished = False
+        for chunk in stream:
+            finished, samples = chunk.is_last, samples + chunk.samples.size
+            header = {"type": "audio", "id": number, "tokens": int(chunk.tokens.size), "last": finished}
+            if finished:
+                header |= {"seconds": time.monotonic() - started, "audio_seconds": samples / 24_000, **self._report()}
+            self.send(header, chunk.pcm.astype("<i2").tobytes())
+        if not finished:
+            self.send({"type": "cancelled", "id": number})
+
+    def _synthesizer(self, part: PartOrder) -> Synthesizer:
+        """What speaks with a part's voice."""
+        if self._attached is None:
+            raise AssertionError("requests come after start")
+        if part.voice_digest is None or self._added is None:
+            return self._attached.synthesizer
+        return self._added.synthesizer(part.voice, part.voice_digest)
+
+    def _prepare_voice(self, number: int, clip: bytes) -> None:
+        from chatterbox_prewarm.serve.worker_voices import voice_bytes
 
         if self._attached is None:
             raise AssertionError("requests come after start")
-        fields = {name: request[name] for name in ("temperature", "cfg_weight", "exaggeration") if name in request}
-        return self._attached.synthesizer.synthesize(
-            request["text"],
-            voice=request["voice"],
-            seed=request.get("seed"),
-            max_new_tokens=min(request.get("max_new_tokens", self._config.max_new_tokens), self._config.max_new_tokens),
-            sampling=Sampling(**fields),
+        self.send({"type": "voice", "id": number}, voice_bytes(self._attached, clip))
+
+    def _wanted_no_more(self, inbox: Inbox, number: int) -> bool:
+        """Whether a request was called off; on the way, tell the front that this process does not hang."""
+        if time.monotonic() - self._reported > PROGRESS_SECONDS:
+            self._reported = time.monotonic()
+            self.send({"type": "progress", "id": number})
+        return inbox.cancelled(number)
+
+    def _steps_left(self) -> list[WarmupStep]:
+        """What is left to warm up for the load that is to be expected."""
+        if self._attached is None or switched_off():
+            return []
+        return AdaptiveWarmup.plan_for(self._config.requests_per_minute).steps(self._attached.synthesizer)
+
+    def _warm_up(self, step: WarmupStep, inbox: Inbox) -> bool:
+        """Take a step of the warm-up; False when a request came before it was done."""
+        started = time.monotonic()
+        try:
+            step.run(inbox.leave_for_others)
+        except LeftError:
+            return False
+        self._metrics.add_seconds(f"warm-up of {step.name}", time.monotonic() - started)
+        self.send({"type": "warmed", **self._report()})
+        return True
+
+    def _report(self) -> dict[str, Any]:
+        """The log and counters of this process, and what it holds."""
+        return {"metrics": self._metrics.to_dict(), "usage": asdict(self._usage())}
+
+    def _usage(self) -> Usage:
+        import torch
+
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        device = self._config.device
+        on_gpu = device.startswith("cuda")
+        return Usage(
+            rss_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
+            vram_bytes=torch.cuda.memory_reserved(device) if on_gpu else 0,
+            vram_peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else 0,
+            hooks=self._hooks(),
+            voices=self._added.voices if self._added else 0,
+            voice_bytes=self._added.size if self._added else 0,
         )
 
+    def _hooks(self) -> int:
+        if self._attached is None:
+            return 0
+        model = self._attached.synthesizer.model
+        modules = (module for part in (model.t3, model.s3gen, model.ve) for module in part.modules())
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
 
-def encode_wav(speech: Speech) -> bytes:
-    """Speech as a WAV file: mono, 16-bit PCM."""
-    import soundfile
 
-    buffer = io.BytesIO()
-    soundfile.write(buffer, speech.pcm, speech.sample_rate, format="WAV", subtype="PCM_16")
-    return buffer.getvalue()
+def is_broken(error: Exception) -> bool:
+    """Whether an error leaves this process without use.
+
+    A fault of a CUDA kernel stays with its context, so that every later call fails too. After a failed allocation the
+    allocator's pools are in pieces, which a fresh process is not.
+    """
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # The last is what oneDNN says, PyTorch's library for CPUs, when it gets no memory.
+    signs = ("CUDA error", "can't allocate memory", "could not create a")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def test_the_container_speaks_without_network_and_drains(docker: str, image: str
         assert state["misses"] == {}
         assert set(state["hits"]) == {"bytecode", "numba", "conditionals", "aot"}
         assert state["profile"] == "aot"
-        sentence = json.dumps({"input": "Hello.", "seed": 1, "max_new_tokens": 12})
+        sentence = json.dumps({"input": "Hello.", "seed": 1, "max_new_tokens": 12, "response_format": "wav"})
         status, sound = _ask(docker, container, "POST", "/v1/audio/speech", sentence)
         assert status == 200
         assert sound.startswith(b"RIFF")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from chatterbox_prewarm.serve.exposition import Exposition
+from chatterbox_prewarm.serve.measures import Measures
+from chatterbox_prewarm.serve.messages import Usage
 from tests.kube.manifests import K8S
 
 COMPONENTS = K8S / "components"
@@ -17,10 +20,12 @@ COMPONENTS = K8S / "components"
 ADDED = {"namespace", "pod", "node"}
 
 
-class Supervisor:
-    """What an exposition reads of a supervisor, after a start that missed."""
+class Worker:
+    """What an exposition reads of a worker, after a start that missed."""
 
-    attached = ready = True
+    config = SimpleNamespace(device="cuda")
+    usage = Usage()
+    ready, busy = True, False
     restarts = 1
     log = {  # noqa: RUF012 - as the worker reports it
         "state": "cuda-l4",
@@ -35,8 +40,9 @@ class Supervisor:
 @pytest.fixture(scope="module")
 def exposed() -> dict[str, set[str]]:
     """The names of all samples, each with its labels."""
-    supervisor: Any = Supervisor()
-    text = Exposition(supervisor, lambda: 2).render().decode()
+    pool: Any = SimpleNamespace(attached=True, ready=True, waiting=0, leading=Worker(), workers=[Worker()])
+    admission: Any = SimpleNamespace(in_flight=2)
+    text = Exposition(pool, admission, Measures()).render().decode()
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

@@ -119,7 +119,7 @@ def test_the_public_names_are_there_and_no_others() -> None:
 
 def test_enhanced_loading_gives_upstreams_class_with_a_voice(mini: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    model = chatterbox_prewarm.from_pretrained_with_warmup(  # type: ignore[operator]
+    model = chatterbox_prewarm.from_pretrained_with_warmup(
         "cpu",
         weights=mini,
         cache=tmp_path / "cache",

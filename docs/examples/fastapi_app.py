@@ -1,0 +1,43 @@
+"""Chatterbox in a FastAPI application: `uvicorn fastapi_app:app`, one process. The model is in workers of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI, HTTPException, Response
+from fastapi.responses import StreamingResponse
+
+from chatterbox_prewarm import ChatterboxServer
+from chatterbox_prewarm.errors import BadInputError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+@contextlib.asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Warm before the first request: constructing the server returns when a real synthesis has passed."""
+    places = Path("/opt/chatterbox-prewarm")
+    with ChatterboxServer(warm=places / "warm", weights=places / "weights") as app.state.speech:
+        yield
+
+
+app = FastAPI(lifespan=lifespan)
+
+
+@app.get("/say")
+def say(text: str) -> Response:  # not `async`: FastAPI calls it in a thread, where it may wait
+    """A WAV file."""
+    try:
+        return Response(app.state.speech.generate(text).wav, media_type="audio/wav")
+    except BadInputError as error:
+        raise HTTPException(400, str(error)) from error
+
+
+@app.get("/stream")
+def stream(text: str) -> StreamingResponse:
+    """16-bit samples at 24 kHz, as they are made."""
+    chunks = app.state.speech.generate_stream(text)
+    return StreamingResponse((chunk.data for chunk in chunks), media_type="audio/pcm")

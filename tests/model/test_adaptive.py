@@ -1,0 +1,61 @@
+"""Warming up for a load: at once in Python, and in a server while nobody asks for anything."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from chatterbox_prewarm import AdaptiveWarmup, WarmupMetrics
+from tests.model.serving import SENTENCE, Server
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+    from chatterbox_prewarm.load import Attached
+
+STEPS = {f"warm-up of {count} speech tokens" for count in (50, 100, 200)}
+
+
+def test_a_load_is_warmed_up_for_and_leaves_the_generators_alone(attached: Attached) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    metrics = WarmupMetrics()
+    plan = AdaptiveWarmup(attached.synthesizer, metrics=metrics).warm_up_for_workload(5)
+    assert plan.level == 2
+    assert {phase.name for phase in metrics.phases} == STEPS
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_warm_up_can_be_switched_off(attached: Attached, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHATTERBOX_PREWARM_WARMUP", "off")
+    metrics = WarmupMetrics()
+    AdaptiveWarmup(attached.synthesizer, metrics=metrics).warm_up_for_workload(100)
+    assert metrics.phases == []
+
+
+def test_a_server_is_ready_at_the_minimum_and_warms_the_rest_while_idle(
+    baked: Path, mini: Path, tmp_path: Path
+) -> None:
+    server = Server(
+        tmp_path / "log",
+        *("--warm", baked, "--weights", mini, "--cache", tmp_path / "cache", "--requests-per-minute", "5"),
+    )
+    try:
+        body = server.wait("/readyz", 200)
+        assert not STEPS & set(body["timers"])
+        assert server.speak()[0] == 200  # it comes before, or ends a step that is then begun anew
+        deadline = time.monotonic() + 300
+        while not set(body["timers"]) >= STEPS:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+            body = server.wait("/readyz", 200)
+        assert body["phase"] == "ready"
+        assert body["misses"] == {}
+        assert server.speak(**SENTENCE)[0] == 200
+    finally:
+        assert server.end() == 0

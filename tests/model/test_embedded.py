@@ -1,0 +1,184 @@
+"""`ChatterboxServer`: other people's servers speak through it, in a few lines and without torch in their process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+import pytest
+
+from chatterbox_prewarm import ChatterboxServer, warm_up_multi_gpu
+from chatterbox_prewarm.bench.server import free_port
+from chatterbox_prewarm.errors import BadInputError, IntegrityError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chatterbox_prewarm.load import Attached
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+TEXT = "Hello, world."
+
+
+@pytest.fixture(scope="module")
+def server(baked: Path, mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatterboxServer]:
+    cache = tmp_path_factory.mktemp("embedded")
+    with ChatterboxServer(warm=baked, weights=mini, cache=cache, policy="require") as server:
+        yield server
+
+
+def test_it_is_warm_when_it_is_constructed(server: ChatterboxServer) -> None:
+    (log,) = server.metrics
+    assert log["misses"] == {}
+    assert log["hits"]["conditionals"] == 2
+    assert log["marks"]["ready"] > 0
+    assert server.voices == ["default", "fox"]
+    server.check()
+
+
+def test_it_speaks_as_the_model_does(server: ChatterboxServer, attached: Attached) -> None:
+    audio = server.generate(TEXT, seed=1, max_new_tokens=40)
+    spoken = attached.synthesizer.synthesize(TEXT, seed=1, max_new_tokens=40)
+    assert np.array_equal(audio.pcm, spoken.pcm)
+    assert audio.seconds == spoken.pcm.size / 24_000
+    assert audio.wav.startswith(b"RIFF")
+
+
+def test_it_streams_and_a_stream_that_is_left_frees_the_worker(server: ChatterboxServer) -> None:
+    whole = server.generate(TEXT, seed=1, max_new_tokens=80)
+    chunks = list(server.generate_stream(TEXT, seed=1, max_new_tokens=80))
+    assert len(chunks) > 1
+    joined = np.concatenate([chunk.pcm for chunk in chunks]).astype(float)
+    assert np.sum((joined - whole.pcm) ** 2) < 1e-8 * np.sum(joined**2)
+    left = server.generate_stream(TEXT * 20, seed=1)
+    next(left)
+    left.close()
+    began = time.monotonic()
+    server.generate(TEXT, seed=1, max_new_tokens=12)
+    assert time.monotonic() - began < 20, "the rest of the stream would have taken longer"
+
+
+def test_calls_from_several_threads_are_answered_each_with_its_own(server: ChatterboxServer) -> None:
+    alone = [server.generate(TEXT, seed=seed, max_new_tokens=20).data for seed in range(4)]
+    answers: dict[int, bytes] = {}
+
+    def speak(seed: int) -> None:
+        answers[seed] = server.generate(TEXT, seed=seed, max_new_tokens=20).data
+
+    threads = [threading.Thread(target=speak, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answers[seed] for seed in range(4)] == alone
+    assert len(set(alone)) == 4
+
+
+def test_it_survives_a_worker_that_dies(server: ChatterboxServer) -> None:
+    alone = server.generate(TEXT, seed=1, max_new_tokens=12).data
+    children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    (worker,) = [int(pid) for file in children for pid in file.read_text().split() if _is_worker(int(pid))]
+    os.kill(worker, signal.SIGKILL)
+    assert server.generate(TEXT, seed=1, max_new_tokens=12).data == alone
+    assert server.metrics[0]["restarts"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"text": ""}, "empty"),
+        ({"text": 5}, "not a string"),
+        ({"text": "a", "voice": "nobody"}, "choose one of"),
+        ({"text": "a", "voice": "../x"}, "cannot name a voice"),
+        ({"text": "a", "temperature": 99.0}, "temperature"),
+        ({"text": "a", "seed": -1}, "seed"),
+    ],
+)
+def test_what_cannot_be_spoken_is_refused(server: ChatterboxServer, settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(BadInputError, match=word):
+        server.generate(**settings)
+    assert server.generate(TEXT, seed=1, max_new_tokens=12).data
+
+
+def test_a_start_that_cannot_be_raises_its_error(mini: Path, tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="no warm state"):
+        ChatterboxServer(warm=tmp_path / "none", weights=mini, cache=tmp_path / "cache", policy="require")
+
+
+def test_without_a_gpu_several_cannot_be_warmed_up() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(BadInputError, match="no GPU"):
+        warm_up_multi_gpu()
+
+
+def test_several_devices_are_warmed_up_side_by_side(baked: Path, mini: Path, tmp_path: Path) -> None:
+    with warm_up_multi_gpu("cpu,cpu", warm=baked, weights=mini, cache=tmp_path / "cache") as server:
+        logs = server.metrics
+        assert [log["misses"] for log in logs] == [{}, {}]
+        imports = [next(phase for phase in log["phases"] if phase["name"] == "import") for log in logs]
+        assert abs(imports[0]["start"] - imports[1]["start"]) < 2, "one does not wait for the other"
+        assert server.generate(TEXT, seed=1, max_new_tokens=12).data
+
+
+def test_the_process_that_uses_it_has_no_torch(baked: Path, mini: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from chatterbox_prewarm import ChatterboxServer\n"
+        "warm, weights, cache = map(Path, sys.argv[1:])\n"
+        "with ChatterboxServer(warm=warm, weights=weights, cache=cache) as server:\n"
+        "    print(len(server.generate('Hello.', max_new_tokens=12).pcm), 'torch' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", program, *map(str, (baked, mini, tmp_path / "cache"))]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    samples, has_torch = ran.stdout.split()
+    assert int(samples) > 5000
+    assert has_torch == "False"
+
+
+def test_the_example_for_fastapi_serves(baked: Path, mini: Path, tmp_path: Path) -> None:
+    """Run as its readers would, its places replaced by those of this test."""
+    text = (EXAMPLES / "fastapi_app.py").read_text()
+    places = '(warm=places / "warm", weights=places / "weights")'
+    assert text.count(places) == 1
+    paths = {"warm": baked, "weights": mini, "cache": tmp_path / "cache"}
+    here = "(" + "".join(f"{name}=Path({str(path)!r}), " for name, path in paths.items()) + "max_new_tokens=25)"
+    (tmp_path / "fastapi_app.py").write_text(text.replace(places, here))
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "fastapi_app:app", "--port", str(port), "--app-dir", str(tmp_path)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            try:
+                client.get("/openapi.json")
+                break
+            except httpx.ConnectError:
+                time.sleep(0.1)
+        assert client.get("/say", params={"text": "Hello."}).content.startswith(b"RIFF")
+        assert client.get("/say", params={"text": ""}).status_code == 400
+        assert len(client.get("/stream", params={"text": "Hello."}).content) > 5000
+        client.close()
+    finally:
+        process.terminate()
+        assert process.wait(30) in {0, -signal.SIGTERM}
+
+
+def _is_worker(pid: int) -> bool:
+    return "serve.worker" in Path(f"/proc/{pid}/cmdline").read_text()
