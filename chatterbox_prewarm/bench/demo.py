@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from chatterbox_prewarm.bake import bake
-from chatterbox_prewarm.bench.startup import run, table
+from chatterbox_prewarm.bench.startup import benchmark_warmup_effectiveness, table
 from chatterbox_prewarm.errors import ModelError, exit_with_code
 from chatterbox_prewarm.image.layer import pack
 from chatterbox_prewarm.process import run as run_process
@@ -48,7 +48,9 @@ def demo(work: Path, dist: Path) -> None:
         click.echo(f"    {'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}")
     require_passed(evidence)
     _say("5/5 start: upstream as it is, ours cold, ours warm; each serves a sentence")
-    report = run(weights, warm, rounds=1, say=lambda line: click.echo(f"    {line}"), hello=dist / "hello.wav")
+    report = benchmark_warmup_effectiveness(
+        weights, warm, rounds=1, say=lambda line: click.echo(f"    {line}"), hello=dist / "hello.wav"
+    )
     (dist / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     click.echo("\n" + table(report))
     click.echo(

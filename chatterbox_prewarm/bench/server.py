@@ -72,7 +72,7 @@ class MeasuredServer:
             ModelError: the server refused.
         """
         started = time.monotonic()
-        status, body = self.request("POST", "/v1/audio/speech", json.dumps(request))
+        status, body = self.request("POST", "/v1/audio/speech", json.dumps({**request, "response_format": "wav"}))
         if status != 200:
             raise ModelError(f"the server answered {status}: {body[:300]!r}", next_step="try it by hand")
         return body, time.monotonic() - started
@@ -83,8 +83,13 @@ class MeasuredServer:
 
     def read_bytes(self) -> int:
         """Bytes that the server and its worker have read from storage."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text(encoding="ascii")
-        return sum(read_bytes(pid) for pid in (self.process.pid, *map(int, children.split())))
+        return sum(read_bytes(pid) for pid in (self.process.pid, *self.workers()))
+
+    def workers(self) -> list[int]:
+        """The processes that the server has started and that still run, by their ids, whichever thread started them."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        found = (int(pid) for children in tasks for pid in children.read_text(encoding="ascii").split())
+        return sorted(pid for pid in found if _state(pid) not in "ZX")
 
     def request(self, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
         """One HTTP request on a connection of its own."""
@@ -132,6 +137,14 @@ def measured_server(arguments: Sequence[str], *, log: Path) -> Iterator[Measured
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _state(pid: int) -> str:
+    """The state of a process as `/proc/PID/stat` has it; X when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
 
 
 def free_port() -> int:

@@ -41,7 +41,7 @@ _ROWS = (
 )
 
 
-def run(
+def benchmark_warmup_effectiveness(
     weights: Path,
     warm: Path,
     *,
@@ -52,7 +52,7 @@ def run(
     say: Callable[[str], None],
     hello: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure starts.
+    """Measure starts: of bare torch, of upstream as it is, and of ours without and with the warm state.
 
     Args:
         weights: the checkpoint all systems load.

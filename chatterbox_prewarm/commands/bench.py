@@ -17,6 +17,7 @@ from chatterbox_prewarm.commands.options import (
     weights_option,
     write_result,
 )
+from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.profiles import PROFILES
 
 
@@ -37,10 +38,10 @@ def bench_startup(
     *, weights: Path, warm: Path, device: str, output: Path, rounds: int, cold_pages: bool, systems: str
 ) -> None:
     """Time starts in fresh processes, in turn: bare torch, upstream as it is, ours cold, ours warm."""
-    from chatterbox_prewarm.bench.startup import run, table
+    from chatterbox_prewarm.bench.startup import benchmark_warmup_effectiveness, table
 
     check_place(output)
-    report = run(
+    report = benchmark_warmup_effectiveness(
         weights, warm, rounds=rounds, cold_pages=cold_pages, systems=systems.split(","), device=device, say=say
     )
     write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
@@ -94,6 +95,113 @@ def bench_append(*, warm: Path, output: Path, gigabytes: int, rounds: int) -> No
     report = run(warm, gigabytes=gigabytes, rounds=rounds, say=say)
     write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
     click.echo(table(report))
+
+
+tokens_option = click.option(
+    "--tokens",
+    default="25,75,200",
+    show_default=True,
+    help="Most speech tokens of a short, a medium and a long text, 25 a second.",
+)
+seeds_option = click.option("--seeds", default=4, show_default=True, type=click.IntRange(1), help="Different ones.")
+voice_option = click.option("--voice", default="default", show_default=True, help="Of all requests.")
+
+
+@bench.command("load")
+@click.option("--url", help="A server that runs, as http://localhost:8000; by default one is started.")
+@weights_option
+@warm_option
+@device_option
+@click.option("--output", type=PATH, required=True, help="Where the report goes, a JSON file.")
+@click.option("--clients", default="1,4,16", show_default=True, help="How many at a time, one level after the other.")
+@click.option("--requests", default=20, show_default=True, type=click.IntRange(1), help="Of each client.")
+@tokens_option
+@seeds_option
+@voice_option
+@click.option("--look-ahead", type=click.IntRange(3), help="Tokens a stream looks ahead; by default it waits for all.")
+@click.option("--kill-worker-after", type=click.FloatRange(0), metavar="S", help="Besides, kill a worker under load.")
+def bench_load(
+    *,
+    url: str | None,
+    weights: Path,
+    warm: Path,
+    device: str,
+    output: Path,
+    clients: str,
+    requests: int,
+    tokens: str,
+    seeds: int,
+    voice: str,
+    look_ahead: int | None,
+    kill_worker_after: float | None,
+) -> None:
+    """Concurrent clients: latency, time to the first chunk, throughput; none lost, and every sound the right one."""
+    from chatterbox_prewarm.bench.load import faults, run, table
+
+    check_place(output)
+    report = run(
+        url=url,
+        weights=weights,
+        warm=warm,
+        device=device,
+        clients=_numbers(clients),
+        requests=requests,
+        tokens=_numbers(tokens),
+        seeds=seeds,
+        voice=voice,
+        look_ahead=look_ahead,
+        kill_after=kill_worker_after,
+        say=say,
+    )
+    write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    click.echo(table(report))
+    if found := faults(report):
+        raise ModelError("; ".join(found), next_step=f"see {output}, and the server's log")
+
+
+@bench.command("leak")
+@weights_option
+@warm_option
+@device_option
+@click.option("--output", type=PATH, required=True, help="Where the report goes, a JSON file.")
+@click.option("--requests", default=500, show_default=True, type=click.IntRange(10), help="One after the other.")
+@tokens_option
+@seeds_option
+@voice_option
+def bench_leak(
+    *, weights: Path, warm: Path, device: str, output: Path, requests: int, tokens: str, seeds: int, voice: str
+) -> None:
+    """Memory, handles, threads and hooks of a server over many requests; fails when one grows by more than 1 %."""
+    from chatterbox_prewarm.bench.leak import LIMIT, run, table
+
+    check_place(output)
+    report = run(
+        weights=weights,
+        warm=warm,
+        device=device,
+        requests=requests,
+        tokens=_numbers(tokens),
+        seeds=seeds,
+        voice=voice,
+        say=say,
+    )
+    write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    click.echo(table(report))
+    if not report["flat"]:
+        grown = ", ".join(name for name, entry in report["held"].items() if entry["growth"] > LIMIT)
+        raise ModelError(f"the server grows: {grown}", next_step=f"see the samples in {output}")
+
+
+def _numbers(text: str) -> list[int]:
+    """Whole numbers above zero, with commas between them.
+
+    Raises:
+        BadInputError: they are not.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise BadInputError(f"{text!r} is no list of numbers", next_step="write them as 1,4,16")
+    return [int(part) for part in parts]
 
 
 @bench.command("routes")

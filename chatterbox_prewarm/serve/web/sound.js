@@ -1,0 +1,88 @@
+// Sound as it arrives: 16-bit little-endian mono PCM at 24 kHz, played at once and kept for a WAV file.
+
+export const SAMPLE_RATE = 24_000;
+
+/** Playback begins this much after a chunk came, so that the next one need not be there to the millisecond. */
+const LEAD = 0.06;
+
+/** Plays chunks of samples one after the other, without a seam. */
+export class Player {
+  constructor() {
+    this.context = new AudioContext({ sampleRate: SAMPLE_RATE });
+    this.frame = 0; // where the next chunk begins, in samples of the context's clock
+    this.pauses = 0; // how often the sound ran out before the next chunk came
+  }
+
+  /** @param {Float32Array} samples within [-1, 1] */
+  play(samples) {
+    const buffer = this.context.createBuffer(1, samples.length, SAMPLE_RATE);
+    buffer.copyToChannel(samples, 0);
+    const source = new AudioBufferSourceNode(this.context, { buffer });
+    source.connect(this.context.destination);
+    const present = this.context.currentTime * SAMPLE_RATE;
+    if (this.frame < present) {
+      this.pauses += this.frame > 0 ? 1 : 0;
+      this.frame = Math.ceil(present + LEAD * SAMPLE_RATE);
+    }
+    source.start(this.frame / SAMPLE_RATE);
+    this.frame += samples.length;
+  }
+
+  /** Wait until all that was given has been heard. */
+  async finished() {
+    const left = this.frame / SAMPLE_RATE - this.context.currentTime;
+    await new Promise((resolve) => { setTimeout(resolve, 1000 * Math.max(0, left)); });
+    await this.close();
+  }
+
+  async close() {
+    if (this.context.state !== "closed") await this.context.close();
+  }
+}
+
+/** Whole samples out of bytes that come in pieces of any length. */
+export class Samples {
+  constructor() {
+    this.pieces = [];
+    this.length = 0; // samples so far
+    this.rest = new Uint8Array(0);
+  }
+
+  /** Take bytes in; returns the samples that are whole by now as floats within [-1, 1]. */
+  add(bytes) {
+    const joined = new Uint8Array(this.rest.length + bytes.length);
+    joined.set(this.rest);
+    joined.set(bytes, this.rest.length);
+    const whole = joined.length - (joined.length % 2);
+    this.rest = joined.slice(whole);
+    const view = new DataView(joined.buffer, 0, whole);
+    const samples = Float32Array.from({ length: whole / 2 }, (_, index) => view.getInt16(2 * index, true) / 32768);
+    this.pieces.push(joined.subarray(0, whole));
+    this.length += samples.length;
+    return samples;
+  }
+
+  get seconds() {
+    return this.length / SAMPLE_RATE;
+  }
+
+  /** All of it as a WAV file. */
+  wav() {
+    const bytes = 2 * this.length;
+    const header = new DataView(new ArrayBuffer(44));
+    const write = (offset, text) => [...text].forEach((letter, index) => header.setUint8(offset + index, letter.charCodeAt(0)));
+    write(0, "RIFF");
+    header.setUint32(4, 36 + bytes, true);
+    write(8, "WAVEfmt ");
+    header.setUint32(16, 16, true); // length of what follows
+    header.setUint16(20, 1, true); // PCM
+    header.setUint16(22, 1, true); // channels
+    header.setUint32(24, SAMPLE_RATE, true);
+    header.setUint32(28, 2 * SAMPLE_RATE, true); // bytes a second
+    header.setUint16(32, 2, true); // bytes a sample
+    header.setUint16(34, 16, true); // bits a sample
+    write(36, "data");
+    header.setUint32(40, bytes, true);
+    return new Blob([header, ...this.pieces], { type: "audio/wav" });
+  }
+}

@@ -1,0 +1,370 @@
+"""The page at `/` in a browser, against a real server: what it shows is what the server says, and it can be heard."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.model.serving import Server
+
+pytest.importorskip("selenium", reason="selenium is not installed (it is in the extra `dev`)")
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from selenium.webdriver.remote.webelement import WebElement
+
+TEXT = "Hello there."
+WAIT = 120.0
+
+
+class Page:
+    """The page as somebody sees it who looks at the screen, and the browser's own log of it."""
+
+    def __init__(self, driver: webdriver.Chrome, server: Server) -> None:
+        self.driver = driver
+        self.server = server
+        self.origin = f"http://127.0.0.1:{server.port}/"
+
+    def open(self, *, width: int = 1280, height: int = 1000) -> None:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.get(self.origin)
+
+    def find(self, selector: str) -> WebElement:
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def text(self, selector: str) -> str:
+        return str(self.find(selector).get_property("textContent"))
+
+    def wait(self, condition: Callable[[], Any], seconds: float = WAIT) -> Any:
+        return WebDriverWait(self.driver, seconds, poll_frequency=0.1).until(lambda _: condition())
+
+    def wait_ready(self) -> None:
+        self.wait(lambda: self.text("#state") == "ready")
+
+    def script(self, text: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(text, *arguments)
+
+    def figures(self) -> dict[str, str]:
+        """What the last sound came to."""
+        names, values = self.all("#figures dt"), self.all("#figures dd")
+        return {name.text: value.text for name, value in zip(names, values, strict=True)}
+
+    def requested(self) -> set[str]:
+        """What was asked for since the last call, by address."""
+        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]  # type: ignore[no-untyped-call]
+        return {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
+
+    def complaints(self) -> list[str]:
+        """What the console says since the last call, but for the probe's 503, which is its answer while it starts."""
+        entries = [entry["message"] for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]
+        return [text for text in entries if not ("/startupz" in text and "503" in text)]
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[webdriver.Chrome]:
+    browser, program = shutil.which("chromium"), shutil.which("chromedriver")
+    if browser is None or program is None:
+        pytest.skip("there is no Chromium (Debian: apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    # As root, as in most containers, Chromium has no sandbox to itself; a container's /dev/shm is small.
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--mute-audio"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(program))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def wait_for_routes(server: Server) -> None:
+    """Wait until the server listens; from then on it answers."""
+    deadline = time.monotonic() + WAIT
+    while time.monotonic() < deadline:
+        try:
+            server.ask("GET", "/livez")
+        except OSError:
+            time.sleep(0.02)
+        else:
+            return
+    raise AssertionError(server.log.read_text())
+
+
+@pytest.fixture(scope="module")
+def states(
+    driver: webdriver.Chrome, baked: Path, mini: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Page, list[str]]]:
+    """A page that was opened while its server started, and the states that it showed until that was ready."""
+    place = tmp_path_factory.mktemp("page")
+    (place / "voices").mkdir()
+    server = Server(
+        place / "log",
+        *("--warm", baked, "--weights", mini, "--cache", place / "cache", "--policy", "require"),
+        *("--max-new-tokens", "12", "--voices-dir", place / "voices"),
+    )
+    page = Page(driver, server)
+    seen: list[str] = []
+    try:
+        wait_for_routes(server)
+        deadline = time.monotonic() + WAIT
+        page.open()
+        state = ""
+        while time.monotonic() < deadline and state != "ready":
+            state, can_speak = page.script(
+                "return [document.getElementById('state').textContent, !document.getElementById('go').disabled]"
+            )
+            seen += [state] if state not in seen else []
+            assert can_speak == (state == "ready")
+        yield page, seen
+    finally:
+        server.end()
+
+
+@pytest.fixture
+def page(states: tuple[Page, list[str]]) -> Iterator[Page]:
+    """The page, newly opened; afterwards, it must have asked nobody but its server and complained of nothing."""
+    page = states[0]
+    page.open()
+    page.wait_ready()
+    page.wait(lambda: page.all("#voice option"))
+    yield page
+    # What a browser draws the controls of a sound with is data that comes with the browser.
+    inside = (page.origin, f"blob:{page.origin}", "data:")
+    assert {url for url in page.requested() if not url.startswith(inside)} == set()
+    assert page.complaints() == []
+
+
+def type_text(page: Page, text: str = TEXT) -> None:
+    page.find("#text").clear()
+    page.find("#text").send_keys(text)
+
+
+def test_it_says_what_the_server_does_while_it_starts_and_becomes_ready_by_itself(
+    states: tuple[Page, list[str]],
+) -> None:
+    page, seen = states
+    assert page.text("#state") == "ready"
+    assert any(state.startswith(("starting", "not ready: ")) for state in seen), seen
+
+
+def test_the_waterfall_has_a_bar_for_each_phase_and_the_moments_in_their_order(page: Page) -> None:
+    _, status = page.server.status("/startupz")
+    bars = page.all("#waterfall .bar")
+    assert len(bars) == len(status["phases"])
+    names = [cell.text for cell in page.all("#waterfall tbody tr:not(.mark) th")]
+    assert names == [phase["name"] for phase in status["phases"]]
+    assert [cell.text for cell in page.all("#waterfall .mark th")] == ["attached", "ready"]
+    shown = [cell.text for cell in page.all("#waterfall tbody tr:not(.mark) td:last-child")]
+    assert shown == [f"{phase['seconds']:.2f}" for phase in status["phases"]]
+    longest = max(range(len(bars)), key=lambda index: status["phases"][index]["seconds"])
+    widths = [bar.size["width"] for bar in bars]
+    assert widths[longest] == max(widths)
+    lane = page.find("#waterfall .lane")
+    assert all(bar.location["x"] + bar.size["width"] <= lane.location["x"] + lane.size["width"] + 2 for bar in bars)
+
+
+def test_the_caches_are_those_of_startupz(page: Page) -> None:
+    _, status = page.server.status("/startupz")
+    families = {*status["loaded"], *status["hits"], *status["misses"]}
+    rows = {row.get_attribute("data-family"): row for row in page.all("#caches tbody tr")}
+    assert set(rows) == families
+    for family, row in rows.items():
+        shown = [cell.text.replace(",", "") for cell in row.find_elements(By.TAG_NAME, "td")]
+        assert shown == [str(status[kind].get(family, 0)) for kind in ("loaded", "hits", "misses")]
+    assert "No miss" in page.text("#caches-note")
+
+
+def test_the_workers_are_those_of_startupz(page: Page) -> None:
+    _, status = page.server.status("/startupz")
+    rows = [
+        [cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")] for row in page.all("#workers tbody tr")
+    ]
+    assert [row[:2] for row in rows] == [[worker["device"], worker["phase"]] for worker in status["workers"]]
+    assert all(row[4].endswith("B") for row in rows)
+
+
+def test_what_is_typed_is_heard_kept_and_measured(page: Page) -> None:
+    type_text(page)
+    Select(page.find("#voice")).select_by_visible_text("fox")
+    page.find("#seed").send_keys("7")
+    page.find("#go").click()
+    page.wait(lambda: page.find("#player").is_displayed())
+    length = page.wait(lambda: page.script("return document.getElementById('player').duration"))
+    assert length > 0.3
+    figures = page.figures()
+    assert 0 < float(figures["first chunk"].split()[0]) <= float(figures["all"].split()[0])
+    assert float(figures["sound"].split()[0]) == pytest.approx(length, abs=0.01)
+    assert float(figures["real-time factor"]) > 0
+    assert figures["seed"] == "7"
+    assert page.find("#download").get_attribute("download") == "fox-7.wav"
+    page.wait(lambda: page.find("#go").is_enabled())
+    assert page.text("#speak-error") == ""
+
+
+def test_a_seed_that_was_left_out_is_drawn_and_shown(page: Page) -> None:
+    type_text(page)
+    page.find("#go").click()
+    page.wait(lambda: page.find("#result").is_displayed())
+    seed = page.figures()["seed"]
+    assert 0 <= int(seed) < 2**32
+
+
+def test_a_refusal_is_shown_in_the_servers_words(page: Page) -> None:
+    page.script("document.getElementById('text').value = 'a '.repeat(40000)")
+    page.find("#go").click()
+    error = page.wait(lambda: page.text("#speak-error"))
+    status, body = page.server.speak(input="a " * 40_000)
+    assert status == 400
+    assert json.loads(body)["error"]["message"].partition("\n")[0] in error
+    assert "HTTP 400" in error
+    assert page.find("#go").is_enabled()
+    assert [text for text in page.complaints() if "400" not in text] == []
+
+
+def test_stop_ends_the_request(page: Page) -> None:
+    type_text(page)
+    assert not page.find("#stop").is_enabled()
+    page.find("#go").click()
+    page.wait(lambda: page.find("#stop").is_enabled(), 5)
+    assert not page.find("#go").is_enabled()
+    page.find("#stop").click()
+    page.wait(lambda: page.text("#speak-state") == "Stopped.", 5)
+    assert page.find("#go").is_enabled()
+    page.wait(lambda: b"requests_in_flight 0.0" in page.server.ask("GET", "/metrics")[1])
+
+
+def test_a_voice_is_added_from_a_file_heard_and_deleted(page: Page, clip: Path) -> None:
+    page.wait(lambda: page.all("[data-voice=fox]"))
+    assert page.find("[data-voice=fox]").text.split()[1] == "baked"
+    assert not page.all("[data-voice=fox] [aria-label='Delete fox']")
+    page.find("#name").send_keys("visitor")
+    page.find("#file").send_keys(str(clip))
+    page.find("#add-button").click()
+    page.wait(lambda: page.text("#voices-state") == "visitor was added." or page.text("#voices-error"))
+    assert page.text("#voices-error") == ""
+    assert "visitor" in [option.text for option in Select(page.find("#voice")).options]
+    page.find("[aria-label='Preview visitor']").click()
+    page.wait(lambda: page.text("#voices-state") == "This is visitor." or page.text("#voices-error"))
+    assert page.script("return document.getElementById('preview').duration") > 0.2
+    page.find("[aria-label='Delete visitor']").click()
+    page.driver.switch_to.alert.accept()
+    page.wait(lambda: page.text("#voices-state") == "visitor was deleted." or page.text("#voices-error"))
+    assert not page.all("[data-voice=visitor]")
+    assert "visitor" not in page.server.status("/startupz")[1]["voices"]
+
+
+def test_it_can_be_used_with_the_keyboard_alone(page: Page) -> None:
+    page.script("document.getElementById('text').value = ''")
+    reached: list[str] = []
+    for _ in range(40):
+        page.driver.switch_to.active_element.send_keys(Keys.TAB)
+        name = page.script("return document.activeElement.id")
+        outline = page.script("return getComputedStyle(document.activeElement).outlineStyle")
+        assert outline != "none", f"where the keyboard is cannot be seen on {name}"
+        reached.append(name)
+        if name == "text":
+            page.driver.switch_to.active_element.send_keys(TEXT)
+        if name == "go":
+            break
+    order = ["text", "voice", "seed", "exaggeration", "cfg_weight", "temperature", "look_ahead", "go"]
+    assert reached[-len(order) :] == order
+    page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    page.wait(lambda: page.find("#result").is_displayed())
+    page.wait(lambda: page.find("#go").is_enabled())
+    page.script("document.getElementById('result').hidden = true")
+    page.find("#text").send_keys(Keys.CONTROL, Keys.ENTER)
+    page.wait(lambda: page.find("#result").is_displayed())
+
+
+@pytest.mark.parametrize("width", [320, 400, 1000, 1600])
+def test_nothing_is_scrolled_sideways(page: Page, width: int) -> None:
+    page.open(width=width, height=800)
+    page.wait_ready()
+    page.wait(lambda: page.all("#waterfall .bar") and page.all("#voices tbody tr"))
+    seen = page.script("const e = document.documentElement; return [e.scrollWidth, e.clientWidth]")
+    assert seen[0] == seen[1] > width - 20, "what is left is the bar to scroll down"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground(page: Page, scheme: str) -> None:
+    """4.5 to 1 at least, as WCAG 2.2 wants it of text (1.4.3)."""
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    least = page.script(CONTRAST)
+    assert least["ratio"] >= 4.5, least
+
+
+def test_every_control_has_a_name(page: Page) -> None:
+    controls = page.all("input, select, textarea, button, audio, a")
+    assert len(controls) > 15
+    for control in controls:
+        shown = control.is_displayed()
+        assert not shown or control.accessible_name, control.get_attribute("outerHTML")
+
+
+def test_a_worker_that_was_replaced_is_seen(page: Page) -> None:
+    os.kill(page.server.worker(), signal.SIGKILL)
+    page.wait(lambda: "restarts1" in page.text("#facts"))
+    page.wait_ready()
+    assert "1 restart" in page.text("#start-note")
+
+
+def test_a_browser_that_knows_the_token_sees_it_all(
+    driver: webdriver.Chrome, baked: Path, mini: Path, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef0123456789abcdef")
+    server = Server(
+        tmp_path / "log",
+        *("--warm", baked, "--weights", mini, "--cache", tmp_path / "cache", "--token-file", token),
+    )
+    page = Page(driver, server)
+    try:
+        wait_for_routes(server)
+        page.origin = f"http://somebody:{token.read_text()}@127.0.0.1:{server.port}/"
+        page.open()
+        page.wait(lambda: page.all("#waterfall .bar"))
+        assert page.complaints() == []
+    finally:
+        server.end()
+
+
+#: The least contrast of any text that is shown, and where; relative luminance as in WCAG 2.2.
+CONTRAST = """
+const channel = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+const luminance = ([r, g, b]) => 0.2126 * channel(r / 255) + 0.7152 * channel(g / 255) + 0.0722 * channel(b / 255);
+const ground = (node) => {
+  for (; node; node = node.parentElement) {
+    const colour = parse(getComputedStyle(node).backgroundColor);
+    if (colour.length === 3 || colour[3] > 0) return colour;
+  }
+  return [255, 255, 255];
+};
+let least = { ratio: 99 };
+for (const node of document.querySelectorAll("body *")) {
+  const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
+  if (!own || !node.checkVisibility()) continue;
+  const [a, b] = [luminance(parse(getComputedStyle(node).color)), luminance(ground(node))];
+  const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  if (ratio < least.ratio) least = { ratio, what: node.outerHTML.slice(0, 120) };
+}
+return least;
+"""
