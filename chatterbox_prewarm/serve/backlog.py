@@ -18,14 +18,21 @@ class Backlog:
     """Chunks between who makes them and who takes them."""
 
     def __init__(self) -> None:
-        self._items: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
+        self._items: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
         self._bytes = 0
+        #: Whether there ever was a chunk.
+        self.given = False
         self._taken = asyncio.Event()
 
     def put(self, chunk: Chunk) -> None:
         """Add a chunk."""
+        self.given = True
         self._bytes += len(chunk.pcm)
         self._items.put_nowait(chunk)
+
+    def end(self) -> None:
+        """No more will come, since that was all."""
+        self._items.put_nowait(None)
 
     def fail(self, error: Exception) -> None:
         """No more will come, and why."""
@@ -38,17 +45,14 @@ class Backlog:
             await self._taken.wait()
 
     async def chunks(self) -> AsyncGenerator[Chunk]:
-        """Take chunks up to the last.
+        """Take all chunks.
 
         Raises:
             Exception: what `fail` was given.
         """
-        while True:
-            item = await self._items.get()
+        while (item := await self._items.get()) is not None:
             if isinstance(item, Exception):
                 raise item
             self._bytes -= len(item.pcm)
             self._taken.set()
             yield item
-            if item.is_last:
-                return

@@ -86,9 +86,12 @@ def _schemas(max_characters: int) -> dict[str, Any]:
     _, found = models_json_schema([(model, "validation") for model in _MODELS], ref_template=_REF)
     schemas: dict[str, Any] = found["$defs"]
     schemas["SpeechRequest"]["properties"]["input"]["maxLength"] = max_characters
+    said = {"oneOf": [_ref(model.__name__) for model in get_args(answers.SpeechEvent)]}
     schemas["SpeechEvent"] = {
         "description": "One server-sent event. The last is `speech.audio.done` or an error.",
-        "oneOf": [_ref(model.__name__) for model in get_args(answers.SpeechEvent)],
+        "type": "object",
+        "required": ["data"],
+        "properties": {"data": {"type": "string", "contentMediaType": "application/json", "contentSchema": said}},
     }
     return schemas
 

@@ -167,6 +167,7 @@ class Pool:
             # In a thread: the splitter is imported at its first use, and voices are on a volume.
             parts = await asyncio.to_thread(split, order.text)
             digest = await asyncio.to_thread(self._voices.digest, order.voice) if self._voices else None
+            silent: ModelError | None = None
             for number, text in enumerate(parts):
                 await backlog.room()
                 part = PartOrder(
@@ -182,11 +183,21 @@ class Pool:
                     look_ahead=order.look_ahead,
                     chunk_tokens=None if whole else _CHUNK_TOKENS,
                 )
-                await self._speak_part(part, backlog, is_last=number == len(parts) - 1)
+                try:
+                    await self._speak_part(part, backlog)
+                except (BusyError, WorkerGoneError):
+                    raise
+                except ModelError as error:
+                    # A row of dots, say. The rest of a text is not to suffer for it.
+                    logger.warning("part %d of %d is left out: %s", number + 1, len(parts), error.message)
+                    silent = error
+            if silent is not None and not backlog.given:
+                raise silent  # noqa: TRY301 - there was nothing else
+            backlog.end()
         except Exception as error:  # noqa: BLE001 - whatever it is, who takes the chunks is to hear it
             backlog.fail(error)
 
-    async def _speak_part(self, part: PartOrder, backlog: Backlog, *, is_last: bool) -> None:
+    async def _speak_part(self, part: PartOrder, backlog: Backlog) -> None:
         """Have one part spoken; what a worker that died has given of it is not given again."""
         given = 0
 
@@ -198,8 +209,8 @@ class Pool:
                     fresh = chunk.pcm[max(0, given - position) :]
                     position += len(chunk.pcm)
                     samples += len(chunk.pcm) // 2
-                    if fresh or chunk.is_last:
-                        backlog.put(replace(chunk, pcm=fresh, is_last=chunk.is_last and is_last))
+                    if fresh:
+                        backlog.put(replace(chunk, pcm=fresh))
                     given = max(given, position)
                     if chunk.is_last and chunk.seconds is not None:
                         self._part_seconds += _RECENT * (chunk.seconds - self._part_seconds)

@@ -73,12 +73,17 @@ class VoiceRoutes:
         from starlette.routing import Route
 
         return [
-            Route(PATH, self._list, methods=["GET"]),
-            Route(PATH, self._add, methods=["POST"]),
-            Route(PATH + "/{name}", self._show, methods=["GET"]),
-            Route(PATH + "/{name}", self._delete, methods=["DELETE"]),
+            # One for each path, so that a method which is not there is told of all that are.
+            Route(PATH, self._all, methods=["GET", "POST"]),
+            Route(PATH + "/{name}", self._one, methods=["GET", "DELETE"]),
             Route(PATH + "/{name}/preview", self._preview, methods=["GET"]),
         ]
+
+    async def _all(self, request: Request) -> Response:
+        return await (self._add(request) if request.method == "POST" else self._list(request))
+
+    async def _one(self, request: Request) -> Response:
+        return await (self._delete(request) if request.method == "DELETE" else self._show(request))
 
     async def _list(self, _: Request) -> Response:
         from starlette.responses import JSONResponse
