@@ -132,10 +132,10 @@ LABEL org.opencontainers.image.title="chatterbox-prewarm" \
 COPY --from=weights /opt/chatterbox-prewarm/weights /opt/chatterbox-prewarm/weights
 COPY chatterbox_prewarm /opt/chatterbox-prewarm/app/chatterbox_prewarm
 # Our own modules are not in the warm state, so that a change of them needs no bake; they are compiled here, and (-B)
-# nothing of the environment is, whose files keep their time.
+# nothing of the environment is, whose files keep their time. A named volume at /data/voices takes over its rights, so that
+# any user may add voices.
 RUN python -B -m compileall -q /opt/chatterbox-prewarm/app \
  && mkdir -m 1777 /var/cache/chatterbox-prewarm \
- # A named volume that is mounted here takes over these rights, so that any user may add voices.
  && mkdir -p /data && mkdir -m 1777 /data/voices
 ENV PYTHONPATH=/opt/chatterbox-prewarm/app \
     HF_HUB_OFFLINE=1 \

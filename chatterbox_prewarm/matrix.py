@@ -64,7 +64,8 @@ class Bake:
     @property
     def name(self) -> str:
         """The same as a part of a file's or an image's name; two bakes of a matrix have two."""
-        return re.sub(r"[^a-z0-9.]+", "-", self.title.lower())
+        words = re.sub(r"[^a-z0-9.,_\- ]", lambda found: f"x{ord(found[0]):x}", self.title.lower())  # an L4+ is no L4
+        return re.sub(r"[^a-z0-9.]+", "-", words)
 
 
 @dataclass(frozen=True, kw_only=True)
