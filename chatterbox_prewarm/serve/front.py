@@ -22,14 +22,13 @@ from chatterbox_prewarm.warmup.metrics import exec_time
 from chatterbox_prewarm.weights import read_record
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Sequence
     from pathlib import Path
 
     from chatterbox_prewarm.serve.access import Token
+    from chatterbox_prewarm.serve.supervisor import Spawned
     from chatterbox_prewarm.serve.worker import WorkerConfig
 
-    Spawned = tuple[subprocess.Popen[bytes], socket.socket]
 
 logger = logging.getLogger(__name__)
 

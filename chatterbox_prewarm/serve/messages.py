@@ -52,13 +52,11 @@ class Chunk:
     Attributes:
         pcm: mono audio at 24 kHz, 16-bit little-endian samples.
         tokens: how many speech tokens it is the sound of.
-        is_last: whether the sound of its text ends with it.
-        seconds: how long the worker was at work on that text; with the last chunk only.
+        seconds: how long the worker was at work on that text; with its last chunk only.
     """
 
     pcm: bytes
     tokens: int
-    is_last: bool
     seconds: float | None = None
 
 

@@ -22,13 +22,12 @@ from chatterbox_prewarm.serve.parts import split
 from chatterbox_prewarm.serve.supervisor import Supervisor, WorkerGoneError
 
 if TYPE_CHECKING:
-    import socket
-    import subprocess
     from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
     from chatterbox_prewarm.errors import PrewarmError
     from chatterbox_prewarm.serve.messages import Chunk
     from chatterbox_prewarm.serve.order import SpeechOrder
+    from chatterbox_prewarm.serve.supervisor import Spawned
     from chatterbox_prewarm.serve.voice_store import VoiceStore
     from chatterbox_prewarm.serve.worker import WorkerConfig
 
@@ -66,7 +65,7 @@ class Pool:
     def __init__(
         self,
         config: PoolConfig,
-        workers: Sequence[tuple[WorkerConfig, tuple[subprocess.Popen[bytes], socket.socket]]],
+        workers: Sequence[tuple[WorkerConfig, Spawned]],
         *,
         voices: VoiceStore | None = None,
     ) -> None:
@@ -203,18 +202,17 @@ class Pool:
 
         async def take(worker: Supervisor) -> None:
             nonlocal given
-            samples, position = 0, 0
+            position = 0
             async with contextlib.aclosing(worker.speak(part)) as chunks:
                 async for chunk in chunks:
                     fresh = chunk.pcm[max(0, given - position) :]
                     position += len(chunk.pcm)
-                    samples += len(chunk.pcm) // 2
                     if fresh:
                         backlog.put(replace(chunk, pcm=fresh))
                     given = max(given, position)
-                    if chunk.is_last and chunk.seconds is not None:
+                    if chunk.seconds is not None:
                         self._part_seconds += _RECENT * (chunk.seconds - self._part_seconds)
-                        self.on_part(chunk.seconds, samples / 24_000)
+                        self.on_part(chunk.seconds, position / 48_000)  # 16-bit samples at 24 kHz
 
         await self._retried(take)
 

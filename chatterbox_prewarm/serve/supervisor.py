@@ -183,7 +183,7 @@ class Supervisor:
         exchange = self._exchange({"type": "speak", "part": part.to_message()})
         async with contextlib.aclosing(exchange):
             async for header, payload in exchange:
-                yield Chunk(pcm=payload, tokens=header["tokens"], is_last=header["last"], seconds=header.get("seconds"))
+                yield Chunk(pcm=payload, tokens=header["tokens"], seconds=header.get("seconds"))
 
     async def prepare_voice(self, clip: bytes) -> bytes:
         """Have the worker make a voice; taking, releasing and errors as with `speak`.

@@ -24,6 +24,7 @@ from chatterbox_prewarm.errors import ModelError, PrewarmError, as_prewarm_error
 from chatterbox_prewarm.load import attach, prepare
 from chatterbox_prewarm.save import REFERENCE_TOKENS
 from chatterbox_prewarm.serve import frames, log_lines
+from chatterbox_prewarm.serve.broken import is_broken
 from chatterbox_prewarm.serve.inbox import Inbox, LeftError
 from chatterbox_prewarm.serve.messages import PROGRESS_SECONDS, PartOrder, Usage
 from chatterbox_prewarm.warmup import switched_off
@@ -205,7 +206,7 @@ class Worker:
             if (value := getattr(part, name)) is not None
         }
         bound = min(part.max_new_tokens, self._config.max_new_tokens)
-        started, samples = time.monotonic(), 0
+        started = time.monotonic()
         stream = generate_stream(
             self._synthesizer(part),
             part.text,
@@ -219,10 +220,10 @@ class Worker:
         )
         finished = False
         for chunk in stream:
-            finished, samples = chunk.is_last, samples + chunk.samples.size
+            finished = chunk.is_last
             header = {"type": "audio", "id": number, "tokens": int(chunk.tokens.size), "last": finished}
             if finished:
-                header |= {"seconds": time.monotonic() - started, "audio_seconds": samples / 24_000, **self._report()}
+                header |= {"seconds": time.monotonic() - started, **self._report()}
             self.send(header, chunk.pcm.astype("<i2").tobytes())
         if not finished:
             self.send({"type": "cancelled", "id": number})
@@ -291,21 +292,6 @@ class Worker:
         model = self._attached.synthesizer.model
         modules = (module for part in (model.t3, model.s3gen, model.ve) for module in part.modules())
         return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
-
-
-def is_broken(error: Exception) -> bool:
-    """Whether an error leaves this process without use.
-
-    A fault of a CUDA kernel stays with its context, so that every later call fails too. After a failed allocation the
-    allocator's pools are in pieces, which a fresh process is not.
-    """
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # The last is what oneDNN says, PyTorch's library for CPUs, when it gets no memory.
-    signs = ("CUDA error", "can't allocate memory", "could not create a")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 if __name__ == "__main__":

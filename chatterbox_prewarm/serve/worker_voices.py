@@ -15,6 +15,7 @@ import torch
 from chatterbox_prewarm.errors import BadInputError, ModelError, first_line
 from chatterbox_prewarm.families.conditionals import voice_of, voice_tensors
 from chatterbox_prewarm.families.tensors import tensor_bytes
+from chatterbox_prewarm.serve.broken import is_broken
 from chatterbox_prewarm.serve.voice_errors import UnusableVoiceError
 from chatterbox_prewarm.serve.voice_file import VoiceMetadata, check_bytes, digest_of, read_file
 from chatterbox_prewarm.synthesis import Synthesizer
@@ -67,7 +68,7 @@ def voice_bytes(attached: Attached, clip_wav: bytes) -> bytes:
             voice = prepare_voice(attached.synthesizer.model, Path(f"/proc/self/fd/{file.fileno()}"))
         except ModelError as error:
             cause = error.__cause__ or error
-            if isinstance(cause, torch.OutOfMemoryError) or "CUDA" in str(cause) or "allocate memory" in str(cause):
+            if is_broken(cause) or "CUDA" in str(cause):
                 raise cause from None
             raise BadInputError(
                 f"no voice could be made of the clip: {first_line(cause)}", next_step="give 5 to 10 s of clean speech"
