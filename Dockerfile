@@ -89,7 +89,8 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 # What the bake runs, and nothing that only serves: a change of the server bakes nothing.
 COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/bake.py chatterbox_prewarm/bake_cold.py \
-     chatterbox_prewarm/bake_compile.py chatterbox_prewarm/child.py chatterbox_prewarm/choice.py \
+     chatterbox_prewarm/bake_compile.py chatterbox_prewarm/bounds.py chatterbox_prewarm/child.py \
+     chatterbox_prewarm/choice.py \
      chatterbox_prewarm/clips.py chatterbox_prewarm/errors.py chatterbox_prewarm/fingerprint.py \
      chatterbox_prewarm/fit.py chatterbox_prewarm/keys.py chatterbox_prewarm/load.py chatterbox_prewarm/manifest.py \
      chatterbox_prewarm/places.py chatterbox_prewarm/probes.py chatterbox_prewarm/process.py \

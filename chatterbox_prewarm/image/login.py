@@ -135,7 +135,7 @@ class Login:
 
     def _fetch_token(self, challenge: Challenge, scope: str) -> tuple[str, float]:
         """A token for what the registry asked for and what is wanted, and the seconds that it lasts."""
-        scopes = list(dict.fromkeys([*challenge.scope.split(), *scope.split()]))
+        scopes = _union(f"{challenge.scope} {scope}")
         found = self._look()
         if found:
             self._check_private(challenge.realm)
@@ -224,3 +224,12 @@ def _age(issued: object) -> float:
         return max((dt.datetime.now(dt.timezone.utc) - stamp).total_seconds(), 0.0)
     except (ValueError, TypeError):
         return 0.0  # absent, or of a form that this Python does not read: it counts from now
+
+
+def _union(scopes: str) -> list[str]:
+    """Each resource once, with every action that is asked for it: a registry names them in any order ("push,pull")."""
+    actions: dict[str, set[str]] = {}
+    for scope in scopes.split():
+        resource, _, named = scope.rpartition(":")
+        actions.setdefault(resource, set()).update(named.split(","))
+    return [f"{resource}:{','.join(sorted(named))}" for resource, named in actions.items()]

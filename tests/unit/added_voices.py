@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,3 +54,9 @@ def sound_file(samples: Any, rate: int = 24_000, kind: str = "WAV", subtype: str
     data = io.BytesIO()
     soundfile.write(data, samples, rate, format=kind, subtype=subtype)
     return data.getvalue()
+
+
+def children() -> set[int]:
+    """Processes that this one has started and not waited for; other tests may have left some of torch's."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    return {int(number) for task in tasks for number in task.read_text().split()}
