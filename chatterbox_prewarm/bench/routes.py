@@ -102,7 +102,7 @@ class _Routes:
         found["classic builder"] = self._build("classic", *deps, "--builder", "classic", "--route", "dockerfile")
         found["BuildKit"] = self._build("buildkit")
         with self._timed("the stage deps, for podman"):
-            _give_to_podman(_DEPS)
+            give_to_podman(_DEPS)
         found["podman"] = self._build("podman", *deps, engine="podman")
         layout = Layout(self._scratch / "layout")
         base, target = f"oci:{layout.path}:cold", f"oci:{layout.path}:warm"
@@ -193,10 +193,27 @@ def _build_arguments(*more: str) -> list[str]:
     return ["--network=host", *secret, "--build-arg", "WEIGHTS=synthetic", "--build-arg", "SIZE=mini", *more]
 
 
-def _give_to_podman(image: str) -> None:
-    """Copy an image of Docker's as one layer: half of what an archive of `docker save` takes in time and room."""
+def give_to_podman(image: str) -> None:
+    """Copy an image of Docker's as one layer, with the settings of its Dockerfile.
+
+    Half of what an archive of `docker save` takes in time and room.
+
+    Raises:
+        EngineError: there is no such image, or one of the engines failed.
+    """
     settings = json.loads(_do(docker(), "image", "inspect", image))[0]["Config"]
-    changes = [word for variable in settings["Env"] for word in ("--change", f"ENV {variable}")]
+    lines = [f"ENV {variable}" for variable in settings["Env"]]
+    lines += [
+        f"{word} {json.dumps(value) if isinstance(value, list) else value}"
+        for word, value in (
+            ("ENTRYPOINT", settings.get("Entrypoint")),
+            ("CMD", settings.get("Cmd")),
+            ("USER", settings.get("User")),
+            ("WORKDIR", settings.get("WorkingDir")),
+        )
+        if value
+    ]
+    changes = [word for line in lines for word in ("--change", line)]
     container = _do(docker(), "create", image, "true").strip()
     try:
         exporting = [docker(), "export", container]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TextIO
 
 import click
 
@@ -215,3 +216,28 @@ def bench_routes(*, output: Path, checkout: Path) -> None:
     report = run(checkout, say=say)
     write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
     click.echo(table(report))
+
+
+@bench.command("pods")
+@click.option("--manifests", type=click.File(encoding="utf-8"), default="-", help="A file; by default standard input.")
+@click.option("--image", help="In the place of the manifests'; podman has it.")
+@click.option("--output", type=PATH, required=True, help="Where the report goes, a JSON file.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Starts of each.")
+@tokens_option
+def bench_pods(*, manifests: TextIO, image: str | None, output: Path, rounds: int, tokens: str) -> None:
+    """Start a pod of manifests on podman, warm and cold in turn, under the kubelet's rules; update one under load."""
+    import yaml
+
+    from chatterbox_prewarm.bench.pods import run, table
+
+    check_place(output)
+    try:
+        documents = [document for document in yaml.safe_load_all(manifests) if document]
+    except yaml.YAMLError as error:
+        raise BadInputError(f"the manifests are no YAML: {error}", next_step="see `kubectl kustomize`") from error
+    report = run(documents, image=image, rounds=rounds, tokens=_numbers(tokens), say=say)
+    write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    click.echo(table(report))
+    found = report["update"]
+    if found["sound"] < found["answers"] or found["killed"] or found["old_exit_code"]:
+        raise ModelError("the update was not clean", next_step=f"see {output}")

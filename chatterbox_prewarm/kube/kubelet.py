@@ -31,7 +31,11 @@ _BODY = 10 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A probe of a container by HTTP; times in seconds, with the defaults of Kubernetes."""
+    """A probe of a container by HTTP; times in seconds, with the defaults of Kubernetes.
+
+    Attributes:
+        grace: that a container has to end when this probe has failed; None is the pod's grace period.
+    """
 
     kind: Kind
     path: str
@@ -41,15 +45,24 @@ class Probe:
     timeout: float = 1.0
     success_threshold: int = 1
     failure_threshold: int = 3
+    grace: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What the kubelet would note, `at` seconds after the container's start, and the probe's last answer in words."""
+    """What the kubelet would note.
+
+    Attributes:
+        at: seconds since the watch was made.
+        what: happened.
+        why: the probe's last answer in words.
+        probe: by which.
+    """
 
     at: float
     what: What
     why: str
+    probe: Probe
 
 
 def read_probes(container: Mapping[str, Any]) -> dict[Kind, Probe]:
@@ -78,6 +91,7 @@ def read_probes(container: Mapping[str, Any]) -> dict[Kind, Probe]:
             timeout=raw.get("timeoutSeconds", 1),
             success_threshold=raw.get("successThreshold", 1),
             failure_threshold=raw.get("failureThreshold", 3),
+            grace=raw.get("terminationGracePeriodSeconds"),
         )
     return found
 
@@ -157,35 +171,39 @@ class Watch:
         news = [event.what for event in self.events if event.what in {"ready", "not ready"}]
         return not self.killed and news[-1:] == ["ready"]
 
-    def wait_for(self, what: What, *, timeout: float, after: int = 0) -> Event | None:
-        """The first event of a kind; None if there is none within `timeout` seconds.
+    def wait_for(self, *what: What, timeout: float, after: int = 0) -> Event | None:
+        """The first event of these kinds; None if there is none within `timeout` seconds.
 
         Args:
-            what: the kind.
+            what: the kinds.
             timeout: seconds to wait at most.
             after: how many of the events so far do not count.
         """
 
         def find() -> Event | None:
-            return next((event for event in self.events[after:] if event.what == what), None)
+            return next((event for event in self.events[after:] if event.what in what), None)
 
         with self._news:
             return self._news.wait_for(find, timeout)
+
+    def elapsed(self) -> float:
+        """Seconds since the watch was made, on the clock of its events."""
+        return time.monotonic() - self._origin
 
     def _end(self) -> None:
         with self._news:
             self._over = True
             self._news.notify_all()
 
-    def _note(self, what: What, why: str) -> None:
+    def _note(self, what: What, why: str, probe: Probe) -> None:
         with self._news:
-            self.events.append(Event(at=time.monotonic() - self._origin, what=what, why=why))
+            self.events.append(Event(at=self.elapsed(), what=what, why=why, probe=probe))
             self._news.notify_all()
 
     def _work(self, probe: Probe) -> None:
         threshold = Threshold(probe)
         for _ in self._ticks(probe):
-            if time.monotonic() - self._origin < probe.initial_delay:
+            if self.elapsed() < probe.initial_delay:
                 continue
             if self._started is (probe.kind == "startup"):
                 continue
@@ -199,12 +217,12 @@ class Watch:
     def _act(self, probe: Probe, passed: bool, why: str) -> None:
         """A probe has another result than before."""
         if probe.kind == "readiness":
-            self._note("ready" if passed else "not ready", why)
+            self._note("ready" if passed else "not ready", why, probe)
         elif not passed:
-            self._note("killed", f"{probe.kind}: {why}")
+            self._note("killed", f"{probe.kind}: {why}", probe)
             self._end()
         elif probe.kind == "startup":
-            self._note("started", why)
+            self._note("started", why, probe)
             with self._news:
                 self._started = True
                 self._news.notify_all()

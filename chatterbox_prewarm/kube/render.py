@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.kube.budgets import PRE_STOP_SECONDS, QUEUE_LIMIT, Budgets, Measured, budgets, quantity
+from chatterbox_prewarm.kube.budgets import (
+    EXIT_SECONDS,
+    PRE_STOP_SECONDS,
+    QUEUE_LIMIT,
+    Budgets,
+    Measured,
+    budgets,
+    quantity,
+)
 from chatterbox_prewarm.kube.documents import (
     Rendering,
     container_security,
@@ -196,7 +204,13 @@ def _container(image: str, resources: Document, sizes: Budgets) -> Document:
             "periodSeconds": 1,
             "failureThreshold": sizes.startup_seconds,
         },
-        "livenessProbe": {**_get("/livez"), "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": 3},
+        "livenessProbe": {
+            **_get("/livez"),
+            "periodSeconds": 5,
+            "timeoutSeconds": 5,
+            "failureThreshold": 3,
+            "terminationGracePeriodSeconds": PRE_STOP_SECONDS + EXIT_SECONDS,  # a server that is hung drains nothing
+        },
         "readinessProbe": {**_get("/readyz"), "periodSeconds": 1},
         "securityContext": container_security(),
         "volumeMounts": [{"name": "cache", "mountPath": str(CACHE)}, {"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108

@@ -14,13 +14,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from chatterbox_prewarm.bench.image import build, copy_context
 from chatterbox_prewarm.bench.image import docker as client
+from tests.conftest import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 BASE = "debian:bookworm-slim"
+TAG = "chatterbox-prewarm-test:warm"
+#: One level of the warm-up: the others take minutes, and their bakes are tested without an image.
+SYNTHETIC = ("--build-arg", "WEIGHTS=synthetic", "--build-arg", "SIZE=mini", "--build-arg", "LEVELS=1")
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +39,22 @@ def docker() -> str:
     if subprocess.run([program, "image", "inspect", BASE], capture_output=True, check=False).returncode != 0:
         pytest.skip(f"there is no image {BASE}; make it with build/base-image")
     return program
+
+
+@pytest.fixture(scope="session")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the build reads, so that a test can change a file."""
+    return copy_context(ROOT, tmp_path_factory.mktemp("context") / "copy")
+
+
+@pytest.fixture(scope="session")
+def image(docker: str, context: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The Dockerfile's image, with a mini checkpoint of random weights; the name that Docker has it by."""
+    pip = tmp_path_factory.mktemp("secrets") / "pip.conf"
+    pip.write_text("[global]\ntimeout = 47\n")
+    build(context, TAG, [*SYNTHETIC, "--secret", f"id=pip,src={pip}"])
+    yield TAG
+    subprocess.run([docker, "rmi", "--force", TAG], capture_output=True, check=False)
 
 
 @contextlib.contextmanager

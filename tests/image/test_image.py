@@ -13,44 +13,25 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytest
 from safetensors.numpy import save
 
-from chatterbox_prewarm.bench.image import build, copy_context, ran_steps
+from chatterbox_prewarm.bench.image import build, ran_steps
 from chatterbox_prewarm.manifest import SCHEMA_VERSION
 from chatterbox_prewarm.models import ENGLISH
 from chatterbox_prewarm.probes import names_a_compiler
 from chatterbox_prewarm.weights import RECORD_NAME
-from tests.conftest import ROOT, run_cli
+from tests.conftest import run_cli
+from tests.image.conftest import SYNTHETIC, TAG
 from tests.unit.hub_server import Hub, serve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-TAG = "chatterbox-prewarm-test:warm"
 CACHE = "/var/cache/chatterbox-prewarm"
-#: One level of the warm-up: the others take minutes, and their bakes are tested without an image.
-SYNTHETIC = ("--build-arg", "WEIGHTS=synthetic", "--build-arg", "SIZE=mini", "--build-arg", "LEVELS=1")
 FLAGS = [
     *("--read-only", "--network", "none", "--user", "12345:12345", "--cap-drop", "ALL"),
     *("--tmpfs", "/tmp", "--tmpfs", f"{CACHE}:exec,mode=1777"),
 ]
-
-
-@pytest.fixture(scope="module")
-def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the build reads, so that a test can change a file."""
-    return copy_context(ROOT, tmp_path_factory.mktemp("context") / "copy")
-
-
-@pytest.fixture(scope="module")
-def image(docker: str, context: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pip = tmp_path_factory.mktemp("secrets") / "pip.conf"
-    pip.write_text("[global]\ntimeout = 47\n")
-    build(context, TAG, [*SYNTHETIC, "--secret", f"id=pip,src={pip}"])
-    yield TAG
-    subprocess.run([docker, "rmi", "--force", TAG], capture_output=True, check=False)
 
 
 def run(docker: str, *arguments: str) -> subprocess.CompletedProcess[str]:

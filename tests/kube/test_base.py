@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from chatterbox_prewarm.kube.budgets import EXIT_SECONDS
+from chatterbox_prewarm.kube.budgets import EXIT_SECONDS, PRE_STOP_SECONDS
 from chatterbox_prewarm.places import CACHE
 from chatterbox_prewarm.process import run
 from tests.kube.manifests import K8S, OLDEST, ROOT, VERSIONS, kustomize, the, validate, violations
@@ -131,6 +131,12 @@ def test_a_busy_pod_is_not_killed(server: dict[str, Any]) -> None:
     liveness = server["livenessProbe"]
     assert liveness["httpGet"]["path"] != server["readinessProbe"]["httpGet"]["path"]
     assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 15
+
+
+def test_a_hung_server_is_not_given_the_time_of_a_drain(pod: dict[str, Any], server: dict[str, Any]) -> None:
+    grace = server["livenessProbe"]["terminationGracePeriodSeconds"]
+    assert grace == PRE_STOP_SECONDS + EXIT_SECONDS < pod["terminationGracePeriodSeconds"]
+    assert "terminationGracePeriodSeconds" not in server["startupProbe"]
 
 
 def test_the_grace_period_holds_the_wait_the_drain_and_the_exit(

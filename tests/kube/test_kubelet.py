@@ -79,7 +79,7 @@ def test_the_probes_of_the_base_are_read_as_they_stand_there() -> None:
     pod = next(pod for _, pod in pods(kustomize(K8S / "base")))
     found = read_probes(pod["containers"][0])
     assert found["startup"] == Probe(kind="startup", path="/startupz", port=8000, period=1, failure_threshold=360)
-    assert found["liveness"] == Probe(kind="liveness", path="/livez", port=8000, period=5, timeout=5)
+    assert found["liveness"] == Probe(kind="liveness", path="/livez", port=8000, period=5, timeout=5, grace=20)
     assert found["readiness"] == Probe(kind="readiness", path="/readyz", port=8000, period=1)
     assert (found["readiness"].failure_threshold, found["readiness"].timeout) == (3, 1)
 

@@ -1,0 +1,237 @@
+"""The rendered cpu-demo runs: podman plays it with the built image, and the kubelet's rules are applied to its probes.
+
+Nothing is started again that should not be, and all is that should.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+from chatterbox_prewarm.bench.clients import Target, ask, mix
+from chatterbox_prewarm.bench.pods import wait_ready
+from chatterbox_prewarm.bench.routes import give_to_podman
+from chatterbox_prewarm.bench.server import free_port
+from chatterbox_prewarm.clips import DEFAULT_VOICE
+from chatterbox_prewarm.kube.pod import Pod
+from chatterbox_prewarm.places import WARM
+from tests.conftest import run_cli
+from tests.kube.manifests import K8S, kustomize
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.image.conftest import Storage
+    from tests.kube.manifests import Document
+
+#: Of a short, a medium and a long text; random weights never stop.
+TOKENS = (6, 12, 25)
+ORDERS = mix(TOKENS, 2, voice=DEFAULT_VOICE)
+#: Seconds that a worker may be silent, so that nobody waits two minutes here.
+HANG = {"CHATTERBOX_PREWARM_HANG_SECONDS": "5"}
+PATIENCE = 120.0
+
+
+@pytest.fixture(scope="module")
+def played(storage: Storage, image: str) -> str:
+    """The image, which podman has as well."""
+    if shutil.which("netavark") is None or shutil.which("catatonit") is None:
+        pytest.skip("podman has no pods without netavark and catatonit (Debian: apt-get install netavark catatonit)")
+    assert storage.root.is_dir()
+    give_to_podman(image)
+    return image
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[Document]:
+    return kustomize(K8S / "overlays" / "cpu-demo")
+
+
+@pytest.fixture(scope="module")
+def running(documents: list[Document], played: str) -> Iterator[Pod]:
+    """A pod that is warm and ready, for tests that leave it so."""
+    with Pod(documents, name="running", port=free_port(), image=played, settings=HANG) as pod:
+        with pod.watch() as watched:
+            wait_ready(pod, watched)
+        yield pod
+
+
+@pytest.fixture
+def state(docker: str, image: str, tmp_path: Path) -> Path:
+    """A copy of the image's warm state."""
+    container = subprocess.run([docker, "create", image], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        subprocess.run([docker, "cp", f"{container}:{WARM}", tmp_path / "warm"], check=True, capture_output=True)
+    finally:
+        subprocess.run([docker, "rm", container], capture_output=True, check=True)
+    tmp_path.chmod(0o755)
+    return tmp_path / "warm"
+
+
+def target(pod: Pod) -> Target:
+    return Target(secure=False, host="127.0.0.1", port=pod.port)
+
+
+def wait_until(what: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_starts_are_warm_or_slow_and_an_update_loses_nothing(
+    documents: list[Document], played: str, tmp_path: Path
+) -> None:
+    manifests, output = tmp_path / "demo.yaml", tmp_path / "pods.json"
+    manifests.write_text(yaml.safe_dump_all(documents))
+    arguments = ("--rounds", "1", "--tokens", ",".join(map(str, TOKENS)), "--output", output)
+    made = run_cli("bench", "pods", "--manifests", manifests, "--image", played, *arguments, timeout=900)
+    assert made.returncode == 0, made.stdout + made.stderr[-5000:]
+    report = json.loads(output.read_text())
+    (warm,), (cold,) = report["starts"]["warm"], report["starts"]["cold"]
+    assert warm["misses"] == {}
+    assert warm["hits"]["numba"] > 0
+    assert cold["hits"] == {}
+    assert cold["profile"] == "eager"
+    assert warm["restarts"] == cold["restarts"] == 0
+    assert 0 < warm["since_exec"]["ready"] <= warm["ready"] + 1, "the kubelet sees it no sooner than it is so"
+    update = report["update"]
+    assert update["sound"] == update["answers"] > 2 * update["clients"]
+    assert (update["old_exit_code"], update["killed"]) == (0, False)
+
+
+def test_the_container_is_what_the_manifest_says(running: Pod) -> None:
+    status = _status(running)
+    assert (status["Uid"].split(), status["Gid"].split()) == (["12345"] * 4, ["12345"] * 4)
+    assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
+    assert status["NoNewPrivs"] == "1"
+    script = "touch /opt/x /tmp/x /var/cache/chatterbox-prewarm/x; ls /var/run/secrets; env"
+    said = _in(running, "sh", "-c", script)
+    assert "touch: cannot touch '/opt/x': Read-only file system" in said
+    assert said.count("cannot touch") == 1
+    assert "'/var/run/secrets': No such file or directory" in said
+    assert "NVIDIA_VISIBLE_DEVICES" not in said
+
+
+def test_a_corrupted_state_is_a_slow_start_and_no_crash_loop(
+    documents: list[Document], played: str, state: Path
+) -> None:
+    damaged = max((path for path in state.rglob("*.pt2")), key=lambda path: path.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.chmod(0o644)
+    damaged.write_bytes(content)
+    with (
+        Pod(documents, name="corrupted", port=free_port(), image=played, folders={str(WARM): state}) as pod,
+        pod.watch() as watched,
+    ):
+        wait_ready(pod, watched)
+        status = target(pod).status()
+        assert status["misses"], status
+        assert status["hits"] == {}, "of a state that is not what its manifest says nothing is used"
+        assert "sha256" in pod.log() or "digest" in pod.log()
+        assert ask(target(pod), ORDERS[0], streamed=False).outcome == "sound"
+        assert [event.what for event in watched.events] == ["started", "ready"]
+        assert pod.restarts() == 0
+
+
+def test_a_killed_worker_is_replaced_from_the_state_and_the_container_stays(running: Pod) -> None:
+    process, before = running.process(), target(running).status()["restarts"]
+    with running.watch() as watched:
+        assert watched.wait_for("ready", timeout=PATIENCE)
+        os.kill(running.workers()[0], signal.SIGKILL)
+        wait_until(lambda: target(running).status()["restarts"] == before + 1)
+        wait_until(lambda: target(running).get("/readyz")[0] == 200)
+        assert ask(target(running), ORDERS[1], streamed=True).outcome == "sound"
+        assert target(running).status()["misses"] == {}
+        assert not watched.killed
+    assert (running.process(), running.restarts()) == (process, 0)
+
+
+def test_a_hung_worker_is_replaced_and_the_container_stays(running: Pod) -> None:
+    process, before = running.process(), target(running).status()["restarts"]
+    with running.watch() as watched, ThreadPoolExecutor(1) as pool:
+        assert watched.wait_for("ready", timeout=PATIENCE)
+        os.kill(running.workers()[0], signal.SIGSTOP)
+        asked = pool.submit(ask, target(running), ORDERS[0], streamed=False)
+        assert watched.wait_for("not ready", timeout=PATIENCE), "readiness follows"
+        assert asked.result().outcome in {"sound", "refused"}
+        wait_until(lambda: watched.ready)
+        assert target(running).status()["restarts"] == before + 1
+        assert not watched.killed
+    assert (running.process(), running.restarts()) == (process, 0)
+
+
+def test_a_hung_server_is_ended_and_started_again(running: Pod) -> None:
+    process = running.process()
+    with running.watch() as watched:
+        assert watched.wait_for("ready", timeout=PATIENCE)
+        os.kill(process, signal.SIGSTOP)
+        assert watched.wait_for("not ready", timeout=PATIENCE)
+        killed = watched.wait_for("killed", timeout=PATIENCE)
+        assert killed is not None
+        assert killed.why.startswith("liveness: /livez")
+    began = time.monotonic()
+    running.restart(killed)
+    assert time.monotonic() - began < 60, "nothing is drained"
+    with running.watch() as watched:
+        wait_ready(running, watched)
+        assert target(running).status()["misses"] == {}
+    assert running.process() != process
+
+
+def test_a_server_that_died_is_started_again(running: Pod) -> None:
+    process = running.process()
+    os.kill(process, signal.SIGKILL)
+    wait_until(lambda: running.restarts() == 1)
+    with running.watch() as watched:
+        wait_ready(running, watched)
+        assert target(running).status()["misses"] == {}
+    assert running.process() != process
+
+
+def test_a_pod_that_is_deleted_finishes_what_it_was_asked_for(documents: list[Document], played: str) -> None:
+    with Pod(documents, name="drained", port=free_port(), image=played) as pod, ThreadPoolExecutor(4) as pool:
+        with pod.watch() as watched:
+            wait_ready(pod, watched)
+        # Longer than preStop takes, so that the last of them are spoken during the drain.
+        long = {**ORDERS[2], "max_new_tokens": 100}
+        asked = [pool.submit(ask, target(pod), long, streamed=bool(number % 2)) for number in range(4)]
+        wait_until(lambda: bool(target(pod).status()["workers"][0]["busy"]))
+        assert pod.end() == 0
+        assert [one.result().outcome for one in asked] == ["sound"] * 4
+
+
+def test_a_start_that_does_not_end_is_ended_by_the_startup_probe(documents: list[Document], played: str) -> None:
+    pod = Pod(documents, name="hung", port=free_port(), image=played)
+    # A budget of 15 s for this test; the manifest's is 6 minutes.
+    pod.probes["startup"] = replace(pod.probes["startup"], failure_threshold=15)
+    with pod, pod.watch() as watched:
+        wait_until(lambda: bool(pod.workers()))
+        os.kill(pod.workers()[0], signal.SIGSTOP)
+        killed = watched.wait_for("killed", timeout=PATIENCE)
+        assert killed is not None
+        assert killed.why == "startup: /startupz: 503"
+        assert [event.what for event in watched.events] == ["killed"]
+
+
+def _status(pod: Pod) -> dict[str, str]:
+    with open(f"/proc/{pod.process()}/status", encoding="ascii") as stream:  # noqa: PTH123 - of the kernel
+        return dict(line.rstrip("\n").split(":\t", 1) for line in stream if ":\t" in line)
+
+
+def _in(pod: Pod, *command: str) -> str:
+    """What a command in the server's container prints."""
+    asked = ["podman", "exec", pod.container, *command]
+    return subprocess.run(asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout

@@ -1,0 +1,65 @@
+"""Each alert fires when it should, after as long as it should, and not before: `promtool` plays the samples."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from tests.kube.prometheus import POD, program, rule_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LABELS = "{" + ",".join(f'{name}="{value}"' for name, value in POD.items()) + "}"
+FAMILY = LABELS.replace("}", ',family="aot"}')
+
+
+def sample(name: str, labels: str = LABELS) -> str:
+    return f"chatterbox_prewarm_{name}{labels}"
+
+
+#: Alert, samples of each series every 15 s, when it does not fire yet, when it does (None: never), labels it adds.
+CASES: list[tuple[str, dict[str, str], str, str | None, dict[str, str]]] = [
+    ("ChatterboxWarmStateMissed", {sample("cache_misses_total", FAMILY): "_ 1x20"}, "0s", "15s", {"family": "aot"}),
+    ("ChatterboxWarmStateMissed", {sample("cache_hits_total", FAMILY): "5x20"}, "0s", None, {}),
+    ("ChatterboxWithoutWarmState", {sample("ready"): "1x20"}, "45s", "60s", {}),
+    ("ChatterboxWithoutWarmState", {sample("ready"): "1x20", sample("state"): "1x20"}, "60s", None, {}),
+    ("ChatterboxSlowStart", {sample("attached"): "0x20"}, "105s", "120s", {}),
+    ("ChatterboxSlowStart", {sample("attached"): "0x6 1x20"}, "90s", None, {}),
+    ("ChatterboxWorkerRestarts", {sample("worker_restarts_total"): "0x4 1x20"}, "60s", "75s", {}),
+    ("ChatterboxWorkerRestarts", {sample("worker_restarts_total"): "0x20"}, "60s", None, {}),
+    ("ChatterboxQueueFull", {sample("requests_in_flight"): "3x4 24x20"}, "165s", "195s", {}),
+    ("ChatterboxQueueFull", {sample("requests_in_flight"): "30x4 23x20"}, "180s", None, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("alert", "series", "quiet", "fires", "more"), CASES)
+def test_an_alert_fires_when_it_should(
+    alert: str, series: dict[str, str], quiet: str, fires: str | None, more: dict[str, str], tmp_path: Path
+) -> None:
+    expected: list[dict[str, Any]] = [{"eval_time": quiet, "alertname": alert, "exp_alerts": []}]
+    labels = {**POD, **more, "severity": "warning"}
+    if fires is None:
+        expected.append({"eval_time": "5m", "alertname": alert, "exp_alerts": []})
+    else:
+        expected.append({"eval_time": fires, "alertname": alert, "exp_alerts": [{"exp_labels": labels}]})
+    test = {
+        # Without their texts, which would have to be repeated here; tests/model reads those of real alerts.
+        "rule_files": [str(rule_file(tmp_path, texts=False))],
+        "evaluation_interval": "15s",
+        "tests": [
+            {
+                "interval": "15s",
+                "input_series": [{"series": name, "values": values} for name, values in series.items()],
+                "alert_rule_test": expected,
+            }
+        ],
+    }
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
+    tested = subprocess.run(
+        [program("promtool"), "test", "rules", str(tmp_path / "test.yaml")], capture_output=True, text=True, check=False
+    )
+    assert tested.returncode == 0, tested.stdout + tested.stderr

@@ -1,0 +1,131 @@
+"""What the autoscalers and alerts ask for, evaluated by Prometheus over what real servers expose."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, writable_copy
+from tests.kube.manifests import K8S
+from tests.kube.prometheus import POD, Prometheus
+from tests.model.serving import Server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+COMPONENTS = K8S / "components"
+
+
+@pytest.fixture(scope="module")
+def server(baked: Path, mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that is warm and ready."""
+    place = tmp_path_factory.mktemp("server")
+    made = Server(place / "log", "--warm", baked, "--weights", mini, "--cache", place / "cache", "--policy", "require")
+    try:
+        made.wait_ready()
+        yield made
+    finally:
+        made.end()
+
+
+@pytest.fixture(scope="module")
+def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    with Prometheus(tmp_path_factory.mktemp("prometheus"), server.port) as made:
+        yield made
+
+
+def keda() -> tuple[str, float]:
+    """The query that KEDA makes, and how much of its value is for one pod."""
+    spec = yaml.safe_load((COMPONENTS / "keda" / "scaled-object.yaml").read_text())["spec"]
+    (trigger,) = [trigger["metadata"] for trigger in spec["triggers"] if trigger["type"] == "prometheus"]
+    return trigger["query"], float(trigger["threshold"])
+
+
+def adapter(metric: str) -> str:
+    """The query that prometheus-adapter makes of the rule of the docs for a metric of this pod."""
+    text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    example = re.search(r"```yaml\n(rules:\n.*?)```", text, re.DOTALL)
+    assert example is not None
+    (rule,) = yaml.safe_load(example[1])["rules"]
+    assert rule["seriesQuery"].partition("{")[0] == metric
+    resources = {name: POD[name] for name in rule["resources"]["overrides"]}
+    matchers = ",".join(f'{name}="{value}"' for name, value in resources.items())
+    filled = {"<<.Series>>": metric, "<<.LabelMatchers>>": matchers, "<<.GroupBy>>": ",".join(resources)}
+    query: str = rule["metricsQuery"]
+    for placeholder, value in filled.items():
+        query = query.replace(placeholder, value)
+    return query
+
+
+def test_autoscalers_see_how_many_requests_are_in_flight(server: Server, prometheus: Prometheus) -> None:
+    (metric,) = yaml.safe_load((COMPONENTS / "hpa" / "autoscaler.yaml").read_text())["spec"]["metrics"]
+    query, threshold = keda()
+    pods = adapter(metric["pods"]["metric"]["name"])
+    assert prometheus.query(query) == [({}, 0.0)]
+    of_this_pod = {name: POD[name] for name in ("namespace", "pod")}
+    assert prometheus.query(pods) == [(of_this_pod, 0.0)]
+    with ThreadPoolExecutor(5) as clients:
+        asked = [clients.submit(server.speak, max_new_tokens=150, seed=seed) for seed in range(5)]
+        prometheus.wait(query, lambda found: found == [({}, 5.0)])
+        prometheus.wait(pods, lambda found: found == [(of_this_pod, 5.0)])
+        assert 5.0 / threshold > 2, "three pods are wanted"
+        assert float(metric["pods"]["target"]["averageValue"]) == threshold, "by both"
+        assert [one.result()[0] for one in asked] == [200] * 5
+    prometheus.wait(query, lambda found: found == [({}, 0.0)])
+
+
+def test_a_warm_pod_alerts_nobody(prometheus: Prometheus) -> None:
+    rules = prometheus.rules()
+    assert len(rules) == 5
+    assert {name: rule["lastError"] for name, rule in rules.items() if rule.get("lastError")} == {}
+    assert {name: rule["state"] for name, rule in rules.items()} == dict.fromkeys(rules, "inactive")
+    assert {rule["health"] for rule in rules.values()} == {"ok"}
+
+
+def test_a_worker_that_died_alerts(server: Server, prometheus: Prometheus) -> None:
+    os.kill(server.worker(), signal.SIGKILL)
+    alert = prometheus.wait_for_alert("ChatterboxWorkerRestarts", "firing")
+    assert alert["annotations"]["summary"] == f"the worker of {POD['pod']} died and was replaced"
+    assert said(alert) == {"severity": "warning", **POD}
+    server.wait_ready()
+
+
+def test_a_state_that_missed_alerts_with_its_family_and_the_command_that_says_why(
+    baked: Path, mini: Path, tmp_path: Path
+) -> None:
+    state = writable_copy(baked, tmp_path / "warm")
+    damaged = max((path for path in state.rglob("*.nbi")), key=lambda path: path.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes() + b"x")
+    server = Server(tmp_path / "log", "--warm", state, "--weights", mini, "--cache", tmp_path / "cache")
+    try:
+        server.wait_ready()
+        missed = server.status("/startupz")[1]["misses"]
+        assert missed
+        (tmp_path / "prometheus").mkdir()
+        with Prometheus(tmp_path / "prometheus", server.port) as prometheus:
+            found = prometheus.wait("chatterbox_prewarm_cache_misses_total", lambda found: len(found) == len(missed))
+            assert {labels["family"]: value for labels, value in found} == missed
+            prometheus.wait_for_alert("ChatterboxWithoutWarmState", "pending")
+            firing = prometheus.rules()["ChatterboxWarmStateMissed"]
+            assert firing["state"] == "firing"
+            families = {alert["labels"]["family"] for alert in firing["alerts"]}
+            assert families == missed.keys()
+            for alert in firing["alerts"]:
+                why = alert["annotations"]["why"]
+                assert why == f"kubectl -n {POD['namespace']} logs {POD['pod']} | grep 'miss in'"
+                assert POD["node"] in alert["annotations"]["summary"]
+        assert "miss in" in server.log.read_text(), "what the command looks for"
+    finally:
+        server.end()
+
+
+def said(alert: dict[str, Any]) -> dict[str, str]:
+    """The labels of an alert but its name."""
+    return {name: value for name, value in alert["labels"].items() if name != "alertname"}
