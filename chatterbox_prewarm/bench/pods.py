@@ -1,7 +1,7 @@
 """bench pods: what a pod of our manifests costs to start, warm and cold, and what an update under load loses.
 
 There is no cluster in it: podman runs the pods, and the kubelet's rules are applied to the probes of the manifests
-(`kube/pod.py`, `kube/kubelet.py`). The page cache is hot, the image is there.
+(`bench/pod.py`, `kube/kubelet.py`). The page cache is hot, the image is there.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.bench.clients import Target, ask, mix
+from chatterbox_prewarm.bench.clients import ask, mix
+from chatterbox_prewarm.bench.pod import Pod
 from chatterbox_prewarm.bench.server import free_port
 from chatterbox_prewarm.bench.starts import machine
 from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.errors import EngineError, ModelError
-from chatterbox_prewarm.kube.pod import Pod
 from chatterbox_prewarm.places import WARM
 from chatterbox_prewarm.process import run as run_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from chatterbox_prewarm.bench.clients import Answer
+    from chatterbox_prewarm.bench.clients import Answer, Target
     from chatterbox_prewarm.kube.documents import Document
     from chatterbox_prewarm.kube.kubelet import Watch
 
 #: Until a cluster's proxies have heard of a pod that comes or goes, in seconds.
-_LAG = 1.0
-#: Clients of the update, and how long they ask before it begins and after it.
+_PROXY_LAG = 1.0
+#: Clients of the update, and for how long they ask before it begins and after it, in seconds.
 _CLIENTS = 4
-_AROUND = 10.0
-#: No start takes longer: the startup probe has ended it by then, or the kubelet's rules are broken.
-_PATIENCE = 1200.0
+_BEFORE_AND_AFTER = 10.0
+#: Seconds beyond what the startup probe allows, by which it has ended a start.
+_MARGIN = 120.0
 
 
 def run(
@@ -91,7 +91,7 @@ def _start(pod: Pod) -> dict[str, Any]:
     """Start a pod and remove it; seconds since the start of its container, and what the server says of its own."""
     with pod, pod.watch() as watched:
         ready = wait_ready(pod, watched)
-        status = Target(secure=False, host="127.0.0.1", port=pod.port).status()
+        status = pod.target.status()
     return {
         "ready": round(ready, 2),
         "since_exec": status["marks"],
@@ -106,9 +106,10 @@ def wait_ready(pod: Pod, watched: Watch) -> float:
     """Wait until the kubelet would call a pod ready; returns when that was, in seconds since its container's start.
 
     Raises:
-        ModelError: it ended the pod instead, or nothing came.
+        ModelError: it ended the pod instead, or neither came.
     """
-    event = watched.wait_for("ready", "killed", timeout=_PATIENCE)
+    startup = pod.probes["startup"]
+    event = watched.wait_for("ready", "killed", timeout=startup.period * startup.failure_threshold + _MARGIN)
     if event is None or event.what != "ready":
         raise ModelError(
             f"the pod was not ready: {event.why if event else 'nothing came'}; its log ends with {pod.log()[-1000:]}",
@@ -133,14 +134,13 @@ class Service:
         self._endpoints: dict[int, _Endpoint] = {}
         self._turn = itertools.count()
 
-    def add(self, port: int) -> None:
+    def add(self, pod: Pod) -> None:
         """A pod is ready."""
-        target = Target(secure=False, host="127.0.0.1", port=port)
-        self._endpoints[port] = _Endpoint(target, since=time.monotonic() + _LAG)
+        self._endpoints[pod.port] = _Endpoint(pod.target, since=time.monotonic() + _PROXY_LAG)
 
-    def remove(self, port: int) -> None:
+    def remove(self, pod: Pod) -> None:
         """A pod is about to end."""
-        self._endpoints[port].until = time.monotonic() + _LAG
+        self._endpoints[pod.port].until = time.monotonic() + _PROXY_LAG
 
     def pick(self) -> Target:
         """Where the next connection goes.
@@ -164,7 +164,7 @@ def update(
 
     Returns:
         how many answers there were of each outcome (`Answer.outcome`) and from how many pods at a time, how long the
-        new pod took to be ready beside the old one, and the old one's exit code.
+        new pod took to be ready beside the old one and what it missed, and the old one's exit code.
 
     Raises:
         EngineError: podman could not run a pod.
@@ -184,23 +184,24 @@ def update(
         old = stack.enter_context(Pod(documents, name="bench-old", port=free_port(), image=image))
         with old.watch() as watched:
             wait_ready(old, watched)
-            service.add(old.port)
-            time.sleep(_LAG)
+            service.add(old)
+            time.sleep(_PROXY_LAG)
             say(f"{_CLIENTS} clients ask the old pod")
             pool = stack.enter_context(ThreadPoolExecutor(_CLIENTS))
             stack.callback(over.set)
             clients = [pool.submit(client, number) for number in range(_CLIENTS)]
-            time.sleep(_AROUND)
+            time.sleep(_BEFORE_AND_AFTER)
             new = stack.enter_context(Pod(documents, name="bench-new", port=free_port(), image=image))
             watched_new = stack.enter_context(new.watch())
             ready = wait_ready(new, watched_new)
-        service.add(new.port)
+        service.add(new)
+        misses = new.target.status()["misses"]
         say(f"the new pod is ready after {ready:.1f} s; the old one is told to end")
-        service.remove(old.port)
+        service.remove(old)
         began = time.monotonic()
         code = old.end()
         ended = time.monotonic() - began
-        time.sleep(_AROUND)
+        time.sleep(_BEFORE_AND_AFTER)
         over.set()
         answers = [answer for found in clients for answer in found.result()]
     outcomes = Counter(answer.outcome for answer in answers)
@@ -210,6 +211,7 @@ def update(
         **{name: outcomes[name] for name in ("sound", "refused", "lost", "failed", "cut")},
         "texts": sorted({answer.text for answer in answers if answer.text})[:10],
         "ready": round(ready, 2),
+        "misses": misses,
         "old_exit_code": code,
         "old_ended_after": round(ended, 2),
         "killed": watched.killed or watched_new.killed,

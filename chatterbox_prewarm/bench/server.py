@@ -87,9 +87,7 @@ class MeasuredServer:
 
     def workers(self) -> list[int]:
         """The processes that the server has started and that still run, by their ids, whichever thread started them."""
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        found = (int(pid) for children in tasks for pid in children.read_text(encoding="ascii").split())
-        return sorted(pid for pid in found if _state(pid) not in "ZX")
+        return children(self.process.pid)
 
     def request(self, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
         """One HTTP request on a connection of its own."""
@@ -137,6 +135,15 @@ def measured_server(arguments: Sequence[str], *, log: Path) -> Iterator[Measured
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that another has started and that still run, by their ids, whichever thread started them."""
+    found: list[int] = []
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found += map(int, tasks.read_text(encoding="ascii").split())
+    return sorted(child for child in found if _state(child) not in "ZX")
 
 
 def _state(pid: int) -> str:

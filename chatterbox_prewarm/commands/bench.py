@@ -232,12 +232,12 @@ def bench_pods(*, manifests: TextIO, image: str | None, output: Path, rounds: in
 
     check_place(output)
     try:
-        documents = [document for document in yaml.safe_load_all(manifests) if document]
+        documents = [document for document in yaml.safe_load_all(manifests) if isinstance(document, dict)]
     except yaml.YAMLError as error:
         raise BadInputError(f"the manifests are no YAML: {error}", next_step="see `kubectl kustomize`") from error
     report = run(documents, image=image, rounds=rounds, tokens=_numbers(tokens), say=say)
     write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
     click.echo(table(report))
     found = report["update"]
-    if found["sound"] < found["answers"] or found["killed"] or found["old_exit_code"]:
+    if found["sound"] < found["answers"] or found["killed"] or found["old_exit_code"] or found["misses"]:
         raise ModelError("the update was not clean", next_step=f"see {output}")

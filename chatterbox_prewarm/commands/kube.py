@@ -69,6 +69,7 @@ def _cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--rss", "rss_mib", type=_MIB, help="Measured: resident memory of a pod at its peak, MiB.")
 @click.option("--gpu-memory", "gpu_memory_mib", type=_MIB, help="Measured: GPU memory at its peak, MiB.")
 @click.option("--cache-size", "cache_mib", type=_MIB, help="Of the cache's volume, MiB; derived by default.")
+@click.option("--pre-pull", is_flag=True, help="Besides, have the image on all those nodes before a pod comes.")
 @_cluster_options
 @insecure_option
 def render(

@@ -33,6 +33,7 @@ from chatterbox_prewarm.kube.documents import (
     service_account,
 )
 from chatterbox_prewarm.kube.nodes import Cluster, affinity, gpu_resource, wanted_of
+from chatterbox_prewarm.kube.pre_pull import pre_pull
 from chatterbox_prewarm.places import CACHE
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Request:
         replicas: None leaves the number to an autoscaler.
         queue_limit: most requests that a pod has at a time.
         cache_mib: of the cache's volume; None to derive it.
+        pre_pull: have the image on all those nodes before a pod comes.
     """
 
     image: str
@@ -77,6 +79,7 @@ class Request:
     replicas: int | None = None
     queue_limit: int = QUEUE_LIMIT
     cache_mib: int | None = None
+    pre_pull: bool = False
     cluster: Cluster = field(default_factory=Cluster)
     measured: Measured = field(default_factory=Measured)
 
@@ -91,15 +94,20 @@ def render(request: Request) -> Rendering:
     device, states = _choose(request)
     sizes = budgets(states, request.measured, queue_limit=request.queue_limit, cache_mib=request.cache_mib)
     settings = _settings(request, device, sizes)
-    documents = (
+    deployment = _deployment(request, device, states, sizes, settings)
+    documents = [
         service_account(_SERVER, NAME),
         document("v1", "ConfigMap", NAME, labels(_SERVER), data=settings),
         network_policy(_SERVER, NAME, [{"ports": [{"port": "http", "protocol": "TCP"}]}], []),
         _service(),
-        _deployment(request, device, states, sizes, settings),
+        deployment,
         _disruption_budget(),
-    )
-    return Rendering(documents=documents, notes=tuple(_notes(request, device, states)))
+    ]
+    if request.pre_pull:
+        pod = deployment["spec"]["template"]["spec"]
+        where = {field: pod[field] for field in ("affinity", "tolerations") if field in pod}
+        documents += pre_pull(request.image, NAME, where)
+    return Rendering(documents=tuple(documents), notes=tuple(_notes(request, device, states)))
 
 
 def _choose(request: Request) -> tuple[str, list[StateLabel]]:

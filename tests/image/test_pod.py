@@ -7,30 +7,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import yaml
 
-from chatterbox_prewarm.bench.clients import Target, ask, mix
+from chatterbox_prewarm.bench.clients import ask, mix
+from chatterbox_prewarm.bench.pod import Pod
 from chatterbox_prewarm.bench.pods import wait_ready
 from chatterbox_prewarm.bench.routes import give_to_podman
 from chatterbox_prewarm.bench.server import free_port
 from chatterbox_prewarm.clips import DEFAULT_VOICE
-from chatterbox_prewarm.kube.pod import Pod
 from chatterbox_prewarm.places import WARM
 from tests.conftest import run_cli
 from tests.kube.manifests import K8S, kustomize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from tests.image.conftest import Storage
     from tests.kube.manifests import Document
@@ -60,7 +61,7 @@ def documents() -> list[Document]:
 
 @pytest.fixture(scope="module")
 def running(documents: list[Document], played: str) -> Iterator[Pod]:
-    """A pod that is warm and ready, for tests that leave it so."""
+    """A pod that is warm and ready; each test leaves it so, whatever became of its processes."""
     with Pod(documents, name="running", port=free_port(), image=played, settings=HANG) as pod:
         with pod.watch() as watched:
             wait_ready(pod, watched)
@@ -77,10 +78,6 @@ def state(docker: str, image: str, tmp_path: Path) -> Path:
         subprocess.run([docker, "rm", container], capture_output=True, check=True)
     tmp_path.chmod(0o755)
     return tmp_path / "warm"
-
-
-def target(pod: Pod) -> Target:
-    return Target(secure=False, host="127.0.0.1", port=pod.port)
 
 
 def wait_until(what: Callable[[], bool], seconds: float = PATIENCE) -> None:
@@ -106,20 +103,23 @@ def test_starts_are_warm_or_slow_and_an_update_loses_nothing(
     assert cold["profile"] == "eager"
     assert warm["restarts"] == cold["restarts"] == 0
     assert 0 < warm["since_exec"]["ready"] <= warm["ready"] + 1, "the kubelet sees it no sooner than it is so"
+    assert {"warm", "cold"} == report["ready"].keys()
     update = report["update"]
     assert update["sound"] == update["answers"] > 2 * update["clients"]
-    assert (update["old_exit_code"], update["killed"]) == (0, False)
+    assert (update["old_exit_code"], update["killed"], update["misses"]) == (0, False, {})
 
 
 def test_the_container_is_what_the_manifest_says(running: Pod) -> None:
-    status = _status(running)
+    status = _kernel_status(running)
     assert (status["Uid"].split(), status["Gid"].split()) == (["12345"] * 4, ["12345"] * 4)
     assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
     assert status["NoNewPrivs"] == "1"
-    script = "touch /opt/x /tmp/x /var/cache/chatterbox-prewarm/x; ls /var/run/secrets; env"
-    said = _in(running, "sh", "-c", script)
+    cache = "/var/cache/chatterbox-prewarm"
+    script = f"touch /opt/x /tmp/x {cache}/x; cp /bin/true {cache}/run && {cache}/run && echo executed; rm {cache}/run"
+    said = _in(running, "sh", "-c", f"{script}; ls /var/run/secrets; env")
     assert "touch: cannot touch '/opt/x': Read-only file system" in said
     assert said.count("cannot touch") == 1
+    assert "executed" in said, "libraries are loaded from the cache"
     assert "'/var/run/secrets': No such file or directory" in said
     assert "NVIDIA_VISIBLE_DEVICES" not in said
 
@@ -127,7 +127,7 @@ def test_the_container_is_what_the_manifest_says(running: Pod) -> None:
 def test_a_corrupted_state_is_a_slow_start_and_no_crash_loop(
     documents: list[Document], played: str, state: Path
 ) -> None:
-    damaged = max((path for path in state.rglob("*.pt2")), key=lambda path: path.stat().st_size)
+    damaged = max(state.glob("aot/**/*.so"), key=lambda path: path.stat().st_size)
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.chmod(0o644)
@@ -137,38 +137,38 @@ def test_a_corrupted_state_is_a_slow_start_and_no_crash_loop(
         pod.watch() as watched,
     ):
         wait_ready(pod, watched)
-        status = target(pod).status()
-        assert status["misses"], status
-        assert status["hits"] == {}, "of a state that is not what its manifest says nothing is used"
-        assert "sha256" in pod.log() or "digest" in pod.log()
-        assert ask(target(pod), ORDERS[0], streamed=False).outcome == "sound"
+        status = pod.target.status()
+        assert status["misses"].keys() == {"aot"}
+        assert status["hits"].keys() >= {"numba", "conditionals"}, "what is whole is used"
+        assert "miss in aot" in pod.log()
+        assert ask(pod.target, ORDERS[0], streamed=False).outcome == "sound"
         assert [event.what for event in watched.events] == ["started", "ready"]
         assert pod.restarts() == 0
 
 
 def test_a_killed_worker_is_replaced_from_the_state_and_the_container_stays(running: Pod) -> None:
-    process, before = running.process(), target(running).status()["restarts"]
+    process, before = running.process(), running.target.status()["restarts"]
     with running.watch() as watched:
         assert watched.wait_for("ready", timeout=PATIENCE)
         os.kill(running.workers()[0], signal.SIGKILL)
-        wait_until(lambda: target(running).status()["restarts"] == before + 1)
-        wait_until(lambda: target(running).get("/readyz")[0] == 200)
-        assert ask(target(running), ORDERS[1], streamed=True).outcome == "sound"
-        assert target(running).status()["misses"] == {}
+        wait_until(lambda: running.target.status()["restarts"] == before + 1)
+        wait_until(lambda: running.target.get("/readyz")[0] == 200)
+        assert ask(running.target, ORDERS[1], streamed=True).outcome == "sound"
+        assert running.target.status()["misses"] == {}
         assert not watched.killed
     assert (running.process(), running.restarts()) == (process, 0)
 
 
 def test_a_hung_worker_is_replaced_and_the_container_stays(running: Pod) -> None:
-    process, before = running.process(), target(running).status()["restarts"]
+    process, before = running.process(), running.target.status()["restarts"]
     with running.watch() as watched, ThreadPoolExecutor(1) as pool:
         assert watched.wait_for("ready", timeout=PATIENCE)
         os.kill(running.workers()[0], signal.SIGSTOP)
-        asked = pool.submit(ask, target(running), ORDERS[0], streamed=False)
-        assert watched.wait_for("not ready", timeout=PATIENCE), "readiness follows"
+        asked = pool.submit(ask, running.target, ORDERS[0], streamed=False)
+        wait_until(lambda: running.target.get("/readyz")[0] == 503)  # readiness follows
+        wait_until(lambda: running.target.get("/readyz")[0] == 200)
         assert asked.result().outcome in {"sound", "refused"}
-        wait_until(lambda: watched.ready)
-        assert target(running).status()["restarts"] == before + 1
+        assert running.target.status()["restarts"] == before + 1
         assert not watched.killed
     assert (running.process(), running.restarts()) == (process, 0)
 
@@ -187,17 +187,17 @@ def test_a_hung_server_is_ended_and_started_again(running: Pod) -> None:
     assert time.monotonic() - began < 60, "nothing is drained"
     with running.watch() as watched:
         wait_ready(running, watched)
-        assert target(running).status()["misses"] == {}
+        assert running.target.status()["misses"] == {}
     assert running.process() != process
 
 
 def test_a_server_that_died_is_started_again(running: Pod) -> None:
-    process = running.process()
+    process, before = running.process(), running.restarts()
     os.kill(process, signal.SIGKILL)
-    wait_until(lambda: running.restarts() == 1)
+    wait_until(lambda: running.restarts() == before + 1)
     with running.watch() as watched:
         wait_ready(running, watched)
-        assert target(running).status()["misses"] == {}
+        assert running.target.status()["misses"] == {}
     assert running.process() != process
 
 
@@ -207,9 +207,12 @@ def test_a_pod_that_is_deleted_finishes_what_it_was_asked_for(documents: list[Do
             wait_ready(pod, watched)
         # Longer than preStop takes, so that the last of them are spoken during the drain.
         long = {**ORDERS[2], "max_new_tokens": 100}
-        asked = [pool.submit(ask, target(pod), long, streamed=bool(number % 2)) for number in range(4)]
-        wait_until(lambda: bool(target(pod).status()["workers"][0]["busy"]))
+        asked = [pool.submit(ask, pod.target, long, streamed=bool(number % 2)) for number in range(4)]
+        wait_until(lambda: bool(pod.target.status()["workers"][0]["busy"]))
         assert pod.end() == 0
+        drained = re.search(r"draining: (\d+)", pod.log())
+        assert drained is not None
+        assert int(drained[1]) > 0, "some were left when preStop was over"
         assert [one.result().outcome for one in asked] == ["sound"] * 4
 
 
@@ -218,7 +221,7 @@ def test_a_start_that_does_not_end_is_ended_by_the_startup_probe(documents: list
     # A budget of 15 s for this test; the manifest's is 6 minutes.
     pod.probes["startup"] = replace(pod.probes["startup"], failure_threshold=15)
     with pod, pod.watch() as watched:
-        wait_until(lambda: bool(pod.workers()))
+        wait_until(lambda: any(b"serve.worker" in _command(pid) for pid in pod.workers()))
         os.kill(pod.workers()[0], signal.SIGSTOP)
         killed = watched.wait_for("killed", timeout=PATIENCE)
         assert killed is not None
@@ -226,9 +229,15 @@ def test_a_start_that_does_not_end_is_ended_by_the_startup_probe(documents: list
         assert [event.what for event in watched.events] == ["killed"]
 
 
-def _status(pod: Pod) -> dict[str, str]:
-    with open(f"/proc/{pod.process()}/status", encoding="ascii") as stream:  # noqa: PTH123 - of the kernel
-        return dict(line.rstrip("\n").split(":\t", 1) for line in stream if ":\t" in line)
+def _kernel_status(pod: Pod) -> dict[str, str]:
+    """Of the server's process, as the kernel tells."""
+    lines = Path(f"/proc/{pod.process()}/status").read_text(encoding="ascii").splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+def _command(pid: int) -> bytes:
+    """The command line of a process; until it has called exec, that of its parent."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def _in(pod: Pod, *command: str) -> str:

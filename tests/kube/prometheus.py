@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import time
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -83,6 +84,17 @@ class Prometheus:
         """Each alert as the rules' evaluation left it."""
         (group,) = self._ask("rules")["groups"]
         return {rule["name"]: rule for rule in group["rules"]}
+
+    def evaluated_rules(self) -> dict[str, dict[str, Any]]:
+        """The same after all rules have been evaluated once more."""
+        now = datetime.now(timezone.utc).isoformat()
+        deadline = time.monotonic() + 30
+        while True:
+            found = self.rules()
+            if all(rule["lastEvaluation"] > now for rule in found.values()):
+                return found
+            assert time.monotonic() < deadline, found
+            time.sleep(0.1)
 
     def wait(self, expression: str, wanted: Any, seconds: float = 30.0) -> list[tuple[dict[str, str], float]]:
         """Ask until the vector is as wanted."""

@@ -21,6 +21,7 @@ def sample(name: str, labels: str = LABELS) -> str:
     return f"chatterbox_prewarm_{name}{labels}"
 
 
+IN_FLIGHT = sample("requests_in_flight")
 #: Alert, samples of each series every 15 s, when it does not fire yet, when it does (None: never), labels it adds.
 CASES: list[tuple[str, dict[str, str], str, str | None, dict[str, str]]] = [
     ("ChatterboxWarmStateMissed", {sample("cache_misses_total", FAMILY): "_ 1x20"}, "0s", "15s", {"family": "aot"}),
@@ -31,8 +32,10 @@ CASES: list[tuple[str, dict[str, str], str, str | None, dict[str, str]]] = [
     ("ChatterboxSlowStart", {sample("attached"): "0x6 1x20"}, "90s", None, {}),
     ("ChatterboxWorkerRestarts", {sample("worker_restarts_total"): "0x4 1x20"}, "60s", "75s", {}),
     ("ChatterboxWorkerRestarts", {sample("worker_restarts_total"): "0x20"}, "60s", None, {}),
-    ("ChatterboxQueueFull", {sample("requests_in_flight"): "3x4 24x20"}, "165s", "195s", {}),
-    ("ChatterboxQueueFull", {sample("requests_in_flight"): "30x4 23x20"}, "180s", None, {}),
+    ("ChatterboxNotReady", {sample("attached"): "1x20", sample("ready"): "0x20"}, "105s", "120s", {}),
+    ("ChatterboxNotReady", {sample("attached"): "1x20", sample("ready"): "0x6 1x20"}, "105s", None, {}),
+    ("ChatterboxQueueFull", {IN_FLIGHT: "1x4 6x20", sample("queue_limit"): "8x30"}, "165s", "195s", {}),
+    ("ChatterboxQueueFull", {IN_FLIGHT: "30x4 23x20", sample("queue_limit"): "32x30"}, "180s", None, {}),
 ]  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def test_nothing_is_found_without_a_reason(tmp_path: Path) -> None:
         (tmp_path / f"{path.name}.yaml").write_text(yaml.safe_dump_all(kustomize(path)))
     for path in (K8S / "components").rglob("autoscaler.yaml"):
         shutil.copy(path, tmp_path)
-    (tmp_path / "rendered.yaml").write_text(render_for([H100, L4]).to_yaml())
+    (tmp_path / "rendered.yaml").write_text(render_for([H100, L4], pre_pull=True).to_yaml())
     found = scan(tmp_path)
     assert found["summary"]["passed"] > 500
     assert found["summary"]["parsing_errors"] == 0

@@ -114,12 +114,30 @@ def test_without_a_gpu_and_without_figures_it_is_the_base() -> None:
     assert len(rendered) == len(base)
 
 
+def test_what_pulls_before_is_the_component_and_goes_where_the_pods_go() -> None:
+    rendered = list(yaml.safe_load_all(render_for([CPU], pre_pull=True).to_yaml()))
+    assert rendered[:-2] == list(yaml.safe_load_all(render_for([CPU]).to_yaml()))
+    component = [yaml.safe_load((K8S / "components" / "pre-pull" / name).read_text()) for name in PRE_PULL]
+    pod = component[0]["spec"]["template"]["spec"]
+    pod["containers"][0]["image"] = IMAGE
+    del pod["tolerations"]  # of GPUs
+    assert rendered[-2]["spec"]["template"]["spec"].pop("affinity") == pod_of(render_for([CPU]))["affinity"]
+    assert rendered[-2:] == component
+    for documents in ([H100, L4], [L4]):
+        (_, server), (_, before) = pods(render_for(documents, pre_pull=True).documents)
+        assert (before["affinity"], before["tolerations"]) == (server["affinity"], server["tolerations"])
+
+
+#: In the order of a rendering.
+PRE_PULL = ("daemon-set.yaml", "network-policy.yaml")
+
 RENDERINGS = {
     "cpu": render_for([CPU]),
     "one": render_for([L4]),
     "several": render_for([H100, L4, CPU], replicas=2, policy="require", queue_limit=4),
     "slice": render_for([SLICE], cluster=Cluster(mig_strategy="mixed", runtime_class="nvidia")),
     "unlabelled": render_for([L4], cluster=Cluster(feature_discovery=False, labels={"gpu": "l4"})),
+    "pulled before": render_for([H100, L4], pre_pull=True),
     "measured": render_for(
         [H100], measured=Measured(cold_seconds=200.5, request_seconds=7.5, rss_mib=5000, gpu_memory_mib=7000)
     ),

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
@@ -73,8 +73,9 @@ def test_autoscalers_see_how_many_requests_are_in_flight(server: Server, prometh
     assert prometheus.query(pods) == [(of_this_pod, 0.0)]
     with ThreadPoolExecutor(5) as clients:
         asked = [clients.submit(server.speak, max_new_tokens=150, seed=seed) for seed in range(5)]
-        prometheus.wait(query, lambda found: found == [({}, 5.0)])
-        prometheus.wait(pods, lambda found: found == [(of_this_pod, 5.0)])
+        # Asked of the same samples: one scrape later it may be one less.
+        both = f'label_replace({query}, "by", "keda", "pod", ".*") or label_replace({pods}, "by", "hpa", "pod", ".*")'
+        prometheus.wait(both, lambda found: sorted(value for _, value in found) == [5.0, 5.0])
         assert 5.0 / threshold > 2, "three pods are wanted"
         assert float(metric["pods"]["target"]["averageValue"]) == threshold, "by both"
         assert [one.result()[0] for one in asked] == [200] * 5
@@ -82,8 +83,8 @@ def test_autoscalers_see_how_many_requests_are_in_flight(server: Server, prometh
 
 
 def test_a_warm_pod_alerts_nobody(prometheus: Prometheus) -> None:
-    rules = prometheus.rules()
-    assert len(rules) == 5
+    rules = prometheus.evaluated_rules()
+    assert len(rules) == 6
     assert {name: rule["lastError"] for name, rule in rules.items() if rule.get("lastError")} == {}
     assert {name: rule["state"] for name, rule in rules.items()} == dict.fromkeys(rules, "inactive")
     assert {rule["health"] for rule in rules.values()} == {"ok"}
@@ -93,7 +94,7 @@ def test_a_worker_that_died_alerts(server: Server, prometheus: Prometheus) -> No
     os.kill(server.worker(), signal.SIGKILL)
     alert = prometheus.wait_for_alert("ChatterboxWorkerRestarts", "firing")
     assert alert["annotations"]["summary"] == f"the worker of {POD['pod']} died and was replaced"
-    assert said(alert) == {"severity": "warning", **POD}
+    assert alert["labels"].items() >= {"severity": "warning", **POD}.items()
     server.wait_ready()
 
 
@@ -112,8 +113,9 @@ def test_a_state_that_missed_alerts_with_its_family_and_the_command_that_says_wh
         with Prometheus(tmp_path / "prometheus", server.port) as prometheus:
             found = prometheus.wait("chatterbox_prewarm_cache_misses_total", lambda found: len(found) == len(missed))
             assert {labels["family"]: value for labels, value in found} == missed
-            prometheus.wait_for_alert("ChatterboxWithoutWarmState", "pending")
-            firing = prometheus.rules()["ChatterboxWarmStateMissed"]
+            rules = prometheus.evaluated_rules()
+            assert rules["ChatterboxWithoutWarmState"]["state"] == "inactive", "the others hit"
+            firing = rules["ChatterboxWarmStateMissed"]
             assert firing["state"] == "firing"
             families = {alert["labels"]["family"] for alert in firing["alerts"]}
             assert families == missed.keys()
@@ -124,8 +126,3 @@ def test_a_state_that_missed_alerts_with_its_family_and_the_command_that_says_wh
         assert "miss in" in server.log.read_text(), "what the command looks for"
     finally:
         server.end()
-
-
-def said(alert: dict[str, Any]) -> dict[str, str]:
-    """The labels of an alert but its name."""
-    return {name: value for name, value in alert["labels"].items() if name != "alertname"}

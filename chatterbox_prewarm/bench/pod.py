@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
+import secrets
 import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.bench.clients import Target
+from chatterbox_prewarm.bench.server import children
 from chatterbox_prewarm.errors import BadInputError, EngineError
 from chatterbox_prewarm.kube.documents import Rendering
 from chatterbox_prewarm.kube.kubelet import Watch, read_probes
@@ -22,14 +25,17 @@ from chatterbox_prewarm.process import run as run_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     from chatterbox_prewarm.kube.documents import Document
     from chatterbox_prewarm.kube.kubelet import Event
 
+logger = logging.getLogger(__name__)
+
 #: What podman makes of the others is nothing.
 _PLAYED = ("ConfigMap", "Deployment")
 #: Seconds that the kubelet gives a container for SIGTERM however long its hook took.
-_LEAST = 2
+_LEAST_GRACE = 2
 
 
 class Pod:
@@ -37,7 +43,7 @@ class Pod:
 
     Args:
         documents: the manifests, as `kubectl kustomize` or `k8s render` writes them.
-        name: of the pod, its volumes and containers on podman.
+        name: of the pod, its volumes and containers on podman; a random end makes it one of its own.
         port: of loopback where the server's port `http` is reached.
         image: in the place of the manifest's.
         settings: put into each ConfigMap, over what is there.
@@ -45,6 +51,7 @@ class Pod:
 
     Attributes:
         container: the server's, by its name on podman.
+        target: the server, for clients on this machine.
 
     Raises:
         BadInputError: there is not one Deployment of one container.
@@ -60,30 +67,32 @@ class Pod:
         settings: Mapping[str, str] | None = None,
         folders: Mapping[str, Path] | None = None,
     ) -> None:
-        played = [copy.deepcopy(document) for document in documents if document["kind"] in _PLAYED]
-        deployments = [document for document in played if document["kind"] == "Deployment"]
-        specs = [deployment["spec"]["template"]["spec"] for deployment in deployments]
-        if len(specs) != 1 or len(specs[0]["containers"]) != 1:
-            raise BadInputError(
-                "these manifests have not one Deployment of one container",
-                next_step="give what `kubectl kustomize k8s/overlays/cpu-demo` prints",
-            )
-        (self._spec,) = specs
-        (server,) = self._spec["containers"]
+        played = [copy.deepcopy(document) for document in documents if document.get("kind") in _PLAYED]
+        name = f"{name}-{secrets.token_hex(4)}"
         self.port = port
-        self.container = f"{name}-pod-0-{server['name']}"
+        self.target = Target(secure=False, host="127.0.0.1", port=port)
+        try:
+            (deployment,) = [document for document in played if document["kind"] == "Deployment"]
+            self._spec: Document = deployment["spec"]["template"]["spec"]
+            (server,) = self._spec["containers"]
+            self.container = f"{name}-pod-0-{server['name']}"
+            (self._inside,) = [entry["containerPort"] for entry in server["ports"] if entry["name"] == "http"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise BadInputError(
+                "these manifests have not one Deployment of one container with a port `http`",
+                next_step="give what `kubectl kustomize k8s/overlays/cpu-demo` prints",
+            ) from error
         self.probes = read_probes(server)
-        self._inside = next(entry["containerPort"] for entry in server["ports"] if entry["name"] == "http")
         self._hook: list[str] = server.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
         self._grace = float(self._spec.get("terminationGracePeriodSeconds", 30))
-        deployments[0]["metadata"]["name"] = name
+        deployment["metadata"]["name"] = name
         server["image"] = image or server["image"]
         # As a service would: two pods have one port each, and it is this machine that reaches them.
         server["ports"] = [{"name": "http", "containerPort": self._inside, "hostPort": port, "hostIP": "127.0.0.1"}]
         self._adapt_volumes(name, server, folders or {})
         for document in played:
             if document["kind"] == "ConfigMap":
-                document["data"].update(settings or {})
+                document["data"] = {**document.get("data", {}), **(settings or {})}
         self._yaml = Rendering(documents=tuple(played)).to_yaml()
 
     def _adapt_volumes(self, name: str, server: Document, folders: Mapping[str, Path]) -> None:
@@ -129,9 +138,8 @@ class Pod:
         return found
 
     def workers(self) -> list[int]:
-        """The server's workers, by their ids on this machine."""
-        tasks = Path(f"/proc/{self.process()}/task").glob("*/children")
-        return sorted(int(pid) for children in tasks for pid in children.read_text(encoding="ascii").split())
+        """The server's workers that run, by their ids on this machine."""
+        return children(self.process())
 
     def restarts(self) -> int:
         """How often podman started the container again because its process had ended."""
@@ -170,12 +178,16 @@ class Pod:
         if self._hook:
             with contextlib.suppress(EngineError):  # one that fails is an event of the pod's, and no more
                 self._ask("exec", self.container, *self._hook, timeout=grace)
-        left = max(_LEAST, round(grace - (time.monotonic() - begun)))
+        left = max(_LEAST_GRACE, round(grace - (time.monotonic() - begun)))
         self._ask("stop", f"--time={left}", self.container, timeout=left + 60)
 
     def _remove(self) -> None:
+        """Remove the pod and its volumes; what cannot be removed is said, since what came before matters more."""
         run_process(["podman", "kill", "--signal=KILL", self.container], with_stderr=True)  # or `down` waits for it
-        self._ask("kube", "down", "-", given=self._yaml)
+        try:
+            self._ask("kube", "down", "-", given=self._yaml)
+        except EngineError as error:
+            logger.warning("a pod is left: %s", error)
 
     def _inspect(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self._ask("container", "inspect", self.container))[0]
