@@ -10,8 +10,9 @@ LOCKS := build/locks/$(STACK).txt build/locks/dev.txt
 export PYTHONPATH := $(CURDIR)
 
 CHECKS := .venv-checks
+RAY := .venv-ray
 
-.PHONY: demo test lint format checks image bench lock clean
+.PHONY: demo test lint format checks ray image bench lock clean
 
 demo: $(VENV)/.complete  ## bake, pack, prove and serve on this machine, with random weights
 	$(BIN)/python -m chatterbox_prewarm.bench.demo
@@ -26,6 +27,8 @@ lint: $(VENV)/.complete
 
 checks: $(CHECKS)/.complete  ## hadolint for the Dockerfile; checkov, an environment of its own, for tests/kube
 	$(CHECKS)/bin/hadolint Dockerfile
+
+ray: $(RAY)/.complete  ## Ray, beside the environment of the tests, for docs/examples/ray_serve_app.py
 
 format: $(VENV)/.complete
 	$(BIN)/ruff check --fix .
@@ -47,6 +50,9 @@ lock:  ## renew the locks; commit what changes
 	    --no-header --constraint build/locks/torch-2.6.txt pyproject.toml -o build/locks/dev.txt
 	printf 'checkov\nhadolint-bin\n' | uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --no-emit-find-links --no-header - -o build/locks/checks.txt
+	echo 'ray[serve]' | uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --no-emit-find-links --no-header --constraint build/locks/torch-2.6.txt --constraint build/locks/dev.txt \
+	    - -o build/locks/ray.txt
 	echo uv | uv pip compile -q --generate-hashes --no-emit-index-url --no-header - -o build/locks/uv.txt
 
 # Made anew whenever a lock changes; `build/sync` is what the image uses as well. All bytecode is made at once: where
@@ -60,6 +66,15 @@ $(VENV)/.complete: $(LOCKS) build/locks/uv.txt build/sync
 $(CHECKS)/.complete: build/locks/checks.txt build/locks/uv.txt build/sync
 	rm -rf $(CHECKS)
 	UV_LINK_MODE=hardlink sh build/sync build/locks/uv.txt build/locks/checks.txt $(CHECKS)
+	touch $@
+
+# What Ray does not bring comes from the environment of the tests. Not the other way round: it has uvloop and httptools,
+# which uvicorn prefers where they are, and no image has them.
+$(RAY)/.complete: build/locks/ray.txt build/locks/uv.txt build/sync $(VENV)/.complete
+	rm -rf $(RAY)
+	UV_LINK_MODE=hardlink sh build/sync build/locks/uv.txt build/locks/ray.txt $(RAY)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+	    >"$$($(RAY)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/tests.pth"
 	touch $@
 
 clean:

@@ -1,0 +1,85 @@
+"""The example for Ray Serve, run by Ray as its readers would run it, its places replaced by those of this test."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from chatterbox_prewarm.bench.server import free_port
+from tests.conftest import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RAY = ROOT / ".venv-ray" / "bin"
+
+
+def test_the_example_for_ray_serve_serves(baked: Path, mini: Path, tmp_path: Path) -> None:
+    if not (RAY / "serve").exists():
+        pytest.skip("Ray is missing: make ray")
+    text = (ROOT / "docs" / "examples" / "ray_serve_app.py").read_text()
+    for place, path in {
+        "/opt/chatterbox-prewarm/warm": baked,
+        "/opt/chatterbox-prewarm/weights": mini,
+        "/var/cache/chatterbox-prewarm": tmp_path / "cache",
+    }.items():
+        assert text.count(f'"{place}"') == 1
+        text = text.replace(place, str(path))
+    (tmp_path / "ray_serve_app.py").write_text(text)
+    port = free_port()
+    config = {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [{"name": "speech", "route_prefix": "/", "import_path": "ray_serve_app:app"}],
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    command = [str(RAY / "serve"), "run", "--app-dir", str(tmp_path), str(tmp_path / "config.yaml")]
+    environment = {
+        **os.environ,
+        "PATH": f"{RAY}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": str(tmp_path),
+    }
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
+        deadline = time.monotonic() + 240
+        while not ready(client):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.5)
+        said = client.get("/", params={"text": "Hello."})
+        assert said.status_code == 200, said.text
+        assert said.headers["content-type"] == "audio/wav"
+        assert said.content.startswith(b"RIFF")
+        assert len(said.content) > 5000
+        client.close()
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        assert workers_of(mini) == [], "the worker ends with its replica"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def ready(client: httpx.Client) -> bool:
+    """Whether Ray has a replica, which it has once the model has spoken."""
+    try:
+        return client.get("/-/healthz").status_code == 200 and b"/" in client.get("/-/routes").content
+    except httpx.TransportError:
+        return False
+
+
+def workers_of(weights: Path) -> list[int]:
+    """The processes that speak with some weights."""
+    asked = subprocess.run(["pgrep", "-f", f"serve.worker.*{weights}"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in asked.stdout.split()]
