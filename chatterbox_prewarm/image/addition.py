@@ -67,7 +67,7 @@ def gather(states: Sequence[Path], weights: Path | None = None) -> Iterator[Addi
         weights: a checkpoint that is to go along.
 
     Raises:
-        IntegrityError: a state is not as its manifest says.
+        IntegrityError: a state is not as its manifest says, or has the signature of another one beside it.
         WeightsError: the weights are not as recorded.
         BadInputError: the states were made with other weights.
     """

@@ -33,6 +33,7 @@ from chatterbox_prewarm.image.request import (
 from chatterbox_prewarm.places import WARM
 from chatterbox_prewarm.prove import require_passed
 from chatterbox_prewarm.provenance import VARIABLES
+from chatterbox_prewarm.signing import check_signed, default_signature
 from chatterbox_prewarm.staging import exclusive, put_in_place, seal, staging_folder
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ def _with_state(
     with exclusive(warm):
         if _made_by(warm) == request.recipe():
             say(f"the state of {warm} was made by this recipe")
+            if (signature := default_signature(warm)).is_file():
+                check_signed(warm, signature)  # what is signed is somebody's: neither shipped nor baked over unasked
             try:
                 appended = _append_here(request, engine, cold, unproven)
                 _verify(engine, unproven, request)
@@ -128,10 +131,18 @@ def _with_state(
             manifest = manifests.read(made)
             manifests.check_layout(manifest, made)
             seal(made)
+            _forget_signature(warm, say)
             put_in_place(made, warm)
         text = json.dumps(asdict(request.recipe()), indent=1, sort_keys=True) + "\n"
         _recipe_file(warm).write_text(text, encoding="utf-8")
     return _append_here(request, engine, cold, unproven)
+
+
+def _forget_signature(warm: Path, say: Callable[[str], None]) -> None:
+    """Remove the signature of the state that is replaced: it must not go along with the new one."""
+    if (signature := default_signature(warm)).exists():
+        signature.unlink()
+        say(f"{signature} was of the state before this one, and is removed: sign the new one")
 
 
 def _baked(request: Request, engine: Engine, image: str, staging: Path) -> Path:

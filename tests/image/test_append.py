@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
+import tarfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,18 +20,20 @@ from chatterbox_prewarm.image.oci import OCI_INDEX, Document, dump
 from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.image.stores import storing
 from chatterbox_prewarm.models import ENGLISH
+from chatterbox_prewarm.signing import sign
 from chatterbox_prewarm.states import key_of
 from chatterbox_prewarm.weights import read_record, record
 from tests.conftest import run_cli
 from tests.image.registry_server import serve
 from tests.unit.images import make_base
 from tests.unit.states import make_checkpoint, make_state_for, rewrite
+from tests.unit.test_signing import make_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from chatterbox_prewarm.image.oci import Image
+    from chatterbox_prewarm.image.oci import Descriptor, Image
     from tests.image.registry_server import Registry
 
 LABELS = {"io.chatterbox-prewarm.torch": "torch-2.6", "io.chatterbox-prewarm.variant": "english"}
@@ -66,6 +70,12 @@ def l4(tmp_path: Path) -> Path:
 def read(reference: str) -> Image:
     with storing(parse(reference)) as (store, name):
         return resolve(store, name, platform="linux/amd64")
+
+
+@contextlib.contextmanager
+def read_layer(layout: Layout, descriptor: Descriptor) -> Iterator[tarfile.TarFile]:
+    with layout.open_blob(descriptor) as stream, tarfile.open(fileobj=stream) as tar:
+        yield tar
 
 
 def test_one_state_is_one_layer_wherever_it_goes(
@@ -157,11 +167,36 @@ def test_weights_and_signatures_go_along_as_layers(layout: Layout, h100: Path, t
     assert "baked with other weights" in refused.stderr
     digest = read_record(checkpoint).set_digest
     rewrite(h100, lambda raw: raw["weights"].update(set_digest=digest))
-    h100.with_name("h100.sig").write_text("{}")
+    key, _ = make_keys(tmp_path)
+    signature = sign(h100, key)
     made = run_cli("append", *arguments, "--warm", h100)
     assert made.returncode == 0, made.stderr
+    with read_layer(layout, read(arguments[3]).layers[-1]) as tar:
+        (name,) = (member.name for member in tar.getmembers() if member.isfile())
+        assert name == f"opt/chatterbox-prewarm/warm/{key_of(manifests.read(h100))}.sig"
+        shipped = tar.extractfile(name)
+        assert shipped is not None
+        assert shipped.read() == signature.read_bytes()
     titles = [layer.annotations.get("org.opencontainers.image.title", "") for layer in read(arguments[3]).layers]
     assert [title.split()[0] for title in titles[1:]] == ["weights", "warm", "signature"]
+
+
+def test_a_signature_of_another_state_is_refused_and_nothing_is_sent(layout: Layout, h100: Path, l4: Path) -> None:
+    key, _ = make_keys(h100.parent)
+    arguments = ("append", "--base", f"oci:{layout.path}:base", "--to", f"oci:{layout.path}:warm", "--warm", h100)
+    signature = sign(l4, key, h100.with_name("h100.sig"))
+    refused = run_cli(*arguments)
+    assert refused.returncode == 12, refused.stderr
+    assert "is of another manifest than" in refused.stderr
+    assert manifests.read(l4).set_digest in refused.stderr
+    assert f"or remove {signature}" in refused.stderr
+    signature.write_text("{}")
+    refused = run_cli(*arguments)
+    assert refused.returncode == 12, refused.stderr
+    assert "is no signature of a warm state" in refused.stderr
+    assert not layout.has_manifest("warm")
+    sign(h100, key)
+    assert run_cli(*arguments).returncode == 0
 
 
 def test_of_an_index_the_image_for_the_states_machine_is_the_base(layout: Layout, h100: Path) -> None:
