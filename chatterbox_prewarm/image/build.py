@@ -21,6 +21,7 @@ from chatterbox_prewarm.errors import FingerprintMismatchError, IntegrityError
 from chatterbox_prewarm.image.addition import change_for, gather
 from chatterbox_prewarm.image.compose import Change, add_layers
 from chatterbox_prewarm.image.engine import Run, prove, run_build
+from chatterbox_prewarm.image.labels import EVIDENCE
 from chatterbox_prewarm.image.request import (
     Recipe,
     arguments_of,
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.prove import Evidence
 
 logger = logging.getLogger(__name__)
-
-EVIDENCE = "io.chatterbox-prewarm.evidence"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,9 +29,10 @@ _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm"}
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What becomes of a base's configuration; what is None stays as it is."""
+    """What becomes of a base's configuration; what is None stays as it is, and labels that are dropped go."""
 
     labels: Mapping[str, str] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
     environment: Mapping[str, str] = field(default_factory=dict)
     entrypoint: Sequence[str] | None = None
     command: Sequence[str] | None = None
@@ -88,7 +89,8 @@ def add_layers(base: Image, layers: Sequence[Layer], change: Change, *, created:
     """
     config = dict(base.config)
     settings: dict[str, Any] = dict(config.get("config") or {})
-    settings["Labels"] = {**base.labels, **change.labels}
+    kept = {name: value for name, value in base.labels.items() if name not in change.dropped}
+    settings["Labels"] = {**kept, **change.labels}
     variables = dict(line.partition("=")[::2] for line in settings.get("Env") or [])
     settings["Env"] = [f"{name}={value}" for name, value in {**variables, **change.environment}.items()]
     if change.entrypoint is not None:

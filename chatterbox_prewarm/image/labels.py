@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 PREFIX = "io.chatterbox-prewarm."
 STATES = f"{PREFIX}states"
+#: The digest of the evidence that the image, with just the states that it has, was proven by.
+EVIDENCE = f"{PREFIX}evidence"
 #: Of the label `states`, apart from the manifest's.
 STATES_SCHEMA = 1
 _OCI = "org.opencontainers.image."

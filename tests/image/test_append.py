@@ -148,6 +148,16 @@ def test_a_gpu_type_is_added_to_a_published_image_and_only_that_is_sent(
     assert "for one machine" in again.stderr
 
 
+def test_an_image_that_gains_a_state_is_no_longer_what_was_proven(layout: Layout, h100: Path) -> None:
+    make_base(layout, "proven", Labels={**LABELS, "io.chatterbox-prewarm.evidence": f"sha256:{'0' * 64}", "own": "1"})
+    target = f"oci:{layout.path}:warm"
+    made = run_cli("append", "--base", f"oci:{layout.path}:proven", "--to", target, "--warm", h100)
+    assert made.returncode == 0, made.stderr
+    labels = read(target).labels
+    assert "io.chatterbox-prewarm.evidence" not in labels
+    assert labels["own"] == "1"
+
+
 def test_layers_come_from_a_repository_beside_without_being_sent(registry: Registry, h100: Path) -> None:
     base = f"{registry.address}/base:1"
     with storing(parse(base)) as (store, _):
