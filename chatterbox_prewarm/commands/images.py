@@ -20,7 +20,6 @@ from chatterbox_prewarm.commands.options import (
     parse_voice,
     say,
     weights_option,
-    write_result,
 )
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.image.dockerfile import VARIANTS
@@ -66,8 +65,13 @@ _NOT_WITH_A_MATRIX = {"device", "profile", "t3_dtype", "levels", "voices", "evid
 @click.option("--secret", "secrets", multiple=True, metavar="SPEC", help="As docker build has it; repeatable.")
 @click.option("--network", default="default", show_default=True, help="Of the build, as docker build has it.")
 @option("--engine", "engine_name", default="docker", type=click.Choice(ENGINES), help="What builds and runs.")
-@click.option("--evidence", type=PATH, help="Write the evidence of the proof to this JSON file.")
+@click.option(
+    "--evidence", type=PATH, help="Where that of the proof goes, passed or not; by default WARM.evidence.json."
+)
 @click.option("--replace", "replacing", is_flag=True, help="Take the name from an image that has it.")
+@click.option(
+    "--rebake", is_flag=True, help="Bake, even if the state that is kept was made by the same recipe and fits."
+)
 @click.option("--dry-run", is_flag=True, help="Check what the engine can do, show the plan, and do nothing.")
 @click.pass_context
 def build(
@@ -87,10 +91,8 @@ def build(
     from chatterbox_prewarm.image import build as building
     from chatterbox_prewarm.image.engine import connect
     from chatterbox_prewarm.image.request import Request, check, plan, routes
+    from chatterbox_prewarm.prove import default_evidence
 
-    if evidence is not None:
-        check_place(evidence)
-        evidence.unlink(missing_ok=True)  # an older proof must not stand for this one
     request = Request(
         **{
             **fields,
@@ -107,16 +109,17 @@ def build(
             click.echo("\n".join(routes(requests[0], engine)))
         for one in requests:  # before anything slow
             check(one, engine)
-        for one in requests:
-            if dry_run:
+        if dry_run:
+            for one in requests:
                 click.echo("\n".join(plan(one, engine)))
-                continue
-            built = building.build(one, engine, say=say)
-            place = evidence if matrix is None else one.warm.with_name(f"{one.warm.name}.evidence.json")
-            if place is not None:
-                write_result(place, built.evidence.to_json())
+            return
+        places = [evidence or default_evidence(one.warm) for one in requests]
+        for place in places:
+            check_place(place)
+        for one, place in zip(requests, places, strict=True):
+            built = building.build(one, engine, place, say=say)
             click.echo(f"warm layer: {built.layer.size / 1e6:.1f} MB, diff id sha256:{built.layer.diff_id}")
-            click.echo(f"{one.tag}: proven, {len(built.evidence.checks)} checks passed")
+            click.echo(f"{one.tag}: proven, {len(built.evidence.checks)} checks passed, evidence {place}")
 
 
 def _of_matrix(context: click.Context, path: Path, template: Request) -> Sequence[Request]:
@@ -224,11 +227,10 @@ def publish(
             f"{matrix} has {len(found.bakes)} bakes, and --index is {index}", next_step="see publish --list"
         )
     from chatterbox_prewarm.image import publish as publishing
+    from chatterbox_prewarm.prove import default_evidence
 
     _end_as_interrupted()
-    places = publishing.Places(
-        weights=weights, warm=warm, cache=cache, evidence=warm.with_name(f"{warm.name}.evidence.json")
-    )
+    places = publishing.Places(weights=weights, warm=warm, cache=cache, evidence=default_evidence(warm))
     made = publishing.publish(found.bakes[index], found.base, found.target, places, insecure=insecure, say=say)
     if made is not None:
         click.echo(f"{found.target}: {made.blobs_sent} blobs sent, {made.bytes_sent / 1e6:.1f} MB")

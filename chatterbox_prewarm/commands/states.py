@@ -249,7 +249,7 @@ def prove(
     _write_evidence(found, evidence)
     for check in found.checks:
         click.echo(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}", err=str(evidence) == "-")
-    proving.require_passed(found)
+    proving.require_passed(found, "standard output" if str(evidence) == "-" else evidence or "")
 
 
 def _state_line(name: str, path: Path) -> str:

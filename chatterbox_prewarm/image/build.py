@@ -24,6 +24,7 @@ from chatterbox_prewarm.image.engine import Run, prove, run_build
 from chatterbox_prewarm.image.labels import EVIDENCE
 from chatterbox_prewarm.image.request import (
     Recipe,
+    again,
     arguments_of,
     check,
     check_tag,
@@ -57,7 +58,7 @@ class Built:
     evidence: Evidence
 
 
-def build(request: Request, engine: Engine, *, say: Callable[[str], None] = logger.info) -> Built:
+def build(request: Request, engine: Engine, written: Path, *, say: Callable[[str], None] = logger.info) -> Built:
     """Build an image, prove it, and give it its name.
 
     Whatever ends it, no container, no volume and no half-made image stays; the state of a bake that was finished does.
@@ -65,13 +66,16 @@ def build(request: Request, engine: Engine, *, say: Callable[[str], None] = logg
     Args:
         request: what to build.
         engine: to build with.
+        written: where the evidence of the proof goes, passed or not.
         say: called with one line for each step.
 
     Raises:
+        IntegrityError: the state that is kept has the signature of another one beside it.
         BadInputError, EngineError: as `check`; or a step failed.
         NotWarmError: a container of the image missed; nothing was tagged.
     """
     check(request, engine)
+    written.unlink(missing_ok=True)  # an older proof must not stand for this one
     with contextlib.ExitStack() as stack:
 
         def temporary(stage: str) -> str:
@@ -86,7 +90,8 @@ def build(request: Request, engine: Engine, *, say: Callable[[str], None] = logg
         layer, image = _with_state(request, engine, cold, unproven, temporary, say)
         say("prove, in a container of it")
         evidence = prove(engine, unproven, device="cpu" if request.route == "no-gpu" else request.device)
-        require_passed(evidence)
+        written.write_text(evidence.to_json(), encoding="utf-8")
+        require_passed(evidence, written, again=again(request))
         labels = {EVIDENCE: f"sha256:{hashlib.sha256(evidence.to_json().encode()).hexdigest()}"}
         proven = add_layers(image, [], Change(labels=labels), created=image.config["created"])
         engine.load(unproven, [], proven, temporary("proven"))
@@ -107,7 +112,7 @@ def _with_state(
     warm = request.warm.absolute()
     warm.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(warm):
-        if _made_by(warm) == request.recipe():
+        if not request.rebake and _made_by(warm) == request.recipe():
             say(f"the state of {warm} was made by this recipe")
             if (signature := default_signature(warm)).is_file():
                 check_signed(warm, signature)  # what is signed is somebody's: neither shipped nor baked over unasked

@@ -45,7 +45,7 @@ _SETTLED = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where a container has the checkpoint, makes the state, and keeps caches; and where the evidence goes."""
+    """Where a container has the checkpoint, makes the state, and keeps caches; where evidence goes, passed or not."""
 
     weights: Path
     warm: Path
@@ -93,6 +93,7 @@ def publish(
             next_step="run it on such a node: nodeSelector nvidia.com/gpu.product",
         )
     _check_base(below, insecure=insecure)
+    places.evidence.unlink(missing_ok=True)  # an older proof must not stand for this one
     say(f"bake: {wanted.variant}, {wanted.gpu or 'CPU'}, {wanted.profile}")
     manifest = bake(
         places.weights,
@@ -110,8 +111,8 @@ def publish(
     except EngineError as error:  # a pod may not make namespaces
         say(f"{error.message}; the process is not set apart, and its counters count all the same")
         evidence = prove_here(places.warm, places.weights, places.cache, apart=False)
-    require_passed(evidence)
     places.evidence.write_text(evidence.to_json(), encoding="utf-8")
+    require_passed(evidence, places.evidence)
     with gather([places.warm]) as addition:
         made = _add(below, result, addition, key_of(manifest), insecure=insecure, say=say)
     if made is None:

@@ -67,6 +67,7 @@ class Request:
         secrets: as `docker build --secret` has them.
         network: as `docker build --network` has it.
         replacing: take the name from an image that has it.
+        rebake: bake, whatever state is kept.
     """
 
     checkout: Path
@@ -83,6 +84,7 @@ class Request:
     secrets: tuple[str, ...]
     network: str
     replacing: bool
+    rebake: bool
 
     @property
     def classic(self) -> bool:
@@ -194,12 +196,21 @@ def plan(request: Request, engine: Engine) -> list[str]:
     return [
         *head,
         command("cold"),
-        f"state: that of {request.warm} if it was made by the same recipe and fits the image; otherwise",
+        "state: baked anew"
+        if request.rebake
+        else f"state: that of {request.warm} if it was made by the same recipe and fits the image; otherwise",
         *bake,
         "pack: the state as a layer, loaded on top",
         "prove: a fresh container, read-only, without network, as a foreign user, must miss nothing",
         f"tag: {request.tag}",
     ]
+
+
+def again(request: Request) -> str:
+    """How to come to another state than one that missed: as it is, it is kept, and fits."""
+    # The step of the Dockerfile has no other input that a user would change.
+    cached = "empty the builder's cache, which has the bake, and " if request.route == "dockerfile" else ""
+    return f"{cached}build with --rebake on this kind of machine, since {request.warm} is taken again otherwise"
 
 
 def unproven_name(tag: str, stage: str) -> str:
