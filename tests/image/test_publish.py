@@ -17,13 +17,16 @@ from chatterbox_prewarm.image.append import TagMovedError, append
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import read_states
 from chatterbox_prewarm.image.layout import Layout
+from chatterbox_prewarm.image.publish import _add
 from chatterbox_prewarm.image.references import parse
 from tests.conftest import run_cli
 from tests.unit.images import make_base
-from tests.unit.states import make_state_for
+from tests.unit.states import make_state_for, rewrite
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from chatterbox_prewarm.image.append import Appended
 
 STACK = ".".join(version("torch").split(".")[:2])
 L4 = {"arch": "x86_64", "gpu": "NVIDIA L4", "compute_capability": "8.9", "driver": "550.54.15"}
@@ -98,18 +101,43 @@ def test_a_tag_that_moved_meanwhile_is_not_taken(layout: Layout, tmp_path: Path)
             append(base, target, addition)
 
 
+def test_another_state_for_the_same_machine_is_not_taken_for_the_one_that_was_baked(
+    layout: Layout, tmp_path: Path
+) -> None:
+    base, target = parse(f"oci:{layout.path}:cold"), parse(f"oci:{layout.path}:warm")
+    facts = {**L4, "torch": f"{STACK}.0"}
+    make_state_for(tmp_path / "first", facts)
+    make_state_for(tmp_path / "again", facts, code=b"other bytes")  # a compiler need not give the same twice
+    make_state_for(tmp_path / "later", facts)
+    rewrite(tmp_path / "later", lambda raw: raw["weights"].update(set_digest="e" * 64))
+    make_state_for(tmp_path / "voice", facts, code=b"with a voice")
+    rewrite(tmp_path / "voice", lambda raw: raw["provenance"]["parameters"].update({"voice:fox": "sha256:1"}))
+
+    def add(name: str) -> Appended | None:
+        with gather([tmp_path / name]) as addition:
+            return _add(base, target, addition, insecure=None, say=print)
+
+    assert add("first") is not None
+    before = layout.read_manifest("warm").digest
+    assert add("first") is None
+    assert add("again") is None
+    for name in ("later", "voice"):
+        with pytest.raises(BadInputError, match="another state for this machine and software") as caught:
+            add(name)
+        assert "name a new target" in caught.value.next_step
+    assert layout.read_manifest("warm").digest == before
+
+
 def test_nodes_that_add_to_one_image_at_once_all_end_in_it(layout: Layout, tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from chatterbox_prewarm import manifest as manifests\n"
         "from chatterbox_prewarm.image.addition import gather\n"
         "from chatterbox_prewarm.image.publish import _add\n"
         "from chatterbox_prewarm.image.references import parse\n"
-        "from chatterbox_prewarm.states import key_of\n"
         "state, base, target = Path(sys.argv[1]), parse(sys.argv[2]), parse(sys.argv[3])\n"
         "with gather([state]) as addition:\n"
-        "    _add(base, target, addition, key_of(manifests.read(state)), insecure=None, say=print)\n"
+        "    _add(base, target, addition, insecure=None, say=print)\n"
     )
     gpus = [f"NVIDIA L{number}" for number in range(4)]
     with contextlib.ExitStack() as stack:
