@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.errors import BadInputError, EngineError
 from chatterbox_prewarm.image.addition import change_for
 from chatterbox_prewarm.image.archive import save_archive
+from chatterbox_prewarm.image.attest import attach_evidence
 from chatterbox_prewarm.image.compose import add_layers, resolve
 from chatterbox_prewarm.image.oci import to_documents
 from chatterbox_prewarm.image.stores import reading, storing
@@ -21,6 +22,7 @@ from chatterbox_prewarm.image.stores import reading, storing
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
+    from pathlib import Path
     from typing import BinaryIO
 
     from chatterbox_prewarm.image.addition import Addition
@@ -53,6 +55,7 @@ def append(
     device: str = "",
     replacing: bool = False,
     expected: str | None = None,
+    evidence: Path | None = None,
     insecure: bool | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> Appended:
@@ -66,6 +69,7 @@ def append(
         device: that a start is to use; by default that of the states, if the base names none.
         replacing: take the tag, or the archive, that is there.
         expected: the digest that the tag must still have when it is taken, or "" if it must not be there.
+        evidence: of a proof of what is added, attached before the tag is set; not to an archive.
         insecure: of both registries, as `Repository` has it.
         say: called with one line for each blob that is sent.
 
@@ -81,7 +85,17 @@ def append(
         if target.kind == "docker-archive":
             return _save(image, source, addition.layers, target, replacing=replacing)
         with storing(target, insecure=insecure) as (store, tag):
-            return send(image, source, addition.layers, store, tag, replacing=replacing, expected=expected, say=say)
+            return send(
+                image,
+                source,
+                addition.layers,
+                store,
+                tag,
+                replacing=replacing,
+                expected=expected,
+                evidence=evidence,
+                say=say,
+            )
 
 
 def _save(
@@ -113,9 +127,10 @@ def send(
     *,
     replacing: bool = False,
     expected: str | None = None,
+    evidence: Path | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> Appended:
-    """Store an image: the blobs that the target lacks, then its documents, and its tag last.
+    """Store an image: the blobs that the target lacks, then its documents, its evidence if any, and its tag last.
 
     Args:
         image: to store.
@@ -125,6 +140,7 @@ def send(
         reference: the tag it gets.
         replacing: take the tag from an image that has it.
         expected: the digest that the tag must still have when it is taken, or "" if it must not be there.
+        evidence: attached to the image while only its digest names it, so that no tag stands for one without.
         say: called with one line for each blob that is sent.
 
     Raises:
@@ -151,6 +167,10 @@ def send(
             put(descriptor, lambda wanted=descriptor: source.open_blob(wanted), f"layer {number} of the base")  # type: ignore[misc]
     put(config, lambda: contextlib.nullcontext(BytesIO(raw)), "the configuration")
     check_tag(target, reference, replacing=replacing, expected=expected)  # minutes may have passed
+    if evidence is not None:
+        target.put_manifest(document, document.digest)
+        attach_evidence(target, document.digest, evidence)
+        check_tag(target, reference, replacing=replacing, expected=expected)
     target.put_manifest(document, reference)
     return Appended(document=document, blobs_sent=len(sent), bytes_sent=sum(sent))
 

@@ -1,7 +1,8 @@
 """Publish: bake, prove and append in one container, on a node that has the GPU and no engine, as in a Kubernetes Job.
 
 The order makes it safe to try again: nothing is named in the registry before the proof has passed, and the tag comes
-last. Several that gather states in one image at a time each begin again when the tag has moved under them.
+last, when the evidence is attached already. Several that gather states in one image at a time each begin again when the
+tag has moved under them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from chatterbox_prewarm.errors import BadInputError, EngineError, FingerprintMis
 from chatterbox_prewarm.fingerprint import read_fingerprint
 from chatterbox_prewarm.image.addition import gather
 from chatterbox_prewarm.image.append import TagMovedError, append
-from chatterbox_prewarm.image.attest import attach_evidence
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import STATES, label_of, read_states
 from chatterbox_prewarm.image.references import parse
@@ -115,12 +115,9 @@ def publish(
     places.evidence.write_text(evidence.to_json(), encoding="utf-8")
     require_passed(evidence, places.evidence)
     with gather([places.warm]) as addition:
-        made = _add(below, result, addition, insecure=insecure, say=say)
+        made = _add(below, result, addition, places.evidence, insecure=insecure, say=say)
     if made is None:
         say(f"{target} has this state already, from an earlier attempt: nothing is sent")
-        return None
-    with storing(result.at(made.document.digest), insecure=insecure) as (store, digest):
-        attach_evidence(store, digest, places.evidence)
     return made
 
 
@@ -134,6 +131,7 @@ def _add(
     base: ImageReference,
     target: ImageReference,
     addition: Addition,
+    evidence: Path,
     *,
     insecure: bool | None,
     say: Callable[[str], None],
@@ -154,7 +152,7 @@ def _add(
             return made
         below = target.at(before) if before else base
         try:
-            made = append(below, target, addition, expected=before, insecure=insecure, say=say)
+            made = append(below, target, addition, expected=before, evidence=evidence, insecure=insecure, say=say)
         except TagMovedError as error:
             say(f"{error.message}; once more")
         time.sleep(_SETTLED)

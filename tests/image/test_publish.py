@@ -7,11 +7,12 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm import manifest as manifests
+from chatterbox_prewarm.errors import BadInputError, IntegrityError
 from chatterbox_prewarm.image.addition import gather
 from chatterbox_prewarm.image.append import TagMovedError, append
 from chatterbox_prewarm.image.compose import resolve
@@ -19,6 +20,7 @@ from chatterbox_prewarm.image.labels import read_states
 from chatterbox_prewarm.image.layout import Layout
 from chatterbox_prewarm.image.publish import _add
 from chatterbox_prewarm.image.references import parse
+from chatterbox_prewarm.prove import default_evidence
 from tests.conftest import run_cli
 from tests.unit.images import make_base
 from tests.unit.states import make_state_for, rewrite
@@ -45,6 +47,14 @@ def write(layout: Layout, folder: Path, bake: str) -> Path:
     image = f'[image]\nbase = "oci:{layout.path}:cold"\ntarget = "oci:{layout.path}:warm"\n'
     matrix.write_text(f'{image}[[bake]]\nlevels = "1"\n{bake}')
     return matrix
+
+
+def evidence_of(warm: Path, **change: Any) -> Path:
+    """Evidence as a proof of the state that passed would write it."""
+    path = default_evidence(warm)
+    found = {"passed": True, "set_digest": manifests.read(warm).set_digest, "checks": [], "observed": {}}
+    path.write_text(json.dumps({**found, **change}))
+    return path
 
 
 def test_a_node_bakes_proves_and_adds_its_state_to_an_image(layout: Layout, tmp_path: Path) -> None:
@@ -101,6 +111,21 @@ def test_a_tag_that_moved_meanwhile_is_not_taken(layout: Layout, tmp_path: Path)
             append(base, target, addition)
 
 
+def test_an_image_has_its_evidence_before_its_tag(layout: Layout, tmp_path: Path) -> None:
+    make_state_for(tmp_path / "l4", {**L4, "torch": f"{STACK}.0"})
+    base, target = parse(f"oci:{layout.path}:cold"), parse(f"oci:{layout.path}:warm")
+    with gather([tmp_path / "l4"]) as addition:
+        other = evidence_of(tmp_path / "l4", set_digest="0" * 64)
+        with pytest.raises(IntegrityError, match="does not have"):
+            _add(base, target, addition, other, insecure=None, say=print)
+        assert not layout.has_manifest("warm"), "what cannot be attached leaves no tag"
+        made = _add(base, target, addition, evidence_of(tmp_path / "l4"), insecure=None, say=print)
+    assert made is not None
+    assert layout.read_manifest("warm").digest == made.document.digest
+    (listed,) = json.loads(layout.read_manifest(made.document.digest.replace(":", "-")).raw)["manifests"]
+    assert json.loads(layout.read_manifest(listed["digest"]).raw)["subject"]["digest"] == made.document.digest
+
+
 def test_another_state_for_the_same_machine_is_not_taken_for_the_one_that_was_baked(
     layout: Layout, tmp_path: Path
 ) -> None:
@@ -115,7 +140,7 @@ def test_another_state_for_the_same_machine_is_not_taken_for_the_one_that_was_ba
 
     def add(name: str) -> Appended | None:
         with gather([tmp_path / name]) as addition:
-            return _add(base, target, addition, insecure=None, say=print)
+            return _add(base, target, addition, evidence_of(tmp_path / name), insecure=None, say=print)
 
     assert add("first") is not None
     before = layout.read_manifest("warm").digest
@@ -135,15 +160,17 @@ def test_nodes_that_add_to_one_image_at_once_all_end_in_it(layout: Layout, tmp_p
         "from chatterbox_prewarm.image.addition import gather\n"
         "from chatterbox_prewarm.image.publish import _add\n"
         "from chatterbox_prewarm.image.references import parse\n"
+        "from chatterbox_prewarm.prove import default_evidence\n"
         "state, base, target = Path(sys.argv[1]), parse(sys.argv[2]), parse(sys.argv[3])\n"
         "with gather([state]) as addition:\n"
-        "    _add(base, target, addition, insecure=None, say=print)\n"
+        "    _add(base, target, addition, default_evidence(state), insecure=None, say=print)\n"
     )
     gpus = [f"NVIDIA L{number}" for number in range(4)]
     with contextlib.ExitStack() as stack:
         processes = []
         for number, gpu in enumerate(gpus):
             make_state_for(tmp_path / str(number), {**L4, "gpu": gpu, "torch": f"{STACK}.0"})
+            evidence_of(tmp_path / str(number))
             command = [sys.executable, "-c", program, str(tmp_path / str(number))]
             command += [f"oci:{layout.path}:cold", f"oci:{layout.path}:warm"]
             processes.append(stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
