@@ -16,7 +16,7 @@ from chatterbox_prewarm.image.addition import change_for
 from chatterbox_prewarm.image.archive import save_archive
 from chatterbox_prewarm.image.attest import attach_evidence
 from chatterbox_prewarm.image.compose import add_layers, resolve
-from chatterbox_prewarm.image.oci import to_documents
+from chatterbox_prewarm.image.oci import INDEXES, to_documents
 from chatterbox_prewarm.image.stores import reading, storing
 
 if TYPE_CHECKING:
@@ -176,22 +176,32 @@ def send(
 
 
 def check_tag(target: Store, reference: str, *, replacing: bool, expected: str | None = None) -> None:
-    """Refuse to take a tag from an image that has it, or that is not the expected one.
+    """Refuse to take a tag from an image that has it, that is not the expected one, or from an index of several.
 
     Raises:
-        BadInputError: the tag exists.
+        BadInputError: the tag exists, or names images for several platforms, of which one would be left.
         TagMovedError: it names another image.
     """
+    if expected is None and not replacing:
+        if target.has_manifest(reference):
+            raise BadInputError(
+                f"there is an image {reference!r} already",
+                next_step="choose another tag, or take that one with --replace",
+            )
+        return
+    document = target.read_manifest(reference) if target.has_manifest(reference) else None
+    if document is not None and document.media_type in INDEXES:
+        raise BadInputError(
+            f"{reference!r} names an index, of images for several platforms, and would name the one that is made here",
+            next_step="choose another tag, and make an index of it and of the other platforms' images: "
+            "docker buildx imagetools create",
+        )
     if expected is not None:
-        found = target.read_manifest(reference).digest if target.has_manifest(reference) else ""
+        found = document.digest if document is not None else ""
         if found != expected:
             raise TagMovedError(
                 f"{reference!r} has moved from {expected or 'nothing'} to {found or 'nothing'}", next_step="try again"
             )
-    elif not replacing and target.has_manifest(reference):
-        raise BadInputError(
-            f"there is an image {reference!r} already", next_step="choose another tag, or take that one with --replace"
-        )
 
 
 def _mounted(source: Readable, target: Store, descriptor: Descriptor) -> bool:

@@ -16,7 +16,7 @@ from chatterbox_prewarm.bake import bake
 from chatterbox_prewarm.errors import BadInputError, EngineError, FingerprintMismatchError
 from chatterbox_prewarm.fingerprint import read_fingerprint
 from chatterbox_prewarm.image.addition import gather
-from chatterbox_prewarm.image.append import TagMovedError, append
+from chatterbox_prewarm.image.append import TagMovedError, append, check_tag
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import STATES, label_of, read_states
 from chatterbox_prewarm.image.references import parse
@@ -93,7 +93,7 @@ def publish(
             f"this node has the GPU {found!r}, and the bake is for {wanted.gpu!r}",
             next_step="run it on such a node: nodeSelector nvidia.com/gpu.product",
         )
-    _check_base(below, insecure=insecure)
+    _check_images(below, result, insecure=insecure)
     places.evidence.unlink(missing_ok=True)  # an older proof must not stand for this one
     say(f"bake: {wanted.variant}, {wanted.gpu or 'CPU'}, {wanted.profile}")
     bake(
@@ -121,10 +121,12 @@ def publish(
     return made
 
 
-def _check_base(base: ImageReference, *, insecure: bool | None) -> None:
-    """Make sure that the base can be read, before minutes of baking."""
+def _check_images(base: ImageReference, target: ImageReference, *, insecure: bool | None) -> None:
+    """Make sure that the base can be read and the target's tag be taken, before minutes of baking."""
     with reading(base, insecure=insecure) as (source, name):
         resolve(source, name)
+    with storing(target, insecure=insecure) as (store, tag):
+        check_tag(store, tag, replacing=True)
 
 
 def _add(

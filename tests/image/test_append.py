@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from chatterbox_prewarm.image.oci import Descriptor, Image
+    from chatterbox_prewarm.image.oci import Descriptor, Image, Store
     from tests.image.registry_server import Registry
 
 LABELS = {"io.chatterbox-prewarm.torch": "torch-2.6", "io.chatterbox-prewarm.variant": "english"}
@@ -70,6 +70,28 @@ def l4(tmp_path: Path) -> Path:
 def read(reference: str) -> Image:
     with storing(parse(reference)) as (store, name):
         return resolve(store, name, platform="linux/amd64")
+
+
+def bases(store: Store, *architectures: str) -> list[dict[str, Any]]:
+    """A base for each architecture, under its name as a tag; as an index lists them."""
+    entries = []
+    for architecture in architectures:
+        make_base(store, architecture, architecture=architecture, Labels=LABELS)
+        document = store.read_manifest(architecture)
+        entries.append(
+            {
+                "mediaType": document.media_type,
+                "digest": document.digest,
+                "size": len(document.raw),
+                "platform": {"os": "linux", "architecture": architecture},
+            }
+        )
+    return entries
+
+
+def put_index(store: Store, tag: str, entries: list[dict[str, Any]]) -> None:
+    raw = dump({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries})
+    store.put_manifest(Document(media_type=OCI_INDEX, raw=raw), tag)
 
 
 @contextlib.contextmanager
@@ -210,27 +232,28 @@ def test_a_signature_of_another_state_is_refused_and_nothing_is_sent(layout: Lay
 
 
 def test_of_an_index_the_image_for_the_states_machine_is_the_base(layout: Layout, h100: Path) -> None:
-    entries = []
-    for architecture in ("amd64", "arm64"):
-        make_base(layout, architecture, architecture=architecture, Labels=LABELS)
-        document = layout.read_manifest(architecture)
-        entries.append(
-            {
-                "mediaType": document.media_type,
-                "digest": document.digest,
-                "size": len(document.raw),
-                "platform": {"os": "linux", "architecture": architecture},
-            }
-        )
+    entries = bases(layout, "amd64", "arm64")
     for name, listed in (("both", entries), ("arm", entries[1:])):
-        raw = dump({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": listed})
-        layout.put_manifest(Document(media_type=OCI_INDEX, raw=raw), name)
+        put_index(layout, name, listed)
     to = ("--to", f"oci:{layout.path}:warm", "--warm", h100)
     assert run_cli("append", "--base", f"oci:{layout.path}:both", *to).returncode == 0
     assert read(f"oci:{layout.path}:warm").platform == "linux/amd64"
     refused = run_cli("append", "--base", f"oci:{layout.path}:arm", *to, "--replace")
     assert refused.returncode == 14
     assert "only for: linux/arm64" in refused.stderr
+
+
+def test_an_index_is_not_replaced_by_the_image_for_one_platform(layout: Layout, registry: Registry, h100: Path) -> None:
+    with storing(parse(f"{registry.address}/speech:both")) as (store, name):
+        put_index(store, name, bases(store, "amd64", "arm64"))
+        before = store.read_manifest(name)
+        target = ("--to", f"{registry.address}/speech:both", "--warm", h100, "--replace")
+        for base in (f"oci:{layout.path}:base", f"{registry.address}/speech:both"):
+            refused = run_cli("append", "--base", base, *target)
+            assert refused.returncode == 16, refused.stderr
+            assert "an index, of images for several platforms" in refused.stderr
+            assert "choose another tag" in refused.stderr
+        assert store.read_manifest(name) == before
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from chatterbox_prewarm.image.append import TagMovedError, append
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import read_states
 from chatterbox_prewarm.image.layout import Layout
+from chatterbox_prewarm.image.oci import OCI_INDEX, Document, dump
 from chatterbox_prewarm.image.publish import _add
 from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.prove import default_evidence
@@ -93,6 +94,16 @@ def test_a_base_that_cannot_be_read_is_said_before_the_bake(layout: Layout, tmp_
     matrix.write_text(matrix.read_text().replace(":cold", ":none"))
     refused = run_cli("publish", "--matrix", matrix, "--index", "0", "--warm", tmp_path / "warm")
     assert refused.returncode == 14
+    assert not (tmp_path / "warm").exists()
+
+
+def test_a_target_of_several_platforms_is_refused_before_the_bake(layout: Layout, tmp_path: Path) -> None:
+    index = dump({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []})
+    layout.put_manifest(Document(media_type=OCI_INDEX, raw=index), "warm")
+    matrix = write(layout, tmp_path, 'profiles = ["eager"]')
+    refused = run_cli("publish", "--matrix", matrix, "--index", "0", "--warm", tmp_path / "warm")
+    assert refused.returncode == 16, refused.stderr
+    assert "an index, of images for several platforms" in refused.stderr
     assert not (tmp_path / "warm").exists()
 
 
