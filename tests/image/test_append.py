@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from chatterbox_prewarm.image.attest import EVIDENCE_TYPE
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import read_states
 from chatterbox_prewarm.image.layout import Layout
-from chatterbox_prewarm.image.oci import OCI_INDEX, Document, dump
+from chatterbox_prewarm.image.oci import OCI_INDEX, Document, digest_of, dump
 from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.image.stores import storing
 from chatterbox_prewarm.models import ENGLISH
@@ -151,6 +152,23 @@ def test_an_archive_is_loaded_by_an_engine(docker: str, layout: Layout, h100: Pa
     assert refused.returncode == 16
     assert "exists" in refused.stderr
     assert run_cli("append", *arguments, "--replace").returncode == 0
+
+
+def test_an_archive_is_a_base_as_well(layout: Layout, h100: Path, l4: Path, tmp_path: Path) -> None:
+    archive = f"docker-archive:{tmp_path / 'image.tar'}:speech:1"
+    made = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", archive, "--warm", h100)
+    assert made.returncode == 0, made.stderr
+    target = f"oci:{tmp_path / 'new'}:warm"
+    made = run_cli("append", "--base", archive, "--to", target, "--warm", l4)
+    assert made.returncode == 0, made.stderr
+    image = read(target)
+    assert len(read_states(image.labels)) == 2
+    direct = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", f"oci:{layout.path}:warm", "--warm", h100)
+    assert direct.returncode == 0, direct.stderr
+    assert [one.digest for one in image.layers[:-1]] == [one.digest for one in read(f"oci:{layout.path}:warm").layers]
+    for descriptor, diff_id in zip(image.layers[1:], image.diff_ids[1:], strict=True):
+        with Layout(tmp_path / "new").open_blob(descriptor) as stream:
+            assert digest_of(gzip.decompress(stream.read())) == diff_id
 
 
 def test_a_gpu_type_is_added_to_a_published_image_and_only_that_is_sent(
