@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -144,21 +145,45 @@ def _of_matrix(context: click.Context, path: Path, template: Request) -> Sequenc
 @click.option("--weights", type=PATH, help="A checkpoint that is to go along.")
 @click.option("--platform", default="", help="Of the base, as linux/amd64; that of the states by default.")
 @click.option("--device", default="", help="That a start uses; that of the base, or of the states, by default.")
+@click.option(
+    "--entrypoint", metavar="WORDS", help="In place of the base's, quoted as for a shell; takes its command away."
+)
+@click.option("--cmd", "command", metavar="WORDS", help="In place of the base's command, quoted as for a shell.")
+@click.option("--env", "variables", multiple=True, metavar="NAME=VALUE", help="A variable of it; repeatable.")
+@click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="A label of it; repeatable.")
 @insecure_option
 @click.option("--replace", "replacing", is_flag=True, help="Take the tag from an image that has it.")
-def append(*, base: str, target: str, states: tuple[Path, ...], weights: Path | None, **settings: Any) -> None:
+def append(
+    *,
+    base: str,
+    target: str,
+    states: tuple[Path, ...],
+    weights: Path | None,
+    entrypoint: str | None,
+    command: str | None,
+    variables: tuple[str, ...],
+    labels: tuple[str, ...],
+    **more: Any,
+) -> None:
     """Add warm states to an image, without an engine: what the target lacks is sent, and its tag comes last.
 
     IMAGE is HOST/NAME:TAG in a registry, oci:PATH:TAG for a layout, docker-archive:PATH:NAME:TAG for a file.
     """
     from chatterbox_prewarm.image.addition import gather
     from chatterbox_prewarm.image.append import append as append_image
+    from chatterbox_prewarm.image.compose import Change
     from chatterbox_prewarm.image.references import parse
 
     below, result = parse(base), parse(target)
+    settings = Change(
+        labels=dict(_parse_pair("--label", text) for text in labels),
+        environment=dict(_parse_pair("--env", text) for text in variables),
+        entrypoint=_parse_words("--entrypoint", entrypoint),
+        command=_parse_words("--cmd", command),
+    )
     _end_as_interrupted()
     with gather(states, weights) as addition:
-        made = append_image(below, result, addition, say=say, **settings)
+        made = append_image(below, result, addition, settings=settings, say=say, **more)
     click.echo(f"{result}: {made.blobs_sent} blobs sent, {made.bytes_sent / 1e6:.1f} MB")
     click.echo(f"digest {made.document.digest}")
 
@@ -243,7 +268,19 @@ def _end_as_interrupted() -> None:
 
 
 def _parse_argument(text: str) -> tuple[str, str]:
+    return _parse_pair("--build-arg", text)
+
+
+def _parse_pair(option: str, text: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator or not name:
-        raise BadInputError(f"--build-arg {text!r} has no value", next_step="write --build-arg NAME=VALUE")
+        raise BadInputError(f"{option} {text!r} has no value", next_step=f"write {option} NAME=VALUE")
     return name, value
+
+
+def _parse_words(option: str, text: str | None) -> list[str] | None:
+    """The words of a command, as a shell tells them apart; none of an empty text."""
+    try:
+        return None if text is None else shlex.split(text)
+    except ValueError as error:
+        raise BadInputError(f"{option} {text!r} is no command: {error}", next_step="close its quotes") from error

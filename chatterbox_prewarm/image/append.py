@@ -15,7 +15,8 @@ from chatterbox_prewarm.errors import BadInputError, EngineError
 from chatterbox_prewarm.image.addition import change_for
 from chatterbox_prewarm.image.archive import save_archive
 from chatterbox_prewarm.image.attest import attach_evidence
-from chatterbox_prewarm.image.compose import add_layers, resolve
+from chatterbox_prewarm.image.compose import NO_CHANGE, add_layers, resolve
+from chatterbox_prewarm.image.labels import PREFIX
 from chatterbox_prewarm.image.oci import INDEXES, to_documents
 from chatterbox_prewarm.image.stores import reading, storing
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from chatterbox_prewarm.image.addition import Addition
+    from chatterbox_prewarm.image.compose import Change
     from chatterbox_prewarm.image.layer import Layer
     from chatterbox_prewarm.image.oci import Descriptor, Document, Image, Readable, Store
     from chatterbox_prewarm.image.references import ImageReference
@@ -53,6 +55,7 @@ def append(
     *,
     platform: str = "",
     device: str = "",
+    settings: Change = NO_CHANGE,
     replacing: bool = False,
     expected: str | None = None,
     evidence: Path | None = None,
@@ -67,6 +70,7 @@ def append(
         addition: what is added.
         platform: of the base, where there are several; by default that of the states.
         device: that a start is to use; by default that of the states, if the base names none.
+        settings: of the result, beside and before what the addition makes of them.
         replacing: take the tag, or the archive, that is there.
         expected: the digest that the tag must still have when it is taken, or "" if it must not be there.
         evidence: of a proof of what is added, attached before the tag is set; not to an archive.
@@ -74,13 +78,17 @@ def append(
         say: called with one line for each blob that is sent.
 
     Raises:
-        BadInputError: the base is not fit for it, or the tag exists.
+        BadInputError: the base is not fit for it, the tag exists, or a setting is of a label that is not for users.
         EngineError: the base cannot be read, or the target not be written; what the tag named is as it was.
     """
+    if told := sorted(name for name in settings.labels if name.startswith(PREFIX)):
+        raise BadInputError(
+            f"the label {told[0]} says what is in the image, and is not to be set", next_step="choose another name"
+        )
     with reading(base, insecure=insecure) as (source, name):
         found = resolve(source, name, platform=platform or addition.platform)
         digest = "" if base.kind == "docker-archive" else source.read_manifest(name).digest
-        change = change_for(found, addition, name=str(base), digest=digest, device=device)
+        change = change_for(found, addition, name=str(base), digest=digest, device=device).overlaid(settings)
         image = add_layers(found, addition.layers, change, created=addition.created)
         if target.kind == "docker-archive":
             return _save(image, source, addition.layers, target, replacing=replacing)

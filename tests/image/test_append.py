@@ -296,6 +296,38 @@ def test_a_base_that_a_start_could_not_use_is_refused(
     assert not layout.has_manifest("warm")
 
 
+def test_entrypoint_command_environment_and_labels_are_set(layout: Layout, h100: Path) -> None:
+    target = f"oci:{layout.path}:warm"
+    arguments = ("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
+    words = ("--entrypoint", "python -m 'my server'", "--cmd", "serve --port 80", "--env", "A=2=3", "--env", "EMPTY=")
+    labels = ("--label", "own=1", "--label", "org.opencontainers.image.title=speech")
+    made = run_cli(*arguments, *words, *labels)
+    assert made.returncode == 0, made.stderr
+    settings = read(target).config["config"]
+    assert (settings["Entrypoint"], settings["Cmd"]) == (["python", "-m", "my server"], ["serve", "--port", "80"])
+    assert settings["Env"] == ["PATH=/bin", "A=2=3", "CHATTERBOX_PREWARM_DEVICE=cuda", "EMPTY="]
+    assert settings["Labels"]["own"] == "1"
+    assert settings["Labels"]["org.opencontainers.image.title"] == "speech"
+    assert len(read_states(settings["Labels"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--label", "own"), "--label 'own' has no value"),
+        (("--env", "=1"), "--env '=1' has no value"),
+        (("--entrypoint", "python 'open"), "is no command: No closing quotation"),
+        (("--label", "io.chatterbox-prewarm.gpu=NVIDIA L4"), "says what is in the image"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(arguments: tuple[str, ...], word: str, layout: Layout, h100: Path) -> None:
+    to = ("--to", f"oci:{layout.path}:warm", "--warm", h100)
+    refused = run_cli("append", "--base", f"oci:{layout.path}:base", *to, *arguments)
+    assert refused.returncode == 16, refused.stderr
+    assert word in refused.stderr
+    assert not layout.has_manifest("warm")
+
+
 def test_a_broken_state_and_a_missing_base_send_nothing(layout: Layout, registry: Registry, h100: Path) -> None:
     target = f"{registry.address}/speech:warm"
     missing = run_cli("append", "--base", f"oci:{layout.path}:none", "--to", target, "--warm", h100)
