@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -365,6 +366,24 @@ def test_a_node_is_judged_by_an_images_labels(layout: Layout, registry: Registry
         assert word in judged.stdout
     refused = run_cli("verify", "--host-facts", node)
     assert refused.returncode == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "name"),
+    [
+        (("--key", "public.pem"), {}, "--key"),
+        (("--signature", "warm.sig"), {}, "--signature"),
+        (("--expect-digest", f"sha256:{'0' * 64}"), {}, "--expect-digest"),
+        ((), {"CHATTERBOX_PREWARM_KEY": "public.pem"}, "--key"),
+    ],
+)
+def test_labels_are_not_what_a_key_vouches_for(
+    arguments: tuple[str, ...], env: dict[str, str], name: str, layout: Layout
+) -> None:
+    refused = run_cli("verify", "--image", f"oci:{layout.path}:base", *arguments, env={**os.environ, **env})
+    assert refused.returncode == 16, refused.stderr
+    assert f"{name} is checked against a state's manifest" in refused.stderr
+    assert "next:" in refused.stderr
 
 
 def test_evidence_is_attached_to_the_image_that_it_is_of(
