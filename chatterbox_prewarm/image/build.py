@@ -34,7 +34,7 @@ from chatterbox_prewarm.image.request import (
 )
 from chatterbox_prewarm.places import WARM
 from chatterbox_prewarm.prove import require_passed
-from chatterbox_prewarm.provenance import VARIABLES
+from chatterbox_prewarm.provenance import ARGUMENTS, told
 from chatterbox_prewarm.signing import check_signed, default_signature
 from chatterbox_prewarm.staging import exclusive, put_in_place, seal, staging_folder
 
@@ -166,7 +166,7 @@ def _baked(request: Request, engine: Engine, image: str, staging: Path) -> Path:
         device=recipe.device,
         isolated=False,
         files={place: request.voices[name] for name, place in places.items()},
-        environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
+        environment={ARGUMENTS[name]: value for name, value in told(request.arguments, os.environ).items()},
         export=(PurePosixPath(WARM), staging),
         follow=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.errors import BadInputError, EngineError, PrewarmError
 from chatterbox_prewarm.image.dockerfile import for_classic
+from chatterbox_prewarm.provenance import check_base_image, told
 from chatterbox_prewarm.text import check_voice_name
 
 if TYPE_CHECKING:
@@ -116,6 +118,7 @@ def check(request: Request, engine: Engine) -> None:
         check_voice_name(name)
         if not clip.is_file():
             raise BadInputError(f"there is no clip {clip}", next_step="name an audio file: --voice NAME=PATH")
+    check_base_image(told(request.arguments, os.environ).get("BASE_DIGEST", ""))
     check_tag(request, engine)
     _check_route(request, engine)
     if request.classic:
@@ -250,6 +253,7 @@ def arguments_of(request: Request, stage: str, tag: str) -> list[str]:
             "PROFILE": request.profile,
             "T3_DTYPE": request.t3_dtype,
             "LEVELS": request.levels,
+            **told(request.arguments, os.environ),
         }
     return [
         f"--network={request.network}",

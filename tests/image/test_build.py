@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.bench.image import copy_context
 from chatterbox_prewarm.image.labels import read_states
 from chatterbox_prewarm.signing import sign
@@ -31,6 +32,7 @@ TAG = "chatterbox-prewarm-test:built"
 ARGUMENTS = [
     *("--network", "host", "--profile", "eager", "--levels", "1"),
     *("--build-arg", "WEIGHTS=synthetic", "--build-arg", "SIZE=mini"),
+    *("--build-arg", f"SOURCE_REVISION={'a' * 40}", "--build-arg", "BUILDER=a test"),
     *(("--secret", f"id=ca,src={os.environ['SSL_CERT_FILE']}") if os.environ.get("SSL_CERT_FILE") else ()),
 ]
 
@@ -110,6 +112,12 @@ def test_an_image_is_baked_in_a_container_proven_and_tagged(
     assert config["Entrypoint"] == ["python", "-m", "chatterbox_prewarm"]
     _layers_of_state(docker, TAG, built.stdout)
     assert _left_behind(docker) == []
+
+
+def test_the_state_knows_what_the_build_was_told(built: subprocess.CompletedProcess[str], place: Path) -> None:
+    assert built.returncode == 0
+    provenance = manifests.read(place / "warm").provenance
+    assert (provenance.revision, provenance.builder) == ("a" * 40, "a test")
 
 
 def test_a_code_change_takes_the_state_that_is_kept(
@@ -247,6 +255,7 @@ def test_a_dry_run_shows_the_plan_and_makes_nothing(docker: str, context: Path, 
         (["--route", "no-gpu"], 16, "for an image for a GPU"),
         (["--voice", "fox=/nowhere/fox.wav"], 16, "there is no clip"),
         (["--build-arg", "WEIGHTS"], 16, "has no value"),
+        (["--build-arg", "BASE_DIGEST=debian:12"], 16, "is no digest of an image"),
         (["--checkout", "/nowhere"], 16, "has no Dockerfile"),
     ],
 )
