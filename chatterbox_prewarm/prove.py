@@ -218,8 +218,20 @@ def counter_checks(observed: dict[str, Any], *, left_out: frozenset[str] = froze
     return checks
 
 
-def require_passed(evidence: Evidence) -> None:
+def default_evidence(warm: Path) -> Path:
+    """Where the evidence of a state lies unless another place is given: beside it, since it holds nothing unlisted."""
+    return warm.with_name(f"{warm.name}.evidence.json")
+
+
+def require_passed(
+    evidence: Evidence, written: Path | str = "", *, again: str = "bake it again on this kind of machine"
+) -> None:
     """Raise when a check failed.
+
+    Args:
+        evidence: of a proof.
+        written: where all of it can be read, if anywhere.
+        again: what to do about a failure.
 
     Raises:
         NotWarmError: naming every failed check and what was seen.
@@ -228,7 +240,7 @@ def require_passed(evidence: Evidence) -> None:
     if failed or not (evidence.passed and evidence.checks):
         raise NotWarmError(
             f"the state is not warm: {'; '.join(failed) or 'nothing was checked'}",
-            next_step="bake it again on this kind of machine; the evidence file has every detail",
+            next_step=f"{again}; {written or 'a file that is named with `prove --evidence`'} has every detail",
         )
 
 

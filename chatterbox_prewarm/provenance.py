@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 REVISION = "CHATTERBOX_PREWARM_REVISION"
 BASE_DIGEST = "CHATTERBOX_PREWARM_BASE_DIGEST"
 BUILDER = "CHATTERBOX_PREWARM_BUILDER"
-VARIABLES = (REVISION, BASE_DIGEST, BUILDER)
+#: The Dockerfile's build arguments of the same, and the variables that its step sets from them.
+ARGUMENTS = {"SOURCE_REVISION": REVISION, "BASE_DIGEST": BASE_DIGEST, "BUILDER": BUILDER}
 
 _DIGEST = re.compile(r"(?:\S+@)?sha256:[0-9a-f]{64}")
 
@@ -46,13 +47,29 @@ def read_provenance(parameters: Mapping[str, str]) -> Provenance:
     )
 
 
-def check_base_image() -> str:
+def told(arguments: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
+    """What a builder tells of the provenance, as the Dockerfile's build arguments.
+
+    Args:
+        arguments: build arguments that are given, which count more. A `BASE` that is named by its digest tells it.
+        environment: of the builder, whose variables are those of a bake.
+    """
+    pinned = {"BASE_DIGEST": arguments["BASE"]} if _DIGEST.fullmatch(arguments.get("BASE", "")) else {}
+    variables = {name: environment[variable] for name, variable in ARGUMENTS.items() if environment.get(variable)}
+    given = {name: arguments[name] for name in ARGUMENTS if arguments.get(name)}
+    return {**pinned, **variables, **given}
+
+
+def check_base_image(told: str | None = None) -> str:
     """The base image as the builder named it, by its digest; a bake asks before its minutes of work.
+
+    Args:
+        told: what the builder said, where it is not in this process's environment.
 
     Raises:
         BadInputError: it is named by a tag, which moves.
     """
-    found = os.environ.get(BASE_DIGEST)
+    found = os.environ.get(BASE_DIGEST) if told is None else told
     if found and not _DIGEST.fullmatch(found):
         raise BadInputError(
             f"{BASE_DIGEST} is {found!r}, which is no digest of an image",

@@ -15,6 +15,7 @@ import base64
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _SIGN = "sign the state with `chatterbox-prewarm sign`, or give the signature's place with --signature"
+_STALE = "sign the state as it is now with `chatterbox-prewarm sign`, or remove {}"
 _NOT_TRUSTED = "take the state from where it was signed, or sign it if you vouch for it"
 
 
@@ -142,8 +144,28 @@ def verify_signature(warm: Path, signature: Path, public_key: Path) -> None:
     _verify(warm, signature, read_public_key(public_key))
 
 
+def check_signed(warm: Path, signature: Path) -> None:
+    """Check that a signature says it is of this state, whoever made it: without a key nothing tells whether that is so.
+
+    For whoever hands a state on together with its signature, and would hand on an old one.
+
+    Raises:
+        IntegrityError: it is broken, or of another state.
+    """
+    _compare(warm, signature, _read_bundle(signature).payload, next_step=_STALE.format(signature))
+
+
 def _verify(warm: Path, signature: Path, key: EllipticCurvePublicKey) -> None:
-    signed = _signed_files(_open(signature, key), signature)
+    _compare(warm, signature, _open(signature, key), next_step=_NOT_TRUSTED)
+
+
+def _compare(warm: Path, signature: Path, payload: bytes, *, next_step: str) -> None:
+    """Whether what was signed is this state's manifest.
+
+    Raises:
+        IntegrityError: it is another one.
+    """
+    signed = _signed_files(payload, signature)
     found = manifests.file_digest(warm)
     if signed.get(MANIFEST_NAME) == found:
         return
@@ -154,7 +176,7 @@ def _verify(warm: Path, signature: Path, key: EllipticCurvePublicKey) -> None:
         f"the signature {signature} is of another manifest than {warm / MANIFEST_NAME}: signed was one with sha256 "
         f"{signed.get(MANIFEST_NAME, 'none')} and set digest {theirs}, found is one with sha256 {found} and "
         f"set digest {_set_digest(warm)}",
-        next_step=_NOT_TRUSTED,
+        next_step=next_step,
     )
 
 
@@ -164,6 +186,39 @@ def _set_digest(warm: Path) -> str:
         return manifests.read(warm).set_digest
     except IntegrityError:
         return "unknown, since it cannot be read"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bundle:
+    """What a bundle holds: the envelope's content, the signature over it, and of which key it says that it is."""
+
+    payload: bytes
+    raw: bytes
+    hint: str | None
+
+
+def _read_bundle(signature: Path) -> _Bundle:
+    """Read a bundle; nothing of it is verified.
+
+    Raises:
+        IntegrityError: there is none, or it is no bundle.
+    """
+    try:
+        bundle = json.loads(signature.read_bytes())
+        envelope = bundle["dsseEnvelope"]
+        kind, payload = envelope["payloadType"], base64.b64decode(envelope["payload"], validate=True)
+        (only,) = envelope["signatures"]
+        raw = base64.b64decode(only["sig"], validate=True)
+        hint = bundle["verificationMaterial"]["publicKey"].get("hint")
+        if kind != _PAYLOAD_TYPE:
+            raise ValueError(f"its content is {kind!r}")  # noqa: TRY301 - one way out
+        return _Bundle(payload=payload, raw=raw, hint=hint)
+    except FileNotFoundError as error:
+        raise IntegrityError(f"there is no signature {signature}", next_step=_SIGN) from error
+    except OSError as error:
+        raise IntegrityError(f"the signature {signature} cannot be read: {error.strerror}", next_step=_SIGN) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IntegrityError(f"{signature} is no signature of a warm state: {error!r}", next_step=_SIGN) from error
 
 
 def _open(signature: Path, key: EllipticCurvePublicKey) -> bytes:
@@ -176,32 +231,19 @@ def _open(signature: Path, key: EllipticCurvePublicKey) -> bytes:
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
 
-    try:
-        bundle = json.loads(signature.read_bytes())
-        envelope = bundle["dsseEnvelope"]
-        kind, payload = envelope["payloadType"], base64.b64decode(envelope["payload"], validate=True)
-        (only,) = envelope["signatures"]
-        raw = base64.b64decode(only["sig"], validate=True)
-        hint = bundle["verificationMaterial"]["publicKey"].get("hint")
-        if kind != _PAYLOAD_TYPE:
-            raise ValueError(f"its content is {kind!r}")  # noqa: TRY301 - one way out
-    except FileNotFoundError as error:
-        raise IntegrityError(f"there is no signature {signature}", next_step=_SIGN) from error
-    except OSError as error:
-        raise IntegrityError(f"the signature {signature} cannot be read: {error.strerror}", next_step=_SIGN) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise IntegrityError(f"{signature} is no signature of a warm state: {error!r}", next_step=_SIGN) from error
+    bundle = _read_bundle(signature)
+    kind, payload = _PAYLOAD_TYPE.encode(), bundle.payload
     try:
         key.verify(
-            raw,
-            b"DSSEv1 %d %b %d %b" % (len(kind), kind.encode(), len(payload), payload),
+            bundle.raw,
+            b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload),
             ECDSA(getattr(hashes, CURVES[key.curve.name])()),
         )
     except InvalidSignature:
-        if hint == (ours := key_hint(key)):
+        if bundle.hint == (ours := key_hint(key)):
             why = "it is of this key, but it or what it signs was changed"
         else:
-            why = f"it says that it was made with the key {hint}, and yours is {ours}"
+            why = f"it says that it was made with the key {bundle.hint}, and yours is {ours}"
         raise IntegrityError(f"the signature {signature} is not valid: {why}", next_step=_NOT_TRUSTED) from None
     return payload
 

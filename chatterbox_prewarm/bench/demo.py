@@ -43,10 +43,11 @@ def demo(work: Path, dist: Path) -> None:
     click.echo(f"    {layer.size / 1e6:.1f} MB, sha256:{layer.digest}")
     _say("4/5 prove: a fresh process, another user, no network, a read-only state")
     evidence = prove(warm, weights)
-    (dist / "evidence.json").write_text(evidence.to_json(), encoding="utf-8")
+    written = dist / "evidence.json"
+    written.write_text(evidence.to_json(), encoding="utf-8")
     for check in evidence.checks:
         click.echo(f"    {'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}")
-    require_passed(evidence)
+    require_passed(evidence, written)
     _say("5/5 start: upstream as it is, ours cold, ours warm; each serves a sentence")
     report = benchmark_warmup_effectiveness(
         weights, warm, rounds=1, say=lambda line: click.echo(f"    {line}"), hello=dist / "hello.wav"

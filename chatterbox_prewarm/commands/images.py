@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -20,7 +21,6 @@ from chatterbox_prewarm.commands.options import (
     parse_voice,
     say,
     weights_option,
-    write_result,
 )
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.image.dockerfile import VARIANTS
@@ -66,8 +66,13 @@ _NOT_WITH_A_MATRIX = {"device", "profile", "t3_dtype", "levels", "voices", "evid
 @click.option("--secret", "secrets", multiple=True, metavar="SPEC", help="As docker build has it; repeatable.")
 @click.option("--network", default="default", show_default=True, help="Of the build, as docker build has it.")
 @option("--engine", "engine_name", default="docker", type=click.Choice(ENGINES), help="What builds and runs.")
-@click.option("--evidence", type=PATH, help="Write the evidence of the proof to this JSON file.")
+@click.option(
+    "--evidence", type=PATH, help="Where that of the proof goes, passed or not; by default WARM.evidence.json."
+)
 @click.option("--replace", "replacing", is_flag=True, help="Take the name from an image that has it.")
+@click.option(
+    "--rebake", is_flag=True, help="Bake, even if the state that is kept was made by the same recipe and fits."
+)
 @click.option("--dry-run", is_flag=True, help="Check what the engine can do, show the plan, and do nothing.")
 @click.pass_context
 def build(
@@ -87,10 +92,8 @@ def build(
     from chatterbox_prewarm.image import build as building
     from chatterbox_prewarm.image.engine import connect
     from chatterbox_prewarm.image.request import Request, check, plan, routes
+    from chatterbox_prewarm.prove import default_evidence
 
-    if evidence is not None:
-        check_place(evidence)
-        evidence.unlink(missing_ok=True)  # an older proof must not stand for this one
     request = Request(
         **{
             **fields,
@@ -107,16 +110,17 @@ def build(
             click.echo("\n".join(routes(requests[0], engine)))
         for one in requests:  # before anything slow
             check(one, engine)
-        for one in requests:
-            if dry_run:
+        if dry_run:
+            for one in requests:
                 click.echo("\n".join(plan(one, engine)))
-                continue
-            built = building.build(one, engine, say=say)
-            place = evidence if matrix is None else one.warm.with_name(f"{one.warm.name}.evidence.json")
-            if place is not None:
-                write_result(place, built.evidence.to_json())
+            return
+        places = [evidence or default_evidence(one.warm) for one in requests]
+        for place in places:
+            check_place(place)
+        for one, place in zip(requests, places, strict=True):
+            built = building.build(one, engine, place, say=say)
             click.echo(f"warm layer: {built.layer.size / 1e6:.1f} MB, diff id sha256:{built.layer.diff_id}")
-            click.echo(f"{one.tag}: proven, {len(built.evidence.checks)} checks passed")
+            click.echo(f"{one.tag}: proven, {len(built.evidence.checks)} checks passed, evidence {place}")
 
 
 def _of_matrix(context: click.Context, path: Path, template: Request) -> Sequence[Request]:
@@ -141,21 +145,45 @@ def _of_matrix(context: click.Context, path: Path, template: Request) -> Sequenc
 @click.option("--weights", type=PATH, help="A checkpoint that is to go along.")
 @click.option("--platform", default="", help="Of the base, as linux/amd64; that of the states by default.")
 @click.option("--device", default="", help="That a start uses; that of the base, or of the states, by default.")
+@click.option(
+    "--entrypoint", metavar="WORDS", help="In place of the base's, quoted as for a shell; takes its command away."
+)
+@click.option("--cmd", "command", metavar="WORDS", help="In place of the base's command, quoted as for a shell.")
+@click.option("--env", "variables", multiple=True, metavar="NAME=VALUE", help="A variable of it; repeatable.")
+@click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="A label of it; repeatable.")
 @insecure_option
 @click.option("--replace", "replacing", is_flag=True, help="Take the tag from an image that has it.")
-def append(*, base: str, target: str, states: tuple[Path, ...], weights: Path | None, **settings: Any) -> None:
+def append(
+    *,
+    base: str,
+    target: str,
+    states: tuple[Path, ...],
+    weights: Path | None,
+    entrypoint: str | None,
+    command: str | None,
+    variables: tuple[str, ...],
+    labels: tuple[str, ...],
+    **more: Any,
+) -> None:
     """Add warm states to an image, without an engine: what the target lacks is sent, and its tag comes last.
 
     IMAGE is HOST/NAME:TAG in a registry, oci:PATH:TAG for a layout, docker-archive:PATH:NAME:TAG for a file.
     """
     from chatterbox_prewarm.image.addition import gather
     from chatterbox_prewarm.image.append import append as append_image
+    from chatterbox_prewarm.image.compose import Change
     from chatterbox_prewarm.image.references import parse
 
     below, result = parse(base), parse(target)
+    settings = Change(
+        labels=dict(_parse_pair("--label", text) for text in labels),
+        environment=dict(_parse_pair("--env", text) for text in variables),
+        entrypoint=_parse_words("--entrypoint", entrypoint),
+        command=_parse_words("--cmd", command),
+    )
     _end_as_interrupted()
     with gather(states, weights) as addition:
-        made = append_image(below, result, addition, say=say, **settings)
+        made = append_image(below, result, addition, settings=settings, say=say, **more)
     click.echo(f"{result}: {made.blobs_sent} blobs sent, {made.bytes_sent / 1e6:.1f} MB")
     click.echo(f"digest {made.document.digest}")
 
@@ -224,11 +252,10 @@ def publish(
             f"{matrix} has {len(found.bakes)} bakes, and --index is {index}", next_step="see publish --list"
         )
     from chatterbox_prewarm.image import publish as publishing
+    from chatterbox_prewarm.prove import default_evidence
 
     _end_as_interrupted()
-    places = publishing.Places(
-        weights=weights, warm=warm, cache=cache, evidence=warm.with_name(f"{warm.name}.evidence.json")
-    )
+    places = publishing.Places(weights=weights, warm=warm, cache=cache, evidence=default_evidence(warm))
     made = publishing.publish(found.bakes[index], found.base, found.target, places, insecure=insecure, say=say)
     if made is not None:
         click.echo(f"{found.target}: {made.blobs_sent} blobs sent, {made.bytes_sent / 1e6:.1f} MB")
@@ -241,7 +268,19 @@ def _end_as_interrupted() -> None:
 
 
 def _parse_argument(text: str) -> tuple[str, str]:
+    return _parse_pair("--build-arg", text)
+
+
+def _parse_pair(option: str, text: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator or not name:
-        raise BadInputError(f"--build-arg {text!r} has no value", next_step="write --build-arg NAME=VALUE")
+        raise BadInputError(f"{option} {text!r} has no value", next_step=f"write {option} NAME=VALUE")
     return name, value
+
+
+def _parse_words(option: str, text: str | None) -> list[str] | None:
+    """The words of a command, as a shell tells them apart; none of an empty text."""
+    try:
+        return None if text is None else shlex.split(text)
+    except ValueError as error:
+        raise BadInputError(f"{option} {text!r} is no command: {error}", next_step="close its quotes") from error

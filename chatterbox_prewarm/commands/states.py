@@ -27,6 +27,7 @@ from chatterbox_prewarm.image.engine import ENGINES
 from chatterbox_prewarm.profiles import T3_DTYPES, default_execution
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from chatterbox_prewarm.prove import Evidence
@@ -157,14 +158,31 @@ def verify(
     """Check every digest of a warm state, and whether each family fits this machine; explains each difference.
 
     Of a folder of several states it checks the one that a start here would take, and says why not the others. With
-    --key or --expect-digest, first that it is the state that you trust.
+    --key or --expect-digest, first that it is the state that you trust; of an image's labels that cannot be told.
     """
     if image is not None:
+        _refuse_trust(places)
         _verify_image(image, host_facts, device, insecure=insecure)
     elif host_facts is not None:
         raise BadInputError("--host-facts is for an image", next_step="add --image IMAGE")
     else:
         _verify_here(device=device, **places)
+
+
+def _refuse_trust(places: Mapping[str, Any]) -> None:
+    """Labels are not signed: whoever asks for a key is not to take their verdict for that of the key.
+
+    Raises:
+        BadInputError: trust was asked for, on the command line or by a variable of the environment.
+    """
+    for name in ("key", "signature", "expect_digest"):
+        if places[name] is not None:
+            given = f"--{name.replace('_', '-')}"
+            raise BadInputError(
+                f"{given} is checked against a state's manifest, and --image reads the labels of an image alone",
+                next_step=f"leave {given} out, or unset CHATTERBOX_PREWARM_{name.upper()}; a start of the image checks "
+                "it, and so does `verify` in a container of it",
+            )
 
 
 def _verify_image(image: str, host_facts: Path | None, device: str | None, *, insecure: bool | None) -> None:
@@ -249,7 +267,7 @@ def prove(
     _write_evidence(found, evidence)
     for check in found.checks:
         click.echo(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}", err=str(evidence) == "-")
-    proving.require_passed(found)
+    proving.require_passed(found, "standard output" if str(evidence) == "-" else evidence or "")
 
 
 def _state_line(name: str, path: Path) -> str:

@@ -13,7 +13,7 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.fingerprint import ABSENT
 from chatterbox_prewarm.fit import device_kind
 from chatterbox_prewarm.image.compose import Change, platform_of
-from chatterbox_prewarm.image.labels import PREFIX, STATES, labels_of, read_states
+from chatterbox_prewarm.image.labels import EVIDENCE, PREFIX, STATES, labels_of, read_states
 from chatterbox_prewarm.image.layer import pack, signature_layer, weight_layers
 from chatterbox_prewarm.signing import default_signature
 from chatterbox_prewarm.states import states_in
@@ -67,7 +67,7 @@ def gather(states: Sequence[Path], weights: Path | None = None) -> Iterator[Addi
         weights: a checkpoint that is to go along.
 
     Raises:
-        IntegrityError: a state is not as its manifest says.
+        IntegrityError: a state is not as its manifest says, or has the signature of another one beside it.
         WeightsError: the weights are not as recorded.
         BadInputError: the states were made with other weights.
     """
@@ -109,7 +109,8 @@ def change_for(base: Image, addition: Addition, *, name: str = "", digest: str =
     kinds = {device_kind(manifest.reference.device) for manifest in addition.manifests}
     named = any(line.startswith(f"{DEVICE}=") for line in (base.config.get("config") or {}).get("Env") or [])
     chosen = device or ("" if named or len(kinds) > 1 else kinds.pop())
-    return Change(labels=labels, environment={DEVICE: chosen} if chosen else {})
+    # What was proven was an image without these states.
+    return Change(labels=labels, dropped=frozenset({EVIDENCE}), environment={DEVICE: chosen} if chosen else {})
 
 
 def check_base(base: Image, addition: Addition) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tarfile
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,6 +17,8 @@ from chatterbox_prewarm.image.oci import (
     MAX_DOCUMENT,
     OCI_CONFIG,
     OCI_LAYER,
+    OCI_LAYER_GZIP,
+    OCI_LAYER_ZSTD,
     OCI_MANIFEST,
     Descriptor,
     Document,
@@ -33,12 +36,17 @@ if TYPE_CHECKING:
     Opened = Callable[[], AbstractContextManager[BinaryIO]]
 
 _CHUNK = 1 << 20
+#: What a compressed layer begins with (RFC 1952, RFC 8878), and its media type; a tar begins with a name.
+_COMPRESSED = {b"\x1f\x8b": OCI_LAYER_GZIP, b"\x28\xb5\x2f\xfd": OCI_LAYER_ZSTD}
+#: The name of a member that says its digest, as in a layout.
+_BLOB = re.compile(r"blobs/sha256/([0-9a-f]{64})")
 
 
 class Archive:
     """The images of an archive, for reading as a `Store` is read.
 
-    An archive names its layers by the digests of their tars, which are their diff ids.
+    An archive of `docker save` has its layers as tars, whose digests are their diff ids. One that `append` wrote has
+    them as they came, most of them compressed, and so has another digest for each; they are handed on as they are.
 
     Args:
         path: of the archive.
@@ -114,10 +122,7 @@ class _Saved:
             tags=tuple(entry.get("RepoTags") or ()),
             config=config,
             names=tuple(entry["Layers"]),
-            layers=tuple(
-                Descriptor(media_type=OCI_LAYER, digest=diff_id, size=_size(tar, name))
-                for diff_id, name in zip(diff_ids, entry["Layers"], strict=True)
-            ),
+            layers=tuple(_layer(tar, name, diff_id) for diff_id, name in zip(diff_ids, entry["Layers"], strict=True)),
         )
 
 
@@ -139,13 +144,29 @@ def _document(tar: tarfile.TarFile, name: str) -> bytes:
     return raw
 
 
-def _size(tar: tarfile.TarFile, name: str) -> int:
-    """Of a layer; `docker save` links one that an image has twice."""
+def _layer(tar: tarfile.TarFile, name: str, diff_id: str) -> Descriptor:
+    """What describes the layer of a member; `docker save` links one that an image has twice.
+
+    A compressed one is read to its end for its digest, unless its name is that: whoever stores it compares them.
+    """
     stream = tar.extractfile(name)  # follows links within the archive
     if stream is None:
         raise LookupError(name)
     with stream:
-        return stream.seek(0, os.SEEK_END)
+        head = stream.read(max(map(len, _COMPRESSED)))
+        size = stream.seek(0, os.SEEK_END)
+        media_type = next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), OCI_LAYER)
+        if media_type == OCI_LAYER:
+            digest = diff_id
+        elif named := _BLOB.fullmatch(name):
+            digest = f"sha256:{named[1]}"
+        else:
+            sha256 = hashlib.sha256()
+            stream.seek(0)
+            while chunk := stream.read(_CHUNK):
+                sha256.update(chunk)
+            digest = f"sha256:{sha256.hexdigest()}"
+    return Descriptor(media_type=media_type, digest=digest, size=size)
 
 
 def write_archive(image: Image, tag: str, blobs: Mapping[str, Opened], target: BinaryIO) -> None:

@@ -21,8 +21,10 @@ from chatterbox_prewarm.errors import FingerprintMismatchError, IntegrityError
 from chatterbox_prewarm.image.addition import change_for, gather
 from chatterbox_prewarm.image.compose import Change, add_layers
 from chatterbox_prewarm.image.engine import Run, prove, run_build
+from chatterbox_prewarm.image.labels import EVIDENCE
 from chatterbox_prewarm.image.request import (
     Recipe,
+    again,
     arguments_of,
     check,
     check_tag,
@@ -32,7 +34,8 @@ from chatterbox_prewarm.image.request import (
 )
 from chatterbox_prewarm.places import WARM
 from chatterbox_prewarm.prove import require_passed
-from chatterbox_prewarm.provenance import VARIABLES
+from chatterbox_prewarm.provenance import ARGUMENTS, told
+from chatterbox_prewarm.signing import check_signed, default_signature
 from chatterbox_prewarm.staging import exclusive, put_in_place, seal, staging_folder
 
 if TYPE_CHECKING:
@@ -46,8 +49,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EVIDENCE = "io.chatterbox-prewarm.evidence"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
@@ -57,7 +58,7 @@ class Built:
     evidence: Evidence
 
 
-def build(request: Request, engine: Engine, *, say: Callable[[str], None] = logger.info) -> Built:
+def build(request: Request, engine: Engine, written: Path, *, say: Callable[[str], None] = logger.info) -> Built:
     """Build an image, prove it, and give it its name.
 
     Whatever ends it, no container, no volume and no half-made image stays; the state of a bake that was finished does.
@@ -65,13 +66,16 @@ def build(request: Request, engine: Engine, *, say: Callable[[str], None] = logg
     Args:
         request: what to build.
         engine: to build with.
+        written: where the evidence of the proof goes, passed or not.
         say: called with one line for each step.
 
     Raises:
+        IntegrityError: the state that is kept has the signature of another one beside it.
         BadInputError, EngineError: as `check`; or a step failed.
         NotWarmError: a container of the image missed; nothing was tagged.
     """
     check(request, engine)
+    written.unlink(missing_ok=True)  # an older proof must not stand for this one
     with contextlib.ExitStack() as stack:
 
         def temporary(stage: str) -> str:
@@ -86,7 +90,8 @@ def build(request: Request, engine: Engine, *, say: Callable[[str], None] = logg
         layer, image = _with_state(request, engine, cold, unproven, temporary, say)
         say("prove, in a container of it")
         evidence = prove(engine, unproven, device="cpu" if request.route == "no-gpu" else request.device)
-        require_passed(evidence)
+        written.write_text(evidence.to_json(), encoding="utf-8")
+        require_passed(evidence, written, again=again(request))
         labels = {EVIDENCE: f"sha256:{hashlib.sha256(evidence.to_json().encode()).hexdigest()}"}
         proven = add_layers(image, [], Change(labels=labels), created=image.config["created"])
         engine.load(unproven, [], proven, temporary("proven"))
@@ -107,8 +112,10 @@ def _with_state(
     warm = request.warm.absolute()
     warm.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(warm):
-        if _made_by(warm) == request.recipe():
+        if not request.rebake and _made_by(warm) == request.recipe():
             say(f"the state of {warm} was made by this recipe")
+            if (signature := default_signature(warm)).is_file():
+                check_signed(warm, signature)  # what is signed is somebody's: neither shipped nor baked over unasked
             try:
                 appended = _append_here(request, engine, cold, unproven)
                 _verify(engine, unproven, request)
@@ -128,10 +135,18 @@ def _with_state(
             manifest = manifests.read(made)
             manifests.check_layout(manifest, made)
             seal(made)
+            _forget_signature(warm, say)
             put_in_place(made, warm)
         text = json.dumps(asdict(request.recipe()), indent=1, sort_keys=True) + "\n"
         _recipe_file(warm).write_text(text, encoding="utf-8")
     return _append_here(request, engine, cold, unproven)
+
+
+def _forget_signature(warm: Path, say: Callable[[str], None]) -> None:
+    """Remove the signature of the state that is replaced: it must not go along with the new one."""
+    if (signature := default_signature(warm)).exists():
+        signature.unlink()
+        say(f"{signature} was of the state before this one, and is removed: sign the new one")
 
 
 def _baked(request: Request, engine: Engine, image: str, staging: Path) -> Path:
@@ -151,7 +166,7 @@ def _baked(request: Request, engine: Engine, image: str, staging: Path) -> Path:
         device=recipe.device,
         isolated=False,
         files={place: request.voices[name] for name, place in places.items()},
-        environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
+        environment={ARGUMENTS[name]: value for name, value in told(request.arguments, os.environ).items()},
         export=(PurePosixPath(WARM), staging),
         follow=True,
     )

@@ -29,12 +29,27 @@ _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm"}
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What becomes of a base's configuration; what is None stays as it is."""
+    """What becomes of a base's configuration; what is None stays as it is. Labels that are dropped are the base's."""
 
     labels: Mapping[str, str] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
     environment: Mapping[str, str] = field(default_factory=dict)
     entrypoint: Sequence[str] | None = None
     command: Sequence[str] | None = None
+
+    def overlaid(self, other: Change) -> Change:
+        """This change with another on top, which wins where both say something."""
+        return Change(
+            labels={**self.labels, **other.labels},
+            dropped=self.dropped | other.dropped,
+            environment={**self.environment, **other.environment},
+            entrypoint=self.entrypoint if other.entrypoint is None else other.entrypoint,
+            command=self.command if other.command is None else other.command,
+        )
+
+
+#: What leaves a base's configuration as it is.
+NO_CHANGE = Change()
 
 
 def platform_of(machine: str) -> str:
@@ -88,7 +103,8 @@ def add_layers(base: Image, layers: Sequence[Layer], change: Change, *, created:
     """
     config = dict(base.config)
     settings: dict[str, Any] = dict(config.get("config") or {})
-    settings["Labels"] = {**base.labels, **change.labels}
+    kept = {name: value for name, value in base.labels.items() if name not in change.dropped}
+    settings["Labels"] = {**kept, **change.labels}
     variables = dict(line.partition("=")[::2] for line in settings.get("Env") or [])
     settings["Env"] = [f"{name}={value}" for name, value in {**variables, **change.environment}.items()]
     if change.entrypoint is not None:

@@ -16,6 +16,7 @@ from chatterbox_prewarm.image.engine import USER, Facts, Run, check_status, pars
 from chatterbox_prewarm.image.oci import OCI_LAYER, Descriptor, Image
 from chatterbox_prewarm.image.transfer import packed, unpack
 from chatterbox_prewarm.places import CACHE
+from chatterbox_prewarm.process import undisturbed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -127,17 +128,20 @@ class DockerEngine:
         """A container that is removed at the end, whatever happens."""
         import docker.errors
 
-        with _failing(f"run {image!r}", "see the engine's log"):
-            try:
-                made = self._client.containers.create(image, list(command), **settings)
-            except docker.errors.ImageNotFound as error:
-                raise EngineError(f"there is no image {image!r}", next_step="build it: make image") from error
-        logger.info("container %s of %s: %s", made.short_id, image, " ".join(command))
+        made: Container | None = None
         try:
+            # The engine makes it, whether anybody waits for the answer, which has the name that it is removed by.
+            with undisturbed(), _failing(f"run {image!r}", "see the engine's log"):
+                try:
+                    made = self._client.containers.create(image, list(command), **settings)
+                except docker.errors.ImageNotFound as error:
+                    raise EngineError(f"there is no image {image!r}", next_step="build it: make image") from error
+            logger.info("container %s of %s: %s", made.short_id, image, " ".join(command))
             yield made
         finally:
-            with contextlib.suppress(docker.errors.NotFound):
-                made.remove(force=True, v=True)
+            if made is not None:
+                with undisturbed(), contextlib.suppress(docker.errors.NotFound):
+                    made.remove(force=True, v=True)
 
     def _copy_in(self, container: Container, source: Path, target: PurePosixPath) -> None:
         """Copy a file into a container that has not run yet.

@@ -6,6 +6,7 @@ project: of every state its key, what it is, and what each family requires of a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass, fields
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 PREFIX = "io.chatterbox-prewarm."
 STATES = f"{PREFIX}states"
+#: The digest of the evidence that the image, with just the states that it has, was proven by.
+EVIDENCE = f"{PREFIX}evidence"
 #: Of the label `states`, apart from the manifest's.
 STATES_SCHEMA = 1
 _OCI = "org.opencontainers.image."
@@ -45,7 +48,9 @@ class FamilyLabel:
 class StateLabel:
     """A state of an image, as far as its labels tell; `device` is the kind that it was baked for.
 
-    `gpu`, `compute_capability` and `driver` are "none" for a state that was baked for a CPU.
+    `gpu`, `compute_capability` and `driver` are "none" for a state that was baked for a CPU. `made_of` is a SHA-256
+    over what the bake was given, weights and parameters with the clips of voices, since two bakes of the same need not
+    give one set digest: a compiler may give other bytes. It is empty in the labels of an older version.
     """
 
     key: str
@@ -59,10 +64,11 @@ class StateLabel:
     driver: str
     torch: str
     families: tuple[FamilyLabel, ...]
+    made_of: str = ""
 
 
 #: The fields of a state that are text, in the label as in the class.
-_TEXTS = tuple(field.name for field in fields(StateLabel) if field.name != "families")
+_TEXTS = tuple(field.name for field in fields(StateLabel) if field.name not in {"families", "made_of"})
 
 
 def labels_of(
@@ -91,7 +97,7 @@ def labels_of(
     """
     if not manifests:
         raise BadInputError("an image without a warm state has no labels", next_step="name at least one state")
-    found = [*beside, *map(_label, manifests)]
+    found = [*beside, *map(label_of, manifests)]
     states = {state.key: state for state in found}
     if len(states) != len(found):
         raise BadInputError(
@@ -159,7 +165,9 @@ def _parse(raw: Mapping[str, Any]) -> tuple[StateLabel, ...]:
     return states
 
 
-def _label(manifest: Manifest) -> StateLabel:
+def label_of(manifest: Manifest) -> StateLabel:
+    """What the labels of an image tell of a state."""
+    given = [manifest.weights.set_digest, dict(manifest.provenance.parameters)]
     device, fingerprint = device_kind(manifest.reference.device), manifest.fingerprint
     of_gpu = fingerprint if device == "cuda" else {}
     return StateLabel(
@@ -181,12 +189,14 @@ def _label(manifest: Manifest) -> StateLabel:
             )
             for family in manifest.families
         ),
+        made_of=hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest(),
     )
 
 
 def _state(state: StateLabel) -> dict[str, Any]:
     families = {family.name: {"bytes": family.size, "requires": family.requires} for family in state.families}
-    return {**{name: getattr(state, name) for name in _TEXTS}, "families": families}
+    made_of = {"made_of": state.made_of} if state.made_of else {}
+    return {**{name: getattr(state, name) for name in _TEXTS}, **made_of, "families": families}
 
 
 def _parse_state(raw: Mapping[str, Any]) -> StateLabel:
@@ -200,7 +210,9 @@ def _parse_state(raw: Mapping[str, Any]) -> StateLabel:
         )
     if not _SHA256.fullmatch(_text(raw["set_digest"])):
         raise ValueError(f"{raw['set_digest']!r} is no set digest")
-    return StateLabel(**{name: _text(raw[name]) for name in _TEXTS}, families=tuple(families))
+    return StateLabel(
+        **{name: _text(raw[name]) for name in _TEXTS}, families=tuple(families), made_of=_text(raw.get("made_of", ""))
+    )
 
 
 def _text(value: object) -> str:

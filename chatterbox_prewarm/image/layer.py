@@ -23,6 +23,7 @@ from chatterbox_prewarm.errors import IntegrityError, from_os_error
 from chatterbox_prewarm.image.members import MEMBER, compressed
 from chatterbox_prewarm.image.oci import OCI_LAYER, OCI_LAYER_GZIP, Descriptor
 from chatterbox_prewarm.places import WARM, WEIGHTS
+from chatterbox_prewarm.signing import check_signed
 from chatterbox_prewarm.states import key_of
 from chatterbox_prewarm.weights import RECORD_NAME, verify
 
@@ -142,9 +143,10 @@ def signature_layer(warm: Path, signature: Path) -> Layer:
     """The signature of a state as a layer of its own, beside the state's folder: two signatures of one state differ.
 
     Raises:
-        IntegrityError: the state has no sound manifest.
+        IntegrityError: the state has no sound manifest, or the signature is of another state.
         BadInputError: the signature cannot be read.
     """
+    check_signed(warm, signature)
     key = key_of(manifests.read(warm))
     return _plain([signature], [PurePosixPath(f"{key}{signature.suffix}")], _WARM, f"signature of {key}")
 

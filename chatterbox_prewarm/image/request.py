@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.errors import BadInputError, EngineError, PrewarmError
 from chatterbox_prewarm.image.dockerfile import for_classic
+from chatterbox_prewarm.provenance import check_base_image, told
 from chatterbox_prewarm.text import check_voice_name
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class Request:
         secrets: as `docker build --secret` has them.
         network: as `docker build --network` has it.
         replacing: take the name from an image that has it.
+        rebake: bake, whatever state is kept.
     """
 
     checkout: Path
@@ -83,6 +86,7 @@ class Request:
     secrets: tuple[str, ...]
     network: str
     replacing: bool
+    rebake: bool
 
     @property
     def classic(self) -> bool:
@@ -114,6 +118,7 @@ def check(request: Request, engine: Engine) -> None:
         check_voice_name(name)
         if not clip.is_file():
             raise BadInputError(f"there is no clip {clip}", next_step="name an audio file: --voice NAME=PATH")
+    check_base_image(told(request.arguments, os.environ).get("BASE_DIGEST", ""))
     check_tag(request, engine)
     _check_route(request, engine)
     if request.classic:
@@ -194,12 +199,21 @@ def plan(request: Request, engine: Engine) -> list[str]:
     return [
         *head,
         command("cold"),
-        f"state: that of {request.warm} if it was made by the same recipe and fits the image; otherwise",
+        "state: baked anew"
+        if request.rebake
+        else f"state: that of {request.warm} if it was made by the same recipe and fits the image; otherwise",
         *bake,
         "pack: the state as a layer, loaded on top",
         "prove: a fresh container, read-only, without network, as a foreign user, must miss nothing",
         f"tag: {request.tag}",
     ]
+
+
+def again(request: Request) -> str:
+    """How to come to another state than one that missed: as it is, it is kept, and fits."""
+    # The step of the Dockerfile has no other input that a user would change.
+    cached = "empty the builder's cache, which has the bake, and " if request.route == "dockerfile" else ""
+    return f"{cached}build with --rebake on this kind of machine, since {request.warm} is taken again otherwise"
 
 
 def unproven_name(tag: str, stage: str) -> str:
@@ -239,6 +253,7 @@ def arguments_of(request: Request, stage: str, tag: str) -> list[str]:
             "PROFILE": request.profile,
             "T3_DTYPE": request.t3_dtype,
             "LEVELS": request.levels,
+            **told(request.arguments, os.environ),
         }
     return [
         f"--network={request.network}",

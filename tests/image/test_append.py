@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
+import os
 import shutil
 import subprocess
+import tarfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,22 +18,24 @@ from chatterbox_prewarm.image.attest import EVIDENCE_TYPE
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import read_states
 from chatterbox_prewarm.image.layout import Layout
-from chatterbox_prewarm.image.oci import OCI_INDEX, Document, dump
+from chatterbox_prewarm.image.oci import OCI_INDEX, Document, digest_of, dump
 from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.image.stores import storing
 from chatterbox_prewarm.models import ENGLISH
+from chatterbox_prewarm.signing import sign
 from chatterbox_prewarm.states import key_of
 from chatterbox_prewarm.weights import read_record, record
 from tests.conftest import run_cli
 from tests.image.registry_server import serve
 from tests.unit.images import make_base
 from tests.unit.states import make_checkpoint, make_state_for, rewrite
+from tests.unit.test_signing import make_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from chatterbox_prewarm.image.oci import Image
+    from chatterbox_prewarm.image.oci import Descriptor, Image, Store
     from tests.image.registry_server import Registry
 
 LABELS = {"io.chatterbox-prewarm.torch": "torch-2.6", "io.chatterbox-prewarm.variant": "english"}
@@ -66,6 +72,34 @@ def l4(tmp_path: Path) -> Path:
 def read(reference: str) -> Image:
     with storing(parse(reference)) as (store, name):
         return resolve(store, name, platform="linux/amd64")
+
+
+def bases(store: Store, *architectures: str) -> list[dict[str, Any]]:
+    """A base for each architecture, under its name as a tag; as an index lists them."""
+    entries = []
+    for architecture in architectures:
+        make_base(store, architecture, architecture=architecture, Labels=LABELS)
+        document = store.read_manifest(architecture)
+        entries.append(
+            {
+                "mediaType": document.media_type,
+                "digest": document.digest,
+                "size": len(document.raw),
+                "platform": {"os": "linux", "architecture": architecture},
+            }
+        )
+    return entries
+
+
+def put_index(store: Store, tag: str, entries: list[dict[str, Any]]) -> None:
+    raw = dump({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries})
+    store.put_manifest(Document(media_type=OCI_INDEX, raw=raw), tag)
+
+
+@contextlib.contextmanager
+def read_layer(layout: Layout, descriptor: Descriptor) -> Iterator[tarfile.TarFile]:
+    with layout.open_blob(descriptor) as stream, tarfile.open(fileobj=stream) as tar:
+        yield tar
 
 
 def test_one_state_is_one_layer_wherever_it_goes(
@@ -121,6 +155,23 @@ def test_an_archive_is_loaded_by_an_engine(docker: str, layout: Layout, h100: Pa
     assert run_cli("append", *arguments, "--replace").returncode == 0
 
 
+def test_an_archive_is_a_base_as_well(layout: Layout, h100: Path, l4: Path, tmp_path: Path) -> None:
+    archive = f"docker-archive:{tmp_path / 'image.tar'}:speech:1"
+    made = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", archive, "--warm", h100)
+    assert made.returncode == 0, made.stderr
+    target = f"oci:{tmp_path / 'new'}:warm"
+    made = run_cli("append", "--base", archive, "--to", target, "--warm", l4)
+    assert made.returncode == 0, made.stderr
+    image = read(target)
+    assert len(read_states(image.labels)) == 2
+    direct = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", f"oci:{layout.path}:warm", "--warm", h100)
+    assert direct.returncode == 0, direct.stderr
+    assert [one.digest for one in image.layers[:-1]] == [one.digest for one in read(f"oci:{layout.path}:warm").layers]
+    for descriptor, diff_id in zip(image.layers[1:], image.diff_ids[1:], strict=True):
+        with Layout(tmp_path / "new").open_blob(descriptor) as stream:
+            assert digest_of(gzip.decompress(stream.read())) == diff_id
+
+
 def test_a_gpu_type_is_added_to_a_published_image_and_only_that_is_sent(
     layout: Layout, registry: Registry, h100: Path, l4: Path
 ) -> None:
@@ -136,6 +187,16 @@ def test_a_gpu_type_is_added_to_a_published_image_and_only_that_is_sent(
     again = run_cli("append", "--base", second, "--to", f"{registry.address}/speech:3", "--warm", l4)
     assert again.returncode == 16
     assert "for one machine" in again.stderr
+
+
+def test_an_image_that_gains_a_state_is_no_longer_what_was_proven(layout: Layout, h100: Path) -> None:
+    make_base(layout, "proven", Labels={**LABELS, "io.chatterbox-prewarm.evidence": f"sha256:{'0' * 64}", "own": "1"})
+    target = f"oci:{layout.path}:warm"
+    made = run_cli("append", "--base", f"oci:{layout.path}:proven", "--to", target, "--warm", h100)
+    assert made.returncode == 0, made.stderr
+    labels = read(target).labels
+    assert "io.chatterbox-prewarm.evidence" not in labels
+    assert labels["own"] == "1"
 
 
 def test_layers_come_from_a_repository_beside_without_being_sent(registry: Registry, h100: Path) -> None:
@@ -157,35 +218,61 @@ def test_weights_and_signatures_go_along_as_layers(layout: Layout, h100: Path, t
     assert "baked with other weights" in refused.stderr
     digest = read_record(checkpoint).set_digest
     rewrite(h100, lambda raw: raw["weights"].update(set_digest=digest))
-    h100.with_name("h100.sig").write_text("{}")
+    key, _ = make_keys(tmp_path)
+    signature = sign(h100, key)
     made = run_cli("append", *arguments, "--warm", h100)
     assert made.returncode == 0, made.stderr
+    with read_layer(layout, read(arguments[3]).layers[-1]) as tar:
+        (name,) = (member.name for member in tar.getmembers() if member.isfile())
+        assert name == f"opt/chatterbox-prewarm/warm/{key_of(manifests.read(h100))}.sig"
+        shipped = tar.extractfile(name)
+        assert shipped is not None
+        assert shipped.read() == signature.read_bytes()
     titles = [layer.annotations.get("org.opencontainers.image.title", "") for layer in read(arguments[3]).layers]
     assert [title.split()[0] for title in titles[1:]] == ["weights", "warm", "signature"]
 
 
+def test_a_signature_of_another_state_is_refused_and_nothing_is_sent(layout: Layout, h100: Path, l4: Path) -> None:
+    key, _ = make_keys(h100.parent)
+    arguments = ("append", "--base", f"oci:{layout.path}:base", "--to", f"oci:{layout.path}:warm", "--warm", h100)
+    signature = sign(l4, key, h100.with_name("h100.sig"))
+    refused = run_cli(*arguments)
+    assert refused.returncode == 12, refused.stderr
+    assert "is of another manifest than" in refused.stderr
+    assert manifests.read(l4).set_digest in refused.stderr
+    assert f"or remove {signature}" in refused.stderr
+    signature.write_text("{}")
+    refused = run_cli(*arguments)
+    assert refused.returncode == 12, refused.stderr
+    assert "is no signature of a warm state" in refused.stderr
+    assert not layout.has_manifest("warm")
+    sign(h100, key)
+    assert run_cli(*arguments).returncode == 0
+
+
 def test_of_an_index_the_image_for_the_states_machine_is_the_base(layout: Layout, h100: Path) -> None:
-    entries = []
-    for architecture in ("amd64", "arm64"):
-        make_base(layout, architecture, architecture=architecture, Labels=LABELS)
-        document = layout.read_manifest(architecture)
-        entries.append(
-            {
-                "mediaType": document.media_type,
-                "digest": document.digest,
-                "size": len(document.raw),
-                "platform": {"os": "linux", "architecture": architecture},
-            }
-        )
+    entries = bases(layout, "amd64", "arm64")
     for name, listed in (("both", entries), ("arm", entries[1:])):
-        raw = dump({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": listed})
-        layout.put_manifest(Document(media_type=OCI_INDEX, raw=raw), name)
+        put_index(layout, name, listed)
     to = ("--to", f"oci:{layout.path}:warm", "--warm", h100)
     assert run_cli("append", "--base", f"oci:{layout.path}:both", *to).returncode == 0
     assert read(f"oci:{layout.path}:warm").platform == "linux/amd64"
     refused = run_cli("append", "--base", f"oci:{layout.path}:arm", *to, "--replace")
     assert refused.returncode == 14
     assert "only for: linux/arm64" in refused.stderr
+
+
+def test_an_index_is_not_replaced_by_the_image_for_one_platform(layout: Layout, registry: Registry, h100: Path) -> None:
+    with storing(parse(f"{registry.address}/speech:both")) as (store, name):
+        put_index(store, name, bases(store, "amd64", "arm64"))
+        before = store.read_manifest(name)
+        target = ("--to", f"{registry.address}/speech:both", "--warm", h100, "--replace")
+        for base in (f"oci:{layout.path}:base", f"{registry.address}/speech:both"):
+            refused = run_cli("append", "--base", base, *target)
+            assert refused.returncode == 16, refused.stderr
+            assert "an index, of images for several platforms" in refused.stderr
+            assert "choose another tag" in refused.stderr
+        assert store.read_manifest(name) == before
 
 
 @pytest.mark.parametrize(
@@ -206,6 +293,38 @@ def test_a_base_that_a_start_could_not_use_is_refused(
     target = f"oci:{layout.path}:warm"
     refused = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
     assert refused.returncode == code, refused.stderr
+    assert word in refused.stderr
+    assert not layout.has_manifest("warm")
+
+
+def test_entrypoint_command_environment_and_labels_are_set(layout: Layout, h100: Path) -> None:
+    target = f"oci:{layout.path}:warm"
+    arguments = ("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
+    words = ("--entrypoint", "python -m 'my server'", "--cmd", "serve --port 80", "--env", "A=2=3", "--env", "EMPTY=")
+    labels = ("--label", "own=1", "--label", "org.opencontainers.image.title=speech")
+    made = run_cli(*arguments, *words, *labels)
+    assert made.returncode == 0, made.stderr
+    settings = read(target).config["config"]
+    assert (settings["Entrypoint"], settings["Cmd"]) == (["python", "-m", "my server"], ["serve", "--port", "80"])
+    assert settings["Env"] == ["PATH=/bin", "A=2=3", "CHATTERBOX_PREWARM_DEVICE=cuda", "EMPTY="]
+    assert settings["Labels"]["own"] == "1"
+    assert settings["Labels"]["org.opencontainers.image.title"] == "speech"
+    assert len(read_states(settings["Labels"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--label", "own"), "--label 'own' has no value"),
+        (("--env", "=1"), "--env '=1' has no value"),
+        (("--entrypoint", "python 'open"), "is no command: No closing quotation"),
+        (("--label", "io.chatterbox-prewarm.gpu=NVIDIA L4"), "says what is in the image"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(arguments: tuple[str, ...], word: str, layout: Layout, h100: Path) -> None:
+    to = ("--to", f"oci:{layout.path}:warm", "--warm", h100)
+    refused = run_cli("append", "--base", f"oci:{layout.path}:base", *to, *arguments)
+    assert refused.returncode == 16, refused.stderr
     assert word in refused.stderr
     assert not layout.has_manifest("warm")
 
@@ -247,6 +366,24 @@ def test_a_node_is_judged_by_an_images_labels(layout: Layout, registry: Registry
         assert word in judged.stdout
     refused = run_cli("verify", "--host-facts", node)
     assert refused.returncode == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "name"),
+    [
+        (("--key", "public.pem"), {}, "--key"),
+        (("--signature", "warm.sig"), {}, "--signature"),
+        (("--expect-digest", f"sha256:{'0' * 64}"), {}, "--expect-digest"),
+        ((), {"CHATTERBOX_PREWARM_KEY": "public.pem"}, "--key"),
+    ],
+)
+def test_labels_are_not_what_a_key_vouches_for(
+    arguments: tuple[str, ...], env: dict[str, str], name: str, layout: Layout
+) -> None:
+    refused = run_cli("verify", "--image", f"oci:{layout.path}:base", *arguments, env={**os.environ, **env})
+    assert refused.returncode == 16, refused.stderr
+    assert f"{name} is checked against a state's manifest" in refused.stderr
+    assert "next:" in refused.stderr
 
 
 def test_evidence_is_attached_to_the_image_that_it_is_of(

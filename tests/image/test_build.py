@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.bench.image import copy_context
 from chatterbox_prewarm.image.labels import read_states
-from tests.conftest import ROOT, run_cli
+from chatterbox_prewarm.signing import sign
+from tests.conftest import ROOT, run_cli, writable_copy
+from tests.unit.states import rewrite
+from tests.unit.test_signing import make_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +32,7 @@ TAG = "chatterbox-prewarm-test:built"
 ARGUMENTS = [
     *("--network", "host", "--profile", "eager", "--levels", "1"),
     *("--build-arg", "WEIGHTS=synthetic", "--build-arg", "SIZE=mini"),
+    *("--build-arg", f"SOURCE_REVISION={'a' * 40}", "--build-arg", "BUILDER=a test"),
     *(("--secret", f"id=ca,src={os.environ['SSL_CERT_FILE']}") if os.environ.get("SSL_CERT_FILE") else ()),
 ]
 
@@ -59,6 +64,12 @@ def _build(
     context: Path, place: Path, *more: str | Path, tag: str = TAG, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     return run_cli("build", "--tag", tag, "--checkout", context, "--warm", place / "warm", *ARGUMENTS, *more, env=env)
+
+
+def _kept(place: Path, folder: Path) -> Path:
+    """A copy of the first build's state that may be changed, and that a build in `folder` would take."""
+    shutil.copy(place / "warm.recipe.json", folder)
+    return writable_copy(place / "warm", folder / "warm")
 
 
 def _ask(docker: str, *arguments: str) -> str:
@@ -101,6 +112,12 @@ def test_an_image_is_baked_in_a_container_proven_and_tagged(
     assert config["Entrypoint"] == ["python", "-m", "chatterbox_prewarm"]
     _layers_of_state(docker, TAG, built.stdout)
     assert _left_behind(docker) == []
+
+
+def test_the_state_knows_what_the_build_was_told(built: subprocess.CompletedProcess[str], place: Path) -> None:
+    assert built.returncode == 0
+    provenance = manifests.read(place / "warm").provenance
+    assert (provenance.revision, provenance.builder) == ("a" * 40, "a test")
 
 
 def test_a_code_change_takes_the_state_that_is_kept(
@@ -159,6 +176,58 @@ def test_a_matrix_builds_what_this_machine_can_and_says_what_it_cannot(
 
 
 @pytest.mark.usefixtures("built")
+def test_a_state_that_misses_gets_no_name_until_it_is_baked_anew(
+    docker: str, context: Path, place: Path, tmp_path: Path
+) -> None:
+    warm = _kept(place, tmp_path)
+    index = list((warm / "numba").rglob("*.nbi"))
+    assert index
+    for path in index:
+        path.unlink()
+    rewrite(warm, scan=True)  # a sound state, that fits: `verify` finds nothing
+    private, _ = make_keys(tmp_path)
+    signature = sign(warm, private)
+    tag = f"{TAG}-missed"
+    try:
+        for _ in range(2):  # it stays as it is
+            missed = _build(context, tmp_path, tag=tag)
+            assert missed.returncode == 13, missed.stderr
+            assert "it fits the image: nothing is baked" in missed.stderr
+            assert "numba was used (seen: " in missed.stderr
+            assert "build with --rebake" in missed.stderr
+            assert f"{tmp_path / 'warm.evidence.json'} has every detail" in missed.stderr
+            evidence = json.loads((tmp_path / "warm.evidence.json").read_text())
+            assert not evidence["passed"]
+            assert evidence["observed"]["metrics"]["misses"]["numba"] > 0
+            assert _ask(docker, "images", "--quiet", tag) == ""
+            assert _left_behind(docker) == []
+        made = _build(context, tmp_path, "--rebake", tag=tag)
+        assert made.returncode == 0, made.stderr
+        assert not signature.exists(), "it was of the state before"
+        assert "sign the new one" in made.stderr
+        assert json.loads((tmp_path / "warm.evidence.json").read_text())["passed"]
+        _layers_of_state(docker, tag, made.stdout)
+    finally:
+        subprocess.run([docker, "rmi", "--force", tag], capture_output=True, check=False)
+
+
+@pytest.mark.usefixtures("built")
+def test_a_state_with_the_signature_of_another_is_neither_shipped_nor_baked_over(
+    docker: str, context: Path, place: Path, tmp_path: Path
+) -> None:
+    warm = _kept(place, tmp_path)
+    private, _ = make_keys(tmp_path)
+    signature = sign(warm, private)
+    rewrite(warm, lambda raw: raw.update(created="2030-01-01T00:00:00+00:00"))
+    refused = _build(context, tmp_path, tag=f"{TAG}-signed")
+    assert refused.returncode == 12, refused.stderr
+    assert "is of another manifest than" in refused.stderr
+    assert signature.exists()
+    assert _ask(docker, "images", "--quiet", f"{TAG}-signed") == ""
+    assert _left_behind(docker) == []
+
+
+@pytest.mark.usefixtures("built")
 def test_a_name_that_is_taken_is_refused_before_anything_slow(context: Path, place: Path) -> None:
     refused = _build(context, place)
     assert refused.returncode == 16
@@ -186,6 +255,7 @@ def test_a_dry_run_shows_the_plan_and_makes_nothing(docker: str, context: Path, 
         (["--route", "no-gpu"], 16, "for an image for a GPU"),
         (["--voice", "fox=/nowhere/fox.wav"], 16, "there is no clip"),
         (["--build-arg", "WEIGHTS"], 16, "has no value"),
+        (["--build-arg", "BASE_DIGEST=debian:12"], 16, "is no digest of an image"),
         (["--checkout", "/nowhere"], 16, "has no Dockerfile"),
     ],
 )

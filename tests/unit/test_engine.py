@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socketserver
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +19,6 @@ import pytest
 from tests.conftest import ROOT, run_cli
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -23,10 +26,32 @@ if TYPE_CHECKING:
 class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
     answers: dict[str, Any]
+    #: What containers were asked for, in its order.
+    asked: list[str]
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """Answers a GET with what there is; holds the making, the waiting for and the removing of a container up."""
+
     server: _Server
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self._hold("create" if "/create" in self.path else "other", 201, {"Id": "c" * 64, "Warnings": []})
+
+    def do_DELETE(self) -> None:
+        self._hold("remove", 204, None)
+
+    def _hold(self, doing: str, status: int, answer: object) -> None:
+        self.server.asked.append(f"{doing} begins")
+        time.sleep(1)
+        self.server.asked.append(f"{doing} ends")
+        raw = b"" if answer is None else json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
@@ -48,16 +73,24 @@ class _Handler(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def engine_of(version: str, api: str, folder: Path, **info: Any) -> Iterator[str]:
     """What an engine of a version says of itself; its address."""
+    with serving(version, api, folder, **info) as server:
+        yield f"unix://{server.server_address!s}"
+
+
+@contextlib.contextmanager
+def serving(version: str, api: str, folder: Path, **info: Any) -> Iterator[_Server]:
+    """What answers as an engine of a version."""
     path = folder / "engine.sock"
     with _Server(str(path), _Handler) as server:
         server.answers = {
             "/version": {"Version": version, "ApiVersion": api, "MinAPIVersion": "1.12"},
             "/info": {"ServerVersion": version, "DefaultRuntime": "runc", "Runtimes": {"runc": {}}, **info},
         }
+        server.asked = []
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
-            yield f"unix://{path}"
+            yield server
         finally:
             server.shutdown()
             thread.join()
@@ -109,3 +142,24 @@ def test_the_classic_builder_knows_no_secrets(tmp_path: Path) -> None:
     assert refused.returncode == 16, refused.stderr
     assert "knows no secrets" in refused.stderr
     assert "--build-arg DEPS=IMAGE" in refused.stderr
+
+
+@pytest.mark.parametrize("doing", ["create", "remove"])
+def test_an_interrupt_while_a_container_is_made_or_removed_leaves_none(doing: str, tmp_path: Path) -> None:
+    """An engine is faster than a signal can be sent, so it is a server that takes a second for each."""
+    with serving("20.10.24", "1.41", tmp_path) as server:
+        container = {"Id": "c" * 64, "Image": "i", "Config": {"Env": []}, "RootFS": {}, "Os": "linux"}
+        image = {"Architecture": "amd64", "Created": "2025-01-02T03:04:05Z"}
+        server.answers |= {"/json": {**container, **image}, "/history": []}
+        command = [sys.executable, "-m", "chatterbox_prewarm", "prove", "--image", "speech:1"]
+        environment = {**os.environ, "DOCKER_HOST": f"unix://{server.server_address!s}"}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            deadline = time.monotonic() + 30
+            while f"{doing} begins" not in server.asked and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+        asked = server.asked
+    assert process.returncode == 130, said
+    assert asked[:2] == ["create begins", "create ends"]
+    assert asked[-2:] == ["remove begins", "remove ends"]

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import tarfile
+import tracemalloc
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from chatterbox_prewarm.image.oci import (
     OCI_CONFIG,
     OCI_INDEX,
     OCI_LAYER,
+    OCI_LAYER_GZIP,
+    OCI_LAYER_ZSTD,
     Descriptor,
     Document,
     digest_of,
@@ -287,6 +290,61 @@ def test_an_archive_is_read_as_it_was_written(layer: Layer, layout: Layout, tmp_
     assert send(image, archive, [layer], target, "warm").blobs_sent == 3
     with pytest.raises(EngineError, match="choose one it has: some/name:tag"):
         archive.read_manifest("other:tag")
+
+
+def test_compressed_layers_come_out_of_an_archive_as_they_went_in(layer: Layer, layout: Layout, tmp_path: Path) -> None:
+    base = make_base(layout, "base")
+    image = add_layers(base, [layer], Change(), created=CREATED)
+    path = tmp_path / "image.tar"
+    blobs = {base.layers[0].digest: lambda: layout.open_blob(base.layers[0]), f"sha256:{layer.digest}": layer.opened}
+    save_archive(image, "some:tag", blobs, path)
+    archive = Archive(path)
+    found = resolve(archive, "some:tag", platform="linux/amd64")
+    assert found.config == image.config
+    assert [(one.media_type, one.digest, one.size) for one in found.layers] == [
+        (one.media_type, one.digest, one.size) for one in image.layers
+    ]
+    target = Layout(tmp_path / "target")
+    assert send(found, archive, [], target, "warm").blobs_sent == 3
+    with target.open_blob(found.layers[-1]) as stream:
+        assert f"sha256:{hashlib.sha256(gzip.decompress(stream.read())).hexdigest()}" == found.diff_ids[-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "media_type"),
+    [(gzip.compress(b"a layer", mtime=0), OCI_LAYER_GZIP), (b"\x28\xb5\x2f\xfd and more", OCI_LAYER_ZSTD)],
+)
+def test_a_compressed_layer_whose_name_is_no_digest_is_read_for_it(
+    content: bytes, media_type: str, tmp_path: Path
+) -> None:
+    config = {"os": "linux", "architecture": "amd64", "rootfs": {"type": "layers", "diff_ids": [digest_of(b"plain")]}}
+    listed = [{"Config": "config.json", "RepoTags": ["some:tag"], "Layers": ["1/layer.tar"]}]
+    files = {"manifest.json": json.dumps(listed).encode(), "config.json": dump(config), "1/layer.tar": content}
+    (tmp_path / "image.tar").write_bytes(tar_of(files))
+    archive = Archive(tmp_path / "image.tar")
+    (found,) = resolve(archive, "some:tag", platform="linux/amd64").layers
+    assert found == Descriptor(media_type=media_type, digest=digest_of(content), size=len(content))
+    with archive.open_blob(found) as stream:
+        assert stream.read() == content
+
+
+def test_a_large_compressed_layer_of_an_archive_is_not_held_in_memory(tmp_path: Path) -> None:
+    content = gzip.compress(b"", mtime=0) + bytes(64 << 20)
+    config = {"os": "linux", "architecture": "amd64", "rootfs": {"type": "layers", "diff_ids": [digest_of(b"plain")]}}
+    listed = [{"Config": "config.json", "RepoTags": ["some:tag"], "Layers": ["1/layer.tar"]}]
+    files = {"manifest.json": json.dumps(listed).encode(), "config.json": dump(config), "1/layer.tar": content}
+    (tmp_path / "image.tar").write_bytes(tar_of(files))
+    del files
+    tracemalloc.start()
+    try:
+        archive = Archive(tmp_path / "image.tar")
+        (found,) = resolve(archive, "some:tag", platform="linux/amd64").layers
+        Layout(tmp_path / "target").put_blob(found, lambda: archive.open_blob(found))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.digest == digest_of(content)
+    assert peak < 8 << 20
 
 
 def test_a_blob_that_changed_on_the_way_is_no_archive(layout: Layout, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from chatterbox_prewarm import __version__
 from chatterbox_prewarm.errors import BadInputError, EngineError
 from chatterbox_prewarm.fingerprint import read_fingerprint
-from chatterbox_prewarm.image.labels import STATES, labels_of, read_states
+from chatterbox_prewarm.image.labels import STATES, label_of, labels_of, read_states
 from chatterbox_prewarm.manifest import SCHEMA_VERSION
 from chatterbox_prewarm.states import key_of
 
@@ -87,6 +87,20 @@ def test_what_is_written_is_read_back(three: list[Manifest]) -> None:
         assert {family.name: (family.size, dict(family.requires)) for family in state.families} == {
             family.name: (family.size, family.requires) for family in manifest.families
         }
+
+
+def test_what_a_state_was_made_of_is_its_weights_and_parameters_not_its_bytes(three: list[Manifest]) -> None:
+    made = label_of(three[0]).made_of
+    assert label_of(replace(three[0], set_digest="9" * 64, created="2030-01-01T00:00:00+00:00")).made_of == made
+    assert label_of(replace(three[0], weights=replace(three[0].weights, set_digest="9" * 64))).made_of != made
+    voice = replace(three[0].provenance, parameters={**three[0].provenance.parameters, "voice:fox": "sha256:1"})
+    assert label_of(replace(three[0], provenance=voice)).made_of != made
+    labels = labels_of(three[:1])
+    (state,) = read_states(labels)
+    assert state.made_of == made
+    older = json.loads(labels[STATES])
+    del older["states"][0]["made_of"]
+    assert read_states({STATES: json.dumps(older)}) == (replace(state, made_of=""),)
 
 
 def test_facts_of_single_files_are_left_out_since_those_are_in_the_image(three: list[Manifest]) -> None:

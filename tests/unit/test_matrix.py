@@ -108,6 +108,7 @@ def template(**fields: Any) -> Request:
         "secrets": (),
         "network": "default",
         "replacing": False,
+        "rebake": False,
     }
     return Request(**{**settings, **fields})
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from chatterbox_prewarm import errors
-from chatterbox_prewarm.prove import Evidence, counter_checks, judge, parse_trial, require_passed
+from chatterbox_prewarm.prove import Evidence, counter_checks, default_evidence, judge, parse_trial, require_passed
 from chatterbox_prewarm.warmup.metrics import WarmupMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 FAMILIES = ("bytecode", "numba", "signal", "conditionals")
 DIGEST = "d" * 64
@@ -119,6 +120,19 @@ def test_a_planted_failure_fails_exactly_its_own_check(
     assert caught.value.exit_code == 13
     assert failed in caught.value.message
     assert seen in caught.value.message
+
+
+def test_a_failure_says_where_every_detail_is(tmp_path: Path) -> None:
+    trial = warm_trial()
+    trial["metrics"]["hits"].update(numba=0)
+    evidence = judge(trial, DIGEST)
+    written = default_evidence(tmp_path / "warm")
+    assert written == tmp_path / "warm.evidence.json"
+    for place, says in ((written, f"{written} has every detail"), ("", "named with `prove --evidence` has every")):
+        with pytest.raises(errors.NotWarmError) as caught:
+            require_passed(evidence, place, again="bake once more")
+        assert caught.value.next_step.startswith("bake once more; ")
+        assert says in caught.value.next_step
 
 
 def test_evidence_without_a_check_is_no_proof() -> None:

@@ -47,6 +47,8 @@ def test_a_base_image_named_by_a_tag_ends_a_bake_before_its_work(name: str, monk
         bake(nowhere / "weights", nowhere / "warm", cache=nowhere / "cache")
     assert "sha256:" in caught.value.next_step
     assert not nowhere.exists()
+    with pytest.raises(BadInputError, match="is no digest of an image"):
+        provenance.check_base_image(name)
 
 
 def test_the_digest_of_the_packages_is_over_their_sorted_names_and_versions() -> None:
@@ -87,3 +89,23 @@ def test_the_parameters_of_a_bake_name_no_place_and_a_voice_by_the_digest_of_its
         "graphs": "False",
         "voice:anna": "sha256:" + hashlib.sha256(clip.read_bytes()).hexdigest(),
     }
+
+
+def test_what_a_build_is_told_reaches_the_bake_by_argument_variable_or_pinned_base() -> None:
+    digest = "sha256:" + "5" * 64
+    assert provenance.told({}, {}) == {}
+    assert provenance.told({"BASE": "debian:12", "STACK": "torch-2.6"}, {"PATH": "/bin"}) == {}
+    assert provenance.told({"BASE": f"debian@{digest}"}, {}) == {"BASE_DIGEST": f"debian@{digest}"}
+    assert provenance.told({"BASE": f"debian@{digest}", "BASE_DIGEST": digest}, {}) == {"BASE_DIGEST": digest}
+    environment = {"CHATTERBOX_PREWARM_REVISION": "old", "CHATTERBOX_PREWARM_BUILDER": "a job", "BUILDER": "unrelated"}
+    assert provenance.told({"SOURCE_REVISION": "new", "BUILDER": ""}, environment) == {
+        "SOURCE_REVISION": "new",
+        "BUILDER": "a job",
+    }
+
+
+def test_the_dockerfile_hands_the_same_to_its_step() -> None:
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    for argument, variable in provenance.ARGUMENTS.items():
+        assert f"ARG {argument}=\n" in text
+        assert f'{variable}="${{{argument}}}"' in text

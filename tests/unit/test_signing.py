@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.errors import BadInputError, IntegrityError, as_prewarm_error
 from chatterbox_prewarm.fit import verify
-from chatterbox_prewarm.signing import check_trust, default_signature, sign, verify_signature
+from chatterbox_prewarm.signing import check_signed, check_trust, default_signature, sign, verify_signature
 from tests.conftest import run_cli
 
 from .children import call
@@ -169,6 +169,20 @@ def test_the_signature_of_another_state_names_both_set_digests(signed: Signed, t
     assert signed.manifest.set_digest in caught.value.message
     assert other.set_digest in caught.value.message
     assert caught.value.exit_code == 12
+
+
+def test_whose_state_a_signature_is_of_needs_no_key(signed: Signed, tmp_path: Path) -> None:
+    check_signed(signed.warm, signed.signature)
+    make_state(tmp_path / "other", {"numba": {"librosa/filters.nbc": b"another code"}})
+    with pytest.raises(IntegrityError, match="is of another manifest than") as caught:
+        check_signed(tmp_path / "other", signed.signature)
+    assert "chatterbox-prewarm sign" in caught.value.next_step
+    rewrite(signed.warm, lambda raw: raw.update(created="2030-01-01T00:00:00+00:00"))
+    with pytest.raises(IntegrityError, match="is of another manifest than"):
+        check_signed(signed.warm, signed.signature)
+    signed.signature.write_text("{}")
+    with pytest.raises(IntegrityError, match="is no signature of a warm state"):
+        check_signed(signed.warm, signed.signature)
 
 
 def test_a_missing_signature_says_how_to_sign(signed: Signed) -> None:
