@@ -60,8 +60,8 @@ if TYPE_CHECKING:
 @option(
     "--hang-seconds",
     default=120.0,
-    type=click.FloatRange(1),
-    help="A worker at work from which nothing is heard for so long is replaced.",
+    type=click.FloatRange(5),
+    help="A worker from which nothing is heard for so long is replaced, be it at work, idle or in its start.",
 )
 @option(
     "--requests-per-minute",

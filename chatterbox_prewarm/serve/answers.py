@@ -38,6 +38,7 @@ class Worker(BaseModel):
     attached: bool
     ready: bool
     restarts: int
+    reason: str | None = Field(default=None, description="Why its last start failed; null once one did not.")
     busy: bool
     rss_bytes: int = Field(description="Memory of its process, as of its last answer; so are the others.")
     vram_bytes: int = Field(description="Memory of its device that its allocator holds.")

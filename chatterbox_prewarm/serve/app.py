@@ -97,6 +97,7 @@ class App:
                     "attached": worker.attached,
                     "ready": worker.ready,
                     "restarts": worker.restarts,
+                    "reason": worker.reason,
                     "busy": worker.busy,
                     **asdict(worker.usage),
                 }

@@ -91,7 +91,7 @@ class ChatterboxServer:
         max_new_tokens: most speech tokens of each part of a text, 25 a second.
         requests_per_minute: the load to warm up for while idle, see `AdaptiveWarmup`.
         wait_seconds: how long a part of a text may wait for a worker.
-        hang_seconds: how long a worker at work may be silent before it is replaced.
+        hang_seconds: how long a worker may be silent before it is replaced; they report every second.
         start_seconds: how long the start may take.
 
     Raises:

@@ -44,7 +44,7 @@ class ServeConfig:
         voices_dir, max_voices: where added voices are, and how many there may be.
         queue_limit: most requests at a time, those being spoken too.
         queue_seconds: how long one may wait for a worker.
-        hang_seconds: how long a worker at work may be silent before it is replaced.
+        hang_seconds: how long a worker may be silent before it is replaced.
         drain_seconds: how long requests may finish after a signal.
         token: demanded of everybody but probes.
         limits: on connections.
