@@ -17,6 +17,7 @@ from chatterbox_prewarm.child import describe
 from chatterbox_prewarm.errors import ModelError, WeightsError
 from chatterbox_prewarm.serve import frames
 from chatterbox_prewarm.serve.worker import WorkerConfig
+from tests.conftest import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +49,8 @@ def start(*parts: str, seen: list[WorkerConfig] | None = None) -> Callable[[Work
 
     Args:
         *parts: "ready" serves; "silent" says nothing; "dies" ends before it was ready; "weights" and "memory" fail
-            their start; "warming" dies in the idle warm-up, once it was ready; "stuck" answers no request.
+            their start; "warming" dies in the idle warm-up, once it was ready; "stuck" answers no request;
+            "slow" serves after a second.
         seen: is added to.
     """
     waiting = list(parts)
@@ -59,42 +61,67 @@ def start(*parts: str, seen: list[WorkerConfig] | None = None) -> Callable[[Work
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "tests.unit.stand_in_worker", str(theirs.fileno()), waiting.pop(0)]
-            return subprocess.Popen(command, pass_fds=[theirs.fileno()]), ours
+            return subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT), ours
 
     return start_one
 
 
-def main(part: str, connection: socket.socket) -> None:
-    sending = threading.Lock()
+class StandIn:
+    """This side of the connection."""
 
-    def send(header: dict[str, Any], payload: bytes = b"") -> None:
-        with sending:
-            connection.sendall(frames.encode(header, payload))
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
 
-    def report() -> None:
+    def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
+        with self._sending:
+            self._connection.sendall(frames.encode(header, payload))
+
+    def report(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                send({"type": "alive"})
+                self.send({"type": "alive"})
                 time.sleep(0.1)
 
-    if part == "silent":
-        time.sleep(600)
-    threading.Thread(target=report, daemon=True).start()
-    if part == "dies":
-        sys.exit(3)
-    if part in _FAULTS:
-        error, passing = _FAULTS[part]
-        send({"type": "failed", "passing": passing, **describe(error)})
-        sys.exit(error.exit_code)
-    send({"type": "attached", "voices": {"default": 1}})
-    send({"type": "ready"})
-    if part == "warming":
-        send({"type": "warming", "step": "100 speech tokens"})
-        sys.exit(15)
-    while (message := frames.receive(connection)) is not None and message[0]["type"] != "stop":
-        if part == "ready" and message[0]["type"] == "speak":
-            header = {"type": "audio", "id": message[0]["id"], "tokens": 1, "last": True, "seconds": 0.1}
-            send(header, message[0]["part"]["text"].encode())
+    def begin(self, part: str) -> None:
+        """Become ready, or not."""
+        if part == "silent":
+            time.sleep(600)
+        threading.Thread(target=self.report, daemon=True).start()
+        if part == "dies":
+            sys.exit(3)
+        if part in _FAULTS:
+            error, passing = _FAULTS[part]
+            self.send({"type": "failed", "passing": passing, **describe(error)})
+            sys.exit(error.exit_code)
+        self.send({"type": "attached", "voices": {"default": 1}})
+        self.send({"type": "ready"})
+        if part == "warming":
+            self.send({"type": "warming", "step": "100 speech tokens"})
+            sys.exit(15)
+
+    def serve(self, part: str) -> None:
+        """Take requests, and answer them or not."""
+        while (message := frames.receive(self._connection)) is not None and message[0]["type"] != "stop":
+            if part == "slow":
+                time.sleep(1)
+            if part in {"ready", "slow"}:
+                self._answer(message[0])
+
+    def _answer(self, header: dict[str, Any]) -> None:
+        if header["type"] == "speak":
+            last = {"type": "audio", "id": header["id"], "tokens": 1, "last": True, "seconds": 0.1}
+            self.send(last, header["part"]["text"].encode())
+        if header["type"] == "voice":
+            from .added_voices import voice
+
+            self.send({"type": "voice", "id": header["id"]}, voice())
+
+
+def main(part: str, connection: socket.socket) -> None:
+    worker = StandIn(connection)
+    worker.begin(part)
+    worker.serve(part)
 
 
 if __name__ == "__main__":
