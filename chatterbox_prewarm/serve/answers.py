@@ -122,7 +122,7 @@ class SpeechAudioDelta(BaseModel):
 class SpeechUsage(BaseModel):
     """What was read and spoken."""
 
-    input_tokens: int
+    input_tokens: int = Field(description="Characters of the text: the model's own tokens are not counted.")
     output_tokens: int = Field(description="Speech tokens, 25 to a second.")
     total_tokens: int
 

@@ -19,6 +19,7 @@ import uvicorn
 
 from chatterbox_prewarm.serve import encoding
 from chatterbox_prewarm.serve.admission import Admission, CloseWhileDraining
+from chatterbox_prewarm.serve.answers import Status
 from chatterbox_prewarm.serve.app import App, description
 from chatterbox_prewarm.serve.messages import Chunk
 from chatterbox_prewarm.serve.pool import Pool, PoolConfig
@@ -100,7 +101,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
     def begin(part: str, *, limit: int = 32) -> Server:
         servers.append(Server(tmp_path, part, limit))
-        if part != "silent":
+        if part in {"ready", "slow", "stuck"}:
             servers[-1].until(lambda: servers[-1].pool.ready)
         return servers[-1]
 
@@ -181,6 +182,14 @@ def test_a_worker_that_died_in_a_drain_ends_its_request_at_once(serve: Callable[
         for request in requests:
             refused(request.result(), 503, "worker_gone")
         assert time.monotonic() - began < 10
+
+
+def test_why_a_worker_failed_its_start_is_shown(serve: Callable[..., Server]) -> None:
+    server = serve("weights")
+    server.until(lambda: server.pool.failure)
+    answer, body = ask(server.port, "GET", "/startupz")
+    (worker,) = Status.model_validate_json(body).workers
+    assert (answer.status, worker.phase, worker.reason) == (503, "failed", "the weights are gone")
 
 
 def test_the_description_is_built_once(serve: Callable[..., Server]) -> None:

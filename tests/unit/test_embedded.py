@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import runpy
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from chatterbox_prewarm import ChatterboxServer
 from chatterbox_prewarm.serve import embedded
 from chatterbox_prewarm.serve.embedded import ClosedError
+from tests.conftest import ROOT
 
 from .stand_in_worker import start
 
@@ -69,6 +73,26 @@ def test_what_is_asked_of_a_closed_server_is_refused(make: Callable[[str], Chatt
     with pytest.raises(ClosedError):
         server.check()
     assert server.voices == ["default"]
+
+
+def test_the_example_for_fastapi_refuses_a_text_before_it_answers(make: Callable[[str], ChatterboxServer]) -> None:
+    server = make("ready")
+    try:
+        example = runpy.run_path(str(ROOT / "docs" / "examples" / "fastapi_app.py"))
+        app = example["app"]
+        app.state.speech = server
+
+        async def get(route: str, text: str) -> httpx.Response:
+            transport = httpx.ASGITransport(app)  # without the lifespan, which would make a server of its own
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                return await client.get(route, params={"text": text})
+
+        for route in ("/say", "/stream"):
+            assert asyncio.run(get(route, "Hello.")).content.endswith(b"Hello.")
+            refused = asyncio.run(get(route, ""))
+            assert (refused.status_code, "empty" in refused.json()["detail"]) == (400, True)
+    finally:
+        server.close()
 
 
 def test_two_threads_may_close_it(make: Callable[[str], ChatterboxServer]) -> None:
