@@ -236,15 +236,16 @@ GUARDED = {
 }
 
 
-@pytest.mark.parametrize("more", [(), ("--log-text",)], ids=["no text", "text"])
+@pytest.mark.parametrize("more", [[], ["--log-text"]], ids=["no text", "text"])
 def test_a_token_is_demanded_on_every_route_and_texts_are_logged_only_if_asked_for(
-    more: tuple[str, ...], baked: Path, mini: Path, tmp_path: Path
+    more: list[str], baked: Path, mini: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "token").write_text(SECRET)
     server = Server(
         tmp_path / "log",
         *("--warm", baked, "--weights", mini, "--cache", tmp_path / "cache", "--max-new-tokens", "12"),
-        *("--token-file", tmp_path / "token", *more),
+        *("--token-file", tmp_path / "token"),
+        *more,
     )
     bearer = {"Authorization": f"Bearer {SECRET}"}
     try:
