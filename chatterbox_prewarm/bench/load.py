@@ -206,12 +206,19 @@ def faults(report: dict[str, Any]) -> list[str]:
     for level in report["levels"]:
         title = f"{level['clients']} client(s)"
         found += [f"{title}: {level[name]} {name}" for name in FAULTS if level[name]]
+        if level["livez"]["failed"]:
+            found.append(f"{title}: {level['livez']['failed']} probes of /livez failed")
     if kill := report.get("kill"):
         found += [f"a killed worker: {kill[name]} {name}" for name in FAULTS if name != "cut" and kill[name]]
         if kill["whole_cut"]:
             found.append(f"a killed worker: {kill['whole_cut']} whole answers cut")
         if kill["ready_again"] is None:
             found.append("a killed worker: not ready again")
+        if kill["livez_failed"]:
+            found.append(f"a killed worker: {kill['livez_failed']} probes of /livez failed")
+        if kill["misses"]:
+            missed = ", ".join(f"{count} of {family}" for family, count in sorted(kill["misses"].items()))
+            found.append(f"a killed worker: misses of the new start: {missed}")
     return found
 
 

@@ -42,9 +42,18 @@ if TYPE_CHECKING:
 @trust_options
 @option("--host", default="127.0.0.1", help="The address to listen on.")
 @option("--port", default=8000, type=click.IntRange(1, 65535), help="The port to listen on.")
-@option("--threads", type=click.IntRange(1), help="CPU threads of torch; all by default.")
+@option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads of torch, of each worker; by default those on the CPU divide its cores.",
+)
 @option("--max-characters", default=MAX_CHARACTERS, type=click.IntRange(1), help="The longest text accepted.")
-@option("--max-new-tokens", default=1000, type=click.IntRange(3, 1500), help="Most speech tokens, 25 a second.")
+@option(
+    "--max-new-tokens",
+    default=1000,
+    type=click.IntRange(3, 1500),
+    help="Most speech tokens of each part of a text, 25 a second.",
+)
 @option(
     "--queue-limit",
     default=32,
@@ -60,8 +69,8 @@ if TYPE_CHECKING:
 @option(
     "--hang-seconds",
     default=120.0,
-    type=click.FloatRange(1),
-    help="A worker at work from which nothing is heard for so long is replaced.",
+    type=click.FloatRange(5),
+    help="A worker from which nothing is heard for so long is replaced, be it at work, idle or in its start.",
 )
 @option(
     "--requests-per-minute",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from starlette.responses import Response
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from chatterbox_prewarm.serve.pool import Pool
 
@@ -22,11 +23,15 @@ class Admission:
     Args:
         pool: speaks them.
         limit: most requests at a time, those being spoken too.
+
+    Attributes:
+        in_flight: how many there are.
+        draining: whether no more are taken on.
     """
 
     def __init__(self, pool: Pool, *, limit: int) -> None:
         self._pool = pool
-        self._limit = limit
+        self.limit = limit
         self.in_flight = 0
         self.draining = False
 
@@ -36,7 +41,7 @@ class Admission:
             return failure(503, "the server is shutting down", "draining")
         if not self._pool.ready:
             return failure(503, f"the server is not ready: {self._pool.leading.phase}", "not_ready")
-        if self.in_flight >= self._limit:
+        if self.in_flight >= self.limit:
             return failure(
                 429,
                 f"{self.in_flight} requests are waiting already",
@@ -60,3 +65,29 @@ class Admission:
         while self.in_flight and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
         return not self.in_flight
+
+
+class CloseWhileDraining:
+    """ASGI middleware: has each answer of a draining server end its connection.
+
+    A client that keeps its connection would come back on it with the request that was refused, to a server that takes
+    none any more; on a new one it comes to another.
+
+    Args:
+        app: the application.
+        admission: knows whether the server drains.
+    """
+
+    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+        self._app = app
+        self._admission = admission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the application answer, adding a header to what it sends."""
+
+        async def closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._admission.draining:
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        await self._app(scope, receive, closing)

@@ -38,6 +38,7 @@ class Worker(BaseModel):
     attached: bool
     ready: bool
     restarts: int
+    reason: str | None = Field(default=None, description="Why its last start failed; null once one did not.")
     busy: bool
     rss_bytes: int = Field(description="Memory of its process, as of its last answer; so are the others.")
     vram_bytes: int = Field(description="Memory of its device that its allocator holds.")
@@ -121,7 +122,7 @@ class SpeechAudioDelta(BaseModel):
 class SpeechUsage(BaseModel):
     """What was read and spoken."""
 
-    input_tokens: int
+    input_tokens: int = Field(description="Characters of the text: the model's own tokens are not counted.")
     output_tokens: int = Field(description="Speech tokens, 25 to a second.")
     total_tokens: int
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +39,7 @@ class App:
         pool.on_part = measures.part
         self._exposition = Exposition(pool, admission, measures)
         self._speech = SpeechRoute(pool, admission, measures, max_characters=max_characters)
-        self._voices = VoiceRoutes(voices, prepare=self._prepare_voice, speak=self._speech.spoken)
+        self._voices = VoiceRoutes(voices, admission, prepare=pool.prepare_voice, speak=self._speech.spoken)
 
     def asgi(self) -> ASGIApp:
         """The ASGI application."""
@@ -60,11 +63,6 @@ class App:
             ],
             exception_handlers={HTTPException: _refused, Exception: _faulted},
         )
-
-    async def _prepare_voice(self, clip: bytes) -> bytes:
-        """Make a voice; a drain waits for it."""
-        with self._admission.taken_on():
-            return await self._pool.prepare_voice(clip)
 
     async def _livez(self, _: Request) -> Response:
         from starlette.responses import PlainTextResponse
@@ -97,6 +95,7 @@ class App:
                     "attached": worker.attached,
                     "ready": worker.ready,
                     "restarts": worker.restarts,
+                    "reason": worker.reason,
                     "busy": worker.busy,
                     **asdict(worker.usage),
                 }
@@ -117,12 +116,20 @@ class App:
         return JSONResponse({"object": "list", "data": [model]})
 
     async def _openapi(self, _: Request) -> Response:
-        from starlette.responses import JSONResponse
+        from starlette.responses import Response
 
-        from chatterbox_prewarm import __version__
-        from chatterbox_prewarm.serve.openapi import document
+        # In a thread: the first call imports pydantic and builds all schemas, which takes half a second.
+        described = await asyncio.to_thread(description, self._max_characters)
+        return Response(described, media_type="application/json")
 
-        return JSONResponse(document(__version__, max_characters=self._max_characters))
+
+@functools.cache
+def description(max_characters: int) -> bytes:
+    """The body of `/openapi.json`."""
+    from chatterbox_prewarm import __version__
+    from chatterbox_prewarm.serve.openapi import document
+
+    return json.dumps(document(__version__, max_characters=max_characters)).encode()
 
 
 async def _refused(_: Request, error: Exception) -> Response:

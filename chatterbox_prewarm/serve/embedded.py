@@ -7,9 +7,11 @@ may call it from any thread, and survives a worker that dies. An event loop in a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import threading
 import wave
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from chatterbox_prewarm.text import check_text, check_voice_name
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator, Mapping
+    from concurrent.futures import Future
     from pathlib import Path
     from types import TracebackType
     from typing import TypeVar
@@ -38,6 +41,10 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 _POLL_SECONDS = 0.05
+
+
+class ClosedError(ModelError):
+    """The server was closed, before a call or during it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +98,7 @@ class ChatterboxServer:
         max_new_tokens: most speech tokens of each part of a text, 25 a second.
         requests_per_minute: the load to warm up for while idle, see `AdaptiveWarmup`.
         wait_seconds: how long a part of a text may wait for a worker.
-        hang_seconds: how long a worker at work may be silent before it is replaced.
+        hang_seconds: how long a worker may be silent before it is replaced; they report every second.
         start_seconds: how long the start may take.
 
     Raises:
@@ -136,6 +143,9 @@ class ChatterboxServer:
                 requests_per_minute=requests_per_minute,
             ),
         )
+        self._closed = False
+        self._calls: set[Future[Any]] = set()
+        self._gate = threading.Lock()  # of the two
         self._loop = asyncio.new_event_loop()
         # A worker ends with the thread that started it, so that it must be this one, which lives as long as we do.
         self._thread = threading.Thread(target=self._loop.run_forever, name="chatterbox-server", daemon=True)
@@ -181,6 +191,7 @@ class ChatterboxServer:
         Raises:
             BadInputError: the text, the voice or a setting cannot be used.
             ModelError: no worker was free in time, or two died of it.
+            ClosedError: the server is closed, or was meanwhile.
         """
         order = _order(text, voice, seed, max_new_tokens, temperature, cfg_weight, exaggeration, None)
         return Audio(data=self._wait(self._whole(order)))
@@ -203,7 +214,7 @@ class ChatterboxServer:
         earlier first chunk, of another rendition.
 
         Raises:
-            BadInputError, ModelError: as `generate`.
+            BadInputError, ModelError, ClosedError: as `generate`.
         """
         order = _order(text, voice, seed, max_new_tokens, temperature, cfg_weight, exaggeration, look_ahead)
         return self._chunks(order)
@@ -213,16 +224,26 @@ class ChatterboxServer:
 
         Raises:
             PrewarmError: no worker is left, and why.
+            ClosedError: the server is closed.
         """
+        if self._closed:
+            raise _closed_error()
         if self._pool.failure is not None:
             raise self._pool.failure
 
     def close(self) -> None:
-        """End the workers. What is being spoken is lost."""
-        if self._thread.is_alive():
-            self._wait(self._pool.stop())
-            self._supervision.result()
-            self._end_loop()
+        """End the workers. What is being spoken is lost: calls of other threads raise `ClosedError`."""
+        with self._gate:
+            closing, self._closed = not self._closed, True
+            calls = list(self._calls)
+        if not closing:
+            self._thread.join()  # another thread does it
+            return
+        for call in calls:
+            call.cancel()
+        asyncio.run_coroutine_threadsafe(self._pool.stop(), self._loop).result()
+        self._supervision.result()
+        self._end_loop()
 
     def __enter__(self) -> ChatterboxServer:
         return self
@@ -243,7 +264,8 @@ class ChatterboxServer:
                 if chunk.pcm:
                     yield Audio(data=chunk.pcm)
         finally:
-            self._wait(chunks.aclose())
+            with contextlib.suppress(ClosedError):  # by which its work is called off as well
+                self._wait(chunks.aclose())
 
     async def _whole(self, order: SpeechOrder) -> bytes:
         return b"".join([chunk.pcm async for chunk in self._pool.speak(order, whole=True)])
@@ -266,15 +288,36 @@ class ChatterboxServer:
             await asyncio.sleep(_POLL_SECONDS)
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """Have the loop do something, and wait for it; an interrupt meanwhile calls it off."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Have the loop do something, and wait for it; an interrupt meanwhile calls it off.
+
+        Raises:
+            ClosedError: the server is closed, or was meanwhile.
+        """
+        with self._gate:  # so that nothing is given to a loop that ends
+            if self._closed:
+                work.close()
+                raise _closed_error()
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            self._calls.add(future)
         try:
             return future.result()
+        except CancelledError:
+            raise _closed_error() from None
         except BaseException:
             future.cancel()
             raise
+        finally:
+            self._calls.discard(future)
+
+    async def _call_off(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
 
     def _end_loop(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._call_off(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -292,6 +335,10 @@ def warm_up_multi_gpu(device: str = ALL_GPUS, **arguments: Any) -> ChatterboxSer
         PrewarmError: as `ChatterboxServer`.
     """
     return ChatterboxServer(device=device, **arguments)
+
+
+def _closed_error() -> ClosedError:
+    return ClosedError("the server is closed", next_step="make another ChatterboxServer")
 
 
 def _order(

@@ -22,7 +22,7 @@ def done(*, input_tokens: int, output_tokens: int) -> bytes:
     """The sound is complete.
 
     Args:
-        input_tokens: of the text.
+        input_tokens: characters of the text.
         output_tokens: of the speech, 25 to a second of audio.
     """
     usage = {

@@ -39,6 +39,7 @@ class Exposition(Collector):
             ("attached", "Whether model and warm state are in place.", pool.attached),
             ("ready", "Whether a real synthesis has passed.", pool.ready),
             ("requests_in_flight", "Requests accepted and not yet answered.", self._admission.in_flight),
+            ("queue_limit", "Most requests at a time; with so many in flight, others get 429.", self._admission.limit),
             ("queue_parts", "Parts of texts that wait for a worker.", pool.waiting),
         ):
             yield GaugeMetricFamily(f"{PREFIX}_{name}", text, value=float(value))

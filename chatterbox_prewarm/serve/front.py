@@ -44,7 +44,7 @@ class ServeConfig:
         voices_dir, max_voices: where added voices are, and how many there may be.
         queue_limit: most requests at a time, those being spoken too.
         queue_seconds: how long one may wait for a worker.
-        hang_seconds: how long a worker at work may be silent before it is replaced.
+        hang_seconds: how long a worker may be silent before it is replaced.
         drain_seconds: how long requests may finish after a signal.
         token: demanded of everybody but probes.
         limits: on connections.
@@ -151,7 +151,7 @@ class Front:
         import uvicorn
 
         from chatterbox_prewarm.serve.access import Access
-        from chatterbox_prewarm.serve.admission import Admission
+        from chatterbox_prewarm.serve.admission import Admission, CloseWhileDraining
         from chatterbox_prewarm.serve.app import App
         from chatterbox_prewarm.serve.request_log import RequestLog
 
@@ -165,10 +165,11 @@ class Front:
                 listener.listen(WAITING)
 
         admission = Admission(pool, limit=config.queue_limit)
-        app = App(pool, admission, self._voices, max_characters=config.max_characters)
+        routes = App(pool, admission, self._voices, max_characters=config.max_characters).asgi()
+        app = CloseWhileDraining(Access(routes, config.token), admission)
         server = Server(
             uvicorn.Config(
-                RequestLog(Access(app.asgi(), config.token), log_text=config.log_text),
+                RequestLog(app, log_text=config.log_text),
                 lifespan="off",
                 http=http_protocol(config.limits),
                 ws="none",

@@ -3,6 +3,9 @@
 The front sends `speak`, `voice`, `cancel` and `stop`. A worker answers `speak` with `audio` for each chunk, `voice`
 with `voice`, and either with `error` or, after a `cancel`, with `cancelled`. Meanwhile it sends `progress`, by which a
 busy worker differs from one that hangs.
+
+From its first moment on a worker sends `alive` every second, by which one that starts or has nothing to do differs from
+one that was stopped. It sends `warming` with the step of the idle warm-up that it begins, and without when it left it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ class SpeechOrder:
         text: what to say, of the whole request or of one part of it.
         voice: the name of a voice; whether there is one, its worker knows.
         format: "wav", "pcm", "flac", "opus" or "mp3".
-        stream_format: "audio" or "sse" for a sound that is sent as it is made; None for one that is sent when complete.
+        stream_format: "audio" or "sse" for a sound that is sent as it is made. With None so are mp3, opus and pcm; wav
+            and flac are sent when complete.
         seed: makes the sound repeatable on the same machine.
         max_new_tokens: bound on the speech tokens, 25 to a second of audio.
         temperature, cfg_weight, exaggeration: how tokens are drawn, see `synthesis.Sampling`.

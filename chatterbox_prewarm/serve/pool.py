@@ -47,7 +47,7 @@ class BusyError(ModelError):
 
 @dataclass(frozen=True, kw_only=True)
 class PoolConfig:
-    """How long a part may wait for a worker, and a worker at work may be silent (seconds)."""
+    """How long a part may wait for a worker, and a worker may be silent (seconds)."""
 
     wait_seconds: float
     hang_seconds: float
@@ -265,8 +265,7 @@ class Pool:
             if worker.free and self._line:
                 worker.take()
                 self._line.popleft().set_result(worker)
-        if self.failure is not None:
+        if all(worker.ended for worker in self.workers):
+            what = "no worker is left" if self.failure else "the server is shutting down, and its worker ended"
             while self._line:
-                self._line.popleft().set_exception(
-                    WorkerGoneError("no worker is left", next_step="see the server's log")
-                )
+                self._line.popleft().set_exception(WorkerGoneError(what, next_step="ask another server"))

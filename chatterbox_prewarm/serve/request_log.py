@@ -32,7 +32,7 @@ _CLIENT_GONE = 499
 def note(scope: Scope, **fields: Any) -> None:
     """Have the line of this request hold `fields` besides; None is left out.
 
-    By agreement: `characters`, `voice`, `format`, `device` and, whether it is logged or not, `text`.
+    By agreement: `characters`, `voice`, `format` and, whether it is logged or not, `text`.
     """
     scope.get(_KEY, {}).update({name: value for name, value in fields.items() if value is not None})
 

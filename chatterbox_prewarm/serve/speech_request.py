@@ -67,7 +67,8 @@ class SpeechRequest(BaseModel):
     stream_format: Literal["audio", "sse"] | None = Field(
         default=None,
         description="audio: the bytes of the sound as they are made. sse: the same in server-sent events. "
-        "Left out: the whole file when it is complete, with its length in its header.",
+        "Left out: mp3, opus and pcm as they are made, too; wav and flac when they are complete, since their headers "
+        "hold the length.",
     )
     speed: Annotated[float, Field(strict=True, ge=1, le=1)] | None = Field(
         default=None, description="1; the model has no other."

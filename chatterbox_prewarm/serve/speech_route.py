@@ -149,14 +149,9 @@ class SpeechRoute:
     async def _whole(self, order: SpeechOrder, chunks: AsyncIterator[Chunk], answer: _Answer) -> None:
         from starlette.responses import Response
 
-        from chatterbox_prewarm.serve.encoding import encoder
-
-        encoding = encoder(order.format, whole=True)
-        sound = bytearray()
-        async for chunk in chunks:
-            sound += encoding.encode(chunk.pcm)
-        sound += encoding.finish()
-        await answer.send(Response(bytes(sound), media_type=encoding.media_type))
+        media_type, parts = await encoded(order.format, chunks, whole=True)
+        sound = b"".join([data async for data in parts])
+        await answer.send(Response(sound, media_type=media_type))
 
     async def _stream(self, order: SpeechOrder, chunks: AsyncIterator[Chunk], answer: _Answer) -> None:
         media_type, parts = await encoded(order.format, chunks)
@@ -197,12 +192,18 @@ def _parser() -> Callable[..., SpeechOrder]:
     return parse_order
 
 
-async def encoded(name: str, chunks: AsyncIterator[Chunk]) -> tuple[str, AsyncIterator[bytes]]:
-    """The media type of a format, and the sound in it as it comes; encoded in a thread, where that takes time."""
+async def encoded(name: str, chunks: AsyncIterator[Chunk], *, whole: bool = False) -> tuple[str, AsyncIterator[bytes]]:
+    """The media type of a format, and the sound in it as it comes; encoded in a thread, where that takes time.
+
+    Args:
+        name: of the format.
+        chunks: of the sound.
+        whole: as for `encoder`.
+    """
     from chatterbox_prewarm.serve.encoding import encoder
 
     quick = name in {"pcm", "wav"}
-    encoding = encoder(name, whole=False) if quick else await asyncio.to_thread(encoder, name, whole=False)
+    encoding = encoder(name, whole=whole) if quick else await asyncio.to_thread(encoder, name, whole=whole)
 
     async def parts() -> AsyncIterator[bytes]:
         async for chunk in chunks:

@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 #: A worker that dies before it was ready is started once more; after that the fault is not a passing one.
 _ATTEMPTS = 2
+#: Seconds before that: what a process held that was killed, a GPU's memory above all, is not free at once.
+_PAUSE_SECONDS = 5.0
+#: Into so many the time is divided after which a silent worker is ended.
+_INTERVALS = 10
 _STOP_SECONDS = 5.0
 
 
@@ -77,8 +81,10 @@ class Supervisor:
     Args:
         config: of the worker.
         first: its first process, as `spawn` returned it.
-        hang_seconds: a worker that is at work and silent for so long is ended.
-        on_change: called whenever `free`, `ready` or `failure` may have changed.
+        hang_seconds: a worker from which nothing is heard for so long is ended, be it at work, idle or in its start.
+        on_change: called whenever `free`, `ready`, `ended` or `failure` may have changed.
+        start: starts the processes after the first.
+        pause_seconds: before another process is started after one that never was ready.
 
     Attributes:
         phase: what the worker is doing, for people; "ready" once a real synthesis has passed.
@@ -87,7 +93,9 @@ class Supervisor:
         log: its event log and counters as last reported.
         usage: what it held then.
         restarts: how often a worker that had died was replaced.
+        reason: why the last process did not become ready; None once one is.
         failure: why there will be no worker any more.
+        ended: whether there is none and none will come, be it for a failure or since it was closed.
     """
 
     def __init__(
@@ -97,6 +105,8 @@ class Supervisor:
         *,
         hang_seconds: float,
         on_change: Callable[[], None],
+        start: Callable[[WorkerConfig], Spawned] = spawn,
+        pause_seconds: float = _PAUSE_SECONDS,
     ) -> None:
         self.config = config
         self.phase = "starting"
@@ -106,7 +116,11 @@ class Supervisor:
         self.log: dict[str, Any] = {}
         self.usage = Usage()
         self.restarts = 0
+        self.reason: str | None = None
         self.failure: PrewarmError | None = None
+        self.ended = False
+        self._start = start
+        self._pause_seconds = pause_seconds
         self._hang_seconds = hang_seconds
         self._on_change = on_change
         self._next = first
@@ -115,7 +129,10 @@ class Supervisor:
         self._answers: dict[int, asyncio.Queue[Message | PrewarmError]] = {}
         self._taken = False
         self._writer: asyncio.StreamWriter | None = None
-        self._closing = False
+        self._closing = asyncio.Event()
+        self._heard = False
+        self._reported: tuple[PrewarmError, bool] | None = None
+        self._warming: str | None = None
         self._settling: set[asyncio.Task[None]] = set()
 
     @property
@@ -144,32 +161,66 @@ class Supervisor:
 
     async def run(self) -> None:
         """Keep a worker alive until `close`; ends with `failure` set when that cannot be done."""
-        attempts = 0
+        try:
+            await self._keep_alive()
+        except OSError as error:
+            self._fail(from_os_error(error, "starting a worker"))
+        finally:
+            self.ended = True
+            self._on_change()
+
+    async def _keep_alive(self) -> None:
+        attempts, ever_ready = 0, False
         while True:
-            attempts += 1
             self._process, connection = self._next
             was_ready = await self._follow(connection)
-            status = await asyncio.to_thread(self._process.wait)
-            if self._closing:
+            status = await self._exit_status()
+            if self._closing.is_set():
                 return
-            if was_ready:
-                attempts = 0
-            if self.failure is None and attempts >= _ATTEMPTS:
-                self.failure = ModelError(
-                    f"the worker ended {attempts} times before it was ready, last with status {status}",
-                    next_step="see its output above; if it was killed, give the container more memory",
-                )
-            if self.failure is None:
-                logger.error("the worker on %s ended with status %s; starting another", self.config.device, status)
-                self.restarts += 1
-                try:
-                    self._next = spawn(replace(self.config, origin=None))
-                except OSError as error:
-                    self.failure = from_os_error(error, "starting a worker")
-            if self.failure is not None:
-                self.phase = "failed"
-                self._on_change()
+            ever_ready = ever_ready or was_ready
+            attempts = 0 if was_ready else attempts + 1
+            if attempts and (failure := self._final(attempts, status, ever_ready=ever_ready)):
+                self._fail(failure)
                 return
+            if self._warming is not None:
+                logger.error("the worker on %s died of the warm-up of %s", self.config.device, self._warming)
+                self.config = replace(self.config, skipped=(*self.config.skipped, self._warming))
+            logger.error("the worker on %s ended with status %s; starting another", self.config.device, status)
+            if attempts:
+                with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), self._pause_seconds)
+                    return
+            self.restarts += 1
+            self._next = self._start(replace(self.config, origin=None))
+
+    def _final(self, attempts: int, status: int, *, ever_ready: bool) -> PrewarmError | None:
+        """Why no other process is started after one that did not become ready; None if one is.
+
+        What the first start of all says of its input, of the weights or a state that does not fit, is final. A later
+        one had the same input, so that what it says may pass, and so may a want of memory at any time.
+        """
+        error, passing = self._reported or (None, True)
+        self.reason = f"it ended with status {status}" if error is None else error.message
+        if error is not None and not (passing or ever_ready):
+            return error
+        if attempts < _ATTEMPTS:
+            return None
+        return error or ModelError(
+            f"the worker ended {attempts} times before it was ready, last with status {status}",
+            next_step="see its output above; if it was killed, give the container more memory",
+        )
+
+    def _fail(self, failure: PrewarmError) -> None:
+        logger.error("there will be no worker on %s: %s", self.config.device, failure.message)
+        self.phase, self.reason, self.failure = "failed", failure.message, failure
+
+    async def _exit_status(self) -> int:
+        """The status of a worker whose connection is closed; one that does not come to its end is killed."""
+        try:
+            return await asyncio.to_thread(self._process.wait, _STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return await asyncio.to_thread(self._process.wait)
 
     async def speak(self, part: PartOrder) -> AsyncGenerator[Chunk]:
         """Have a text spoken by the worker, which was taken before and is released when it can do something else.
@@ -202,7 +253,7 @@ class Supervisor:
 
     def close(self) -> None:
         """From here on, a worker that ends is not replaced."""
-        self._closing = True
+        self._closing.set()
 
     async def stop(self) -> None:
         """End the worker: one that is ready is told to and has a few seconds, any other is ended at once."""
@@ -258,12 +309,29 @@ class Supervisor:
             try:
                 answer = await asyncio.wait_for(answers.get(), self._hang_seconds)
             except (asyncio.TimeoutError, TimeoutError):
-                logger.error("the worker on %s hangs; ending it", self.config.device)  # noqa: TRY400 - not ours
-                self.phase, self.ready = "hung", False  # at once, or the next request would be given to it
-                self._process.kill()
+                self._end_hung()
                 return WorkerGoneError("the worker hung", next_step="try again in a few seconds")
             if isinstance(answer, PrewarmError) or answer[0]["type"] != "progress":
                 return answer
+
+    async def _watch(self) -> None:
+        """End the worker when nothing at all comes from it: it was stopped, or something holds the whole process up.
+
+        Time is counted in intervals: when it was this process that stood still, but one of them has passed.
+        """
+        silent = 0
+        while silent < _INTERVALS:
+            self._heard = False
+            await asyncio.sleep(self._hang_seconds / _INTERVALS)
+            silent = 0 if self._heard else silent + 1
+        self._end_hung()
+
+    def _end_hung(self) -> None:
+        if self.phase == "hung":
+            return
+        logger.error("the worker on %s hangs (%s); ending it", self.config.device, self.phase)
+        self.phase, self.ready = "hung", False  # at once, or the next request would be given to it
+        self._process.kill()
 
     async def _call_off(self, number: int, answers: asyncio.Queue[Message | PrewarmError]) -> None:
         """Tell the worker that a request is not wanted any more, and wait until it has left it."""
@@ -284,8 +352,9 @@ class Supervisor:
 
     async def _follow(self, connection: socket.socket) -> bool:
         """Take in a worker's messages until it is gone; returns whether it had become ready."""
-        self.log = {}
+        self.log, self._reported, self._warming = {}, None, None
         reader, self._writer = await asyncio.open_connection(sock=connection)
+        watch = asyncio.create_task(self._watch())
         was_ready = False
         try:
             while True:
@@ -294,6 +363,7 @@ class Supervisor:
         except (asyncio.IncompleteReadError, ConnectionError):
             return was_ready
         finally:
+            watch.cancel()
             self._writer.close()
             self._writer = None
             self.phase, self.attached, self.ready = "worker gone", False, False
@@ -304,6 +374,7 @@ class Supervisor:
             self._on_change()
 
     def _take_in(self, header: dict[str, Any], payload: bytes) -> None:
+        self._heard = True
         self.log = header.get("metrics", self.log)
         if "usage" in header:
             self.usage = Usage(**header["usage"])
@@ -314,11 +385,15 @@ class Supervisor:
                 self.phase, self.attached, self.voices = "attached", True, header["voices"]
                 self._on_change()
             case "ready":
-                self.phase, self.ready = "ready", True
+                self.phase, self.ready, self.reason = "ready", True, None
                 self._on_change()
             case "failed":
-                self.failure = rebuild(header)
+                self._reported = rebuild(header), header["passing"]
+            case "warming":
+                self._warming = header["step"]
             case "warmed":
+                self._warming = None
+            case "alive":
                 pass
             case "error" | "cancelled" | "voice" | "audio" | "progress":
                 self._hand_on(header, payload)

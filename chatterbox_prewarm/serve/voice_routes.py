@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.routing import Route
 
+    from chatterbox_prewarm.serve.admission import Admission
     from chatterbox_prewarm.serve.order import SpeechOrder
-    from chatterbox_prewarm.serve.voice_store import VoiceStore
+    from chatterbox_prewarm.serve.upload import Upload
+    from chatterbox_prewarm.serve.voice_store import VoiceEntry, VoiceStore
 
 PATH = "/v1/audio/voices"
 PREVIEW_TEXT = "Hello, this is how I sound."
@@ -48,6 +50,7 @@ class VoiceRoutes:
 
     Args:
         store: of all voices.
+        admission: says whether an upload is taken on.
         prepare: makes a voice's file of a WAV file, in a worker; raises `PrewarmError`.
         speak: answers an order with its sound, or with the error; the request is the one to answer.
         limits: of uploads.
@@ -56,12 +59,14 @@ class VoiceRoutes:
     def __init__(
         self,
         store: VoiceStore,
+        admission: Admission,
         *,
         prepare: Callable[[bytes], Awaitable[bytes]],
         speak: Callable[[SpeechOrder, Request], Awaitable[Response]],
         limits: UploadLimits | None = None,
     ) -> None:
         self._store = store
+        self._admission = admission
         self._prepare = prepare
         self._speak = speak
         self._limits = limits or UploadLimits()
@@ -127,33 +132,39 @@ class VoiceRoutes:
         from starlette.requests import ClientDisconnect
         from starlette.responses import JSONResponse, Response
 
-        if self._uploads >= self._limits.at_once:
+        from chatterbox_prewarm.serve.upload import read_upload
+
+        limits = self._limits
+        if (refused := self._admission.refusal()) is not None:
+            return refused
+        if self._uploads >= limits.at_once:
             return failure(429, f"{self._uploads} voices are being added already", "too_many_uploads")
         try:
             with self._counted():
-                name, wav = await self._receive(request)
-                data = await self._prepare(wav)
-                entry = await asyncio.to_thread(self._store.add, name, data)
+                upload = await read_upload(request, clip_bytes=limits.decode.clip_bytes, seconds=limits.seconds)
+                # As with speech: what trickles in is not in flight yet, and much may have changed meanwhile.
+                if (refused := self._admission.refusal()) is not None:
+                    return refused
+                with self._admission.taken_on():
+                    entry = await self._make(upload)
         except PrewarmError as error:
             return refusal(error)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
         return JSONResponse(entry.to_dict(), status_code=201)
 
-    async def _receive(self, request: Request) -> tuple[str, bytes]:
-        """Name and decoded clip of an upload; of the clip as it came nothing is kept.
+    async def _make(self, upload: Upload) -> VoiceEntry:
+        """Make a voice of an upload and keep it; of the clip as it came nothing is kept.
 
         Raises:
-            PrewarmError: the upload, the clip or the name cannot be used.
+            PrewarmError: the clip or the name cannot be used, or no worker could make it.
         """
-        from chatterbox_prewarm.serve.upload import read_upload
-
-        limits = self._limits
-        upload = await read_upload(request, clip_bytes=limits.decode.clip_bytes, seconds=limits.seconds)
         # Again when it is added; now, since decoding and computing take seconds.
         await asyncio.to_thread(self._store.check_free, upload.name)
         async with self._decoding:
-            return upload.name, await decode(upload.clip, limits.decode)
+            wav = await decode(upload.clip, self._limits.decode)
+        data = await self._prepare(wav)
+        return await asyncio.to_thread(self._store.add, upload.name, data)
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:

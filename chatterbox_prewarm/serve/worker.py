@@ -6,12 +6,14 @@ the front can answer probes while this process is busy importing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import queue
 import socket
 import sys
+import threading
 import time
 import traceback
 from dataclasses import asdict, dataclass
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 #: A worker counts as idle, and warms up what is left, when no request came for so long.
 _IDLE_SECONDS = 2.0
+#: A voice is made in a few long steps that cannot report: 1 to 8 s on a CPU. For so long the process is believed.
+_VOICE_SECONDS = 60.0
 #: Chunks where nobody waits for them, ten seconds each: a vocoder at work on more would say nothing for too long.
 _WHOLE_TOKENS = 250
 
@@ -52,7 +56,8 @@ class WorkerConfig:
 
     `fd` is its end of the socket pair. `origin` is when the start began, in seconds since boot: for the first worker
     the moment the front was executed, since that is the clock a user waits by; None for a replacement.
-    `requests_per_minute` is the load to warm up for, beyond what is needed to be ready, while idle.
+    `requests_per_minute` is the load to warm up for, beyond what is needed to be ready, while idle; `skipped` names the
+    steps of that which a worker before this one died of.
     """
 
     fd: int = -1
@@ -71,6 +76,7 @@ class WorkerConfig:
     threads: int | None
     max_new_tokens: int
     requests_per_minute: float = 0.0
+    skipped: tuple[str, ...] = ()
     log_format: str = "text"
 
     def to_argument(self) -> str:
@@ -86,13 +92,14 @@ def main() -> None:
     log_lines.install(config.log_format, process=f"worker {config.device}", level=logging.INFO)
     with socket.socket(fileno=config.fd) as connection:
         worker = Worker(config, connection)
+        threading.Thread(target=worker.report_alive, name="alive", daemon=True).start()
         try:
             worker.start()
         except Exception as error:  # noqa: BLE001 - whatever it is, the front is to say it
             if os.environ.get(DEBUG):
                 traceback.print_exc()
             found = as_prewarm_error(error)
-            worker.send({"type": "failed", **describe(found)})
+            worker.send({"type": "failed", "passing": is_broken(error), **describe(found)})
             sys.exit(found.exit_code)
         worker.serve()
 
@@ -110,6 +117,10 @@ class Worker:
         self._attached: Attached | None = None
         self._added: VoiceCache | None = None
         self._reported = 0.0
+        self._sending = threading.Lock()
+        self._steps: list[WarmupStep] = []
+        #: A request whose work cannot report by itself, and until when it is believed to be at work.
+        self._vouched = (0, 0.0)
 
     def start(self) -> None:
         """Become ready: prepare, attach, and one real synthesis.
@@ -118,6 +129,7 @@ class Worker:
             PrewarmError: the model cannot be loaded, or the policy forbids a cold start.
         """
         config = self._config
+        plan = AdaptiveWarmup.plan_for(config.requests_per_minute)
         prepared = prepare(
             Path(config.warm),
             Path(config.weights),
@@ -150,26 +162,39 @@ class Worker:
                 max_new_tokens=reference.max_new_tokens if reference else REFERENCE_TOKENS,
             )
         self._metrics.mark("ready")
+        if not switched_off():
+            self._steps = [step for step in plan.steps(attached.synthesizer) if step.name not in config.skipped]
         self.send({"type": "ready", **self._report()})
 
     def serve(self) -> None:
         """Answer requests until the front closes or says stop; between them, warm up what is left."""
         inbox = Inbox(self._connection)
-        steps = self._steps_left()
         while True:
             try:
-                message = inbox.take(_IDLE_SECONDS if steps else None)
+                message = inbox.take(_IDLE_SECONDS if self._steps else None)
             except queue.Empty:
-                if self._warm_up(steps[0], inbox):
-                    del steps[0]
+                if self._warm_up(self._steps[0], inbox):
+                    del self._steps[0]
                 continue
             if message is None or message[0]["type"] == "stop":
                 return
             self._answer(inbox, *message)
 
     def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
-        """Send a message to the front."""
-        self._connection.sendall(frames.encode(header, payload))
+        """Send a message to the front; from any thread."""
+        with self._sending:
+            self._connection.sendall(frames.encode(header, payload))
+
+    def report_alive(self) -> None:
+        """Tell the front every second that this process runs, until the connection is closed."""
+        with contextlib.suppress(OSError):
+            while True:
+                number, until = self._vouched
+                if time.monotonic() < until:
+                    self.send({"type": "progress", "id": number})
+                else:
+                    self.send({"type": "alive"})
+                time.sleep(PROGRESS_SECONDS)
 
     def _answer(self, inbox: Inbox, header: dict[str, Any], payload: bytes) -> None:
         """Do what a message asks for, and say how it went.
@@ -241,7 +266,12 @@ class Worker:
 
         if self._attached is None:
             raise AssertionError("requests come after start")
-        self.send({"type": "voice", "id": number}, voice_bytes(self._attached, clip))
+        self._vouched = (number, time.monotonic() + _VOICE_SECONDS)
+        try:
+            voice = voice_bytes(self._attached, clip)
+        finally:
+            self._vouched = (0, 0.0)
+        self.send({"type": "voice", "id": number}, voice)
 
     def _wanted_no_more(self, inbox: Inbox, number: int) -> bool:
         """Whether a request was called off; on the way, tell the front that this process does not hang."""
@@ -250,19 +280,26 @@ class Worker:
             self.send({"type": "progress", "id": number})
         return inbox.cancelled(number)
 
-    def _steps_left(self) -> list[WarmupStep]:
-        """What is left to warm up for the load that is to be expected."""
-        if self._attached is None or switched_off():
-            return []
-        return AdaptiveWarmup.plan_for(self._config.requests_per_minute).steps(self._attached.synthesizer)
-
     def _warm_up(self, step: WarmupStep, inbox: Inbox) -> bool:
-        """Take a step of the warm-up; False when a request came before it was done."""
+        """Take a step of the warm-up, or give it up; False when a request came before it was done.
+
+        Raises:
+            SystemExit: it left this process without use. The front knows the step, and has the next worker skip it.
+        """
         started = time.monotonic()
+        self.send({"type": "warming", "step": step.name})
         try:
             step.run(inbox.leave_for_others)
         except LeftError:
+            self.send({"type": "warming", "step": None})
             return False
+        except Exception as error:
+            if is_broken(error):
+                logger.exception("the warm-up of %s broke this worker", step.name)
+                sys.exit(ModelError.exit_code)
+            logger.exception("the warm-up of %s is given up", step.name)
+            self.send({"type": "warming", "step": None})
+            return True
         self._metrics.add_seconds(f"warm-up of {step.name}", time.monotonic() - started)
         self.send({"type": "warmed", **self._report()})
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,5 +40,9 @@ def say(text: str) -> Response:  # not `async`: FastAPI calls it in a thread, wh
 @app.get("/stream")
 def stream(text: str) -> StreamingResponse:
     """16-bit samples at 24 kHz, as they are made."""
-    chunks = app.state.speech.generate_stream(text)
-    return StreamingResponse((chunk.data for chunk in chunks), media_type="audio/pcm")
+    try:
+        chunks = app.state.speech.generate_stream(text)
+        first = next(chunks)  # once the answer has begun, its status cannot say what went wrong
+    except BadInputError as error:
+        raise HTTPException(400, str(error)) from error
+    return StreamingResponse((chunk.data for chunk in itertools.chain([first], chunks)), media_type="audio/pcm")

@@ -34,11 +34,17 @@ class Server:
     def ask(
         self, method: str, path: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
     ) -> tuple[int, bytes]:
+        answer, content = self.answer(method, path, body, headers)
+        return answer.status, content
+
+    def answer(
+        self, method: str, path: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[http.client.HTTPResponse, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             connection.request(method, path, body, dict(headers or {}))
             answer = connection.getresponse()
-            return answer.status, answer.read()
+            return answer, answer.read()
         finally:
             connection.close()
 

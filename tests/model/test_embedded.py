@@ -174,6 +174,7 @@ def test_the_example_for_fastapi_serves(baked: Path, mini: Path, tmp_path: Path)
         assert client.get("/say", params={"text": "Hello."}).content.startswith(b"RIFF")
         assert client.get("/say", params={"text": ""}).status_code == 400
         assert len(client.get("/stream", params={"text": "Hello."}).content) > 5000
+        assert client.get("/stream", params={"text": ""}).status_code == 400
         client.close()
     finally:
         process.terminate()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.model.serving import Server
+from tests.unit.added_voices import voice
 
 pytest.importorskip("selenium", reason="selenium is not installed (it is in the extra `dev`)")
 from selenium import webdriver
@@ -268,6 +269,21 @@ def test_a_voice_is_added_from_a_file_heard_and_deleted(page: Page, clip: Path) 
     page.wait(lambda: page.text("#voices-state") == "visitor was deleted." or page.text("#voices-error"))
     assert not page.all("[data-voice=visitor]")
     assert "visitor" not in page.server.status("/startupz")[1]["voices"]
+
+
+def test_a_voice_that_cannot_be_used_is_not_offered_and_says_why(page: Page) -> None:
+    directory = page.server.log.parent / "voices"
+    (directory / "old.safetensors").write_bytes(voice(weights="sha256:" + "9" * 64))
+    try:
+        page.open()
+        page.wait(lambda: page.all("[data-voice=old]"))
+        assert "cannot be used: " in page.text("[data-voice=old]")
+        assert "checkpoint" in page.text("[data-voice=old]")
+        assert [option.text for option in Select(page.find("#voice")).options] == ["default", "fox"]
+        assert not page.all("[aria-label='Preview old']")
+        assert page.all("[aria-label='Delete old']")
+    finally:
+        (directory / "old.safetensors").unlink()
 
 
 def test_it_can_be_used_with_the_keyboard_alone(page: Page) -> None:

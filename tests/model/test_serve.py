@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,8 +165,9 @@ def test_a_dead_worker_is_seen_and_replaced(server: Server) -> None:
     os.kill(first, signal.SIGKILL)
     server.wait("/readyz", 503)
     assert server.ask("GET", "/livez")[0] == 200
-    status, body = server.speak()
-    assert status == 503
+    refused, body = server.answer("POST", "/v1/audio/speech", json.dumps(SENTENCE))
+    assert refused.status == 503
+    assert int(refused.headers["Retry-After"]) >= 1
     assert json.loads(body)["error"]["code"] == "not_ready"
     body_ready = server.wait("/readyz", 200)
     assert body_ready["restarts"] == 1
@@ -216,6 +218,58 @@ def test_a_longer_text_can_be_allowed(baked: Path, mini: Path, tmp_path: Path) -
         assert server.speak(input=text * 2)[0] == 400
     finally:
         assert server.end() == 0
+
+
+SECRET = "correct-horse-battery-staple"
+#: What each route but the probes answers to whoever shows the token. Nothing is sent to add a voice of.
+GUARDED = {
+    ("GET", "/"): 200,
+    ("GET", "/metrics"): 200,
+    ("GET", "/openapi.json"): 200,
+    ("GET", "/v1/models"): 200,
+    ("POST", "/v1/audio/speech"): 200,
+    ("GET", "/v1/audio/voices"): 200,
+    ("POST", "/v1/audio/voices"): 400,
+    ("GET", "/v1/audio/voices/{name}"): 200,
+    ("DELETE", "/v1/audio/voices/{name}"): 403,
+    ("GET", "/v1/audio/voices/{name}/preview"): 200,
+}
+
+
+@pytest.mark.parametrize("more", [[], ["--log-text"]], ids=["no text", "text"])
+def test_a_token_is_demanded_on_every_route_and_texts_are_logged_only_if_asked_for(
+    more: list[str], baked: Path, mini: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text(SECRET)
+    server = Server(
+        tmp_path / "log",
+        *("--warm", baked, "--weights", mini, "--cache", tmp_path / "cache", "--max-new-tokens", "12"),
+        *("--token-file", tmp_path / "token"),
+        *more,
+    )
+    bearer = {"Authorization": f"Bearer {SECRET}"}
+    try:
+        # A probe needs no token, and tells no more than it must.
+        assert server.wait("/readyz", 200) == {"phase": "ready", "attached": True, "ready": True}
+        described = json.loads(server.ask("GET", "/openapi.json", headers=bearer)[1])["paths"]
+        operations = {path: item.keys() - {"parameters"} for path, item in described.items()}
+        routes = {(method.upper(), path) for path, methods in operations.items() for method in methods}
+        assert routes - {("GET", probe) for probe in ("/livez", "/startupz", "/readyz")} == GUARDED.keys()
+        for (method, template), status in GUARDED.items():
+            path = template.format(name="fox")
+            body = json.dumps({**SENTENCE, "input": "The patient is called Nemo."}) if path.endswith("speech") else None
+            for shown in ({}, {"Authorization": "Bearer another"}):
+                answer, content = server.answer(method, path, body, shown)
+                assert answer.status == 401, path
+                assert json.loads(content)["error"]["code"] == "invalid_api_key"
+            assert server.ask(method, path, body, bearer)[0] == status, path
+        assert server.ask("GET", "/livez")[0] == 200
+    finally:
+        assert server.end() == 0
+    log = server.log.read_text()
+    assert log.count("route=/v1/audio/speech status=200") == 1
+    assert ("Nemo" in log) == bool(more)
+    assert SECRET not in log
 
 
 @pytest.fixture
@@ -301,13 +355,13 @@ def test_a_burst_beyond_the_queue_and_a_client_that_goes_away_break_nothing(
     )
     try:
         server.wait("/readyz", 200)
-        answers: list[int] = []
-        burst = [threading.Thread(target=lambda: answers.append(server.speak(max_new_tokens=100)[0])) for _ in range(6)]
-        for thread in burst:
-            thread.start()
-        for thread in burst:
-            thread.join()
-        assert sorted(answers) == [200, 200, 429, 429, 429, 429]
+        order = json.dumps({**SENTENCE, "max_new_tokens": 100})
+        with ThreadPoolExecutor(6) as clients:
+            burst = [clients.submit(server.answer, "POST", "/v1/audio/speech", order) for _ in range(6)]
+        answers = [request.result()[0] for request in burst]
+        assert sorted(answer.status for answer in answers) == [200, 200, 429, 429, 429, 429]
+        assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers if answer.status == 429)
+        assert server.metric("queue_limit") == 2
         body = json.dumps(SENTENCE).encode()
         with socket.create_connection(("127.0.0.1", server.port)) as rude:
             rude.sendall(b"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from chatterbox_prewarm.serve.parts import split
 from tests.model.serving import SENTENCE, Server
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 SENTENCES = [f"This is sentence number {number}, and it is here to be spoken by itself. " * 4 for number in range(3)]
 LONG = "".join(SENTENCES)
+#: What the server makes of it: each is spoken with a seed of its own, the request's and its number.
+PARTS = list(enumerate(split(LONG)))
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +114,11 @@ def test_a_long_text_is_spoken_in_order_and_lets_short_ones_pass(server: Server)
         short = clients.submit(speak, "short", "Hello.")
         assert len(sound(long[0].result())) > len(sound(short.result()))
         assert long[0].result() == long[1].result()
+        alone = [
+            server.speak(input=part, seed=SENTENCE["seed"] + number, max_new_tokens=25)[1] for number, part in PARTS
+        ]
+        joined = np.concatenate([sound(wav) for wav in alone])
+        assert np.array_equal(sound(long[0].result()), joined)
     assert ended["short"] < min(ended["long 0"], ended["long 1"])
 
 
@@ -169,6 +177,19 @@ def test_a_worker_that_hangs_is_replaced_and_its_request_answered(server: Server
     assert server.metric("worker_restarts_total") == restarts + 2
     assert not set(server.workers()) & set(stopped)
     assert "hangs" in server.log.read_text()
+
+
+def test_a_worker_that_is_stopped_while_nobody_asks_is_replaced(server: Server) -> None:
+    restarts = server.metric("worker_restarts_total")
+    stopped = server.workers()[0]
+    os.kill(stopped, signal.SIGSTOP)
+    deadline = time.monotonic() + 90
+    while server.metric("worker_restarts_total") == restarts:
+        assert time.monotonic() < deadline, "nothing but its silence tells"
+        time.sleep(0.2)
+    server.wait_ready(workers=2)
+    assert stopped not in server.workers()
+    assert server.metric("worker_restarts_total") == restarts + 1
 
 
 def test_a_worker_without_memory_is_replaced_and_its_request_answered(server: Server) -> None:

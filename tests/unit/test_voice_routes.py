@@ -10,7 +10,8 @@ import socket
 import tempfile
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import numpy as np
@@ -20,6 +21,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import Response
 
+from chatterbox_prewarm.serve.admission import Admission
 from chatterbox_prewarm.serve.decode_clip import DecodeLimits
 from chatterbox_prewarm.serve.supervisor import WorkerGoneError
 from chatterbox_prewarm.serve.voice_routes import PREVIEW_TEXT, UploadLimits, VoiceRoutes
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from chatterbox_prewarm.serve.order import SpeechOrder
+    from chatterbox_prewarm.serve.pool import Pool
 
 PATH = "/v1/audio/voices"
 CLIP = sound_file(tone(), kind="FLAC")
@@ -50,7 +53,9 @@ class Server:
         self.orders: list[SpeechOrder] = []
         self.seconds = 0.0
         self.gone = False
-        routes = VoiceRoutes(self.store, prepare=self._prepare, speak=self._speak, limits=limits)
+        ready = cast("Pool", SimpleNamespace(ready=True))
+        admission = Admission(ready, limit=32)
+        routes = VoiceRoutes(self.store, admission, prepare=self._prepare, speak=self._speak, limits=limits)
         app = Starlette(routes=routes.routes())
         self._server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False))
         self._listener = socket.create_server(("127.0.0.1", 0))

@@ -144,7 +144,7 @@ export function showWorkers(status) {
         "tr",
         {},
         element("th", { scope: "row" }, worker.device),
-        element("td", {}, worker.phase),
+        element("td", {}, worker.reason ? `${worker.phase}: ${worker.reason}` : worker.phase),
         element("td", {}, worker.busy ? "yes" : "no"),
         element("td", { class: "number" }, count(worker.restarts)),
         element("td", { class: "number" }, worker.rss_bytes ? size(worker.rss_bytes) : ""),

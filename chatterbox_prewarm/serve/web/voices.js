@@ -19,7 +19,7 @@ export async function refreshVoices(names = known) {
     showError(byId("voices-error"), error);
     return;
   }
-  setVoices(voices.map((voice) => voice.id));
+  setVoices(voices.filter((voice) => voice.usable).map((voice) => voice.id));
   const described = JSON.stringify(voices);
   if (described === shown) return; // the keyboard's place in the table is kept
   shown = described;
@@ -30,6 +30,7 @@ export async function refreshVoices(names = known) {
 function row(voice) {
   const date = voice.created ? ` ${new Date(1000 * voice.created).toISOString().slice(0, 10)}` : "";
   const kind = voice.baked ? ["baked"] : ["added", element("span", { class: "date" }, date)];
+  if (!voice.usable) kind.push(element("p", { class: "error" }, `cannot be used: ${voice.reason}`));
   const button = (text, action) =>
     element("button", { type: "button", class: "small", "aria-label": `${text} ${voice.id}`, onclick: () => action(voice.id) }, text);
   return element(
@@ -38,7 +39,7 @@ function row(voice) {
     element("th", { scope: "row" }, voice.id),
     element("td", {}, ...kind),
     element("td", { class: "number" }, size(voice.bytes)),
-    element("td", { class: "actions" }, button("Preview", preview), voice.baked ? "" : button("Delete", remove)),
+    element("td", { class: "actions" }, voice.usable ? button("Preview", preview) : "", voice.baked ? "" : button("Delete", remove)),
   );
 }
 
