@@ -41,7 +41,7 @@ class Worker:
 def exposed() -> dict[str, set[str]]:
     """The names of all samples, each with its labels."""
     pool: Any = SimpleNamespace(attached=True, ready=True, waiting=0, leading=Worker(), workers=[Worker()])
-    admission: Any = SimpleNamespace(in_flight=2)
+    admission: Any = SimpleNamespace(in_flight=2, limit=32)
     text = Exposition(pool, admission, Measures()).render().decode()
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(text):
