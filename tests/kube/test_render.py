@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.image.stores import storing
 from chatterbox_prewarm.kube.budgets import Measured
 from chatterbox_prewarm.kube.nodes import Cluster, product_label
-from chatterbox_prewarm.kube.render import Request, render
+from chatterbox_prewarm.kube.render import NAME, Request, render
 from tests.image.registry_server import serve
 from tests.kube.manifests import K8S, VERSIONS, Document, kustomize, pods, the, validate, violations
 from tests.unit.images import make_base
@@ -126,6 +127,32 @@ def test_what_pulls_before_is_the_component_and_goes_where_the_pods_go() -> None
     for documents in ([H100, L4], [L4]):
         (_, server), (_, before) = pods(render_for(documents, pre_pull=True).documents)
         assert (before["affinity"], before["tolerations"]) == (server["affinity"], server["tolerations"])
+
+
+def test_components_go_on_top_of_a_rendering(tmp_path: Path) -> None:
+    shutil.copytree(K8S / "components", tmp_path / "components")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "rendered.yaml").write_text(render_for([L4], queue_limit=4).to_yaml())
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": ["rendered.yaml"],
+        "components": [f"../components/{name}" for name in ("token", "voices", "signature-key", "hpa", "monitor")],
+    }
+    (mine / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    documents = kustomize(mine)
+    deployment, settings = the(documents, "Deployment"), the(documents, "ConfigMap")
+    (server,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert server["image"] == IMAGE
+    assert server["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}]
+    assert settings["data"].items() >= {"CHATTERBOX_PREWARM_QUEUE_LIMIT": "4"}.items()
+    assert settings["data"].keys() >= {"CHATTERBOX_PREWARM_TOKEN_FILE", "CHATTERBOX_PREWARM_KEY"}
+    mounts = {mount["name"] for mount in server["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in deployment["spec"]["template"]["spec"]["volumes"]}
+    assert len(mounts) == 5, "the cache, the temporary folder, and one of each of three components"
+    assert the(documents, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]["name"] == NAME
+    assert {where: found for where, pod in pods(documents) if (found := violations(pod))} == {}
 
 
 #: In the order of a rendering.
