@@ -39,29 +39,28 @@ def test_the_example_for_ray_serve_serves(baked: Path, mini: Path, tmp_path: Pat
         "applications": [{"name": "speech", "route_prefix": "/", "import_path": "ray_serve_app:app"}],
     }
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    command = [str(RAY / "serve"), "run", "--app-dir", str(tmp_path), str(tmp_path / "config.yaml")]
+    command = [str(RAY / "serve"), "run", str(tmp_path / "config.yaml")]
     environment = {
         **os.environ,
         "PATH": f"{RAY}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{tmp_path}:{ROOT}",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TMPDIR": str(tmp_path),
     }
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
-        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
-        deadline = time.monotonic() + 240
-        while not ready(client):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.5)
-        said = client.get("/", params={"text": "Hello."})
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            deadline = time.monotonic() + 480
+            while not ready(client):
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.5)
+            said = client.get("/", params={"text": "Hello."})
         assert said.status_code == 200, said.text
         assert said.headers["content-type"] == "audio/wav"
         assert said.content.startswith(b"RIFF")
         assert len(said.content) > 5000
-        client.close()
         process.send_signal(signal.SIGINT)
         process.wait(60)
         assert workers_of(mini) == [], "the worker ends with its replica"
