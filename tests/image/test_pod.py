@@ -47,7 +47,8 @@ PATIENCE = 120.0
 @pytest.fixture(scope="module")
 def played(storage: Storage, image: str) -> str:
     """The image, which podman has as well."""
-    if shutil.which("netavark") is None or shutil.which("catatonit") is None:
+    helpers = f"{os.environ['PATH']}:/usr/lib/podman:/usr/libexec/podman"
+    if not all(shutil.which(name, path=helpers) for name in ("netavark", "catatonit")):
         pytest.skip("podman has no pods without netavark and catatonit (Debian: apt-get install netavark catatonit)")
     assert storage.root.is_dir()
     give_to_podman(image)
