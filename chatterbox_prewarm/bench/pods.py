@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 #: Until a cluster's proxies have heard of a pod that comes or goes, in seconds.
 _PROXY_LAG = 1.0
-#: Clients of the update, and for how long they ask before it begins and after it, in seconds.
-_CLIENTS = 4
+#: For how long clients ask before an update begins and after it, in seconds.
 _BEFORE_AND_AFTER = 10.0
 #: Seconds beyond what the startup probe allows, by which it has ended a start.
 _MARGIN = 120.0
@@ -49,6 +48,7 @@ def run(
     image: str | None,
     rounds: int,
     tokens: Sequence[int],
+    clients: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Start a pod warm and cold in turn, then update one under load.
@@ -58,6 +58,7 @@ def run(
         image: in the place of theirs; podman has it.
         rounds: starts of each.
         tokens: the most speech tokens of a short, a medium and a long text, of the update's clients.
+        clients: how many ask at a time during the update; what they wait for must fit into the pod's drain.
         say: called with a line for each step.
 
     Returns:
@@ -83,7 +84,7 @@ def run(
         "starts": starts,
         "ready": medians,
         "cold_to_warm": round(medians["cold"] / medians["warm"], 2),
-        "update": update(documents, image=image, tokens=tokens, say=say),
+        "update": update(documents, image=image, tokens=tokens, clients=clients, say=say),
     }
 
 
@@ -156,7 +157,12 @@ class Service:
 
 
 def update(
-    documents: Sequence[Document], *, image: str | None, tokens: Sequence[int], say: Callable[[str], None]
+    documents: Sequence[Document],
+    *,
+    image: str | None,
+    tokens: Sequence[int],
+    clients: int,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Put a pod in the place of another while clients ask, in the order that `maxUnavailable: 0` prescribes.
 
@@ -186,10 +192,10 @@ def update(
             wait_ready(old, watched)
             service.add(old)
             time.sleep(_PROXY_LAG)
-            say(f"{_CLIENTS} clients ask the old pod")
-            pool = stack.enter_context(ThreadPoolExecutor(_CLIENTS))
+            say(f"{clients} clients ask the old pod")
+            pool = stack.enter_context(ThreadPoolExecutor(clients))
             stack.callback(over.set)
-            clients = [pool.submit(client, number) for number in range(_CLIENTS)]
+            asking = [pool.submit(client, number) for number in range(clients)]
             time.sleep(_BEFORE_AND_AFTER)
             new = stack.enter_context(Pod(documents, name="bench-new", port=free_port(), image=image))
             watched_new = stack.enter_context(new.watch())
@@ -203,10 +209,10 @@ def update(
         ended = time.monotonic() - began
         time.sleep(_BEFORE_AND_AFTER)
         over.set()
-        answers = [answer for found in clients for answer in found.result()]
+        answers = [answer for found in asking for answer in found.result()]
     outcomes = Counter(answer.outcome for answer in answers)
     return {
-        "clients": _CLIENTS,
+        "clients": clients,
         "answers": len(answers),
         **{name: outcomes[name] for name in ("sound", "refused", "lost", "failed", "cut")},
         "texts": sorted({answer.text for answer in answers if answer.text})[:10],

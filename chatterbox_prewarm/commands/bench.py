@@ -224,7 +224,8 @@ def bench_routes(*, output: Path, checkout: Path) -> None:
 @click.option("--output", type=PATH, required=True, help="Where the report goes, a JSON file.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Starts of each.")
 @tokens_option
-def bench_pods(*, manifests: TextIO, image: str | None, output: Path, rounds: int, tokens: str) -> None:
+@click.option("--clients", default=4, show_default=True, type=click.IntRange(1), help="That ask during the update.")
+def bench_pods(*, manifests: TextIO, image: str | None, output: Path, rounds: int, tokens: str, clients: int) -> None:
     """Start a pod of manifests on podman, warm and cold in turn, under the kubelet's rules; update one under load."""
     import yaml
 
@@ -235,7 +236,7 @@ def bench_pods(*, manifests: TextIO, image: str | None, output: Path, rounds: in
         documents = [document for document in yaml.safe_load_all(manifests) if isinstance(document, dict)]
     except yaml.YAMLError as error:
         raise BadInputError(f"the manifests are no YAML: {error}", next_step="see `kubectl kustomize`") from error
-    report = run(documents, image=image, rounds=rounds, tokens=_numbers(tokens), say=say)
+    report = run(documents, image=image, rounds=rounds, tokens=_numbers(tokens), clients=clients, say=say)
     write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
     click.echo(table(report))
     found = report["update"]
