@@ -76,7 +76,7 @@ def test_what_another_plan_gave_counts_as_nothing(tmp_path: Path) -> None:
 
 
 def test_the_parts_and_what_is_compared_on_a_gpu() -> None:
-    assert list(PARTS) == ["env", "bake", "prove", "start", "decode", "profiles", "memory"]
+    assert list(PARTS) == ["env", "bake", "prove", "start", "decode", "profiles", "memory", "serve"]
     plan = Plan(out="/out", device="cuda", size="full", rounds=3)
     assert [(name, made.profile, made.graphs, made.t3_dtype) for name, made in plan.executions().items()] == [
         ("eager", "eager", False, "float32"),

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.bench import load
 from chatterbox_prewarm.bench.gpu.record import Plan, Record
 from chatterbox_prewarm.bench.profiles import UPSTREAM, bake_one, measure_one, summarize, table, voice_of
 from chatterbox_prewarm.bench.starts import Starts, machine, settle, versions
@@ -93,6 +94,21 @@ def memory(plan: Plan, record: Record) -> None:
         record.step(name, _in_process, "memory", _places(plan, name))
 
 
+def serve(plan: Plan, record: Record) -> None:
+    """A server under 1 and 16 clients who stream: time to the first chunk, and how many play without a pause."""
+    on_gpu = plan.device.startswith("cuda")
+    state = next(plan.state(name) for name in plan.executions() if name.startswith("aot"))
+    for clients in (1, 16):
+        record.step(f"{clients} clients", _load, plan, state, clients, _TOKENS if on_gpu else _TOKENS_ON_A_CPU)
+
+
+#: Most speech tokens of a short, a medium and a long text, 25 a second: random weights never stop.
+_TOKENS, _TOKENS_ON_A_CPU = (25, 75, 200), (6, 12, 25)
+#: Of each client.
+_REQUESTS = 6
+#: Tokens that a stream looks ahead, so that its first chunk does not wait for its last token.
+_LOOK_AHEAD = 25
+
 #: By the name on the command line, in their order.
 PARTS: Mapping[str, Callable[[Plan, Record], None]] = {
     "env": env,
@@ -102,6 +118,7 @@ PARTS: Mapping[str, Callable[[Plan, Record], None]] = {
     "decode": decode,
     "profiles": profiles,
     "memory": memory,
+    "serve": serve,
 }
 
 
@@ -132,6 +149,26 @@ def _in_process(module: str, arguments: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", f"chatterbox_prewarm.bench.gpu.{module}", json.dumps(arguments)]
     finished = run_process(command)
     return parse_trial(finished.stdout, finished.returncode)
+
+
+def _load(plan: Plan, state: Path, clients: int, tokens: tuple[int, int, int]) -> dict[str, Any]:
+    """One level of `bench load`."""
+    settle(plan.weights, state)
+    report = load.run(
+        url=None,
+        weights=plan.weights,
+        warm=state,
+        device=plan.device,
+        clients=(clients,),
+        requests=_REQUESTS,
+        tokens=tokens,
+        seeds=1,
+        look_ahead=_LOOK_AHEAD,
+        say=lambda line: print(f"    {line}", file=sys.stderr),
+    )
+    if found := load.faults(report):
+        raise ModelError("; ".join(found), next_step="see the server's log")
+    return {"start": report["start"], "alone": report["alone"], **report["levels"][0]}
 
 
 def _stages(plan: Plan, name: str, number: int) -> dict[str, Any]:
