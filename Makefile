@@ -41,6 +41,7 @@ bench: $(VENV)/.complete  ## needs out/ from `make demo`
 	$(BIN)/python -m chatterbox_prewarm bench startup --weights out/weights-full --warm out/warm-full \
 	    --output benchmarks/results/startup-cpu.json --rounds 3 --cold-pages
 
+# Ray 2.55 calls what protobuf 7 dropped; a newer Ray brings a numpy that torch's packages here do not know.
 lock:  ## renew the locks; commit what changes
 	uv pip compile -q --python-version 3.11 --extra model --generate-hashes --no-emit-index-url --no-emit-find-links \
 	    --no-header --constraint build/locks/torch-2.6.in pyproject.toml -o build/locks/torch-2.6.txt
@@ -50,9 +51,10 @@ lock:  ## renew the locks; commit what changes
 	    --no-header --constraint build/locks/torch-2.6.txt pyproject.toml -o build/locks/dev.txt
 	printf 'checkov\nhadolint-bin\n' | uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --no-emit-find-links --no-header - -o build/locks/checks.txt
-	echo 'ray[serve]' | uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
-	    --no-emit-find-links --no-header --constraint build/locks/torch-2.6.txt --constraint build/locks/dev.txt \
-	    - -o build/locks/ray.txt
+	constraints=$$(mktemp) && grep -ho '^[a-z0-9._-]*==[^ ]*' build/locks/torch-2.6.txt build/locks/dev.txt | \
+	    grep -v '^protobuf==' | sort -u >"$$constraints" && printf 'ray[serve]\nprotobuf<7\n' | \
+	    uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header \
+	    --constraint "$$constraints" - -o build/locks/ray.txt && rm "$$constraints"
 	echo uv | uv pip compile -q --generate-hashes --no-emit-index-url --no-header - -o build/locks/uv.txt
 
 # Made anew whenever a lock changes; `build/sync` is what the image uses as well. All bytecode is made at once: where
