@@ -22,7 +22,7 @@ from chatterbox_prewarm.places import CACHE, WARM, WEIGHTS
 from chatterbox_prewarm.serve.devices import ALL_GPUS, for_devices, parse_devices
 from chatterbox_prewarm.serve.order import SpeechOrder
 from chatterbox_prewarm.serve.pool import Pool, PoolConfig
-from chatterbox_prewarm.serve.supervisor import spawn_all
+from chatterbox_prewarm.serve.spawn import spawn_all
 from chatterbox_prewarm.serve.worker import WorkerConfig
 from chatterbox_prewarm.text import check_text, check_voice_name
 

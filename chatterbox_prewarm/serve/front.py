@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.serve.connections import AT_ONCE, WAITING, Limits, http_protocol
-from chatterbox_prewarm.serve.supervisor import spawn_all
+from chatterbox_prewarm.serve.spawn import spawn_all
 from chatterbox_prewarm.serve.voice_store import VoiceStore
 from chatterbox_prewarm.warmup.metrics import exec_time
 from chatterbox_prewarm.weights import read_record
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox_prewarm.serve.access import Token
-    from chatterbox_prewarm.serve.supervisor import Spawned
+    from chatterbox_prewarm.serve.spawn import Spawned
     from chatterbox_prewarm.serve.worker import WorkerConfig
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.errors import PrewarmError
     from chatterbox_prewarm.serve.messages import Chunk
     from chatterbox_prewarm.serve.order import SpeechOrder
-    from chatterbox_prewarm.serve.supervisor import Spawned
+    from chatterbox_prewarm.serve.spawn import Spawned
     from chatterbox_prewarm.serve.voice_store import VoiceStore
     from chatterbox_prewarm.serve.worker import WorkerConfig
 

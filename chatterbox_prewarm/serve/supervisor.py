@@ -6,28 +6,26 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
-import socket
 import subprocess
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.child import rebuild
 from chatterbox_prewarm.errors import ModelError, PrewarmError, from_os_error
-from chatterbox_prewarm.process import PARENT
 from chatterbox_prewarm.serve import frames
 from chatterbox_prewarm.serve.log_lines import REQUEST_ID
 from chatterbox_prewarm.serve.messages import Chunk, Usage
+from chatterbox_prewarm.serve.spawn import spawn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    import socket
+    from collections.abc import AsyncGenerator, Callable
 
     from chatterbox_prewarm.serve.messages import PartOrder
+    from chatterbox_prewarm.serve.spawn import Spawned
     from chatterbox_prewarm.serve.worker import WorkerConfig
 
     Message = tuple[dict[str, Any], bytes]
-    Spawned = tuple[subprocess.Popen[bytes], socket.socket]
 
 logger = logging.getLogger(__name__)
 
@@ -42,37 +40,6 @@ _STOP_SECONDS = 5.0
 
 class WorkerGoneError(ModelError):
     """The worker ended while a request was with it or before it could take one."""
-
-
-def spawn(config: WorkerConfig) -> Spawned:
-    """Start a worker process; returns it and our end of the socket pair."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        config = replace(config, fd=theirs.fileno())
-        process = subprocess.Popen(
-            [sys.executable, "-m", "chatterbox_prewarm.serve.worker", config.to_argument()],
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, PARENT: str(os.getpid())},
-            start_new_session=True,  # an interrupt from the terminal is for the front, which drains
-        )
-    return process, ours
-
-
-def spawn_all(configs: Sequence[WorkerConfig]) -> list[tuple[WorkerConfig, Spawned]]:
-    """Start a worker for each configuration, side by side.
-
-    Raises:
-        OSError: one could not be started; the others were ended.
-    """
-    started: list[tuple[WorkerConfig, Spawned]] = []
-    try:
-        for config in configs:
-            started.append((config, spawn(config)))  # noqa: PERF401 - what was started is needed when one fails
-    except OSError:
-        for _, (process, _) in started:
-            process.terminate()
-        raise
-    return started
 
 
 class Supervisor:

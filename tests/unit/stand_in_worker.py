@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chatterbox_prewarm.serve.supervisor import Spawned
+    from chatterbox_prewarm.serve.spawn import Spawned
 
 CONFIG = WorkerConfig(
     warm="",

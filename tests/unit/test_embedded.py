@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
-    from chatterbox_prewarm.serve.supervisor import Spawned
+    from chatterbox_prewarm.serve.spawn import Spawned
     from chatterbox_prewarm.serve.worker import WorkerConfig
 
 
