@@ -204,18 +204,18 @@ def test_a_server_that_died_is_started_again(running: Pod) -> None:
 
 
 def test_a_pod_that_is_deleted_finishes_what_it_was_asked_for(documents: list[Document], played: str) -> None:
-    with Pod(documents, name="drained", port=free_port(), image=played) as pod, ThreadPoolExecutor(4) as pool:
+    with Pod(documents, name="drained", port=free_port(), image=played) as pod, ThreadPoolExecutor(2) as pool:
         with pod.watch() as watched:
             wait_ready(pod, watched)
         # Longer than preStop takes, so that the last of them are spoken during the drain.
         long = {**ORDERS[2], "max_new_tokens": 100}
-        asked = [pool.submit(ask, pod.target, long, streamed=bool(number % 2)) for number in range(4)]
+        asked = [pool.submit(ask, pod.target, long, streamed=bool(number % 2)) for number in range(2)]
         wait_until(lambda: bool(pod.target.status()["workers"][0]["busy"]))
         assert pod.end() == 0
         drained = re.search(r"draining: (\d+)", pod.log())
         assert drained is not None
         assert int(drained[1]) > 0, "some were left when preStop was over"
-        assert [one.result().outcome for one in asked] == ["sound"] * 4
+        assert [one.result().outcome for one in asked] == ["sound"] * 2
 
 
 def test_a_start_that_does_not_end_is_ended_by_the_startup_probe(documents: list[Document], played: str) -> None:
