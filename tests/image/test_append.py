@@ -27,7 +27,7 @@ from chatterbox_prewarm.states import key_of
 from chatterbox_prewarm.weights import read_record, record
 from tests.conftest import run_cli
 from tests.image.registry_server import serve
-from tests.unit.images import make_base
+from tests.unit.images import make_base, make_bases
 from tests.unit.states import make_checkpoint, make_state_for, rewrite
 from tests.unit.test_signing import make_keys
 
@@ -72,23 +72,6 @@ def l4(tmp_path: Path) -> Path:
 def read(reference: str) -> Image:
     with storing(parse(reference)) as (store, name):
         return resolve(store, name, platform="linux/amd64")
-
-
-def bases(store: Store, *architectures: str) -> list[dict[str, Any]]:
-    """A base for each architecture, under its name as a tag; as an index lists them."""
-    entries = []
-    for architecture in architectures:
-        make_base(store, architecture, architecture=architecture, Labels=LABELS)
-        document = store.read_manifest(architecture)
-        entries.append(
-            {
-                "mediaType": document.media_type,
-                "digest": document.digest,
-                "size": len(document.raw),
-                "platform": {"os": "linux", "architecture": architecture},
-            }
-        )
-    return entries
 
 
 def put_index(store: Store, tag: str, entries: list[dict[str, Any]]) -> None:
@@ -251,7 +234,7 @@ def test_a_signature_of_another_state_is_refused_and_nothing_is_sent(layout: Lay
 
 
 def test_of_an_index_the_image_for_the_states_machine_is_the_base(layout: Layout, h100: Path) -> None:
-    entries = bases(layout, "amd64", "arm64")
+    entries = make_bases(layout, "amd64", "arm64", Labels=LABELS)
     for name, listed in (("both", entries), ("arm", entries[1:])):
         put_index(layout, name, listed)
     to = ("--to", f"oci:{layout.path}:warm", "--warm", h100)
@@ -264,7 +247,7 @@ def test_of_an_index_the_image_for_the_states_machine_is_the_base(layout: Layout
 
 def test_an_index_is_not_replaced_by_the_image_for_one_platform(layout: Layout, registry: Registry, h100: Path) -> None:
     with storing(parse(f"{registry.address}/speech:both")) as (store, name):
-        put_index(store, name, bases(store, "amd64", "arm64"))
+        put_index(store, name, make_bases(store, "amd64", "arm64", Labels=LABELS))
         before = store.read_manifest(name)
         target = ("--to", f"{registry.address}/speech:both", "--warm", h100, "--replace")
         for base in (f"oci:{layout.path}:base", f"{registry.address}/speech:both"):

@@ -63,3 +63,20 @@ def make_base(store: Store, tag: str, *, architecture: str = "amd64", **config: 
     store.put_blob(descriptor, lambda: nullcontext(io.BytesIO(text)))
     store.put_manifest(document, tag)
     return image
+
+
+def make_bases(store: Store, *architectures: str, **config: Any) -> list[dict[str, Any]]:
+    """A base for each architecture, under its name as a tag; as an index lists them."""
+    entries = []
+    for architecture in architectures:
+        make_base(store, architecture, architecture=architecture, **config)
+        document = store.read_manifest(architecture)
+        entries.append(
+            {
+                "mediaType": document.media_type,
+                "digest": document.digest,
+                "size": len(document.raw),
+                "platform": {"os": "linux", "architecture": architecture},
+            }
+        )
+    return entries

@@ -35,7 +35,7 @@ from chatterbox_prewarm.image.oci import (
 )
 from chatterbox_prewarm.models import ENGLISH
 from chatterbox_prewarm.weights import record
-from tests.unit.images import make_base, tar_of
+from tests.unit.images import make_base, make_bases, tar_of
 from tests.unit.states import make_checkpoint, make_state
 
 CREATED = "2025-01-02T03:04:05+00:00"
@@ -195,18 +195,7 @@ def test_a_tag_that_exists_is_taken_on_request_alone(layer: Layer, layout: Layou
 
 
 def test_of_an_index_the_image_for_the_platform_is_taken(layout: Layout) -> None:
-    entries = []
-    for architecture in ("amd64", "arm64"):
-        make_base(layout, architecture, architecture=architecture)
-        document = layout.read_manifest(architecture)
-        entries.append(
-            {
-                "mediaType": document.media_type,
-                "digest": document.digest,
-                "size": len(document.raw),
-                "platform": {"os": "linux", "architecture": architecture},
-            }
-        )
+    entries = make_bases(layout, "amd64", "arm64")
     attestation = {**entries[0], "platform": {"os": "unknown", "architecture": "unknown"}}
     index = dump({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [attestation, *entries]})
     layout.put_manifest(Document(media_type=OCI_INDEX, raw=index), "both")
