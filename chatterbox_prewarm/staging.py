@@ -109,6 +109,17 @@ def staging_folder(target: Path) -> Iterator[Path]:
         remove(staging)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file all at once, in the place of one that is there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def seal(root: Path) -> None:
     """Make files 0444 and folders 0555, and ask the disk to have all of it before it gets its name."""
     for path in sorted(root.rglob("*")):

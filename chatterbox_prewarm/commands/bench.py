@@ -16,10 +16,10 @@ from chatterbox_prewarm.commands.options import (
     say,
     warm_option,
     weights_option,
-    write_result,
 )
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.profiles import PROFILES
+from chatterbox_prewarm.staging import write_whole
 
 
 @click.group()
@@ -45,7 +45,7 @@ def bench_startup(
     report = benchmark_warmup_effectiveness(
         weights, warm, rounds=rounds, cold_pages=cold_pages, systems=systems.split(","), device=device, say=say
     )
-    write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
     click.echo(table(report))
 
 
@@ -62,7 +62,7 @@ def bench_profiles(*, weights: Path, cache: Path, device: str, output: Path, rou
 
     check_place(output)
     report = run(weights, cache=cache, device=device, profiles=profiles.split(","), rounds=rounds, say=say)
-    write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
     click.echo(table(report))
 
 
@@ -76,7 +76,7 @@ def bench_image(*, output: Path, size: str, checkout: Path) -> None:
 
     check_place(output)
     report = run(checkout, size=size, say=say)
-    write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
     again = report["after a change"]
     click.echo(f"after a change of {report['changed']}: {again['build_seconds']} s, {len(again['steps'])} steps ran:")
     for step in again["steps"]:
@@ -94,7 +94,7 @@ def bench_append(*, warm: Path, output: Path, gigabytes: int, rounds: int) -> No
 
     check_place(output)
     report = run(warm, gigabytes=gigabytes, rounds=rounds, say=say)
-    write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
     click.echo(table(report))
 
 
@@ -154,7 +154,7 @@ def bench_load(
         kill_after=kill_worker_after,
         say=say,
     )
-    write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
     click.echo(table(report))
     if found := faults(report):
         raise ModelError("; ".join(found), next_step=f"see {output}, and the server's log")
@@ -186,7 +186,7 @@ def bench_leak(
         voice=voice,
         say=say,
     )
-    write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
     click.echo(table(report))
     if not report["flat"]:
         grown = ", ".join(name for name, entry in report["held"].items() if entry["growth"] > LIMIT)
@@ -214,7 +214,7 @@ def bench_routes(*, output: Path, checkout: Path) -> None:
 
     check_place(output)
     report = run(checkout, say=say)
-    write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
     click.echo(table(report))
 
 
@@ -237,7 +237,7 @@ def bench_pods(*, manifests: TextIO, image: str | None, output: Path, rounds: in
     except yaml.YAMLError as error:
         raise BadInputError(f"the manifests are no YAML: {error}", next_step="see `kubectl kustomize`") from error
     report = run(documents, image=image, rounds=rounds, tokens=_numbers(tokens), clients=clients, say=say)
-    write_result(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
     click.echo(table(report))
     found = report["update"]
     if found["sound"] < found["answers"] or found["killed"] or found["old_exit_code"] or found["misses"]:

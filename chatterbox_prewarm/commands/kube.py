@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chatterbox_prewarm.commands.options import PATH, check_place, insecure_option, say, write_result
+from chatterbox_prewarm.commands.options import PATH, check_place, insecure_option, say
 from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.kube.budgets import QUEUE_LIMIT, Measured
 from chatterbox_prewarm.kube.nodes import MIG_STRATEGIES, Cluster
 from chatterbox_prewarm.load import POLICIES
 from chatterbox_prewarm.matrix import FILE
+from chatterbox_prewarm.staging import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -158,7 +159,7 @@ def _write(rendering: Rendering, output: Path | None) -> None:
     if output is None:
         click.echo(rendering.to_yaml(), nl=False)
     else:
-        write_result(output, rendering.to_yaml())
+        write_whole(output, rendering.to_yaml())
         click.echo(f"wrote {output}")
 
 

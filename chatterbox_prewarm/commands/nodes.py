@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_prewarm.commands.options import PATH, check_place, write_result
+from chatterbox_prewarm.commands.options import PATH, check_place
+from chatterbox_prewarm.staging import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +28,7 @@ def facts(*, device: str | None, output: Path | None) -> None:
     if output is None:
         click.echo(text, nl=False)
     else:
-        write_result(output, text)
+        write_whole(output, text)
         click.echo(f"wrote {output}")
 
 

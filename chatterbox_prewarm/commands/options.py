@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,13 +63,6 @@ def check_place(path: Path) -> None:
         raise BadInputError(f"{path} is a directory", next_step="name a file")
     with tempfile.TemporaryFile(dir=path.parent):
         pass
-
-
-def write_result(path: Path, text: str) -> None:
-    """Write a result all at once."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def say(line: str) -> None:

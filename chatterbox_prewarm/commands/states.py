@@ -20,11 +20,11 @@ from chatterbox_prewarm.commands.options import (
     trust_options,
     warm_option,
     weights_option,
-    write_result,
 )
 from chatterbox_prewarm.errors import BadInputError, IntegrityError
 from chatterbox_prewarm.image.engine import ENGINES
 from chatterbox_prewarm.profiles import T3_DTYPES, default_execution
+from chatterbox_prewarm.staging import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -306,4 +306,4 @@ def _write_evidence(found: Evidence, path: Path | None) -> None:
     if str(path) == "-":
         click.echo(found.to_json(), nl=False)
     elif path is not None:
-        write_result(path, found.to_json())
+        write_whole(path, found.to_json())

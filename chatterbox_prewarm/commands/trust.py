@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from chatterbox_prewarm.commands.options import PATH, check_place, warm_option, weights_option, write_result
+from chatterbox_prewarm.commands.options import PATH, check_place, warm_option, weights_option
+from chatterbox_prewarm.staging import write_whole
 
 
 @click.command()
@@ -42,4 +43,4 @@ def sbom(*, warm: Path, weights: Path, root: Path, output: Path | None) -> None:
     if output is None:
         click.echo(document, nl=False)
     else:
-        write_result(output, document)
+        write_whole(output, document)

@@ -36,7 +36,7 @@ from chatterbox_prewarm.places import WARM
 from chatterbox_prewarm.prove import require_passed
 from chatterbox_prewarm.provenance import ARGUMENTS, told
 from chatterbox_prewarm.signing import check_signed, default_signature
-from chatterbox_prewarm.staging import exclusive, put_in_place, seal, staging_folder
+from chatterbox_prewarm.staging import exclusive, put_in_place, seal, staging_folder, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,9 +90,10 @@ def build(request: Request, engine: Engine, written: Path, *, say: Callable[[str
         layer, image = _with_state(request, engine, cold, unproven, temporary, say)
         say("prove, in a container of it")
         evidence = prove(engine, unproven, device="cpu" if request.route == "no-gpu" else request.device)
-        written.write_text(evidence.to_json(), encoding="utf-8")
+        document = evidence.to_json()
+        write_whole(written, document)
         require_passed(evidence, written, again=again(request))
-        labels = {EVIDENCE: f"sha256:{hashlib.sha256(evidence.to_json().encode()).hexdigest()}"}
+        labels = {EVIDENCE: f"sha256:{hashlib.sha256(document.encode()).hexdigest()}"}
         proven = add_layers(image, [], Change(labels=labels), created=image.config["created"])
         engine.load(unproven, [], proven, temporary("proven"))
         check_tag(request, engine)  # minutes have passed, and somebody may have taken the name

@@ -23,6 +23,7 @@ from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.image.stores import reading, storing
 from chatterbox_prewarm.profiles import default_execution
 from chatterbox_prewarm.prove import prove, prove_here, require_passed
+from chatterbox_prewarm.staging import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,7 +113,7 @@ def publish(
     except EngineError as error:  # a pod may not make namespaces
         say(f"{error.message}; the process is not set apart, and its counters count all the same")
         evidence = prove_here(places.warm, places.weights, places.cache, apart=False)
-    places.evidence.write_text(evidence.to_json(), encoding="utf-8")
+    write_whole(places.evidence, evidence.to_json())
     require_passed(evidence, places.evidence)
     with gather([places.warm]) as addition:
         made = _add(below, result, addition, places.evidence, insecure=insecure, say=say)
