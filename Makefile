@@ -4,6 +4,8 @@ PYTHON ?= python3
 STACK ?= torch-2.6
 VENV := $(if $(filter torch-2.6,$(STACK)),.venv,.venv-$(STACK))
 BIN := $(VENV)/bin
+# Processes that share the tests: one has those with containers. Each may take 6 GB; JOBS=0 is a run without any.
+JOBS ?= 2
 DOCKER ?= docker
 TAG ?= chatterbox:warm
 LOCKS := build/locks/$(STACK).txt build/locks/dev.txt
@@ -18,7 +20,8 @@ demo: $(VENV)/.complete  ## bake, pack, prove and serve on this machine, with ra
 	$(BIN)/python -m chatterbox_prewarm.bench.demo
 
 test: $(VENV)/.complete  ## every test that this machine can run; each skipped one says what it lacks
-	PATH="$$PATH:$(CURDIR)/$(CHECKS)/bin" $(BIN)/python -m pytest
+	PATH="$$PATH:$(CURDIR)/$(CHECKS)/bin" OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
+	    -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 lint: $(VENV)/.complete
 	$(BIN)/ruff check .
@@ -77,6 +80,7 @@ $(RAY)/.complete: build/locks/ray.txt build/locks/uv.txt build/sync $(VENV)/.com
 	UV_LINK_MODE=hardlink sh build/sync build/locks/uv.txt build/locks/ray.txt $(RAY)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
 	    >"$$($(RAY)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/tests.pth"
+	$(RAY)/bin/python -m compileall -q -j 0 $(RAY)/lib
 	touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -10,15 +11,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 ROOT = Path(__file__).parent.parent
 
 # A shell that starts us in the background has SIGINT ignored, and what tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For several workers (pytest-xdist): one has all tests with containers, first, and a file's tests stay together.
+
+    Those with containers share an engine and wait for its disk, so that they leave the processors to the others.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("containers" if _has_containers(item) else item.path.stem))
+    if hasattr(config, "workerinput"):
+        items.sort(key=_has_containers, reverse=True)
+
+
+def _has_containers(item: pytest.Item) -> bool:
+    return item.path.parent.name == "image"
+
+
+def made_once(product: Path, make: Callable[[Path], None]) -> Path:
+    """What the first of several workers makes, all at once, and the others wait for."""
+    product.parent.mkdir(exist_ok=True)
+    with FileLock(product.with_name(f"{product.name}.lock")):
+        if not product.exists():
+            make(product)
+    return product
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of a run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def writable_copy(baked: Path, target: Path) -> Path:

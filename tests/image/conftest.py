@@ -28,10 +28,6 @@ TAG = "chatterbox-prewarm-test:warm"
 SYNTHETIC = ("--build-arg", "WEIGHTS=synthetic", "--build-arg", "SIZE=mini", "--build-arg", "LEVELS=1")
 
 
-#: Another profile of it.
-COMPILED = ("--build-arg", "PROFILE=compiled")
-
-
 @pytest.fixture(scope="session")
 def docker() -> str:
     """The client's program; skips, saying what is missing."""

@@ -21,7 +21,7 @@ from chatterbox_prewarm.models import ENGLISH
 from chatterbox_prewarm.probes import names_a_compiler
 from chatterbox_prewarm.weights import RECORD_NAME
 from tests.conftest import run_cli
-from tests.image.conftest import COMPILED, SYNTHETIC, TAG
+from tests.image.conftest import SYNTHETIC, TAG
 from tests.unit.hub_server import Hub, serve
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def test_an_image_of_the_profile_compiled_starts_no_compiler_either(
 ) -> None:
     assert image, "whose layers it shares up to the bake"
     tag = f"{TAG}-compiled"
-    build(context, tag, [*SYNTHETIC, *COMPILED])
+    build(context, tag, [*SYNTHETIC, "--build-arg", "PROFILE=compiled"])
     try:
         proven = run_cli("prove", "--image", tag, "--evidence", tmp_path / "evidence.json")
         assert proven.returncode == 0, proven.stdout + proven.stderr

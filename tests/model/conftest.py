@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.conftest import run_cli
+from tests.conftest import made_once, run_cli
 
 if TYPE_CHECKING:
     from chatterbox_prewarm.load import Attached
 
 
 @pytest.fixture(scope="session")
-def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mini(shared: Path) -> Path:
     """A mini checkpoint, made by the command line. Read-only by agreement: copy it to change it."""
-    directory = tmp_path_factory.mktemp("weights") / "mini"
-    made = run_cli("weights", "synthesize", directory, "--size", "mini")
-    assert made.returncode == 0, made.stderr
-    assert "noise" in made.stdout
-    return directory
+
+    def synthesize(directory: Path) -> None:
+        made = run_cli("weights", "synthesize", directory, "--size", "mini")
+        assert made.returncode == 0, made.stderr
+        assert "noise" in made.stdout
+
+    return made_once(shared / "weights" / "mini", synthesize)
 
 
 @pytest.fixture(scope="session")
@@ -38,32 +40,35 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def baked(mini: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def baked(mini: Path, clip: Path, shared: Path) -> Path:
     """A warm state of the mini checkpoint that compiles nothing, with the voice `fox` beside the built-in one."""
-    return _bake(mini, tmp_path_factory.mktemp("baked"), "--profile", "eager", "--voice", f"fox={clip}")
+    return _baked(mini, shared / "baked", "--profile", "eager", "--voice", f"fox={clip}")
 
 
 @pytest.fixture(scope="session")
-def baked_aot(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def baked_aot(mini: Path, shared: Path) -> Path:
     """A warm state with ahead-of-time packages, for the profile that a bake takes by default."""
-    return _bake(mini, tmp_path_factory.mktemp("baked-aot"), "--levels", "1")
+    return _baked(mini, shared / "baked-aot", "--levels", "1")
 
 
 @pytest.fixture(scope="session")
-def baked_compiled(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def baked_compiled(mini: Path, shared: Path) -> Path:
     """A warm state with a cache of Inductor's; it is bound to the cache path, `cache` beside it."""
-    return _bake(mini, tmp_path_factory.mktemp("baked-compiled"), "--profile", "compiled", "--levels", "1")
+    return _baked(mini, shared / "baked-compiled", "--profile", "compiled", "--levels", "1")
 
 
-def _bake(weights: Path, place: Path, *arguments: str) -> Path:
+def _baked(weights: Path, place: Path, *arguments: str) -> Path:
     if "eager" not in arguments:
         if shutil.which("g++") is None:
             pytest.skip("there is no C++ compiler (Debian: apt-get install g++)")
         if "compiled" in arguments and not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
             pytest.skip("torch.compile needs Python's headers (Debian: apt-get install python3-dev)")
-    result = run_cli("bake", "--weights", weights, "--warm", place / "warm", "--cache", place / "cache", *arguments)
-    assert result.returncode == 0, result.stderr
-    return place / "warm"
+
+    def bake(warm: Path) -> None:
+        result = run_cli("bake", "--weights", weights, "--warm", warm, "--cache", place / "cache", *arguments)
+        assert result.returncode == 0, result.stderr
+
+    return made_once(place / "warm", bake)
 
 
 @pytest.fixture(scope="session")

@@ -65,14 +65,15 @@ def test_the_example_for_ray_serve_serves(baked: Path, mini: Path, tmp_path: Pat
                 assert process.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < deadline, (tmp_path / "log").read_text()
                 time.sleep(0.5)
-            said = client.get("/", params={"text": "Hello."})
+            said = client.get("/", params={"text": "Hello.", "max_new_tokens": 12})
         assert said.status_code == 200, said.text
         assert said.headers["content-type"] == "audio/wav"
         assert said.content.startswith(b"RIFF")
+        assert len(workers_of(tmp_path / "cache")) == 1
         assert len(said.content) > 5000
         process.send_signal(signal.SIGINT)
         process.wait(60)
-        assert workers_of(mini) == [], "the worker ends with its replica"
+        assert workers_of(tmp_path / "cache") == [], "the worker ends with its replica"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -87,7 +88,7 @@ def ready(client: httpx.Client) -> bool:
         return False
 
 
-def workers_of(weights: Path) -> list[int]:
-    """The processes that speak with some weights."""
-    asked = subprocess.run(["pgrep", "-f", f"serve.worker.*{weights}"], capture_output=True, text=True, check=False)
+def workers_of(cache: Path) -> list[int]:
+    """The processes that speak with some cache."""
+    asked = subprocess.run(["pgrep", "-f", f"serve.worker.*{cache}"], capture_output=True, text=True, check=False)
     return [int(pid) for pid in asked.stdout.split()]
