@@ -163,7 +163,7 @@ FROM cold AS runtime
 ARG DEVICE=cpu
 ARG PROFILE=aot
 ARG GPU=none
-LABEL io.chatterbox-prewarm.schema="4" \
+LABEL io.chatterbox-prewarm.schema="5" \
       io.chatterbox-prewarm.profile="${PROFILE}" \
       io.chatterbox-prewarm.gpu="${GPU}"
 ENV CHATTERBOX_PREWARM_DEVICE=${DEVICE}

@@ -11,6 +11,7 @@ from chatterbox_prewarm.bake import BakeRequest
 from chatterbox_prewarm.child import report
 from chatterbox_prewarm.families import BYTECODE
 from chatterbox_prewarm.load import attach, prepare
+from chatterbox_prewarm.probes import peak_resident_bytes
 from chatterbox_prewarm.profiles import Execution
 from chatterbox_prewarm.warmup import metrics as metrics_module
 
@@ -19,7 +20,7 @@ def run(**request_fields: Any) -> dict[str, Any]:
     """Do the cold half of a bake.
 
     Returns:
-        the log of this process.
+        the log of this process, and the most memory that it had, resident and of the GPU.
     """
     request = BakeRequest(**request_fields)
     logging.getLogger(metrics_module.__name__).setLevel(logging.ERROR)  # nothing is baked yet, so all of it misses
@@ -35,6 +36,8 @@ def run(**request_fields: Any) -> dict[str, Any]:
     )
     voices = {name: Path(clip) for name, clip in request.voices.items()}
     attached = attach(prepared)
+
+    import torch
 
     from chatterbox_prewarm.save import make_reference, save_warmup_cache
     from chatterbox_prewarm.voices import prepare_voice
@@ -67,7 +70,11 @@ def run(**request_fields: Any) -> dict[str, Any]:
         sources=sources,
         parameters=request.parameters(),
     )
-    return {"metrics": metrics.to_dict()}
+    return {
+        "metrics": metrics.to_dict(),
+        "resident_bytes": peak_resident_bytes(),
+        "device_bytes": torch.cuda.max_memory_reserved(request.device) if request.device.startswith("cuda") else 0,
+    }
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from chatterbox_prewarm.profiles import Execution
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST_NAME = "manifest.json"
 #: The types of a dataclass's fields; Python evaluates the annotations anew in every call.
 _type_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
@@ -115,6 +115,23 @@ class Provenance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """What starts took on the machine of the bake; 0 where nobody measured it, as before schema 5.
+
+    Attributes:
+        cold_seconds: from exec to attached without a state, with what such a start would compile while it speaks.
+        ready_seconds: from exec to ready with the state.
+        resident_bytes: most resident memory of a process that started cold and warmed up whole.
+        device_bytes: most that torch's allocator held of the GPU's memory in that process; 0 on a CPU.
+    """
+
+    cold_seconds: float = 0.0
+    ready_seconds: float = 0.0
+    resident_bytes: int = 0
+    device_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything a start needs to know before it opens a file of the warm state."""
 
@@ -131,6 +148,7 @@ class Manifest:
     voices: tuple[str, ...]
     reference: Reference
     provenance: Provenance
+    measured: Measurements = field(default_factory=Measurements)
     set_digest: str = field(default="")
 
     def family(self, name: str) -> FamilyEntry | None:
@@ -295,6 +313,8 @@ def _build(raw: Mapping[str, Any]) -> Manifest:
         raw["execution"] = {"profile": raw.pop("profile")}
     if raw["schema"] < 4:
         raw["provenance"] = {}
+    if raw["schema"] < 5:
+        raw["measured"] = {}
     raw["schema"] = SCHEMA_VERSION
     manifest = Manifest(
         **{
@@ -307,6 +327,7 @@ def _build(raw: Mapping[str, Any]) -> Manifest:
             "families": _families(raw["families"]),
             "reference": Reference(**raw["reference"]),
             "provenance": Provenance(**raw["provenance"]),
+            "measured": Measurements(**raw["measured"]),
         }
     )
     _check_types(manifest)

@@ -38,6 +38,17 @@ _OUTGOING = (
 )
 
 
+def peak_resident_bytes() -> int:
+    """Most resident memory of this process so far; 0 where the kernel does not say.
+
+    Not what `getrusage` says, which has that of the program before exec in it.
+    """
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
 @dataclass
 class Probes:
     """What was seen since `install`: a sentence for each event."""

@@ -59,7 +59,6 @@ def _cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--image", required=True, help="That pods run; its labels are read in its registry.")
 @click.option("--platform", default="linux/amd64", show_default=True, help="Of the image, where there are several.")
 @click.option("--labels", type=PATH, help="Read the labels from this JSON file instead: docker inspect gives them.")
-@click.option("--warm", type=PATH, help="The states themselves, whose manifests say what a cold start costs.")
 @click.option("--device", default="", type=click.Choice(["", "cuda", "cpu"]), help="cuda if a state is for it.")
 @click.option("--gpu", "gpus", multiple=True, help="Only states for this product, as NVML names it; repeatable.")
 @click.option("--policy", default="fallback", show_default=True, type=click.Choice(POLICIES), help="Of a start.")
@@ -78,7 +77,6 @@ def render(
     image: str,
     platform: str,
     labels: Path | None,
-    warm: Path | None,
     cold_seconds: float | None,
     request_seconds: float | None,
     rss_mib: int | None,
@@ -93,6 +91,8 @@ def render(
 ) -> None:
     """Render the deployment of an image: on the nodes that its states fit, with probes sized for a cold start.
 
+    What was measured on a pod goes before what the bake measured, which the image's labels tell.
+
     An image in a registry is named by its digest from here on, so that what runs is what was looked at.
     """
     from chatterbox_prewarm.kube.render import Request
@@ -102,8 +102,6 @@ def render(
         check_place(output)
     cluster = _cluster(feature_discovery, mig_strategy, node_labels, runtime_class)
     name, states = _states(image, labels, platform=platform, insecure=insecure)
-    if cold_seconds is None and warm is not None:
-        cold_seconds = _cold_seconds(warm, states)
     request = Request(
         image=name,
         states=states,
@@ -211,19 +209,3 @@ def _read_labels(path: Path) -> dict[str, str]:
 
 
 _INSPECT = "write it with docker inspect --format '{{json .Config.Labels}}' IMAGE"
-
-
-def _cold_seconds(warm: Path, states: tuple[StateLabel, ...]) -> float:
-    """From the manifests of the states that the image has."""
-    from chatterbox_prewarm import manifest as manifests
-    from chatterbox_prewarm.kube.budgets import cold_seconds
-    from chatterbox_prewarm.states import states_in
-
-    found = [manifests.read(path) for path in states_in(warm).values() or [warm]]
-    digests = {state.set_digest for state in states}
-    ours = [manifest for manifest in found if manifest.set_digest in digests]
-    if not ours:
-        raise BadInputError(
-            f"none of the states in {warm} is in the image", next_step="name the state that the image was made with"
-        )
-    return cold_seconds(ours)

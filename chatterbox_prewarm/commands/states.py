@@ -137,6 +137,11 @@ def inspect(*, warm: Path, state: str | None, as_json: bool, diff: tuple[Path, P
     made = manifest.provenance
     click.echo(f"  sources {made.source} at revision {made.revision}, base image {made.base_image}")
     click.echo(f"  packages {made.packages}, builder {made.builder}")
+    took = manifest.measured
+    click.echo(
+        f"  the bake's own starts: {took.ready_seconds:.1f} s to ready, {took.cold_seconds:.1f} s cold to attached; "
+        f"at most {took.resident_bytes / 1e6:.0f} MB resident, {took.device_bytes / 1e6:.0f} MB of the GPU's"
+    )
     for name in ("arch", "cpu_model", "gpu", "compute_capability", "driver", "python", "torch", "numba"):
         click.echo(f"  {name}: {manifest.fingerprint.get(name, 'not recorded')}")
     click.echo(_family_table(manifest))

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm import __version__
 from chatterbox_prewarm.errors import BadInputError, EngineError
 from chatterbox_prewarm.fit import device_kind
-from chatterbox_prewarm.manifest import SCHEMA_VERSION
+from chatterbox_prewarm.manifest import SCHEMA_VERSION, Measurements
 from chatterbox_prewarm.states import key_of
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ STATES_SCHEMA = 1
 _OCI = "org.opencontainers.image."
 #: What a label holds for a property that a state has not, such as the GPU of one for a CPU.
 _NONE = "none"
+#: A number of a label is below it: seconds, or bytes.
+_MOST = 1 << 50
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -50,7 +52,8 @@ class StateLabel:
 
     `gpu`, `compute_capability` and `driver` are "none" for a state that was baked for a CPU. `made_of` is a SHA-256
     over what the bake was given, weights and parameters with the clips of voices, since two bakes of the same need not
-    give one set digest: a compiler may give other bytes. It is empty in the labels of an older version.
+    give one set digest: a compiler may give other bytes. It is empty in the labels of an older version, and `measured`
+    is all 0.
     """
 
     key: str
@@ -65,10 +68,11 @@ class StateLabel:
     torch: str
     families: tuple[FamilyLabel, ...]
     made_of: str = ""
+    measured: Measurements = field(default_factory=Measurements)
 
 
 #: The fields of a state that are text, in the label as in the class.
-_TEXTS = tuple(field.name for field in fields(StateLabel) if field.name not in {"families", "made_of"})
+_TEXTS = tuple(one.name for one in fields(StateLabel) if one.name not in {"families", "made_of", "measured"})
 
 
 def labels_of(
@@ -190,13 +194,15 @@ def label_of(manifest: Manifest) -> StateLabel:
             for family in manifest.families
         ),
         made_of=hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest(),
+        measured=manifest.measured,
     )
 
 
 def _state(state: StateLabel) -> dict[str, Any]:
     families = {family.name: {"bytes": family.size, "requires": family.requires} for family in state.families}
     made_of = {"made_of": state.made_of} if state.made_of else {}
-    return {**{name: getattr(state, name) for name in _TEXTS}, **made_of, "families": families}
+    measured = {"measured": asdict(state.measured)} if state.measured != Measurements() else {}
+    return {**{name: getattr(state, name) for name in _TEXTS}, **made_of, **measured, "families": families}
 
 
 def _parse_state(raw: Mapping[str, Any]) -> StateLabel:
@@ -211,8 +217,20 @@ def _parse_state(raw: Mapping[str, Any]) -> StateLabel:
     if not _SHA256.fullmatch(_text(raw["set_digest"])):
         raise ValueError(f"{raw['set_digest']!r} is no set digest")
     return StateLabel(
-        **{name: _text(raw[name]) for name in _TEXTS}, families=tuple(families), made_of=_text(raw.get("made_of", ""))
+        **{name: _text(raw[name]) for name in _TEXTS},
+        families=tuple(families),
+        made_of=_text(raw.get("made_of", "")),
+        measured=_parse_measured(raw.get("measured", {})),
     )
+
+
+def _parse_measured(raw: Mapping[str, Any]) -> Measurements:
+    """What is known of it here; a newer version may have measured more."""
+    found = {name: raw[name] for name in raw.keys() & {one.name for one in fields(Measurements)}}
+    for name, value in found.items():
+        if type(value) not in {int, float} or not 0 <= value < _MOST:
+            raise ValueError(f"{name} is {value!r}")
+    return Measurements(**found)
 
 
 def _text(value: object) -> str:

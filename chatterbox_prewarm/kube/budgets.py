@@ -1,21 +1,21 @@
 """Budgets: how long a pod may take to start and to go, and how much memory it gets, from what was measured.
 
-What nobody measured has a default, which k8s/base has as well. Every margin stands here once.
+The bake measured some of it, and the labels of an image tell that. What nobody measured has a default, which k8s/base
+has as well. Every margin stands here once.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from chatterbox_prewarm.image.labels import StateLabel
-    from chatterbox_prewarm.manifest import Manifest
 
 #: Seconds that a startup probe allows at least, asked once a second (docs/kubernetes.md, "Probes").
 STARTUP_SECONDS = 360
@@ -28,6 +28,8 @@ QUEUE_LIMIT = 32
 #: Of the resident memory that was measured: what is requested, and what a cold start may use.
 _REQUEST_MARGIN, _LIMIT_MARGIN = 1.1, 1.5
 _MEMORY_MIB = (6 * 1024, 8 * 1024)
+#: A bake measures a process that speaks. A pod has the server's beside it, and a GPU what CUDA itself takes of it.
+_FRONT_MIB, _CUDA_MIB = 256, 1024
 #: The cache holds what is seeded from the state, and what a cold start compiles anew; and some of both twice.
 _CACHE_MARGIN = 4
 CACHE_MIB = 1024
@@ -103,13 +105,17 @@ def budgets(
     )
 
 
-def cold_seconds(manifests: Iterable[Manifest]) -> float:
-    """Seconds that a cold start takes at most for what states hold: those that the bake paid for it, of the dearest.
-
-    It is more than a start under the policy `fallback` pays, which compiles nothing ahead of time; and it lacks the
-    import and the weights, which a warm start pays as well and the margin covers.
-    """
-    return max((sum(family.seconds_spent for family in manifest.families) for manifest in manifests), default=0.0)
+def or_baked(measured: Measured, states: Sequence[StateLabel]) -> Measured:
+    """What was measured of pods; where nobody did, the most that the bakes of these states measured."""
+    cold = max((state.measured.cold_seconds for state in states), default=0.0)
+    resident = max((state.measured.resident_bytes for state in states), default=0)
+    of_gpu = max((state.measured.device_bytes for state in states), default=0)
+    return replace(
+        measured,
+        cold_seconds=measured.cold_seconds or cold or None,
+        rss_mib=measured.rss_mib or (math.ceil(resident / _MIB) + _FRONT_MIB if resident else None),
+        gpu_memory_mib=measured.gpu_memory_mib or (math.ceil(of_gpu / _MIB) + _CUDA_MIB if of_gpu else None),
+    )
 
 
 def quantity(mib: int) -> str:

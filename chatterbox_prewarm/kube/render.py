@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError
@@ -18,6 +18,7 @@ from chatterbox_prewarm.kube.budgets import (
     Budgets,
     Measured,
     budgets,
+    or_baked,
     quantity,
 )
 from chatterbox_prewarm.kube.documents import (
@@ -69,6 +70,8 @@ class Request:
         queue_limit: most requests that a pod has at a time.
         cache_mib: of the cache's volume; None to derive it.
         pre_pull: have the image on all those nodes before a pod comes.
+        cluster: and how it labels its nodes.
+        measured: of pods; what nobody measured is taken from the states.
     """
 
     image: str
@@ -92,6 +95,7 @@ def render(request: Request) -> Rendering:
             too small.
     """
     device, states = _choose(request)
+    request = replace(request, measured=or_baked(request.measured, states))
     sizes = budgets(states, request.measured, queue_limit=request.queue_limit, cache_mib=request.cache_mib)
     settings = _settings(request, device, sizes)
     deployment = _deployment(request, device, states, sizes, settings)

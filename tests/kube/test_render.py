@@ -20,6 +20,7 @@ from chatterbox_prewarm.image.stores import storing
 from chatterbox_prewarm.kube.budgets import Measured
 from chatterbox_prewarm.kube.nodes import Cluster, product_label
 from chatterbox_prewarm.kube.render import NAME, Request, render
+from chatterbox_prewarm.manifest import Measurements
 from tests.image.registry_server import serve
 from tests.kube.manifests import K8S, VERSIONS, Document, kustomize, pods, the, validate, violations
 from tests.unit.images import make_base
@@ -369,24 +370,25 @@ def test_the_command_reads_labels_and_writes_documents(labels: Path, tmp_path: P
     assert "Defaults stand for what was not measured" in done.stderr
 
 
-def test_what_a_bake_paid_says_what_a_cold_start_may_take(labels: Path, tmp_path: Path) -> None:
-    from chatterbox_prewarm import manifest as manifests
-    from tests.unit.states import rewrite
-
-    def dear(raw: dict[str, Any]) -> None:
-        raw["families"][0]["seconds_spent"] = 300.0
-
-    rewrite(tmp_path / "warm", dear)
-    done = call("render", "--image", IMAGE, "--labels", labels, "--warm", tmp_path / "warm")
-    assert done.exit_code == 0, done.output
-    spent = sum(family.seconds_spent for family in manifests.read(tmp_path / "warm").families)
-    (server,) = the(yaml.safe_load_all(done.stdout), "Deployment")["spec"]["template"]["spec"]["containers"]
-    assert server["startupProbe"]["failureThreshold"] == 3 * spent + 0.5 == 905
-    other = make_state_for(tmp_path / "other", {"arch": "x86_64", "gpu": "x", "compute_capability": "1.0"}, code=b"y")
-    refused = call("render", "--image", IMAGE, "--labels", labels, "--warm", tmp_path / "other")
-    assert other.set_digest
-    assert isinstance(refused.exception, BadInputError)
-    assert "is in the image" in str(refused.exception)
+def test_what_the_bakes_measured_sizes_a_pod_unless_somebody_measured_pods() -> None:
+    small = replace(L4, measured=Measurements(cold_seconds=20.0, resident_bytes=3000 * MIB, device_bytes=4000 * MIB))
+    large = replace(
+        H100, measured=Measurements(cold_seconds=400.2, resident_bytes=4744 * MIB, device_bytes=5976 * MIB + 1)
+    )
+    rendering = render_for([small, large, CPU])
+    assert server_of(rendering)["startupProbe"]["failureThreshold"] == 1201
+    assert server_of(rendering)["resources"] == {
+        "requests": {"cpu": "2", "memory": "5632Mi", "nvidia.com/gpu": "1"},
+        "limits": {"memory": "7680Mi", "nvidia.com/gpu": "1"},
+    }
+    assert all(term["nvidia.com/gpu.memory"] == ("7000",) for term in terms(rendering))
+    assert "not measured: --request-seconds (docs" in rendering.notes[-1]
+    assert server_of(render_for([small, large], gpus=("NVIDIA L4",)))["startupProbe"]["failureThreshold"] == 360
+    measured = Measured(cold_seconds=200.5, rss_mib=2000, gpu_memory_mib=500)
+    given = render_for([large], measured=measured)
+    assert server_of(given)["startupProbe"]["failureThreshold"] == 602
+    assert server_of(given)["resources"]["limits"]["memory"] == "3Gi"
+    assert terms(given)[0]["nvidia.com/gpu.memory"] == ("499",)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,18 @@ def test_nothing_in_a_state_can_be_written(baked: Path) -> None:
         assert path.stat().st_mode & 0o222 == 0, path
 
 
+def test_the_bake_says_what_its_own_starts_took(baked: Path, mini: Path) -> None:
+    measured = manifests.read(baked).measured
+    assert measured.ready_seconds > 0
+    assert measured.cold_seconds > 0
+    weights = sum(path.stat().st_size for path in mini.glob("*.safetensors"))
+    assert weights < measured.resident_bytes < 20e9
+    assert measured.device_bytes == 0
+    shown = run_cli("inspect", "--warm", baked).stdout
+    assert f"{measured.ready_seconds:.1f} s to ready, {measured.cold_seconds:.1f} s cold to attached" in shown
+    assert f"{measured.resident_bytes / 1e6:.0f} MB resident" in shown
+
+
 @pytest.mark.usefixtures("namespaces")
 def test_a_fresh_isolated_process_hits_everything(baked: Path, mini: Path, tmp_path: Path) -> None:
     evidence = tmp_path / "evidence.json"

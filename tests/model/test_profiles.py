@@ -140,6 +140,15 @@ def test_one_set_of_packages_serves_another_checkpoint(baked_aot: Path, tmp_path
     assert signal_to_noise(written["samples"], found["samples"]) >= 50
 
 
+def test_a_cold_start_is_said_to_take_what_it_would_compile(baked_compiled: Path, baked_aot: Path) -> None:
+    compiled, packages = manifests.read(baked_compiled), manifests.read(baked_aot)
+    inductor, aot = compiled.family("inductor"), packages.family("aot")
+    assert inductor is not None
+    assert aot is not None
+    assert compiled.measured.cold_seconds > inductor.seconds_spent
+    assert packages.measured.cold_seconds < aot.seconds_spent, "which a start never makes"
+
+
 def test_a_cache_of_inductors_serves_any_length(baked_compiled: Path, mini: Path) -> None:
     found = start(baked_compiled, mini, baked_compiled.parent / "cache", policy="require")
     assert found["metrics"]["hits"]["inductor"] >= len(REGIONS) * _CACHES, "more where lengths have classes"

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from chatterbox_prewarm import manifest as manifests
-from chatterbox_prewarm.manifest import FamilyEntry, Manifest, Provenance, Reference, WeightsEntry
+from chatterbox_prewarm.manifest import FamilyEntry, Manifest, Measurements, Provenance, Reference, WeightsEntry
 from chatterbox_prewarm.models import ENGLISH
 from chatterbox_prewarm.profiles import Execution
 
@@ -43,6 +43,7 @@ PROVENANCE = Provenance(
     builder="tests",
     parameters={"device": "cpu", "levels": "1,2,3"},
 )
+MEASURED = Measurements(cold_seconds=24.5, ready_seconds=12.25, resident_bytes=4_500_000_000)
 WEIGHTS = WeightsEntry(repository="someone/voice", revision="a" * 40, set_digest="2" * 64, files=())
 
 
@@ -156,5 +157,6 @@ def make_manifest(families: list[FamilyEntry]) -> Manifest:
         voices=("default", "second"),
         reference=REFERENCE,
         provenance=PROVENANCE,
+        measured=MEASURED,
     )
     return replace(manifest, set_digest=manifests.set_digest(manifest.files))

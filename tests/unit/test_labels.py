@@ -12,10 +12,10 @@ from chatterbox_prewarm import __version__
 from chatterbox_prewarm.errors import BadInputError, EngineError
 from chatterbox_prewarm.fingerprint import read_fingerprint
 from chatterbox_prewarm.image.labels import STATES, label_of, labels_of, read_states
-from chatterbox_prewarm.manifest import SCHEMA_VERSION
+from chatterbox_prewarm.manifest import SCHEMA_VERSION, Measurements
 from chatterbox_prewarm.states import key_of
 
-from .states import make_manifest, make_state_for
+from .states import MEASURED, make_manifest, make_state_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,6 +103,17 @@ def test_what_a_state_was_made_of_is_its_weights_and_parameters_not_its_bytes(th
     assert read_states({STATES: json.dumps(older)}) == (replace(state, made_of=""),)
 
 
+def test_what_the_bake_measured_is_read_back_as_far_as_this_version_knows_it(three: list[Manifest]) -> None:
+    labels = labels_of(three[:1])
+    (state,) = read_states(labels)
+    assert state.measured == three[0].measured == MEASURED
+    raw = json.loads(labels[STATES])
+    raw["states"][0]["measured"]["watts"] = "many"
+    assert read_states({STATES: json.dumps(raw)}) == (state,)
+    del raw["states"][0]["measured"]
+    assert read_states({STATES: json.dumps(raw)}) == (replace(state, measured=Measurements()),)
+
+
 def test_facts_of_single_files_are_left_out_since_those_are_in_the_image(three: list[Manifest]) -> None:
     numba = replace(three[0].families[0], requires={"arch": "x86_64", "source:/x.py": "6 bytes"})
     (state,) = read_states(labels_of([replace(three[0], families=(numba,))]))
@@ -164,6 +175,11 @@ def edited(three: list[Manifest], change: Callable[[dict[str, Any]], object]) ->
         (lambda raw: raw["states"][0]["families"]["numba"].update(bytes=-1), "the bytes of numba are -1"),
         (lambda raw: raw["states"][0]["families"]["numba"].update(bytes=True), "the bytes of numba are True"),
         (lambda raw: raw["states"][0]["families"]["numba"].update(requires={"arch": None}), "None is no text"),
+        (lambda raw: raw["states"][0].update(measured=[]), "malformed"),
+        (lambda raw: raw["states"][0]["measured"].update(resident_bytes=True), "resident_bytes is True"),
+        (lambda raw: raw["states"][0]["measured"].update(cold_seconds=-1), "cold_seconds is -1"),
+        (lambda raw: raw["states"][0]["measured"].update(cold_seconds=float("inf")), "cold_seconds is inf"),
+        (lambda raw: raw["states"][0]["measured"].update(device_bytes=10**30), "device_bytes is 1000"),
     ],
 )
 def test_a_label_that_is_malformed_or_newer_is_refused(

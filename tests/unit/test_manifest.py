@@ -13,15 +13,17 @@ import pytest
 
 from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.errors import IntegrityError
-from chatterbox_prewarm.manifest import FamilyEntry, FileEntry, Manifest, Provenance
+from chatterbox_prewarm.manifest import FamilyEntry, FileEntry, Manifest, Measurements, Provenance
 from chatterbox_prewarm.profiles import Execution
 
-from .states import FITTING, PROVENANCE, make_manifest, make_state
+from .states import FITTING, MEASURED, PROVENANCE, make_manifest, make_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 FIXTURES = Path(__file__).parent / "fixtures"
+#: In an error that names it.
+SCHEMA = f"schema {manifests.SCHEMA_VERSION}"
 FILES = {"numba": {"librosa/deep/filters.nbi": b"index", "librosa/deep/filters.nbc": b"machine code"}}
 
 
@@ -55,7 +57,7 @@ def test_writing_leaves_one_read_only_file_and_nothing_temporary(tmp_path: Path)
     assert (tmp_path / "manifest.json").stat().st_mode & 0o777 == 0o444
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4])
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
 def test_a_manifest_of_every_schema_is_still_read(version: int) -> None:
     text = (FIXTURES / f"manifest-v{version}.json").read_text(encoding="utf-8")
     manifest = manifests.from_json(text, source="the fixture")
@@ -70,6 +72,7 @@ def test_a_manifest_of_every_schema_is_still_read(version: int) -> None:
     assert numba.size == sum(entry.size for entry in numba.files) == 17
     assert manifest.family("aot") is None
     assert manifest.provenance == (PROVENANCE if version >= 4 else Provenance())
+    assert manifest.measured == (MEASURED if version >= 5 else Measurements())
     assert Provenance().revision == Provenance().base_image == "not recorded"
 
 
@@ -107,19 +110,21 @@ def edited(change: Callable[[dict[str, Any]], object]) -> str:
         (edited(lambda raw: raw["reference"].pop("seed")), "seed"),
         (edited(lambda raw: raw["families"][0]["files"][0].pop("sha256")), "sha256"),
         (edited(lambda raw: raw.update(surplus=1)), "surplus"),
-        (edited(lambda raw: raw.update(families=None)), "schema 4"),
-        (edited(lambda raw: raw.update(weights="none")), "schema 4"),
+        (edited(lambda raw: raw.update(families=None)), SCHEMA),
+        (edited(lambda raw: raw.update(weights="none")), SCHEMA),
         (edited(lambda raw: raw["families"][0]["files"][0].update(size="3")), "size holds '3'"),
-        (edited(lambda raw: raw["families"][0]["files"][0].update(path=3)), "schema 4"),
-        (edited(lambda raw: raw["families"][0]["files"][0].update(path="numba/\ud800")), "schema 4"),
+        (edited(lambda raw: raw["families"][0]["files"][0].update(path=3)), SCHEMA),
+        (edited(lambda raw: raw["families"][0]["files"][0].update(path="numba/\ud800")), SCHEMA),
         (edited(lambda raw: raw["families"][0].update(requires={"arch": 5})), "requires holds 5"),
-        (edited(lambda raw: raw.update(fingerprint=[])), "schema 4"),
+        (edited(lambda raw: raw.update(fingerprint=[])), SCHEMA),
         (edited(lambda raw: raw.update(voices=[1])), "voices holds 1"),
         (edited(lambda raw: raw.update(levels=[True])), "levels holds True"),
         (edited(lambda raw: raw["reference"].update(threads="2")), "threads holds '2'"),
         (edited(lambda raw: raw.pop("provenance")), "provenance"),
         (edited(lambda raw: raw["provenance"].update(parameters={"levels": 1})), "parameters holds 1"),
-        (edited(lambda raw: raw.update(tool="\ud800")), "schema 4"),
+        (edited(lambda raw: raw.pop("measured")), "measured"),
+        (edited(lambda raw: raw["measured"].update(resident_bytes=1.5)), "resident_bytes holds 1.5"),
+        (edited(lambda raw: raw.update(tool="\ud800")), SCHEMA),
         (edited(lambda raw: raw.pop("digest")), "was changed"),
         (edited(lambda raw: raw.update(digest="5" * 64)), "was changed"),
         (edited(lambda raw: raw["families"].append(raw["families"][0])), "listed twice"),
@@ -137,8 +142,8 @@ def test_a_manifest_that_cannot_be_trusted_is_refused_in_words(text: str, says: 
 
 
 def test_a_newer_schema_is_refused_with_the_advice_to_upgrade() -> None:
-    with pytest.raises(IntegrityError, match="is of schema 5; this version reads up to 4") as caught:
-        manifests.from_json('{"schema": 5, "fields": "unheard of"}', source="manifest.json")
+    with pytest.raises(IntegrityError, match="is of schema 6; this version reads up to 5") as caught:
+        manifests.from_json('{"schema": 6, "fields": "unheard of"}', source="manifest.json")
     assert "upgrade" in caught.value.next_step
 
 
@@ -168,8 +173,9 @@ def test_one_flipped_byte_anywhere_in_a_manifest_is_seen(tmp_path: Path) -> None
     manifests.read(tmp_path)
 
 
-def test_a_flipped_byte_in_a_manifest_of_the_schema_before_is_seen() -> None:
-    text = (FIXTURES / "manifest-v3.json").read_text(encoding="utf-8")
+@pytest.mark.parametrize("version", [3, 4])
+def test_a_flipped_byte_in_a_manifest_of_a_schema_before_is_seen(version: int) -> None:
+    text = (FIXTURES / f"manifest-v{version}.json").read_text(encoding="utf-8")
     for place, character in enumerate(text):
         if character.isdigit():
             changed = text[:place] + str((int(character) + 1) % 10) + text[place + 1 :]
