@@ -21,7 +21,7 @@ demo: $(VENV)/.complete  ## bake, pack, prove and serve on this machine, with ra
 
 test: $(VENV)/.complete  ## every test that this machine can run; each skipped one says what it lacks
 	PATH="$$PATH:$(CURDIR)/$(CHECKS)/bin" OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
-	    -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	    -n $(JOBS) --no-loadscope-reorder
 
 lint: $(VENV)/.complete
 	$(BIN)/ruff check .

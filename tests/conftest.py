@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -23,20 +24,30 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own takes over the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For several workers (pytest-xdist): one has all tests with containers, first, and a file's tests stay together.
+class Sharing(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
+    """Of the tests by several workers: one has all with containers, and those of any other file stay together.
 
     Those with containers share an engine and wait for its disk, so that they leave the processors to the others.
     """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("containers" if _has_containers(item) else item.path.stem))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "containers" if _has_containers(file) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Sharing:
+    """Not pytest-xdist 3.8's own `loadgroup`, whose groups pytest 9.2 does not let through."""
+    return Sharing(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several workers begin with the tests with containers, which take longest; one ends with them."""
     if hasattr(config, "workerinput"):
-        items.sort(key=_has_containers, reverse=True)
+        items.sort(key=lambda item: not _has_containers(item.nodeid))
 
 
-def _has_containers(item: pytest.Item) -> bool:
-    return item.path.parent.name == "image"
+def _has_containers(nodeid: str) -> bool:
+    return nodeid.startswith("tests/image/")
 
 
 def made_once(product: Path, make: Callable[[Path], None]) -> Path:
