@@ -56,6 +56,10 @@ def decode_text(data: bytes) -> str:
         ) from error
 
 
+#: In the place of a voice's alias: every name that no voice has.
+ANY = "*"
+
+
 def check_voice_name(name: object) -> str:
     """Return `name` if it can name a voice, and so a file: letters, digits, `_` and `-`, at most 64.
 

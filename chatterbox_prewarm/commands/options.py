@@ -11,6 +11,7 @@ import click
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.places import CACHE, WARM, WEIGHTS
 from chatterbox_prewarm.profiles import PROFILES
+from chatterbox_prewarm.text import ANY, check_voice_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,6 +69,18 @@ def check_place(path: Path) -> None:
 def say(line: str) -> None:
     """Show a line of progress, apart from the result."""
     click.echo(line, err=True)
+
+
+def parse_alias(text: str) -> tuple[str, str]:
+    """The name and the voice of NAME=VOICE.
+
+    Raises:
+        BadInputError: it is not of that form.
+    """
+    name, separator, voice = text.partition("=")
+    if not separator:
+        raise BadInputError(f"--voice-alias {text!r} has no voice", next_step="write --voice-alias NAME=VOICE")
+    return name if name == ANY else check_voice_name(name), check_voice_name(voice)
 
 
 def parse_voice(text: str) -> tuple[str, Path]:

@@ -10,6 +10,7 @@ from chatterbox_prewarm.commands.options import (
     PATH,
     cache_option,
     option,
+    parse_alias,
     parse_voice,
     profile_option,
     trust_options,
@@ -37,6 +38,13 @@ if TYPE_CHECKING:
 @option("--voice", "voices", multiple=True, metavar="NAME=PATH", help="Make a voice at start unless it is baked.")
 @option("--voices-dir", type=PATH, default=VOICES, help="Where added voices are kept; without it, none can be added.")
 @option("--max-voices", default=1000, type=click.IntRange(0), help="Most voices that may be added.")
+@option(
+    "--voice-alias",
+    "voice_aliases",
+    multiple=True,
+    metavar="NAME=VOICE",
+    help="Another name of a voice, for clients with names of their own; *=VOICE is for every name that no voice has.",
+)
 @option("--policy", default="fallback", type=click.Choice(POLICIES), help="What a start does that does not fit.")
 @profile_option("the one baked")
 @trust_options
@@ -101,6 +109,7 @@ def serve(
     voices: tuple[str, ...],
     voices_dir: Path,
     max_voices: int,
+    voice_aliases: tuple[str, ...],
     policy: str,
     profile: str | None,
     key: Path | None,
@@ -138,6 +147,7 @@ def serve(
             weights=weights,
             voices_dir=voices_dir,
             max_voices=max_voices,
+            voice_aliases=dict(map(parse_alias, voice_aliases)),
             queue_limit=queue_limit,
             queue_seconds=queue_seconds,
             hang_seconds=hang_seconds,

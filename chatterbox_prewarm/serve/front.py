@@ -22,7 +22,7 @@ from chatterbox_prewarm.warmup.metrics import exec_time
 from chatterbox_prewarm.weights import read_record
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from chatterbox_prewarm.serve.access import Token
@@ -42,6 +42,7 @@ class ServeConfig:
         max_characters: longest text that is taken.
         weights: the checkpoint, which an added voice must be of.
         voices_dir, max_voices: where added voices are, and how many there may be.
+        voice_aliases: other names of voices.
         queue_limit: most requests at a time, those being spoken too.
         queue_seconds: how long one may wait for a worker.
         hang_seconds: how long a worker may be silent before it is replaced.
@@ -61,6 +62,7 @@ class ServeConfig:
     queue_seconds: float
     hang_seconds: float
     drain_seconds: float
+    voice_aliases: Mapping[str, str] = field(default_factory=dict)
     token: Token | None = None
     limits: Limits = field(default_factory=Limits)
     log_text: bool = False
@@ -84,7 +86,12 @@ def serve(config: ServeConfig, workers: Sequence[WorkerConfig]) -> None:
     listener = listen(config.host, config.port)
     record = read_record(config.weights)
     voices = VoiceStore(
-        config.voices_dir, baked={}, variant=record.variant, weights=record.set_digest, max_voices=config.max_voices
+        config.voices_dir,
+        baked={},
+        variant=record.variant,
+        weights=record.set_digest,
+        max_voices=config.max_voices,
+        aliases=config.voice_aliases,
     )
     origin = exec_time()
     started = spawn_all([replace(worker, origin=origin) for worker in workers])

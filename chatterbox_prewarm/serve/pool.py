@@ -165,13 +165,15 @@ class Pool:
         try:
             # In a thread: the splitter is imported at its first use, and voices are on a volume.
             parts = await asyncio.to_thread(split, order.text)
-            digest = await asyncio.to_thread(self._voices.digest, order.voice) if self._voices else None
+            voice, digest = order.voice, None
+            if self._voices:
+                voice, digest = await asyncio.to_thread(self._voices.resolve, voice)
             silent: ModelError | None = None
             for number, text in enumerate(parts):
                 await backlog.room()
                 part = PartOrder(
                     text=text,
-                    voice=order.voice,
+                    voice=voice,
                     voice_digest=digest,
                     # Of its own, or every part would begin with the same breath.
                     seed=(seed + number) % (MAX_SEED + 1),

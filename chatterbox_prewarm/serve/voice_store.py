@@ -29,7 +29,7 @@ from chatterbox_prewarm.serve.voice_errors import (
     VoiceExistsError,
 )
 from chatterbox_prewarm.serve.voice_file import SUFFIX, check_bytes, digest_of, read_file
-from chatterbox_prewarm.text import check_voice_name
+from chatterbox_prewarm.text import ANY, check_voice_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -87,6 +87,7 @@ class VoiceStore:
         variant: of the model that the server speaks with.
         weights: the set digest of its checkpoint.
         max_voices: how many may be added. Replicas that add at the same time may exceed it by one each.
+        aliases: other names of voices, for clients that have names of their own; `text.ANY` is all that no voice has.
 
     Attributes:
         baked: as above; to be set when the workers have told, since until then nobody knows. `default` always counts.
@@ -100,11 +101,13 @@ class VoiceStore:
         variant: str,
         weights: str,
         max_voices: int = 1000,
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
         self.baked = baked
         self._directory = directory
         self._variant, self._weights = variant, weights
         self._max_voices = max_voices
+        self._aliases = aliases or {}
         #: By name: what the file looked like when it was read, and what was found. A file is written once.
         self._read: dict[str, tuple[tuple[int, ...], VoiceEntry]] = {}
 
@@ -145,6 +148,20 @@ class VoiceStore:
                 f"the voice {name!r} cannot be used: {entry.problem}", next_step="delete it and add it again"
             )
         return entry.digest
+
+    def resolve(self, name: str) -> tuple[str, str | None]:
+        """The voice that a request means, and its `digest`. A voice goes before an alias of its name.
+
+        Raises:
+            UnknownVoiceError, UnusableVoiceError, BadInputError: as `digest`.
+        """
+        try:
+            return name, self.digest(name)
+        except UnknownVoiceError:
+            meant = self._aliases.get(name, self._aliases.get(ANY))
+            if meant is None:
+                raise
+            return meant, self.digest(meant)
 
     def check_free(self, name: str) -> None:
         """Refuse a voice that could not be added, before it is made.

@@ -24,7 +24,8 @@ SETTINGS = {"seed": 3, "max_new_tokens": 60}
 @pytest.fixture(scope="module")
 def client(baked: Path, mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     place = tmp_path_factory.mktemp("openai")
-    server = Server(place / "log", "--warm", baked, "--weights", mini, "--cache", place / "cache")
+    places = ("--warm", baked, "--weights", mini, "--cache", place / "cache")
+    server = Server(place / "log", *places, "--voice-alias", "alloy=fox")
     try:
         server.wait("/readyz", 200)
         with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="unused", max_retries=0) as client:
@@ -102,3 +103,15 @@ def test_errors_are_those_that_the_client_knows(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.audio.speech.create(model="chatterbox", voice="default", input="")
     assert caught.value.param == "input"
+
+
+def test_a_voice_of_openais_is_one_of_ours_where_the_server_says_so(client: openai.OpenAI) -> None:
+    def speak(voice: str) -> bytes:
+        settings = {"seed": 3, "max_new_tokens": 12}
+        return client.audio.speech.create(
+            model="tts-1", voice=voice, input="Hello.", response_format="pcm", extra_body=settings
+        ).content
+
+    assert speak("alloy") == speak("fox") != speak("default")
+    with pytest.raises(openai.BadRequestError, match="there is no voice 'echo'"):
+        speak("echo")

@@ -87,6 +87,25 @@ def test_another_voice_under_the_same_name_has_another_digest(store: VoiceStore,
     assert store.digest("default") is store.digest("fox") is None
 
 
+def test_an_alias_is_the_voice_it_names_unless_there_is_one_of_its_name(store: VoiceStore, tmp_path: Path) -> None:
+    named = open_store(tmp_path, aliases={"alloy": "fox", "echo": "ann", "lost": "nobody"})
+    assert named.resolve("alloy") == ("fox", None)
+    assert named.resolve("default") == ("default", None)
+    with pytest.raises(UnknownVoiceError, match="no voice 'ann'"):
+        named.resolve("echo")
+    with pytest.raises(UnknownVoiceError, match="no voice 'other'"):
+        named.resolve("other")
+    digest = store.add("ann", voice(1)).digest
+    assert named.resolve("echo") == named.resolve("ann") == ("ann", digest)
+    own = store.add("alloy", voice(2)).digest
+    assert named.resolve("alloy") == ("alloy", own)
+    assert store.resolve("alloy") == ("alloy", own)
+    anything = open_store(tmp_path, aliases={"*": "fox", "echo": "ann"})
+    assert [anything.resolve(name)[0] for name in ("other", "echo", "default")] == ["fox", "ann", "default"]
+    with pytest.raises(BadInputError, match="cannot name a voice"):
+        anything.resolve("../x")
+
+
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a.b", "a" * 65, "-a", "é", "a\0", "a\n", None, 5])
 def test_what_cannot_name_a_voice_reaches_no_file(store: VoiceStore, tmp_path: Path, name: Any) -> None:
     for call in (store.get, store.digest, store.delete, store.check_free, lambda name: store.add(name, voice())):
