@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,13 @@ def run_cli(
         env=env,
         cwd=cwd,
     )
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory for sockets, whose whole paths are to have at most 107 bytes."""
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as place:
+        yield Path(place)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import tempfile
 import time
 from typing import TYPE_CHECKING
 
@@ -17,20 +16,12 @@ from chatterbox_prewarm.bench.server import free_port
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 RAY = ROOT / ".venv-ray" / "bin"
 
 
-@pytest.fixture
-def short() -> Iterator[str]:
-    """A directory for Ray's sockets, whose whole paths are to have at most 107 bytes."""
-    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as place:
-        yield place
-
-
-def test_the_example_for_ray_serve_serves(baked: Path, mini: Path, tmp_path: Path, short: str) -> None:
+def test_the_example_for_ray_serve_serves(baked: Path, mini: Path, tmp_path: Path, short: Path) -> None:
     if not (RAY / "serve").exists():
         pytest.skip("Ray is missing: make ray")
     text = (ROOT / "docs" / "examples" / "ray_serve_app.py").read_text()
@@ -54,7 +45,7 @@ def test_the_example_for_ray_serve_serves(baked: Path, mini: Path, tmp_path: Pat
         "PATH": f"{RAY}:{os.environ['PATH']}",
         "PYTHONPATH": f"{tmp_path}:{ROOT}",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TMPDIR": short,
+        "RAY_TMPDIR": str(short),
     }
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
