@@ -22,7 +22,6 @@ from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.clips import check_clip
 from chatterbox_prewarm.errors import BadInputError, ModelError, NotWarmError, from_os_error
 from chatterbox_prewarm.families import COMPILED, FAMILIES, applicable
-from chatterbox_prewarm.manifest import Measurements
 from chatterbox_prewarm.places import BAKE, make_cache, require_execution
 from chatterbox_prewarm.process import run as run_process
 from chatterbox_prewarm.profiles import default_execution
@@ -270,10 +269,10 @@ def _added(cold: dict[str, Any], compiled: dict[str, Any] | None) -> dict[str, A
     }
 
 
-def _measured(manifest: Manifest, cold: dict[str, Any], warm: dict[str, Any]) -> Measurements:
+def _measured(manifest: Manifest, cold: dict[str, Any], warm: dict[str, Any]) -> manifests.Measurements:
     """What the two processes took as a whole. Packages apart, a start without them compiles if it can."""
     anew = sum(family.seconds_spent for family in manifest.families if family.name in COMPILED and family.name != "aot")
-    return Measurements(
+    return manifests.Measurements(
         cold_seconds=round(cold["metrics"]["marks"]["attached"] + anew, 3),
         ready_seconds=round(warm["metrics"]["marks"]["ready"], 3),
         resident_bytes=cold["resident_bytes"],

@@ -43,10 +43,15 @@ def peak_resident_bytes() -> int:
 
     Not what `getrusage` says, which has that of the program before exec in it.
     """
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    return 0
+    return 1024 * (status_field(os.getpid(), "VmHWM") or 0)
+
+
+def status_field(pid: int, name: str) -> int | None:
+    """A number in `/proc/PID/status`; None where the kernel does not name it."""
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    return None
 
 
 @dataclass

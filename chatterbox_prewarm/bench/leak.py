@@ -17,6 +17,7 @@ from chatterbox_prewarm.bench.load import target_server
 from chatterbox_prewarm.bench.starts import checkpoint, machine, versions
 from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.errors import ModelError
+from chatterbox_prewarm.probes import status_field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -149,10 +150,9 @@ def handles(pid: int) -> int:
 
 
 def _field(pid: int, name: str) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1])
-    raise AssertionError(f"the kernel names {name} in /proc/PID/status")
+    if (value := status_field(pid, name)) is None:
+        raise AssertionError(f"the kernel names {name} in /proc/PID/status")
+    return value
 
 
 def growth(values: Sequence[int]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 from chatterbox_prewarm.bench.profiles import variants
 from chatterbox_prewarm.errors import as_prewarm_error
 from chatterbox_prewarm.profiles import PROFILES
+from chatterbox_prewarm.staging import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,9 +98,7 @@ class Record:
             "failed": self.failed,
             "steps": self.steps,
         }
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self._path)
+        write_whole(self._path, json.dumps(content, indent=1) + "\n")
 
 
 def is_complete(path: Path, plan: Plan) -> bool:
