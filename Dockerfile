@@ -54,9 +54,9 @@ ARG VARIANT=english
 ARG REVISION=
 # A mirror of the hub; empty for the hub itself.
 ARG HF_ENDPOINT=
-COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/manifest.py \
-     chatterbox_prewarm/profiles.py chatterbox_prewarm/weights.py /build/chatterbox_prewarm/
-COPY chatterbox_prewarm/models/__init__.py /build/chatterbox_prewarm/models/
+COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/version.py /build/chatterbox_prewarm/
+COPY chatterbox_prewarm/system /build/chatterbox_prewarm/system
+COPY chatterbox_prewarm/weights /build/chatterbox_prewarm/weights
 COPY build/fetch.py /build/
 # The cache mount keeps the files that are complete, for when this step broke off or has to run again.
 RUN --mount=type=cache,target=/var/cache/weights,sharing=locked \
@@ -65,11 +65,10 @@ RUN --mount=type=cache,target=/var/cache/weights,sharing=locked \
 
 FROM deps AS weights-synthetic
 ARG SIZE=full
-COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/manifest.py \
-     chatterbox_prewarm/process.py chatterbox_prewarm/profiles.py chatterbox_prewarm/staging.py \
-     chatterbox_prewarm/weights.py \
-     /build/chatterbox_prewarm/
-COPY chatterbox_prewarm/models /build/chatterbox_prewarm/models
+COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/version.py /build/chatterbox_prewarm/
+COPY chatterbox_prewarm/system /build/chatterbox_prewarm/system
+COPY chatterbox_prewarm/weights /build/chatterbox_prewarm/weights
+COPY chatterbox_prewarm/model /build/chatterbox_prewarm/model
 COPY build/fetch.py /build/
 RUN PYTHONPATH=/build python /build/fetch.py --synthetic "${SIZE}" /opt/chatterbox-prewarm/weights
 
@@ -88,21 +87,15 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ python3-dev \
  && rm -rf /var/lib/apt/lists/*
 # What the bake runs, and nothing that only serves: a change of the server bakes nothing.
-COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/bake.py chatterbox_prewarm/bake_cold.py \
-     chatterbox_prewarm/bake_compile.py chatterbox_prewarm/bounds.py chatterbox_prewarm/child.py \
-     chatterbox_prewarm/choice.py \
-     chatterbox_prewarm/clips.py chatterbox_prewarm/errors.py chatterbox_prewarm/fingerprint.py \
-     chatterbox_prewarm/fit.py chatterbox_prewarm/keys.py chatterbox_prewarm/load.py chatterbox_prewarm/manifest.py \
-     chatterbox_prewarm/places.py chatterbox_prewarm/probes.py chatterbox_prewarm/process.py \
-     chatterbox_prewarm/profiles.py chatterbox_prewarm/prove.py chatterbox_prewarm/provenance.py \
-     chatterbox_prewarm/save.py chatterbox_prewarm/signing.py chatterbox_prewarm/staging.py \
-     chatterbox_prewarm/states.py chatterbox_prewarm/synthesis.py chatterbox_prewarm/text.py \
-     chatterbox_prewarm/trial.py chatterbox_prewarm/voices.py chatterbox_prewarm/weights.py \
-     /build/chatterbox_prewarm/
+COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/version.py /build/chatterbox_prewarm/
+COPY chatterbox_prewarm/system /build/chatterbox_prewarm/system
+COPY chatterbox_prewarm/weights /build/chatterbox_prewarm/weights
+COPY chatterbox_prewarm/model /build/chatterbox_prewarm/model
 COPY chatterbox_prewarm/families /build/chatterbox_prewarm/families
-COPY chatterbox_prewarm/models /build/chatterbox_prewarm/models
-COPY chatterbox_prewarm/regions /build/chatterbox_prewarm/regions
-COPY chatterbox_prewarm/warmup /build/chatterbox_prewarm/warmup
+COPY chatterbox_prewarm/state /build/chatterbox_prewarm/state
+COPY chatterbox_prewarm/start /build/chatterbox_prewarm/start
+COPY chatterbox_prewarm/proof /build/chatterbox_prewarm/proof
+COPY chatterbox_prewarm/bake /build/chatterbox_prewarm/bake
 COPY build/bake.py /build/
 ARG DEVICE=cpu
 ARG LEVELS=1,2,3

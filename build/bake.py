@@ -6,11 +6,11 @@ import argparse
 import logging
 import sys
 
-from chatterbox_prewarm.bake import bake
+from chatterbox_prewarm.bake.bake import bake
 from chatterbox_prewarm.errors import exit_with_code
-from chatterbox_prewarm.places import CACHE, WARM, WEIGHTS
-from chatterbox_prewarm.profiles import default_execution
-from chatterbox_prewarm.states import key_of
+from chatterbox_prewarm.model.profiles import default_execution
+from chatterbox_prewarm.state.folder import key_of
+from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from chatterbox_prewarm.errors import exit_with_code
-from chatterbox_prewarm.models import get_variant
+from chatterbox_prewarm.weights.variants import get_variant
 
 _SECRETS = Path("/run/secrets")
 _EPOCH = int(os.environ.get("SOURCE_DATE_EPOCH") or 1735689600)
@@ -18,7 +18,7 @@ def main() -> None:
     """`fetch.py CACHE TARGET`, or `fetch.py --synthetic SIZE TARGET`."""
     *source, target = sys.argv[1:]
     if source[0] == "--synthetic":
-        from chatterbox_prewarm.models.synthetic import synthesize
+        from chatterbox_prewarm.model.synthetic import synthesize
 
         synthesize(Path(target), size=source[1], seed=0)
     else:
@@ -28,7 +28,8 @@ def main() -> None:
             os.environ["HF_TOKEN"] = (_SECRETS / "hf_token").read_text(encoding="utf-8").strip()
         if not os.environ.get("HF_ENDPOINT"):
             os.environ.pop("HF_ENDPOINT", None)  # an empty build argument is not an address
-        from chatterbox_prewarm.weights import RECORD_NAME, fetch
+        from chatterbox_prewarm.weights.fetch import fetch
+        from chatterbox_prewarm.weights.record import RECORD_NAME
 
         variant = get_variant(os.environ.get("VARIANT", "english"))
         cache = Path(source[0])

@@ -9,31 +9,34 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what a type checker sees; at run time `__getattr__` imports the same
-    from chatterbox_prewarm.bench.startup import benchmark_warmup_effectiveness
-    from chatterbox_prewarm.load import load_warmup_cache
-    from chatterbox_prewarm.pretrained import from_pretrained_with_warmup
-    from chatterbox_prewarm.save import save_warmup_cache
-    from chatterbox_prewarm.serve.embedded import ChatterboxServer, warm_up_multi_gpu
-    from chatterbox_prewarm.streaming import generate_stream as generate_stream
-    from chatterbox_prewarm.streaming import generate_stream_with_warmup_check as generate_stream_with_warmup_check
-    from chatterbox_prewarm.warmup.adaptive import AdaptiveWarmup
-    from chatterbox_prewarm.warmup.metrics import WarmupMetrics
-    from chatterbox_prewarm.warmup.strategy import ChatterboxWarmupStrategy
+from chatterbox_prewarm.version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:  # what a type checker sees; at run time `__getattr__` imports the same
+    from chatterbox_prewarm.bake.save import save_warmup_cache
+    from chatterbox_prewarm.bench.startup import benchmark_warmup_effectiveness
+    from chatterbox_prewarm.model.streaming import generate_stream as generate_stream
+    from chatterbox_prewarm.model.warmup.adaptive import AdaptiveWarmup
+    from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
+    from chatterbox_prewarm.serve.embedded import ChatterboxServer, warm_up_multi_gpu
+    from chatterbox_prewarm.start.attach import load_warmup_cache
+    from chatterbox_prewarm.start.pretrained import from_pretrained_with_warmup
+    from chatterbox_prewarm.start.streaming import (
+        generate_stream_with_warmup_check as generate_stream_with_warmup_check,
+    )
+    from chatterbox_prewarm.system.metrics import WarmupMetrics
+
 
 _PUBLIC = {
-    "AdaptiveWarmup": "chatterbox_prewarm.warmup.adaptive",
+    "AdaptiveWarmup": "chatterbox_prewarm.model.warmup.adaptive",
     "ChatterboxServer": "chatterbox_prewarm.serve.embedded",
-    "ChatterboxWarmupStrategy": "chatterbox_prewarm.warmup.strategy",
-    "WarmupMetrics": "chatterbox_prewarm.warmup.metrics",
+    "ChatterboxWarmupStrategy": "chatterbox_prewarm.model.warmup.strategy",
+    "WarmupMetrics": "chatterbox_prewarm.system.metrics",
     "benchmark_warmup_effectiveness": "chatterbox_prewarm.bench.startup",
-    "from_pretrained_with_warmup": "chatterbox_prewarm.pretrained",
-    "generate_stream": "chatterbox_prewarm.streaming",
-    "generate_stream_with_warmup_check": "chatterbox_prewarm.streaming",
-    "load_warmup_cache": "chatterbox_prewarm.load",
-    "save_warmup_cache": "chatterbox_prewarm.save",
+    "from_pretrained_with_warmup": "chatterbox_prewarm.start.pretrained",
+    "generate_stream": "chatterbox_prewarm.model.streaming",
+    "generate_stream_with_warmup_check": "chatterbox_prewarm.start.streaming",
+    "load_warmup_cache": "chatterbox_prewarm.start.attach",
+    "save_warmup_cache": "chatterbox_prewarm.bake.save",
     "warm_up_multi_gpu": "chatterbox_prewarm.serve.embedded",
 }
 

@@ -9,8 +9,6 @@ import traceback
 
 import click
 
-from chatterbox_prewarm import __version__
-from chatterbox_prewarm.child import DEBUG
 from chatterbox_prewarm.commands.bench import bench
 from chatterbox_prewarm.commands.images import append, attest, build, dockerfile, publish
 from chatterbox_prewarm.commands.kube import k8s
@@ -20,6 +18,8 @@ from chatterbox_prewarm.commands.states import bake, inspect, pack, prove, verif
 from chatterbox_prewarm.commands.trust import sbom, sign
 from chatterbox_prewarm.commands.weights import weights
 from chatterbox_prewarm.errors import as_prewarm_error
+from chatterbox_prewarm.system.json_subprocess import DEBUG
+from chatterbox_prewarm.version import __version__
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -1,1 +1,1 @@
-"""Benchmarks: figures of one run, side by side, as ratios. Warmth is proven elsewhere, by counters."""
+"""Benchmarks for users: starts, load, and the demo."""

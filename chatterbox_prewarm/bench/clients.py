@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
-from chatterbox_prewarm.serve.access import TOKEN
-from chatterbox_prewarm.warmup.inputs import TEXTS
+from chatterbox_prewarm.model.warmup.inputs import TEXTS
+from chatterbox_prewarm.serve.http.access import TOKEN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

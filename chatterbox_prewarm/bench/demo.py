@@ -12,13 +12,14 @@ from pathlib import Path
 
 import click
 
-from chatterbox_prewarm.bake import bake
+from chatterbox_prewarm.bake.bake import bake
 from chatterbox_prewarm.bench.startup import benchmark_warmup_effectiveness, table
 from chatterbox_prewarm.errors import ModelError, exit_with_code
 from chatterbox_prewarm.image.layer import pack
-from chatterbox_prewarm.process import run as run_process
-from chatterbox_prewarm.prove import prove, require_passed
-from chatterbox_prewarm.weights import RECORD_NAME
+from chatterbox_prewarm.proof.checks import require_passed
+from chatterbox_prewarm.proof.prove import prove
+from chatterbox_prewarm.system.process import run as run_process
+from chatterbox_prewarm.weights.record import RECORD_NAME
 
 
 def demo(work: Path, dist: Path) -> None:

@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm import manifest as manifests
+from benchmarks.kill import kill_worker
 from chatterbox_prewarm.bench.clients import LivezProbe, Target, ask, mix
-from chatterbox_prewarm.bench.kill import kill_worker
 from chatterbox_prewarm.bench.server import MeasuredServer, measured_server
 from chatterbox_prewarm.bench.starts import checkpoint, machine, versions
-from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.errors import BadInputError, ModelError
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.state.manifest import read_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +80,7 @@ def run(
     queue = max(32, *(count + _QUEUE_SPARE for count in clients))
     with target_server(url, weights=weights, warm=warm, device=device, queue=queue) as (target, server):
         if server is not None:
-            report |= {"device": device, "weights": checkpoint(weights), "set_digest": manifests.read(warm).set_digest}
+            report |= {"device": device, "weights": checkpoint(weights), "set_digest": read_manifest(warm).set_digest}
         first = target.status()
         report["start"] = {name: first.get(name) for name in ("marks", "hits", "misses", "profile")}
         say(f"{len(orders)} requests alone, whose sound is what the others are compared with")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bench.upstream import read_bytes
-from chatterbox_prewarm.child import end_with_parent
 from chatterbox_prewarm.errors import ModelError
-from chatterbox_prewarm.warmup.metrics import exec_time, now
+from chatterbox_prewarm.system.json_subprocess import end_with_parent
+from chatterbox_prewarm.system.metrics import exec_time, now
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

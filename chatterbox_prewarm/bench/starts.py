@@ -16,17 +16,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from chatterbox_prewarm import manifest as manifests
+from chatterbox_prewarm.bake.save import REFERENCE_TOKENS
 from chatterbox_prewarm.bench.server import measured_server
 from chatterbox_prewarm.bench.upstream import STEADY_REQUESTS, parse_read_bytes
 from chatterbox_prewarm.errors import ModelError, from_os_error
-from chatterbox_prewarm.fingerprint import read_fingerprint
-from chatterbox_prewarm.process import run as run_process
-from chatterbox_prewarm.prove import parse_trial
-from chatterbox_prewarm.save import REFERENCE_TOKENS
-from chatterbox_prewarm.warmup.inputs import SHORT_TEXT
-from chatterbox_prewarm.warmup.metrics import now
-from chatterbox_prewarm.weights import read_record
+from chatterbox_prewarm.model.warmup.inputs import SHORT_TEXT
+from chatterbox_prewarm.state.manifest import read_manifest
+from chatterbox_prewarm.system.fingerprint import read_fingerprint
+from chatterbox_prewarm.system.json_subprocess import parse_report
+from chatterbox_prewarm.system.metrics import now
+from chatterbox_prewarm.system.process import run as run_process
+from chatterbox_prewarm.weights.record import read_record
 
 
 def machine() -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Starts:
         finished = run_process(
             [sys.executable, "-m", "chatterbox_prewarm.bench.upstream", json.dumps(arguments)], env=environment
         )
-        log = parse_trial(finished.stdout, finished.returncode)
+        log = parse_report(finished.stdout, finished.returncode)
         marks = log["marks"]
         first = marks["first_audio"] - marks["attached"]
         steady = statistics.median(log["steady"])
@@ -158,7 +158,7 @@ class Starts:
         ]
         # The inputs of the synthesis before ready: a sound of another length is a figure of its own, since a CPU's
         # kernels are chosen anew for each length.
-        reference = manifests.read(state).reference
+        reference = read_manifest(state).reference
         request = {
             "input": reference.text,
             "voice": reference.voice if warm else "clip",

@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm import manifest as manifests
+from chatterbox_prewarm.bake.save import REFERENCE_TOKENS
 from chatterbox_prewarm.bench.starts import Starts, checkpoint, drop_page_cache, machine, settle, versions
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.save import REFERENCE_TOKENS
-from chatterbox_prewarm.warmup.inputs import reference_clip
+from chatterbox_prewarm.model.warmup.inputs import reference_clip
+from chatterbox_prewarm.state.manifest import read_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -69,7 +69,7 @@ def benchmark_warmup_effectiveness(
     """
     if unknown := set(systems) - set(SYSTEMS):
         raise BadInputError(f"there is no system {min(unknown)!r}", next_step=f"choose from {', '.join(SYSTEMS)}")
-    manifests.read(warm)
+    read_manifest(warm)
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-bench-") as scratch, reference_clip() as clip:
         starts = Starts(weights=weights, clip=clip, scratch=Path(scratch), device=device)
@@ -109,7 +109,7 @@ def summarize(runs: list[dict[str, Any]], *, weights: Path, warm: Path, device: 
         "versions": versions(),
         "device": device,
         "weights": checkpoint(weights),
-        "set_digest": manifests.read(warm).set_digest,
+        "set_digest": read_manifest(warm).set_digest,
         "tokens": REFERENCE_TOKENS,
         "runs": runs,
         "medians": medians,

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.child import report
-from chatterbox_prewarm.warmup.metrics import WarmupMetrics
-from chatterbox_prewarm.weights import read_record
+from chatterbox_prewarm.system.json_subprocess import report
+from chatterbox_prewarm.system.metrics import WarmupMetrics
+from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
     from chatterbox.tts import ChatterboxTTS
@@ -29,7 +29,7 @@ def load(weights: str, device: str) -> ChatterboxTTS:
     synthetic = read_record(Path(weights)).synthetic
     if synthetic is None or synthetic.t3_layers is None:
         return ChatterboxTTS.from_local(weights, device)
-    from chatterbox_prewarm.models.synthetic import shortened_upstream
+    from chatterbox_prewarm.model.synthetic import shortened_upstream
 
     with shortened_upstream(synthetic):
         return ChatterboxTTS.from_local(weights, device)

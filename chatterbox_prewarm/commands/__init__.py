@@ -1,1 +1,1 @@
-"""The commands of the command line, a module for each group of them: options in, one call, a report out."""
+"""The commands of the command line: parse options, call one function, print the result."""

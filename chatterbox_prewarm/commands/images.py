@@ -23,16 +23,16 @@ from chatterbox_prewarm.commands.options import (
     weights_option,
 )
 from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.image.build_request import BUILDERS, ROUTES
 from chatterbox_prewarm.image.dockerfile import VARIANTS
-from chatterbox_prewarm.image.engine import ENGINES
-from chatterbox_prewarm.image.request import BUILDERS, ROUTES
-from chatterbox_prewarm.matrix import FILE
-from chatterbox_prewarm.profiles import PROFILES, T3_DTYPES
+from chatterbox_prewarm.image.engines.engine import ENGINES
+from chatterbox_prewarm.image.matrix import FILE
+from chatterbox_prewarm.model.profiles import PROFILES, T3_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chatterbox_prewarm.image.request import Request
+    from chatterbox_prewarm.image.build_request import Request
 
 #: What a bake of a matrix says itself; its evidence lies beside its state.
 _NOT_WITH_A_MATRIX = {"device", "profile", "t3_dtype", "levels", "voices", "evidence"}
@@ -90,9 +90,9 @@ def build(
     The warm state is kept, and baked again only when something changed that it depends on.
     """
     from chatterbox_prewarm.image import build as building
-    from chatterbox_prewarm.image.engine import connect
-    from chatterbox_prewarm.image.request import Request, check, plan, routes
-    from chatterbox_prewarm.prove import default_evidence
+    from chatterbox_prewarm.image.build_request import Request, check, plan, routes
+    from chatterbox_prewarm.image.engines.connect import connect
+    from chatterbox_prewarm.proof.checks import default_evidence
 
     request = Request(
         **{
@@ -125,9 +125,9 @@ def build(
 
 def _of_matrix(context: click.Context, path: Path, template: Request) -> Sequence[Request]:
     """The builds of a matrix; what is left to other machines is said."""
-    from chatterbox_prewarm import matrix as matrices
-    from chatterbox_prewarm.fingerprint import read_fingerprint
-    from chatterbox_prewarm.image.series import series
+    from chatterbox_prewarm.image import matrix as matrices
+    from chatterbox_prewarm.image.matrix_builds import series
+    from chatterbox_prewarm.system.fingerprint import read_fingerprint
 
     for given in context.command.params:
         if given.name in _NOT_WITH_A_MATRIX and context.get_parameter_source(given.name) == ParameterSource.COMMANDLINE:
@@ -169,10 +169,10 @@ def append(
 
     IMAGE is HOST/NAME:TAG in a registry, oci:PATH:TAG for a layout, docker-archive:PATH:NAME:TAG for a file.
     """
-    from chatterbox_prewarm.image.addition import gather
     from chatterbox_prewarm.image.append import append as append_image
     from chatterbox_prewarm.image.compose import Change
     from chatterbox_prewarm.image.references import parse
+    from chatterbox_prewarm.image.state_layers import gather
 
     below, result = parse(base), parse(target)
     settings = Change(
@@ -239,7 +239,7 @@ def publish(
 
     Runs in an image of the stage `tools`; the matrix names the image of the stage `cold` as its base.
     """
-    from chatterbox_prewarm import matrix as matrices
+    from chatterbox_prewarm.image import matrix as matrices
 
     found = matrices.read(matrix)
     if listing:
@@ -252,7 +252,7 @@ def publish(
             f"{matrix} has {len(found.bakes)} bakes, and --index is {index}", next_step="see publish --list"
         )
     from chatterbox_prewarm.image import publish as publishing
-    from chatterbox_prewarm.prove import default_evidence
+    from chatterbox_prewarm.proof.checks import default_evidence
 
     _end_as_interrupted()
     places = publishing.Places(weights=weights, warm=warm, cache=cache, evidence=default_evidence(warm))

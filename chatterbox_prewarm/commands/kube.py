@@ -10,11 +10,11 @@ import click
 
 from chatterbox_prewarm.commands.options import PATH, check_place, insecure_option, say
 from chatterbox_prewarm.errors import BadInputError, from_os_error
+from chatterbox_prewarm.image.matrix import FILE
 from chatterbox_prewarm.kube.budgets import QUEUE_LIMIT, Measured
 from chatterbox_prewarm.kube.nodes import MIG_STRATEGIES, Cluster
-from chatterbox_prewarm.load import POLICIES
-from chatterbox_prewarm.matrix import FILE
-from chatterbox_prewarm.staging import write_whole
+from chatterbox_prewarm.start.prepared import POLICIES
+from chatterbox_prewarm.system.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,7 +141,7 @@ def render_bake(
     **fields: Any,
 ) -> None:
     """Render an Indexed Job for each type of GPU in a matrix: it bakes on such a node, proves, and adds the state."""
-    from chatterbox_prewarm import matrix as matrices
+    from chatterbox_prewarm.image import matrix as matrices
     from chatterbox_prewarm.kube.bake import Request, render_bakes
 
     if output is not None:

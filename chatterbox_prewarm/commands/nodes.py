@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import click
 
 from chatterbox_prewarm.commands.options import PATH, check_place
-from chatterbox_prewarm.staging import write_whole
+from chatterbox_prewarm.system.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_prewarm.image.why import Verdict
+    from chatterbox_prewarm.image.node_fit import Verdict
 
 
 @click.command()
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--output", type=PATH, help="Write to this file instead of standard output.")
 def facts(*, device: str | None, output: Path | None) -> None:
     """Print this node's facts as JSON, for `verify --image IMAGE --host-facts FILE` on another machine."""
-    from chatterbox_prewarm.hosts import host_facts, to_json
+    from chatterbox_prewarm.state.node_facts import host_facts, to_json
 
     if output is not None:
         check_place(output)

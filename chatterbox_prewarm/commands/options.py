@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.places import CACHE, WARM, WEIGHTS
-from chatterbox_prewarm.profiles import PROFILES
-from chatterbox_prewarm.text import ANY, check_voice_name
+from chatterbox_prewarm.model.profiles import PROFILES
+from chatterbox_prewarm.model.text import ANY, check_voice_name
+from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

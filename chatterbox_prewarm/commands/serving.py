@@ -17,10 +17,10 @@ from chatterbox_prewarm.commands.options import (
     warm_option,
     weights_option,
 )
-from chatterbox_prewarm.load import POLICIES
-from chatterbox_prewarm.places import VOICES
-from chatterbox_prewarm.serve import log_lines
-from chatterbox_prewarm.text import MAX_CHARACTERS
+from chatterbox_prewarm.model.text import MAX_CHARACTERS
+from chatterbox_prewarm.serve.workers import log_lines
+from chatterbox_prewarm.start.prepared import POLICIES
+from chatterbox_prewarm.system.paths import VOICES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -131,12 +131,12 @@ def serve(
     drain_seconds: float,
 ) -> None:
     """Serve speech over HTTP from the warm state: /v1/audio/speech, /livez, /startupz, /readyz, /metrics, a page."""
-    from chatterbox_prewarm.serve.access import load_token
-    from chatterbox_prewarm.serve.connections import Limits
-    from chatterbox_prewarm.serve.devices import for_devices, parse_devices
-    from chatterbox_prewarm.serve.front import ServeConfig
-    from chatterbox_prewarm.serve.front import serve as run_server
-    from chatterbox_prewarm.serve.worker import WorkerConfig
+    from chatterbox_prewarm.serve.http.access import load_token
+    from chatterbox_prewarm.serve.http.connections import Limits
+    from chatterbox_prewarm.serve.http.server import ServeConfig
+    from chatterbox_prewarm.serve.http.server import serve as run_server
+    from chatterbox_prewarm.serve.workers.devices import for_devices, parse_devices
+    from chatterbox_prewarm.serve.workers.worker import WorkerConfig
 
     log_lines.install(log_format, process="front")
     run_server(

@@ -22,15 +22,15 @@ from chatterbox_prewarm.commands.options import (
     weights_option,
 )
 from chatterbox_prewarm.errors import BadInputError, IntegrityError
-from chatterbox_prewarm.image.engine import ENGINES
-from chatterbox_prewarm.profiles import T3_DTYPES, default_execution
-from chatterbox_prewarm.staging import write_whole
+from chatterbox_prewarm.image.engines.engine import ENGINES
+from chatterbox_prewarm.model.profiles import T3_DTYPES, default_execution
+from chatterbox_prewarm.system.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from chatterbox_prewarm.prove import Evidence
+    from chatterbox_prewarm.proof.checks import Evidence
 
 
 @click.command()
@@ -58,8 +58,8 @@ def bake(
     without: tuple[str, ...],
 ) -> None:
     """Warm the model up on this machine and write the warm state."""
-    from chatterbox_prewarm import bake as baking
-    from chatterbox_prewarm.families import FAMILIES
+    from chatterbox_prewarm.bake import bake as baking
+    from chatterbox_prewarm.families.registry import FAMILIES
 
     if unknown := sorted(set(without) - set(FAMILIES)):
         raise BadInputError(f"there is no cache family {unknown[0]!r}", next_step=f"choose from: {', '.join(FAMILIES)}")
@@ -87,7 +87,7 @@ def pack(*, warm: Path, state: str | None, output: Path) -> None:
     It unpacks to a folder of its own, named by the state's key, beside which others can lie.
     """
     from chatterbox_prewarm.image.layer import pack as pack_layer
-    from chatterbox_prewarm.states import named
+    from chatterbox_prewarm.state.folder import named
 
     path = named(warm, state)
     layer = pack_layer(path, output)
@@ -104,13 +104,13 @@ def inspect(*, warm: Path, state: str | None, as_json: bool, diff: tuple[Path, P
 
     With --diff nothing else is looked at, and the exit code is 0 whether they differ or not.
     """
-    from chatterbox_prewarm import manifest as manifests
-    from chatterbox_prewarm.states import key_of, named, states_in
+    from chatterbox_prewarm.state.folder import key_of, named, states_in
+    from chatterbox_prewarm.state.manifest import manifest_digest, manifest_to_json, read_manifest
 
     if diff is not None:
-        from chatterbox_prewarm.difference import differences
+        from chatterbox_prewarm.state.state_diff import differences
 
-        one, other = (manifests.read(named(path, None)) for path in diff)
+        one, other = (read_manifest(named(path, None)) for path in diff)
         click.echo("\n".join(differences(one, other)) or "no difference")
         return
     found = states_in(warm)
@@ -119,13 +119,13 @@ def inspect(*, warm: Path, state: str | None, as_json: bool, diff: tuple[Path, P
             click.echo(_state_line(name, path))
         return
     path = named(warm, state)
-    manifest = manifests.read(path)
+    manifest = read_manifest(path)
     if as_json:
-        click.echo(manifests.to_json(manifest), nl=False)
+        click.echo(manifest_to_json(manifest), nl=False)
         return
     click.echo(f"warm state {manifest.set_digest}")
     click.echo(f"  key {key_of(manifest)}")
-    click.echo(f"  manifest sha256:{manifests.file_digest(path)}, what --expect-digest takes")
+    click.echo(f"  manifest sha256:{manifest_digest(path)}, what --expect-digest takes")
     click.echo(
         f"  made by {manifest.tool} on {manifest.created}, levels {', '.join(map(str, manifest.levels)) or 'none'}"
     )
@@ -191,11 +191,11 @@ def _refuse_trust(places: Mapping[str, Any]) -> None:
 
 
 def _verify_image(image: str, host_facts: Path | None, device: str | None, *, insecure: bool | None) -> None:
-    from chatterbox_prewarm import hosts
     from chatterbox_prewarm.commands.nodes import report_verdict
+    from chatterbox_prewarm.image.node_fit import judge_reference
     from chatterbox_prewarm.image.references import parse
     from chatterbox_prewarm.image.stores import reading
-    from chatterbox_prewarm.image.why import judge_reference
+    from chatterbox_prewarm.state import node_facts as hosts
 
     host = hosts.read_host_facts(host_facts) if host_facts else hosts.host_facts(device)
     with reading(parse(image), insecure=insecure) as (store, name):
@@ -213,9 +213,9 @@ def _verify_here(
     signature: Path | None,
     expect_digest: str | None,
 ) -> None:
-    from chatterbox_prewarm.choice import choose
-    from chatterbox_prewarm.fit import facts
-    from chatterbox_prewarm.fit import verify as verify_state
+    from chatterbox_prewarm.state.compatibility import facts
+    from chatterbox_prewarm.state.selection import choose
+    from chatterbox_prewarm.state.verify import verify as verify_state
 
     choice = choose(
         warm,
@@ -256,13 +256,14 @@ def prove(
     Of a folder of several states it proves the one that a start here would take. With --image the places, and the
     states, are the image's own. --cache counts with --here alone: otherwise the cache is a new folder.
     """
-    from chatterbox_prewarm import prove as proving
+    from chatterbox_prewarm.proof import prove as proving
+    from chatterbox_prewarm.proof.checks import require_passed
 
     if evidence is not None and str(evidence) != "-":
         check_place(evidence)
         evidence.unlink(missing_ok=True)  # an older proof must not stand for this one
     if image:
-        from chatterbox_prewarm.image.engine import prove_image
+        from chatterbox_prewarm.image.engines.connect import prove_image
 
         found = prove_image(image, engine=engine)
     elif here:
@@ -272,16 +273,16 @@ def prove(
     _write_evidence(found, evidence)
     for check in found.checks:
         click.echo(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}", err=str(evidence) == "-")
-    proving.require_passed(found, "standard output" if str(evidence) == "-" else evidence or "")
+    require_passed(found, "standard output" if str(evidence) == "-" else evidence or "")
 
 
 def _state_line(name: str, path: Path) -> str:
     """A state of several in one line."""
-    from chatterbox_prewarm import manifest as manifests
-    from chatterbox_prewarm.states import key_of
+    from chatterbox_prewarm.state.folder import key_of
+    from chatterbox_prewarm.state.manifest import read_manifest
 
     try:
-        manifest = manifests.read(path)
+        manifest = read_manifest(path)
     except IntegrityError as error:
         return f"{name}: cannot be used: {error.message}"
     size = sum(family.size for family in manifest.families)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from chatterbox_prewarm.commands.options import PATH, check_place, warm_option, weights_option
-from chatterbox_prewarm.staging import write_whole
+from chatterbox_prewarm.system.atomic_files import write_whole
 
 
 @click.command()
@@ -20,12 +20,12 @@ def sign(*, warm: Path, key: Path, output: Path | None) -> None:
 
     The passphrase of an encrypted key is read from CHATTERBOX_PREWARM_PASSPHRASE.
     """
-    from chatterbox_prewarm import manifest as manifests
-    from chatterbox_prewarm.keys import PASSPHRASE
-    from chatterbox_prewarm.signing import sign as sign_state
+    from chatterbox_prewarm.state.keys import PASSPHRASE
+    from chatterbox_prewarm.state.manifest import manifest_digest
+    from chatterbox_prewarm.state.signing import sign as sign_state
 
     signature = sign_state(warm, key, output, passphrase=os.environ.get(PASSPHRASE) or None)
-    click.echo(f"{signature}: signs {warm}, manifest sha256:{manifests.file_digest(warm)}")
+    click.echo(f"{signature}: signs {warm}, manifest sha256:{manifest_digest(warm)}")
 
 
 @click.command()
@@ -35,7 +35,7 @@ def sign(*, warm: Path, key: Path, output: Path | None) -> None:
 @click.option("--output", type=PATH, help="Where the document goes; standard output by default.")
 def sbom(*, warm: Path, weights: Path, root: Path, output: Path | None) -> None:
     """List what an image is made of, as CycloneDX 1.6: packages, weights and warm state, files with their digests."""
-    from chatterbox_prewarm.sbom import make_sbom
+    from chatterbox_prewarm.image.sbom import make_sbom
 
     if output is not None:
         check_place(output)

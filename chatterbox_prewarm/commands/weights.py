@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from chatterbox_prewarm.commands.options import PATH, option
-from chatterbox_prewarm.models import VARIANTS, get_variant
+from chatterbox_prewarm.weights.variants import VARIANTS, get_variant
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,7 @@ def weights() -> None:
 @option("--revision", help="A full commit hash; the pinned one of the variant by default.")
 def weights_fetch(directory: Path, variant: str, revision: str | None) -> None:
     """Download a checkpoint from the model hub at a pinned commit into DIRECTORY, verify and record it."""
-    from chatterbox_prewarm.weights import fetch
+    from chatterbox_prewarm.weights.fetch import fetch
 
     record = fetch(directory, variant=get_variant(variant), revision=revision or None)
     click.echo(f"{directory}: {len(record.files)} files of {record.repository} at {record.revision}")
@@ -36,8 +36,8 @@ def weights_fetch(directory: Path, variant: str, revision: str | None) -> None:
 @click.option("--seed", default=0, show_default=True, help="Of the random generator.")
 def weights_synthesize(directory: Path, size: str, seed: int) -> None:
     """Make a checkpoint of random weights in DIRECTORY. What it speaks is noise."""
-    from chatterbox_prewarm.child import quiet_packages
-    from chatterbox_prewarm.models.synthetic import synthesize
+    from chatterbox_prewarm.model.synthetic import synthesize
+    from chatterbox_prewarm.system.json_subprocess import quiet_packages
 
     quiet_packages()
     record = synthesize(directory, size=size, seed=seed)
@@ -50,7 +50,7 @@ def weights_synthesize(directory: Path, size: str, seed: int) -> None:
 @click.option("--variant", default="english", show_default=True, type=click.Choice(sorted(VARIANTS)))
 def weights_record(directory: Path, variant: str) -> None:
     """Record the digests of a checkpoint of your own in DIRECTORY."""
-    from chatterbox_prewarm.weights import record
+    from chatterbox_prewarm.weights.record import record
 
     made = record(directory, variant=get_variant(variant), repository="own", revision="unversioned")
     click.echo(f"{directory}: recorded {len(made.files)} files, set digest {made.set_digest}")
@@ -60,7 +60,7 @@ def weights_record(directory: Path, variant: str) -> None:
 @click.argument("directory", type=PATH)
 def weights_verify(directory: Path) -> None:
     """Compare every file in DIRECTORY with its recorded digest."""
-    from chatterbox_prewarm.weights import verify
+    from chatterbox_prewarm.weights.record import verify
 
     record = verify(directory)
     click.echo(f"{directory}: {len(record.files)} files as recorded, set digest {record.set_digest}")

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.families.folders import collect
+from chatterbox_prewarm.families.base import Family
+from chatterbox_prewarm.families.cache_folders import collect
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_prewarm.families import Session
-    from chatterbox_prewarm.warmup.metrics import WarmupMetrics
+    from chatterbox_prewarm.families.base import Session
+    from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 
-class AotFamily:
+class AotFamily(Family):
     """See the module's docstring."""
 
     name = "aot"

@@ -24,17 +24,19 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.families.base import Family
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from chatterbox_prewarm.families import Session
-    from chatterbox_prewarm.warmup.metrics import WarmupMetrics
+    from chatterbox_prewarm.families.base import Session
+    from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 PACK_NAME = "modules.pack"
 _OWN = "chatterbox_prewarm"
 
 
-class BytecodeFamily:
+class BytecodeFamily(Family):
     """See the module's docstring."""
 
     name = "bytecode"

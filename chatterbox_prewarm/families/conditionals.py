@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chatterbox_prewarm.families.base import Family
 from chatterbox_prewarm.families.tensors import write_tensors
 
 if TYPE_CHECKING:
@@ -17,15 +18,15 @@ if TYPE_CHECKING:
     import torch
     from chatterbox.tts import Conditionals
 
-    from chatterbox_prewarm.families import Session
-    from chatterbox_prewarm.warmup.metrics import WarmupMetrics
+    from chatterbox_prewarm.families.base import Session
+    from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 SUFFIX = ".safetensors"
 _T3_KEYS = ("speaker_emb", "cond_prompt_speech_tokens", "emotion_adv")
 _GEN_KEYS = ("prompt_token", "prompt_token_len", "prompt_feat", "prompt_feat_len", "embedding")
 
 
-class ConditionalsFamily:
+class ConditionalsFamily(Family):
     """See the module's docstring."""
 
     name = "conditionals"

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.families.folders import collect, seed
+from chatterbox_prewarm.families.base import Family
+from chatterbox_prewarm.families.cache_folders import collect, seed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_prewarm.families import Session
-    from chatterbox_prewarm.warmup.metrics import WarmupMetrics
+    from chatterbox_prewarm.families.base import Session
+    from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 _BYTES = 256 * 2**20
 
 
-class CudaFamily:
+class CudaFamily(Family):
     """See the module's docstring."""
 
     name = "cuda"

@@ -10,14 +10,15 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.families.answers import Answers
-from chatterbox_prewarm.families.folders import collect, seed
+from chatterbox_prewarm.families.base import Family
+from chatterbox_prewarm.families.cache_folders import collect, seed
+from chatterbox_prewarm.families.compiler_version_cache import Answers
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_prewarm.families import Session
-    from chatterbox_prewarm.warmup.metrics import WarmupMetrics
+    from chatterbox_prewarm.families.base import Session
+    from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 #: Inductor's own counters: of the FX graph cache, and of AOTAutograd's where that is on.
 _HITS = (("inductor", "fxgraph_cache_hit"), ("aot_autograd", "autograd_cache_hit"))
@@ -29,7 +30,7 @@ _MISSES = (
 )
 
 
-class InductorFamily:
+class InductorFamily(Family):
     """See the module's docstring."""
 
     name = "inductor"

@@ -11,13 +11,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.families.folders import collect, seed
+from chatterbox_prewarm.families.base import Family
+from chatterbox_prewarm.families.cache_folders import collect, seed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_prewarm.families import Session
-    from chatterbox_prewarm.warmup.metrics import WarmupMetrics
+    from chatterbox_prewarm.families.base import Session
+    from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 COMPILE_TIMER = "numba compile"
 LOAD_TIMER = "numba load"
@@ -25,7 +26,7 @@ LOAD_TIMER = "numba load"
 _NUMBA_TEMPORARY = ".tmp."
 
 
-class NumbaFamily:
+class NumbaFamily(Family):
     """See the module's docstring."""
 
     name = "numba"

@@ -11,6 +11,7 @@ import importlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.families.base import Family
 from chatterbox_prewarm.families.tensors import write_tensors
 
 if TYPE_CHECKING:
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 
     import torch
 
-    from chatterbox_prewarm.families import Session
-    from chatterbox_prewarm.warmup.metrics import WarmupMetrics
+    from chatterbox_prewarm.families.base import Session
+    from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 _FILE = "constants.safetensors"
 _RESAMPLERS = "resamplers.json"
 
 
-class SignalFamily:
+class SignalFamily(Family):
     """See the module's docstring."""
 
     name = "signal"

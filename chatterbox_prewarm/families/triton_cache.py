@@ -10,20 +10,21 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.families.answers import Answers
-from chatterbox_prewarm.families.folders import collect, seed
+from chatterbox_prewarm.families.base import Family
+from chatterbox_prewarm.families.cache_folders import collect, seed
+from chatterbox_prewarm.families.compiler_version_cache import Answers
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_prewarm.families import Session
-    from chatterbox_prewarm.warmup.metrics import WarmupMetrics
+    from chatterbox_prewarm.families.base import Session
+    from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 #: The modules of Triton that ask ptxas for its version; the second one is there since Triton 3.4.
 _ASKING = ("triton.backends.nvidia.compiler", "triton.knobs")
 
 
-class TritonFamily:
+class TritonFamily(Family):
     """See the module's docstring."""
 
     name = "triton"

@@ -1,1 +1,1 @@
-"""Images: the deterministic layer, and the engine that runs one. Knows nothing of torch."""
+"""Images: pack a warm state as a layer, add it to an image, label it and publish it."""

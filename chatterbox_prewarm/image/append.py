@@ -12,12 +12,12 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError, EngineError
-from chatterbox_prewarm.image.addition import change_for
-from chatterbox_prewarm.image.archive import save_archive
 from chatterbox_prewarm.image.attest import attach_evidence
 from chatterbox_prewarm.image.compose import NO_CHANGE, add_layers, resolve
+from chatterbox_prewarm.image.docker_archive import save_archive
 from chatterbox_prewarm.image.labels import PREFIX
 from chatterbox_prewarm.image.oci import INDEXES, to_documents
+from chatterbox_prewarm.image.state_layers import change_for
 from chatterbox_prewarm.image.stores import reading, storing
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO
 
-    from chatterbox_prewarm.image.addition import Addition
     from chatterbox_prewarm.image.compose import Change
     from chatterbox_prewarm.image.layer import Layer
     from chatterbox_prewarm.image.oci import Descriptor, Document, Image, Readable, Store
     from chatterbox_prewarm.image.references import ImageReference
+    from chatterbox_prewarm.image.state_layers import Addition
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def check_tag(target: Store, reference: str, *, replacing: bool, expected: str |
 
 def _mounted(source: Readable, target: Store, descriptor: Descriptor) -> bool:
     """Whether the target, a repository, took the blob over from another of its registry."""
-    from chatterbox_prewarm.image.registry import Repository
+    from chatterbox_prewarm.image.registry.client import Repository
 
     if not isinstance(source, Repository) or not isinstance(target, Repository):
         return False

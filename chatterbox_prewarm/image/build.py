@@ -16,13 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.errors import FingerprintMismatchError, IntegrityError
-from chatterbox_prewarm.image.addition import change_for, gather
-from chatterbox_prewarm.image.compose import Change, add_layers
-from chatterbox_prewarm.image.engine import Run, prove, run_build
-from chatterbox_prewarm.image.labels import EVIDENCE
-from chatterbox_prewarm.image.request import (
+from chatterbox_prewarm.image.build_request import (
     Recipe,
     again,
     arguments_of,
@@ -32,20 +27,26 @@ from chatterbox_prewarm.image.request import (
     in_words,
     unproven_name,
 )
-from chatterbox_prewarm.places import WARM
-from chatterbox_prewarm.prove import require_passed
-from chatterbox_prewarm.provenance import ARGUMENTS, told
-from chatterbox_prewarm.signing import check_signed, default_signature
-from chatterbox_prewarm.staging import exclusive, put_in_place, seal, staging_folder, write_whole
+from chatterbox_prewarm.image.compose import Change, add_layers
+from chatterbox_prewarm.image.engines.engine import Run, prove, run_build
+from chatterbox_prewarm.image.labels import EVIDENCE
+from chatterbox_prewarm.image.state_layers import change_for, gather
+from chatterbox_prewarm.proof.checks import require_passed
+from chatterbox_prewarm.state.manifest import MANIFEST_NAME, check_layout, read_manifest
+from chatterbox_prewarm.state.provenance import ARGUMENTS, told
+from chatterbox_prewarm.state.signing import check_signed, default_signature
+from chatterbox_prewarm.system.atomic_files import put_in_place, seal, staging_folder, write_whole
+from chatterbox_prewarm.system.locks import exclusive_lock
+from chatterbox_prewarm.system.paths import WARM
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chatterbox_prewarm.image.engine import Engine
+    from chatterbox_prewarm.image.build_request import Request
+    from chatterbox_prewarm.image.engines.engine import Engine
     from chatterbox_prewarm.image.layer import Layer
     from chatterbox_prewarm.image.oci import Image
-    from chatterbox_prewarm.image.request import Request
-    from chatterbox_prewarm.prove import Evidence
+    from chatterbox_prewarm.proof.checks import Evidence
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def _with_state(
     """Put a warm state on top of the cold image: the one that is kept, or a new one."""
     warm = request.warm.absolute()
     warm.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(warm):
+    with exclusive_lock(warm):
         if not request.rebake and _made_by(warm) == request.recipe():
             say(f"the state of {warm} was made by this recipe")
             if (signature := default_signature(warm)).is_file():
@@ -133,8 +134,8 @@ def _with_state(
         with staging_folder(warm) as staging:
             _recipe_file(warm).unlink(missing_ok=True)
             made = _baked(request, engine, image, staging)
-            manifest = manifests.read(made)
-            manifests.check_layout(manifest, made)
+            manifest = read_manifest(made)
+            check_layout(manifest, made)
             seal(made)
             _forget_signature(warm, say)
             put_in_place(made, warm)
@@ -197,7 +198,7 @@ def _verify(engine: Engine, image: str, request: Request) -> None:
 
 def _made_by(warm: Path) -> Recipe | None:
     """The recipe of the state that is kept there, if it is known."""
-    if not (warm / manifests.MANIFEST_NAME).is_file():
+    if not (warm / MANIFEST_NAME).is_file():
         return None
     try:
         return Recipe(**json.loads(_recipe_file(warm).read_text(encoding="utf-8")))

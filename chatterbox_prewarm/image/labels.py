@@ -12,16 +12,16 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm import __version__
 from chatterbox_prewarm.errors import BadInputError, EngineError
-from chatterbox_prewarm.fit import device_kind
-from chatterbox_prewarm.manifest import SCHEMA_VERSION, Measurements
-from chatterbox_prewarm.states import key_of
+from chatterbox_prewarm.state.folder import key_of
+from chatterbox_prewarm.state.manifest import SCHEMA_VERSION, Measurements
+from chatterbox_prewarm.system.fingerprint import device_kind
+from chatterbox_prewarm.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from chatterbox_prewarm.manifest import Manifest
+    from chatterbox_prewarm.state.manifest import Manifest
 
 PREFIX = "io.chatterbox-prewarm."
 STATES = f"{PREFIX}states"

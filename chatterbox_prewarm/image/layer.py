@@ -18,14 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.errors import IntegrityError, from_os_error
-from chatterbox_prewarm.image.members import MEMBER, compressed
 from chatterbox_prewarm.image.oci import OCI_LAYER, OCI_LAYER_GZIP, Descriptor
-from chatterbox_prewarm.places import WARM, WEIGHTS
-from chatterbox_prewarm.signing import check_signed
-from chatterbox_prewarm.states import key_of
-from chatterbox_prewarm.weights import RECORD_NAME, verify
+from chatterbox_prewarm.image.parallel_gzip import MEMBER, compressed
+from chatterbox_prewarm.state.folder import key_of
+from chatterbox_prewarm.state.manifest import check_layout, read_manifest
+from chatterbox_prewarm.state.signing import check_signed
+from chatterbox_prewarm.system.digests import verify_files
+from chatterbox_prewarm.system.paths import WARM, WEIGHTS
+from chatterbox_prewarm.weights.record import RECORD_NAME, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -106,9 +107,9 @@ def pack(warm: Path, output: Path) -> Layer:
         IntegrityError: the state is not as its manifest says; a broken one is not shipped.
         BadInputError: `output` cannot be written.
     """
-    manifest = manifests.read(warm)
-    manifests.check_layout(manifest, warm)
-    if problems := manifests.verify_files(manifest.files, warm):
+    manifest = read_manifest(warm)
+    check_layout(manifest, warm)
+    if problems := verify_files(manifest.files, warm):
         raise IntegrityError(
             f"{warm} is not as its manifest says: {'; '.join(problems)}", next_step="bake the warm state again"
         )
@@ -147,7 +148,7 @@ def signature_layer(warm: Path, signature: Path) -> Layer:
         BadInputError: the signature cannot be read.
     """
     check_signed(warm, signature)
-    key = key_of(manifests.read(warm))
+    key = key_of(read_manifest(warm))
     return _plain([signature], [PurePosixPath(f"{key}{signature.suffix}")], _WARM, f"signature of {key}")
 
 

@@ -12,29 +12,30 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.bake import bake
+from chatterbox_prewarm.bake.bake import bake
 from chatterbox_prewarm.errors import BadInputError, EngineError, FingerprintMismatchError
-from chatterbox_prewarm.fingerprint import read_fingerprint
-from chatterbox_prewarm.image.addition import gather
 from chatterbox_prewarm.image.append import TagMovedError, append, check_tag
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import STATES, label_of, read_states
 from chatterbox_prewarm.image.references import parse
+from chatterbox_prewarm.image.state_layers import gather
 from chatterbox_prewarm.image.stores import reading, storing
-from chatterbox_prewarm.profiles import default_execution
-from chatterbox_prewarm.prove import prove, prove_here, require_passed
-from chatterbox_prewarm.staging import write_whole
+from chatterbox_prewarm.model.profiles import default_execution
+from chatterbox_prewarm.proof.checks import require_passed
+from chatterbox_prewarm.proof.prove import prove, prove_here
+from chatterbox_prewarm.system.atomic_files import write_whole
+from chatterbox_prewarm.system.fingerprint import read_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from chatterbox_prewarm.image.addition import Addition
     from chatterbox_prewarm.image.append import Appended
     from chatterbox_prewarm.image.labels import StateLabel
+    from chatterbox_prewarm.image.matrix import Bake
     from chatterbox_prewarm.image.oci import Readable
     from chatterbox_prewarm.image.references import ImageReference
-    from chatterbox_prewarm.matrix import Bake
+    from chatterbox_prewarm.image.state_layers import Addition
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.image.archive import Archive
-from chatterbox_prewarm.image.layout import Layout
+from chatterbox_prewarm.image.docker_archive import Archive
+from chatterbox_prewarm.image.oci_layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +55,7 @@ def storing(reference: ImageReference, *, insecure: bool | None = None) -> Itera
         assert reference.path is not None
         yield Layout(reference.path), reference.target
         return
-    from chatterbox_prewarm.image.registry import Repository
+    from chatterbox_prewarm.image.registry.client import Repository
 
     with Repository(reference, insecure=insecure) as repository:
         yield repository, reference.target

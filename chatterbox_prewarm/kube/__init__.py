@@ -1,1 +1,1 @@
-"""Kubernetes manifests, derived from what an image says of its warm states; and the kubelet's rules for probes."""
+"""Kubernetes manifests, derived from the labels of an image."""

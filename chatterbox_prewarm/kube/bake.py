@@ -23,6 +23,7 @@ from chatterbox_prewarm.errors import (
     WeightsError,
     from_os_error,
 )
+from chatterbox_prewarm.image.matrix import FILE, Matrix, to_toml
 from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.kube.budgets import quantity
 from chatterbox_prewarm.kube.documents import (
@@ -38,14 +39,13 @@ from chatterbox_prewarm.kube.documents import (
     service_account,
 )
 from chatterbox_prewarm.kube.nodes import Cluster, Wanted, affinity, gpu_resource
-from chatterbox_prewarm.matrix import FILE, Matrix, to_toml
-from chatterbox_prewarm.places import CACHE
+from chatterbox_prewarm.system.paths import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from chatterbox_prewarm.image.matrix import Bake
     from chatterbox_prewarm.kube.documents import Document
-    from chatterbox_prewarm.matrix import Bake
 
 _BAKE = "bake"
 _NAME = "chatterbox-bake"

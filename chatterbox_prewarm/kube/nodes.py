@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.fingerprint import ABSENT
 from chatterbox_prewarm.image.compose import platform_of
+from chatterbox_prewarm.system.fingerprint import ABSENT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -35,7 +35,7 @@ from chatterbox_prewarm.kube.documents import (
 )
 from chatterbox_prewarm.kube.nodes import Cluster, affinity, gpu_resource, wanted_of
 from chatterbox_prewarm.kube.pre_pull import pre_pull
-from chatterbox_prewarm.places import CACHE
+from chatterbox_prewarm.system.paths import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""The server: a front that answers from the first second, and a worker that holds the model."""
+"""The server."""

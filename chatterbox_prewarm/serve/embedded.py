@@ -15,16 +15,16 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.bounds import MAX_SEED
-from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.errors import BadInputError, ModelError
-from chatterbox_prewarm.places import CACHE, WARM, WEIGHTS
-from chatterbox_prewarm.serve.devices import ALL_GPUS, for_devices, parse_devices
-from chatterbox_prewarm.serve.order import SpeechOrder
-from chatterbox_prewarm.serve.pool import Pool, PoolConfig
-from chatterbox_prewarm.serve.spawn import spawn_all
-from chatterbox_prewarm.serve.worker import WorkerConfig
-from chatterbox_prewarm.text import check_text, check_voice_name
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.text import check_text, check_voice_name
+from chatterbox_prewarm.serve.workers.devices import ALL_GPUS, for_devices, parse_devices
+from chatterbox_prewarm.serve.workers.pool import Pool, PoolConfig
+from chatterbox_prewarm.serve.workers.spawn import spawn_all
+from chatterbox_prewarm.serve.workers.speech_options import SpeechOrder
+from chatterbox_prewarm.serve.workers.worker import WorkerConfig
+from chatterbox_prewarm.system.limits import MAX_SEED
+from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator, Mapping
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from chatterbox_prewarm.serve.messages import Chunk
+    from chatterbox_prewarm.serve.workers.messages import Chunk
 
     T = TypeVar("T")
 

@@ -1,4 +1,7 @@
-"""Chatterbox in a FastAPI application: `uvicorn fastapi_app:app`, one process. The model is in workers of its own."""
+"""Serve Chatterbox from a FastAPI application.
+
+Start it with `uvicorn fastapi_app:app`, in one process: the model runs in separate worker processes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 @contextlib.asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Warm before the first request: constructing the server returns when a real synthesis has passed."""
+    """Start the server before the first request; its constructor returns after a real synthesis has succeeded."""
     places = Path("/opt/chatterbox-prewarm")
     with ChatterboxServer(warm=places / "warm", weights=places / "weights") as app.state.speech:
         yield
@@ -29,8 +32,8 @@ app = FastAPI(lifespan=lifespan)
 
 
 @app.get("/say")
-def say(text: str) -> Response:  # not `async`: FastAPI calls it in a thread, where it may wait
-    """A WAV file."""
+def say(text: str) -> Response:  # not `async`: FastAPI calls it in a thread, where it may block
+    """Return the speech as a WAV file."""
     try:
         return Response(app.state.speech.generate(text).wav, media_type="audio/wav")
     except BadInputError as error:
@@ -39,10 +42,10 @@ def say(text: str) -> Response:  # not `async`: FastAPI calls it in a thread, wh
 
 @app.get("/stream")
 def stream(text: str) -> StreamingResponse:
-    """16-bit samples at 24 kHz, as they are made."""
+    """Stream 16-bit samples at 24 kHz while they are made."""
     try:
         chunks = app.state.speech.generate_stream(text)
-        first = next(chunks)  # once the answer has begun, its status cannot say what went wrong
+        first = next(chunks)  # before the response starts, an error can still set its status
     except BadInputError as error:
         raise HTTPException(400, str(error)) from error
     return StreamingResponse((chunk.data for chunk in itertools.chain([first], chunks)), media_type="audio/pcm")

@@ -1,4 +1,7 @@
-"""Chatterbox as a Ray Serve deployment: `serve run ray_serve_app:app`. Each replica warms up as it is made."""
+"""Serve Chatterbox as a Ray Serve deployment.
+
+Start it with `serve run ray_serve_app:app`. Each replica warms up in its constructor.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 
-# For GPUs: ray_actor_options={"num_gpus": 1}, and device="cuda" below. Few calls at a time, so that Ray's own
-# autoscaling sees who waits.
+# On GPUs, use ray_actor_options={"num_gpus": 1} here and device="cuda" below. The small limit on concurrent requests
+# lets Ray's autoscaler see the requests that wait.
 @serve.deployment(max_ongoing_requests=2, ray_actor_options={"num_cpus": 1})
 class Speech:
-    """A replica; Ray counts it as running when its constructor returns, which is when a real synthesis has passed."""
+    """A replica. Ray counts it as running when its constructor returns, after a real synthesis has succeeded."""
 
     def __init__(self, warm: str, weights: str, cache: str) -> None:
         from chatterbox_prewarm import ChatterboxServer
@@ -24,7 +27,7 @@ class Speech:
         self._server = ChatterboxServer(warm=Path(warm), weights=Path(weights), cache=Path(cache), device="cpu")
 
     async def __call__(self, request: Request) -> Response:
-        """A WAV file of the query's `text`; `max_new_tokens` bounds each part of it, 25 to a second."""
+        """Return the query's `text` as a WAV file; `max_new_tokens` limits each part of it, at 25 tokens per second."""
         import asyncio
 
         query = request.query_params
@@ -33,7 +36,7 @@ class Speech:
         return Response(audio.wav, media_type="audio/wav")
 
     def check_health(self) -> None:
-        """Ray calls it now and then, and replaces a replica of which it raises."""
+        """Raise an error if no worker is left. Ray calls this at intervals and replaces a replica that raises."""
         self._server.check()
 
 

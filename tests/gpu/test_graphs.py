@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from chatterbox_prewarm.bench.fidelity import text_tokens
-from chatterbox_prewarm.clips import DEFAULT_VOICE
-from chatterbox_prewarm.load import attach, prepare
-from chatterbox_prewarm.regions.bound import bound
-from chatterbox_prewarm.regions.execute import eager
-from chatterbox_prewarm.regions.t3 import SpeechTokens
-from chatterbox_prewarm.synthesis import Sampling
+from benchmarks.fidelity import text_tokens
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.regions.executors import eager
+from chatterbox_prewarm.model.regions.pipeline import bound
+from chatterbox_prewarm.model.regions.t3 import SpeechTokens
+from chatterbox_prewarm.model.sampling import Sampling
+from chatterbox_prewarm.start.attach import attach
+from chatterbox_prewarm.start.prepare import prepare
 from tests.conftest import run_cli
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from chatterbox_prewarm.load import Attached
+    from chatterbox_prewarm.start.attach import Attached
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 

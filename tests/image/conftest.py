@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_prewarm.bench.image import build, copy_context
-from chatterbox_prewarm.bench.image import docker as client
+from benchmarks.image import build, copy_context
+from benchmarks.image import docker as client
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:

@@ -13,30 +13,30 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.image.attest import EVIDENCE_TYPE
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import read_states
-from chatterbox_prewarm.image.layout import Layout
 from chatterbox_prewarm.image.oci import OCI_INDEX, Document, digest_of, dump
+from chatterbox_prewarm.image.oci_layout import Layout
 from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.image.stores import storing
-from chatterbox_prewarm.models import ENGLISH
-from chatterbox_prewarm.signing import sign
-from chatterbox_prewarm.states import key_of
-from chatterbox_prewarm.weights import read_record, record
+from chatterbox_prewarm.state.folder import key_of
+from chatterbox_prewarm.state.manifest import read_manifest
+from chatterbox_prewarm.state.signing import sign
+from chatterbox_prewarm.weights.record import read_record, record
+from chatterbox_prewarm.weights.variants import ENGLISH
 from tests.conftest import run_cli
-from tests.image.registry_server import serve
-from tests.unit.images import make_base, make_bases
-from tests.unit.states import make_checkpoint, make_state_for, rewrite
-from tests.unit.test_signing import make_keys
+from tests.helpers.images import make_base, make_bases
+from tests.helpers.keys import make_keys
+from tests.helpers.registry_server import serve
+from tests.helpers.states import make_checkpoint, make_state_for, rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from chatterbox_prewarm.image.oci import Descriptor, Image, Store
-    from tests.image.registry_server import Registry
+    from tests.helpers.registry_server import Registry
 
 LABELS = {"io.chatterbox-prewarm.torch": "torch-2.6", "io.chatterbox-prewarm.variant": "english"}
 H100 = {"arch": "x86_64", "gpu": "NVIDIA H100", "compute_capability": "9.0", "driver": "550.54.15", "torch": "2.6.0"}
@@ -164,7 +164,7 @@ def test_a_gpu_type_is_added_to_a_published_image_and_only_that_is_sent(
     assert added.returncode == 0, added.stderr
     assert "2 blobs sent" in added.stdout, "the layer and the configuration"
     image = read(second)
-    assert {state.key for state in read_states(image.labels)} == {key_of(manifests.read(one)) for one in (h100, l4)}
+    assert {state.key for state in read_states(image.labels)} == {key_of(read_manifest(one)) for one in (h100, l4)}
     assert image.labels["io.chatterbox-prewarm.gpu"] == "NVIDIA H100, NVIDIA L4"
     assert image.layers[:-1] == read(first).layers
     again = run_cli("append", "--base", second, "--to", f"{registry.address}/speech:3", "--warm", l4)
@@ -207,7 +207,7 @@ def test_weights_and_signatures_go_along_as_layers(layout: Layout, h100: Path, t
     assert made.returncode == 0, made.stderr
     with read_layer(layout, read(arguments[3]).layers[-1]) as tar:
         (name,) = (member.name for member in tar.getmembers() if member.isfile())
-        assert name == f"opt/chatterbox-prewarm/warm/{key_of(manifests.read(h100))}.sig"
+        assert name == f"opt/chatterbox-prewarm/warm/{key_of(read_manifest(h100))}.sig"
         shipped = tar.extractfile(name)
         assert shipped is not None
         assert shipped.read() == signature.read_bytes()
@@ -222,7 +222,7 @@ def test_a_signature_of_another_state_is_refused_and_nothing_is_sent(layout: Lay
     refused = run_cli(*arguments)
     assert refused.returncode == 12, refused.stderr
     assert "is of another manifest than" in refused.stderr
-    assert manifests.read(l4).set_digest in refused.stderr
+    assert read_manifest(l4).set_digest in refused.stderr
     assert f"or remove {signature}" in refused.stderr
     signature.write_text("{}")
     refused = run_cli(*arguments)
@@ -375,7 +375,7 @@ def test_evidence_is_attached_to_the_image_that_it_is_of(
     target = f"{registry.address}/speech:warm"
     run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
     evidence = tmp_path / "evidence.json"
-    found = {"passed": True, "set_digest": manifests.read(h100).set_digest, "checks": [], "observed": {}}
+    found = {"passed": True, "set_digest": read_manifest(h100).set_digest, "checks": [], "observed": {}}
     for change, code in (({"passed": False}, 13), ({"set_digest": "0" * 64}, 12), ({"passed": None}, 13)):
         evidence.write_text(json.dumps({**found, **change}))
         assert run_cli("attest", "--image", target, "--evidence", evidence).returncode == code

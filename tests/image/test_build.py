@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_prewarm import manifest as manifests
-from chatterbox_prewarm.bench.image import copy_context
+from benchmarks.image import copy_context
 from chatterbox_prewarm.image.labels import read_states
-from chatterbox_prewarm.signing import sign
+from chatterbox_prewarm.state.manifest import read_manifest
+from chatterbox_prewarm.state.signing import sign
 from tests.conftest import ROOT, run_cli, writable_copy
-from tests.unit.states import rewrite
-from tests.unit.test_signing import make_keys
+from tests.helpers.keys import make_keys
+from tests.helpers.states import rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,7 +116,7 @@ def test_an_image_is_baked_in_a_container_proven_and_tagged(
 
 def test_the_state_knows_what_the_build_was_told(built: subprocess.CompletedProcess[str], place: Path) -> None:
     assert built.returncode == 0
-    provenance = manifests.read(place / "warm").provenance
+    provenance = read_manifest(place / "warm").provenance
     assert (provenance.revision, provenance.builder) == ("a" * 40, "a test")
 
 
@@ -184,7 +184,7 @@ def test_a_state_that_misses_gets_no_name_until_it_is_baked_anew(
     assert index
     for path in index:
         path.unlink()
-    rewrite(warm, scan=True)  # a sound state, that fits: `verify` finds nothing
+    rewrite(warm, rescan=True)  # a sound state, that fits: `verify` finds nothing
     private, _ = make_keys(tmp_path)
     signature = sign(warm, private)
     tag = f"{TAG}-missed"

@@ -14,12 +14,12 @@ import pytest
 
 from chatterbox_prewarm.errors import EngineError
 from chatterbox_prewarm.image.compose import Change, add_layers
-from chatterbox_prewarm.image.docker_engine import DockerEngine
-from chatterbox_prewarm.image.engine import Run, run_build
+from chatterbox_prewarm.image.engines.docker import DockerEngine
+from chatterbox_prewarm.image.engines.engine import Run, run_build
+from chatterbox_prewarm.image.engines.podman import PodmanEngine
 from chatterbox_prewarm.image.oci import Image
-from chatterbox_prewarm.image.podman_engine import PodmanEngine
+from tests.helpers.images import layer_of
 from tests.image.conftest import copy_programs
-from tests.unit.images import layer_of
 
 if TYPE_CHECKING:
     from pathlib import Path

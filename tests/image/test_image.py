@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import save
 
-from chatterbox_prewarm.bench.image import build, ran_steps
-from chatterbox_prewarm.manifest import SCHEMA_VERSION
-from chatterbox_prewarm.models import ENGLISH
-from chatterbox_prewarm.probes import names_a_compiler
-from chatterbox_prewarm.weights import RECORD_NAME
+from benchmarks.image import build, ran_steps
+from chatterbox_prewarm.proof.probes import names_a_compiler
+from chatterbox_prewarm.state.manifest import SCHEMA_VERSION
+from chatterbox_prewarm.weights.record import RECORD_NAME
+from chatterbox_prewarm.weights.variants import ENGLISH
 from tests.conftest import run_cli
+from tests.helpers.hub_server import Hub, serve
 from tests.image.conftest import SYNTHETIC, TAG
-from tests.unit.hub_server import Hub, serve
 
 if TYPE_CHECKING:
     from pathlib import Path

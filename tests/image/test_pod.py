@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
+from benchmarks.pod import Pod
+from benchmarks.pods import wait_ready
+from benchmarks.routes import give_to_podman
 from chatterbox_prewarm.bench.clients import ask, mix
-from chatterbox_prewarm.bench.pod import Pod
-from chatterbox_prewarm.bench.pods import wait_ready
-from chatterbox_prewarm.bench.routes import give_to_podman
 from chatterbox_prewarm.bench.server import free_port
-from chatterbox_prewarm.clips import DEFAULT_VOICE
-from chatterbox_prewarm.places import WARM
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.system.paths import WARM
 from tests.conftest import run_cli
-from tests.kube.manifests import K8S, kustomize, the
+from tests.helpers.manifests import K8S, kustomize, the
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tests.helpers.manifests import Document
     from tests.image.conftest import Storage
-    from tests.kube.manifests import Document
 
 #: Of a short, a medium and a long text; random weights never stop.
 TOKENS = (6, 12, 25)

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError, EngineError, NotWarmError
-from chatterbox_prewarm.image import podman_engine
 from chatterbox_prewarm.image.compose import Change, add_layers
-from chatterbox_prewarm.image.engine import Run, connect, run_build
+from chatterbox_prewarm.image.engines import podman as podman_engine
+from chatterbox_prewarm.image.engines.connect import connect
+from chatterbox_prewarm.image.engines.engine import Run, run_build
+from chatterbox_prewarm.image.engines.podman import PodmanEngine
 from chatterbox_prewarm.image.oci import Image, to_documents
-from chatterbox_prewarm.image.podman_engine import PodmanEngine
+from tests.helpers.images import layer_of
 from tests.image.conftest import copy_programs
-from tests.unit.images import layer_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -276,8 +277,8 @@ def test_a_container_that_is_interrupted_is_removed(base: str, tmp_path: Path, s
     program = f"""
 import signal, sys
 from pathlib import Path, PurePosixPath
-from chatterbox_prewarm.image.engine import Run
-from chatterbox_prewarm.image.podman_engine import PodmanEngine
+from chatterbox_prewarm.image.engines.engine import Run
+from chatterbox_prewarm.image.engines.podman import PodmanEngine
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 files = {{}} if {isolated} else {{PurePosixPath("/tmp/file"): Path({str(tmp_path / "file")!r})}}
 PodmanEngine().run(

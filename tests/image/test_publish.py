@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.errors import BadInputError, IntegrityError
-from chatterbox_prewarm.image.addition import gather
 from chatterbox_prewarm.image.append import TagMovedError, append
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import read_states
-from chatterbox_prewarm.image.layout import Layout
 from chatterbox_prewarm.image.oci import OCI_INDEX, Document, dump
+from chatterbox_prewarm.image.oci_layout import Layout
 from chatterbox_prewarm.image.publish import _add
 from chatterbox_prewarm.image.references import parse
-from chatterbox_prewarm.prove import default_evidence
+from chatterbox_prewarm.image.state_layers import gather
+from chatterbox_prewarm.proof.checks import default_evidence
+from chatterbox_prewarm.state.manifest import read_manifest
 from tests.conftest import run_cli
-from tests.unit.images import make_base
-from tests.unit.states import make_state_for, rewrite
+from tests.helpers.images import make_base
+from tests.helpers.states import make_state_for, rewrite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,7 +53,7 @@ def write(layout: Layout, folder: Path, bake: str) -> Path:
 def evidence_of(warm: Path, **change: Any) -> Path:
     """Evidence as a proof of the state that passed would write it."""
     path = default_evidence(warm)
-    found = {"passed": True, "set_digest": manifests.read(warm).set_digest, "checks": [], "observed": {}}
+    found = {"passed": True, "set_digest": read_manifest(warm).set_digest, "checks": [], "observed": {}}
     path.write_text(json.dumps({**found, **change}))
     return path
 
@@ -168,10 +168,10 @@ def test_nodes_that_add_to_one_image_at_once_all_end_in_it(layout: Layout, tmp_p
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from chatterbox_prewarm.image.addition import gather\n"
+        "from chatterbox_prewarm.image.state_layers import gather\n"
         "from chatterbox_prewarm.image.publish import _add\n"
         "from chatterbox_prewarm.image.references import parse\n"
-        "from chatterbox_prewarm.prove import default_evidence\n"
+        "from chatterbox_prewarm.proof.checks import default_evidence\n"
         "state, base, target = Path(sys.argv[1]), parse(sys.argv[2]), parse(sys.argv[3])\n"
         "with gather([state]) as addition:\n"
         "    _add(base, target, addition, default_evidence(state), insecure=None, say=print)\n"

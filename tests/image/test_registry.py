@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError, EngineError
-from chatterbox_prewarm.image.login import parse_challenges
 from chatterbox_prewarm.image.oci import (
     DOCKER_MANIFEST,
     OCI_LAYER,
@@ -30,11 +29,11 @@ from chatterbox_prewarm.image.oci import (
     to_documents,
 )
 from chatterbox_prewarm.image.references import parse
-from chatterbox_prewarm.image.registry import Repository
+from chatterbox_prewarm.image.registry.client import Repository
+from chatterbox_prewarm.image.registry.login import parse_challenges
 from tests.conftest import ROOT
-
-from . import registry_server
-from .registry_server import PASSWORD, USER, Fault, Registry, Tokens, before, serve, serve_tokens
+from tests.helpers import registry_server
+from tests.helpers.registry_server import PASSWORD, USER, Fault, Registry, Tokens, before, serve, serve_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from tests.kube.prometheus import POD, program, rule_file
+from tests.helpers.prometheus import POD, program, rule_file
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,14 +9,14 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from chatterbox_prewarm import matrix as matrices
 from chatterbox_prewarm.commands.images import publish
 from chatterbox_prewarm.commands.kube import k8s
 from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.image import matrix as matrices
 from chatterbox_prewarm.kube.bake import Request, render_bakes
 from chatterbox_prewarm.kube.nodes import Cluster
-from chatterbox_prewarm.places import CACHE
-from tests.kube.manifests import K8S, VERSIONS, Document, kustomize, pods, the, validate, violations
+from chatterbox_prewarm.system.paths import CACHE
+from tests.helpers.manifests import K8S, VERSIONS, Document, kustomize, pods, the, validate, violations
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from chatterbox_prewarm.kube.budgets import EXIT_SECONDS, PRE_STOP_SECONDS
-from chatterbox_prewarm.places import CACHE
-from chatterbox_prewarm.process import run
-from tests.kube.manifests import K8S, OLDEST, ROOT, VERSIONS, kustomize, the, validate, violations
+from chatterbox_prewarm.system.paths import CACHE
+from chatterbox_prewarm.system.process import run
+from tests.helpers.manifests import K8S, OLDEST, ROOT, VERSIONS, kustomize, the, validate, violations
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from tests.kube.manifests import K8S, kustomize
+from tests.helpers.manifests import K8S, kustomize
 from tests.kube.test_render import H100, L4, render_for
 
 if TYPE_CHECKING:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.kubelet import Probe, Threshold, Watch, read_probes
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.kube.kubelet import Probe, Threshold, Watch, read_probes
-from tests.kube.manifests import K8S, kustomize, pods
+from tests.helpers.manifests import K8S, kustomize, pods
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chatterbox_prewarm.kube.kubelet import Kind
+    from benchmarks.kubelet import Kind
 
 #: A second of a manifest is so long here.
 SCALE = 0.05

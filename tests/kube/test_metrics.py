@@ -10,10 +10,10 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from chatterbox_prewarm.serve.exposition import Exposition
-from chatterbox_prewarm.serve.measures import Measures
-from chatterbox_prewarm.serve.messages import Usage
-from tests.kube.manifests import K8S
+from chatterbox_prewarm.serve.http.exposition import Exposition
+from chatterbox_prewarm.serve.http.http_metrics import Measures
+from chatterbox_prewarm.serve.workers.messages import Usage
+from tests.helpers.manifests import K8S
 
 COMPONENTS = K8S / "components"
 #: Labels that Prometheus adds to what it scrapes from a pod (and `node`, which our monitor has it add).

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from chatterbox_prewarm.kube.nodes import product_label
-from tests.kube.manifests import FOREIGN, K8S, VERSIONS, Document, kustomize, pods, the, validate, violations
+from tests.helpers.manifests import FOREIGN, K8S, VERSIONS, Document, kustomize, pods, the, validate, violations
 
 if TYPE_CHECKING:
     from pathlib import Path

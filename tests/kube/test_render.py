@@ -14,17 +14,17 @@ from click.testing import CliRunner
 from chatterbox_prewarm.commands.kube import k8s
 from chatterbox_prewarm.errors import BadInputError, EngineError
 from chatterbox_prewarm.image.labels import STATES, FamilyLabel, StateLabel, labels_of
-from chatterbox_prewarm.image.layout import Layout
+from chatterbox_prewarm.image.oci_layout import Layout
 from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.image.stores import storing
 from chatterbox_prewarm.kube.budgets import Measured
 from chatterbox_prewarm.kube.nodes import Cluster, product_label
 from chatterbox_prewarm.kube.render import NAME, Request, render
-from chatterbox_prewarm.manifest import Measurements
-from tests.image.registry_server import serve
-from tests.kube.manifests import K8S, VERSIONS, Document, kustomize, pods, the, validate, violations
-from tests.unit.images import make_base
-from tests.unit.states import make_state_for
+from chatterbox_prewarm.state.manifest import Measurements
+from tests.helpers.images import make_base
+from tests.helpers.manifests import K8S, VERSIONS, Document, kustomize, pods, the, validate, violations
+from tests.helpers.registry_server import serve
+from tests.helpers.states import make_state_for
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import made_once, run_cli
 
 if TYPE_CHECKING:
-    from chatterbox_prewarm.load import Attached
+    from chatterbox_prewarm.start.attach import Attached
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +84,8 @@ def namespaces() -> None:
 @pytest.fixture(scope="session")
 def attached(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Attached:
     """The model in this process, loaded without a warm state."""
-    from chatterbox_prewarm.load import attach, prepare
+    from chatterbox_prewarm.start.attach import attach
+    from chatterbox_prewarm.start.prepare import prepare
 
     cache = tmp_path_factory.mktemp("cache")
     return attach(prepare(Path("/nonexistent"), mini, cache=cache, policy="off"))

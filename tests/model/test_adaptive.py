@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from chatterbox_prewarm import AdaptiveWarmup, WarmupMetrics
-from tests.model.serving import SENTENCE, Server
+from tests.helpers.serving import SENTENCE, Server
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import pytest
 
-    from chatterbox_prewarm.load import Attached
+    from chatterbox_prewarm.start.attach import Attached
 
 STEPS = {f"warm-up of {count} speech tokens" for count in (50, 100, 200)}
 

@@ -12,20 +12,20 @@ from safetensors.torch import load, save
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.families.conditionals import voice_tensors
-from chatterbox_prewarm.serve.decode_clip import decode
-from chatterbox_prewarm.serve.voice_errors import UnusableVoiceError
-from chatterbox_prewarm.serve.voice_store import VoiceStore
-from chatterbox_prewarm.serve.worker_voices import CacheLimits, VoiceCache, voice_bytes, voice_sizes
-from chatterbox_prewarm.synthesis import Synthesizer
-from chatterbox_prewarm.voices import prepare_voice
-from chatterbox_prewarm.weights import read_record
-from tests.unit.added_voices import sound_file, tone
+from chatterbox_prewarm.model.synthesis import Synthesizer
+from chatterbox_prewarm.model.voices import prepare_voice
+from chatterbox_prewarm.serve.http.decode_clip import decode
+from chatterbox_prewarm.serve.voices.voice_errors import UnusableVoiceError
+from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
+from chatterbox_prewarm.serve.workers.worker_voices import CacheLimits, VoiceCache, voice_bytes, voice_sizes
+from chatterbox_prewarm.weights.record import read_record
+from tests.helpers.added_voices import sound_file, tone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from chatterbox_prewarm.load import Attached
+    from chatterbox_prewarm.start.attach import Attached
 
 TEXT: dict[str, Any] = {"text": "Hello, world.", "seed": 5, "max_new_tokens": 12}
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_prewarm import manifest as manifests
-from chatterbox_prewarm.families import applicable
-from chatterbox_prewarm.states import key_of
-from chatterbox_prewarm.warmup import SWITCH
+from chatterbox_prewarm.families.registry import applicable
+from chatterbox_prewarm.model.warmup.levels import SWITCH
+from chatterbox_prewarm.state.folder import key_of
+from chatterbox_prewarm.state.manifest import SCHEMA_VERSION, read_manifest
+from chatterbox_prewarm.system.digests import FileEntry, set_digest, verify_files
 from tests.conftest import run_cli, writable_copy
-from tests.unit.states import rewrite
+from tests.helpers.states import rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +37,7 @@ def state(baked: Path, tmp_path: Path) -> Path:
 
 
 def test_a_bake_reports_every_family_with_its_size_and_cost(baked: Path) -> None:
-    manifest = manifests.read(baked)
+    manifest = read_manifest(baked)
     assert [family.name for family in manifest.families] == list(AS_WRITTEN)
     for family in manifest.families:
         assert family.size > 0
@@ -62,7 +63,7 @@ def test_nothing_in_a_state_can_be_written(baked: Path) -> None:
 
 
 def test_the_bake_says_what_its_own_starts_took(baked: Path, mini: Path) -> None:
-    measured = manifests.read(baked).measured
+    measured = read_manifest(baked).measured
     assert measured.ready_seconds > 0
     assert measured.cold_seconds > 0
     weights = sum(path.stat().st_size for path in mini.glob("*.safetensors"))
@@ -106,8 +107,8 @@ def test_a_family_that_was_left_out_fails_the_proof(state: Path, mini: Path) -> 
     def without_numba(raw: dict[str, object]) -> None:
         families = [family for family in raw["families"] if family["name"] != "numba"]  # type: ignore[attr-defined]
         raw["families"] = families
-        files = [manifests.FileEntry(**entry) for family in families for entry in family["files"]]
-        raw["set_digest"] = manifests.set_digest(files)
+        files = [FileEntry(**entry) for family in families for entry in family["files"]]
+        raw["set_digest"] = set_digest(files)
 
     rewrite(state, without_numba)
     shutil.rmtree(state / "numba")
@@ -135,7 +136,7 @@ def _link(state: Path, mini: Path) -> None:
 
 
 def _newer(state: Path, mini: Path) -> None:  # noqa: ARG001
-    rewrite(state, lambda raw: raw.update(schema=manifests.SCHEMA_VERSION + 1))
+    rewrite(state, lambda raw: raw.update(schema=SCHEMA_VERSION + 1))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def _newer(state: Path, mini: Path) -> None:  # noqa: ARG001
         (_flip, "sha256"),
         (_extra, "extra.nbc"),
         (_link, "is a link"),
-        (_newer, f"schema {manifests.SCHEMA_VERSION + 1}"),
+        (_newer, f"schema {SCHEMA_VERSION + 1}"),
     ],
 )
 @pytest.mark.parametrize("command", ["verify", "prove"])
@@ -160,7 +161,7 @@ def test_a_damaged_state_is_refused(
 
 
 def test_a_flipped_byte_in_any_file_is_seen(state: Path) -> None:
-    manifest = manifests.read(state)
+    manifest = read_manifest(state)
     assert {path.relative_to(state).parts[0] for path in state.rglob("*") if path.is_file()} == {
         "manifest.json",
         *AS_WRITTEN,
@@ -169,7 +170,7 @@ def test_a_flipped_byte_in_any_file_is_seen(state: Path) -> None:
         path = state / entry.path
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        (problem,) = manifests.verify_files(manifest.files, state)
+        (problem,) = verify_files(manifest.files, state)
         assert problem.startswith(f"{entry.path}: sha256")
         path.write_bytes(content)
 
@@ -303,7 +304,7 @@ def test_a_family_can_be_left_out_and_the_others_still_serve(mini: Path, tmp_pat
     places = ["--weights", str(mini), "--warm", str(tmp_path / "warm"), "--cache", str(tmp_path / "cache")]
     baked = run_cli("bake", *places, "--profile", "eager", "--levels", "1", "--without", "numba")
     assert baked.returncode == 0, baked.stderr
-    assert [family.name for family in manifests.read(tmp_path / "warm").families] == [
+    assert [family.name for family in read_manifest(tmp_path / "warm").families] == [
         name for name in AS_WRITTEN if name != "numba"
     ]
 
@@ -336,7 +337,7 @@ def test_one_state_packs_to_one_digest(baked: Path, state: Path, tmp_path: Path)
     listing = subprocess.run(
         ["tar", "-tvf", str(tmp_path / "one.tar.gz")], capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    place = f"opt/chatterbox-prewarm/warm/{key_of(manifests.read(baked))}"
+    place = f"opt/chatterbox-prewarm/warm/{key_of(read_manifest(baked))}"
     assert any(f"{place}/manifest.json" in line for line in listing)
     assert all(line.split()[1] == "0/0" and "1970-01-01" in line for line in listing)
     assert all(line.startswith(("dr-xr-xr-x", "drwxr-xr-x", "-r--r--r--")) for line in listing)
@@ -355,7 +356,7 @@ import importlib.abc, importlib.util, sys
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "chatterbox_prewarm.warmup.strategy":
+        if name != "chatterbox_prewarm.model.warmup.strategy":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -385,6 +386,6 @@ def test_a_bake_that_runs_out_of_memory_in_a_level_says_so_and_a_start_from_it_i
     baked = run_cli("bake", *places, "--profile", "eager", "--levels", "1,3", env=env)
     assert baked.returncode == 0, baked.stderr
     assert "level 3: out of memory; the warm-up ends below it" in baked.stderr
-    assert manifests.read(tmp_path / "warm").levels == (1,)
+    assert read_manifest(tmp_path / "warm").levels == (1,)
     # A bake ends with a start from its state that speaks; it is put in place only when that was warm.
     assert "start from the new state" in baked.stderr

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_prewarm.bench.leak import growth
+from benchmarks.leak import growth
+from benchmarks.profiles import measure_one, summarize, table, voice_of
 from chatterbox_prewarm.bench.load import FAULTS
-from chatterbox_prewarm.bench.profiles import measure_one, summarize, table, voice_of
-from chatterbox_prewarm.profiles import Execution
+from chatterbox_prewarm.model.profiles import Execution
 from tests.conftest import ROOT, run_cli
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from chatterbox_prewarm.errors import BadInputError, IntegrityError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chatterbox_prewarm.load import Attached
+    from chatterbox_prewarm.start.attach import Attached
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 TEXT = "Hello, world."

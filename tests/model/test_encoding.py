@@ -9,8 +9,8 @@ import perth
 import pytest
 import soundfile
 
-from chatterbox_prewarm.serve.encoding import SAMPLE_RATE, encoder
-from chatterbox_prewarm.synthesis import as_pcm
+from chatterbox_prewarm.model.synthesis import as_pcm
+from chatterbox_prewarm.serve.http.encoding import SAMPLE_RATE, encoder
 
 
 @pytest.mark.parametrize("audio_format", ["mp3", "opus"])

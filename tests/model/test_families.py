@@ -12,16 +12,16 @@ import pytest
 import torch
 import torchaudio
 
-from chatterbox_prewarm import manifest as manifests
-from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.families.conditionals import load_voice, save_voice
-from chatterbox_prewarm.voices import prepare_voice
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.voices import prepare_voice
+from chatterbox_prewarm.state.manifest import read_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_prewarm.load import Attached
+    from chatterbox_prewarm.start.attach import Attached
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_baked_voice_is_the_one_that_is_made_at_run_time(baked: Path, fox: A
 
 
 def test_the_baked_state_has_all_voices_and_their_origin(baked: Path) -> None:
-    manifest = manifests.read(baked)
+    manifest = read_manifest(baked)
     assert manifest.voices == (DEFAULT_VOICE, "fox")
     family = manifest.family("conditionals")
     assert family is not None
@@ -115,7 +115,7 @@ def _write(path: Path, samples: Any, rate: int) -> Path:
 def test_clips_that_would_give_a_bad_voice_are_refused(tmp_path: Path) -> None:
     import numpy as np
 
-    from chatterbox_prewarm.clips import check_clip
+    from chatterbox_prewarm.model.clips import check_clip
 
     tone = 0.3 * np.sin(np.arange(48_000) / 20)
     bad = {
@@ -163,14 +163,15 @@ def test_a_baked_constant_counts_as_a_hit_and_a_computed_one_once_as_a_miss(bake
 _COUNT = """
 import json, sys
 from pathlib import Path
-from chatterbox_prewarm.load import attach, prepare
+from chatterbox_prewarm.start.attach import attach
+from chatterbox_prewarm.start.prepare import prepare
 attached = attach(prepare(Path(sys.argv[1]), Path(sys.argv[2]), cache=Path(sys.argv[3]), policy="require"))
 metrics, model = attached.metrics, attached.synthesizer.model
 seen = {"loaded": metrics.loaded["signal"]}
 count = lambda: [metrics.hits["signal"], metrics.misses["signal"]]
 seen["before"] = count()
-from chatterbox_prewarm.voices import prepare_voice
-from chatterbox_prewarm.warmup.inputs import reference_audio, reference_clip
+from chatterbox_prewarm.model.voices import prepare_voice
+from chatterbox_prewarm.model.warmup.inputs import reference_audio, reference_clip
 with reference_clip() as clip:
     prepare_voice(model, clip)
 seen["baked clip"] = count()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.model.serving import Server
+from tests.helpers.serving import Server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,20 +15,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chatterbox_prewarm import manifest as manifests
 from chatterbox_prewarm.errors import WeightsError
-from chatterbox_prewarm.models import ENGLISH, english
-from chatterbox_prewarm.models.synthetic import shortened_upstream
-from chatterbox_prewarm.states import key_of
-from chatterbox_prewarm.voices import builtin_voice
-from chatterbox_prewarm.weights import read_record, record
+from chatterbox_prewarm.model.synthetic import shortened_upstream
+from chatterbox_prewarm.model.variants import english
+from chatterbox_prewarm.model.voices import builtin_voice
+from chatterbox_prewarm.state.folder import key_of
+from chatterbox_prewarm.state.manifest import read_manifest
+from chatterbox_prewarm.weights.record import read_record, record
+from chatterbox_prewarm.weights.variants import ENGLISH
 from tests.conftest import run_cli, writable_copy
-from tests.unit.states import rewrite
+from tests.helpers.states import rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from chatterbox_prewarm.load import Attached
+    from chatterbox_prewarm.start.attach import Attached
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -167,7 +168,7 @@ def test_a_gpu_that_is_not_there_is_said(mini: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_checkpoint(mini: Path, tmp_path: Path) -> None:
-    from chatterbox_prewarm.models.synthetic import synthesize
+    from chatterbox_prewarm.model.synthetic import synthesize
 
     again = synthesize(tmp_path / "again", size="mini", seed=0)
     other = synthesize(tmp_path / "other", size="mini", seed=1)
@@ -181,7 +182,7 @@ _AFTERWARDS = """
 import sys
 import {first}
 before = {{name: sys.modules[name] for name in "{first}".split(", ")}}
-from chatterbox_prewarm.models.lean import import_chatterbox
+from chatterbox_prewarm.model.lean_imports import import_chatterbox
 import_chatterbox()
 assert all(sys.modules[name] is module for name, module in before.items()), "what was imported stays"
 import torch
@@ -206,7 +207,7 @@ def test_what_lean_imports_defer_works_for_whoever_asks_for_it(first: str) -> No
 _START = """
 import json, sys
 from pathlib import Path
-from chatterbox_prewarm.load import load_warmup_cache
+from chatterbox_prewarm import load_warmup_cache
 warm, weights, cache = map(Path, sys.argv[1:])
 attached = load_warmup_cache(warm, weights, cache=cache, policy="require")
 attached.synthesizer.synthesize("Hello, world.", seed=7, max_new_tokens=12)
@@ -239,7 +240,7 @@ def test_a_start_from_two_states_takes_the_one_that_fits_and_misses_nothing(
     assert ran.returncode == 0, ran.stderr
     log = json.loads(ran.stdout.rpartition("JSON")[2])
     assert log["misses"] == {}
-    assert log["state"] == key_of(manifests.read(two_states / "here"))
+    assert log["state"] == key_of(read_manifest(two_states / "here"))
     assert {"bytecode", "numba", "conditionals"} <= log["hits"].keys()
 
 
@@ -249,6 +250,6 @@ def test_a_proof_of_two_states_is_of_the_one_that_fits(two_states: Path, mini: P
     proven = run_cli("prove", "--warm", two_states, "--weights", mini, "--evidence", evidence)
     assert proven.returncode == 0, proven.stdout + proven.stderr
     found = json.loads(evidence.read_text())
-    assert found["set_digest"] == manifests.read(two_states / "here").set_digest
-    assert found["observed"]["metrics"]["state"] == key_of(manifests.read(two_states / "here"))
+    assert found["set_digest"] == read_manifest(two_states / "here").set_digest
+    assert found["observed"]["metrics"]["state"] == key_of(read_manifest(two_states / "here"))
     assert run_cli("prove", "--warm", two_states, "--weights", mini, "--state", "another").returncode == 11

@@ -13,17 +13,17 @@ import pytest
 import torch
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
-from chatterbox_prewarm.regions.execute import eager
-from chatterbox_prewarm.regions.flow import Flow
-from chatterbox_prewarm.regions.make_packages import _find_driver, make_packages
+from chatterbox_prewarm.model.regions.compile_packages import _find_driver, make_packages
+from chatterbox_prewarm.model.regions.executors import eager
+from chatterbox_prewarm.model.regions.flow import Flow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from chatterbox_prewarm.load import Attached
-    from chatterbox_prewarm.regions import Region
-    from chatterbox_prewarm.regions.execute import BoundRegion
+    from chatterbox_prewarm.model.regions.executors import BoundRegion
+    from chatterbox_prewarm.model.regions.region import Region
+    from chatterbox_prewarm.start.attach import Attached
 
 
 @pytest.fixture(autouse=True)

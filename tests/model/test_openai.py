@@ -11,7 +11,7 @@ import openai
 import pytest
 import soundfile
 
-from tests.model.serving import Server
+from tests.helpers.serving import Server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

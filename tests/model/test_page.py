@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.model.serving import Server
-from tests.unit.added_voices import voice
+from tests.helpers.added_voices import voice
+from tests.helpers.serving import Server
 
 pytest.importorskip("selenium", reason="selenium is not installed (it is in the extra `dev`)")
 from selenium import webdriver

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 import torch._functorch.config
 
-from chatterbox_prewarm import manifest as manifests
-from chatterbox_prewarm import probes
-from chatterbox_prewarm.regions import REGIONS
+from chatterbox_prewarm.model.regions.region import REGIONS
+from chatterbox_prewarm.proof import probes
+from chatterbox_prewarm.state.manifest import read_manifest
 from tests.conftest import ROOT, run_cli, writable_copy
-from tests.unit.states import rewrite
+from tests.helpers.states import rewrite
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_prewarm.load import Attached
+    from chatterbox_prewarm.start.attach import Attached
 
 #: Regions that the reference synthesis runs; sampling with top-p is not among them.
 _REFERENCE_REGIONS = len(REGIONS) - 1
@@ -36,12 +36,13 @@ _START = """
 import json, os, sys
 from pathlib import Path
 warm, weights, cache, policy, seed = sys.argv[1:6]
-from chatterbox_prewarm.load import attach, prepare
+from chatterbox_prewarm.start.attach import attach
+from chatterbox_prewarm.start.prepare import prepare
 prepared = prepare(
     Path(warm), Path(weights), cache=Path(cache), policy=policy, profile=os.environ.get("PROFILE")
 )
 attached = attach(prepared)
-from chatterbox_prewarm.synthesis import Sampling
+from chatterbox_prewarm.model.sampling import Sampling
 speak = attached.synthesizer.synthesize
 first = speak("Hello, world.", seed=int(seed), max_new_tokens=12)
 speak("A longer text, and with it another prompt.", seed=1, max_new_tokens=31, sampling=Sampling(top_p=0.8))
@@ -84,7 +85,7 @@ def requirement(state: Path, family: str, fact: str, value: str) -> None:
 
 
 def test_a_bake_packs_every_region_within_the_budget(baked_aot: Path) -> None:
-    manifest = manifests.read(baked_aot)
+    manifest = read_manifest(baked_aot)
     assert manifest.execution.profile == "aot"
     family = manifest.family("aot")
     assert family is not None
@@ -141,7 +142,7 @@ def test_one_set_of_packages_serves_another_checkpoint(baked_aot: Path, tmp_path
 
 
 def test_a_cold_start_is_said_to_take_what_it_would_compile(baked_compiled: Path, baked_aot: Path) -> None:
-    compiled, packages = manifests.read(baked_compiled), manifests.read(baked_aot)
+    compiled, packages = read_manifest(baked_compiled), read_manifest(baked_aot)
     inductor, aot = compiled.family("inductor"), packages.family("aot")
     assert inductor is not None
     assert aot is not None
@@ -236,7 +237,7 @@ def test_a_package_that_does_not_load_is_named_and_its_region_runs_as_written(
     state = writable_copy(baked_aot, tmp_path / "warm")
     (state / "aot" / "t3_decode" / "region.so").write_text("no library at all")
     shutil.rmtree(state / "aot" / "flow_euler")
-    rewrite(state, scan=True)
+    rewrite(state, rescan=True)
     found = start(state, mini, tmp_path / "cache")
     assert found["metrics"]["misses"] == {"aot": 2}
     assert found["metrics"]["hits"]["aot"] == len(REGIONS) - 2
@@ -299,7 +300,7 @@ def test_another_setting_of_torch_is_seen_as_a_miss(baked_compiled: Path, mini: 
 def test_a_deleted_kernel_is_seen_as_a_miss(baked_compiled: Path, mini: Path, tmp_path: Path) -> None:
     state = writable_copy(baked_compiled, tmp_path / "warm")
     min((state / "inductor").rglob("*.so"), key=lambda library: library.stat().st_size).unlink()
-    rewrite(state, scan=True)
+    rewrite(state, rescan=True)
     cache = baked_compiled.parent / "cache"
     proven = run_cli("prove", "--here", "--warm", state, "--weights", mini, "--cache", cache)
     assert proven.returncode == 13, proven.stdout + proven.stderr
@@ -332,7 +333,7 @@ def test_without_a_compiler_a_region_that_misses_runs_as_written(
     state = writable_copy(baked_compiled, tmp_path / "warm")
     for library in (state / "inductor").rglob("*.so"):
         library.unlink()
-    rewrite(state, scan=True)
+    rewrite(state, rescan=True)
     found = start(state, mini, baked_compiled.parent / "cache", env={"PATH": "/nonexistent"})
     assert len(found["samples"]) > 0
     assert found["metrics"]["misses"]["inductor"] >= len(REGIONS)
@@ -342,9 +343,9 @@ def test_without_a_compiler_a_region_that_misses_runs_as_written(
 _LATER_CLASS = """
 import os
 import torch
-from chatterbox_prewarm.regions import Input, Region, Size
-from chatterbox_prewarm.regions.execute import Compiled
-from chatterbox_prewarm.warmup.metrics import WarmupMetrics
+from chatterbox_prewarm.model.regions.region import Input, Region, Size
+from chatterbox_prewarm.model.regions.executors import Compiled
+from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 def double(weight, x):
     return (torch.sin(x) * weight,)

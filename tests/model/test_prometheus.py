@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, writable_copy
-from tests.kube.manifests import K8S
-from tests.kube.prometheus import POD, Prometheus
-from tests.model.serving import Server
+from tests.helpers.manifests import K8S
+from tests.helpers.prometheus import POD, Prometheus
+from tests.helpers.serving import Server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

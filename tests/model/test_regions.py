@@ -8,23 +8,25 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chatterbox_prewarm.bench import fidelity
-from chatterbox_prewarm.clips import DEFAULT_VOICE
+from benchmarks import fidelity
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.load import attach, prepare
-from chatterbox_prewarm.profiles import Execution
-from chatterbox_prewarm.regions import MOST_FRAMES, MOST_PLACES, REGIONS, t3, t3_blocks
-from chatterbox_prewarm.regions.bound import Bound, bound
-from chatterbox_prewarm.regions.execute import eager
-from chatterbox_prewarm.regions.t3 import SpeechTokens
-from chatterbox_prewarm.synthesis import Sampling
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.profiles import Execution
+from chatterbox_prewarm.model.regions import t3, t3_blocks
+from chatterbox_prewarm.model.regions.executors import eager
+from chatterbox_prewarm.model.regions.pipeline import Bound, bound
+from chatterbox_prewarm.model.regions.region import MOST_FRAMES, MOST_PLACES, REGIONS
+from chatterbox_prewarm.model.regions.t3 import SpeechTokens
+from chatterbox_prewarm.model.sampling import Sampling
+from chatterbox_prewarm.start.attach import attach
+from chatterbox_prewarm.start.prepare import prepare
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox.tts import ChatterboxTTS, Conditionals
 
-    from chatterbox_prewarm.load import Attached
+    from chatterbox_prewarm.start.attach import Attached
 
 GREEDY = Sampling(min_p=1.0)
 

@@ -22,7 +22,7 @@ import torch
 
 from chatterbox_prewarm.bench.server import free_port
 from tests.conftest import run_cli
-from tests.model.serving import SENTENCE, Server
+from tests.helpers.serving import SENTENCE, Server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

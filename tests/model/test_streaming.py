@@ -14,17 +14,18 @@ import torch
 from torch.nn import functional
 
 import chatterbox_prewarm
-from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.errors import BadInputError, ModelError, NotWarmError
-from chatterbox_prewarm.load import Attached
-from chatterbox_prewarm.regions import vocoder as vocoder_module
-from chatterbox_prewarm.regions.bound import bound
-from chatterbox_prewarm.regions.vocoder import SAMPLES_PER_FRAME, Source
-from chatterbox_prewarm.regions.windows import Windows
-from chatterbox_prewarm.streaming import Chunk, _Stream, generate_stream, generate_stream_with_warmup_check
-from chatterbox_prewarm.synthesis import Speech, Synthesizer
-from chatterbox_prewarm.voices import detached
-from chatterbox_prewarm.warmup.metrics import WarmupMetrics
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.regions import vocoder as vocoder_module
+from chatterbox_prewarm.model.regions.overlap import Windows
+from chatterbox_prewarm.model.regions.pipeline import bound
+from chatterbox_prewarm.model.regions.vocoder import SAMPLES_PER_FRAME, Source
+from chatterbox_prewarm.model.streaming import Chunk, _Stream, generate_stream
+from chatterbox_prewarm.model.synthesis import Speech, Synthesizer
+from chatterbox_prewarm.model.voices import detached
+from chatterbox_prewarm.start.attach import Attached
+from chatterbox_prewarm.start.streaming import generate_stream_with_warmup_check
+from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

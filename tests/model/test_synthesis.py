@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.errors import BadInputError, ModelError
-from chatterbox_prewarm.synthesis import Sampling, seed_everything
-from chatterbox_prewarm.voices import detached
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.sampling import Sampling
+from chatterbox_prewarm.model.synthesis import seed_everything
+from chatterbox_prewarm.model.voices import detached
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_prewarm.load import Attached
+    from chatterbox_prewarm.start.attach import Attached
 
 TEXT = "Hello, world."
 
@@ -58,8 +59,8 @@ import sys, warnings
 warnings.simplefilter("ignore")
 import chatterbox.tts as tts
 import numpy as np
-from chatterbox_prewarm.models import english
-from chatterbox_prewarm.synthesis import seed_everything
+from chatterbox_prewarm.model.variants import english
+from chatterbox_prewarm.model.synthesis import seed_everything
 make = tts.S3Gen
 def s3gen():
     model = make()

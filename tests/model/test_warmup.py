@@ -15,20 +15,20 @@ import pytest
 import torch
 
 import chatterbox_prewarm
-from chatterbox_prewarm.clips import DEFAULT_VOICE
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.families.conditionals import load_voice
-from chatterbox_prewarm.models import ENGLISH
-from chatterbox_prewarm.voices import detached
-from chatterbox_prewarm.warmup import SWITCH
-from chatterbox_prewarm.warmup.inputs import LONG_TEXT, MEDIUM_TEXT, SHORT_TEXT, reference_audio, reference_clip
-from chatterbox_prewarm.warmup.metrics import WarmupMetrics
-from chatterbox_prewarm.warmup.strategy import ChatterboxWarmupStrategy
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.voices import detached
+from chatterbox_prewarm.model.warmup.inputs import LONG_TEXT, MEDIUM_TEXT, SHORT_TEXT, reference_audio, reference_clip
+from chatterbox_prewarm.model.warmup.levels import SWITCH
+from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
+from chatterbox_prewarm.system.metrics import WarmupMetrics
+from chatterbox_prewarm.weights.variants import ENGLISH
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_prewarm.load import Attached
+    from chatterbox_prewarm.start.attach import Attached
 
 
 def test_all_levels_run_and_leave_the_model_as_it_was(

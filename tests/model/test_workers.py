@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 import soundfile
 
-from chatterbox_prewarm.serve.parts import split
-from tests.model.serving import SENTENCE, Server
+from chatterbox_prewarm.serve.workers.sentence_split import split
+from tests.helpers.serving import SENTENCE, Server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-    from chatterbox_prewarm.load import Attached
+    from chatterbox_prewarm.start.attach import Attached
 
 SENTENCES = [f"This is sentence number {number}, and it is here to be spoken by itself. " * 4 for number in range(3)]
 LONG = "".join(SENTENCES)

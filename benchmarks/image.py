@@ -1,0 +1,133 @@
+"""bench image: an image with random weights is built and proven, then again after a change of one Python file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm.bench.starts import machine
+from chatterbox_prewarm.errors import BadInputError, EngineError
+from chatterbox_prewarm.image.engines.connect import prove_image
+from chatterbox_prewarm.system.process import run as run_process
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_TAG = "chatterbox-prewarm-bench:warm"
+_CHANGED = "chatterbox_prewarm/serve/http/server.py"
+#: What a build reads, as `.dockerignore` has it.
+_CONTEXT = ("Dockerfile", ".dockerignore", "pyproject.toml", "build", "chatterbox_prewarm")
+
+
+def run(checkout: Path, *, size: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Build, prove, change a file of the server, build and prove again; the images are removed afterwards.
+
+    Args:
+        checkout: of this project, with its Dockerfile. A copy of it is changed.
+        size: of the random weights, "full" or "mini".
+        say: called with a line for each step.
+
+    Returns:
+        the machine and its engine, and for each of the two builds its seconds, the steps that ran and came from no
+        cache, the image's bytes, and the evidence of its proof. The first build takes what the engine's cache has, so
+        its seconds are no figure.
+
+    Raises:
+        BadInputError: there is no Dockerfile.
+        EngineError: a build or a container failed.
+    """
+    if not (checkout / "Dockerfile").is_file():
+        raise BadInputError(f"{checkout} has no Dockerfile", next_step="name a checkout of this project")
+    with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-bench-") as scratch:
+        context = copy_context(checkout, Path(scratch) / "context")
+        try:
+            first = _build_and_prove(context, size, say)
+            with (context / _CHANGED).open("a", encoding="utf-8") as stream:
+                # New in each run: the engine keeps the layers of earlier ones.
+                stream.write(f"\n# {os.urandom(20).hex()}\n")
+            say(f"{_CHANGED} changes")
+            again = _build_and_prove(context, size, say)
+        finally:
+            run_process([docker(), "rmi", "--force", _TAG])
+    engine = run_process([docker(), "version", "--format", "{{.Server.Version}}"]).stdout.strip()
+    return {
+        "machine": machine(),
+        "engine": engine,
+        "size": size,
+        "changed": _CHANGED,
+        "first": first,
+        "after a change": again,
+    }
+
+
+def _build_and_prove(context: Path, size: str, say: Callable[[str], None]) -> dict[str, Any]:
+    say("build")
+    started = time.monotonic()
+    log = build(context, _TAG, ("--build-arg", "WEIGHTS=synthetic", "--build-arg", f"SIZE={size}"))
+    seconds = time.monotonic() - started
+    say("prove")
+    evidence = prove_image(_TAG)
+    return {
+        "build_seconds": round(seconds, 1),
+        "steps": ran_steps(log),
+        "image_bytes": _size(_TAG),
+        "evidence": asdict(evidence),
+    }
+
+
+def copy_context(checkout: Path, target: Path) -> Path:
+    """Copy what a build reads; returns the copy."""
+    target.mkdir(parents=True)
+    for name in _CONTEXT:
+        if (checkout / name).is_dir():
+            shutil.copytree(checkout / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(checkout / name, target / name)
+    return target
+
+
+def docker() -> str:
+    """The Docker client: `$DOCKER`, where the first one on the PATH does not match the engine."""
+    return os.environ.get("DOCKER", "docker")
+
+
+def build(context: Path, tag: str, arguments: Sequence[str]) -> str:
+    """Build an image; returns the log, which names each step and those that came from the cache.
+
+    A CA bundle named by SSL_CERT_FILE goes along as the secret `ca`.
+
+    Raises:
+        EngineError: the build failed, with the end of its log.
+    """
+    bundle = os.environ.get("SSL_CERT_FILE")
+    secrets = ["--secret", f"id=ca,src={bundle}"] if bundle else []
+    command = [docker(), "build", "--network=host", "--progress=plain", *secrets, *arguments, "-t", tag, str(context)]
+    finished = run_process(command, env={**os.environ, "DOCKER_BUILDKIT": "1"}, with_stderr=True)
+    if finished.returncode != 0:
+        raise EngineError(
+            f"the build ended with status {finished.returncode}: {finished.stdout[-5000:]}",
+            next_step="see the end of its log above",
+        )
+    return finished.stdout
+
+
+def ran_steps(log: str) -> list[str]:
+    """The steps that ran, from BuildKit's plain log: `#7 [installed 3/3] RUN …`, and `#7 CACHED` for the others."""
+    steps: dict[str, str] = {}
+    for line in log.splitlines():
+        number, _, rest = line.partition(" ")
+        if rest.startswith("["):
+            steps.setdefault(number, rest)
+        elif rest.startswith("CACHED"):
+            steps.pop(number, None)
+    return [step for step in steps.values() if not step.startswith("[internal]") and " FROM " not in step]
+
+
+def _size(tag: str) -> int:
+    finished = run_process([docker(), "image", "inspect", "--format", "{{.Size}}", tag])
+    return int(finished.stdout)

@@ -1,0 +1,291 @@
+"""bench routes: one warm state goes into an image by every route that needs no GPU, and each image is proven.
+
+The classic builder bakes it, and all others take that state. The packages are installed once, in BuildKit's stage
+`deps`; podman gets a copy of that image. What `build` loads into Docker is an archive, so that route is among them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.append import registry
+from benchmarks.image import build, copy_context, docker
+from chatterbox_prewarm.bench.starts import machine
+from chatterbox_prewarm.errors import BadInputError, EngineError, error_with_code
+from chatterbox_prewarm.image.compose import resolve
+from chatterbox_prewarm.image.engines.connect import connect
+from chatterbox_prewarm.image.oci import config_descriptor, to_documents
+from chatterbox_prewarm.image.oci_layout import Layout
+from chatterbox_prewarm.image.references import parse
+from chatterbox_prewarm.image.registry.client import Repository
+from chatterbox_prewarm.system.process import run as run_process
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+#: Of all images here: a name before the colon, which podman calls localhost/NAME.
+_NAME = "chatterbox-prewarm-bench"
+_DEPS, _COLD = f"{_NAME}:deps", f"{_NAME}:cold"
+#: Bytes of the image with the packages in podman, and of what podman spools for it.
+_ROOM = 16_000_000_000
+
+
+def run(checkout: Path, *, say: Callable[[str], None]) -> dict[str, Any]:
+    """Bake once, and bring the state into an image by each route.
+
+    Args:
+        checkout: of this project.
+        say: called with one line for each step.
+
+    Returns:
+        the machine, the engines, and for each route its seconds, the diff id of the warm layer as the engine has it,
+        and whether a container of the image missed nothing.
+
+    Raises:
+        BadInputError: there is no Dockerfile.
+        EngineError: an engine, a registry or the room is missing; or a step failed.
+    """
+    if not (checkout / "Dockerfile").is_file():
+        raise BadInputError(f"{checkout} has no Dockerfile", next_step="name a checkout of this project")
+    with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-bench-") as scratch:
+        if (free := shutil.disk_usage(scratch).free) < _ROOM:
+            raise EngineError(
+                f"{scratch} has {free / 1e9:.0f} GB left, and the routes need about {_ROOM / 1e9:.0f}",
+                next_step="make room, or set TMPDIR to another place",
+            )
+        context = copy_context(checkout, Path(scratch) / "context")
+        with contextlib.ExitStack() as stack:
+            versions = {}
+            for name in ("docker", "podman"):
+                engine = stack.enter_context(contextlib.closing(connect(name)))
+                versions[name] = engine.facts.version
+                stack.callback(_forget, name)
+            routes = _Routes(context=context, scratch=Path(scratch), say=say)
+            found = routes.run()
+            return {"machine": machine(), "engines": versions, "routes": found, "seconds": routes.seconds}
+
+
+class _Routes:
+    """All routes, one after another.
+
+    Args:
+        context: a copy of the checkout.
+        scratch: a folder for archives, layouts and the state.
+        say: called with one line for each step.
+    """
+
+    def __init__(self, *, context: Path, scratch: Path, say: Callable[[str], None]) -> None:
+        self._context = context
+        self._scratch = scratch
+        self._say = say
+        self._warm = scratch / "warm"
+        #: Of what is done once for several routes.
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """Every route's result, by its name."""
+        found = {}
+        with self._timed("the stage deps, of BuildKit"):
+            build(self._context, _DEPS, ["--target", "deps"])
+        deps = ("--build-arg", f"DEPS={_DEPS}")
+        found["classic builder"] = self._build("classic", *deps, "--builder", "classic", "--route", "dockerfile")
+        found["BuildKit"] = self._build("buildkit")
+        with self._timed("the stage deps, for podman"):
+            give_to_podman(_DEPS)
+        found["podman"] = self._build("podman", *deps, engine="podman")
+        layout = Layout(self._scratch / "layout")
+        base, target = f"oci:{layout.path}:cold", f"oci:{layout.path}:warm"
+        with self._timed("the stage cold, of podman"):
+            _do("podman", "build", *_build_arguments(*deps), "--target", "cold", "--tag", _COLD, str(self._context))
+            _put_base(layout, "cold")
+        # Podman calls an image after the path of its layout; a relative one is a name for sure.
+        found["OCI layout"] = self._append("layout", base, target, ["oci:layout:warm"])
+        with registry(self._scratch) as address:
+            base, target = f"{address}/{_NAME}:cold", f"{address}/{_NAME}:warm"
+            _link_into_registry(layout, self._scratch / "storage", base)
+            found["registry"] = self._append("registry", base, target, ["--tls-verify=false", target])
+        return found
+
+    def _build(self, name: str, *arguments: str, engine: str = "docker") -> dict[str, Any]:
+        """`build` by one route; the state is baked by the first."""
+        evidence = self._scratch / f"{name}.json"
+        started = time.monotonic()
+        _cli(
+            *("build", "--replace", "--engine", engine, "--evidence", str(evidence), "--tag", _tag(name)),
+            *("--checkout", str(self._context), "--warm", str(self._warm), "--profile", "eager", "--levels", "1"),
+            *_build_arguments(*arguments),
+        )
+        return self._result(name, engine, evidence, started)
+
+    def _append(self, name: str, base: str, target: str, fetch: Sequence[str]) -> dict[str, Any]:
+        """`append` to a place, then fetch the image from there with podman and prove it."""
+        evidence = self._scratch / f"{name}.json"
+        started = time.monotonic()
+        self._say(f"append to {target}")
+        printed = _cli("append", "--base", base, "--to", target, "--warm", str(self._warm))
+        appended = time.monotonic()
+        image = _do("podman", "pull", "--quiet", *fetch, cwd=self._scratch).strip()
+        _do("podman", "untag", image)
+        _do("podman", "tag", image, _tag(name))
+        fetched = time.monotonic()
+        _cli("prove", "--image", _tag(name), "--engine", "podman", "--evidence", str(evidence))
+        sent = re.search(r"(\d+) blobs sent", printed)
+        return {
+            **self._result(name, "podman", evidence, started),
+            "blobs_sent": int(sent[1]) if sent else None,
+            "append_seconds": round(appended - started, 1),
+            "fetch_seconds": round(fetched - appended, 1),
+            "prove_seconds": round(time.monotonic() - fetched, 1),
+        }
+
+    def _result(self, name: str, engine: str, evidence: Path, started: float) -> dict[str, Any]:
+        """What the engine has, and what was proven of it."""
+        seconds = time.monotonic() - started
+        with contextlib.closing(connect(engine)) as connected:
+            image = connected.image(_tag(name))
+        proof = json.loads(evidence.read_text(encoding="utf-8"))
+        found = {
+            "engine": engine,
+            "warm_layer": image.diff_ids[-1],
+            "set_digest": proof["set_digest"],
+            "passed": proof["passed"],
+            "checks": len(proof["checks"]),
+            "seconds": round(seconds, 1),
+        }
+        self._say(f"{name}: {found['warm_layer']}, {'proven' if found['passed'] else 'NOT PROVEN'}, {seconds:.0f} s")
+        return found
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        self._say(what)
+        started = time.monotonic()
+        yield
+        self.seconds[what] = round(time.monotonic() - started, 1)
+
+
+def table(found: dict[str, Any]) -> str:
+    """The report for people."""
+    return "\n".join(
+        f"{name:16} {route['warm_layer']} {'proven' if route['passed'] else 'NOT PROVEN'} {route['seconds']:6.1f} s"
+        for name, route in found["routes"].items()
+    )
+
+
+def _tag(name: str) -> str:
+    return f"{_NAME}:{name}"
+
+
+def _build_arguments(*more: str) -> list[str]:
+    """Of an engine's build and of ours: a mini checkpoint, and what the network here needs."""
+    bundle = "" if "classic" in more else os.environ.get("SSL_CERT_FILE", "")
+    secret = ("--secret", f"id=ca,src={bundle}") if bundle else ()
+    return ["--network=host", *secret, "--build-arg", "WEIGHTS=synthetic", "--build-arg", "SIZE=mini", *more]
+
+
+def give_to_podman(image: str) -> None:
+    """Copy an image of Docker's as one layer, with the settings of its Dockerfile.
+
+    Half of what an archive of `docker save` takes in time and room.
+
+    Raises:
+        EngineError: there is no such image, or one of the engines failed.
+    """
+    settings = json.loads(_do(docker(), "image", "inspect", image))[0]["Config"]
+    lines = [f"ENV {variable}" for variable in settings["Env"]]
+    lines += [
+        f"{word} {json.dumps(value) if isinstance(value, list) else value}"
+        for word, value in (
+            ("ENTRYPOINT", settings.get("Entrypoint")),
+            ("CMD", settings.get("Cmd")),
+            ("USER", settings.get("User")),
+            ("WORKDIR", settings.get("WorkingDir")),
+        )
+        if value
+    ]
+    changes = [word for line in lines for word in ("--change", line)]
+    container = _do(docker(), "create", image, "true").strip()
+    try:
+        exporting = [docker(), "export", container]
+        importing = ["podman", "import", "--quiet", *changes, "-", image]
+        with subprocess.Popen(exporting, stdout=subprocess.PIPE) as source:
+            imported = subprocess.run(importing, stdin=source.stdout, stdout=subprocess.DEVNULL, check=False)
+        if source.returncode or imported.returncode:
+            raise EngineError(f"{image} cannot be copied to podman", next_step="see what both said above")
+    finally:
+        _do(docker(), "rm", container)
+
+
+def _put_base(layout: Layout, tag: str) -> None:
+    """Put podman's stage `cold` into a layout, its layers as empty files.
+
+    Podman has them, and reads of a layout or a registry only what it has not, as `PodmanEngine.load` uses as well; so
+    gigabytes need not be copied to see that what is new gets there.
+    """
+    with contextlib.closing(connect("podman")) as engine:
+        image = engine.image(_COLD)
+    document, config, raw = to_documents(image)
+    layout.put_blob(config, lambda: contextlib.closing(BytesIO(raw)))
+    for layer in image.layers:
+        kind, _, name = layer.digest.partition(":")
+        (layout.path / "blobs" / kind / name).touch()
+    layout.put_manifest(document, tag)
+
+
+def _link_into_registry(layout: Layout, storage: Path, reference: str) -> None:
+    """Put the one image of a layout into a registry's storage, by hard links to its blobs.
+
+    The places are those of distribution's file system driver.
+    """
+    named = parse(reference)
+    document = layout.read_manifest(named.tag)
+    image = resolve(layout, named.tag)
+    digests = [config_descriptor(document).digest, *(layer.digest for layer in image.layers)]
+    root = storage / "docker" / "registry" / "v2"
+    for digest in digests:
+        kind, _, name = digest.partition(":")
+        blob = root / "blobs" / kind / name[:2] / name / "data"
+        link = root / "repositories" / named.repository / "_layers" / kind / name / "link"
+        for path in (blob, link):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if not blob.exists():
+            os.link(layout.path / "blobs" / kind / name, blob)
+        link.write_text(digest, encoding="ascii")
+    with Repository(named) as repository:
+        repository.put_manifest(document, named.tag)
+
+
+def _cli(*arguments: str) -> str:
+    return _do(sys.executable, "-m", "chatterbox_prewarm", *arguments)
+
+
+def _do(*command: str, cwd: Path | None = None) -> str:
+    """Run a command, in a folder; what it printed.
+
+    Raises:
+        PrewarmError: it failed.
+    """
+    finished = run_process(command, cwd=cwd)
+    if finished.returncode != 0:
+        raise error_with_code(
+            finished.returncode, f"{command[0]!r} ended with status {finished.returncode}", "see what it said above"
+        )
+    return finished.stdout
+
+
+def _forget(engine: str) -> None:
+    """Remove what was named on an engine."""
+    program = docker() if engine == "docker" else "podman"
+    listed = run_process([program, "images", "--format", "{{.Repository}}:{{.Tag}}", _NAME]).stdout.split()
+    if listed:
+        run_process([program, "rmi", "--force", *listed])

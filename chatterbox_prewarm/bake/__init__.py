@@ -1,0 +1,1 @@
+"""Bake: create a warm state on the machine that it is for."""

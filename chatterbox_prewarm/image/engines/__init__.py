@@ -1,0 +1,1 @@
+"""Container engines: Docker and podman."""

@@ -1,0 +1,1 @@
+"""The model: from text to tokens, to a mel spectrogram, to audio."""

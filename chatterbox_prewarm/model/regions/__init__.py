@@ -1,0 +1,1 @@
+"""Regions: parts of the model that are compiled separately."""

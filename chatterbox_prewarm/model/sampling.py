@@ -1,0 +1,31 @@
+"""How speech tokens are sampled. Importing this module does not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.system.limits import SAMPLING
+
+#: Upstream's own bound in `ChatterboxTTS.generate`: 40 s of audio.
+MAX_NEW_TOKENS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How speech tokens are sampled; the defaults are upstream's."""
+
+    temperature: float = 0.8
+    cfg_weight: float = 0.5
+    exaggeration: float | None = None
+    repetition_penalty: float = 1.2
+    min_p: float = 0.05
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in SAMPLING.items():
+            value = getattr(self, name)
+            if value is None and name == "exaggeration":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise BadInputError(f"{name} is {value!r}", next_step=f"give a number from {low} to {high}")

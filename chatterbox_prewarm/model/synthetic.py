@@ -1,0 +1,160 @@
+"""Checkpoints of random weights: real architecture and sizes, no speech. For tests, demos and closed networks.
+
+The files have the names, keys, dtypes and shapes of the published ones; `mini` keeps fewer layers of each stack.
+The vocabulary of the tokenizer is characters instead of the trained merges, and the voice is random.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import string
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from chatterbox_prewarm.errors import BadInputError, from_os_error
+from chatterbox_prewarm.model.lean_imports import import_chatterbox
+from chatterbox_prewarm.model.variants.english import make_t3, shorten_s3gen
+from chatterbox_prewarm.system.atomic_files import put_in_place, staging_folder
+from chatterbox_prewarm.system.locks import exclusive_lock
+from chatterbox_prewarm.weights.record import RECORD_NAME, Synthetic, WeightsRecord, read_record, record
+from chatterbox_prewarm.weights.variants import ENGLISH
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+SIZES = ("full", "mini")
+REPOSITORY = "synthetic"
+
+#: Length of the random voice prompt in S3 speech tokens (25 a second); a published voice has up to 10 s.
+_PROMPT_TOKENS = 75
+
+
+@contextlib.contextmanager
+def shortened_upstream(synthetic: Synthetic | None) -> Iterator[None]:
+    """Have upstream's own loading construct as few layers as a shortened checkpoint has; for rehearsals and tests."""
+    if synthetic is None or synthetic.t3_layers is None or synthetic.s3gen_blocks is None:
+        yield
+        return
+    from chatterbox import tts
+
+    full_t3, full_s3gen, blocks = tts.T3, tts.S3Gen, synthetic.s3gen_blocks
+
+    def s3gen() -> nn.Module:
+        model: nn.Module = full_s3gen()
+        shorten_s3gen(model, blocks)
+        return model
+
+    tts.T3, tts.S3Gen = lambda: make_t3(synthetic.t3_layers), s3gen
+    try:
+        yield
+    finally:
+        tts.T3, tts.S3Gen = full_t3, full_s3gen
+
+
+def synthesize(directory: Path, *, size: str, seed: int) -> WeightsRecord:
+    """Write a checkpoint of random weights into `directory`, replacing one that is there.
+
+    Args:
+        directory: made if it does not exist; the files appear in it all at once.
+        size: "full" (3.2 GB, the published architecture) or "mini" (two layers a stack).
+        seed: of torch's generator; the same seed gives the same bytes with the same torch.
+
+    Raises:
+        BadInputError: an unknown size, or a place that cannot be written.
+    """
+    if size not in SIZES:
+        raise BadInputError(f"there is no synthetic size {size!r}", next_step=f"choose one of: {', '.join(SIZES)}")
+    layers = None if size == "full" else 2
+    synthetic = Synthetic(size=size, seed=seed, t3_layers=layers, s3gen_blocks=layers)
+    directory = Path(os.path.abspath(directory))  # noqa: PTH100 - "." has no name of its own, and a link stays a link
+    import_chatterbox()
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if directory.is_dir() and any(directory.iterdir()) and not (directory / RECORD_NAME).exists():
+            raise BadInputError(
+                f"{directory} holds something else than a checkpoint", next_step="name an empty or a new directory"
+            )
+        if (directory / RECORD_NAME).exists() and read_record(directory).synthetic is None:
+            raise BadInputError(
+                f"{directory} holds a checkpoint that is not synthetic", next_step="name another directory"
+            )
+        with exclusive_lock(directory), staging_folder(directory) as staging:
+            _write(staging, synthetic)
+            made = record(
+                staging, variant=ENGLISH, repository=REPOSITORY, revision=f"{size}-seed-{seed}", synthetic=synthetic
+            )
+            put_in_place(staging, directory)
+    except OSError as error:
+        raise from_os_error(error, "writing the synthetic weights") from error
+    except SafetensorError as error:  # what the system said of a write is inside its message alone
+        raise BadInputError(
+            f"writing the synthetic weights: {error}", next_step="free some space there, or name another place"
+        ) from error
+    return made
+
+
+def _write(directory: Path, synthetic: Synthetic) -> None:
+    from chatterbox.models.s3gen import S3Gen
+    from chatterbox.models.voice_encoder import VoiceEncoder
+    from chatterbox.tts import Conditionals, T3Cond
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(synthetic.seed)
+        logger.info("making random weights: T3")
+        _save(make_t3(synthetic.t3_layers), directory / "t3_cfg.safetensors")
+        logger.info("making random weights: S3Gen")
+        s3gen = S3Gen()
+        if synthetic.s3gen_blocks is not None:
+            shorten_s3gen(s3gen, synthetic.s3gen_blocks)
+        _save(s3gen, directory / "s3gen.safetensors")
+        logger.info("making random weights: voice encoder")
+        _save(VoiceEncoder(), directory / "ve.safetensors")
+        voice = Conditionals(
+            T3Cond(
+                speaker_emb=torch.nn.functional.normalize(torch.randn(1, 256)),
+                cond_prompt_speech_tokens=torch.randint(0, 6561, (1, 150)),
+                emotion_adv=0.5 * torch.ones(1, 1, 1),
+            ),
+            {
+                "prompt_token": torch.randint(0, 6561, (1, _PROMPT_TOKENS)),
+                "prompt_token_len": torch.tensor([_PROMPT_TOKENS]),
+                "prompt_feat": torch.randn(1, 2 * _PROMPT_TOKENS, 80) - 5.0,  # log-mel values lie around -5
+                "prompt_feat_len": None,
+                "embedding": torch.randn(1, 192),
+            },
+        )
+        pickled = io.BytesIO()
+        voice.save(pickled)
+        (directory / ENGLISH.builtin_voice).write_bytes(pickled.getvalue())
+    (directory / "tokenizer.json").write_text(_character_tokenizer(), encoding="utf-8")
+
+
+def _save(module: nn.Module, path: Path) -> None:
+    save_file({name: tensor.detach().contiguous().clone() for name, tensor in module.state_dict().items()}, path)
+
+
+def _character_tokenizer() -> str:
+    """A tokenizer of single characters with upstream's special tokens at upstream's ids."""
+    from tokenizers import Tokenizer, models
+
+    letters = string.ascii_letters + string.digits + string.punctuation
+    vocabulary = {token: index for index, token in enumerate(["[STOP]", "[UNK]", "[SPACE]", *letters])}
+    # The trained vocabulary has 704 entries; those without a character here only keep the numbering dense.
+    vocabulary |= {f"[{index}]": index for index in range(len(vocabulary), 704)}
+    del vocabulary["[255]"]
+    vocabulary["[START]"] = 255
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="[UNK]"))  # noqa: S106 - no password
+    tokenizer.add_special_tokens(["[STOP]", "[UNK]", "[SPACE]", "[START]"])
+    return json.dumps(json.loads(tokenizer.to_str()), indent=1, sort_keys=True)

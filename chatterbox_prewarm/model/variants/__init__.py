@@ -1,0 +1,1 @@
+"""The Chatterbox model variants, one module each."""

@@ -1,0 +1,1 @@
+"""Prove: show in a fresh process that a start hits every cache."""

@@ -1,0 +1,1 @@
+"""Voices that users add at run time."""

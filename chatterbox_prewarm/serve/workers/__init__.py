@@ -1,0 +1,1 @@
+"""Worker processes: one loaded model each."""

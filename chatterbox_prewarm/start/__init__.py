@@ -1,0 +1,1 @@
+"""Start: prepare the process, then attach the model and its warm state."""

@@ -1,0 +1,1 @@
+"""Warm states: their manifest, their signature, and whether they fit a machine."""

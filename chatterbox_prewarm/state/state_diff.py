@@ -1,0 +1,101 @@
+"""The difference between two warm states, from their manifests alone, in words."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from chatterbox_prewarm.system.fingerprint import ABSENT, contrast, words_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from chatterbox_prewarm.model.profiles import Execution
+    from chatterbox_prewarm.state.manifest import FamilyEntry, Manifest, Reference
+
+#: How many files of a kind are named.
+_NAMED = 3
+
+
+def differences(one: Manifest, other: Manifest) -> list[str]:
+    """What of the second manifest is not as in the first, a line each; empty when they are for and hold the same.
+
+    In this order: weights, variant, execution, fingerprint, families with their bytes, files and requirements, voices,
+    and the reference synthesis. When, by which version, on what texts and in what time they were baked does not count.
+    """
+    return [
+        *_weights(one, other),
+        *_changed("variant", one.variant, other.variant),
+        *_fields("execution", one.execution, other.execution),
+        *_facts("", one.fingerprint, other.fingerprint),
+        *(line for name in _names(one, other) for line in _family(name, one.family(name), other.family(name))),
+        *_only("voices", one.voices, other.voices),
+        *_fields("reference", one.reference, other.reference),
+    ]
+
+
+def _changed(what: str, one: str, other: str) -> list[str]:
+    if one == other:
+        return []
+    before, after = contrast(one, other)
+    return [f"{what}: {before} → {after}"]
+
+
+def _only(what: str, one: Iterable[str], other: Iterable[str]) -> list[str]:
+    removed, added = sorted({*one} - {*other}), sorted({*other} - {*one})
+    return [
+        f"{what}: {count} {kind}: {names}" for count, kind, names in _counts(("removed", removed), ("added", added))
+    ]
+
+
+def _counts(*kinds: tuple[str, list[str]]) -> Iterator[tuple[int, str, str]]:
+    for kind, names in kinds:
+        if names:
+            more = ", ..." if len(names) > _NAMED else ""
+            yield len(names), kind, ", ".join(names[:_NAMED]) + more
+
+
+def _weights(one: Manifest, other: Manifest) -> list[str]:
+    before, after = one.weights, other.weights
+    return [
+        *_changed("weights: repository", before.repository, after.repository),
+        *_changed("weights: revision", before.revision, after.revision),
+        *_changed("weights: set digest", before.set_digest, after.set_digest),
+    ]
+
+
+def _facts(prefix: str, one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """Differing facts, in the order of the first, then those that only the second has."""
+    return [
+        line
+        for name in dict.fromkeys([*one, *other])
+        for line in _changed(f"{prefix}{words_for(name)}", one.get(name, ABSENT), other.get(name, ABSENT))
+    ]
+
+
+def _names(one: Manifest, other: Manifest) -> list[str]:
+    return list(dict.fromkeys(family.name for family in (*one.families, *other.families)))
+
+
+def _family(name: str, one: FamilyEntry | None, other: FamilyEntry | None) -> list[str]:
+    if one is None or other is None:
+        family, which = (one, "first") if one is not None else (other, "second")
+        size = 0 if family is None else family.size
+        return [f"{name}: only in the {which} state, {size:,} bytes"]
+    before, after = ({file.path: file.sha256 for file in family.files} for family in (one, other))
+    changed = sorted(path for path in {*before} & {*after} if before[path] != after[path])
+    return [
+        *_changed(f"{name}: bytes", f"{one.size:,}", f"{other.size:,}"),
+        *_only(f"{name}: files", before, after),
+        *(f"{name}: files: {count} {kind}: {names}" for count, kind, names in _counts(("changed", changed))),
+        *_facts(f"{name}: requires ", one.requires, other.requires),
+    ]
+
+
+def _fields(what: str, one: Execution | Reference, other: Execution | Reference) -> list[str]:
+    """The fields in which two records of one kind differ."""
+    return [
+        line
+        for field in fields(one)
+        for line in _changed(f"{what}: {field.name}", str(getattr(one, field.name)), str(getattr(other, field.name)))
+    ]

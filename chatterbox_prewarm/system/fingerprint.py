@@ -1,0 +1,260 @@
+"""What this machine and its software are, as far as any cache family's reuse depends on it.
+
+Read without importing torch: `prepare` compares fingerprints before any of the heavy packages is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import itertools
+import logging
+import os
+import platform
+import re
+import sys
+import sysconfig
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
+
+ABSENT = "absent"
+
+#: The fields that are a machine's own; all others are of the software, which an image brings along.
+MACHINE = ("arch", "cpu_model", "cpu_features", "instruction_set", "gpu", "compute_capability", "driver")
+
+#: Flags of the kernel's that `-march=native` turns into instructions; the others come and go with kernels and settings.
+_CODE = re.compile(
+    r"sse\d?|sse4_[12]|ssse3|avx|avx2|avx_\w+|avx512\w*|avx10\w*|amx_\w+|fma|f16c|bmi[12]|abm|popcnt|movbe|adx|gfni|vaes"
+    r"|aes|vpclmulqdq|pclmulqdq|sha_ni|asimd\w*|sve\w*|sme\w*|bf16|i8mm|fphp"
+)
+
+#: Characters of a value that is shown in full.
+_LONG = 96
+
+#: What each field is called when a difference is explained to a person.
+_WORDS = {
+    "arch": "processor architecture",
+    "cpu_model": "CPU model",
+    "cpu_features": "CPU features",
+    "instruction_set": "CPU instruction set",
+    "gpu": "GPU",
+    "compute_capability": "GPU compute capability",
+    "driver": "GPU driver",
+    "python": "Python",
+    "site_packages": "place of the Python packages",
+    "chatterbox": "chatterbox source",
+    "weights": "weights",
+    "variant": "model variant",
+    "regions": "source of the regions",
+    "cache": "cache path",
+    "device": "device",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """A machine and its software.
+
+    `cpu_features` are the kernel's flags, sorted, joined by spaces, and `instruction_set` those of them that a compiler
+    makes code for; `chatterbox` is the SHA-256 over the sources of
+    the installed package (its version does not tell: upstream's main branch and its release share one), and the
+    other package fields are versions.
+    """
+
+    arch: str
+    cpu_model: str
+    cpu_features: str
+    instruction_set: str
+    gpu: str
+    compute_capability: str
+    driver: str
+    python: str
+    site_packages: str
+    torch: str
+    torchaudio: str
+    triton: str
+    transformers: str
+    numba: str
+    llvmlite: str
+    librosa: str
+    chatterbox: str
+
+    def fields(self) -> dict[str, str]:
+        """The fingerprint as a mapping of field to value."""
+        return asdict(self)
+
+
+def read_fingerprint(device: str = "cpu") -> Fingerprint:
+    """Read the fingerprint of this machine and of the packages that this interpreter would import.
+
+    Args:
+        device: as torch takes it; which of several GPUs is read. Without a number, and for a CPU, the first.
+    """
+    model, features = _cpu()
+    number = device.partition(":")[2]
+    gpu, capability, driver = _gpu(int(number) if number.isdecimal() else 0)
+    return Fingerprint(
+        arch=platform.machine(),
+        cpu_model=model,
+        cpu_features=features,
+        instruction_set=" ".join(flag for flag in features.split() if _CODE.fullmatch(flag)),
+        gpu=gpu,
+        compute_capability=capability,
+        driver=driver,
+        python=f"{sys.implementation.cache_tag} {platform.python_version()}",
+        site_packages=sysconfig.get_paths()["purelib"],
+        torch=_version("torch"),
+        torchaudio=_version("torchaudio"),
+        triton=_version("triton"),
+        transformers=_version("transformers"),
+        numba=_version("numba"),
+        llvmlite=_version("llvmlite"),
+        librosa=_version("librosa"),
+        chatterbox=package_digest("chatterbox"),
+    )
+
+
+def device_kind(device: str) -> str:
+    """The kind of a torch device: "cpu" or "cuda"."""
+    return device.partition(":")[0]
+
+
+def explain(recorded: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
+    """Say in words where `current` differs from `recorded`, one sentence for each field, in the order of `recorded`."""
+    sentences = []
+    for name, value in recorded.items():
+        if (here := current.get(name, ABSENT)) != value:
+            baked, found = contrast(value, here)
+            sentences.append(f"{words_for(name)}: baked with {baked}, here {found}")
+    return sentences
+
+
+def words_for(name: str) -> str:
+    """What a fact is called when it is explained to a person."""
+    if name.startswith("source:"):
+        return f"source file {name.removeprefix('source:')}"
+    return _WORDS.get(name, name)
+
+
+def contrast(one: str, other: str) -> tuple[str, str]:
+    """Two values that differ, short enough to be read: of long lists of words, what only one of the two has."""
+    words, others = one.split(), other.split()
+    if max(len(one), len(other)) > _LONG and min(len(words), len(others)) > 1:
+        one = " ".join(["...", *(word for word in words if word not in set(others))])
+        other = " ".join(["...", *(word for word in others if word not in set(words))])
+    return _short(one), _short(other)
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= _LONG else value[: _LONG - 3] + "..."
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ABSENT
+
+
+@lru_cache(maxsize=8)
+def package_digest(package: str) -> str:
+    """SHA-256 over the Python sources of a package, found without importing it; `absent` if there is none."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return ABSENT
+    root = Path(next(iter(spec.submodule_search_locations)))
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _cpu() -> tuple[str, str]:
+    """Model name and sorted flags, from the kernel; on Arm the kernel names no model but has `Features`."""
+    model, features = ABSENT, ""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or ABSENT, features
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        match key.strip():
+            case "model name":
+                model = value.strip()
+            case "flags" | "Features":
+                features = " ".join(sorted(value.split()))
+            case _:
+                continue
+        if model != ABSENT and features:
+            break
+    return model, features
+
+
+def _gpu(number: int) -> tuple[str, str, str]:
+    """Product name, compute capability and driver version of a GPU, from NVML; `absent` thrice without one.
+
+    Args:
+        number: among those that this process may use, as torch counts them. CUDA counts GPUs of different kinds in an
+            order of its own unless CUDA_DEVICE_ORDER is PCI_BUS_ID; NVML knows that order alone.
+    """
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ABSENT, ABSENT, ABSENT
+    try:  # a driver that was upgraded under a running system answers only in part
+        handle = _visible_gpu(pynvml, number)
+        if handle is None:
+            return ABSENT, ABSENT, str(pynvml.nvmlSystemGetDriverVersion())
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        return str(pynvml.nvmlDeviceGetName(handle)), f"{major}.{minor}", str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError as error:
+        logger.warning("NVML: %s; going on as if there was no GPU", error)
+        return ABSENT, ABSENT, ABSENT
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def visible_gpus() -> int:
+    """How many GPUs this process may use, as torch counts them; 0 where NVML finds none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return 0
+    try:
+        return next(number for number in itertools.count() if _visible_gpu(pynvml, number) is None)
+    except pynvml.NVMLError as error:
+        logger.warning("NVML: %s; going on as if there was no GPU", error)
+        return 0
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _visible_gpu(nvml: Any, number: int) -> Any:
+    """NVML's handle of the GPU that CUDA gives this number, or None."""
+    count = nvml.nvmlDeviceGetCount()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index) for index in range(count)] if visible is None else [name.strip() for name in visible.split(",")]
+    if number >= len(names) or not names[number]:
+        return None
+    name = names[number]
+    if name.isdecimal():
+        return nvml.nvmlDeviceGetHandleByIndex(int(name)) if int(name) < count else None
+    # CUDA takes the beginning of a UUID, NVML the whole.
+    for index in range(count):
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        if str(nvml.nvmlDeviceGetUUID(handle)).startswith(name):
+            return handle
+    return nvml.nvmlDeviceGetHandleByUUID(name)  # a part of a GPU (MIG), which is not among them

@@ -1,0 +1,1 @@
+"""Checkpoints: the known variants, fetching, recording and verifying."""

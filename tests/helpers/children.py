@@ -1,0 +1,237 @@
+"""What a test runs in a process of its own, because it changes the process or must see what it imports.
+
+`call` starts one of `PROGRAMS` and returns what it reported; an error of ours is raised again in the test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm.system.json_subprocess import parse_report, report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+TIMEOUT = 60.0
+HEAVY = ("torch", "numba", "transformers", "librosa", "numpy", "model_signing", "sigstore", "cryptography")
+
+
+def start(program: str, arguments: Mapping[str, Any], env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start a program of this file; its standard output is a pipe."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **(env or {}),
+    }
+    command = [sys.executable, str(Path(__file__)), json.dumps({"program": program, **arguments})]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def call(program: str, *, env: Mapping[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
+    """Run a program of this file to its end and return its report, or raise the error that it reported."""
+    with start(program, arguments, env) as process:
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return parse_report(output, process.returncode)
+
+
+def fingerprint() -> dict[str, Any]:
+    from chatterbox_prewarm.system.fingerprint import read_fingerprint
+
+    return {"fields": read_fingerprint().fields(), "heavy": [name for name in HEAVY if name in sys.modules]}
+
+
+def host_facts() -> dict[str, Any]:
+    from chatterbox_prewarm.state import node_facts as hosts
+
+    return {"facts": hosts.host_facts(), "heavy": [name for name in HEAVY if name in sys.modules]}
+
+
+def prepare(
+    *,
+    warm: str,
+    weights: str,
+    cache: str,
+    policy: str,
+    imports: tuple[str, ...] = (),
+    key: str | None = None,
+    signature: str | None = None,
+    expected_digest: str | None = None,
+) -> dict[str, Any]:
+    from chatterbox_prewarm.start.prepare import prepare as prepare_state
+
+    opened: list[str] = []
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]).startswith(f"{warm}/"):
+            opened.append(str(arguments[0]).removeprefix(f"{warm}/"))
+
+    sys.addaudithook(watch)
+    prepared = prepare_state(
+        Path(warm),
+        Path(weights),
+        cache=Path(cache),
+        policy=policy,
+        key=Path(key) if key else None,
+        signature=Path(signature) if signature else None,
+        expected_digest=expected_digest,
+    )
+    for name in imports:
+        __import__(name)
+    return {
+        "usable": list(prepared.usable),
+        "has_manifest": prepared.manifest is not None,
+        "metrics": prepared.metrics.to_dict(),
+        "environment": {
+            name: os.environ.get(name) for name in ("NUMBA_CACHE_DIR", "NUMBA_CPU_NAME", "HF_HUB_OFFLINE", "HF_HOME")
+        },
+        "heavy": [name for name in HEAVY if name in sys.modules],
+        "opened": opened,
+    }
+
+
+def sign(*, warm: str, key: str) -> dict[str, Any]:
+    from chatterbox_prewarm.proof import probes
+    from chatterbox_prewarm.state.signing import sign as sign_state
+
+    seen = probes.install(Path(warm))
+    signature = sign_state(Path(warm), Path(key))
+    return {"signature": str(signature), "network": seen.network, "programs": seen.programs, "writes": seen.writes}
+
+
+def import_from_pack(*, pack: str, imports: list[str]) -> dict[str, Any]:
+    from chatterbox_prewarm.families import bytecode
+    from chatterbox_prewarm.system.metrics import WarmupMetrics
+
+    metrics, imported = WarmupMetrics(), set[str]()
+    for name in imports:
+        sys.modules.pop(name, None)
+    bytecode.is_packed("", "")  # imports what it needs itself
+    __import__("heapq")  # what `sched` imports; only the modules of the test are counted
+    bytecode.install(bytecode.Pack(Path(pack)) if pack else None, metrics, imported)
+    modules = [__import__(name) for name in imports]
+    return {
+        "metrics": metrics.to_dict(),
+        "imported": sorted(imported),
+        "public": {module.__name__: sorted(name for name in vars(module) if name[0] != "_") for module in modules},
+    }
+
+
+def probed(*, warm: str, action: str) -> dict[str, Any]:
+    """Do one thing that a warm process must not do and return what the probes saw."""
+    from chatterbox_prewarm.proof import probes
+
+    baked = Path(warm)
+    descriptor = socket.socket()
+    actions: dict[str, Callable[[], object]] = {
+        "nothing": (baked / "kept").read_bytes,
+        "write elsewhere": lambda: (baked.parent / "elsewhere").write_text("x"),
+        "write": lambda: (baked / "new").write_text("x"),
+        "append": lambda: (baked / "kept").open("ab").close(),
+        "make a folder": (baked / "folder").mkdir,
+        "remove": (baked / "kept").unlink,
+        "rename into": lambda: (baked.parent / "outside").rename(baked / "inside"),
+        "truncate": lambda: os.truncate(baked / "kept", 0),
+        "chmod": lambda: (baked / "kept").chmod(0o600),
+        "chmod the root": lambda: baked.chmod(0o700),
+        "getaddrinfo": lambda: socket.getaddrinfo("127.0.0.1", 9),
+        "gethostbyname": lambda: socket.gethostbyname("127.0.0.1"),
+        "connect": lambda: descriptor.connect_ex(("127.0.0.1", 9)),
+        "Popen": lambda: subprocess.run(["gcc", "--version"], stdout=subprocess.DEVNULL),
+        "Popen with bytes": lambda: subprocess.run([b"/nonexistent/gcc"]),
+        "Popen of a shell": lambda: subprocess.run("cd / && (/nonexistent/gcc x.c)", shell=True, stderr=-3),
+        "os.system": lambda: os.system("/nonexistent/gcc -c main.c 2> /dev/null"),
+    }
+    seen = probes.install(baked)
+    with descriptor, contextlib.suppress(OSError):
+        actions[action]()
+    return {"network": seen.network, "programs": seen.programs, "writes": seen.writes}
+
+
+def fetch(*, directory: str, repository: str, files: list[str], tensors: list[str], revision: str) -> dict[str, Any]:
+    from chatterbox_prewarm.weights.fetch import fetch as fetch_weights
+    from chatterbox_prewarm.weights.variants import Variant
+
+    variant = Variant(
+        name="english",
+        repository=repository,
+        revision=revision,
+        files=tuple(files),
+        safetensors=tuple(tensors),
+        builtin_voice="conds.pt",
+    )
+    found = fetch_weights(Path(directory), variant=variant)
+    return {"revision": found.revision, "files": {entry.path: entry.sha256 for entry in found.files}}
+
+
+def seed_numba(*, warm: str, cache: str, times: int) -> dict[str, Any]:
+    """Seed a cache again and again, as several starts do, each time from nothing."""
+    from chatterbox_prewarm.families.numba_cache import NumbaFamily
+    from chatterbox_prewarm.system.metrics import WarmupMetrics
+
+    for _ in range(times):
+        NumbaFamily().prepare(None, Path(cache), WarmupMetrics())
+        NumbaFamily().prepare(Path(warm) / "numba", Path(cache), WarmupMetrics())
+    return {"seeded": times}
+
+
+def hold_staging(*, warm: str) -> dict[str, Any]:
+    """Act as a bake that is busy: hold the place and a sealed staging folder until killed."""
+    from chatterbox_prewarm.system.atomic_files import seal, staging_folder
+    from chatterbox_prewarm.system.locks import exclusive_lock
+
+    with exclusive_lock(Path(warm)), staging_folder(Path(warm)) as staging:
+        (staging / "family").mkdir()
+        (staging / "family" / "half").write_text("half of it")
+        seal(staging)
+        Path(warm).with_name("busy").write_text(str(staging))
+        time.sleep(TIMEOUT)
+    return {}
+
+
+def share_place(*, place: str) -> dict[str, Any]:
+    """Act as a server that started from a cache: share the place until killed."""
+    from chatterbox_prewarm.system.locks import share_lock
+
+    share_lock(Path(place))
+    share_lock(Path(place))  # a second time changes nothing
+    Path(place).with_name("busy").touch()
+    time.sleep(TIMEOUT)
+    return {}
+
+
+PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
+    function.__name__: function
+    for function in (
+        fingerprint,
+        host_facts,
+        prepare,
+        sign,
+        import_from_pack,
+        probed,
+        fetch,
+        seed_numba,
+        hold_staging,
+        share_place,
+    )
+}
+
+
+def main(program: str, **arguments: Any) -> dict[str, Any]:
+    return PROGRAMS[program](**arguments)
+
+
+if __name__ == "__main__":
+    report(main)

@@ -1,0 +1,88 @@
+"""What a run on a GPU has measured outlives a machine that is lost in the middle of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.gpu.parts import PARTS
+from benchmarks.gpu.record import Plan, Record, is_complete
+from chatterbox_prewarm.errors import ModelError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+PLAN = Plan(out="/out", device="cpu", size="mini", rounds=1)
+
+
+def content(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def test_each_step_is_written_when_it_is_done_and_not_done_again(tmp_path: Path) -> None:
+    path, calls = tmp_path / "decode.json", []
+
+    def measure(name: str) -> dict[str, Any]:
+        calls.append(name)
+        return {"of": name}
+
+    first = Record(path, PLAN, lambda _: None)
+    assert first.step("one", measure, "one") == {"of": "one"}
+    assert content(path) == {"plan": asdict(PLAN), "complete": False, "failed": {}, "steps": {"one": {"of": "one"}}}
+    again = Record(path, PLAN, lambda _: None)  # the first was cut off
+    assert again.step("one", measure, "one") == {"of": "one"}
+    again.step("two", measure, "two")
+    again.write(complete=True)
+    assert calls == ["one", "two"]
+    assert content(path)["complete"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_step_that_fails_loses_no_other_and_is_tried_again(tmp_path: Path) -> None:
+    path, said = tmp_path / "start.json", list[str]()
+
+    def fail() -> dict[str, Any]:
+        raise ModelError("no speech", next_step="none")
+
+    record = Record(path, PLAN, said.append)
+    assert record.step("bad", fail) is None
+    record.step("good", dict)
+    record.write(complete=True)
+    assert content(path) == {
+        "plan": asdict(PLAN),
+        "complete": False,
+        "failed": {"bad": "no speech"},
+        "steps": {"good": {}},
+    }
+    assert "bad failed: no speech" in said
+    again = Record(path, PLAN, said.append)
+    again.step("bad", dict)
+    again.write(complete=True)
+    assert content(path) == {"plan": asdict(PLAN), "complete": True, "failed": {}, "steps": {"bad": {}, "good": {}}}
+
+
+def test_what_another_plan_gave_counts_as_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "start.json"
+    rehearsal = Record(path, PLAN, lambda _: None)
+    rehearsal.step("one", dict)
+    rehearsal.write(complete=True)
+    assert is_complete(path, PLAN)
+    assert not is_complete(path, replace(PLAN, device="cuda"))
+    assert Record(path, replace(PLAN, rounds=3), lambda _: None).steps == {}
+    assert not is_complete(tmp_path / "absent.json", PLAN)
+
+
+def test_the_parts_and_what_is_compared_on_a_gpu() -> None:
+    assert list(PARTS) == ["env", "bake", "prove", "start", "decode", "profiles", "memory", "serve"]
+    plan = Plan(out="/out", device="cuda", size="full", rounds=3)
+    assert [(name, made.profile, made.graphs, made.t3_dtype) for name, made in plan.executions().items()] == [
+        ("eager", "eager", False, "float32"),
+        ("eager, graphs", "eager", True, "float32"),
+        ("compiled, graphs", "compiled", True, "float32"),
+        ("aot, graphs", "aot", True, "float32"),
+        ("aot, graphs, bf16", "aot", True, "bfloat16"),
+    ]
+    assert len({plan.state(name) for name in plan.executions()}) == 5

@@ -1,0 +1,193 @@
+"""The command line: what runs without torch, what the documents promise of it, and how it ends."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from chatterbox_prewarm import errors
+from chatterbox_prewarm.cli import cli
+from chatterbox_prewarm.model.profiles import default_execution
+from tests.conftest import ROOT, run_cli
+from tests.helpers.states import make_state
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import click
+
+#: Runs the command line where only the base dependencies can be imported.
+_WITHOUT_MODEL = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "torchaudio", "chatterbox", "transformers", "numba", "librosa", "numpy",
+                                      "safetensors", "soundfile", "starlette", "uvicorn", "prometheus_client"}:
+            raise ImportError(f"{name} is not part of the base installation")
+sys.meta_path.insert(0, Block())
+from chatterbox_prewarm.cli import main
+main()
+"""
+
+
+def _without_model(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    program = _WITHOUT_MODEL
+    if arguments[0] == "verify":  # which looks for that package's sources and imports nothing of it
+        program = program.replace('"chatterbox", ', "")
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    make_state(tmp_path / "warm", {"numba": {"index.nbi": b"index"}})
+    return tmp_path / "warm"
+
+
+def test_inspect_and_pack_need_no_model_packages(state: Path, tmp_path: Path) -> None:
+    shown = _without_model("inspect", "--warm", state)
+    assert shown.returncode == 0, shown.stderr
+    assert "numba" in shown.stdout
+    packed = _without_model("pack", "--warm", state, "--output", tmp_path / "layer.tar.gz")
+    assert packed.returncode == 0, packed.stderr
+    assert (tmp_path / "layer.tar.gz").stat().st_size > 0
+
+
+def test_a_command_that_needs_the_model_says_how_to_get_it(tmp_path: Path) -> None:
+    refused = _without_model("weights", "synthesize", tmp_path / "w", "--size", "mini")
+    assert refused.returncode == 15
+    assert "chatterbox-prewarm[model]" in refused.stderr
+
+
+def test_verify_and_the_proof_of_an_image_need_no_model_packages(state: Path, tmp_path: Path) -> None:
+    verified = _without_model("verify", "--warm", state, "--weights", tmp_path)
+    assert verified.returncode == 0, verified.stderr
+    assert "numba: 1 file(s) intact, fits this machine" in verified.stdout
+    refused = _without_model("prove", "--image", "no such image")
+    assert refused.returncode == 14, refused.stderr
+    fetched = _without_model("weights", "fetch", tmp_path / "weights", "--revision", "main")
+    assert fetched.returncode == 16, fetched.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.IntegrityError("changed", next_step="bake"), 12),
+        (OSError(28, "No space left on device"), 16),
+        (ValueError("unheard of"), 70),
+    ],
+)
+def test_a_program_without_a_command_line_ends_like_one(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, errors.exit_with_code():
+        raise error
+    assert ended.value.code == code
+    assert "next:" in capsys.readouterr().err
+
+
+def test_the_public_names_can_be_imported_before_torch() -> None:
+    program = "import sys; from chatterbox_prewarm import *; assert 'torch' not in sys.modules; print(len(dir()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def _commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+    found = {}
+    for name, command in group.commands.items():
+        found[f"{prefix}{name}"] = command
+        if hasattr(command, "commands"):
+            found |= _commands(command, f"{prefix}{name} ")  # type: ignore[arg-type]
+    return found
+
+
+def test_the_readme_lists_every_command_and_no_other() -> None:
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("| command |") : readme.index("Every option of `serve`")]
+    listed = {name for row in table.splitlines() if row for name in _commands_of(row)}
+    real = {name for name, command in _commands(cli).items() if not hasattr(command, "commands")}
+    assert listed == real
+
+
+def _commands_of(row: str) -> set[str]:
+    """The commands of a row; the first word of a group's row stands for all of the row's."""
+    named = re.findall(r"`([a-z0-9 -]+)`", row.split("|")[1])
+    if not named:
+        return set()
+    group, _, first = named[0].rpartition(" ")
+    return {f"{group} {name}".strip() for name in (first, *named[1:])}
+
+
+def test_every_option_of_serve_can_be_set_in_the_environment_and_help_says_so() -> None:
+    serve = _commands(cli)["serve"]
+    shown = run_cli("serve", "--help").stdout
+    assert len(serve.params) >= 12
+    for option in serve.params:
+        variable = str(option.envvar)
+        assert variable.startswith("CHATTERBOX_PREWARM_"), option.name
+        assert variable in shown.replace("\n", "").replace(" ", "")
+
+
+def test_every_exit_code_is_in_the_help_and_in_the_readme() -> None:
+    codes = {kind.exit_code for kind in errors.PrewarmError.__subclasses__()} | {errors.PrewarmError.exit_code}
+    assert codes == {10, 11, 12, 13, 14, 15, 16, 70}
+    for text in (run_cli("--help").stdout, (ROOT / "README.md").read_text()):
+        line = " ".join(text.split())
+        sentence = line[line.index("Exit codes: 0 ok") :][:200]
+        assert {int(number) for number in re.findall(r"\d+", sentence.partition("bug")[0])} == codes | {0, 2}
+
+
+def test_the_variables_of_the_kubernetes_manifests_are_options_of_serve() -> None:
+    files = [path for path in (ROOT / "k8s").rglob("kustomization.yaml") if path.parent.name != "bake"]
+    named = {name for path in files for name in re.findall(r"- (CHATTERBOX_PREWARM_\w+)=", path.read_text())}
+    assert named
+    assert named <= {str(option.envvar) for option in _commands(cli)["serve"].params}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--version"], 0), (["nonsense"], 2), (["serve", "--port", "0"], 2), (["inspect", "--warm", "/nowhere"], 12)],
+)
+def test_the_exit_code_tells_what_happened(arguments: list[str], code: int) -> None:
+    done = run_cli(*arguments)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+
+
+def test_the_evidence_of_an_earlier_proof_does_not_outlive_a_failed_one(state: Path, tmp_path: Path) -> None:
+    evidence = tmp_path / "evidence.json"
+    evidence.write_text('{"passed": true}')
+    (state / "manifest.json").unlink()
+    refused = run_cli("prove", "--warm", state, "--weights", tmp_path, "--evidence", evidence)
+    assert refused.returncode == 12, refused.stderr
+    assert not evidence.exists()
+
+
+def test_a_result_that_cannot_be_written_is_said_before_the_work(state: Path) -> None:
+    refused = run_cli("prove", "--warm", state, "--evidence", "/proc/nowhere/evidence.json")
+    assert refused.returncode == 16
+    assert "next:" in refused.stderr
+
+
+def test_graphs_are_refused_where_there_are_none(tmp_path: Path) -> None:
+    refused = run_cli("bake", "--graphs", "--warm", tmp_path / "warm", "--weights", tmp_path)
+    assert refused.returncode == 16
+    assert "no CUDA graphs" in refused.stderr
+    execution = default_execution("cuda:1")
+    assert (execution.profile, execution.graphs) == ("aot", True)
+    assert not default_execution("cuda", graphs=False).graphs
+    assert not default_execution("cpu").graphs
+
+
+def test_debug_shows_a_traceback_and_nothing_else_does(tmp_path: Path) -> None:
+    assert "Traceback" in run_cli("--debug", "inspect", "--warm", tmp_path).stderr
+    assert "Traceback" not in run_cli("inspect", "--warm", tmp_path).stderr

@@ -1,0 +1,242 @@
+"""Whether a node would hit, from an image's labels and the node's facts alone."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click.testing
+import pytest
+
+from chatterbox_prewarm.commands.nodes import report_verdict
+from chatterbox_prewarm.errors import EngineError, FingerprintMismatchError
+from chatterbox_prewarm.families.registry import applicable
+from chatterbox_prewarm.image import oci
+from chatterbox_prewarm.image.compose import platform_of, resolve
+from chatterbox_prewarm.image.labels import STATES, labels_of
+from chatterbox_prewarm.image.node_fit import judge, judge_reference
+from chatterbox_prewarm.image.oci import Descriptor, Document, Image
+from chatterbox_prewarm.system.fingerprint import ABSENT
+from tests.helpers.states import make_state_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+    from typing import BinaryIO
+
+    from chatterbox_prewarm.state.manifest import Manifest
+
+CPU = {"arch": "x86_64", "cpu_model": "any", "cpu_features": "avx sse", "instruction_set": "avx sse"}
+NO_GPU = {"gpu": ABSENT, "compute_capability": ABSENT, "driver": ABSENT}
+H100 = {"arch": "x86_64", "gpu": "NVIDIA H100", "compute_capability": "9.0", "driver": "550.54.15"}
+L4 = {"arch": "x86_64", "gpu": "NVIDIA L4", "compute_capability": "8.9", "driver": "550.54.15"}
+
+
+def complete(manifest: Manifest) -> Manifest:
+    """With all the other families that a start would use, which depend on software alone."""
+    names = [name for name in applicable("aot", "cuda") if manifest.family(name) is None]
+    more = [replace(manifest.families[0], name=name, requires={"torch": "2.6.0"}, files=()) for name in names]
+    return replace(manifest, families=(*manifest.families, *more))
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> dict[str, str]:
+    """Of an image with states for an H100 and an L4, whose software is of no host's concern."""
+    software = {"torch": "2.6.0", "site_packages": "/opt/venv", "weights": "1" * 64, "regions": "2" * 64, "cache": "/c"}
+    return labels_of(
+        [
+            complete(make_state_for(tmp_path / "states" / facts["gpu"][-2:], {**facts, **software}))
+            for facts in (H100, L4)
+        ]
+    )
+
+
+def image_of(labels: Mapping[str, str], *env: str, architecture: str = "amd64") -> Image:
+    return Image(
+        config={
+            "os": "linux",
+            "architecture": architecture,
+            "config": {"Labels": dict(labels), "Env": list(env)},
+            "rootfs": {"type": "layers", "diff_ids": []},
+        },
+        layers=(),
+    )
+
+
+def test_a_node_like_the_bakes_would_hit_family_by_family(labels: dict[str, str]) -> None:
+    verdict = judge(image_of(labels), {**CPU, **L4})
+    verdict.require_hit()
+    assert verdict.hits
+    best, *families, other = verdict.lines()
+    assert best.startswith("state cuda-nvidia-l4-cc8.9-driver550.54.15-torch2.6.0-aot-")
+    assert best.endswith(": would hit")
+    assert sorted(families) == sorted(f"  {name}: fits" for name in applicable("aot", "cuda"))
+    assert "not taken: aot (" in other
+    assert "GPU: baked with NVIDIA H100, here NVIDIA L4" in other
+
+
+def test_another_driver_is_named_for_the_nearest_state(labels: dict[str, str]) -> None:
+    verdict = judge(image_of(labels), {**CPU, **L4, "driver": "570.1"})
+    with pytest.raises(FingerprintMismatchError) as caught:
+        verdict.require_hit()
+    assert caught.value.exit_code == 11
+    words = "GPU driver: baked with 550.54.15, here 570.1"
+    assert "the nearest state, cuda-nvidia-l4-" in caught.value.message
+    assert f"aot ({words})" in caught.value.message
+    assert f"  aot: {words}" in verdict.lines()
+    assert "  numba: fits" in verdict.lines()
+
+
+def test_another_gpu_or_none_would_miss(labels: dict[str, str]) -> None:
+    a100 = {**CPU, "gpu": "NVIDIA A100", "compute_capability": "8.0", "driver": "550.54.15"}
+    for host in (a100, {**CPU, **NO_GPU}):
+        with pytest.raises(FingerprintMismatchError, match=f"GPU: baked with NVIDIA .*, here {host['gpu']}"):
+            judge(image_of(labels), host).require_hit()
+
+
+def test_the_nearest_state_is_the_one_with_the_fewest_differences(labels: dict[str, str]) -> None:
+    near = {**CPU, **L4, "driver": "1"}
+    assert judge(image_of(labels), near).fits[0].name.startswith("cuda-nvidia-l4-")
+    assert judge(image_of(labels), {**near, **H100, "driver": "1"}).fits[0].name.startswith("cuda-nvidia-h100-")
+
+
+def test_the_device_is_the_hosts_or_the_images_or_the_states_own(labels: dict[str, str]) -> None:
+    host = {**CPU, **L4}
+    assert judge(image_of(labels), host).hits
+    assert judge(image_of(labels, "CHATTERBOX_PREWARM_DEVICE=cuda:0"), host).hits
+    on_cpu = judge(image_of(labels, "CHATTERBOX_PREWARM_DEVICE=cpu"), host)
+    assert not on_cpu.hits
+    assert "  device: baked for cuda, here cpu" in on_cpu.lines()
+    assert judge(image_of(labels, "CHATTERBOX_PREWARM_DEVICE=cpu"), {**host, "device": "cuda"}).hits
+
+
+def test_a_fact_that_this_version_cannot_compare_is_no_hit(labels: dict[str, str]) -> None:
+    raw = json.loads(labels[STATES])
+    for state in raw["states"]:
+        state["families"]["aot"]["requires"]["gpu_memory"] = "24 GB"
+    with pytest.raises(FingerprintMismatchError, match="gpu_memory: baked with 24 GB, which this version cannot"):
+        judge(image_of({STATES: json.dumps(raw)}), {**CPU, **L4}).require_hit()
+
+
+def test_a_family_of_a_newer_version_is_compared_too(labels: dict[str, str]) -> None:
+    raw = json.loads(labels[STATES])
+    for state in raw["states"]:
+        state["families"]["future"] = {"bytes": 1, "requires": {"driver": "1"}}
+    with pytest.raises(FingerprintMismatchError, match=r"future \(GPU driver: baked with 1, here 550"):
+        judge(image_of({STATES: json.dumps(raw)}), {**CPU, **L4}).require_hit()
+
+
+def test_a_state_without_what_the_image_asks_for_would_miss(tmp_path: Path) -> None:
+    """Every start would count a miss for each family that the state has not."""
+    manifest = make_state_for(tmp_path / "state", {"arch": "x86_64"}, device="cpu", profile="eager")
+    host = {**CPU, **NO_GPU}
+    verdict = judge(image_of(labels_of([manifest]), "CHATTERBOX_PREWARM_PROFILE=aot"), host)
+    assert "  aot: not in the state" in verdict.lines()
+    with pytest.raises(FingerprintMismatchError, match=r"aot \(not in the state\)"):
+        verdict.require_hit()
+
+
+def test_the_command_line_prints_the_verdict_and_ends_with_11_for_a_miss(labels: dict[str, str]) -> None:
+    @click.command()
+    @click.argument("driver")
+    def why(driver: str) -> None:
+        report_verdict(judge(image_of(labels), {**CPU, **L4, "driver": driver}))
+
+    runner = click.testing.CliRunner()
+    hit = runner.invoke(why, ["550.54.15"])
+    assert hit.exit_code == 0
+    assert "would hit" in hit.output
+    missed = runner.invoke(why, ["570.1"])
+    assert isinstance(missed.exception, FingerprintMismatchError)
+    assert "would miss" in missed.output
+
+
+class Memory:
+    """A store that keeps everything in memory, and counts the blobs that are read."""
+
+    def __init__(self) -> None:
+        self.manifests: dict[str, Document] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.opened: list[str] = []
+
+    def add(self, image: Image, reference: str = "") -> Descriptor:
+        document, config, content = oci.to_documents(image)
+        self.blobs[config.digest] = content
+        self.put_manifest(document, reference or document.digest)
+        return Descriptor(media_type=document.media_type, digest=document.digest, size=len(document.raw))
+
+    def read_manifest(self, reference: str) -> Document:
+        return self.manifests[reference]
+
+    def has_manifest(self, reference: str) -> bool:
+        return reference in self.manifests
+
+    @contextlib.contextmanager
+    def open_blob(self, descriptor: Descriptor) -> Iterator[BinaryIO]:
+        self.opened.append(descriptor.digest)
+        yield io.BytesIO(self.blobs[descriptor.digest])
+
+    def has_blob(self, descriptor: Descriptor) -> bool:
+        return descriptor.digest in self.blobs
+
+    def put_blob(self, descriptor: Descriptor, opened: Callable[[], AbstractContextManager[BinaryIO]]) -> None:
+        with opened() as stream:
+            self.blobs[descriptor.digest] = stream.read()
+
+    def put_manifest(self, document: Document, reference: str) -> None:
+        self.manifests[reference] = document
+
+
+def index(store: Memory, *entries: tuple[Descriptor, dict[str, str] | None]) -> None:
+    raw: list[dict[str, Any]] = [
+        {**entry.to_json(), **({"platform": platform} if platform else {})} for entry, platform in entries
+    ]
+    document = Document(media_type=oci.OCI_INDEX, raw=oci.dump({"schemaVersion": 2, "manifests": raw}))
+    store.put_manifest(document, "latest")
+
+
+def test_an_image_is_judged_by_its_configuration_alone(labels: dict[str, str]) -> None:
+    store = Memory()
+    store.add(image_of(labels), "latest")
+    assert judge_reference(store, "latest", {**CPU, **L4}).hits
+    assert len(store.opened) == 1
+
+
+@pytest.mark.parametrize(("arch", "found"), [("x86_64", "amd64"), ("aarch64", "arm64")])
+def test_of_an_index_the_image_for_the_hosts_architecture_is_read(
+    labels: dict[str, str], arch: str, found: str
+) -> None:
+    store = Memory()
+    amd, arm = (store.add(image_of(labels, architecture=name)) for name in ("amd64", "arm64"))
+    index(
+        store,
+        (amd, {"os": "unknown", "architecture": "unknown"}),
+        (amd, {"os": "linux", "architecture": "amd64"}),
+        (arm, {"os": "linux", "architecture": "arm64", "variant": "v8"}),
+    )
+    assert resolve(store, "latest", platform=platform_of(arch)).platform == f"linux/{found}"
+
+
+def test_an_index_without_the_hosts_platform_names_those_that_it_has(labels: dict[str, str]) -> None:
+    store = Memory()
+    entry = store.add(image_of(labels))
+    index(store, (entry, {"os": "linux", "architecture": "amd64"}))
+    with pytest.raises(EngineError, match="no image for linux/arm64, only for: linux/amd64"):
+        resolve(store, "latest", platform="linux/arm64")
+    index(store, (entry, None))
+    assert resolve(store, "latest", platform="linux/amd64").labels == labels
+
+
+def test_what_is_no_image_is_refused(labels: dict[str, str]) -> None:
+    store = Memory()
+    store.put_manifest(Document(media_type="application/octet-stream", raw=b"{}"), "latest")
+    with pytest.raises(EngineError, match="is no image, but of the media type"):
+        resolve(store, "latest", platform="linux/amd64")
+    store.add(image_of({**labels, "large": "x" * (oci.MAX_DOCUMENT + 1)}), "latest")
+    with pytest.raises(EngineError, match="more than 4194304"):
+        resolve(store, "latest", platform="linux/amd64")
+    assert store.opened == []

@@ -1,0 +1,23 @@
+"""The choice of what to warm up for a load."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.model.warmup.adaptive import AdaptiveWarmup
+
+
+def test_more_load_warms_more() -> None:
+    plans = [AdaptiveWarmup.plan_for(load) for load in (0, 0.9, 1, 9.9, 10, 1000)]
+    assert [plan.level for plan in plans] == [1, 1, 2, 2, 3, 3]
+    assert plans[0].tokens == ()
+    assert set(plans[2].tokens) < set(plans[4].tokens)
+
+
+@pytest.mark.parametrize("load", [-1, math.nan])
+def test_no_load_at_all_is_refused(load: float) -> None:
+    with pytest.raises(BadInputError, match="requests a minute"):
+        AdaptiveWarmup.plan_for(load)

@@ -1,0 +1,255 @@
+"""Uploaded clips, decoded for real in processes of their own: sound comes back, and what is hostile does no harm."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.serve.http.decode_clip import DecodeLimits, decode
+from tests.helpers.added_voices import children, sound_file, tone
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+
+def decoded(clip: bytes, **limits: Any) -> tuple[NDArray[np.int16], int]:
+    """Samples and sampling rate of what a clip is decoded to."""
+    wav = asyncio.run(decode(clip, DecodeLimits(**limits)))
+    with soundfile.SoundFile(io.BytesIO(wav)) as file:
+        assert (file.format, file.subtype, file.channels) == ("WAV", "PCM_16", 1)
+        return file.read(dtype="int16"), file.samplerate
+
+
+def test_sixteen_bits_and_one_channel_are_kept_to_the_last_bit() -> None:
+    samples = np.random.default_rng(0).integers(-32768, 32768, 48_000).astype(np.int16)
+    for kind in ("WAV", "FLAC", "AIFF"):
+        found, rate = decoded(sound_file(samples, 22_050, kind))
+        assert rate == 22_050
+        assert np.array_equal(found, samples)
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype", "rate"),
+    [
+        ("WAV", "FLOAT", 24_000),
+        ("WAV", "PCM_24", 96_000),
+        ("WAV", "ULAW", 16_000),
+        ("FLAC", "PCM_24", 44_100),
+        ("OGG", "VORBIS", 44_100),
+        ("OGG", "OPUS", 48_000),
+        ("MP3", "MPEG_LAYER_III", 44_100),
+        ("CAF", "PCM_16", 192_000),
+    ],
+)
+def test_common_formats_give_their_sound(kind: str, subtype: str, rate: int) -> None:
+    found, found_rate = decoded(sound_file(tone(rate=rate), rate, kind, subtype))
+    assert found_rate == rate
+    assert abs(len(found) / rate - 2.0) < 0.1
+    loudest = np.abs(np.fft.rfft(found * np.hanning(len(found)))).argmax() * rate / len(found)
+    assert abs(loudest - 200) < 2
+    assert 0.15 < np.sqrt(np.mean((found / 32768) ** 2)) < 0.25
+
+
+def test_two_channels_are_mixed() -> None:
+    samples = np.stack([tone(), np.zeros(48_000)], axis=1)
+    assert np.abs(decoded(sound_file(samples, subtype="FLOAT"))[0] - tone() * 16384).max() <= 1
+
+
+def test_a_clip_above_full_scale_is_made_softer_as_a_whole() -> None:
+    found, _ = decoded(sound_file(tone() * 1e4, subtype="FLOAT"))
+    assert np.abs(found - tone() / np.abs(tone()).max() * 32768).max() <= 1
+
+
+def with_rate(rate: int) -> bytes:
+    """A WAV file whose header says another sampling rate than it has."""
+    data = bytearray(sound_file(tone()))
+    data[24:28] = struct.pack("<I", rate)
+    return bytes(data)
+
+
+def with_length(length: int) -> bytes:
+    """A WAV file of half a second whose header promises another length, in bytes."""
+    data = bytearray(sound_file(tone(0.5)))
+    data[40:44] = struct.pack("<I", length)
+    data[4:8] = struct.pack("<I", (length + 36) % 2**32)
+    return bytes(data)
+
+
+def without_length() -> bytes:
+    """FLAC as a program writes it into a pipe: nobody has gone back to fill in how long it is."""
+    data = bytearray(sound_file(tone(), kind="FLAC"))
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    return bytes(data)
+
+
+def silence(hours: float, rate: int, kind: str, subtype: str) -> bytes:
+    """A clip bomb: hours in a few bytes."""
+    data = io.BytesIO()
+    with soundfile.SoundFile(data, "w", rate, 1, subtype, format=kind) as file:
+        for _ in range(int(hours * 60)):
+            file.write(np.zeros(60 * rate, np.float32))
+    return data.getvalue()
+
+
+#: Made when they are used: some are large.
+REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "not audio that can be read"),
+    "one byte": (lambda: b"x", "not audio that can be read"),
+    "text": (lambda: b"This is a text about a fox. " * 1000, "not audio that can be read"),
+    "half a header": (lambda: b"RIFF\x24\x00\x00\x00WAVEfmt ", "not audio that can be read"),
+    "cut header": (lambda: sound_file(tone())[:30], "not audio that can be read"),
+    "no samples": (lambda: sound_file(np.zeros(0, np.float32)), "0.00 s long"),
+    "half a second": (lambda: sound_file(tone(0.5)), "0.50 s long; 1 to 300 s are needed"),
+    "8 kHz": (lambda: sound_file(tone(rate=8_000), 8_000), "sampled at 8000 Hz"),
+    "0 Hz": (lambda: with_rate(0), "Hz|not audio"),
+    "1 Hz": (lambda: with_rate(1), "sampled at 1 Hz"),
+    "2 GHz": (lambda: with_rate(2**31 - 1), "sampled at 2147483647 Hz"),
+    "4 GHz": (lambda: with_rate(2**32 - 1), "Hz|not audio"),
+    "longest length": (lambda: with_length(2**32 - 1), "0.50 s long"),
+    "long length": (lambda: with_length(2**31 - 1), "0.50 s long"),
+    "255 channels": (lambda: sound_file(tone(1.2, channels=255), subtype="PCM_16"), "has 255 channels; at most 2"),
+    "6 channels": (lambda: sound_file(tone(channels=6), kind="FLAC"), "has 6 channels; at most 2"),
+    "silence": (lambda: sound_file(np.zeros(48_000, np.float32)), "is silent"),
+    "two channels that cancel": (lambda: sound_file(np.stack([tone(), -tone()], axis=1), subtype="FLOAT"), "is silent"),
+    "not a number": (lambda: sound_file(np.full(48_000, np.nan, np.float32), subtype="FLOAT"), "no numbers"),
+    "infinite": (lambda: sound_file(np.append(tone(), np.float32(np.inf)), subtype="FLOAT"), "no numbers"),
+    "too large to add": (
+        lambda: sound_file(np.full((48_000, 2), [3e38, 3e38], np.float32), subtype="FLOAT"),
+        "no numbers",
+    ),
+    "FLAC from a pipe": (without_length, "does not say how long it is"),
+    "cut FLAC": (lambda: sound_file(tone(), kind="FLAC")[:600], "can be read|s long"),
+    "six minutes": (lambda: silence(0.1, 16_000, "WAV", "PCM_16"), "360.00 s long"),
+    "many samples": (
+        lambda: sound_file(np.zeros(80 * 192_000, np.int16), 192_000, "FLAC"),
+        "more than 14400000 samples",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_gives_no_voice_is_refused_in_the_words_of_a_bake(kind: str) -> None:
+    make, word = REFUSED[kind]
+    clip = make()
+    before = children()
+    with pytest.raises(BadInputError, match=word) as caught:
+        asyncio.run(decode(clip))
+    assert caught.value.message.startswith("the clip ")
+    assert "object at" not in caught.value.message
+    assert caught.value.next_step
+    assert children() == before
+
+
+def test_an_executable_is_refused() -> None:
+    with pytest.raises(BadInputError, match="not audio that can be read"):
+        asyncio.run(decode(Path(sys.executable).resolve().read_bytes()[: 4 << 20]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype", "hours"),
+    [("FLAC", "PCM_16", 2.0), ("OGG", "OPUS", 0.2), ("OGG", "VORBIS", 0.2), ("MP3", "MPEG_LAYER_III", 0.2)],
+)
+def test_a_clip_bomb_is_refused_unread(kind: str, subtype: str, hours: float) -> None:
+    clip = silence(hours, 16_000, kind, subtype)
+    assert len(clip) < hours * 4e6
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with pytest.raises(BadInputError, match=rf"is {hours * 3600:.0f}\.\d\d s long; 1 to 300 s are needed"):
+        asyncio.run(decode(clip))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime < 5
+
+
+def test_a_clip_has_limits_on_bytes_time_and_memory() -> None:
+    before = children()
+    clip = sound_file(tone(250), kind="FLAC")
+    assert len(decoded(clip)[0]) == 250 * 24_000
+    with pytest.raises(BadInputError, match=f"has {len(clip)} bytes, more than the limit of 1000"):
+        asyncio.run(decode(clip, DecodeLimits(clip_bytes=1000)))
+    with pytest.raises(BadInputError, match="longer than 0 s"):
+        asyncio.run(decode(clip, DecodeLimits(wall_seconds=0.02)))
+    with pytest.raises(BadInputError, match="too much memory"):
+        asyncio.run(decode(clip, DecodeLimits(address_space=140 << 20)))
+    assert children() == before
+
+
+def test_the_process_is_ended_when_nobody_waits_for_it_any_more() -> None:
+    before = children()
+
+    async def give_up() -> None:
+        decoding = asyncio.create_task(decode(sound_file(tone(250), kind="FLAC")))
+        while children() == before:
+            await asyncio.sleep(0.005)
+        decoding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await decoding
+
+    asyncio.run(give_up())
+    assert children() == before
+
+
+_SERVER = """
+import asyncio
+from chatterbox_prewarm.serve.http import decode_clip
+async def main():
+    process = await asyncio.create_subprocess_exec(
+        *(decode_clip.sys.executable, "-m", "chatterbox_prewarm.serve.http.decode_clip", str(1 << 30), "20"),
+        stdin=asyncio.subprocess.PIPE, env=decode_clip._environment(),
+    )
+    print(process.pid, flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+
+
+def test_the_process_dies_with_its_server_and_has_none_of_its_secrets() -> None:
+    secret = {"CHATTERBOX_PREWARM_TOKEN": "do not tell"}
+    with subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, env=os.environ | secret) as server:
+        assert server.stdout is not None
+        child = Path(f"/proc/{int(server.stdout.readline())}")
+        deadline = time.monotonic() + 20
+        while b"decode_clip" not in (child / "cmdline").read_bytes():
+            assert time.monotonic() < deadline
+        assert b"do not tell" not in (child / "environ").read_bytes()
+        while "soundfile" not in (child / "maps").read_text():
+            assert time.monotonic() < deadline
+        limits = (child / "limits").read_text()
+        assert f"Max address space         {1 << 30}" in limits
+        assert "Max core file size        0 " in limits
+        server.send_signal(signal.SIGKILL)
+    while child.exists() and (child / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+
+
+def test_damaged_clips_end_with_sound_or_with_a_refusal() -> None:
+    """A few of each format; some thousands were tried by hand."""
+    random = np.random.default_rng(0)
+
+    async def try_all() -> None:
+        for kind in ("WAV", "FLAC", "OGG", "MP3"):
+            clip = sound_file(tone(1.2), kind=kind)
+            for _ in range(4):
+                data = bytearray(clip)
+                for _ in range(int(random.integers(1, 20))):
+                    data[int(random.integers(min(len(data), 2000)))] = int(random.integers(256))
+                with contextlib.suppress(BadInputError):
+                    assert (await decode(bytes(data)))[:4] == b"RIFF"
+
+    asyncio.run(try_all())

@@ -1,0 +1,196 @@
+# ruff: noqa: RUF001 - of several scripts
+"""Long texts in parts: nothing lost, nothing too long, and cut where a reader would pause."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from chatterbox_prewarm.model.text import MAX_CHARACTERS, check_text
+from chatterbox_prewarm.serve.workers.sentence_split import LIMIT, split
+
+regex = pytest.importorskip("regex")
+pytest.importorskip("sentencex")
+
+
+def visible(text: str) -> str:
+    return "".join(text.split())
+
+
+def graphemes(text: str) -> list[str]:
+    return [cluster for cluster in regex.findall(r"\X", text) if not cluster.isspace()]
+
+
+def check(text: str, limit: int = LIMIT) -> list[str]:
+    """Split, and see that every rule that holds of all texts holds of this one."""
+    parts = split(text, limit=limit)
+    assert visible("".join(parts)) == visible(text)
+    assert all(0 < len(part) <= limit for part in parts)
+    for part in parts if len(text) > limit else ():
+        clusters = regex.findall(r"\X", part)
+        assert not clusters[0].isspace()
+        assert not clusters[-1].isspace()
+    if max(map(len, graphemes(text)), default=0) <= limit:
+        assert [cluster for part in parts for cluster in graphemes(part)] == graphemes(text)
+    return parts
+
+
+@pytest.mark.parametrize("text", ["Hi.", "x" * LIMIT, "One. Two!\nThree?  ", "  spaced  ", "。" * LIMIT])
+def test_a_text_within_the_limit_comes_back_whole(text: str) -> None:
+    assert check(text) == [text]
+
+
+def test_short_sentences_are_packed_and_order_is_kept() -> None:
+    sentences = [f"This is sentence number {number}, and it is short." for number in range(40)]
+    parts = check(" ".join(sentences))
+    assert " ".join(parts) == " ".join(sentences)
+    assert all(part.endswith("short.") for part in parts)
+    longest = max(map(len, sentences))
+    assert all(len(part) > LIMIT - longest - 1 for part in parts[:-1])
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "Dr. Smith and Mrs. Jones met at 5 p.m. on Main St. near the old mill.",
+        "It rose by 3.14 percent to 1,000.50 dollars, i.e. less than in the U.S. in 1999.",
+        "See example.com or fig. 3 on p. 12 for vol. 2 of it, e.g. the first line.",
+        "J. R. R. Tolkien wrote it, etc. and so on and so forth until the very end.",
+    ],
+)
+def test_an_abbreviation_or_a_number_ends_no_sentence(sentence: str) -> None:
+    parts = check(f"{sentence} " * 20, limit=len(sentence) + 10)
+    assert parts == [sentence] * 20
+
+
+@pytest.mark.parametrize(
+    ("sentence", "joint"),
+    [
+        ("这是一个句子，它有一个逗号。", ""),
+        ("これは文です。", ""),
+        ("「これは文ですか？」", ""),
+        ("Это предложение, и оно короткое.", " "),
+        ("هل هذه جملة قصيرة؟", " "),
+        ("यह एक छोटा वाक्य है।", " "),
+        ("Ist das ein Satz?", " "),
+        ("«Est-ce une phrase ?»", " "),
+        ("Αυτή είναι μια πρόταση.", " "),
+    ],
+)
+def test_sentences_of_other_scripts_end_too(sentence: str, joint: str) -> None:
+    text = joint.join([sentence] * 60)
+    for part in check(text):
+        assert part.endswith(sentence)
+        assert part.startswith(sentence)
+
+
+def test_a_long_sentence_is_cut_after_a_clause() -> None:
+    text = ", ".join(f"and then there came clause number {number}" for number in range(30)) + "."
+    parts = check(text)
+    assert all(part.endswith(",") for part in parts[:-1])
+    assert all(part.startswith("and then") for part in parts)
+
+
+def test_a_clause_is_not_cut_inside_a_number() -> None:
+    text = "1,000,000:30 " * 60
+    assert {part.replace("1,000,000:30", "").strip() for part in check(text)} == {""}
+
+
+def test_a_long_clause_is_cut_at_a_space() -> None:
+    text = "word " * 800
+    parts = check(text)
+    assert {word for part in parts for word in part.split(" ")} == {"word"}
+    assert all(len(part) > LIMIT - 5 for part in parts[:-1])
+
+
+def test_a_text_without_a_space_is_cut_anywhere() -> None:
+    parts = check("a" * MAX_CHARACTERS)
+    assert [len(part) for part in parts] == [LIMIT] * (MAX_CHARACTERS // LIMIT) + [MAX_CHARACTERS % LIMIT]
+
+
+def test_the_number_of_an_item_goes_with_it() -> None:
+    text = "\n".join(f"{number}. An item of a list that has no full stop" for number in range(1, 40))
+    assert all(part[0].isdigit() for part in check(text, limit=80))
+    assert all(part[0].isdigit() for part in check(text))
+
+
+def test_lines_are_a_place_to_cut() -> None:
+    lines = [f"a line without a full stop, number {number}" for number in range(30)]
+    parts = check("\n".join(lines))
+    assert [line for part in parts for line in part.split("\n")] == lines
+    paragraphs = ["A paragraph without an end"] * 30
+    assert "\n\n".join(check("\n\n".join(paragraphs))) == "\n\n".join(paragraphs)
+
+
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        "👨‍👩‍👧‍👦",
+        "👍🏽",
+        "🇩🇪",
+        "e\u0301",
+        "n\u0303\u0323",
+        "각",
+        "\u1112\u1161\u11ab",
+        "क्षि",
+        "❤\ufe0f",
+        "1\ufe0f\u20e3",
+        "!\ufe0f",
+        ",\u0301 ",
+        "\r\n.",
+        " \u0301",
+    ],
+)
+@pytest.mark.parametrize("limit", [LIMIT, 13, 11])
+def test_what_a_reader_sees_as_one_character_stays_whole(cluster: str, limit: int) -> None:
+    check(cluster * 200, limit=limit)
+    check(f"a{cluster}b " * 100, limit=limit)
+
+
+def test_a_character_longer_than_the_limit_is_cut_all_the_same() -> None:
+    parts = check("a" + "\u0301" * 1000)
+    assert len(parts) == 4
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_the_text_nothing_is_lost(seed: int) -> None:
+    draw = random.Random(seed)
+    pieces = [
+        *("Hello", "Mr.", "U.S.", "3.14", "...", "?!", "!", ".", "。", "！", ",", "，", ";", ":", "—", "-"),
+        *("'", '"', "“", "”", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u2028", "\u3000", "\u200b", "\ufeff"),
+        *("你好", "मैं", "ไทย", "العربية", "e\u0301", "\u0301", "👍🏽", "🇩🇪🇫🇷", "👨‍👩‍👧", "\ufe0f", "İ", "ß", "\ufb01"),
+        *("1.", "(a)", "* ", "[1]", "<b>", "</p>", "&amp;", "x" * 50, "word " * 20),
+    ]  # fmt: skip
+    for _ in range(20):
+        text = "".join(draw.choice(pieces) for _ in range(draw.randrange(1, 400)))
+        for limit in (LIMIT, 40, draw.randrange(1, 60)):
+            check(text, limit=limit)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_the_characters_nothing_is_lost(seed: int) -> None:
+    """Of all planes; texts with surrogates or control characters never come so far."""
+    draw = random.Random(seed)
+    for _ in range(20):
+        points = [draw.randrange(0x20, draw.choice([0x7F, 0x500, 0x3000, 0x10000, 0x110000])) for _ in range(600)]
+        check("".join(chr(point) for point in points if not 0xD800 <= point < 0xE000))
+
+
+def test_the_longest_text_is_split_at_once() -> None:
+    """Also one that is made to be slow."""
+    for text in (
+        "Mr. " * 1024,
+        '"' * 4096,
+        "(" * 4096,
+        "a. " * 1365,
+        ". " * 2048,
+        "1. " * 1365,
+        "\n" * 4095 + "a",
+        "“" * 4096,
+    ):
+        check_text(text)
+        began = time.perf_counter()
+        check(text)
+        assert time.perf_counter() - began < 1.0

@@ -1,0 +1,78 @@
+"""The event log: counters, reasons, phases and timers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from chatterbox_prewarm.system.metrics import WarmupMetrics, exec_time, now
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_hits_and_misses_are_counted_by_family_with_their_reasons() -> None:
+    metrics = WarmupMetrics(origin=0.0)
+    metrics.hit("numba")
+    metrics.hit("numba", 4)
+    metrics.miss("numba", "compiled f")
+    metrics.miss("signal")
+    assert metrics.hits == {"numba": 5}
+    assert metrics.misses == {"numba": 1, "signal": 1}
+    assert metrics.reasons == ["numba: compiled f"]
+
+
+def test_a_miss_with_a_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    WarmupMetrics(origin=0.0).miss("numba", "compiled f")
+    assert "miss in numba: compiled f" in caplog.text
+
+
+def test_phases_are_recorded_in_the_order_in_which_they_end_also_when_they_raise() -> None:
+    metrics = WarmupMetrics(origin=0.0)
+    with metrics.phase("outer"), metrics.phase("inner"):
+        pass
+    with pytest.raises(KeyError), metrics.phase("failing"):
+        raise KeyError
+    assert [phase.name for phase in metrics.phases] == ["inner", "outer", "failing"]
+    inner, outer, _ = metrics.phases
+    assert outer.start <= inner.start
+    assert outer.seconds >= inner.seconds >= 0
+
+
+def test_a_timer_adds_up() -> None:
+    metrics = WarmupMetrics(origin=0.0)
+    metrics.add_seconds("compile", 2.0)
+    metrics.add_seconds("compile", 0.5)
+    assert metrics.timers == {"compile": 2.5}
+
+
+def test_the_log_is_json_and_holds_everything() -> None:
+    metrics = WarmupMetrics(origin=0.0)
+    with metrics.phase("prepare"):
+        metrics.hit("numba")
+    metrics.miss("signal", "gone")
+    metrics.add_seconds("numba load", 0.25)
+    assert metrics.mark("attached") == metrics.marks["attached"]
+    log = json.loads(json.dumps(metrics.to_dict()))
+    assert set(log) == {"phases", "marks", "loaded", "hits", "misses", "reasons", "profile", "state", "timers"}
+    assert log["hits"] == {"numba": 1}
+    assert log["misses"] == {"signal": 1}
+    assert log["reasons"] == ["signal: gone"]
+    assert log["timers"] == {"numba load": 0.25}
+    assert [phase["name"] for phase in log["phases"]] == ["prepare"]
+    assert list(log["marks"]) == ["attached"]
+
+
+def test_the_clock_is_shared_with_child_processes_whatever_their_name(tmp_path: Path) -> None:
+    program = tmp_path / "a ) 1 2 (b"  # the kernel's record holds the name, unquoted
+    program.symlink_to(shutil.which("sleep") or "sleep")
+    with subprocess.Popen([str(program), "30"]) as child:
+        started = exec_time(child.pid)
+        child.kill()
+    assert exec_time() == exec_time(os.getpid())
+    assert exec_time() <= started <= now()

@@ -1,0 +1,222 @@
+"""Downloads from a real hub on the loopback interface: complete, interrupted, wrong, and not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from chatterbox_prewarm.errors import BadInputError, WeightsError
+from chatterbox_prewarm.system.digests import verify_files
+from chatterbox_prewarm.weights.record import check_quickly, read_record, record
+from chatterbox_prewarm.weights.variants import ENGLISH
+from tests.helpers.children import call, start
+from tests.helpers.hub_server import Hub, serve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+LARGE, SMALL = "t3_cfg.safetensors", "tokenizer.json"
+#: The client hands on what it receives in pieces of 10 MiB; a transfer that breaks earlier has nothing to resume from.
+PIECE = 10 * 1024 * 1024
+TENSORS: bytes = save({"a": np.arange((PIECE + (1 << 20)) // 4, dtype=np.int32)})
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    files = {SMALL: b'{"version": "1.0"}', LARGE: TENSORS}
+    with serve(Hub(repository="someone/voice", revision=REVISION, files=files)) as running:
+        yield running
+
+
+def arguments(directory: Path, revision: str = REVISION) -> dict[str, Any]:
+    return {
+        "directory": str(directory),
+        "repository": "someone/voice",
+        "files": [SMALL, LARGE],
+        "tensors": [LARGE],
+        "revision": revision,
+    }
+
+
+def environment(endpoint: str, home: Path) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home / "hub-home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+        "HF_HUB_ETAG_TIMEOUT": "2",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+
+
+def fetch(hub: Hub, home: Path, revision: str = REVISION) -> dict[str, Any]:
+    return call("fetch", env=environment(hub.endpoint, home), **arguments(home / "weights", revision))
+
+
+def test_a_download_is_complete_verified_and_recorded(hub: Hub, tmp_path: Path) -> None:
+    found = fetch(hub, tmp_path)
+    assert found["revision"] == REVISION
+    assert found["files"] == {name: hashlib.sha256(content).hexdigest() for name, content in hub.files.items()}
+    weights = tmp_path / "weights"
+    record = read_record(weights)
+    assert (record.repository, record.revision, record.synthetic) == ("someone/voice", REVISION, None)
+    assert {entry.path: entry.sha256 for entry in record.files} == found["files"]
+    check_quickly(weights, record)
+    assert verify_files(record.files, weights) == []
+    assert hub.of("GET", LARGE) == [None]
+
+
+def test_a_second_download_fetches_no_content_again(hub: Hub, tmp_path: Path) -> None:
+    first = fetch(hub, tmp_path)
+    hub.requests.clear()
+    assert fetch(hub, tmp_path) == first
+    assert [request for request in hub.requests if request[0] == "GET"] == []
+    assert hub.of("HEAD", LARGE)  # the announced digest is compared again
+
+
+def test_a_broken_transfer_is_resumed_where_it_broke(hub: Hub, tmp_path: Path) -> None:
+    hub.cut[LARGE] = PIECE + 1000
+    found = fetch(hub, tmp_path)
+    assert hub.of("GET", LARGE) == [None, f"bytes={PIECE}-"]
+    assert found["files"][LARGE] == hashlib.sha256(TENSORS).hexdigest()
+    assert (tmp_path / "weights" / LARGE).read_bytes() == TENSORS
+
+
+def test_a_killed_download_leaves_no_record_and_the_next_one_completes_it(hub: Hub, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    fetch(hub, tmp_path)  # an older record must not vouch for a download that is in the making
+    (weights / LARGE).unlink()
+    hub.requests.clear()
+    hub.hold[LARGE] = PIECE + 1000
+    with start("fetch", arguments(weights), environment(hub.endpoint, tmp_path)) as process:
+        assert hub.holding.wait(30)
+        process.kill()
+    assert not (weights / "weights.json").exists()
+    assert not (weights / LARGE).exists()
+    with pytest.raises(WeightsError, match="the download never finished"):
+        read_record(weights)
+    hub.hold.clear()
+    assert fetch(hub, tmp_path)["files"][LARGE] == hashlib.sha256(TENSORS).hexdigest()
+    assert hub.of("GET", SMALL) == []  # what was complete is kept
+    assert list(weights.rglob("*.incomplete")) == []  # gigabytes that nobody would use again
+
+
+def altered(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("name", [SMALL, LARGE])
+def test_other_content_than_announced_is_refused_and_removed(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.sent[name] = altered(hub.files[name])
+    weights = tmp_path / "weights"
+    with pytest.raises(WeightsError, match=f"{name} of someone/voice: the hub announced digest") as caught:
+        fetch(hub, tmp_path)
+    assert caught.value.exit_code == 10
+    assert not (weights / "weights.json").exists()
+    assert not (weights / name).exists()
+    hub.sent.clear()
+    assert name in fetch(hub, tmp_path)["files"]
+
+
+def test_a_file_that_was_changed_on_disk_is_found_and_fetched_again(hub: Hub, tmp_path: Path) -> None:
+    fetch(hub, tmp_path)
+    changed = tmp_path / "weights" / SMALL
+    changed.write_bytes(altered(changed.read_bytes()))
+    fetch(hub, tmp_path)
+    assert changed.read_bytes() == hub.files[SMALL]
+    assert hub.of("GET", LARGE) == [None]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_checkpoint_of_ones_own_is_not_replaced(hub: Hub, tmp_path: Path, recorded: bool) -> None:
+    mine = tmp_path / "weights"
+    mine.mkdir()
+    for name in ENGLISH.files:
+        (mine / name).write_bytes(TENSORS[:-4] + b"mine" if name in ENGLISH.safetensors else b"a fine-tune")
+    if recorded:
+        record(mine, variant=ENGLISH, repository="own", revision="unversioned")
+    before = {path: path.read_bytes() for path in mine.iterdir()}
+    with pytest.raises(BadInputError, match=f"{SMALL} is not of someone/voice") as caught:
+        fetch(hub, tmp_path)
+    assert caught.value.exit_code == 16
+    assert {path: path.read_bytes() for path in mine.iterdir()} == before
+
+
+def test_a_hub_that_cannot_be_reached_leaves_a_complete_checkpoint_as_it_is(hub: Hub, tmp_path: Path) -> None:
+    fetch(hub, tmp_path)
+    hub.files.clear()
+    with pytest.raises(WeightsError, match="could not be fetched"):
+        fetch(hub, tmp_path)
+    check_quickly(tmp_path / "weights", read_record(tmp_path / "weights"))
+
+
+def test_a_file_of_another_size_than_announced_is_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.sent[LARGE] = hub.files[LARGE][:-8]
+    with pytest.raises(WeightsError, match="could not be fetched") as caught:
+        fetch(hub, tmp_path)
+    assert caught.value.exit_code == 10
+    assert not (tmp_path / "weights" / "weights.json").exists()
+
+
+def test_a_pickle_on_the_hub_is_refused_although_its_digest_is_right(hub: Hub, tmp_path: Path) -> None:
+    hub.files[LARGE] = b"PK\x03\x04" + bytes(2000)
+    with pytest.raises(WeightsError, match="is a pickle"):
+        fetch(hub, tmp_path)
+    assert not (tmp_path / "weights" / "weights.json").exists()
+
+
+def test_a_file_that_the_hub_lacks_is_named(hub: Hub, tmp_path: Path) -> None:
+    del hub.files[LARGE]
+    with pytest.raises(
+        WeightsError, match=f"{LARGE} of someone/voice at {REVISION[:12]} could not be fetched"
+    ) as caught:
+        fetch(hub, tmp_path)
+    assert caught.value.exit_code == 10
+    assert "404" in caught.value.message
+    assert not (tmp_path / "weights" / "weights.json").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_a_weights_error(tmp_path: Path) -> None:
+    with socket.socket() as unused:  # bound, but not listening
+        unused.bind(("127.0.0.1", 0))
+        nobody = Hub(repository="someone/voice", revision=REVISION, files={})
+        nobody.endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(WeightsError, match="could not be fetched") as caught:
+            fetch(nobody, tmp_path)
+    assert caught.value.exit_code == 10
+    assert "network" in caught.value.next_step
+    assert not (tmp_path / "weights" / "weights.json").exists()
+
+
+def test_the_offline_mode_is_a_weights_error(hub: Hub, tmp_path: Path) -> None:
+    offline = {**environment(hub.endpoint, tmp_path), "HF_HUB_OFFLINE": "1"}
+    with pytest.raises(WeightsError, match="could not be fetched"):
+        call("fetch", env=offline, **arguments(tmp_path / "weights"))
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("revision", ["main", REVISION[:-1], REVISION.upper(), f"{REVISION}\n"])
+def test_a_revision_that_can_move_is_refused_before_any_request(hub: Hub, tmp_path: Path, revision: str) -> None:
+    with pytest.raises(BadInputError, match="is not a full commit hash") as caught:
+        fetch(hub, tmp_path, revision)
+    assert caught.value.exit_code == 16
+    assert hub.requests == []
+    assert not (tmp_path / "weights").exists()
+
+
+def test_a_place_that_cannot_be_written_is_bad_input(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "weights").write_text("a file in the way")
+    with pytest.raises(BadInputError, match="making the weights directory") as caught:
+        fetch(hub, tmp_path)
+    assert caught.value.exit_code == 16
+    assert hub.requests == []
