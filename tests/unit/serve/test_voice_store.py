@@ -148,7 +148,7 @@ import sys
 from pathlib import Path
 from chatterbox_prewarm.serve.voices.voice_errors import VoiceExistsError
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
-from tests.unit.added_voices import VARIANT, WEIGHTS, voice
+from tests.helpers.added_voices import VARIANT, WEIGHTS, voice
 store = VoiceStore(Path(sys.argv[1]), baked={}, variant=VARIANT, weights=WEIGHTS)
 data = voice(int(sys.argv[2]))
 store.check_free = lambda name: None  # what they see before they write is no protection
@@ -188,7 +188,7 @@ _ADD_AND_DELETE = """
 import sys
 from pathlib import Path
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
-from tests.unit.added_voices import VARIANT, WEIGHTS, voice
+from tests.helpers.added_voices import VARIANT, WEIGHTS, voice
 store = VoiceStore(Path(sys.argv[1]), baked={}, variant=VARIANT, weights=WEIGHTS)
 data = voice()
 while True:
