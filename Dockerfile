@@ -4,22 +4,23 @@
 #   docker run --read-only --network none --user 12345:12345 --cap-drop ALL \
 #     --tmpfs /tmp --tmpfs /var/cache/chatterbox-prewarm:exec,mode=1777 chatterbox:warm
 #
-# Needs BuildKit (Docker 20.10 with DOCKER_BUILDKIT=1, or newer), and no GPU: without one, what depends on a GPU is left
-# out. Layers of the result, from the one that changes least: system, dependencies, weights, code, warm state.
+# The build needs BuildKit (Docker 20.10 with DOCKER_BUILDKIT=1, or newer). It does not need a GPU; without one, the
+# warm state has no families that depend on a GPU. The layers of the result, from the most stable one to the one that
+# changes most often: system, dependencies, weights, code, warm state.
 #
 # Optional secrets: ca (a PEM bundle for package indexes and the hub), pip (a pip configuration), hf_token.
 
 ARG BASE=debian:bookworm-slim
-# Where the weights come from: hub (the published ones), synthetic (random ones, whose speech is noise), or none (they
-# are appended, or mounted).
+# The source of the weights: hub (the published weights), synthetic (random weights, whose speech is noise), or none
+# (the weights are appended or mounted later).
 ARG WEIGHTS=hub
-# Where the packages come from: the stage that installs them, or an image that was made of the stage `deps` before.
+# The source of the Python packages: the stage that installs them, or an image that was built from the stage `deps`.
 ARG DEPS=packages
 
-# ---- base: the system that everything runs on ------------------------------------------------------------------------
+# ---- base: the operating system --------------------------------------------------------------------------------------
 FROM ${BASE} AS base
-# libgomp1 is what compiled regions are linked with on a CPU.
-# The release of the base image pins the versions of its packages, here and below.
+# Regions that are compiled for a CPU link to libgomp1.
+# Here and below, the release of the base image pins the versions of its packages.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates libgomp1 python3 \
@@ -39,26 +40,27 @@ RUN --mount=type=cache,target=/var/cache/uv \
     --mount=type=secret,id=ca --mount=type=secret,id=pip \
     UV_CACHE_DIR=/var/cache/uv sh /build/sync /build/uv.txt "/build/${STACK}.txt" /opt/venv
 
-# Without what installed them. Everything below stands on it, so that whoever names an image of it copies no gigabyte.
+# Leave out the tools that installed the packages. All stages below start from this one, so a build with DEPS set to an
+# image does not copy a gigabyte of packages.
 FROM base AS packages
 COPY --from=installed /opt/venv /opt/venv
 
-# A stage of this file, or an image that is named.
+# DEPS is a stage of this file or the name of an image.
 # hadolint ignore=DL3006
 FROM ${DEPS} AS deps
 
-# ---- weights: fetched at a pinned commit, or random ------------------------------------------------------------------
-# Only the modules that fetch are copied, so that other changes of the code download nothing.
+# ---- weights: downloaded at a pinned commit, or random ---------------------------------------------------------------
+# Copy only the packages that the download uses, so that a change of other code does not download the weights again.
 FROM deps AS weights-hub
 ARG VARIANT=english
 ARG REVISION=
-# A mirror of the hub; empty for the hub itself.
+# URL of a mirror of the hub; empty for the hub itself.
 ARG HF_ENDPOINT=
 COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/version.py /build/chatterbox_prewarm/
 COPY chatterbox_prewarm/system /build/chatterbox_prewarm/system
 COPY chatterbox_prewarm/weights /build/chatterbox_prewarm/weights
 COPY build/fetch.py /build/
-# The cache mount keeps the files that are complete, for when this step broke off or has to run again.
+# The cache mount keeps complete files for the next run of this step, also after a failure.
 RUN --mount=type=cache,target=/var/cache/weights,sharing=locked \
     --mount=type=secret,id=ca --mount=type=secret,id=hf_token \
     PYTHONPATH=/build python /build/fetch.py /var/cache/weights /opt/chatterbox-prewarm/weights
@@ -75,18 +77,18 @@ RUN PYTHONPATH=/build python /build/fetch.py --synthetic "${SIZE}" /opt/chatterb
 FROM base AS weights-none
 RUN mkdir -p /opt/chatterbox-prewarm/weights
 
-# A stage of this file.
+# WEIGHTS selects one of the stages above.
 # hadolint ignore=DL3006
 FROM weights-${WEIGHTS} AS weights
 
-# ---- bake: the warm-up, on the device that is named ------------------------------------------------------------------
+# ---- bake: the warm-up on the device DEVICE --------------------------------------------------------------------------
 FROM deps AS bake
-# What compiles; none of it is in the result.
+# Compilers for the bake. The result does not contain them.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ python3-dev \
  && rm -rf /var/lib/apt/lists/*
-# What the bake runs, and nothing that only serves: a change of the server bakes nothing.
+# Copy only the packages that the bake uses, so that a change of the server does not bake again.
 COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/version.py /build/chatterbox_prewarm/
 COPY chatterbox_prewarm/system /build/chatterbox_prewarm/system
 COPY chatterbox_prewarm/weights /build/chatterbox_prewarm/weights
@@ -101,10 +103,10 @@ ARG DEVICE=cpu
 ARG LEVELS=1,2,3
 ARG PROFILE=aot
 ARG T3_DTYPE=float32
-# The builder's GPU is not part of BuildKit's cache key: name it, so that another one bakes anew.
+# BuildKit's cache key does not contain the builder's GPU. Set this to its name, so that another GPU bakes again.
 ARG GPU=none
 ARG SOURCE_DATE_EPOCH=
-# What the state's provenance says that a build cannot see: the commit of this project, the digest of BASE, the builder.
+# Provenance that a build cannot detect: the commit of this project, the digest of BASE, and the builder.
 ARG SOURCE_REVISION=
 ARG BASE_DIGEST=
 ARG BUILDER=
@@ -114,7 +116,7 @@ RUN --mount=type=bind,from=weights,source=/opt/chatterbox-prewarm/weights,target
     CHATTERBOX_PREWARM_BUILDER="${BUILDER}" PYTHONPATH=/build python /build/bake.py --device "${DEVICE}" \
     --levels "${LEVELS}" --profile "${PROFILE}" --t3-dtype "${T3_DTYPE}"
 
-# ---- cold: all but the warm state ------------------------------------------------------------------------------------
+# ---- cold: everything except the warm state --------------------------------------------------------------------------
 FROM deps AS cold
 ARG STACK=torch-2.6
 ARG VARIANT=english
@@ -125,9 +127,9 @@ LABEL org.opencontainers.image.title="chatterbox-prewarm" \
       io.chatterbox-prewarm.torch="${STACK}"
 COPY --from=weights /opt/chatterbox-prewarm/weights /opt/chatterbox-prewarm/weights
 COPY chatterbox_prewarm /opt/chatterbox-prewarm/app/chatterbox_prewarm
-# Our own modules are not in the warm state, so that a change of them needs no bake; they are compiled here, and (-B)
-# nothing of the environment is, whose files keep their time. A named volume at /data/voices takes over its rights, so that
-# any user may add voices.
+# Compile this project's modules here and not in the bake, so that a change of them does not bake again. -B keeps Python
+# from writing to /opt/venv, whose modification times must not change. A named volume at /data/voices takes over the
+# permissions of the folder, so that any user may add voices.
 RUN python -B -m compileall -q /opt/chatterbox-prewarm/app \
  && mkdir -m 1777 /var/cache/chatterbox-prewarm \
  && mkdir -p /data && mkdir -m 1777 /data/voices
@@ -141,9 +143,9 @@ USER 12345:12345
 ENTRYPOINT ["python", "-m", "chatterbox_prewarm"]
 CMD ["serve"]
 
-# ---- tools: cold with what compiles; `chatterbox-prewarm build` bakes in a container of it, with a GPU ---------------
+# ---- tools: cold with compilers, for the container in which `chatterbox-prewarm build` bakes -------------------------
 FROM cold AS tools
-# It bakes, and is not shipped.
+# The user is root, because this image only bakes and is not shipped.
 # hadolint ignore=DL3002
 USER 0:0
 # hadolint ignore=DL3008

@@ -1,10 +1,10 @@
-# The commands of the README. The environment is made from hashed locks on first use.
+# The README's commands. The first command installs the environment from locked, hashed packages.
 PYTHON ?= python3
-# The software stack: torch-2.6, or torch-2.11 for Blackwell and newer GPUs, in an environment of its own.
+# Software stack: torch-2.6, or torch-2.11 for Blackwell and newer GPUs. Each has its own virtual environment.
 STACK ?= torch-2.6
 VENV := $(if $(filter torch-2.6,$(STACK)),.venv,.venv-$(STACK))
 BIN := $(VENV)/bin
-# Processes that share the tests: one has those with containers. Each may take 6 GB; JOBS=0 is a run without any.
+# Test processes. Each may need 6 GB of memory; JOBS=0 runs the tests without subprocesses.
 JOBS ?= 2
 DOCKER ?= docker
 TAG ?= chatterbox:warm
@@ -14,38 +14,46 @@ export PYTHONPATH := $(CURDIR)
 CHECKS := .venv-checks
 RAY := .venv-ray
 
-.PHONY: demo test lint format checks ray image bench lock clean
+# OMP_WAIT_POLICY: idle OpenMP threads sleep instead of spinning, so test processes do not slow each other down.
+PYTEST := PATH="$$PATH:$(CURDIR)/$(CHECKS)/bin" OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) \
+    --no-loadscope-reorder
+
+.PHONY: demo test test-all lint format checks ray image bench lock clean
 
 demo: $(VENV)/.complete  ## bake, pack, prove and serve on this machine, with random weights
 	$(BIN)/python -m chatterbox_prewarm.bench.demo
 
-test: $(VENV)/.complete  ## every test that this machine can run; each skipped one says what it lacks
-	PATH="$$PATH:$(CURDIR)/$(CHECKS)/bin" OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
-	    -n $(JOBS) --no-loadscope-reorder
+test: $(VENV)/.complete  ## tests that need only the packages that the README names; at most 10 minutes
+	$(PYTEST) -m "not (containers or programs or slow)"
+
+# Two runs, so that a failure in the first one shows early.
+test-all: test  ## all tests; those that need containers, other programs or a GPU are skipped where these are missing
+	$(PYTEST) -m "containers or programs or slow"
 
 lint: $(VENV)/.complete
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
-checks: $(CHECKS)/.complete  ## hadolint for the Dockerfile; checkov, an environment of its own, for tests/kube
+checks: $(CHECKS)/.complete  ## lint the Dockerfile with hadolint; also installs checkov, which tests/kube uses
 	$(CHECKS)/bin/hadolint Dockerfile
 
-ray: $(RAY)/.complete  ## Ray, beside the environment of the tests, for docs/examples/ray_serve_app.py
+ray: $(RAY)/.complete  ## install Ray in its own environment, to test docs/examples/ray_serve_app.py
 
 format: $(VENV)/.complete
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-image:  ## needs network, or a base image made by build/base-image; pass BUILD_ARGS="--build-arg WEIGHTS=synthetic"
+image:  ## build the image; needs network, or a base image made by build/base-image; pass BUILD_ARGS="--build-arg WEIGHTS=synthetic"
 	DOCKER_BUILDKIT=1 $(DOCKER) build $(BUILD_ARGS) -t $(TAG) .
 
-bench: $(VENV)/.complete  ## needs out/ from `make demo`
+bench: $(VENV)/.complete  ## measure starts; needs out/ from `make demo`
 	$(BIN)/python -m chatterbox_prewarm bench startup --weights out/weights-full --warm out/warm-full \
 	    --output benchmarks/results/startup-cpu.json --rounds 3 --cold-pages
 
-# Ray 2.55 calls what protobuf 7 dropped; a newer Ray brings a numpy that torch's packages here do not know.
-lock:  ## renew the locks; commit what changes
+# Ray 2.55 calls functions that protobuf 7 removed. A newer Ray needs a numpy that this stack's torch does not support.
+lock:  ## update the locks; commit the changes
 	uv pip compile -q --python-version 3.11 --extra model --generate-hashes --no-emit-index-url --no-emit-find-links \
 	    --no-header --constraint build/locks/torch-2.6.in pyproject.toml -o build/locks/torch-2.6.txt
 	uv pip compile -q --python-version 3.11 --extra model --generate-hashes --no-emit-index-url --no-emit-find-links \
@@ -60,8 +68,8 @@ lock:  ## renew the locks; commit what changes
 	    --constraint "$$constraints" - -o build/locks/ray.txt && rm "$$constraints"
 	echo uv | uv pip compile -q --generate-hashes --no-emit-index-url --no-header - -o build/locks/uv.txt
 
-# Made anew whenever a lock changes; `build/sync` is what the image uses as well. All bytecode is made at once: where
-# PYTHONDONTWRITEBYTECODE is set, every process would compile what it imports anew, for six seconds.
+# Installed again when a lock changes. The image is built with `build/sync`, too. All bytecode is compiled here, because
+# where PYTHONDONTWRITEBYTECODE is set, every process would spend six seconds on compiling its imports.
 $(VENV)/.complete: $(LOCKS) build/locks/uv.txt build/sync
 	rm -rf $(VENV)
 	UV_LINK_MODE=hardlink sh build/sync build/locks/uv.txt $(LOCKS) $(VENV)
@@ -73,8 +81,8 @@ $(CHECKS)/.complete: build/locks/checks.txt build/locks/uv.txt build/sync
 	UV_LINK_MODE=hardlink sh build/sync build/locks/uv.txt build/locks/checks.txt $(CHECKS)
 	touch $@
 
-# What Ray does not bring comes from the environment of the tests. Not the other way round: it has uvloop and httptools,
-# which uvicorn prefers where they are, and no image has them.
+# Ray's environment sees the packages of the test environment. The test environment must not see Ray's: Ray installs
+# uvloop and httptools, uvicorn would use them, and the image does not have them.
 $(RAY)/.complete: build/locks/ray.txt build/locks/uv.txt build/sync $(VENV)/.complete
 	rm -rf $(RAY)
 	UV_LINK_MODE=hardlink sh build/sync build/locks/uv.txt build/locks/ray.txt $(RAY)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 
-from chatterbox_prewarm.commands.bench import numbers, seeds_option, tokens_option, voice_option
+from chatterbox_prewarm.commands.bench import (
+    numbers,
+    output_option,
+    seeds_option,
+    tokens_option,
+    voice_option,
+    write_report,
+)
 from chatterbox_prewarm.commands.options import (
     PATH,
     cache_option,
-    check_place,
+    check_output,
     device_option,
     say,
     warm_option,
@@ -20,73 +26,79 @@ from chatterbox_prewarm.commands.options import (
 )
 from chatterbox_prewarm.errors import BadInputError, ModelError, exit_with_code
 from chatterbox_prewarm.model.profiles import PROFILES
-from chatterbox_prewarm.system.atomic_files import write_whole
+
+checkout_option = click.option(
+    "--checkout", type=PATH, default=Path(), help="Checkout of this project. Default: the current directory."
+)
 
 
 @click.group()
 def benchmarks() -> None:
-    """Measure this project while you change it. All figures of a report come from one run."""
+    """Measure this project while you change it. Compare only figures of one run."""
 
 
 @benchmarks.command("profiles")
 @weights_option
 @cache_option
 @device_option
-@click.option("--output", type=PATH, required=True, help="Where the report goes, a JSON file.")
-@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Fresh processes of each.")
-@click.option("--profiles", default=",".join(PROFILES), show_default=True, help="Which ones, in turn.")
+@output_option
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Fresh processes of each profile.")
+@click.option("--profiles", default=",".join(PROFILES), show_default=True, help="Profiles to measure.")
 def profiles(*, weights: Path, cache: Path, device: str, output: Path, rounds: int, profiles: str) -> None:
-    """Bake each profile, then time fresh processes of each in turn, beside upstream."""
+    """Bake each profile, then time fresh processes of upstream and of each profile in turn."""
     from benchmarks.profiles import run, table
 
-    check_place(output)
+    check_output(output)
     report = run(weights, cache=cache, device=device, profiles=profiles.split(","), rounds=rounds, say=say)
-    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    write_report(report, output)
     click.echo(table(report))
 
 
 @benchmarks.command("image")
-@click.option("--output", type=PATH, required=True, help="Where the report goes, a JSON file.")
-@click.option("--size", default="full", show_default=True, type=click.Choice(["full", "mini"]), help="Of the weights.")
-@click.option("--checkout", type=PATH, default=Path(), help="Of this project; the current directory by default.")
+@output_option
+@click.option(
+    "--size", default="full", show_default=True, type=click.Choice(["full", "mini"]), help="Size of the weights."
+)
+@checkout_option
 def image(*, output: Path, size: str, checkout: Path) -> None:
-    """Build and prove an image with random weights, then again after a change of one Python file."""
+    """Build and prove an image with random weights, and again after a change of one Python file."""
     from benchmarks.image import run
 
-    check_place(output)
+    check_output(output)
     report = run(checkout, size=size, say=say)
-    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
-    again = report["after a change"]
-    click.echo(f"after a change of {report['changed']}: {again['build_seconds']} s, {len(again['steps'])} steps ran:")
-    for step in again["steps"]:
+    write_report(report, output)
+    rebuild = report["after a change"]
+    seconds, steps = rebuild["build_seconds"], rebuild["steps"]
+    click.echo(f"after a change of {report['changed']}: {seconds} s, {len(steps)} steps ran:")
+    for step in steps:
         click.echo(f"  {step}")
 
 
 @benchmarks.command("append")
 @warm_option
-@click.option("--output", type=PATH, required=True, help="Where the report goes, a JSON file.")
-@click.option("--gigabytes", default=9, show_default=True, type=click.IntRange(1), help="Of the image appended to.")
-@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Fresh processes.")
+@output_option
+@click.option("--gigabytes", default=9, show_default=True, type=click.IntRange(1), help="Size of the base image.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Number of fresh processes.")
 def append(*, warm: Path, output: Path, gigabytes: int, rounds: int) -> None:
-    """Add a warm state to a large image in a registry on this machine: seconds, memory, and what is sent."""
+    """Append a warm state to a large image in a local registry; measure seconds, memory and bytes sent."""
     from benchmarks.append import run, table
 
-    check_place(output)
+    check_output(output)
     report = run(warm, gigabytes=gigabytes, rounds=rounds, say=say)
-    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    write_report(report, output)
     click.echo(table(report))
 
 
 @benchmarks.command("routes")
-@click.option("--output", type=PATH, required=True, help="Where the report goes, a JSON file.")
-@click.option("--checkout", type=PATH, default=Path(), help="Of this project; the current directory by default.")
+@output_option
+@checkout_option
 def routes(*, output: Path, checkout: Path) -> None:
-    """Bring one state into an image by every route that needs no GPU, prove each, and compare their warm layers."""
+    """Add one state to an image by every route that needs no GPU, prove each image, and compare the warm layers."""
     from benchmarks.routes import run, table
 
-    check_place(output)
+    check_output(output)
     report = run(checkout, say=say)
-    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    write_report(report, output)
     click.echo(table(report))
 
 
@@ -94,61 +106,75 @@ def routes(*, output: Path, checkout: Path) -> None:
 @weights_option
 @warm_option
 @device_option
-@click.option("--output", type=PATH, required=True, help="Where the report goes, a JSON file.")
-@click.option("--requests", default=500, show_default=True, type=click.IntRange(10), help="One after the other.")
+@output_option
+@click.option("--requests", default=500, show_default=True, type=click.IntRange(10), help="Number of requests.")
 @tokens_option
 @seeds_option
 @voice_option
-def leak(
-    *, weights: Path, warm: Path, device: str, output: Path, requests: int, tokens: str, seeds: int, voice: str
-) -> None:
-    """Memory, handles, threads and hooks of a server over many requests; fails when one grows by more than 1 %."""
+def leak(*, output: Path, tokens: str, **fields: Any) -> None:
+    """Sample memory, handles, threads and hooks of a server during many requests; fail if one grows by over 1 %."""
     from benchmarks.leak import LIMIT, run, table
+    from chatterbox_prewarm.bench.load import LoadOptions
 
-    check_place(output)
-    report = run(
-        weights=weights,
-        warm=warm,
-        device=device,
-        requests=requests,
-        tokens=numbers(tokens),
-        seeds=seeds,
-        voice=voice,
-        say=say,
-    )
-    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    check_output(output)
+    report = run(LoadOptions(tokens=numbers(tokens), **fields), say=say)
+    write_report(report, output)
     click.echo(table(report))
     if not report["flat"]:
         grown = ", ".join(name for name, entry in report["held"].items() if entry["growth"] > LIMIT)
         raise ModelError(f"the server grows: {grown}", next_step=f"see the samples in {output}")
 
 
-@benchmarks.command("pods")
-@click.option("--manifests", type=click.File(encoding="utf-8"), default="-", help="A file; by default standard input.")
-@click.option("--image", help="In the place of the manifests'; podman has it.")
-@click.option("--output", type=PATH, required=True, help="Where the report goes, a JSON file.")
-@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Starts of each.")
+@benchmarks.command("kill")
+@weights_option
+@warm_option
+@device_option
+@output_option
+@click.option("--after", default=10.0, show_default=True, type=click.FloatRange(0), help="Seconds of load before.")
+@click.option("--clients", default=16, show_default=True, type=click.IntRange(1), help="Number of concurrent clients.")
+@click.option("--requests", default=20, show_default=True, type=click.IntRange(1), help="Requests of each client.")
 @tokens_option
-@click.option("--clients", default=4, show_default=True, type=click.IntRange(1), help="That ask during the update.")
+@seeds_option
+@voice_option
+def kill(*, output: Path, after: float, clients: int, tokens: str, **fields: Any) -> None:
+    """Kill a worker under load: each request gets its audio or a clean refusal, and the server becomes ready again."""
+    from benchmarks.kill import faults, run, table
+    from chatterbox_prewarm.bench.load import LoadOptions
+
+    check_output(output)
+    report = run(LoadOptions(clients=(clients,), tokens=numbers(tokens), **fields), after=after, say=say)
+    write_report(report, output)
+    click.echo(table(report))
+    if messages := faults(report):
+        raise ModelError("; ".join(messages), next_step=f"see {output}, and the log of the server")
+
+
+@benchmarks.command("pods")
+@click.option("--manifests", type=click.File(encoding="utf-8"), default="-", help="YAML file. Default: standard input.")
+@click.option("--image", help="Image to run instead of the one in the manifests. Podman must have it.")
+@output_option
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Starts of each kind.")
+@tokens_option
+@click.option("--clients", default=4, show_default=True, type=click.IntRange(1), help="Clients during the update.")
 def pods(*, manifests: TextIO, image: str | None, output: Path, rounds: int, tokens: str, clients: int) -> None:
-    """Start a pod of manifests on podman, warm and cold in turn, under the kubelet's rules; update one under load."""
+    """Start a pod with podman, warm and cold, under the kubelet's rules for probes; then update it under load."""
     import yaml
 
     from benchmarks.pods import run, table
 
-    check_place(output)
+    check_output(output)
     try:
         documents = [document for document in yaml.safe_load_all(manifests) if isinstance(document, dict)]
     except yaml.YAMLError as error:
-        raise BadInputError(f"the manifests are no YAML: {error}", next_step="see `kubectl kustomize`") from error
+        raise BadInputError(f"the manifests are not YAML: {error}", next_step="see `kubectl kustomize`") from error
     report = run(documents, image=image, rounds=rounds, tokens=numbers(tokens), clients=clients, say=say)
-    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    write_report(report, output)
     click.echo(table(report))
-    found = report["update"]
-    if found["sound"] < found["answers"] or found["killed"] or found["old_exit_code"] or found["misses"]:
+    update = report["update"]
+    if update["sound"] < update["answers"] or update["killed"] or update["old_exit_code"] or update["misses"]:
         raise ModelError("the update was not clean", next_step=f"see {output}")
 
 
 if __name__ == "__main__":
     with exit_with_code():
-        benchmarks(standalone_mode=False)
+        benchmarks()

@@ -1,4 +1,4 @@
-"""bench append: one more layer for a large image in a registry, against a real registry on the loopback interface."""
+"""`benchmarks append`: append a warm state to a large image in a real registry on this machine."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from chatterbox_prewarm.bench.starts import machine
+from chatterbox_prewarm.bench.server import free_port
+from chatterbox_prewarm.bench.starts import SCRATCH, machine
 from chatterbox_prewarm.errors import EngineError
 from chatterbox_prewarm.image.append import append
 from chatterbox_prewarm.image.compose import platform_of
 from chatterbox_prewarm.image.oci import OCI_LAYER, Descriptor, Image, to_documents
 from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.image.registry.client import Repository
-from chatterbox_prewarm.image.state_layers import gather
-from chatterbox_prewarm.system.json_subprocess import parse_report, report
+from chatterbox_prewarm.image.state_layers import pack_states
+from chatterbox_prewarm.system import json_subprocess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _PROGRAM = "docker-registry"
-#: Bytes of a layer of the base; an image with torch has one of 6 GB and some smaller ones.
+#: Bytes of each layer of the base image. An image with torch has one layer of 6 GB and some smaller ones.
 _LAYER = 1_000_000_000
 _BLOCK = 1 << 20
 
 
 class _Noise(io.RawIOBase):
-    """A layer's worth of bytes that do not compress, without holding them: one block, numbered."""
+    """Stream of `size` incompressible bytes that needs memory for one block only; `number` makes it different."""
 
     def __init__(self, number: int, size: int) -> None:
         self._block = hashlib.sha512(str(number).encode()).digest() * (_BLOCK // 64)
@@ -54,32 +55,31 @@ class _Noise(io.RawIOBase):
 
 
 def run(warm: Path, *, gigabytes: int, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Make a base of that size in a registry, then append a state to it in fresh processes.
+    """Upload a base image to a local registry, then append a state to it in fresh processes.
 
     Args:
-        warm: a state.
-        gigabytes: of the base.
-        rounds: how often: into the base's repository first, then into others of the registry.
+        warm: warm state to append.
+        gigabytes: size of the base image.
+        rounds: number of appends. The first goes into the repository of the base, each other one into a new repository.
         say: called with one line for each step.
 
     Returns:
-        the machine, the base's bytes, and for each round seconds, blobs and bytes sent, and the peak memory of the
-        process.
+        the machine, the bytes of the base, and for each round the result of `measure`.
 
     Raises:
-        EngineError: there is no registry program.
+        EngineError: the registry program is not installed.
     """
     with (
-        tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-bench-") as scratch,
+        tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch,
         registry(Path(scratch)) as address,
     ):
-        say(f"a base of {gigabytes} GB")
+        say(f"upload a base image of {gigabytes} GB")
         base = f"{address}/speech:cold"
         size = _make_base(base, warm, gigabytes)
         runs = []
         for number in range(1, rounds + 1):
             say(f"append, {number} of {rounds}")
-            # In a repository of its own it is sent anew, and the base's layers are taken over from their repository.
+            # A new repository needs the warm layer again, but reuses the layers of the base from the first repository.
             target = f"{address}/speech:warm" if number == 1 else f"{address}/speech-{number}:warm"
             arguments = {"base": base, "target": target, "warm": str(warm)}
             finished = subprocess.run(
@@ -88,20 +88,24 @@ def run(warm: Path, *, gigabytes: int, rounds: int, say: Callable[[str], None]) 
                 text=True,
                 check=False,
             )
-            runs.append(parse_report(finished.stdout, finished.returncode))
+            runs.append(json_subprocess.parse_report(finished.stdout, finished.returncode))
     return {"machine": machine(), "base_bytes": size, "runs": runs}
 
 
 def measure(*, base: str, target: str, warm: str) -> dict[str, Any]:
-    """Append in this process."""
+    """Append in this process.
+
+    Returns:
+        seconds, blobs and bytes sent, bytes of the warm layer, and peak memory of the process.
+    """
     started = time.monotonic()
-    with gather([Path(warm)]) as addition:
-        made = append(parse(base), parse(target), addition)
+    with pack_states([Path(warm)]) as addition:
+        appended = append(parse(base), parse(target), addition)
     seconds = time.monotonic() - started
     return {
         "seconds": round(seconds, 3),
-        "blobs_sent": made.blobs_sent,
-        "bytes_sent": made.bytes_sent,
+        "blobs_sent": appended.blobs_sent,
+        "bytes_sent": appended.bytes_sent,
         "layer_bytes": sum(layer.size for layer in addition.layers),
         "peak_megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1),
     }
@@ -109,17 +113,16 @@ def measure(*, base: str, target: str, warm: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def registry(scratch: Path) -> Iterator[str]:
-    """A real registry that keeps its blobs in a folder; its address.
+    """Run a real registry that stores its blobs in a folder; yield its address.
 
     Raises:
-        EngineError: there is no registry program.
+        EngineError: the registry program is not installed.
     """
     program = shutil.which(_PROGRAM)
     if program is None:
-        raise EngineError(f"there is no {_PROGRAM}", next_step="apt-get install docker-registry")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{found.getsockname()[1]}"
+        raise EngineError(f"the program {_PROGRAM} is not installed", next_step="apt-get install docker-registry")
+    port = free_port()
+    address = f"127.0.0.1:{port}"
     settings = {
         "version": 0.1,
         "log": {"level": "error"},
@@ -131,7 +134,7 @@ def registry(scratch: Path) -> Iterator[str]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             for _ in range(100):
-                with contextlib.suppress(OSError), socket.create_connection(tuple(address.split(":"))):  # type: ignore[arg-type]
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                     break
                 time.sleep(0.1)
             yield address
@@ -140,11 +143,11 @@ def registry(scratch: Path) -> Iterator[str]:
 
 
 def _make_base(reference: str, warm: Path, gigabytes: int) -> int:
-    """Store an image of this project's kind in a registry; its bytes."""
+    """Upload a base image with the labels that `append` checks; return its bytes."""
     from chatterbox_prewarm.image.labels import PREFIX
-    from chatterbox_prewarm.state.manifest import read_manifest
+    from chatterbox_prewarm.state.state import State
 
-    manifest = read_manifest(warm)
+    manifest = State.read(warm).manifest
     layers = []
     with Repository(parse(reference)) as repository:
         for number in range(gigabytes):
@@ -179,16 +182,16 @@ def _make_base(reference: str, warm: Path, gigabytes: int) -> int:
     return sum(layer.size for layer in layers)
 
 
-def table(found: dict[str, Any]) -> str:
-    """The report for people."""
-    lines = [f"a base of {found['base_bytes'] / 1e9:.0f} GB"]
+def table(report: dict[str, Any]) -> str:
+    """Format the report."""
+    lines = [f"base image: {report['base_bytes'] / 1e9:.0f} GB"]
     lines += [
         f"  {run['seconds']:.2f} s, {run['blobs_sent']} blobs sent, {run['bytes_sent'] / 1e6:.1f} MB, "
         f"{run['peak_megabytes']:.0f} MB of memory"
-        for run in found["runs"]
+        for run in report["runs"]
     ]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    report(measure)
+    json_subprocess.report(measure)

@@ -1,4 +1,4 @@
-"""How near a profile is to upstream: the same tokens, spectrogram and sound from the same inputs, in numbers."""
+"""Compare the tokens, the mel spectrogram and the audio of a profile with those of upstream for the same inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.regions.pipeline import bound
+from chatterbox_prewarm.model.regions.pipeline import pipeline_of
 from chatterbox_prewarm.model.regions.t3_blocks import rms_norm
 from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.synthesis import seed_everything
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.model.synthesis import Synthesizer
 
-#: Speech tokens drawn greedily, eight seconds, and how many of them are made to sound.
+#: Number of speech tokens that are decoded greedily (eight seconds), and number of those that are rendered as audio.
 TOKENS = 200
-_SOUNDING = 50
+_RENDERED = 50
 _GREEDY = Sampling(min_p=1.0)
 _SEED = 1
-#: Convolutions in full float32: on a GPU torch has cuDNN round them to TF32, upstream's and ours alike, by more than
-#: what is to be seen here.
-_exactly = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+#: Compute convolutions in full float32. By default, cuDNN rounds them to TF32 on a GPU. The rounding error is larger
+#: than the differences that are measured here.
+_full_precision = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 def text_tokens(model: ChatterboxTTS, text: str) -> torch.Tensor:
-    """The tokens of a text as T3 takes them, int64 (1, n), start and stop tokens included."""
+    """Return the text tokens that T3 expects, int64 (1, n), with the start and the stop token."""
     from chatterbox.tts import punc_norm
 
     tokens = model.tokenizer.text_to_tokens(punc_norm(text)).to(model.device)
@@ -39,14 +39,14 @@ def text_tokens(model: ChatterboxTTS, text: str) -> torch.Tensor:
     return padded
 
 
-@_exactly
+@_full_precision
 @torch.inference_mode()
 def reference(model: ChatterboxTTS, voice: Conditionals, text: str) -> dict[str, torch.Tensor]:
-    """What upstream makes of a text.
+    """Synthesize a text with upstream's code.
 
     Returns:
-        on the CPU: `tokens`, int64 (200,) at most; `mel`, float32 (1, 80, frames), of the first of them; `sound`,
-        float32 (samples,), of `mel`.
+        tensors on the CPU: `tokens`, int64 (at most 200,); `mel` of the first 50 tokens, float32 (1, 80, frames);
+        `sound` of that mel, float32 (samples,).
     """
     tokens = model.t3.inference(
         t3_cond=detached(voice).t3,
@@ -59,7 +59,7 @@ def reference(model: ChatterboxTTS, voice: Conditionals, text: str) -> dict[str,
         top_p=_GREEDY.top_p,
     )[0]
     seed_everything(_SEED)
-    mel = model.s3gen.flow_inference(_sounding(model, tokens), ref_dict=dict(voice.gen), finalize=True)
+    mel = model.s3gen.flow_inference(_tokens_to_render(model, tokens), ref_dict=dict(voice.gen), finalize=True)
     seed_everything(_SEED)
     sound = model.s3gen.hift_inference(mel)[0][0].clone()
     fade = model.s3gen.trim_fade
@@ -67,56 +67,56 @@ def reference(model: ChatterboxTTS, voice: Conditionals, text: str) -> dict[str,
     return {"tokens": tokens.cpu(), "mel": mel.cpu(), "sound": sound.cpu()}
 
 
-@_exactly
+@_full_precision
 @torch.inference_mode()
 def compare(synthesizer: Synthesizer, text: str, upstreams: dict[str, torch.Tensor]) -> dict[str, float]:
-    """How far the regions bound to a model are from upstream, each stage given what upstream's gave before.
+    """Compare the regions of a model with upstream. Each stage gets upstream's result of the stage before.
 
     Args:
-        synthesizer: with the regions to look at.
-        text: of the reference.
-        upstreams: what `reference` returned.
+        synthesizer: synthesizer with the regions.
+        text: text of the reference.
+        upstreams: result of `reference`.
 
     Returns:
-        greedy_tokens_equal: how many tokens, drawn freely, are upstream's, up to the first that is not.
-        next_tokens_equal: for which share of upstream's tokens the next one would be upstream's too.
-        mel_difference: the largest, relative to the largest value.
-        sound_decibels: the energy of the signal over that of the difference.
+        greedy_tokens_equal: number of greedily decoded tokens that equal upstream's, up to the first difference.
+        next_tokens_equal: share of upstream's tokens after which the most likely token equals upstream's next one.
+        mel_difference: largest difference, relative to the largest value.
+        sound_decibels: ratio of the energy of the audio to the energy of the difference, in dB.
     """
     model, voice = synthesizer.model, synthesizer.voices[DEFAULT_VOICE]
-    stages = bound(model)
-    wanted = upstreams["tokens"].to(model.device)
+    stages = pipeline_of(model)
+    expected = upstreams["tokens"].to(model.device)
     prompt = text_tokens(model, text)
-    drawn = stages.speech_tokens(voice.t3, prompt, sampling=_GREEDY, max_new_tokens=len(wanted))
-    length = min(len(drawn), len(wanted))
-    differs = (drawn[:length] != wanted[:length]).nonzero()
-    hidden = stages.speech_tokens.hidden(voice.t3, prompt, wanted, sampling=_GREEDY)
+    decoded = stages.decoder(voice.t3, prompt, sampling=_GREEDY, max_new_tokens=len(expected))
+    length = min(len(decoded), len(expected))
+    differs = (decoded[:length] != expected[:length]).nonzero()
+    hidden = stages.decoder.hidden(voice.t3, prompt, expected, sampling=_GREEDY)
     seed_everything(_SEED)
-    mel = stages.flow(_sounding(model, wanted), voice.gen)
-    wanted_mel = upstreams["mel"].to(model.device)
+    mel = stages.flow(_tokens_to_render(model, expected), voice.gen)
+    expected_mel = upstreams["mel"].to(model.device)
     seed_everything(_SEED)
-    sound = stages.vocoder(wanted_mel).cpu()
+    sound = stages.vocoder(expected_mel).cpu()
     error = (sound - upstreams["sound"]).square().sum().clamp(min=1e-30)
     return {
         "greedy_tokens_equal": float(differs[0, 0]) if differs.numel() else float(length),
-        "next_tokens_equal": float((_likeliest(model, hidden, wanted) == wanted).float().mean()),
-        "mel_difference": float((mel - wanted_mel).abs().max() / wanted_mel.abs().max()),
+        "next_tokens_equal": float((_likeliest(model, hidden, expected) == expected).float().mean()),
+        "mel_difference": float((mel - expected_mel).abs().max() / expected_mel.abs().max()),
         "sound_decibels": float(10 * torch.log10(upstreams["sound"].square().sum() / error)),
     }
 
 
-def _sounding(model: ChatterboxTTS, tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens of the codebook, as many as are made to sound; random weights draw others too."""
-    kept: torch.Tensor = tokens[tokens < model.t3.hp.start_speech_token][:_SOUNDING]
+def _tokens_to_render(model: ChatterboxTTS, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the first tokens that are in the codebook; random weights also sample tokens outside it."""
+    kept: torch.Tensor = tokens[tokens < model.t3.hp.start_speech_token][:_RENDERED]
     return kept
 
 
 def _likeliest(model: Any, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The greedy choice in the place of each of `tokens`, int64 (n,), given those before it.
+    """Return the most likely token at the position of each of `tokens`, given the tokens before it; int64 (n,).
 
     Args:
-        model: of upstream.
-        hidden: (n, 2, 1024), what each would be drawn from.
+        model: model of upstream.
+        hidden: hidden states at these positions, (n, 2, 1024).
         tokens: int64 (n,).
     """
     t3 = model.t3
@@ -124,7 +124,7 @@ def _likeliest(model: Any, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.
     logits = functional.linear(normed, t3.speech_head.weight.to(hidden.dtype)).float()
     guided = logits[:, 0] + _GREEDY.cfg_weight * (logits[:, 0] - logits[:, 1])
     before = torch.cat([tokens.new_tensor([t3.hp.start_speech_token]), tokens[:-1]])
-    # Row i: which tokens are in the sequence before the i-th.
+    # Row i marks the tokens that occur in the sequence before position i.
     used = functional.one_hot(before, guided.size(1)).cumsum(0) > 0
     penalty = _GREEDY.repetition_penalty
     penalized = torch.where(guided < 0, guided * penalty, guided / penalty)

@@ -1,16 +1,17 @@
-"""bench image: an image with random weights is built and proven, then again after a change of one Python file."""
+"""`benchmarks image`: build and prove an image with random weights, and again after a change of one Python file."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.bench.starts import machine
+from chatterbox_prewarm.bench.starts import SCRATCH, machine
 from chatterbox_prewarm.errors import BadInputError, EngineError
 from chatterbox_prewarm.image.engines.connect import prove_image
 from chatterbox_prewarm.system.process import run as run_process
@@ -20,38 +21,38 @@ if TYPE_CHECKING:
 
 _TAG = "chatterbox-prewarm-bench:warm"
 _CHANGED = "chatterbox_prewarm/serve/http/server.py"
-#: What a build reads, as `.dockerignore` has it.
+#: Files and folders that a build reads, as in `.dockerignore`.
 _CONTEXT = ("Dockerfile", ".dockerignore", "pyproject.toml", "build", "chatterbox_prewarm")
 
 
 def run(checkout: Path, *, size: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Build, prove, change a file of the server, build and prove again; the images are removed afterwards.
+    """Build and prove, change a file of the server, build and prove again; remove the images afterwards.
 
     Args:
-        checkout: of this project, with its Dockerfile. A copy of it is changed.
-        size: of the random weights, "full" or "mini".
-        say: called with a line for each step.
+        checkout: checkout of this project with its Dockerfile. A copy of it is changed.
+        size: size of the random weights, "full" or "mini".
+        say: called with one line for each step.
 
     Returns:
-        the machine and its engine, and for each of the two builds its seconds, the steps that ran and came from no
-        cache, the image's bytes, and the evidence of its proof. The first build takes what the engine's cache has, so
-        its seconds are no figure.
+        the machine and its engine, and for each build the seconds, the steps that did not come from the cache, the
+        bytes of the image, and the evidence of its proof. The seconds of the first build depend on the content of the
+        build cache, so they are not comparable.
 
     Raises:
-        BadInputError: there is no Dockerfile.
+        BadInputError: the checkout has no Dockerfile.
         EngineError: a build or a container failed.
     """
     if not (checkout / "Dockerfile").is_file():
         raise BadInputError(f"{checkout} has no Dockerfile", next_step="name a checkout of this project")
-    with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         context = copy_context(checkout, Path(scratch) / "context")
         try:
             first = _build_and_prove(context, size, say)
             with (context / _CHANGED).open("a", encoding="utf-8") as stream:
-                # New in each run: the engine keeps the layers of earlier ones.
+                # Different in each run, because the build cache has the layers of earlier runs.
                 stream.write(f"\n# {os.urandom(20).hex()}\n")
-            say(f"{_CHANGED} changes")
-            again = _build_and_prove(context, size, say)
+            say(f"change {_CHANGED}")
+            rebuild = _build_and_prove(context, size, say)
         finally:
             run_process([docker(), "rmi", "--force", _TAG])
     engine = run_process([docker(), "version", "--format", "{{.Server.Version}}"]).stdout.strip()
@@ -61,7 +62,7 @@ def run(checkout: Path, *, size: str, say: Callable[[str], None]) -> dict[str, A
         "size": size,
         "changed": _CHANGED,
         "first": first,
-        "after a change": again,
+        "after a change": rebuild,
     }
 
 
@@ -81,7 +82,7 @@ def _build_and_prove(context: Path, size: str, say: Callable[[str], None]) -> di
 
 
 def copy_context(checkout: Path, target: Path) -> Path:
-    """Copy what a build reads; returns the copy."""
+    """Copy the files that a build reads to `target`, and return it."""
     target.mkdir(parents=True)
     for name in _CONTEXT:
         if (checkout / name).is_dir():
@@ -92,22 +93,22 @@ def copy_context(checkout: Path, target: Path) -> Path:
 
 
 def docker() -> str:
-    """The Docker client: `$DOCKER`, where the first one on the PATH does not match the engine."""
+    """Return the Docker client: `$DOCKER` if it is set, for example to a version that matches the engine."""
     return os.environ.get("DOCKER", "docker")
 
 
 def build(context: Path, tag: str, arguments: Sequence[str]) -> str:
-    """Build an image; returns the log, which names each step and those that came from the cache.
+    """Build an image; return the log, which lists each step and whether it came from the cache.
 
-    A CA bundle named by SSL_CERT_FILE goes along as the secret `ca`.
+    If SSL_CERT_FILE is set, that CA bundle is passed as the secret `ca`.
 
     Raises:
-        EngineError: the build failed, with the end of its log.
+        EngineError: the build failed. The message contains the end of its log.
     """
     bundle = os.environ.get("SSL_CERT_FILE")
     secrets = ["--secret", f"id=ca,src={bundle}"] if bundle else []
     command = [docker(), "build", "--network=host", "--progress=plain", *secrets, *arguments, "-t", tag, str(context)]
-    finished = run_process(command, env={**os.environ, "DOCKER_BUILDKIT": "1"}, with_stderr=True)
+    finished = run_process(command, env={**os.environ, "DOCKER_BUILDKIT": "1"}, stderr=subprocess.STDOUT)
     if finished.returncode != 0:
         raise EngineError(
             f"the build ended with status {finished.returncode}: {finished.stdout[-5000:]}",
@@ -117,7 +118,10 @@ def build(context: Path, tag: str, arguments: Sequence[str]) -> str:
 
 
 def ran_steps(log: str) -> list[str]:
-    """The steps that ran, from BuildKit's plain log: `#7 [installed 3/3] RUN …`, and `#7 CACHED` for the others."""
+    """Return the steps that ran, from BuildKit's plain log.
+
+    The log has `#7 [installed 3/3] RUN …` for each step, and `#7 CACHED` for a step that came from the cache.
+    """
     steps: dict[str, str] = {}
     for line in log.splitlines():
         number, _, rest = line.partition(" ")

@@ -1,10 +1,13 @@
-"""The kubelet's rules for probes, applied to a server without a kubelet: what would it do with a container, and when?
+"""Apply the kubelet's rules for probes to a server that runs without a kubelet.
 
-The probes are read out of a manifest, so what is tried is what is deployed. The rules are those of
-`pkg/kubelet/prober/worker.go`: one worker for each probe, at once and then every period; no other probe before the
-startup probe has passed; a result counts when it has come as often in a row as its threshold says; a startup or
-liveness probe that has failed so ends the container, and the watch with it. A watch is for one life of a container:
-whoever started it stops it, and begins another watch.
+The probes are read from a manifest, so the deployed probes are tested. The rules follow `pkg/kubelet/prober/worker.go`:
+
+- Each probe has its own worker, which probes immediately and then once per period.
+- The other probes begin when the startup probe has passed.
+- A result counts when it has occurred as many times in a row as its threshold requires.
+- A failed startup or liveness probe ends the container.
+
+A `Watch` covers one life of a container and ends with it. For the next life, the caller begins a new watch.
 """
 
 from __future__ import annotations
@@ -22,19 +25,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 Kind = Literal["startup", "liveness", "readiness"]
-What = Literal["started", "ready", "not ready", "killed"]
+EventKind = Literal["started", "ready", "not ready", "killed"]
 
 KINDS: tuple[Kind, ...] = ("startup", "liveness", "readiness")
-#: Of an answer's body, as much as the kubelet reads.
+#: The kubelet reads at most this many bytes of a response body.
 _BODY = 10 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A probe of a container by HTTP; times in seconds, with the defaults of Kubernetes.
+    """An HTTP probe of a container, with the defaults of Kubernetes. Times are in seconds.
 
     Attributes:
-        grace: that a container has to end when this probe has failed; None is the pod's grace period.
+        grace: grace period of the container when this probe fails; None means that of the pod.
     """
 
     kind: Kind
@@ -50,39 +53,39 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What the kubelet would note.
+    """A change that the kubelet would record.
 
     Attributes:
-        at: seconds since the watch was made.
-        what: happened.
-        why: the probe's last answer in words.
-        probe: by which.
+        at: seconds since the watch was created.
+        kind: kind of the change.
+        reason: last result of the probe as text.
+        probe: probe that caused the change.
     """
 
     at: float
-    what: What
-    why: str
+    kind: EventKind
+    reason: str
     probe: Probe
 
 
 def read_probes(container: Mapping[str, Any]) -> dict[Kind, Probe]:
-    """The probes of a container of a manifest.
+    """Read the probes of a container from a manifest.
 
     Raises:
-        BadInputError: one is not by HTTP, or its port has no such name.
+        BadInputError: a probe does not use HTTP, or names a port that the container does not have.
     """
     ports = {port.get("name"): port["containerPort"] for port in container.get("ports", ())}
-    found: dict[Kind, Probe] = {}
+    probes: dict[Kind, Probe] = {}
     for kind in KINDS:
         raw = container.get(f"{kind}Probe")
         if raw is None:
             continue
         if "httpGet" not in raw:
-            raise BadInputError(f"the {kind} probe is not by HTTP", next_step="give it an httpGet")
+            raise BadInputError(f"the {kind} probe does not use HTTP", next_step="use httpGet")
         port = raw["httpGet"]["port"]
         if isinstance(port, str) and port not in ports:
-            raise BadInputError(f"the {kind} probe asks the port {port!r}, which no port is named", next_step="name it")
-        found[kind] = Probe(
+            raise BadInputError(f"the {kind} probe uses the unknown port {port!r}", next_step="name a port like that")
+        probes[kind] = Probe(
             kind=kind,
             path=raw["httpGet"].get("path", "/"),
             port=ports.get(port, port),
@@ -93,14 +96,14 @@ def read_probes(container: Mapping[str, Any]) -> dict[Kind, Probe]:
             failure_threshold=raw.get("failureThreshold", 3),
             grace=raw.get("terminationGracePeriodSeconds"),
         )
-    return found
+    return probes
 
 
 class Threshold:
-    """Answers in a row, and the result that they make.
+    """Counter of consecutive equal results of a probe.
 
     Attributes:
-        result: whether the probe passes, by what has come often enough; None while nothing has.
+        result: whether the probe passes; None until a result has occurred often enough.
     """
 
     def __init__(self, probe: Probe) -> None:
@@ -110,7 +113,7 @@ class Threshold:
         self._run = 0
 
     def take(self, passed: bool) -> bool:
-        """Count an answer; returns whether it is the result now."""
+        """Count a result; return whether it occurred often enough to count."""
         self._run = self._run + 1 if passed is self._last else 1
         self._last = passed
         needed = self._probe.success_threshold if passed else self._probe.failure_threshold
@@ -121,15 +124,15 @@ class Threshold:
 
 
 class Watch:
-    """One life of a container under the kubelet's rules; a context manager that begins at once.
+    """Context manager that applies the kubelet's rules to one life of a container.
 
     Args:
-        probes: of the container, as `read_probes` gives them.
-        host: where its ports are reached.
-        published: where a port of the container is reached on that host, where it is another one.
+        probes: probes of the container, from `read_probes`.
+        host: host on which the ports of the container are published.
+        published: maps ports of the container to ports of that host; other ports are the same on both.
 
     Attributes:
-        events: what happened so far.
+        events: changes so far.
     """
 
     def __init__(
@@ -140,67 +143,67 @@ class Watch:
         self._host = host
         self._published = published or {}
         self._origin = time.monotonic()
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._started = "startup" not in probes
         self._over = False
         self._threads = [
-            threading.Thread(target=self._work, args=(probe,), name=f"{kind} probe", daemon=True)
+            threading.Thread(target=self._run, args=(probe,), name=f"{kind} probe", daemon=True)
             for kind, probe in probes.items()
         ]
 
     def __enter__(self) -> Watch:
-        """Begin to ask."""
+        """Start the probes."""
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ask no more; waits for answers that are under way."""
+        """Stop the probes and wait for those in flight."""
         self._end()
         for thread in self._threads:
             thread.join()
 
     @property
     def killed(self) -> bool:
-        """Whether the kubelet would have ended the container."""
-        return any(event.what == "killed" for event in self.events)
+        """True if the kubelet would have ended the container."""
+        return any(event.kind == "killed" for event in self.events)
 
     @property
     def ready(self) -> bool:
-        """Whether the container gets requests."""
-        news = [event.what for event in self.events if event.what in {"ready", "not ready"}]
-        return not self.killed and news[-1:] == ["ready"]
+        """True if the container receives requests."""
+        changes = [event.kind for event in self.events if event.kind in {"ready", "not ready"}]
+        return not self.killed and changes[-1:] == ["ready"]
 
-    def wait_for(self, *what: What, timeout: float, after: int = 0) -> Event | None:
-        """The first event of these kinds; None if there is none within `timeout` seconds.
+    def wait_for(self, *kinds: EventKind, timeout: float, after: int = 0) -> Event | None:
+        """Wait for the first event of the given kinds; return None after `timeout` seconds.
 
         Args:
-            what: the kinds.
-            timeout: seconds to wait at most.
-            after: how many of the events so far do not count.
+            kinds: kinds of events.
+            timeout: seconds to wait.
+            after: number of earlier events to ignore.
         """
 
         def find() -> Event | None:
-            return next((event for event in self.events[after:] if event.what in what), None)
+            return next((event for event in self.events[after:] if event.kind in kinds), None)
 
-        with self._news:
-            return self._news.wait_for(find, timeout)
+        with self._changed:
+            return self._changed.wait_for(find, timeout)
 
     def elapsed(self) -> float:
-        """Seconds since the watch was made, on the clock of its events."""
+        """Return the seconds since the watch was created, on the clock of its events."""
         return time.monotonic() - self._origin
 
     def _end(self) -> None:
-        with self._news:
+        with self._changed:
             self._over = True
-            self._news.notify_all()
+            self._changed.notify_all()
 
-    def _note(self, what: What, why: str, probe: Probe) -> None:
-        with self._news:
-            self.events.append(Event(at=self.elapsed(), what=what, why=why, probe=probe))
-            self._news.notify_all()
+    def _note(self, kind: EventKind, reason: str, probe: Probe) -> None:
+        with self._changed:
+            self.events.append(Event(at=self.elapsed(), kind=kind, reason=reason, probe=probe))
+            self._changed.notify_all()
 
-    def _work(self, probe: Probe) -> None:
+    def _run(self, probe: Probe) -> None:
         threshold = Threshold(probe)
         for _ in self._ticks(probe):
             if self.elapsed() < probe.initial_delay:
@@ -208,63 +211,64 @@ class Watch:
             if self._started is (probe.kind == "startup"):
                 continue
             before = threshold.result
-            passed, why = self._ask(probe)
+            passed, reason = self._probe(probe)
             if self._over:
                 return
             if threshold.take(passed) and passed is not before:
-                self._act(probe, passed, why)
+                self._apply(probe, passed, reason)
 
-    def _act(self, probe: Probe, passed: bool, why: str) -> None:
-        """A probe has another result than before."""
+    def _apply(self, probe: Probe, passed: bool, reason: str) -> None:
+        """Record that the result of a probe has changed."""
         if probe.kind == "readiness":
-            self._note("ready" if passed else "not ready", why, probe)
+            self._note("ready" if passed else "not ready", reason, probe)
         elif not passed:
-            self._note("killed", f"{probe.kind}: {why}", probe)
+            self._note("killed", f"{probe.kind}: {reason}", probe)
             self._end()
         elif probe.kind == "startup":
-            self._note("started", why, probe)
-            with self._news:
+            self._note("started", reason, probe)
+            with self._changed:
                 self._started = True
-                self._news.notify_all()
+                self._changed.notify_all()
 
     def _ticks(self, probe: Probe) -> Iterator[None]:
-        """At once, then every period; of ticks that pass during a long answer one is kept.
+        """Yield immediately and then once per period.
 
-        Readiness is asked as soon as the container has started, and not at its next tick.
+        If several ticks pass during a slow probe, only one of them is kept, as in Go's `time.Ticker`. The readiness
+        probe runs as soon as the container has started, before its next tick.
         """
         begun = time.monotonic()
         ticks = 0
-        waits_for_start = probe.kind == "readiness" and not self._started
+        awaits_start = probe.kind == "readiness" and not self._started
         while not self._over:
             yield
             missed = int((time.monotonic() - begun) / probe.period)
-            if missed > ticks:  # the one that was kept
+            if missed > ticks:  # the kept tick is due immediately
                 ticks = missed
                 continue
             ticks += 1
             pause = begun + ticks * probe.period - time.monotonic()
-            if self._pause(pause, until_start=waits_for_start):
-                waits_for_start = False
-                ticks -= 1  # the one that was waited for is still to come
+            if self._pause(pause, until_start=awaits_start):
+                awaits_start = False
+                ticks -= 1  # the regular tick is still due
 
     def _pause(self, seconds: float, *, until_start: bool) -> bool:
-        """Wait, but not beyond the watch's end or the container's start; returns whether it was the start."""
-        with self._news:
-            self._news.wait_for(lambda: self._over or (until_start and self._started), max(0.0, seconds))
+        """Wait until `seconds` are over, the watch ends or the container starts; return whether it has started."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or (until_start and self._started), max(0.0, seconds))
             return until_start and self._started
 
-    def _ask(self, probe: Probe) -> tuple[bool, str]:
-        """Ask once: passed is any status from 200 to 399 whose answer is there in time."""
+    def _probe(self, probe: Probe) -> tuple[bool, str]:
+        """Probe once. A status from 200 to 399 within the timeout passes."""
         port = self._published.get(probe.port, probe.port)
         begun = time.monotonic()
         connection = http.client.HTTPConnection(self._host, port, timeout=probe.timeout)
         try:
             with contextlib.closing(connection):
                 connection.request("GET", probe.path, headers={"User-Agent": "kube-probe", "Connection": "close"})
-                answer = connection.getresponse()
-                answer.read(_BODY)
+                response = connection.getresponse()
+                response.read(_BODY)
         except (OSError, http.client.HTTPException) as error:
             return False, f"{probe.path}: {first_line(error)}"
         if time.monotonic() - begun > probe.timeout:
-            return False, f"{probe.path}: no answer within {probe.timeout:g} s"
-        return 200 <= answer.status < 400, f"{probe.path}: {answer.status}"
+            return False, f"{probe.path}: no response within {probe.timeout:g} s"
+        return 200 <= response.status < 400, f"{probe.path}: {response.status}"

@@ -1,8 +1,9 @@
-"""A pod of a Deployment without a cluster: podman runs what it knows of a manifest, the rest of the kubelet is here.
+"""Run a pod of a Deployment without a cluster.
 
-podman takes image, settings, user, read-only root, limits and volumes. Probes (`Pod.watch`), the start of a container
-anew (`Pod.restart`), preStop and the grace period (`Pod.end`) are the kubelet's, and done here as it does them. A
-network of the machine's own is needed, as podman makes one by default.
+Podman applies the image, settings, user, read-only root, limits and volumes of the manifest. This module does the rest
+as
+the kubelet does it: probes (`Pod.watch`), restarts (`Pod.restart`), preStop and the grace period (`Pod.end`). It needs
+podman's default network.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import copy
 import json
 import logging
 import secrets
+import subprocess
 import tempfile
 import time
 from typing import TYPE_CHECKING, Any
@@ -32,29 +34,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: What podman makes of the others is nothing.
+#: Kinds of documents that `podman kube play` uses.
 _PLAYED = ("ConfigMap", "Deployment")
-#: Seconds that the kubelet gives a container for SIGTERM however long its hook took.
+#: Seconds that the kubelet leaves a container after SIGTERM even if its preStop hook used the whole grace period.
 _LEAST_GRACE = 2
 
 
 class Pod:
-    """A pod of the one Deployment of some manifests; a context manager that starts it, and removes all of it.
+    """Context manager that starts the pod of a Deployment with podman and removes it with its volumes.
 
     Args:
-        documents: the manifests, as `kubectl kustomize` or `k8s render` writes them.
-        name: of the pod, its volumes and containers on podman; a random end makes it one of its own.
-        port: of loopback where the server's port `http` is reached.
-        image: in the place of the manifest's.
-        settings: put into each ConfigMap, over what is there.
-        folders: of this machine, mounted at paths of the server's container.
+        documents: manifests as `kubectl kustomize` or `k8s render` writes them.
+        name: name of the pod and prefix of its volumes; a random suffix is added.
+        port: local port that is connected to the port `http` of the server.
+        image: image to run instead of the one in the manifest.
+        settings: entries to add to each ConfigMap or to replace in it.
+        folders: folders of this machine by the path in the container at which they are mounted.
 
     Attributes:
-        container: the server's, by its name on podman.
-        target: the server, for clients on this machine.
+        container: podman's name of the server's container.
+        target: address of the server for clients on this machine.
 
     Raises:
-        BadInputError: there is not one Deployment of one container.
+        BadInputError: the manifests do not contain exactly one Deployment with exactly one container.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class Pod:
         played = [copy.deepcopy(document) for document in documents if document.get("kind") in _PLAYED]
         name = f"{name}-{secrets.token_hex(4)}"
         self.port = port
-        self.target = Target(secure=False, host="127.0.0.1", port=port)
+        self.target = Target(port=port)
         try:
             (deployment,) = [document for document in played if document["kind"] == "Deployment"]
             self._spec: Document = deployment["spec"]["template"]["spec"]
@@ -79,15 +81,15 @@ class Pod:
             (self._inside,) = [entry["containerPort"] for entry in server["ports"] if entry["name"] == "http"]
         except (ValueError, LookupError, TypeError) as error:
             raise BadInputError(
-                "these manifests have not one Deployment of one container with a port `http`",
-                next_step="give what `kubectl kustomize k8s/overlays/cpu-demo` prints",
+                "the manifests must contain one Deployment with one container that has a port `http`",
+                next_step="pass the output of `kubectl kustomize k8s/overlays/cpu-demo`",
             ) from error
         self.probes = read_probes(server)
         self._hook: list[str] = server.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
         self._grace = float(self._spec.get("terminationGracePeriodSeconds", 30))
         deployment["metadata"]["name"] = name
         server["image"] = image or server["image"]
-        # As a service would: two pods have one port each, and it is this machine that reaches them.
+        # Publish the port on this machine, where the clients run. Each pod gets another port.
         server["ports"] = [{"name": "http", "containerPort": self._inside, "hostPort": port, "hostIP": "127.0.0.1"}]
         self._adapt_volumes(name, server, folders or {})
         for document in played:
@@ -96,7 +98,7 @@ class Pod:
         self._yaml = Rendering(documents=tuple(played)).to_yaml()
 
     def _adapt_volumes(self, name: str, server: Document, folders: Mapping[str, Path]) -> None:
-        """An emptyDir is a volume of podman's, and pods that call theirs by one name would share it."""
+        """Make the names of the volumes unique, because pods with equal names would share podman's volumes."""
         for volume in self._spec.get("volumes", []):
             volume["name"] = f"{name}-{volume['name']}"
         for mount in server.get("volumeMounts", []):
@@ -107,109 +109,109 @@ class Pod:
             server.setdefault("volumeMounts", []).append({"name": volume["name"], "mountPath": path})
 
     def __enter__(self) -> Pod:
-        """Start it; returns when its process runs.
+        """Start the pod and wait until its process runs.
 
         Raises:
-            EngineError: podman could not.
+            EngineError: podman failed.
         """
         try:
-            self._ask("kube", "play", "-", given=self._yaml)
+            self._podman("kube", "play", "-", stdin=self._yaml)
         except EngineError:
             self._remove()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove it with its volumes, whatever state it is in."""
+        """Remove the pod with its volumes in any state."""
         self._remove()
 
     def watch(self) -> Watch:
-        """The kubelet's probes of the container's present life."""
+        """Start the kubelet's probes for the current life of the container."""
         return Watch(self.probes, published={self._inside: self.port})
 
     def since_start(self) -> float:
-        """Seconds since the process of the container was started."""
-        asked = self._ask("container", "inspect", "--format={{.State.StartedAt.UnixMilli}}", self.container)
-        return time.time() - int(asked) / 1000
+        """Return the seconds since the process of the container was started."""
+        milliseconds = self._podman("container", "inspect", "--format={{.State.StartedAt.UnixMilli}}", self.container)
+        return time.time() - int(milliseconds) / 1000
 
     def process(self) -> int:
-        """The server's process, by its id on this machine."""
-        found: int = self._state()["Pid"]
-        return found
+        """Return the process ID of the server on this machine."""
+        pid: int = self._state()["Pid"]
+        return pid
 
     def workers(self) -> list[int]:
-        """The server's workers that run, by their ids on this machine."""
+        """Return the process IDs of the running workers on this machine."""
         return children(self.process())
 
     def restarts(self) -> int:
-        """How often podman started the container again because its process had ended."""
+        """Return how often podman restarted the container because its process had ended."""
         count: int = self._inspect()["RestartCount"]
         return count
 
     def log(self) -> str:
-        """What the server wrote."""
-        return run_process(["podman", "logs", self.container], with_stderr=True).stdout
+        """Return the log of the server."""
+        return run_process(["podman", "logs", self.container], stderr=subprocess.STDOUT).stdout
 
     def restart(self, killed: Event) -> None:
-        """What the kubelet does with a container that has failed a probe: it ends it, and starts it again.
+        """End and restart the container, as the kubelet does after a failed probe.
 
         Args:
-            killed: the watch's last event.
+            killed: last event of the watch.
 
         Raises:
-            EngineError: podman could not.
+            EngineError: podman failed.
         """
         self._stop(self._grace if killed.probe.grace is None else killed.probe.grace)
-        self._ask("start", self.container)
+        self._podman("start", self.container)
 
     def end(self) -> int:
-        """What the kubelet does with a pod that is deleted; returns the exit code of the server.
+        """End the pod as the kubelet does when it is deleted; return the exit code of the server.
 
         Raises:
-            EngineError: podman could not.
+            EngineError: podman failed.
         """
         self._stop(self._grace)
         code: int = self._state()["ExitCode"]
         return code
 
     def _stop(self, grace: float) -> None:
-        """The hook and SIGTERM, and SIGKILL when the grace period of both is over, in seconds."""
+        """Run the preStop hook, send SIGTERM, and SIGKILL when the grace period of both (seconds) is over."""
         begun = time.monotonic()
         if self._hook:
-            with contextlib.suppress(EngineError):  # one that fails is an event of the pod's, and no more
-                self._ask("exec", self.container, *self._hook, timeout=grace)
+            with contextlib.suppress(EngineError):  # a failed hook is only recorded as an event of the pod
+                self._podman("exec", self.container, *self._hook, timeout=grace)
         left = max(_LEAST_GRACE, round(grace - (time.monotonic() - begun)))
-        self._ask("stop", f"--time={left}", self.container, timeout=left + 60)
+        self._podman("stop", f"--time={left}", self.container, timeout=left + 60)
 
     def _remove(self) -> None:
-        """Remove the pod and its volumes; what cannot be removed is said, since what came before matters more."""
-        run_process(["podman", "kill", "--signal=KILL", self.container], with_stderr=True)  # or `down` waits for it
+        """Remove the pod and its volumes. A failure is only logged, so that it does not hide an earlier error."""
+        run_process(["podman", "kill", "--signal=KILL", self.container], stderr=subprocess.STDOUT)  # or `down` waits
         try:
-            self._ask("kube", "down", "-", given=self._yaml)
+            self._podman("kube", "down", "-", stdin=self._yaml)
         except EngineError as error:
-            logger.warning("a pod is left: %s", error)
+            logger.warning("a pod was not removed: %s", error)
 
     def _inspect(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._ask("container", "inspect", self.container))[0]
-        return found
+        details: dict[str, Any] = json.loads(self._podman("container", "inspect", self.container))[0]
+        return details
 
     def _state(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._inspect()["State"]
-        return found
+        state: dict[str, Any] = self._inspect()["State"]
+        return state
 
-    def _ask(self, *arguments: str, given: str | None = None, timeout: float = 120) -> str:
-        """Have podman do something; returns what it printed.
+    def _podman(self, *arguments: str, stdin: str | None = None, timeout: float = 120) -> str:
+        """Run podman; return its output.
 
         Raises:
-            EngineError: it could not, with what it said.
+            EngineError: podman failed. The message contains the end of its standard error.
         """
-        with tempfile.TemporaryFile() as said:
-            finished = run_process(["podman", *arguments], given=given, timeout=timeout, stderr=said)
+        with tempfile.TemporaryFile() as messages:
+            finished = run_process(["podman", *arguments], input=stdin, timeout=timeout, stderr=messages)
             if finished.returncode == 0:
                 return finished.stdout
-            said.seek(0)
-            message = said.read().decode(errors="replace").strip()
+            messages.seek(0)
+            message = messages.read().decode(errors="replace").strip()
         raise EngineError(
             f"podman {arguments[0]} ended with status {finished.returncode}: {message[-500:]}",
-            next_step="see what it said; for pods it needs netavark and catatonit",
+            next_step="see its message; for pods, podman needs netavark and catatonit",
         )

@@ -1,7 +1,7 @@
-"""bench pods: what a pod of our manifests costs to start, warm and cold, and what an update under load loses.
+"""`benchmarks pods`: measure warm and cold starts of a pod of our manifests, and an update under load.
 
-There is no cluster in it: podman runs the pods, and the kubelet's rules are applied to the probes of the manifests
-(`pod.py`, `kubelet.py`). The page cache is hot, the image is there.
+It needs no cluster: podman runs the pods, and the kubelet's rules are applied to the probes of the manifests (`pod.py`,
+`kubelet.py`). The page cache is hot and the image is present.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.pod import Pod
-from chatterbox_prewarm.bench.clients import ask, mix
+from chatterbox_prewarm.bench.clients import make_requests, request_speech
 from chatterbox_prewarm.bench.server import free_port
-from chatterbox_prewarm.bench.starts import machine
+from chatterbox_prewarm.bench.starts import SCRATCH, machine
 from chatterbox_prewarm.errors import EngineError, ModelError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.system.paths import WARM
@@ -34,11 +33,11 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.bench.clients import Answer, Target
     from chatterbox_prewarm.kube.documents import Document
 
-#: Until a cluster's proxies have heard of a pod that comes or goes, in seconds.
+#: Seconds until the proxies of a cluster learn that a pod was added or removed.
 _PROXY_LAG = 1.0
-#: For how long clients ask before an update begins and after it, in seconds.
+#: Seconds of load before an update begins and after it has ended.
 _BEFORE_AND_AFTER = 10.0
-#: Seconds beyond what the startup probe allows, by which it has ended a start.
+#: Seconds after the limit of the startup probe within which the probe must have ended the start.
 _MARGIN = 120.0
 
 
@@ -55,29 +54,29 @@ def run(
 
     Args:
         documents: manifests with one Deployment.
-        image: in the place of theirs; podman has it.
-        rounds: starts of each.
-        tokens: the most speech tokens of a short, a medium and a long text, of the update's clients.
-        clients: how many ask at a time during the update; what they wait for must fit into the pod's drain.
-        say: called with a line for each step.
+        image: image to run instead of theirs. Podman must have it.
+        rounds: starts of each kind.
+        tokens: limits of speech tokens for a short, a medium and a long text during the update.
+        clients: concurrent clients during the update. Their requests must finish within the drain time of the pod.
+        say: called with one line for each step.
 
     Returns:
-        machine and engine, for each start its seconds, hits and misses, and what became of the update's requests.
+        machine and engine, seconds, hits and misses of each start, and the outcomes of the requests during the update.
 
     Raises:
-        EngineError: podman is missing, or could not run a pod.
+        EngineError: podman is missing or could not run a pod.
         ModelError: a pod was not ready.
     """
     starts: dict[str, list[dict[str, Any]]] = {"warm": [], "cold": []}
-    with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-bench-") as empty:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as empty:
         Path(empty).chmod(0o755)
         for _ in range(rounds):
-            for kind, found in starts.items():
+            for kind, results in starts.items():
                 folders = {str(WARM): Path(empty)} if kind == "cold" else {}
                 pod = Pod(documents, name=f"bench-{kind}", port=free_port(), image=image, folders=folders)
-                found.append(_start(pod))
-                say(f"{kind}: ready after {found[-1]['ready']:.1f} s, misses {found[-1]['misses'] or 'none'}")
-    medians = {kind: statistics.median(start["ready"] for start in found) for kind, found in starts.items()}
+                results.append(_start(pod))
+                say(f"{kind}: ready after {results[-1]['ready']:.1f} s, misses {results[-1]['misses'] or 'none'}")
+    medians = {kind: statistics.median(start["ready"] for start in results) for kind, results in starts.items()}
     return {
         "machine": machine(),
         "podman": run_process(["podman", "version", "--format={{.Client.Version}}"]).stdout.strip(),
@@ -89,7 +88,7 @@ def run(
 
 
 def _start(pod: Pod) -> dict[str, Any]:
-    """Start a pod and remove it; seconds since the start of its container, and what the server says of its own."""
+    """Start and remove a pod; return the seconds from the start of its container, and the figures of the server."""
     with pod, pod.watch() as watched:
         ready = wait_ready(pod, watched)
         status = pod.target.status()
@@ -104,56 +103,50 @@ def _start(pod: Pod) -> dict[str, Any]:
 
 
 def wait_ready(pod: Pod, watched: Watch) -> float:
-    """Wait until the kubelet would call a pod ready; returns when that was, in seconds since its container's start.
+    """Wait until the kubelet would call a pod ready; return the seconds from the start of its container.
 
     Raises:
-        ModelError: it ended the pod instead, or neither came.
+        ModelError: a probe ended the pod, or the pod was not ready in time.
     """
     startup = pod.probes["startup"]
     event = watched.wait_for("ready", "killed", timeout=startup.period * startup.failure_threshold + _MARGIN)
-    if event is None or event.what != "ready":
+    if event is None or event.kind != "ready":
         raise ModelError(
-            f"the pod was not ready: {event.why if event else 'nothing came'}; its log ends with {pod.log()[-1000:]}",
+            f"the pod was not ready: {event.reason if event else 'timeout'}; its log ends with {pod.log()[-1000:]}",
             next_step="see its log",
         )
     return pod.since_start() - watched.elapsed() + event.at
 
 
-@dataclass
-class _Endpoint:
-    """A pod behind a service: from when on it gets connections, and until when."""
-
-    target: Target
-    since: float
-    until: float = float("inf")
-
-
 class Service:
-    """Which pod a new connection goes to: of those that are ready, as proxies have heard, each in turn."""
+    """Round-robin over the ready pods. Like a proxy of a cluster, it learns about a change after `_PROXY_LAG`."""
 
     def __init__(self) -> None:
-        self._endpoints: dict[int, _Endpoint] = {}
+        self._since: dict[Target, float] = {}
+        self._until: dict[Target, float] = {}
         self._turn = itertools.count()
 
     def add(self, pod: Pod) -> None:
-        """A pod is ready."""
-        self._endpoints[pod.port] = _Endpoint(pod.target, since=time.monotonic() + _PROXY_LAG)
+        """Add a pod that is ready."""
+        self._since[pod.target] = time.monotonic() + _PROXY_LAG
 
     def remove(self, pod: Pod) -> None:
-        """A pod is about to end."""
-        self._endpoints[pod.port].until = time.monotonic() + _PROXY_LAG
+        """Remove a pod that is about to end."""
+        self._until[pod.target] = time.monotonic() + _PROXY_LAG
 
     def pick(self) -> Target:
-        """Where the next connection goes.
+        """Choose the pod for the next connection.
 
         Raises:
-            EngineError: there is no pod that is ready.
+            EngineError: no pod is ready.
         """
         now = time.monotonic()
-        found = [endpoint.target for endpoint in self._endpoints.values() if endpoint.since <= now < endpoint.until]
-        if not found:
-            raise EngineError("no pod is ready", next_step="see what the update did before")
-        return found[next(self._turn) % len(found)]
+        targets = [
+            target for target, since in self._since.items() if since <= now < self._until.get(target, float("inf"))
+        ]
+        if not targets:
+            raise EngineError("no pod is ready", next_step="see the earlier steps of the update above")
+        return targets[next(self._turn) % len(targets)]
 
 
 def update(
@@ -164,52 +157,44 @@ def update(
     clients: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Put a pod in the place of another while clients ask, in the order that `maxUnavailable: 0` prescribes.
+    """Replace a pod under load in the order of `maxUnavailable: 0`. The arguments are those of `run`.
 
-    The new one starts; when it is ready, the old one is told to end, and drains. The arguments are those of `run`.
+    The new pod starts. When it is ready, the old pod is deleted, and drains.
 
     Returns:
-        how many answers there were of each outcome (`Answer.outcome`) and from how many pods at a time, how long the
-        new pod took to be ready beside the old one and what it missed, and the old one's exit code.
+        the number of answers by outcome (`Answer.outcome`), the seconds until the new pod was ready while the old one
+        served, the misses of the new pod, and the exit code of the old one.
 
     Raises:
         EngineError: podman could not run a pod.
         ModelError: a pod was not ready.
     """
-    orders = mix(tokens, 4, voice=DEFAULT_VOICE)
+    bodies = make_requests(tokens, 4, voice=DEFAULT_VOICE)
     service, over = Service(), threading.Event()
-
-    def client(number: int) -> list[Answer]:
-        seen: list[Answer] = []
-        while not over.is_set():
-            order = orders[(number + len(seen)) % len(orders)]
-            seen.append(ask(service.pick(), order, streamed=bool(len(seen) % 2)))
-        return seen
-
     with contextlib.ExitStack() as stack:
         old = stack.enter_context(Pod(documents, name="bench-old", port=free_port(), image=image))
         with old.watch() as watched:
             wait_ready(old, watched)
             service.add(old)
             time.sleep(_PROXY_LAG)
-            say(f"{clients} clients ask the old pod")
+            say(f"{clients} clients send requests to the old pod")
             pool = stack.enter_context(ThreadPoolExecutor(clients))
             stack.callback(over.set)
-            asking = [pool.submit(client, number) for number in range(clients)]
+            clients_running = [pool.submit(_send_requests, service, bodies, number, over) for number in range(clients)]
             time.sleep(_BEFORE_AND_AFTER)
             new = stack.enter_context(Pod(documents, name="bench-new", port=free_port(), image=image))
             watched_new = stack.enter_context(new.watch())
             ready = wait_ready(new, watched_new)
         service.add(new)
         misses = new.target.status()["misses"]
-        say(f"the new pod is ready after {ready:.1f} s; the old one is told to end")
+        say(f"the new pod is ready after {ready:.1f} s; the old one is deleted")
         service.remove(old)
         began = time.monotonic()
         code = old.end()
         ended = time.monotonic() - began
         time.sleep(_BEFORE_AND_AFTER)
         over.set()
-        answers = [answer for found in asking for answer in found.result()]
+        answers = [answer for future in clients_running for answer in future.result()]
     outcomes = Counter(answer.outcome for answer in answers)
     return {
         "clients": clients,
@@ -224,17 +209,28 @@ def update(
     }
 
 
+def _send_requests(
+    service: Service, bodies: Sequence[dict[str, Any]], first: int, over: threading.Event
+) -> list[Answer]:
+    """Send the requests in turn, beginning with number `first`, until `over` is set. Every second one is streamed."""
+    answers: list[Answer] = []
+    while not over.is_set():
+        body = bodies[(first + len(answers)) % len(bodies)]
+        answers.append(request_speech(service.pick(), body, streamed=bool(len(answers) % 2)))
+    return answers
+
+
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Format the report."""
     lines = [
         f"{kind}: ready after {report['ready'][kind]:.1f} s "
-        f"({', '.join(format(start['ready'], '.1f') for start in found)})"
-        for kind, found in report["starts"].items()
+        f"({', '.join(format(start['ready'], '.1f') for start in results)})"
+        for kind, results in report["starts"].items()
     ]
-    lines.append(f"cold over warm: {report['cold_to_warm']:.2f}")
-    found = report["update"]
+    lines.append(f"cold / warm: {report['cold_to_warm']:.2f}")
+    update = report["update"]
     lines.append(
-        f"update under load: {found['answers']} requests, {found['answers'] - found['sound']} without their sound; "
-        f"the old pod ended with {found['old_exit_code']} after {found['old_ended_after']:.1f} s"
+        f"update under load: {update['answers']} requests, {update['answers'] - update['sound']} without audio; "
+        f"the old pod ended with {update['old_exit_code']} after {update['old_ended_after']:.1f} s"
     )
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""bench profiles: each way of executing is baked, then started in fresh processes in turn with upstream's.
+"""`benchmarks profiles`: bake each execution, then start it in fresh processes in turn with upstream.
 
-The figures choose the default profile of a device; docs/profiles.md has the reasoning.
+The default profile of a device is chosen from these figures (docs/profiles.md).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.stages import StageOptions
 from chatterbox_prewarm.bake.bake import bake
-from chatterbox_prewarm.bench.starts import checkpoint, machine, settle, versions
+from chatterbox_prewarm.bake.options import BakeOptions
+from chatterbox_prewarm.bench.starts import SCRATCH, checkpoint, machine, settle, versions
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.families.registry import COMPILED
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
@@ -26,10 +28,8 @@ from chatterbox_prewarm.system.process import run as run_process
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-#: Two seconds of audio: enough to time a token.
-TOKENS = 50
 UPSTREAM = "upstream"
-#: The rows of the table: a figure of the results and what it is called.
+#: Rows of the table: key of the figure and its title.
 _ROWS = (
     ("bake_seconds", "bake, s"),
     ("state_megabytes", "warm state, MB"),
@@ -53,17 +53,17 @@ _ROWS = (
 
 
 def variants(device: str, profiles: Sequence[str]) -> dict[str, Execution]:
-    """What is measured on a device: each profile, on a GPU without and with graphs, and the last one in bfloat16."""
+    """Return the executions to measure: each profile, on a GPU also with graphs, and the last profile in bfloat16."""
     if unknown := set(profiles) - set(PROFILES):
-        raise BadInputError(f"there is no profile {min(unknown)!r}", next_step=f"choose from {', '.join(PROFILES)}")
-    found = {profile: Execution(profile=profile) for profile in profiles}
+        raise BadInputError(f"unknown profile {min(unknown)!r}", next_step=f"choose from {', '.join(PROFILES)}")
+    executions = {profile: Execution(profile=profile) for profile in profiles}
     if device.startswith("cuda"):
-        found |= {f"{profile}, graphs": Execution(profile=profile, graphs=True) for profile in profiles}
+        executions |= {f"{profile}, graphs": Execution(profile=profile, graphs=True) for profile in profiles}
         last = profiles[-1]
-        found[f"{last}, graphs, bf16"] = Execution(profile=last, graphs=True, t3_dtype="bfloat16")
+        executions[f"{last}, graphs, bf16"] = Execution(profile=last, graphs=True, t3_dtype="bfloat16")
     else:
-        found[f"{profiles[-1]}, bf16"] = Execution(profile=profiles[-1], t3_dtype="bfloat16")
-    return found
+        executions[f"{profiles[-1]}, bf16"] = Execution(profile=profiles[-1], t3_dtype="bfloat16")
+    return executions
 
 
 def run(
@@ -78,19 +78,22 @@ def run(
     """Bake and measure.
 
     Args:
-        weights: the checkpoint.
-        cache: the cache directory; what it holds of the families is removed.
-        device: to run on.
-        profiles: which of them.
-        rounds: fresh processes of each variant, with a hot page cache, in turn.
-        say: called with a line for each step.
+        weights: checkpoint.
+        cache: cache directory. A bake removes the content of the cache families from it.
+        device: torch device.
+        profiles: profiles to measure.
+        rounds: fresh processes of each execution with a hot page cache. The executions alternate.
+        say: called with one line for each step.
 
     Returns:
-        the report: machine, versions, what each bake gave, every run, medians and ratios.
+        the report: machine, versions, figures of each bake, all runs, medians and ratios.
+
+    Raises:
+        BadInputError: a profile is unknown.
     """
     executions = variants(device, profiles)
     runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         states = {name: Path(scratch) / str(number) for number, name in enumerate(executions)}
         baked = {}
         for name, execution in executions.items():
@@ -99,55 +102,28 @@ def run(
         for number in range(1, rounds + 1):
             for name in (UPSTREAM, *executions):
                 say(f"{name}, {number} of {rounds}")
-                found = measure_one(
-                    weights,
-                    states.get(name),
-                    cache=cache,
+                options = StageOptions(
+                    weights=str(weights),
+                    warm=str(states[name]) if name in states else None,
+                    voice=str(voice_of(next(iter(states.values())))),
+                    cache=str(cache),
                     device=device,
-                    voice=voice_of(next(iter(states.values()))),
-                    reference=Path(scratch) / "reference.pt" if number == 1 else None,
+                    reference=f"{scratch}/reference.pt" if number == 1 else None,
                 )
-                runs.append({"system": name, "round": number, **found})
+                result = measure_one(options)
+                runs.append({"system": name, "round": number, **result})
     return summarize(runs, baked, executions, weights=weights, device=device)
 
 
 def voice_of(state: Path) -> Path:
-    """The file of a state's built-in voice, which upstream is given as well."""
+    """Return the file of the built-in voice of a state; upstream gets the same voice."""
     return state / "conditionals" / f"{DEFAULT_VOICE}.safetensors"
 
 
-def measure_one(
-    weights: Path,
-    state: Path | None,
-    *,
-    cache: Path,
-    device: str,
-    voice: Path,
-    reference: Path | None = None,
-    tokens: int = TOKENS,
-) -> dict[str, Any]:
-    """Start one system in a fresh process, with a hot page cache; see `stages.run`.
-
-    Args:
-        weights: the checkpoint.
-        state: a warm state, or None for upstream as it is.
-        cache: the cache directory that the state is bound to.
-        device: to run on.
-        voice: the file of a baked voice, for upstream.
-        reference: a file for what upstream makes of the text.
-        tokens: speech tokens of each synthesis.
-    """
-    settle(weights, state)
-    arguments = {
-        "weights": str(weights),
-        "warm": str(state) if state else None,
-        "voice": str(voice),
-        "cache": str(cache),
-        "device": device,
-        "tokens": tokens,
-        "reference": str(reference) if reference else None,
-    }
-    finished = run_process([sys.executable, "-m", "benchmarks.stages", json.dumps(arguments)])
+def measure_one(options: StageOptions) -> dict[str, Any]:
+    """Start one system in a fresh process with a hot page cache."""
+    settle(Path(options.weights), Path(options.warm) if options.warm else None)
+    finished = run_process([sys.executable, "-m", "benchmarks.stages", json.dumps(asdict(options))])
     return parse_report(finished.stdout, finished.returncode)
 
 
@@ -159,14 +135,14 @@ def summarize(
     weights: Path,
     device: str,
 ) -> dict[str, Any]:
-    """The report: medians over the rounds, and what is compared within a process or a round."""
+    """Make the report: medians over the rounds, and ratios within one process or one round."""
     medians = {name: {**baked.get(name, {}), **_medians(runs, name)} for name in (UPSTREAM, *executions)}
     return {
         "machine": machine(),
         "versions": versions(),
         "weights": checkpoint(weights),
         "device": device,
-        "tokens": TOKENS,
+        "tokens": StageOptions.tokens,
         "executions": {name: asdict(execution) for name, execution in executions.items()},
         "runs": list(runs),
         "medians": medians,
@@ -175,9 +151,11 @@ def summarize(
 
 
 def bake_one(weights: Path, warm: Path, cache: Path, device: str, execution: Execution) -> dict[str, float]:
-    """Bake a state for one way of executing; returns what that took and gave."""
+    """Bake a state for one execution; return the seconds and the sizes."""
     started = time.monotonic()
-    manifest = bake(weights, warm, cache=cache, device=device, execution=execution, levels=(1,))
+    manifest = bake(
+        BakeOptions(weights=weights, warm=warm, cache=cache, device=device, execution=execution, levels=(1,))
+    )
     seconds = time.monotonic() - started
     compiled = [entry for entry in manifest.families if entry.name in COMPILED]
     return {
@@ -189,9 +167,9 @@ def bake_one(weights: Path, warm: Path, cache: Path, device: str, execution: Exe
 
 
 def _medians(runs: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
-    mine = [run for run in runs if run["system"] == name]
-    figures = {key for run in mine for key, value in run.items() if isinstance(value, float)}
-    return {key: _rounded(statistics.median(run[key] for run in mine if key in run)) for key in sorted(figures)}
+    matching = [run for run in runs if run["system"] == name]
+    figures = {key for run in matching for key, value in run.items() if isinstance(value, float)}
+    return {key: _rounded(statistics.median(run[key] for run in matching if key in run)) for key in sorted(figures)}
 
 
 def _rounded(value: float) -> float:
@@ -199,27 +177,27 @@ def _rounded(value: float) -> float:
 
 
 def _ratios(runs: Sequence[dict[str, Any]], medians: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """What is compared within one process or one round alone: the median, and between which figures it lies."""
-    found: dict[str, dict[str, float]] = {}
-    for name, mine in medians.items():
+    """Return median and range of the figures that are compared only within one process or one round."""
+    ratios: dict[str, dict[str, float]] = {}
+    for name, median in medians.items():
         if name == UPSTREAM:
             continue
         for key, part in (("t3_speeds", "T3"), ("s3gen_speeds", "S3Gen")):
             if pairs := [pair for run in runs if run["system"] == name for pair in run.get(key, ())]:
-                found[f"{part} speed, {name} / upstream"] = _spread(pairs)
+                ratios[f"{part} speed, {name} / upstream"] = _spread(pairs)
         if "eager" in medians and name != "eager":
-            for key, what in (("attached", "attached"), ("loading_seconds", "regions bound")):
-                found[f"{what}, {name} - eager, s"] = _spread(_differences(runs, key, name, "eager"))
-        if mine.get("compile_seconds"):
+            for key, title in (("attached", "attached"), ("loading_seconds", "regions bound")):
+                ratios[f"{title}, {name} - eager, s"] = _spread(_differences(runs, key, name, "eager"))
+        if median.get("compile_seconds"):
             loading = [run["loading_seconds"] for run in runs if run["system"] == name]
-            found[f"compiled anew / from the state, {name}"] = _spread(
-                [mine["compile_seconds"] / max(seconds, 1e-3) for seconds in loading]
+            ratios[f"compile / load from the state, {name}"] = _spread(
+                [median["compile_seconds"] / max(seconds, 1e-3) for seconds in loading]
             )
-    return found
+    return ratios
 
 
 def _differences(runs: Sequence[dict[str, Any]], key: str, name: str, base: str) -> list[float]:
-    """Between two systems, round by round."""
+    """Return the difference between two systems in each round."""
     values = {(run["system"], run["round"]): run[key] for run in runs if key in run}
     return [value - values[base, number] for (system, number), value in values.items() if system == name]
 
@@ -234,14 +212,16 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people; `fidelity.compare` says what its last rows are."""
+    """Format the report; `fidelity.compare` describes its last rows."""
     medians = report["medians"]
     width = max(len(name) for name in medians) + 3
     lines = [" " * 20 + "".join(f"{name:>{width}}" for name in medians)]
     for key, title in _ROWS:
         cells = [row.get(key) for row in medians.values()]
         if any(cell is not None for cell in cells):
-            lines.append(f"{title:<20}" + "".join(f"{'' if cell is None else _shown(cell):>{width}}" for cell in cells))
+            lines.append(
+                f"{title:<20}" + "".join(f"{'' if cell is None else _format(cell):>{width}}" for cell in cells)
+            )
     lines.extend(
         f"{title}: {ratio['median']} ({ratio['least']} to {ratio['most']}, {ratio['count']} times)"
         for title, ratio in report["ratios"].items()
@@ -249,5 +229,5 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _shown(value: float) -> str:
+def _format(value: float) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 0.005 else f"{value:.2f}"

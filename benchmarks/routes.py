@@ -1,7 +1,7 @@
-"""bench routes: one warm state goes into an image by every route that needs no GPU, and each image is proven.
+"""`benchmarks routes`: add one warm state to an image by every route that needs no GPU, and prove each image.
 
-The classic builder bakes it, and all others take that state. The packages are installed once, in BuildKit's stage
-`deps`; podman gets a copy of that image. What `build` loads into Docker is an archive, so that route is among them.
+The classic builder bakes the state, and the other routes use it. The packages are installed once, in BuildKit's stage
+`deps`; podman gets a copy of that image. `build` loads its images into Docker as archives, so that route is included.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.append import registry
 from benchmarks.image import build, copy_context, docker
-from chatterbox_prewarm.bench.starts import machine
+from chatterbox_prewarm.bench.starts import SCRATCH, machine
 from chatterbox_prewarm.errors import BadInputError, EngineError, error_with_code
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.engines.connect import connect
@@ -34,55 +34,58 @@ from chatterbox_prewarm.system.process import run as run_process
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-#: Of all images here: a name before the colon, which podman calls localhost/NAME.
+#: Name of all images of this benchmark. Podman calls it localhost/NAME.
 _NAME = "chatterbox-prewarm-bench"
 _DEPS, _COLD = f"{_NAME}:deps", f"{_NAME}:cold"
-#: Bytes of the image with the packages in podman, and of what podman spools for it.
+#: Bytes that podman needs for the image with the packages and for its temporary copy.
 _ROOM = 16_000_000_000
 
 
 def run(checkout: Path, *, say: Callable[[str], None]) -> dict[str, Any]:
-    """Bake once, and bring the state into an image by each route.
+    """Bake once, and add the state to an image by each route.
 
     Args:
-        checkout: of this project.
+        checkout: checkout of this project.
         say: called with one line for each step.
 
     Returns:
-        the machine, the engines, and for each route its seconds, the diff id of the warm layer as the engine has it,
-        and whether a container of the image missed nothing.
+        the machine, the engines, and for each route the seconds, the diff ID of the warm layer in the engine, and
+        whether the proof of the image passed.
 
     Raises:
-        BadInputError: there is no Dockerfile.
-        EngineError: an engine, a registry or the room is missing; or a step failed.
+        BadInputError: the checkout has no Dockerfile.
+        EngineError: an engine, the registry program or disk space is missing, or a step failed.
     """
     if not (checkout / "Dockerfile").is_file():
         raise BadInputError(f"{checkout} has no Dockerfile", next_step="name a checkout of this project")
-    with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         if (free := shutil.disk_usage(scratch).free) < _ROOM:
             raise EngineError(
                 f"{scratch} has {free / 1e9:.0f} GB left, and the routes need about {_ROOM / 1e9:.0f}",
-                next_step="make room, or set TMPDIR to another place",
+                next_step="free disk space, or set TMPDIR to another folder",
             )
         context = copy_context(checkout, Path(scratch) / "context")
         with contextlib.ExitStack() as stack:
             versions = {}
             for name in ("docker", "podman"):
                 engine = stack.enter_context(contextlib.closing(connect(name)))
-                versions[name] = engine.facts.version
-                stack.callback(_forget, name)
+                versions[name] = engine.info.version
+                stack.callback(_remove_images, name)
             routes = _Routes(context=context, scratch=Path(scratch), say=say)
-            found = routes.run()
-            return {"machine": machine(), "engines": versions, "routes": found, "seconds": routes.seconds}
+            results = routes.run()
+            return {"machine": machine(), "engines": versions, "routes": results, "seconds": routes.seconds}
 
 
 class _Routes:
-    """All routes, one after another.
+    """Runs all routes one after another.
 
     Args:
-        context: a copy of the checkout.
-        scratch: a folder for archives, layouts and the state.
+        context: copy of the checkout.
+        scratch: folder for archives, layouts and the state.
         say: called with one line for each step.
+
+    Attributes:
+        seconds: duration of each step that is shared by several routes.
     """
 
     def __init__(self, *, context: Path, scratch: Path, say: Callable[[str], None]) -> None:
@@ -90,35 +93,34 @@ class _Routes:
         self._scratch = scratch
         self._say = say
         self._warm = scratch / "warm"
-        #: Of what is done once for several routes.
         self.seconds: dict[str, float] = {}
 
     def run(self) -> dict[str, dict[str, Any]]:
-        """Every route's result, by its name."""
-        found = {}
-        with self._timed("the stage deps, of BuildKit"):
+        """Return the result of each route by its name."""
+        results = {}
+        with self._timed("the stage deps, with BuildKit"):
             build(self._context, _DEPS, ["--target", "deps"])
         deps = ("--build-arg", f"DEPS={_DEPS}")
-        found["classic builder"] = self._build("classic", *deps, "--builder", "classic", "--route", "dockerfile")
-        found["BuildKit"] = self._build("buildkit")
+        results["classic builder"] = self._build("classic", *deps, "--builder", "classic", "--route", "dockerfile")
+        results["BuildKit"] = self._build("buildkit")
         with self._timed("the stage deps, for podman"):
             give_to_podman(_DEPS)
-        found["podman"] = self._build("podman", *deps, engine="podman")
+        results["podman"] = self._build("podman", *deps, engine="podman")
         layout = Layout(self._scratch / "layout")
         base, target = f"oci:{layout.path}:cold", f"oci:{layout.path}:warm"
-        with self._timed("the stage cold, of podman"):
-            _do("podman", "build", *_build_arguments(*deps), "--target", "cold", "--tag", _COLD, str(self._context))
-            _put_base(layout, "cold")
-        # Podman calls an image after the path of its layout; a relative one is a name for sure.
-        found["OCI layout"] = self._append("layout", base, target, ["oci:layout:warm"])
+        with self._timed("the stage cold, with podman"):
+            _run("podman", "build", *_build_arguments(*deps), "--target", "cold", "--tag", _COLD, str(self._context))
+            _add_base(layout, "cold")
+        # Podman derives the name of an image from the path of its layout. A relative path is always a valid name.
+        results["OCI layout"] = self._append("layout", base, target, ["oci:layout:warm"])
         with registry(self._scratch) as address:
             base, target = f"{address}/{_NAME}:cold", f"{address}/{_NAME}:warm"
             _link_into_registry(layout, self._scratch / "storage", base)
-            found["registry"] = self._append("registry", base, target, ["--tls-verify=false", target])
-        return found
+            results["registry"] = self._append("registry", base, target, ["--tls-verify=false", target])
+        return results
 
     def _build(self, name: str, *arguments: str, engine: str = "docker") -> dict[str, Any]:
-        """`build` by one route; the state is baked by the first."""
+        """Run `build` for one route. The first route also bakes the state."""
         evidence = self._scratch / f"{name}.json"
         started = time.monotonic()
         _cli(
@@ -129,15 +131,15 @@ class _Routes:
         return self._result(name, engine, evidence, started)
 
     def _append(self, name: str, base: str, target: str, fetch: Sequence[str]) -> dict[str, Any]:
-        """`append` to a place, then fetch the image from there with podman and prove it."""
+        """Run `append`, then pull the appended image with podman and prove it."""
         evidence = self._scratch / f"{name}.json"
         started = time.monotonic()
         self._say(f"append to {target}")
         printed = _cli("append", "--base", base, "--to", target, "--warm", str(self._warm))
         appended = time.monotonic()
-        image = _do("podman", "pull", "--quiet", *fetch, cwd=self._scratch).strip()
-        _do("podman", "untag", image)
-        _do("podman", "tag", image, _tag(name))
+        image = _run("podman", "pull", "--quiet", *fetch, cwd=self._scratch).strip()
+        _run("podman", "untag", image)
+        _run("podman", "tag", image, _tag(name))
         fetched = time.monotonic()
         _cli("prove", "--image", _tag(name), "--engine", "podman", "--evidence", str(evidence))
         sent = re.search(r"(\d+) blobs sent", printed)
@@ -150,12 +152,12 @@ class _Routes:
         }
 
     def _result(self, name: str, engine: str, evidence: Path, started: float) -> dict[str, Any]:
-        """What the engine has, and what was proven of it."""
+        """Inspect the image in the engine and read the evidence of its proof."""
         seconds = time.monotonic() - started
         with contextlib.closing(connect(engine)) as connected:
             image = connected.image(_tag(name))
         proof = json.loads(evidence.read_text(encoding="utf-8"))
-        found = {
+        result = {
             "engine": engine,
             "warm_layer": image.diff_ids[-1],
             "set_digest": proof["set_digest"],
@@ -163,22 +165,22 @@ class _Routes:
             "checks": len(proof["checks"]),
             "seconds": round(seconds, 1),
         }
-        self._say(f"{name}: {found['warm_layer']}, {'proven' if found['passed'] else 'NOT PROVEN'}, {seconds:.0f} s")
-        return found
+        self._say(f"{name}: {result['warm_layer']}, {'proven' if result['passed'] else 'NOT PROVEN'}, {seconds:.0f} s")
+        return result
 
     @contextlib.contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        self._say(what)
+    def _timed(self, step: str) -> Iterator[None]:
+        self._say(step)
         started = time.monotonic()
         yield
-        self.seconds[what] = round(time.monotonic() - started, 1)
+        self.seconds[step] = round(time.monotonic() - started, 1)
 
 
-def table(found: dict[str, Any]) -> str:
-    """The report for people."""
+def table(report: dict[str, Any]) -> str:
+    """Format the report."""
     return "\n".join(
         f"{name:16} {route['warm_layer']} {'proven' if route['passed'] else 'NOT PROVEN'} {route['seconds']:6.1f} s"
-        for name, route in found["routes"].items()
+        for name, route in report["routes"].items()
     )
 
 
@@ -186,22 +188,22 @@ def _tag(name: str) -> str:
     return f"{_NAME}:{name}"
 
 
-def _build_arguments(*more: str) -> list[str]:
-    """Of an engine's build and of ours: a mini checkpoint, and what the network here needs."""
-    bundle = "" if "classic" in more else os.environ.get("SSL_CERT_FILE", "")
+def _build_arguments(*builder_args: str) -> list[str]:
+    """Return the arguments of every build: a mini checkpoint, the host network, and the CA bundle if there is one."""
+    bundle = "" if "classic" in builder_args else os.environ.get("SSL_CERT_FILE", "")
     secret = ("--secret", f"id=ca,src={bundle}") if bundle else ()
-    return ["--network=host", *secret, "--build-arg", "WEIGHTS=synthetic", "--build-arg", "SIZE=mini", *more]
+    return ["--network=host", *secret, "--build-arg", "WEIGHTS=synthetic", "--build-arg", "SIZE=mini", *builder_args]
 
 
 def give_to_podman(image: str) -> None:
-    """Copy an image of Docker's as one layer, with the settings of its Dockerfile.
+    """Copy an image from Docker to podman as one layer with the settings of its Dockerfile.
 
-    Half of what an archive of `docker save` takes in time and room.
+    This needs half the time and disk space of an archive from `docker save`.
 
     Raises:
-        EngineError: there is no such image, or one of the engines failed.
+        EngineError: Docker does not have the image, or one of the engines failed.
     """
-    settings = json.loads(_do(docker(), "image", "inspect", image))[0]["Config"]
+    settings = json.loads(_run(docker(), "image", "inspect", image))[0]["Config"]
     lines = [f"ENV {variable}" for variable in settings["Env"]]
     lines += [
         f"{word} {json.dumps(value) if isinstance(value, list) else value}"
@@ -214,23 +216,23 @@ def give_to_podman(image: str) -> None:
         if value
     ]
     changes = [word for line in lines for word in ("--change", line)]
-    container = _do(docker(), "create", image, "true").strip()
+    container = _run(docker(), "create", image, "true").strip()
     try:
         exporting = [docker(), "export", container]
         importing = ["podman", "import", "--quiet", *changes, "-", image]
         with subprocess.Popen(exporting, stdout=subprocess.PIPE) as source:
             imported = subprocess.run(importing, stdin=source.stdout, stdout=subprocess.DEVNULL, check=False)
         if source.returncode or imported.returncode:
-            raise EngineError(f"{image} cannot be copied to podman", next_step="see what both said above")
+            raise EngineError(f"{image} cannot be copied to podman", next_step="see the messages of both engines above")
     finally:
-        _do(docker(), "rm", container)
+        _run(docker(), "rm", container)
 
 
-def _put_base(layout: Layout, tag: str) -> None:
-    """Put podman's stage `cold` into a layout, its layers as empty files.
+def _add_base(layout: Layout, tag: str) -> None:
+    """Put podman's stage `cold` into a layout with empty files as layers.
 
-    Podman has them, and reads of a layout or a registry only what it has not, as `PodmanEngine.load` uses as well; so
-    gigabytes need not be copied to see that what is new gets there.
+    Podman does not read layers that it already has (`PodmanEngine.load` relies on this, too). So this benchmark need
+    not copy gigabytes to test that the new layer arrives.
     """
     with contextlib.closing(connect("podman")) as engine:
         image = engine.image(_COLD)
@@ -243,9 +245,9 @@ def _put_base(layout: Layout, tag: str) -> None:
 
 
 def _link_into_registry(layout: Layout, storage: Path, reference: str) -> None:
-    """Put the one image of a layout into a registry's storage, by hard links to its blobs.
+    """Add the image of a layout to the storage of a registry with hard links to its blobs.
 
-    The places are those of distribution's file system driver.
+    The paths are those of the file system driver of distribution (the registry program).
     """
     named = parse(reference)
     document = layout.read_manifest(named.tag)
@@ -266,25 +268,25 @@ def _link_into_registry(layout: Layout, storage: Path, reference: str) -> None:
 
 
 def _cli(*arguments: str) -> str:
-    return _do(sys.executable, "-m", "chatterbox_prewarm", *arguments)
+    return _run(sys.executable, "-m", "chatterbox_prewarm", *arguments)
 
 
-def _do(*command: str, cwd: Path | None = None) -> str:
-    """Run a command, in a folder; what it printed.
+def _run(*command: str, cwd: Path | None = None) -> str:
+    """Run a command in a folder; return its standard output.
 
     Raises:
-        PrewarmError: it failed.
+        PrewarmError: the command failed.
     """
     finished = run_process(command, cwd=cwd)
     if finished.returncode != 0:
         raise error_with_code(
-            finished.returncode, f"{command[0]!r} ended with status {finished.returncode}", "see what it said above"
+            finished.returncode, f"{command[0]!r} ended with status {finished.returncode}", "see its message above"
         )
     return finished.stdout
 
 
-def _forget(engine: str) -> None:
-    """Remove what was named on an engine."""
+def _remove_images(engine: str) -> None:
+    """Remove the image names of this benchmark from an engine."""
     program = docker() if engine == "docker" else "podman"
     listed = run_process([program, "images", "--format", "{{.Repository}}:{{.Tag}}", _NAME]).stdout.split()
     if listed:

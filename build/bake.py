@@ -1,4 +1,4 @@
-"""The bake step of an image build, apart from the command line, so that a change of the latter bakes nothing."""
+"""The bake step of an image build. It is not a command, so that a change of the commands bakes nothing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import logging
 import sys
 
 from chatterbox_prewarm.bake.bake import bake
+from chatterbox_prewarm.bake.options import BakeOptions
 from chatterbox_prewarm.errors import exit_with_code
 from chatterbox_prewarm.model.profiles import default_execution
-from chatterbox_prewarm.state.folder import key_of
+from chatterbox_prewarm.state.state import state_key
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
 
@@ -22,18 +23,18 @@ def main() -> None:
     parser.add_argument("--t3-dtype", required=True)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    made = WARM / "made"
-    manifest = bake(
-        WEIGHTS,
-        made,
+    new_state = WARM / "new"
+    bake_options = BakeOptions(
+        weights=WEIGHTS,
+        warm=new_state,
         cache=CACHE,
         device=options.device,
         execution=default_execution(options.device, profile=options.profile, t3_dtype=options.t3_dtype),
-        levels=[int(level) for level in options.levels.split(",")],
-        progress=lambda line: print(f"bake: {line}", file=sys.stderr, flush=True),
+        levels=tuple(int(level) for level in options.levels.split(",")),
     )
-    made.rename(WARM / key_of(manifest))  # a folder of its own, beside which other states can be added
-    (WARM / f".{made.name}.lock").unlink()
+    manifest = bake(bake_options, progress=lambda line: print(f"bake: {line}", file=sys.stderr, flush=True))
+    new_state.rename(WARM / state_key(manifest))  # other states can be added next to it
+    (WARM / f".{new_state.name}.lock").unlink()
     for family in manifest.families:
         print(f"{family.name}: {family.size} bytes, {family.seconds_saved:.1f} s saved", file=sys.stderr)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.version import __version__ as __version__
 
-if TYPE_CHECKING:  # what a type checker sees; at run time `__getattr__` imports the same
+if TYPE_CHECKING:  # for type checkers; at run time `__getattr__` imports the names
     from chatterbox_prewarm.bake.save import save_warmup_cache
     from chatterbox_prewarm.bench.startup import benchmark_warmup_effectiveness
     from chatterbox_prewarm.model.streaming import generate_stream as generate_stream

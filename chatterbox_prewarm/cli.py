@@ -21,8 +21,33 @@ from chatterbox_prewarm.errors import as_prewarm_error
 from chatterbox_prewarm.system.json_subprocess import DEBUG
 from chatterbox_prewarm.version import __version__
 
+#: The commands as the help lists them.
+_SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "State": (weights, bake, inspect, verify, prove, sign),
+    "Image": (build, pack, append, publish, attest, sbom, dockerfile),
+    "Serve": (serve,),
+    "Cluster": (k8s, facts),
+    "Measure": (bench,),
+}
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+class _SectionedGroup(click.Group):
+    """A group whose help lists the commands in sections."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Write the sections; see `click.Group`."""
+        width = max(map(len, self.commands))
+        for title, commands in _SECTIONS.items():
+            with formatter.section(f"{title} commands"):
+                rows = [(str(command.name).ljust(width), command.get_short_help_str(80)) for command in commands]
+                formatter.write_dl(rows)
+
+
+@click.group(
+    cls=_SectionedGroup,
+    commands={str(command.name): command for commands in _SECTIONS.values() for command in commands},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="chatterbox-prewarm")
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
 def cli(*, debug: bool) -> None:
@@ -42,30 +67,8 @@ def cli(*, debug: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-for command in (
-    weights,
-    bake,
-    inspect,
-    verify,
-    prove,
-    pack,
-    build,
-    append,
-    attest,
-    publish,
-    dockerfile,
-    k8s,
-    facts,
-    sign,
-    sbom,
-    serve,
-    bench,
-):
-    cli.add_command(command)
-
-
 def main() -> None:
-    """Run the command line; every error ends with its message and its exit code, and a traceback only on request."""
+    """Run the command line. An error ends it with a message and an exit code, and with a traceback on request."""
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:
@@ -74,10 +77,10 @@ def main() -> None:
     except click.Abort:
         sys.exit(130)
     except BrokenPipeError:
-        os._exit(0)  # the reader of our output has gone, as with `| head`
-    except Exception as error:  # noqa: BLE001 - the last line of defence
+        os._exit(0)  # the reader of our output has ended, as with `| head`
+    except Exception as error:  # noqa: BLE001 - every other error becomes a message too
         if "--debug" in sys.argv:
             traceback.print_exc()
-        found = as_prewarm_error(error)
-        click.echo(f"error: {found}", err=True)
-        sys.exit(found.exit_code)
+        prewarm_error = as_prewarm_error(error)
+        click.echo(f"error: {prewarm_error}", err=True)
+        sys.exit(prewarm_error.exit_code)

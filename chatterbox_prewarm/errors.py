@@ -1,6 +1,6 @@
-"""One error tree; each leaf has the exit code that the command line ends with.
+"""The errors of this project. Each kind has an exit code.
 
-Every message names the thing, what was expected, what was found, and ends with what to do next.
+Every message gives the expected value, the actual value, and the next step for the user.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class PrewarmError(Exception):
-    """Base of every error that a user can cause or mend.
+    """Base of every error that a user can cause or fix.
 
     Args:
-        message: what is wrong, with the expected and the found value.
-        next_step: what to do about it, as a sentence or a command.
+        message: the problem, with the expected and the actual value.
+        next_step: advice for the user, as a sentence or a command.
     """
 
     exit_code = 70
@@ -35,7 +35,7 @@ class PrewarmError(Exception):
 
 
 class WeightsError(PrewarmError):
-    """The weights are missing, truncated, of a wrong shape or digest, or pickled where safetensors belong."""
+    """The weights are missing or truncated, have a wrong shape or digest, or are a pickle instead of safetensors."""
 
     exit_code = 10
 
@@ -47,13 +47,13 @@ class FingerprintMismatchError(PrewarmError):
 
 
 class IntegrityError(PrewarmError):
-    """A file of the warm state is not what the manifest says, or is not in it."""
+    """A file of the warm state differs from the manifest, or is not listed in it."""
 
     exit_code = 12
 
 
 class NotWarmError(PrewarmError):
-    """A proof saw a miss: something was compiled, fetched or written that should have been baked."""
+    """A start had a miss: it compiled, fetched or wrote something that should have been baked."""
 
     exit_code = 13
 
@@ -71,16 +71,16 @@ class ModelError(PrewarmError):
 
 
 class BadInputError(PrewarmError):
-    """Text, voice, path, port or place to write that cannot be used."""
+    """An input cannot be used: a text, a voice, a path or a port."""
 
     exit_code = 16
 
 
-#: Of every kind of error; 70, the base's own, is a fault of this program.
+#: The exit codes of all kinds of errors. 70, the code of the base class, means a bug of this program.
 EXIT_CODES = frozenset({PrewarmError.exit_code, *(kind.exit_code for kind in PrewarmError.__subclasses__())})
 
 
-#: What the extra `trust` installs, by the names that are imported.
+#: Modules of the packages that the extra `trust` installs.
 _TRUST = frozenset({"cryptography", "cyclonedx", "model_signing", "packageurl"})
 
 
@@ -94,19 +94,19 @@ def error_with_code(exit_code: int, message: str, next_step: str) -> PrewarmErro
 
 @contextlib.contextmanager
 def exit_with_code() -> Iterator[None]:
-    """End a program that has no command line of its own as the command line ends: the message, then the exit code."""
+    """Turn an error into a message and an exit code, for a program that is not a command."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - the last line of defence
         found = as_prewarm_error(error)
-        if found.exit_code == PrewarmError.exit_code:  # a fault of this program; there is no --debug to ask for
+        if found.exit_code == PrewarmError.exit_code:  # a bug of this program, which has no option --debug
             traceback.print_exc()
         print(f"error: {found}", file=sys.stderr)
         sys.exit(found.exit_code)
 
 
 def as_prewarm_error(error: Exception) -> PrewarmError:
-    """Put any error into the tree: what is not in it is the system's, a missing package, or a fault of this program."""
+    """Convert any error: into a missing package, an error of the operating system, or a bug of this program."""
     if isinstance(error, PrewarmError):
         return error
     if isinstance(error, ImportError):
@@ -118,29 +118,29 @@ def as_prewarm_error(error: Exception) -> PrewarmError:
     if isinstance(error, OSError):
         return from_os_error(error, "reading or writing a file")
     return PrewarmError(
-        f"a fault of this program: {type(error).__name__}: {error}",
-        next_step="run it again with --debug and report what it prints",
+        f"a bug of this program: {type(error).__name__}: {error}",
+        next_step="run it again with --debug and report its output",
     )
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the pages that compilers add."""
+    """Return the first line of an error message, without the pages that compilers add."""
     return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
 def from_os_error(error: OSError, doing: str) -> BadInputError:
-    """Turn an operating-system error at the edge of an operation into one that says what to do.
+    """Convert an error of the operating system into one that says what to do.
 
     Args:
-        error: what the system said.
-        doing: the operation in words, as in "writing the warm state".
+        error: the error of the operating system.
+        doing: the operation in words, such as "writing the warm state".
     """
     steps = {
-        errno.ENOSPC: "free some space on that file system, or name another place",
-        errno.EDQUOT: "free some of your quota, or name another place",
-        errno.EACCES: "make the path accessible to this user, or name another place",
-        errno.EPERM: "make the path accessible to this user, or name another place",
-        errno.EROFS: "name a writable place; in a container, mount a tmpfs or an emptyDir there",
+        errno.ENOSPC: "free some space on that file system, or name another path",
+        errno.EDQUOT: "free some of your quota, or name another path",
+        errno.EACCES: "make the path accessible to this user, or name another path",
+        errno.EPERM: "make the path accessible to this user, or name another path",
+        errno.EROFS: "name a writable path; in a container, mount a tmpfs or an emptyDir there",
     }
     step = steps.get(error.errno or 0, "check the path and try again")
     where = f" ({error.filename})" if error.filename else ""

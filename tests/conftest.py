@@ -1,4 +1,4 @@
-"""What all tests share: the command line as a user has it, and what a machine must have for a group of tests."""
+"""Test selection, distribution over processes, and fixtures that all test packages share."""
 
 from __future__ import annotations
 
@@ -20,55 +20,60 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 
-# A shell that starts us in the background has SIGINT ignored, and what tests interrupt would inherit that.
+# A shell ignores SIGINT in the processes that it starts in the background, and the tests' subprocesses inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class Sharing(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-    """Of the tests by several workers: one has all with containers, and those of any other file stay together.
+class FileScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
+    """Give each pytest-xdist process whole test files, and give all container tests to one process.
 
-    Those with containers share an engine and wait for its disk, so that they leave the processors to the others.
+    Container tests share one engine and mostly wait for the disk, so they leave the processors to the other process.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "containers" if _has_containers(file) else file
+        return "containers" if _uses_containers(nodeid) else nodeid.partition("::")[0]
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Sharing:
-    """Not pytest-xdist 3.8's own `loadgroup`, whose groups pytest 9.2 does not let through."""
-    return Sharing(config, log)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduling:
+    """Replace pytest-xdist 3.8's `loadgroup`, because pytest 9.2 does not pass its groups through."""
+    return FileScheduling(config, log)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Several workers begin with the tests with containers, which take longest; one ends with them."""
-    if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: not _has_containers(item.nodeid))
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark container tests before `-m` selects; run them first, because they take longest."""
+    for item in items:
+        if _uses_containers(item.nodeid):
+            item.add_marker(pytest.mark.containers)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(900))
+    items.sort(key=lambda item: not _uses_containers(item.nodeid))
 
 
-def _has_containers(nodeid: str) -> bool:
+def _uses_containers(nodeid: str) -> bool:
     return nodeid.startswith("tests/image/")
 
 
-def made_once(product: Path, make: Callable[[Path], None]) -> Path:
-    """What the first of several workers makes, all at once, and the others wait for."""
-    product.parent.mkdir(exist_ok=True)
-    with FileLock(product.with_name(f"{product.name}.lock")):
-        if not product.exists():
-            make(product)
-    return product
+def build_once(path: Path, build: Callable[[Path], None]) -> Path:
+    """Call `build(path)` unless `path` exists; when several test processes call this at once, one builds."""
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(path.with_name(f"{path.name}.lock")):
+        if not path.exists():
+            build(path)
+    return path
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all workers of a run have in common."""
+def shared_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory that all processes of a test run share."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def writable_copy(baked: Path, target: Path) -> Path:
-    """A copy of a warm state that may be damaged."""
+    """Copy a warm state to `target`, where a test may damage it."""
     shutil.copytree(baked, target)
     for path in (target, *target.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -78,7 +83,7 @@ def writable_copy(baked: Path, target: Path) -> Path:
 def run_cli(
     *arguments: str | Path, timeout: float = 600.0, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `chatterbox-prewarm ARGUMENTS` in a process of its own."""
+    """Run `chatterbox-prewarm ARGUMENTS` in a subprocess."""
     return subprocess.run(
         [sys.executable, "-m", "chatterbox_prewarm", *map(str, arguments)],
         capture_output=True,
@@ -90,22 +95,28 @@ def run_cli(
     )
 
 
+def run_benchmark(*arguments: str | Path, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
+    """Run `python -m benchmarks ARGUMENTS` in a subprocess."""
+    command = [sys.executable, "-m", "benchmarks", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT)
+
+
 @pytest.fixture
-def short() -> Iterator[Path]:
-    """A directory for sockets, whose whole paths are to have at most 107 bytes."""
-    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as place:
-        yield Path(place)
+def socket_dir() -> Iterator[Path]:
+    """Yield a directory with a short path: the path of a Unix socket has at most 107 bytes."""
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 kB."""
+    """Yield the mount point of a 64 kB file system; skip the test where nothing can be mounted."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, text=True
     )
     if mounted.returncode != 0:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+        pytest.skip(f"mounting a small file system needs root: {mounted.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)

@@ -1,5 +1,5 @@
-"""bench on a GPU, part by part: what is claimed for one, measured in one command that may be cut off anywhere.
+"""Measure every claim about GPUs with one command that can be interrupted at any time.
 
-Each part runs in a process of its own, bounded in time, and writes what it has after each of its steps. Run again, it
-goes on where it was. On a CPU, with a shortened checkpoint, the same command is its own rehearsal.
+The measurement consists of parts. Each part runs in its own process with a time limit and writes its results after
+every step. The same command continues an interrupted measurement. On a CPU with a small checkpoint it is a rehearsal.
 """

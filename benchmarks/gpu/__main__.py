@@ -1,4 +1,4 @@
-"""The command: every part that is not complete yet, one after the other, each bounded in time."""
+"""Run every part that is not complete yet, one after the other, each with a time limit."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ from chatterbox_prewarm.system.process import run as run_process
 
 
 @click.command(help=__doc__)
-@click.option("--out", type=click.Path(path_type=Path), help="For all of it; out/DEVICE-SIZE by default.")
-@click.option("--device", default="cuda", show_default=True, help="The torch device; cpu is the rehearsal.")
-@click.option("--size", type=click.Choice(["full", "mini"]), default="full", show_default=True, help="Of the weights.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for all files. Default: out/DEVICE-SIZE.")
+@click.option("--device", default="cuda", show_default=True, help="Torch device; cpu is a rehearsal.")
+@click.option(
+    "--size", type=click.Choice(["full", "mini"]), default="full", show_default=True, help="Size of the weights."
+)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Fresh processes of each system.")
-@click.option("--seconds", type=click.FloatRange(1), default=480, show_default=True, help="The most that a part takes.")
+@click.option("--seconds", type=click.FloatRange(1), default=480, show_default=True, help="Time limit of each part.")
 @click.argument("parts", nargs=-1, type=click.Choice(list(PARTS)), metavar="[PART]...")
 def main(*, out: Path | None, device: str, size: str, rounds: int, seconds: float, parts: tuple[str, ...]) -> None:
-    """Run the parts."""
+    """Run the incomplete parts."""
     with exit_with_code():
         out = out or Path("out") / f"{device.replace(':', '-')}-{size}"
         out.mkdir(parents=True, exist_ok=True)
         plan = Plan(out=str(out.resolve()), device=device, size=size, rounds=rounds)
         incomplete = [part for part in parts or PARTS if not _run(part, plan, seconds)]
     if incomplete:
-        click.echo(f"not complete: {', '.join(incomplete)}; the same command goes on with them", err=True)
+        click.echo(f"not complete: {', '.join(incomplete)}; run the same command again to continue", err=True)
         sys.exit(EngineError.exit_code)
 
 
 def _run(part: str, plan: Plan, seconds: float) -> bool:
-    """One part; whether it is complete."""
+    """Run one part; return whether it is complete."""
     result = Path(plan.out) / f"{part}.json"
     if is_complete(result, plan):
         click.echo(f"{part}: complete, in {result}")
@@ -44,8 +46,8 @@ def _run(part: str, plan: Plan, seconds: float) -> bool:
     arguments = json.dumps({"part": part, **asdict(plan)})
     try:
         command = [sys.executable, "-m", "benchmarks.gpu.parts", arguments]
-        done = run_process(command, timeout=seconds)
-        parse_report(done.stdout, done.returncode)
+        finished = run_process(command, timeout=seconds)
+        parse_report(finished.stdout, finished.returncode)
     except PrewarmError as error:
         click.echo(f"{part}: {error.message}", err=True)
     complete = is_complete(result, plan)

@@ -1,4 +1,4 @@
-"""What the device's memory can do: a copy, in bytes read and written per second. The floor under every token."""
+"""Measure the memory bandwidth of the device with a copy. It limits the time per token."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _REPEATS = 10
 
 
 def run(*, device: str) -> dict[str, Any]:
-    """Copy a tensor several times the size of any cache.
+    """Copy a tensor that is several times larger than any cache.
 
     Returns:
-        `bytes_per_second`, the median, and on a GPU what torch knows of it.
+        `bytes_per_second`, the median of bytes read and written; on a GPU also its properties from torch.
     """
     import torch
 
@@ -26,17 +26,17 @@ def run(*, device: str) -> dict[str, Any]:
     target = torch.empty_like(source)
     clock = clock_of(device)
     seconds = []
-    for _ in range(_REPEATS + 1):  # the first one maps the pages
+    for _ in range(_REPEATS + 1):  # the first copy maps the pages
         started = clock()
         target.copy_(source)
         seconds.append(clock() - started)
-    found: dict[str, Any] = {"bytes_per_second": 2 * source.nbytes / statistics.median(seconds[1:])}
+    result: dict[str, Any] = {"bytes_per_second": 2 * source.nbytes / statistics.median(seconds[1:])}
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
-        found["name"], found["multiprocessors"] = properties.name, properties.multi_processor_count
-        found["cuda"] = str(torch.version.cuda)
-        found["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    return {**found, "measured": time.strftime("%Y-%m-%d")}
+        result["name"], result["multiprocessors"] = properties.name, properties.multi_processor_count
+        result["cuda"] = str(torch.version.cuda)
+        result["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return {**result, "measured": time.strftime("%Y-%m-%d")}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What each step of a start takes, by itself, in a fresh process: seconds and bytes of the device's memory."""
+"""Measure each step of a start in a fresh process: seconds, and bytes of the memory of the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.stages import clock_of
-from chatterbox_prewarm.model.warmup.inputs import TEXTS
+from chatterbox_prewarm.model.warmup.settings import TEXTS
 from chatterbox_prewarm.system.json_subprocess import report
 
 if TYPE_CHECKING:
@@ -18,16 +18,18 @@ _SHORT = 25
 
 
 def run(*, warm: str, weights: str, cache: str, device: str) -> dict[str, Any]:
-    """Go through a start step by step.
+    """Run a start step by step.
 
     Returns:
-        for each step in order its seconds, and in bytes what torch has allocated, has reserved and has had at most, and
-        what is used of the device in all; on a CPU the resident set of the process instead.
+        for each step in order its seconds and, in bytes, the memory that torch has allocated and reserved, its peak
+        allocation, and the used memory of the device. On a CPU, the resident memory of the process instead.
     """
     from chatterbox_prewarm.start.attach import attach
+    from chatterbox_prewarm.start.options import StartOptions
     from chatterbox_prewarm.start.prepare import prepare
 
-    prepared = prepare(Path(warm), Path(weights), cache=Path(cache), device=device, policy="require")
+    options = StartOptions(warm=Path(warm), weights=Path(weights), cache=Path(cache), device=device, policy="require")
+    prepared = prepare(options)
 
     import torch
 
@@ -35,7 +37,7 @@ def run(*, warm: str, weights: str, cache: str, device: str) -> dict[str, Any]:
     steps: dict[str, dict[str, float]] = {}
 
     def step(name: str, work: Callable[[], Any]) -> Any:
-        # The first look at the device's clock would make the context.
+        # The first use of the clock of the device would create the context.
         started = clock() if steps else time.perf_counter()
         result = work()
         steps[name] = {"seconds": clock() - started, **_used(device)}
@@ -50,13 +52,13 @@ def run(*, warm: str, weights: str, cache: str, device: str) -> dict[str, Any]:
     speak = attached.synthesizer.synthesize
     length = _LONG if device.startswith("cuda") else _SHORT
 
-    from chatterbox_prewarm.model.regions.pipeline import bound
+    from chatterbox_prewarm.model.regions.pipeline import pipeline_of
 
     step("first synthesis", lambda: speak(TEXTS[0], seed=1, max_new_tokens=_SHORT))
     step("second synthesis", lambda: speak(TEXTS[0], seed=1, max_new_tokens=_SHORT))
     step("long synthesis", lambda: speak(TEXTS[2], seed=1, max_new_tokens=length))
     step("synthesis after it", lambda: speak(TEXTS[0], seed=1, max_new_tokens=_SHORT))
-    captured = bound(attached.synthesizer.model).speech_tokens.capture_seconds
+    captured = pipeline_of(attached.synthesizer.model).decoder.capture_seconds
     return {"steps": steps, "capture_seconds": captured, "misses": attached.metrics.to_dict()["misses"]}
 
 

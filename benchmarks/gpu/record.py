@@ -1,4 +1,4 @@
-"""What a part has measured so far: a JSON file that is whole after every step."""
+"""Record the results of a part in a JSON file, which is complete and valid after every step."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 Arguments = ParamSpec("Arguments")
 
-#: What is baked and measured on a GPU, among what `bench profiles` knows: a bake there takes minutes of a short lease.
+#: Executions to measure on a GPU. Not all that `benchmarks profiles` knows, because each bake takes minutes.
 _ON_GPU = ("eager", "eager, graphs", "compiled, graphs", "aot, graphs", "aot, graphs, bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be measured, and where it is kept; travels as JSON.
+    """Options of the measurement, which are passed to its processes as JSON.
 
     Attributes:
-        out: the folder of everything: results, checkpoint, states, cache.
-        device: to run on.
-        size: of the random weights, "full" or "mini".
+        out: folder for results, checkpoint, states and cache.
+        device: torch device.
+        size: size of the random weights, "full" or "mini".
         rounds: fresh processes of each system.
     """
 
@@ -41,31 +41,31 @@ class Plan:
 
     @property
     def weights(self) -> Path:
-        """The checkpoint."""
+        """Directory of the checkpoint."""
         return Path(self.out) / f"weights-{self.size}"
 
     @property
     def cache(self) -> Path:
-        """The one cache directory of all bakes and starts."""
+        """Cache directory that all bakes and starts share."""
         return Path(self.out) / "cache"
 
     def executions(self) -> dict[str, Execution]:
-        """The ways of executing that are compared, by name."""
+        """Return the executions to compare by name."""
         known = variants(self.device, PROFILES)
         return {name: known[name] for name in _ON_GPU} if self.device.startswith("cuda") else known
 
     def state(self, name: str) -> Path:
-        """The warm state of a way of executing."""
+        """Return the directory of the warm state of an execution."""
         return Path(self.out) / "states" / name.replace(", ", "-")
 
 
 class Record:
-    """The steps of a part and what each gave.
+    """The steps of a part and their results.
 
     Args:
-        path: the file; steps that it names are not done again, unless they were of another plan.
-        plan: what is measured.
-        say: called with a line for each step.
+        path: JSON file. Steps that it already contains are skipped, unless they belong to another plan.
+        plan: options of the measurement.
+        say: called with one line for each step.
     """
 
     def __init__(self, path: Path, plan: Plan, say: Callable[[str], None]) -> None:
@@ -76,22 +76,22 @@ class Record:
         self.failed: dict[str, str] = {}
 
     def step(
-        self, name: str, measure: Callable[Arguments, dict[str, Any]], *given: Arguments.args, **named: Arguments.kwargs
+        self, name: str, measure: Callable[Arguments, dict[str, Any]], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> dict[str, Any] | None:
-        """Call `measure`, unless an earlier run did; a failure is kept, and the steps after it go on."""
+        """Call `measure` unless the result is already recorded; record a failure, so that later steps still run."""
         if name not in self.steps:
             self._say(name)
             try:
-                self.steps[name] = measure(*given, **named)
-            except Exception as error:  # noqa: BLE001 - one that nobody foresaw must not cost the steps after it
+                self.steps[name] = measure(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - an unexpected error must not prevent later steps
                 self.failed[name] = as_prewarm_error(error).message
                 self._say(f"{name} failed: {self.failed[name]}")
             self.write(complete=False)
-        found: dict[str, Any] | None = self.steps.get(name)
-        return found
+        result: dict[str, Any] | None = self.steps.get(name)
+        return result
 
     def write(self, *, complete: bool) -> None:
-        """Write all of it at once; a part with a failed step is not complete."""
+        """Replace the file atomically. A part with a failed step is not complete."""
         content = {
             "plan": asdict(self._plan),
             "complete": complete and not self.failed,
@@ -102,12 +102,12 @@ class Record:
 
 
 def is_complete(path: Path, plan: Plan) -> bool:
-    """Whether a part has been measured as planned, with every step."""
+    """Return whether the file contains every step of the plan."""
     return bool(_read(path, plan).get("complete"))
 
 
 def _read(path: Path, plan: Plan) -> dict[str, Any]:
-    """What a file holds of this plan; nothing when it is of another one."""
+    """Read a file; return an empty dict if it is missing or belongs to another plan."""
     if not path.exists():
         return {}
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

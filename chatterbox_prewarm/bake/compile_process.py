@@ -1,6 +1,6 @@
-"""The compiling process of a bake: every region is compiled, and what that leaves is kept for the processes after it.
+"""The compile process of a bake: compile every region and keep the result for the other processes.
 
-Apart from the cold process, since a compiler imports a thousand modules that a start does not.
+It is a separate process because a compiler imports a thousand modules that a start does not import.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.bake.request import BakeRequest
+from chatterbox_prewarm.bake.options import BakeOptions
 from chatterbox_prewarm.families.cache_folders import seed
 from chatterbox_prewarm.families.registry import COMPILED, FAMILIES
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.profiles import Execution
-from chatterbox_prewarm.model.warmup.inputs import TEXTS
+from chatterbox_prewarm.model.warmup.settings import TEXTS
 from chatterbox_prewarm.start.attach import attach
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.system import metrics as metrics_module
@@ -28,87 +27,86 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.model.regions.executors import BoundRegion
     from chatterbox_prewarm.model.regions.region import Region
-    from chatterbox_prewarm.start.prepared import Prepared
+    from chatterbox_prewarm.start.prepare import Prepared
 
-#: On a CPU torch 2.11 compiles the vocoder's convolutions for classes of lengths, by the library that takes them: up to
-#: 40 mel frames, up to 256, and more. A token gives two frames.
+#: Token counts, one for each class of lengths. On a CPU torch 2.11 compiles the vocoder's convolutions separately for
+#: up to 40 mel frames, up to 256, and more, because other libraries compute them. A token gives two frames.
 _RENDERED_TOKENS = (12, 60, 200)
-#: Of each synthesis: T3 is compiled for any number of them.
+#: Tokens of each synthesis. T3 is compiled once for any number of tokens.
 _DRAWN_TOKENS = 12
 
 
-def run(**request_fields: Any) -> dict[str, Any]:
-    """Compile all regions for the device and the profile of the request.
+def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any]:
+    """Compile all regions for the device and the profile of a bake.
+
+    Args:
+        options: of the bake; see `BakeOptions.to_dict`.
+        output: the directory for the state.
+        compiled: the folder for the compiled code.
 
     Returns:
-        the log of this process.
+        the event log of this process.
     """
-    request = BakeRequest(**request_fields)
-    logging.getLogger(metrics_module.__name__).setLevel(logging.ERROR)  # nothing is baked yet, so all of it misses
-    prepared = prepare(
-        Path(request.output),
-        Path(request.weights),
-        cache=Path(request.cache),
-        device=request.device,
-        policy="off",
-        execution=Execution(**request.execution),
-    )
-    made = Path(request.made)
+    bake = BakeOptions.from_dict(options)
+    # Nothing is baked yet, so everything is a miss: warnings about it would only confuse.
+    logging.getLogger(metrics_module.__name__).setLevel(logging.ERROR)
+    prepared = prepare(bake.start_options(Path(output)))
     if prepared.execution.profile == "aot":
-        _make_packages(prepared, made / "aot")
+        _compile_packages(prepared, Path(compiled) / "aot")
     else:
-        _compile(prepared, made, [name for name in request.families if name in COMPILED])
+        _fill_compiler_caches(prepared, Path(compiled), [name for name in bake.families if name in COMPILED])
     return {"metrics": prepared.metrics.to_dict()}
 
 
-def _make_packages(prepared: Prepared, directory: Path) -> None:
-    """Compile packages; the model is needed for the shapes and dtypes of its weights alone."""
-    seed(prepared.cache / "inductor", None)  # AOTInductor works there
+def _compile_packages(prepared: Prepared, directory: Path) -> None:
+    """Compile AOTInductor packages. The model is only loaded for the shapes and dtypes of its weights."""
+    options = prepared.options
+    seed(options.cache / "inductor", None)  # AOTInductor writes its files there
     import torch
 
-    from chatterbox_prewarm.model.regions.compile_packages import make_packages
-    from chatterbox_prewarm.model.regions.executors import eager
-    from chatterbox_prewarm.model.regions.packages import has_single_threaded_mode
-    from chatterbox_prewarm.model.regions.pipeline import bind
+    from chatterbox_prewarm.model.regions.compile_packages import compile_packages
+    from chatterbox_prewarm.model.regions.executors import eager, has_single_threaded_mode
+    from chatterbox_prewarm.model.regions.pipeline import bind_pipeline
     from chatterbox_prewarm.model.regions.region import IN_GRAPHS
     from chatterbox_prewarm.model.variants import english
 
-    found: dict[str, Sequence[torch.Tensor]] = {}
+    weights_of: dict[str, Sequence[torch.Tensor]] = {}
 
-    def note(region: Region, weights: Sequence[torch.Tensor]) -> BoundRegion:
-        found.setdefault(region.name, weights)
+    def record_weights(region: Region, weights: Sequence[torch.Tensor]) -> BoundRegion:
+        weights_of.setdefault(region.name, weights)
         return eager(region, weights)
 
     execution = prepared.execution
-    bind(english.load(prepared.weights, device=prepared.device), note, t3_dtype=getattr(torch, execution.t3_dtype))
+    model = english.load(options.weights, device=options.device)
+    bind_pipeline(model, record_weights, t3_dtype=getattr(torch, execution.t3_dtype))
     if execution.graphs and not has_single_threaded_mode():
-        found = {name: weights for name, weights in found.items() if name not in IN_GRAPHS}
+        weights_of = {name: weights for name, weights in weights_of.items() if name not in IN_GRAPHS}
     with prepared.metrics.phase("aot make"):
-        make_packages(found, directory, progress=_say)
+        compile_packages(weights_of, directory, progress=_say)
 
 
-def _compile(prepared: Prepared, made: Path, families: list[str]) -> None:
-    """Run every region through `torch.compile`, with top-p and without, and for each class of lengths."""
-    _say("compiling while synthesising")
+def _fill_compiler_caches(prepared: Prepared, compiled: Path, families: list[str]) -> None:
+    """Run every region through `torch.compile`, with and without top-p, and for each class of lengths."""
+    _say("compiling during a synthesis")
     synthesizer = attach(prepared).synthesizer
 
     import torch
 
-    from chatterbox_prewarm.model.regions.pipeline import bound
+    from chatterbox_prewarm.model.regions.pipeline import pipeline_of
     from chatterbox_prewarm.model.sampling import Sampling
 
     for text, top_p in zip(TEXTS, (1.0, 0.9, 1.0), strict=True):
         synthesizer.synthesize(text, seed=0, max_new_tokens=_DRAWN_TOKENS, sampling=Sampling(top_p=top_p))
-    # How much of what is drawn makes a sound is chance, so that the lengths that are to be met are given.
-    stages = bound(synthesizer.model)
+    # The number of usable tokens of a synthesis is random, so these lengths are fixed.
+    stages = pipeline_of(synthesizer.model)
     with torch.inference_mode():
         for count in _RENDERED_TOKENS:
             tokens = torch.arange(count, device=synthesizer.model.device)
             stages.vocoder(stages.flow(tokens, synthesizer.voices[DEFAULT_VOICE].gen))
-    session = prepared.session(synthesizer)
+    context = prepared.family_context(synthesizer)
     for name in families:
-        (made / name).mkdir(parents=True)
-        FAMILIES[name].save(made / name, session)
+        (compiled / name).mkdir(parents=True)
+        FAMILIES[name].save(compiled / name, context)
 
 
 def _say(line: str) -> None:

@@ -1,16 +1,18 @@
-"""Save: write the persistent state of a warmed-up model, manifest and all, into a directory."""
+"""Save the persistent state of a warmed-up model, with its manifest, into a directory."""
 
 from __future__ import annotations
 
 import datetime as dt
 import os
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.families.registry import BYTECODE, FAMILIES, applicable
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.warmup.inputs import SHORT_TEXT
-from chatterbox_prewarm.state.compatibility import current_facts, facts
-from chatterbox_prewarm.state.manifest import FamilyEntry, Manifest, Reference, WeightsEntry, write_manifest
+from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT
+from chatterbox_prewarm.state.compatibility import current_facts, machine_facts
+from chatterbox_prewarm.state.manifest import FamilyEntry, Manifest, Reference, WeightsEntry
+from chatterbox_prewarm.state.manifest_file import write_manifest
 from chatterbox_prewarm.state.provenance import read_provenance
 from chatterbox_prewarm.system.digests import scan, set_digest
 from chatterbox_prewarm.system.fingerprint import read_fingerprint
@@ -23,9 +25,28 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.start.attach import Attached
 
-#: Half a second of audio: long enough that every part of the model shows in it, short enough for a CPU.
+#: Half a second of audio: long enough to run every part of the model, short enough for a CPU.
 REFERENCE_TOKENS = 12
 _REFERENCE_SEED = 20240
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupRecord:
+    """Facts about the warm-up for the manifest.
+
+    Attributes:
+        levels: the levels that the warm-up ran.
+        texts: the texts that it synthesized.
+        reference: the synthesis that a proof repeats; by default it is made now.
+        sources: the source files of the modules that a start imports; by default of all modules imported so far.
+        parameters: the parameters of the bake.
+    """
+
+    levels: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+    reference: Reference | None = None
+    sources: Collection[str] | None = None
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
 
 def save_warmup_cache(
@@ -33,73 +54,75 @@ def save_warmup_cache(
     directory: Path,
     *,
     families: Sequence[str] = tuple(FAMILIES),
-    levels: Sequence[int] = (),
-    texts: Sequence[str] = (),
-    reference: Reference | None = None,
-    sources: Collection[str] | None = None,
-    parameters: Mapping[str, str] | None = None,
+    record: WarmupRecord | None = None,
 ) -> Manifest:
     """Write the warm state of a loaded and warmed-up model into an empty directory.
 
-    The manifest is written last, so a directory without one is not a warm state. `bake` does more: it checks the
-    result in a fresh process and puts it in place at once.
+    The manifest is written last, so a directory without a manifest is not a warm state. `bake` does more: it checks the
+    result in a fresh process and replaces an older state atomically.
 
     Args:
         attached: a model loaded by this project, after its warm-up.
         directory: an existing, empty directory.
-        families: which cache families to save, as far as they apply to how the model executes.
-        levels: which levels the warm-up ran, for the record.
-        texts: what it synthesised, for the record.
-        reference: the synthesis that a proof repeats; made now by default.
-        sources: source files of the modules that a start imports; of all that were imported by default.
-        parameters: what was asked for, for the record.
+        families: the cache families to save. Families that the model does not use are left out.
+        record: facts about the warm-up for the manifest.
     """
-    prepared = attached.prepared
-    record = read_record(prepared.weights)
-    known = facts(prepared.weights, prepared.cache, prepared.device)
-    families = [name for name in families if name in applicable(prepared.execution.profile, prepared.device)]
-    # The reference comes first: what it still loads belongs into the families.
-    reference = reference or make_reference(attached)
-    session = prepared.session(
-        attached.synthesizer, sources=frozenset(BYTECODE.start_sources() if sources is None else sources)
-    )
-    entries = []
-    for name in families:
-        (directory / name).mkdir()
-        keys = FAMILIES[name].save(directory / name, session)
-        files = scan(directory, below=name)
-        if not files:
-            (directory / name).rmdir()  # a state has no folders without files
-        entries.append(
-            FamilyEntry(
-                name=name,
-                requires=current_facts(keys, known),
-                files=files,
-                seconds_spent=0.0,
-                seconds_saved=0.0,
-            )
-        )
+    record = record or WarmupRecord()
+    options, execution = attached.prepared.options, attached.prepared.execution
+    weights = read_record(options.weights)
+    families = [name for name in families if name in applicable(execution.profile, options.device)]
+    # The reference comes first, because it loads things that belong into the families.
+    reference = record.reference or make_reference(attached)
+    entries = _save_families(attached, directory, families, record.sources)
     manifest = Manifest(
         tool=f"chatterbox-prewarm {__version__}",
         created=_created(),
-        variant=record.variant,
-        execution=prepared.execution,
-        levels=tuple(levels),
-        warmup_texts=tuple(texts),
-        weights=WeightsEntry.from_record(record),
-        fingerprint=read_fingerprint(prepared.device).fields(),
-        families=tuple(entries),
+        variant=weights.variant,
+        execution=execution,
+        levels=record.levels,
+        warmup_texts=record.texts,
+        weights=WeightsEntry.from_record(weights),
+        fingerprint=read_fingerprint(options.device).fields(),
+        families=entries,
         voices=tuple(sorted(attached.synthesizer.voices)) if "conditionals" in families else (),
         reference=reference,
-        provenance=read_provenance(parameters or {}),
+        provenance=read_provenance(record.parameters),
         set_digest=set_digest(file for entry in entries for file in entry.files),
     )
     write_manifest(manifest, directory)
     return manifest
 
 
+def _save_families(
+    attached: Attached, directory: Path, families: Sequence[str], sources: Collection[str] | None
+) -> tuple[FamilyEntry, ...]:
+    """Save each family into a folder of its name, and return their manifest entries, without costs."""
+    options = attached.prepared.options
+    facts = machine_facts(options.weights, options.cache, options.device)
+    context = attached.prepared.family_context(
+        attached.synthesizer, sources=frozenset(BYTECODE.start_sources() if sources is None else sources)
+    )
+    entries = []
+    for name in families:
+        (directory / name).mkdir()
+        required = FAMILIES[name].save(directory / name, context)
+        files = scan(directory, below=name)
+        if not files:
+            (directory / name).rmdir()  # a state has no empty folders
+        entries.append(
+            FamilyEntry(
+                name=name,
+                requires=current_facts(required, facts),
+                files=files,
+                seconds_spent=0.0,
+                seconds_saved=0.0,
+            )
+        )
+    return tuple(entries)
+
+
 def make_reference(attached: Attached) -> Reference:
-    """Synthesise what a proof will repeat."""
+    """Synthesize the reference that a proof repeats."""
     import torch
 
     speech = attached.synthesizer.synthesize(
@@ -120,7 +143,7 @@ def make_reference(attached: Attached) -> Reference:
 
 
 def _created() -> str:
-    """The time of the bake in ISO 8601, or `SOURCE_DATE_EPOCH`, so that a repeated build can give the same bytes."""
+    """Return the present time in ISO 8601, or SOURCE_DATE_EPOCH, with which a repeated build gives the same bytes."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     moment = dt.datetime.fromtimestamp(int(epoch), tz=dt.timezone.utc) if epoch else dt.datetime.now(tz=dt.timezone.utc)
     return moment.isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""The cold process of a bake: load with nothing but what was compiled before, add the voices, warm up, save."""
+"""The warm-up process of a bake: start with nothing but compiled code, add the voices, warm up, save."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from chatterbox_prewarm.bake.request import BakeRequest
+from chatterbox_prewarm.bake.options import BakeOptions
 from chatterbox_prewarm.families.registry import BYTECODE
-from chatterbox_prewarm.model.profiles import Execution
 from chatterbox_prewarm.proof.probes import peak_resident_bytes
 from chatterbox_prewarm.start.attach import attach
 from chatterbox_prewarm.start.prepare import prepare
@@ -17,64 +16,57 @@ from chatterbox_prewarm.system import metrics as metrics_module
 from chatterbox_prewarm.system.json_subprocess import report
 
 
-def run(**request_fields: Any) -> dict[str, Any]:
-    """Do the cold half of a bake.
+def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any]:
+    """Warm the model up and write the state.
+
+    Args:
+        options: of the bake; see `BakeOptions.to_dict`.
+        output: the directory for the state.
+        compiled: the folder with the code that the compile process made.
 
     Returns:
-        the log of this process, and the most memory that it had, resident and of the GPU.
+        the event log of this process, and its peak memory, resident and of the GPU, in bytes.
     """
-    request = BakeRequest(**request_fields)
-    logging.getLogger(metrics_module.__name__).setLevel(logging.ERROR)  # nothing is baked yet, so all of it misses
-    output = Path(request.output)
-    prepared = prepare(
-        output,
-        Path(request.weights),
-        cache=Path(request.cache),
-        device=request.device,
-        policy="off",
-        execution=Execution(**request.execution),
-        made=Path(request.made),
-    )
-    voices = {name: Path(clip) for name, clip in request.voices.items()}
-    attached = attach(prepared)
+    bake = BakeOptions.from_dict(options)
+    # Nothing is baked yet, so everything is a miss: warnings about it would only confuse.
+    logging.getLogger(metrics_module.__name__).setLevel(logging.ERROR)
+    attached = attach(prepare(bake.start_options(Path(output), Path(compiled))))
 
     import torch
 
-    from chatterbox_prewarm.bake.save import make_reference, save_warmup_cache
+    from chatterbox_prewarm.bake.save import WarmupRecord, make_reference, save_warmup_cache
     from chatterbox_prewarm.model.voices import prepare_voice
-    from chatterbox_prewarm.model.warmup.inputs import TEXTS
+    from chatterbox_prewarm.model.warmup.settings import TEXTS
     from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
 
     metrics, synthesizer = attached.metrics, attached.synthesizer
-    # The very first synthesis, as after a start: what is imported by now is what a start imports.
+    # The first synthesis, as after a start: a start imports the modules that are imported now.
     with metrics.phase("reference"):
         reference = make_reference(attached)
     sources = BYTECODE.start_sources()
-    for name, clip in voices.items():
+    for name, clip in bake.voices.items():
         print(f"voice {name}", file=sys.stderr)
         with metrics.phase("conditionals"):
             synthesizer.voices[name] = prepare_voice(synthesizer.model, clip)
     strategy = ChatterboxWarmupStrategy(
-        levels=request.levels,
+        levels=bake.levels,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
         metrics=metrics,
         upstream=False,
     )
     strategy.perform_full_warmup(synthesizer.model)
-    save_warmup_cache(
-        attached,
-        output,
-        families=request.families,
+    record = WarmupRecord(
         levels=strategy.levels,
-        texts=TEXTS if 2 in request.levels else (),
+        texts=TEXTS if 2 in bake.levels else (),
         reference=reference,
         sources=sources,
-        parameters=request.parameters(),
+        parameters=bake.parameters(),
     )
+    save_warmup_cache(attached, Path(output), families=bake.families, record=record)
     return {
         "metrics": metrics.to_dict(),
         "resident_bytes": peak_resident_bytes(),
-        "device_bytes": torch.cuda.max_memory_reserved(request.device) if request.device.startswith("cuda") else 0,
+        "device_bytes": torch.cuda.max_memory_reserved(bake.device) if bake.device.startswith("cuda") else 0,
     }
 
 

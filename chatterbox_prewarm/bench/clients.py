@@ -1,7 +1,8 @@
-"""A client of the speech API under measurement: what it asks for, and what it saw of the answer."""
+"""Client of the speech API that measures what it receives."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -13,41 +14,38 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
-from chatterbox_prewarm.model.warmup.inputs import TEXTS
+from chatterbox_prewarm.model.warmup.settings import TEXTS
 from chatterbox_prewarm.serve.http.access import TOKEN
+from chatterbox_prewarm.system.metrics import now
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from types import TracebackType
+    from collections.abc import Iterator, Sequence
 
-KINDS = ("short", "medium", "long")
-#: Of sound as the API gives it: 24 kHz, mono, 16 bits.
+#: The API returns 16-bit mono samples at 24 kHz.
 _BYTES_PER_SECOND = 48_000
-#: A stream of bare samples, so that the first bytes are sound; a whole file, which is sent when it is complete.
+#: A streamed response contains only samples, so its first bytes are already audio.
 _STREAMED = {"response_format": "pcm", "stream_format": "audio"}
-_WHOLE = {"response_format": "wav"}
-#: What a player waits for before it begins, so that the next chunk need not be there to the millisecond, in seconds.
-_LEAD = 0.1
+_ONE_SHOT = {"response_format": "wav"}
+#: Seconds that a player buffers before it begins, so that small delays between chunks are not audible.
+_PLAYER_BUFFER_SECONDS = 0.1
 _TIMEOUT = 600.0
-#: Often enough to see a stalled front, seldom enough to leave the worker its cores.
-_PROBE_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A server by its address, and the token that it is shown, if it demands one."""
+    """Address of a server, and the token to send if the server demands one."""
 
-    secure: bool
-    host: str
+    secure: bool = False
+    host: str = "127.0.0.1"
     port: int
     token: str = field(default_factory=lambda: os.environ.get(TOKEN, ""), repr=False)
 
     @classmethod
     def parse(cls, url: str) -> Target:
-        """The server of an address such as `http://localhost:8000`.
+        """Parse a base URL such as `http://localhost:8000`.
 
         Raises:
-            BadInputError: it is none.
+            BadInputError: the URL is invalid.
         """
         parts = urlsplit(url)
         try:
@@ -55,63 +53,63 @@ class Target:
         except ValueError:
             port = -1
         if parts.scheme not in {"http", "https"} or not parts.hostname or port == -1 or parts.path.strip("/"):
-            raise BadInputError(f"{url!r} is no server's address", next_step="write it as http://localhost:8000")
+            raise BadInputError(
+                f"{url!r} is not the address of a server", next_step="write it as http://localhost:8000"
+            )
         secure = parts.scheme == "https"
         return cls(secure=secure, host=parts.hostname, port=port or (443 if secure else 80))
 
     def connect(self, timeout: float = _TIMEOUT) -> http.client.HTTPConnection:
-        """A connection of its own, as each client has."""
-        kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
-        return kind(self.host, self.port, timeout=timeout)
+        """Create a new connection, which is opened by its first request."""
+        connection_class = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
+        return connection_class(self.host, self.port, timeout=timeout)
 
     @property
     def headers(self) -> dict[str, str]:
-        """Those of every request."""
+        """Headers that every request needs."""
         return {"Authorization": f"Bearer {self.token}"} if self.token else {}
 
     def get(self, path: str, timeout: float = 10.0) -> tuple[int, bytes]:
-        """Status and body of a GET.
+        """Send a GET request on a new connection; return the status and the body.
 
         Raises:
-            OSError: there was no answer.
-            http.client.HTTPException: it was none of HTTP.
+            OSError: the server did not respond.
+            http.client.HTTPException: the response is not valid HTTP.
         """
-        connection = self.connect(timeout)
-        try:
+        with contextlib.closing(self.connect(timeout)) as connection:
             connection.request("GET", path, headers=self.headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        finally:
-            connection.close()
+            response = connection.getresponse()
+            return response.status, response.read()
 
     def status(self) -> dict[str, Any]:
-        """The body of `/startupz`.
+        """Return the body of `/startupz`.
 
         Raises:
-            ModelError: the server gave none.
+            ModelError: the server did not return JSON.
         """
         try:
-            found: dict[str, Any] = json.loads(self.get("/startupz")[1])
+            status: dict[str, Any] = json.loads(self.get("/startupz")[1])
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ModelError(
-                f"{self.host} port {self.port} does not say how it stands: {error}", next_step="see whether it runs"
+                f"{self.host} port {self.port} did not report its status: {error}",
+                next_step="check that the server runs",
             ) from error
-        return found
+        return status
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came of one request, as its client saw it; times are seconds since it was sent.
+    """Result of one speech request as the client saw it. All times are seconds since the request was sent.
 
     Attributes:
-        status: of HTTP; 0 when there was none.
-        outcome: "sound" for a whole answer, "refused" for 429 and 503 in OpenAI's shape with Retry-After, "cut" for
-            sound that broke off, "failed" for any other status, "lost" for no answer.
-        first_chunk: when the first bytes of sound came.
-        sound_seconds: how much came, the header of a whole file counted in.
-        digest: SHA-256 of it.
-        behind: how long a player that began 0.1 s after the first chunk would have waited for others, at the most.
-        text: what a refusal or failure said.
+        status: HTTP status; 0 if there was no response.
+        outcome: "sound" for complete audio, "refused" for a 429 or 503 with OpenAI's error shape and Retry-After, "cut"
+            for audio that broke off, "failed" for any other status, "lost" for no response.
+        first_chunk: time of the first bytes of audio.
+        sound_seconds: seconds of audio received; the header of a WAV file is counted as audio.
+        digest: SHA-256 of the received bytes.
+        behind: longest wait for data, in seconds, of a player that began 0.1 s after the first chunk.
+        text: message of a refusal or failure.
     """
 
     status: int
@@ -124,74 +122,70 @@ class Answer:
     text: str = ""
 
 
-def mix(tokens: Sequence[int], seeds: int, *, voice: str, look_ahead: int | None = None) -> list[dict[str, Any]]:
-    """Requests for a short, a medium and a long text in turn, each with every seed.
+def make_requests(
+    tokens: Sequence[int], seeds: int, *, voice: str, look_ahead: int | None = None
+) -> list[dict[str, Any]]:
+    """Make request bodies: a short, a medium and a long text in turn, each with every seed.
 
     Args:
-        tokens: the most speech tokens of each kind, 25 a second; of each part of a text that is spoken in parts.
-        seeds: how many.
-        voice: of all.
-        look_ahead: of all, as in the API; None leaves it out.
+        tokens: limit of speech tokens for each of the three texts, at 25 tokens per second of audio. A text that is
+            spoken in parts has this limit for each part.
+        seeds: number of seeds.
+        voice: voice of all requests.
+        look_ahead: look-ahead of all requests in tokens; None leaves it out.
 
     Raises:
-        BadInputError: there is not one bound for each kind.
+        BadInputError: `tokens` does not contain three limits.
     """
-    if len(tokens) != len(KINDS):
-        raise BadInputError(
-            f"{len(tokens)} bounds on tokens for {len(KINDS)} kinds of text", next_step="give three, as 25,75,200"
-        )
+    if len(tokens) != len(TEXTS):
+        raise BadInputError(f"got {len(tokens)} token limits for {len(TEXTS)} texts", next_step="give three: 25,75,200")
     common = {"voice": voice, **({} if look_ahead is None else {"look_ahead": look_ahead})}
     return [
-        {"input": text, "seed": seed, "max_new_tokens": most, **common}
+        {"input": text, "seed": seed, "max_new_tokens": limit, **common}
         for seed in range(seeds)
-        for text, most in zip(TEXTS, tokens, strict=True)
+        for text, limit in zip(TEXTS, tokens, strict=True)
     ]
 
 
-def ask(target: Target, request: dict[str, Any], *, streamed: bool, leave: bool = False) -> Answer:
-    """Ask for speech and take the answer in.
+def request_speech(target: Target, body: dict[str, Any], *, streamed: bool, disconnect: bool = False) -> Answer:
+    """Request speech and read the response.
 
     Args:
-        target: the server.
-        request: fields of the body.
-        streamed: have the sound sent while it is made.
-        leave: go away after the first chunk.
+        target: server to send the request to.
+        body: request body without the response format.
+        streamed: stream the audio while the server generates it.
+        disconnect: close the connection after the first chunk.
     """
-    fields = {**request, **(_STREAMED if streamed else _WHOLE)}
-    connection = target.connect()
+    fields = {**body, **(_STREAMED if streamed else _ONE_SHOT)}
     started = time.monotonic()
     try:
-        headers = {**target.headers, "Content-Type": "application/json"}
-        connection.request("POST", "/v1/audio/speech", json.dumps(fields), headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            return _refusal(response, started)
-        return _sound(response, started, leave=leave)
+        with contextlib.closing(target.connect()) as connection:
+            headers = {**target.headers, "Content-Type": "application/json"}
+            connection.request("POST", "/v1/audio/speech", json.dumps(fields), headers)
+            response = connection.getresponse()
+            if response.status != 200:
+                return _read_error(response, started)
+            return _read_audio(response, started, disconnect=disconnect)
     except (OSError, http.client.HTTPException) as error:
-        return Answer(
-            status=0,
-            outcome="lost",
-            latency=time.monotonic() - started,
-            text=f"{type(error).__name__}: {error}",
-        )
-    finally:
-        connection.close()
+        message = f"{type(error).__name__}: {error}"
+        return Answer(status=0, outcome="lost", latency=time.monotonic() - started, text=message)
 
 
-def _sound(response: http.client.HTTPResponse, started: float, *, leave: bool) -> Answer:
+def _read_audio(response: http.client.HTTPResponse, started: float, *, disconnect: bool) -> Answer:
     digest, received, first, behind, cut = hashlib.sha256(), 0, 0.0, 0.0, False
     try:
         while chunk := response.read1(1 << 16):
             at = time.monotonic() - started
             if not received:
                 first = at
-            behind = max(behind, at - (first + _LEAD + received / _BYTES_PER_SECOND))
+            behind = max(behind, at - (first + _PLAYER_BUFFER_SECONDS + received / _BYTES_PER_SECOND))
             received += len(chunk)
             digest.update(chunk)
-            if leave:
+            if disconnect:
                 break
         else:
-            cut = bool(response.length)  # of a body whose length was given; a chunked one raises
+            # read1 does not raise if a body with Content-Length is too short. A truncated chunked body raises.
+            cut = bool(response.length)
     except (OSError, http.client.HTTPException):
         cut = True
     return Answer(
@@ -205,7 +199,7 @@ def _sound(response: http.client.HTTPResponse, started: float, *, leave: bool) -
     )
 
 
-def _refusal(response: http.client.HTTPResponse, started: float) -> Answer:
+def _read_error(response: http.client.HTTPResponse, started: float) -> Answer:
     body = response.read()
     try:
         message = str(json.loads(body)["error"]["message"])
@@ -220,37 +214,33 @@ def _refusal(response: http.client.HTTPResponse, started: float) -> Answer:
     )
 
 
-class LivezProbe:
-    """Asks `/livez` all the while, on a connection of its own each time, as a kubelet does.
+@contextlib.contextmanager
+def livez_probe(target: Target, period: float = 0.05) -> Iterator[list[tuple[float, float | None]]]:
+    """Request `/livez` repeatedly from a thread, each time on a new connection as a kubelet does.
 
-    Attributes:
-        seconds: how long each answer took, as far as it was 200.
-        failed: how many were not.
+    The default period is short enough to see a front process that stalls, and long enough to leave the cores to the
+    worker.
+
+    Yields:
+        a list that grows by one entry per probe: the end of the probe in seconds since boot, and the seconds that a
+        200 took, or None if the probe failed.
     """
+    probes: list[tuple[float, float | None]] = []
+    stop = threading.Event()
 
-    def __init__(self, target: Target) -> None:
-        self.seconds: list[float] = []
-        self.failed = 0
-        self._target = target
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> LivezProbe:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._over.wait(_PROBE_SECONDS):
+    def poll() -> None:
+        while not stop.wait(period):
             started = time.monotonic()
             try:
-                status, _ = self._target.get("/livez")
+                status, _ = target.get("/livez")
             except (OSError, http.client.HTTPException):
                 status = 0
-            if status == 200:
-                self.seconds.append(time.monotonic() - started)
-            else:
-                self.failed += 1
+            probes.append((now(), time.monotonic() - started if status == 200 else None))
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield probes
+    finally:
+        stop.set()
+        thread.join()

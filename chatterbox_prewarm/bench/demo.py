@@ -1,58 +1,63 @@
-"""The whole way of the data on this machine, with random weights: what `make demo` runs.
+"""Run the complete data flow on this machine with random weights, for `make demo`.
 
-Everything is real but the weights: synthesize, bake, pack, prove, then upstream, ours cold and ours warm side by side.
+Only the weights are random. The steps are: synthesize a checkpoint, bake, pack, prove, and compare the starts of
+upstream, our cold server and our warm server.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 import click
 
 from chatterbox_prewarm.bake.bake import bake
+from chatterbox_prewarm.bake.options import BakeOptions
 from chatterbox_prewarm.bench.startup import benchmark_warmup_effectiveness, table
 from chatterbox_prewarm.errors import ModelError, exit_with_code
 from chatterbox_prewarm.image.layer import pack
+from chatterbox_prewarm.model.profiles import Execution
 from chatterbox_prewarm.proof.checks import require_passed
-from chatterbox_prewarm.proof.prove import prove
+from chatterbox_prewarm.proof.prove import ProofOptions, prove
+from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.process import run as run_process
 from chatterbox_prewarm.weights.record import RECORD_NAME
 
+_STARTED = time.monotonic()
+
 
 def demo(work: Path, dist: Path) -> None:
-    """Run the demonstration; `work` keeps the checkpoint and the state, `dist` gets the results."""
+    """Run the demo.
+
+    Args:
+        work: folder for the checkpoint, the cache and the warm state. A checkpoint from an earlier run is used again.
+        dist: folder for the results.
+    """
     weights, warm = work / "weights-full", work / "warm-full"
     dist.mkdir(parents=True, exist_ok=True)
-    _say("1/5 a checkpoint of random weights: its speech will be noise, all else is as published")
-    if (weights / RECORD_NAME).exists():
-        click.echo(f"    {weights} is there from an earlier run")
-    else:
-        command = [sys.executable, "-m", "chatterbox_prewarm", "weights", "synthesize", str(weights)]
-        made = run_process(command)
-        if made.returncode != 0:
-            raise ModelError("the checkpoint could not be made", next_step="see the message above")
-        click.echo("    " + made.stdout.strip())
-    _say("2/5 bake: warm up once, save what that made, start once from it")
-    manifest = bake(weights, warm, cache=work / "cache", progress=lambda line: click.echo(f"    {line}"))
-    for family in manifest.families:
-        click.echo(f"    {family.name}: {family.size / 1e6:.1f} MB, saves {family.seconds_saved:.1f} s")
-    _say("3/5 pack: the state as a deterministic image layer")
-    layer = pack(warm, dist / "warm-layer.tar.gz")
-    click.echo(f"    {layer.size / 1e6:.1f} MB, sha256:{layer.digest}")
-    _say("4/5 prove: a fresh process, another user, no network, a read-only state")
-    evidence = prove(warm, weights)
-    written = dist / "evidence.json"
-    written.write_text(evidence.to_json(), encoding="utf-8")
+    _announce("1/5 checkpoint: as published, but with random weights, so the speech is noise")
+    _create_checkpoint(weights)
+    _announce("2/5 bake: warm up, save the caches, start once from them")
+    options = BakeOptions(weights=weights, warm=warm, cache=work / "cache", execution=_execution())
+    for family in bake(options, progress=_detail).families:
+        _detail(f"{family.name}: {family.size / 1e6:.1f} MB, saves {family.seconds_saved:.1f} s")
+    _announce("3/5 pack: the warm state as a deterministic image layer")
+    layer = pack(State.open(warm), dist / "warm-layer.tar.gz")
+    _detail(f"{layer.size / 1e6:.1f} MB, sha256:{layer.digest}")
+    _announce("4/5 prove: a fresh process with another user, no network and a read-only state")
+    evidence = prove(ProofOptions(warm=warm, weights=weights))
+    evidence_path = dist / "evidence.json"
+    evidence_path.write_text(evidence.to_json(), encoding="utf-8")
     for check in evidence.checks:
-        click.echo(f"    {'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}")
-    require_passed(evidence, written)
-    _say("5/5 start: upstream as it is, ours cold, ours warm; each serves a sentence")
-    report = benchmark_warmup_effectiveness(
-        weights, warm, rounds=1, say=lambda line: click.echo(f"    {line}"), hello=dist / "hello.wav"
-    )
+        _detail(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}")
+    require_passed(evidence, evidence_path)
+    _announce("5/5 start: upstream unchanged, ours cold, ours warm; each answers requests")
+    report = benchmark_warmup_effectiveness(weights, warm, rounds=1, say=_detail, hello=dist / "hello.wav")
     (dist / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     click.echo("\n" + table(report))
     click.echo(
@@ -60,18 +65,51 @@ def demo(work: Path, dist: Path) -> None:
     )
 
 
-_STARTED = time.monotonic()
+def _create_checkpoint(weights: Path) -> None:
+    if (weights / RECORD_NAME).exists():
+        _detail(f"{weights} exists from an earlier run")
+        return
+    finished = run_process([sys.executable, "-m", "chatterbox_prewarm", "weights", "synthesize", str(weights)])
+    if finished.returncode != 0:
+        raise ModelError("the checkpoint could not be created", next_step="see the message above")
+    _detail(finished.stdout.strip())
 
 
-def _say(line: str) -> None:
-    click.echo(f"[{time.monotonic() - _STARTED:4.0f} s] {line}")
+def _execution() -> Execution | None:
+    """Return `eager` if this machine cannot compile, or None for the default."""
+    if not (missing := missing_packages()):
+        return None
+    _detail(f"without {' and '.join(missing)}, the regions of the model are not compiled (profile eager)")
+    _detail(f"for a faster model, run: apt-get install {' '.join(missing)}")
+    return Execution(profile="eager")
+
+
+def missing_packages() -> list[str]:
+    """Return the Debian packages that this machine lacks to compile the regions of the model.
+
+    torch's Inductor runs the compiler `$CXX`, by default g++, and its C++ wrappers include `Python.h`.
+    """
+    missing = []
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        missing.append("g++")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append("python3-dev")
+    return missing
+
+
+def _announce(step: str) -> None:
+    click.echo(f"[{time.monotonic() - _STARTED:4.0f} s] {step}")
+
+
+def _detail(line: str) -> None:
+    click.echo(f"    {line}")
 
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), default=Path("out"), show_default=True)
 @click.option("--dist", type=click.Path(path_type=Path), default=Path("dist"), show_default=True)
 def main(*, work: Path, dist: Path) -> None:
-    """Show the whole way of the data on this machine."""
+    """Run the complete data flow on this machine."""
     with exit_with_code():
         demo(work, dist)
 

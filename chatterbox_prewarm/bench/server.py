@@ -1,4 +1,4 @@
-"""A server under measurement: started as a user would, watched through its own routes."""
+"""A server process under measurement, observed through its own HTTP routes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.bench.clients import Target, livez_probe
 from chatterbox_prewarm.bench.upstream import read_bytes
 from chatterbox_prewarm.errors import ModelError
 from chatterbox_prewarm.system.json_subprocess import end_with_parent
@@ -22,109 +22,101 @@ from chatterbox_prewarm.system.metrics import exec_time, now
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-#: Ten times a second: often enough to see a stalled front, seldom enough to leave the worker its cores.
-_POLL = 0.1
+#: Short enough to see a front process that stalls, long enough to leave the cores to the worker.
+_POLL_SECONDS = 0.1
 
 
 class MeasuredServer:
-    """A `chatterbox-prewarm serve` process and what was seen of it. Times are seconds since it was executed."""
+    """A `chatterbox-prewarm serve` process. All times are seconds since its exec.
+
+    Attributes:
+        target: address of the server.
+        livez_first: time of the first 200 from `/livez`, known when the server is ready.
+        livez_worst: longest probe of `/livez` after the first 200, in seconds.
+        livez_failed: number of probes that failed after the first 200.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         self.process = process
-        self._log = log
-        self.port = port
+        self.target = Target(port=port)
         self.origin = exec_time(process.pid)
-        self.livez_first = 0.0
-        self.livez_worst = 0.0
+        self.livez_first = self.livez_worst = 0.0
         self.livez_failed = 0
-        self._watching = threading.Event()
-        self._watcher = threading.Thread(target=self._watch_livez, daemon=True)
-        self._watching.set()
-        self._watcher.start()
+        self._log = log
 
     def wait_ready(self, timeout: float = 600.0) -> dict[str, Any]:
-        """Poll `/readyz` until it says 200; returns its body.
+        """Poll `/readyz` and `/livez` until the server is ready; return the body of `/readyz`.
 
         Raises:
-            ModelError: the server ended, or was not ready in time.
+            ModelError: the server ended, or was not ready within `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                break
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                status, body = self.request("GET", "/readyz")
-                if status == 200:
-                    self._watching.clear()
-                    self._watcher.join()
-                    ready: dict[str, Any] = json.loads(body)
-                    return ready
-            time.sleep(_POLL)
-        raise ModelError(
-            f"the server was not ready (exit status {self.process.poll()}): {self._log.read_text()[-2000:]}",
-            next_step="see the end of its log above",
-        )
+        with livez_probe(self.target, _POLL_SECONDS) as probes:
+            while time.monotonic() < deadline and self.process.poll() is None:
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    status, body = self.target.get("/readyz", timeout=300)
+                    if status == 200:
+                        break
+                time.sleep(_POLL_SECONDS)
+            else:
+                raise ModelError(
+                    f"the server was not ready (exit status {self.process.poll()}): {self._log.read_text()[-2000:]}",
+                    next_step="see the end of its log above",
+                )
+        self._summarize(probes)
+        ready: dict[str, Any] = json.loads(body)
+        return ready
+
+    def _summarize(self, probes: Sequence[tuple[float, float | None]]) -> None:
+        """Evaluate the probes from the first 200 on; until then the server does not listen yet."""
+        first = next((index for index, (_, latency) in enumerate(probes) if latency is not None), None)
+        if first is None:
+            return
+        self.livez_first = probes[first][0] - self.origin
+        later = [latency for _, latency in probes[first + 1 :]]
+        self.livez_worst = max((latency for latency in later if latency is not None), default=0.0)
+        self.livez_failed = later.count(None)
 
     def speak(self, request: dict[str, Any]) -> tuple[bytes, float]:
-        """Ask for speech; returns the WAV file and how long the answer took in seconds.
+        """Request speech; return the WAV file and the seconds until it was complete.
 
         Raises:
-            ModelError: the server refused.
+            ModelError: the server returned another status than 200.
         """
         started = time.monotonic()
-        status, body = self.request("POST", "/v1/audio/speech", json.dumps({**request, "response_format": "wav"}))
-        if status != 200:
-            raise ModelError(f"the server answered {status}: {body[:300]!r}", next_step="try it by hand")
-        return body, time.monotonic() - started
+        with contextlib.closing(self.target.connect(timeout=300)) as connection:
+            body = json.dumps({**request, "response_format": "wav"})
+            connection.request("POST", "/v1/audio/speech", body, self.target.headers)
+            response = connection.getresponse()
+            content = response.read()
+        if response.status != 200:
+            raise ModelError(f"the server returned {response.status}: {content[:300]!r}", next_step="see its log")
+        return content, time.monotonic() - started
 
     def since_exec(self) -> float:
-        """Seconds since the process was executed."""
+        """Return the seconds since the process was executed."""
         return now() - self.origin
 
     def read_bytes(self) -> int:
-        """Bytes that the server and its worker have read from storage."""
+        """Return the number of bytes that the server and its workers have read from storage."""
         return sum(read_bytes(pid) for pid in (self.process.pid, *self.workers()))
 
     def workers(self) -> list[int]:
-        """The processes that the server has started and that still run, by their ids, whichever thread started them."""
+        """Return the process IDs of the workers that are running."""
         return children(self.process.pid)
-
-    def request(self, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
-        """One HTTP request on a connection of its own."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
-        try:
-            connection.request(method, path, body)
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
-
-    def _watch_livez(self) -> None:
-        while self._watching.is_set() and self.process.poll() is None:
-            started = time.monotonic()
-            try:
-                status, _ = self.request("GET", "/livez")
-            except (OSError, http.client.HTTPException):
-                status = 0
-            if self.livez_first:
-                self.livez_failed += status != 200
-                self.livez_worst = max(self.livez_worst, time.monotonic() - started)
-            elif status == 200:
-                self.livez_first = self.since_exec()
-            time.sleep(_POLL)
 
 
 @contextlib.contextmanager
 def measured_server(arguments: Sequence[str], *, log: Path) -> Iterator[MeasuredServer]:
-    """Start `chatterbox-prewarm serve` with `arguments` on a free port of loopback; ends it with SIGTERM."""
+    """Run `chatterbox-prewarm serve` with `arguments` on a free local port; end it with SIGTERM."""
     port = free_port()
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "chatterbox_prewarm", "serve", "--port", str(port), *arguments],
             stdout=stream,
             stderr=stream,
-            # A bench that is killed must not leave a server behind, with a lock on the cache.
-            preexec_fn=lambda: end_with_parent(signal.SIGTERM),  # noqa: PLW1509 - a single call into the kernel
+            # A benchmark that is killed must not leave a server behind, because the server locks the cache.
+            preexec_fn=lambda: end_with_parent(signal.SIGTERM),  # noqa: PLW1509 - a single system call
         )
         try:
             yield MeasuredServer(process, port, log)
@@ -138,16 +130,16 @@ def measured_server(arguments: Sequence[str], *, log: Path) -> Iterator[Measured
 
 
 def children(pid: int) -> list[int]:
-    """The processes that another has started and that still run, by their ids, whichever thread started them."""
-    found: list[int] = []
+    """Return the IDs of the running child processes of `pid`, for all its threads."""
+    pids: list[int] = []
     for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # the thread has ended
-            found += map(int, tasks.read_text(encoding="ascii").split())
-    return sorted(child for child in found if _state(child) not in "ZX")
+            pids += map(int, tasks.read_text(encoding="ascii").split())
+    return sorted(child for child in pids if _process_state(child) not in "ZX")
 
 
-def _state(pid: int) -> str:
-    """The state of a process as `/proc/PID/stat` has it; X when it is gone."""
+def _process_state(pid: int) -> str:
+    """Return the state letter from `/proc/PID/stat`; X if the process does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0]
     except OSError:
@@ -155,7 +147,7 @@ def _state(pid: int) -> str:
 
 
 def free_port() -> int:
-    """A port of loopback that nothing listens on."""
+    """Return a local port that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,7 +1,7 @@
-"""One start after the other, each in a fresh process: a bare import of torch, upstream as it is, our server.
+"""Measure starts in fresh processes: `import torch`, upstream without changes, and our server.
 
-Upstream and a start of ours without a state begin with an empty Numba cache, as in a fresh container, and prepare their
-voice from a clip. Each result carries the bytes that the process still read from storage.
+Upstream and our server without a warm state start with an empty Numba cache, as in a fresh container. Both prepare
+their voice from a clip. Each result contains the number of bytes that the process read from storage.
 """
 
 from __future__ import annotations
@@ -12,25 +12,32 @@ import platform
 import statistics
 import sys
 import sysconfig
+import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bake.save import REFERENCE_TOKENS
 from chatterbox_prewarm.bench.server import measured_server
-from chatterbox_prewarm.bench.upstream import STEADY_REQUESTS, parse_read_bytes
+from chatterbox_prewarm.bench.upstream import STEADY_REQUESTS
 from chatterbox_prewarm.errors import ModelError, from_os_error
-from chatterbox_prewarm.model.warmup.inputs import SHORT_TEXT
-from chatterbox_prewarm.state.manifest import read_manifest
+from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT
+from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.fingerprint import read_fingerprint
 from chatterbox_prewarm.system.json_subprocess import parse_report
 from chatterbox_prewarm.system.metrics import now
 from chatterbox_prewarm.system.process import run as run_process
 from chatterbox_prewarm.weights.record import read_record
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: Prefix of the names of temporary folders.
+SCRATCH = "chatterbox-prewarm-bench-"
+
 
 def machine() -> dict[str, Any]:
-    """The hardware that a report was made on."""
+    """Describe the hardware."""
     fingerprint = read_fingerprint()
     return {
         "cpu": fingerprint.cpu_model,
@@ -43,13 +50,13 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The software that a report was made with."""
+    """Return the versions of the software that affects a measurement."""
     names = ("torch", "chatterbox-tts", "transformers", "numba", "librosa")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
 def settle(weights: Path, warm: Path | None) -> None:
-    """Bring the files that starts read into the page cache."""
+    """Read the files that a start needs into the page cache."""
     packages = Path(sysconfig.get_paths()["purelib"])
     state = [path for path in warm.rglob("*") if path.is_file()] if warm is not None else []
     for path in (*packages.rglob("*.so*"), *state, *weights.glob("*.safetensors")):
@@ -59,17 +66,28 @@ def settle(weights: Path, warm: Path | None) -> None:
 
 
 def checkpoint(weights: Path) -> dict[str, Any]:
-    """Which checkpoint a report was made with."""
+    """Identify a checkpoint."""
     record = read_record(weights)
     size = None if record.synthetic is None else record.synthetic.size
     return {"repository": record.repository, "revision": record.revision, "synthetic": size}
 
 
+def setup(weights: Path, warm: Path, device: str) -> dict[str, Any]:
+    """Describe a measurement: machine, versions, checkpoint, warm state and device."""
+    return {
+        "machine": machine(),
+        "versions": versions(),
+        "device": device,
+        "weights": checkpoint(weights),
+        "set_digest": State.read(warm).manifest.set_digest,
+    }
+
+
 def drop_page_cache() -> None:
-    """Have the next start read everything from storage.
+    """Drop the page cache, so that the next start reads everything from storage.
 
     Raises:
-        BadInputError: this user may not.
+        BadInputError: this user is not permitted to do it.
     """
     os.sync()
     try:
@@ -78,127 +96,108 @@ def drop_page_cache() -> None:
         raise from_os_error(error, "dropping the page cache, which needs root") from error
 
 
-class Starts:
-    """Starts of one checkpoint on one device.
+def time_torch_import() -> dict[str, Any]:
+    """Time `import torch`."""
+    started = now()
+    program = "import torch; print(*(l.split()[1] for l in open('/proc/self/io') if l.startswith('read_bytes')))"
+    finished = run_process([sys.executable, "-c", program])
+    seconds = now() - started
+    if finished.returncode != 0:
+        raise ModelError("torch cannot be imported", next_step="see its output above")
+    return {"imported": seconds, "read_bytes": int(finished.stdout)}
+
+
+def time_upstream(weights: Path, clip: Path, device: str) -> dict[str, Any]:
+    """Time upstream without changes, up to its first audio and a few more requests."""
+    arguments = {
+        "weights": str(weights),
+        "clip": str(clip),
+        "text": SHORT_TEXT,
+        "max_new_tokens": REFERENCE_TOKENS,
+        "device": device,
+    }
+    command = [sys.executable, "-m", "chatterbox_prewarm.bench.upstream", json.dumps(arguments)]
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as numba_cache:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": numba_cache, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        finished = run_process(command, env=environment)
+    log = parse_report(finished.stdout, finished.returncode)
+    marks = log["marks"]
+    first = marks["first_audio"] - marks["attached"]
+    steady = statistics.median(log["steady"])
+    return {
+        **marks,
+        "first_request": first,
+        "steady_request": steady,
+        "first_to_steady": first / steady,
+        "read_bytes": log["read_bytes"],
+    }
+
+
+def time_server(
+    weights: Path,
+    state: Path,
+    device: str,
+    *,
+    clip: Path | None = None,
+    serve_options: Sequence[str] = (),
+    hello: Path | None = None,
+) -> dict[str, Any]:
+    """Time our server, up to its first audio and a few more requests.
 
     Args:
-        weights: the checkpoint.
-        clip: that a voice is made of where none is baked.
-        scratch: a folder for what the processes write.
-        device: of all systems.
+        weights: checkpoint.
+        state: warm state.
+        device: torch device.
+        clip: for a cold start, the reference clip of the voice. Then only the inputs of the state's reference synthesis
+            are used. Without a clip, the start is warm.
+        serve_options: additional options of `serve`. By default, the cache is a new directory.
+        hello: file to which the first sentence is written as WAV.
     """
-
-    def __init__(self, *, weights: Path, clip: Path, scratch: Path, device: str = "cpu") -> None:
-        self._weights = weights
-        self._clip = clip
-        self._scratch = scratch
-        self._device = device
-        self._count = 0
-
-    def torch(self) -> dict[str, Any]:
-        """Import torch and end."""
-        started = now()
-        program = "import torch; print(open('/proc/self/io').read())"
-        done = run_process([sys.executable, "-c", program])
-        seconds = now() - started
-        if done.returncode != 0:
-            raise ModelError("torch cannot be imported", next_step="see its output above")
-        return {"imported": seconds, "read_bytes": parse_read_bytes(done.stdout)}
-
-    def upstream(self) -> dict[str, Any]:
-        """Upstream as it is, up to its first audio and a few requests more."""
-        fresh = self._fresh()
-        arguments = {
-            "weights": str(self._weights),
-            "clip": str(self._clip),
-            "text": SHORT_TEXT,
-            "max_new_tokens": REFERENCE_TOKENS,
-            "device": self._device,
-        }
-        environment = {**os.environ, "NUMBA_CACHE_DIR": str(fresh), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        finished = run_process(
-            [sys.executable, "-m", "chatterbox_prewarm.bench.upstream", json.dumps(arguments)], env=environment
-        )
-        log = parse_report(finished.stdout, finished.returncode)
-        marks = log["marks"]
-        first = marks["first_audio"] - marks["attached"]
-        steady = statistics.median(log["steady"])
-        return {
-            **marks,
-            "first_request": first,
-            "steady_request": steady,
-            "first_to_steady": first / steady,
-            "read_bytes": log["read_bytes"],
-        }
-
-    def ours(
-        self,
-        state: Path,
-        *,
-        policy: str,
-        cache: Path | None = None,
-        profile: str | None = None,
-        hello: Path | None = None,
-    ) -> dict[str, Any]:
-        """Our server, up to its first audio and a few requests more.
-
-        Args:
-            state: a warm state; under the policy "off" only its reference synthesis is repeated.
-            policy: of the start.
-            cache: the cache directory that the state is bound to; a new one by default.
-            profile: another than the state's.
-            hello: where to keep the first sentence, a WAV file.
-        """
-        fresh, warm = self._fresh(), policy != "off"
+    request = _reference_request(state, cold=clip is not None)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         arguments = [
-            *("--weights", str(self._weights), "--warm", str(state), "--cache", str(cache or fresh / "cache")),
-            *("--policy", policy, "--device", self._device),
-            *(() if warm else ("--voice", f"clip={self._clip}")),
-            *(("--profile", profile) if profile else ()),
+            *("--weights", str(weights), "--warm", str(state), "--cache", f"{scratch}/cache", "--device", device),
+            *(("--policy", "require") if clip is None else ("--policy", "off", "--voice", f"clip={clip}")),
+            *serve_options,
         ]
-        # The inputs of the synthesis before ready: a sound of another length is a figure of its own, since a CPU's
-        # kernels are chosen anew for each length.
-        reference = read_manifest(state).reference
-        request = {
-            "input": reference.text,
-            "voice": reference.voice if warm else "clip",
-            "seed": reference.seed,
-            "max_new_tokens": reference.max_new_tokens,
-        }
-        with measured_server(arguments, log=fresh / "log") as server:
+        with measured_server(arguments, log=Path(scratch) / "log") as server:
             status = server.wait_ready()
-            sound, first = server.speak(request)
+            audio, first = server.speak(request)
             first_audio = server.since_exec()
             steady = statistics.median(server.speak(request)[1] for _ in range(STEADY_REQUESTS))
-            longer = {**request, "max_new_tokens": reference.max_new_tokens + 2}
-            new_length = server.speak(longer)[1]
-            if hello is not None:
-                hello.write_bytes(sound)
-            phases = {phase["name"]: phase["start"] + phase["seconds"] for phase in status["phases"]}
-            marks = status["marks"]
-            to_ready = marks["ready"] - marks["attached"]
-            return {
-                "imported": phases["import"],
-                "loaded": phases["weights"],
-                **marks,
-                "attached_to_ready": to_ready,
-                "ready_to_steady": to_ready / steady,
-                "first_audio": first_audio,
-                "first_request": first,
-                "steady_request": steady,
-                "first_to_steady": first / steady,
-                "new_length_request": new_length,
-                "livez_first": server.livez_first,
-                "livez_worst": server.livez_worst,
-                "livez_failed": server.livez_failed,
-                "hits": status["hits"],
-                "misses": status["misses"],
-                "phases": status["phases"],
-                "read_bytes": server.read_bytes(),
-            }
+            new_length = server.speak({**request, "max_new_tokens": request["max_new_tokens"] + 2})[1]
+            read_bytes = server.read_bytes()
+    if hello is not None:
+        hello.write_bytes(audio)
+    phases = {phase["name"]: phase["start"] + phase["seconds"] for phase in status["phases"]}
+    marks = status["marks"]
+    to_ready = marks["ready"] - marks["attached"]
+    return {
+        "imported": phases["import"],
+        "loaded": phases["weights"],
+        **marks,
+        "attached_to_ready": to_ready,
+        "ready_to_steady": to_ready / steady,
+        "first_audio": first_audio,
+        "first_request": first,
+        "steady_request": steady,
+        "first_to_steady": first / steady,
+        "new_length_request": new_length,
+        **{f"livez_{name}": getattr(server, f"livez_{name}") for name in ("first", "worst", "failed")},
+        **{name: status[name] for name in ("hits", "misses", "phases")},
+        "read_bytes": read_bytes,
+    }
 
-    def _fresh(self) -> Path:
-        self._count += 1
-        fresh = self._scratch / str(self._count)
-        fresh.mkdir()
-        return fresh
+
+def _reference_request(state: Path, *, cold: bool) -> dict[str, Any]:
+    """Return the request that repeats the synthesis that the server did before it was ready.
+
+    Another length is measured separately, because a CPU chooses kernels for each length of audio.
+    """
+    reference = State.read(state).manifest.reference
+    return {
+        "input": reference.text,
+        "voice": "clip" if cold else reference.voice,
+        "seed": reference.seed,
+        "max_new_tokens": reference.max_new_tokens,
+    }

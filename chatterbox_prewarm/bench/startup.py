@@ -1,37 +1,45 @@
-"""bench startup: fresh processes in turn, their phases from one event log, medians and ratios of one run.
+"""`bench startup`: start each system in fresh processes and compare the medians of one run.
 
-A run that read more than `_HOT_LIMIT` bytes from storage although the page cache was to be hot is set apart.
+A start with a hot page cache that still read more than `_HOT_LIMIT` bytes from storage is left out of the medians. The
+report marks it with `apart`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import statistics
-import tempfile
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bake.save import REFERENCE_TOKENS
-from chatterbox_prewarm.bench.starts import Starts, checkpoint, drop_page_cache, machine, settle, versions
+from chatterbox_prewarm.bench.starts import (
+    drop_page_cache,
+    settle,
+    setup,
+    time_server,
+    time_torch_import,
+    time_upstream,
+)
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.model.warmup.inputs import reference_clip
-from chatterbox_prewarm.state.manifest import read_manifest
+from chatterbox_prewarm.model.reference_clip import reference_clip
+from chatterbox_prewarm.state.state import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 SYSTEMS = ("torch", "upstream", "cold", "warm")
 _TITLES = {
     "torch": "import torch",
-    "upstream": "upstream as it is",
+    "upstream": "upstream unchanged",
     "cold": "ours, cold",
     "warm": "ours, warm",
 }
 _HOT_LIMIT = 60_000_000
-#: The rows of the table: a figure of the results and what it is called.
+#: Rows of the table: key of the figure and its title.
 _ROWS = (
     ("imported", "imports done"),
-    ("loaded", "weights in place"),
+    ("loaded", "weights loaded"),
     ("attached", "attached"),
     ("ready", "ready"),
     ("first_audio", "first audio"),
@@ -41,7 +49,7 @@ _ROWS = (
 )
 
 
-def benchmark_warmup_effectiveness(
+def benchmark_warmup_effectiveness(  # noqa: PLR0913 - the public API: keywords are easier to use than an options object
     weights: Path,
     warm: Path,
     *,
@@ -52,32 +60,34 @@ def benchmark_warmup_effectiveness(
     say: Callable[[str], None],
     hello: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure starts: of bare torch, of upstream as it is, and of ours without and with the warm state.
+    """Measure starts of bare torch, of upstream, and of our server with and without the warm state.
 
     Args:
-        weights: the checkpoint all systems load.
-        warm: a warm state baked for it.
-        rounds: fresh processes of each system with a hot page cache, the systems in turn.
-        cold_pages: measure one more round with the page cache dropped before each start.
-        systems: which of `SYSTEMS`.
-        device: of all systems; the state must be baked for it.
-        say: called with a line for each start.
-        hello: where to keep the first sentence of the warm server, a WAV file.
+        weights: checkpoint that all systems load.
+        warm: warm state that was baked for it.
+        rounds: fresh processes of each system with a hot page cache. The systems alternate.
+        cold_pages: add a round in which the page cache is dropped before each start.
+        systems: any of `SYSTEMS`.
+        device: device of all systems. The state must be baked for it.
+        say: called with one line for each start.
+        hello: WAV file to which the first sentence of the warm server is written.
 
     Returns:
-        the report: machine, every run, medians of the hot ones, and ratios.
+        the report: machine, all runs, medians and ratios.
+
+    Raises:
+        BadInputError: a system is unknown.
     """
     if unknown := set(systems) - set(SYSTEMS):
-        raise BadInputError(f"there is no system {min(unknown)!r}", next_step=f"choose from {', '.join(SYSTEMS)}")
-    read_manifest(warm)
+        raise BadInputError(f"unknown system {min(unknown)!r}", next_step=f"choose from {', '.join(SYSTEMS)}")
+    State.read(warm)  # report a damaged state before the first start
     runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-bench-") as scratch, reference_clip() as clip:
-        starts = Starts(weights=weights, clip=clip, scratch=Path(scratch), device=device)
+    with reference_clip() as clip:
         measure: dict[str, Callable[[], dict[str, Any]]] = {
-            "torch": starts.torch,
-            "upstream": starts.upstream,
-            "cold": lambda: starts.ours(warm, policy="off"),
-            "warm": lambda: starts.ours(warm, policy="require", hello=hello),
+            "torch": time_torch_import,
+            "upstream": partial(time_upstream, weights, clip, device),
+            "cold": partial(time_server, weights, warm, device, clip=clip),
+            "warm": partial(time_server, weights, warm, device, hello=hello),
         }
         for pages, count in (("hot", rounds), ("cold", int(cold_pages))):
             for number in range(1, count + 1):
@@ -91,13 +101,13 @@ def benchmark_warmup_effectiveness(
 
 
 def summarize(runs: list[dict[str, Any]], *, weights: Path, warm: Path, device: str) -> dict[str, Any]:
-    """Medians per system and page-cache state, and the ratios that the budgets name."""
+    """Compute medians for each system and page-cache state, and the ratios between systems."""
     medians: dict[str, dict[str, dict[str, float]]] = {}
     for pages in ("hot", "cold"):
         medians[pages] = {}
         for system in SYSTEMS:
-            mine = [run for run in runs if run["system"] == system and run["pages"] == pages]
-            kept = [run for run in mine if not run["apart"]] or mine
+            matching = [run for run in runs if run["system"] == system and run["pages"] == pages]
+            kept = [run for run in matching if not run["apart"]] or matching
             names = {name for run in kept for name, value in run.items() if isinstance(value, float)}
             if kept:
                 medians[pages][system] = {
@@ -105,11 +115,7 @@ def summarize(runs: list[dict[str, Any]], *, weights: Path, warm: Path, device: 
                     for name in sorted(names)
                 }
     return {
-        "machine": machine(),
-        "versions": versions(),
-        "device": device,
-        "weights": checkpoint(weights),
-        "set_digest": read_manifest(warm).set_digest,
+        **setup(weights, warm, device),
         "tokens": REFERENCE_TOKENS,
         "runs": runs,
         "medians": medians,
@@ -124,7 +130,7 @@ def _ratios(medians: dict[str, dict[str, float]]) -> dict[str, float]:
         "warm first audio / upstream first audio": (("warm", "first_audio"), ("upstream", "first_audio")),
         "cold attached / upstream attached": (("cold", "attached"), ("upstream", "attached")),
     }
-    # Two requests of one process are compared within each run: between runs a shared machine changes its speed.
+    # Requests are compared within one process, because the speed of a shared machine changes between processes.
     paired = {
         "first request / steady request, upstream": ("upstream", "first_to_steady"),
         "first request / steady request, warm": ("warm", "first_to_steady"),
@@ -140,7 +146,7 @@ def _ratios(medians: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people: moments in seconds since exec, requests in seconds, then the ratios."""
+    """Format the report: moments in seconds since exec, requests in seconds, then the ratios."""
     lines = []
     for pages, medians in report["medians"].items():
         if not medians:

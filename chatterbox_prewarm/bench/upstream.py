@@ -1,7 +1,7 @@
-"""Upstream as it is, in one fresh process: import, `from_local`, `prepare_conditionals` of a clip, `generate`.
+"""Run upstream without changes in one fresh process: import, `from_local`, `prepare_conditionals`, `generate`.
 
-Nothing of this project's loading is used. The one change is a bound on the sampled tokens, the same for every system:
-random weights never sample the stop token.
+The loading code of this project is not used. The only addition is a limit on the sampled tokens, the same for every
+system, because random weights never sample the stop token.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from chatterbox_prewarm.weights.record import read_record
 if TYPE_CHECKING:
     from chatterbox.tts import ChatterboxTTS
 
-#: How many requests after the first one are measured; the steady request is their median.
+#: Number of requests after the first one. The steady request is their median.
 STEADY_REQUESTS = 3
 
 
 def load(weights: str, device: str) -> ChatterboxTTS:
-    """Upstream's own loading; a shortened checkpoint, for rehearsals, needs its constructors shortened too."""
+    """Load a checkpoint with upstream's code; patch its constructors if the checkpoint has fewer layers."""
     from chatterbox.tts import ChatterboxTTS
 
     synthetic = read_record(Path(weights)).synthetic
@@ -36,11 +36,11 @@ def load(weights: str, device: str) -> ChatterboxTTS:
 
 
 def run(*, weights: str, clip: str, text: str, max_new_tokens: int, device: str) -> dict[str, Any]:
-    """Start upstream, speak once, and then as often as a steady request is measured.
+    """Start upstream, send a first request, then the requests that give the steady figure.
 
     Returns:
-        the log, with the marks imported, loaded, attached and first_audio, the seconds of the later requests
-        (`steady`), and the bytes read.
+        the metrics with the marks imported, loaded, attached and first_audio, the seconds of each later request
+        (`steady`), and the bytes read from storage.
     """
     metrics = WarmupMetrics()
     importlib.import_module("chatterbox.tts")
@@ -66,17 +66,9 @@ def run(*, weights: str, clip: str, text: str, max_new_tokens: int, device: str)
 
 
 def read_bytes(pid: int | str) -> int:
-    """Bytes that a process has caused to be read from storage, from `/proc/PID/io`."""
-    return parse_read_bytes(Path(f"/proc/{pid}/io").read_text(encoding="ascii"))
-
-
-def parse_read_bytes(text: str) -> int:
-    """The field `read_bytes` of a `/proc/PID/io`."""
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name == "read_bytes":
-            return int(value)
-    raise AssertionError("the kernel names read_bytes in /proc/PID/io")
+    """Return the bytes that a process has read from storage, from `/proc/PID/io`."""
+    fields = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text(encoding="ascii").splitlines())
+    return int(fields["read_bytes"])
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""bench: what is measured."""
+"""The command `bench`."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from chatterbox_prewarm.commands.options import (
     PATH,
-    check_place,
+    check_output,
     device_option,
     say,
     warm_option,
@@ -24,28 +24,27 @@ if TYPE_CHECKING:
 
 @click.group()
 def bench() -> None:
-    """Measure; every figure is a ratio of one run."""
+    """Measure starts and load. Compare only figures of one run."""
+
+
+output_option = click.option("--output", type=PATH, required=True, help="JSON file for the report.")
 
 
 @bench.command("startup")
 @weights_option
 @warm_option
 @device_option
-@click.option("--output", type=PATH, required=True, help="Where the report goes, a JSON file.")
+@output_option
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Fresh processes of each system.")
-@click.option("--cold-pages", is_flag=True, help="Besides, one round with the page cache dropped (needs root).")
-@click.option("--systems", default="torch,upstream,cold,warm", show_default=True, help="Which ones, in turn.")
-def bench_startup(
-    *, weights: Path, warm: Path, device: str, output: Path, rounds: int, cold_pages: bool, systems: str
-) -> None:
-    """Time starts in fresh processes, in turn: bare torch, upstream as it is, ours cold, ours warm."""
+@click.option("--cold-pages", is_flag=True, help="Add a round with the page cache dropped (needs root).")
+@click.option("--systems", default="torch,upstream,cold,warm", show_default=True, help="Systems to measure.")
+def bench_startup(*, output: Path, systems: str, **fields: Any) -> None:
+    """Time starts in fresh processes: bare torch, upstream unchanged, ours cold and ours warm alternate."""
     from chatterbox_prewarm.bench.startup import benchmark_warmup_effectiveness, table
 
-    check_place(output)
-    report = benchmark_warmup_effectiveness(
-        weights, warm, rounds=rounds, cold_pages=cold_pages, systems=systems.split(","), device=device, say=say
-    )
-    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    check_output(output)
+    report = benchmark_warmup_effectiveness(systems=systems.split(","), say=say, **fields)
+    write_report(report, output)
     click.echo(table(report))
 
 
@@ -53,68 +52,52 @@ tokens_option = click.option(
     "--tokens",
     default="25,75,200",
     show_default=True,
-    help="Most speech tokens of a short, a medium and a long text, 25 a second.",
+    help="Limits of speech tokens for a short, a medium and a long text (25 per second of audio).",
 )
-seeds_option = click.option("--seeds", default=4, show_default=True, type=click.IntRange(1), help="Different ones.")
-voice_option = click.option("--voice", default="default", show_default=True, help="Of all requests.")
+seeds_option = click.option("--seeds", default=4, show_default=True, type=click.IntRange(1), help="Number of seeds.")
+voice_option = click.option("--voice", default="default", show_default=True, help="Voice of all requests.")
 
 
 @bench.command("load")
-@click.option("--url", help="A server that runs, as http://localhost:8000; by default one is started.")
+@click.option("--url", help="Address of a running server, such as http://localhost:8000. Default: start a server.")
 @weights_option
 @warm_option
 @device_option
-@click.option("--output", type=PATH, required=True, help="Where the report goes, a JSON file.")
-@click.option("--clients", default="1,4,16", show_default=True, help="How many at a time, one level after the other.")
-@click.option("--requests", default=20, show_default=True, type=click.IntRange(1), help="Of each client.")
+@output_option
+@click.option("--clients", default="1,4,16", show_default=True, help="Concurrent clients, one number after the other.")
+@click.option("--requests", default=20, show_default=True, type=click.IntRange(1), help="Requests of each client.")
 @tokens_option
 @seeds_option
 @voice_option
-@click.option("--look-ahead", type=click.IntRange(3), help="Tokens a stream looks ahead; by default it waits for all.")
-def bench_load(
-    *,
-    url: str | None,
-    weights: Path,
-    warm: Path,
-    device: str,
-    output: Path,
-    clients: str,
-    requests: int,
-    tokens: str,
-    seeds: int,
-    voice: str,
-    look_ahead: int | None,
-) -> None:
-    """Concurrent clients: latency, time to the first chunk, throughput; none lost, and every sound the right one."""
-    from chatterbox_prewarm.bench.load import faults, run, table
+@click.option(
+    "--look-ahead",
+    type=click.IntRange(3),
+    help="Tokens that a stream looks ahead. Default: it waits for the last token.",
+)
+def bench_load(*, output: Path, clients: str, tokens: str, **fields: Any) -> None:
+    """Measure latency, time to the first chunk and throughput under load, and check every audio."""
+    from chatterbox_prewarm.bench.load import LoadOptions, faults, run, table
 
-    check_place(output)
-    report = run(
-        url=url,
-        weights=weights,
-        warm=warm,
-        device=device,
-        clients=numbers(clients),
-        requests=requests,
-        tokens=numbers(tokens),
-        seeds=seeds,
-        voice=voice,
-        look_ahead=look_ahead,
-        say=say,
-    )
-    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
+    check_output(output)
+    report = run(LoadOptions(clients=numbers(clients), tokens=numbers(tokens), **fields), say=say)
+    write_report(report, output)
     click.echo(table(report))
-    if found := faults(report):
-        raise ModelError("; ".join(found), next_step=f"see {output}, and the server's log")
+    if messages := faults(report):
+        raise ModelError("; ".join(messages), next_step=f"see {output}, and the log of the server")
+
+
+def write_report(report: dict[str, Any], output: Path) -> None:
+    """Write a report as JSON."""
+    write_whole(output, json.dumps(report, indent=1, sort_keys=True) + "\n")
 
 
 def numbers(text: str) -> list[int]:
-    """Whole numbers above zero, with commas between them.
+    """Parse positive integers that are separated by commas.
 
     Raises:
-        BadInputError: they are not.
+        BadInputError: the text has another form.
     """
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise BadInputError(f"{text!r} is no list of numbers", next_step="write them as 1,4,16")
+        raise BadInputError(f"{text!r} is not a list of positive numbers", next_step="write them as 1,4,16")
     return [int(part) for part in parts]

@@ -1,4 +1,4 @@
-"""build, append, attest, publish, dockerfile: how a warm state becomes part of an image."""
+"""build, append, attest, publish, dockerfile: the commands that put a warm state into an image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from click.core import ParameterSource
 from chatterbox_prewarm.commands.options import (
     PATH,
     cache_option,
-    check_place,
+    check_output,
     insecure_option,
     option,
     parse_voice,
@@ -26,54 +26,58 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.image.build_request import BUILDERS, ROUTES
 from chatterbox_prewarm.image.dockerfile import VARIANTS
 from chatterbox_prewarm.image.engines.engine import ENGINES
-from chatterbox_prewarm.image.matrix import FILE
+from chatterbox_prewarm.image.matrix import MATRIX_NAME
 from chatterbox_prewarm.model.profiles import PROFILES, T3_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chatterbox_prewarm.image.build_request import Request
+    from chatterbox_prewarm.image.build_request import BuildRequest
 
-#: What a bake of a matrix says itself; its evidence lies beside its state.
+#: Options that each bake of a matrix sets itself. Its evidence is next to its state.
 _NOT_WITH_A_MATRIX = {"device", "profile", "t3_dtype", "levels", "voices", "evidence"}
 
 
-@click.command()
-@click.option("--tag", default="", help="The image's name; of each of a matrix, by default, after its target.")
-@click.option("--matrix", type=PATH, help="Build an image for each bake of it that this machine can do.")
-@click.option("--checkout", type=PATH, default=Path(), help="Of this project; the current directory by default.")
-@click.option("--warm", type=PATH, default=Path("out/warm"), show_default=True, help="Where the warm state is kept.")
-@option("--device", default="cpu", help="The torch device that the image is for, such as cpu or cuda.")
+@click.command(short_help="Build, bake, prove and tag an image.")
+@click.option("--tag", default="", help="Name of the image. With --matrix, the default is derived from its target.")
+@click.option("--matrix", type=PATH, help="Build an image for each bake of this file that this machine can run.")
+@click.option("--checkout", type=PATH, default=Path(), help="Checkout of this project. Default: the current directory.")
+@click.option("--warm", type=PATH, default=Path("out/warm"), show_default=True, help="Directory of the warm state.")
+@option("--device", default="cpu", help="Torch device that the image is for, such as cpu or cuda.")
 @click.option(
     "--route",
     default="export",
     show_default=True,
     type=click.Choice(ROUTES),
-    help="Bake in a container and export; in the Dockerfile; or what needs no GPU, for an image for one.",
+    help="Bake in a container (export), in the Dockerfile, or only what needs no GPU (no-gpu).",
 )
 @click.option(
     "--builder",
     default="buildkit",
     show_default=True,
     type=click.Choice(BUILDERS),
-    help="Of Docker's; the classic one has in its steps the GPU of the engine's default runtime.",
+    help="Docker's builder. The steps of the classic one get the GPU of the engine's default runtime.",
 )
-@option("--profile", default="aot", type=click.Choice(PROFILES), help="How the model executes.")
-@option("--t3-dtype", default="float32", type=click.Choice(T3_DTYPES), help="What T3's transformer computes in.")
-@option("--levels", default="1,2,3", help="Which warm-up levels to run, separated by commas.")
+@option("--profile", default="aot", type=click.Choice(PROFILES), help="How the model runs.")
+@option("--t3-dtype", default="float32", type=click.Choice(T3_DTYPES), help="Data type of T3's transformer.")
+@option("--levels", default="1,2,3", help="Warm-up levels, separated by commas.")
 @click.option("--voice", "voices", multiple=True, metavar="NAME=PATH", help="Bake a voice from a clip; repeatable.")
-@click.option("--build-arg", "arguments", multiple=True, metavar="NAME=VALUE", help="Of the Dockerfile; repeatable.")
-@click.option("--secret", "secrets", multiple=True, metavar="SPEC", help="As docker build has it; repeatable.")
-@click.option("--network", default="default", show_default=True, help="Of the build, as docker build has it.")
-@option("--engine", "engine_name", default="docker", type=click.Choice(ENGINES), help="What builds and runs.")
 @click.option(
-    "--evidence", type=PATH, help="Where that of the proof goes, passed or not; by default WARM.evidence.json."
+    "--build-arg",
+    "arguments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Build argument of the Dockerfile; repeatable.",
 )
-@click.option("--replace", "replacing", is_flag=True, help="Take the name from an image that has it.")
+@click.option("--secret", "secrets", multiple=True, metavar="SPEC", help="Secret, as for docker build; repeatable.")
+@click.option("--network", default="default", show_default=True, help="Network of the build, as for docker build.")
+@option("--engine", "engine_name", default="docker", type=click.Choice(ENGINES), help="Engine that builds and runs.")
 @click.option(
-    "--rebake", is_flag=True, help="Bake, even if the state that is kept was made by the same recipe and fits."
+    "--evidence", type=PATH, help="Path of the evidence, also of a failed proof. Default: WARM.evidence.json."
 )
-@click.option("--dry-run", is_flag=True, help="Check what the engine can do, show the plan, and do nothing.")
+@click.option("--replace", "replacing", is_flag=True, help="Replace an image that has this name.")
+@click.option("--rebake", is_flag=True, help="Bake even if the existing state was made with the same recipe and fits.")
+@click.option("--dry-run", is_flag=True, help="Check the engine and show the plan, but do nothing.")
 @click.pass_context
 def build(
     context: click.Context,
@@ -85,74 +89,78 @@ def build(
     dry_run: bool,
     **fields: Any,
 ) -> None:
-    """Build an image on a container engine, bake in it, prove it, and tag it when it has missed nothing.
+    """Build an image on a container engine, bake a warm state, prove the image, and tag it if the proof passes.
 
-    The warm state is kept, and baked again only when something changed that it depends on.
+    The warm state is kept. It is baked again only if something changed on which it depends.
     """
     from chatterbox_prewarm.image import build as building
-    from chatterbox_prewarm.image.build_request import Request, check, plan, routes
+    from chatterbox_prewarm.image.build_request import BuildRequest, check_request, describe_plan, describe_routes
     from chatterbox_prewarm.image.engines.connect import connect
     from chatterbox_prewarm.proof.checks import default_evidence
 
-    request = Request(
+    request = BuildRequest(
         **{
             **fields,
             "voices": dict(map(parse_voice, fields["voices"])),
             "arguments": dict(map(_parse_argument, fields["arguments"])),
         }
     )
-    requests = [request] if matrix is None else _of_matrix(context, matrix, request)
-    if not all(one.tag for one in requests):
+    requests = [request] if matrix is None else _matrix_requests(context, matrix, request)
+    if not all(each.tag for each in requests):
         raise click.UsageError("Missing option '--tag'.")
-    _end_as_interrupted()
+    _exit_on_sigterm()
     with contextlib.closing(connect(engine_name)) as engine:
         if dry_run:
-            click.echo("\n".join(routes(requests[0], engine)))
-        for one in requests:  # before anything slow
-            check(one, engine)
+            click.echo("\n".join(describe_routes(requests[0], engine)))
+        for each in requests:  # before anything slow
+            check_request(each, engine)
         if dry_run:
-            for one in requests:
-                click.echo("\n".join(plan(one, engine)))
+            for each in requests:
+                click.echo("\n".join(describe_plan(each, engine)))
             return
-        places = [evidence or default_evidence(one.warm) for one in requests]
-        for place in places:
-            check_place(place)
-        for one, place in zip(requests, places, strict=True):
-            built = building.build(one, engine, place, say=say)
-            click.echo(f"warm layer: {built.layer.size / 1e6:.1f} MB, diff id sha256:{built.layer.diff_id}")
-            click.echo(f"{one.tag}: proven, {len(built.evidence.checks)} checks passed, evidence {place}")
+        outputs = [evidence or default_evidence(each.warm) for each in requests]
+        for output in outputs:
+            check_output(output)
+        for each, output in zip(requests, outputs, strict=True):
+            layer, proof = building.build(each, engine, output, say=say)
+            click.echo(f"warm layer: {layer.size / 1e6:.1f} MB, diff id sha256:{layer.diff_id}")
+            click.echo(f"{each.tag}: proven, {len(proof.checks)} checks passed, evidence {output}")
 
 
-def _of_matrix(context: click.Context, path: Path, template: Request) -> Sequence[Request]:
-    """The builds of a matrix; what is left to other machines is said."""
+def _matrix_requests(context: click.Context, path: Path, template: BuildRequest) -> Sequence[BuildRequest]:
+    """Make the builds of a matrix, and report builds that this machine cannot run."""
     from chatterbox_prewarm.image import matrix as matrices
-    from chatterbox_prewarm.image.matrix_builds import series
     from chatterbox_prewarm.system.fingerprint import read_fingerprint
 
-    for given in context.command.params:
-        if given.name in _NOT_WITH_A_MATRIX and context.get_parameter_source(given.name) == ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"{given.opts[0]} does not go with --matrix.")
-    found = series(matrices.read(path), template, gpu=read_fingerprint("cuda").gpu)
-    for line in found.left:
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name in _NOT_WITH_A_MATRIX and source == ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[0]} cannot be used with --matrix.")
+    requests, skipped = matrices.select_builds(matrices.read_matrix(path), template, gpu=read_fingerprint("cuda").gpu)
+    for line in skipped:
         say(f"left to another machine: {line}")
-    return found.requests
+    return requests
 
 
-@click.command()
-@click.option("--base", required=True, metavar="IMAGE", help="The image below.")
-@click.option("--to", "target", required=True, metavar="IMAGE", help="What the result is called, and where it goes.")
-@click.option("--warm", "states", multiple=True, required=True, type=PATH, help="A state, or several; repeatable.")
-@click.option("--weights", type=PATH, help="A checkpoint that is to go along.")
-@click.option("--platform", default="", help="Of the base, as linux/amd64; that of the states by default.")
-@click.option("--device", default="", help="That a start uses; that of the base, or of the states, by default.")
+@click.command(short_help="Add warm states to an image.")
+@click.option("--base", required=True, metavar="IMAGE", help="Image to which the states are added.")
+@click.option("--to", "target", required=True, metavar="IMAGE", help="Name and destination of the result.")
 @click.option(
-    "--entrypoint", metavar="WORDS", help="In place of the base's, quoted as for a shell; takes its command away."
+    "--warm", "states", multiple=True, required=True, type=PATH, help="State, or folder of states; repeatable."
 )
-@click.option("--cmd", "command", metavar="WORDS", help="In place of the base's command, quoted as for a shell.")
-@click.option("--env", "variables", multiple=True, metavar="NAME=VALUE", help="A variable of it; repeatable.")
-@click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="A label of it; repeatable.")
+@click.option("--weights", type=PATH, help="Checkpoint to add.")
+@click.option("--platform", default="", help="Platform of the base, such as linux/amd64. Default: as the states.")
+@click.option("--device", default="", help="Device of a start. Default: as the base, or else as the states.")
+@click.option(
+    "--entrypoint",
+    metavar="WORDS",
+    help="Replace entrypoint and command of the base. Quote as for a shell.",
+)
+@click.option("--cmd", "command", metavar="WORDS", help="Replace the command of the base. Quote as for a shell.")
+@click.option("--env", "variables", multiple=True, metavar="NAME=VALUE", help="Environment variable; repeatable.")
+@click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="Label of the result; repeatable.")
 @insecure_option
-@click.option("--replace", "replacing", is_flag=True, help="Take the tag from an image that has it.")
+@click.option("--replace", "replacing", is_flag=True, help="Replace an image that has this tag.")
 def append(
     *,
     base: str,
@@ -165,14 +173,15 @@ def append(
     labels: tuple[str, ...],
     **more: Any,
 ) -> None:
-    """Add warm states to an image, without an engine: what the target lacks is sent, and its tag comes last.
+    """Add warm states to an image, without a container engine. Upload only missing blobs, then set the tag.
 
-    IMAGE is HOST/NAME:TAG in a registry, oci:PATH:TAG for a layout, docker-archive:PATH:NAME:TAG for a file.
+    IMAGE is HOST/NAME:TAG in a registry, oci:PATH:TAG in an OCI layout, docker-archive:PATH:NAME:TAG in a file.
     """
+    from chatterbox_prewarm.image.append import AppendOptions
     from chatterbox_prewarm.image.append import append as append_image
     from chatterbox_prewarm.image.compose import Change
     from chatterbox_prewarm.image.references import parse
-    from chatterbox_prewarm.image.state_layers import gather
+    from chatterbox_prewarm.image.state_layers import pack_states
 
     below, result = parse(base), parse(target)
     settings = Change(
@@ -181,35 +190,41 @@ def append(
         entrypoint=_parse_words("--entrypoint", entrypoint),
         command=_parse_words("--cmd", command),
     )
-    _end_as_interrupted()
-    with gather(states, weights) as addition:
-        made = append_image(below, result, addition, settings=settings, say=say, **more)
+    _exit_on_sigterm()
+    with pack_states(states, weights) as addition:
+        made = append_image(below, result, addition, AppendOptions(settings=settings, say=say, **more))
     click.echo(f"{result}: {made.blobs_sent} blobs sent, {made.bytes_sent / 1e6:.1f} MB")
     click.echo(f"digest {made.document.digest}")
 
 
-@click.command()
-@click.option("--image", required=True, metavar="IMAGE", help="In a registry or a layout.")
-@click.option("--evidence", required=True, type=PATH, help="What `prove --evidence` wrote.")
+@click.command(short_help="Attach the evidence of a proof to an image.")
+@click.option("--image", required=True, metavar="IMAGE", help="Image in a registry or an OCI layout.")
+@click.option("--evidence", required=True, type=PATH, help="File that `prove --evidence` wrote.")
 @insecure_option
 def attest(*, image: str, evidence: Path, insecure: bool | None) -> None:
-    """Attach the evidence of a proof to an image, as an OCI referrer; the image stays as it is."""
+    """Attach the evidence of a proof to an image as an OCI referrer. The image does not change."""
     from chatterbox_prewarm.image.attest import attach_evidence
     from chatterbox_prewarm.image.references import parse
-    from chatterbox_prewarm.image.stores import storing
+    from chatterbox_prewarm.image.stores import open_store
 
-    with storing(parse(image), insecure=insecure) as (store, name):
+    with open_store(parse(image), insecure=insecure) as (store, name):
         digest = attach_evidence(store, name, evidence)
     click.echo(f"{image}: evidence attached as {digest}")
 
 
-@click.command()
-@click.option("--for", "variant", required=True, type=click.Choice(VARIANTS), help="The builder that it is for.")
-@click.option("--checkout", type=PATH, default=Path(), help="Of this project; the current directory by default.")
-@click.option("--target", default="runtime", show_default=True, help="The last stage of one for the classic builder.")
-@click.option("--build-arg", "arguments", multiple=True, metavar="NAME=VALUE", help="That choose stages; repeatable.")
+@click.command(short_help="Print the Dockerfile for another builder.")
+@click.option("--for", "variant", required=True, type=click.Choice(VARIANTS), help="Builder for the Dockerfile.")
+@click.option("--checkout", type=PATH, default=Path(), help="Checkout of this project. Default: the current directory.")
+@click.option("--target", default="runtime", show_default=True, help="Last stage, for the classic builder.")
+@click.option(
+    "--build-arg",
+    "arguments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Selects stages; repeatable.",
+)
 def dockerfile(*, variant: str, checkout: Path, target: str, arguments: tuple[str, ...]) -> None:
-    """Print the Dockerfile for another builder: with the GPU in the step that bakes (cdi), or without mounts (classic).
+    """Print the Dockerfile for another builder: with a GPU in the bake step (cdi), or without mounts (classic).
 
     cdi needs BuildKit 0.20 and Buildx 0.22: docker buildx build --allow device=nvidia.com/gpu=all --build-arg
     DEVICE=cuda -f - .
@@ -224,46 +239,46 @@ def dockerfile(*, variant: str, checkout: Path, target: str, arguments: tuple[st
     click.echo(found, nl=False)
 
 
-@click.command()
-@click.option("--matrix", type=PATH, default=Path(FILE), show_default=True, help="Which bakes there are.")
-@click.option("--index", type=click.IntRange(0), envvar="JOB_COMPLETION_INDEX", show_envvar=True, help="Which of them.")
-@click.option("--list", "listing", is_flag=True, help="List the bakes with their numbers, and do nothing.")
-@option("--warm", type=PATH, default="/tmp/warm", help="Where the state is made.")  # noqa: S108 - in a container
+@click.command(short_help="Bake, prove and publish on this node.")
+@click.option("--matrix", type=PATH, default=Path(MATRIX_NAME), show_default=True, help="File that lists the bakes.")
+@click.option("--index", type=click.IntRange(0), envvar="JOB_COMPLETION_INDEX", show_envvar=True, help="Bake to run.")
+@click.option("--list", "listing", is_flag=True, help="Only list the bakes with their numbers.")
+@option("--warm", type=PATH, default="/tmp/warm", help="Directory of the new state.")  # noqa: S108 - in a container
 @weights_option
 @cache_option
 @insecure_option
 def publish(
     *, matrix: Path, index: int | None, listing: bool, warm: Path, weights: Path, cache: Path, insecure: bool | None
 ) -> None:
-    """Bake on this node without an engine, prove it, and add it to an image in a registry: a container of a Job.
+    """Bake on this node without a container engine, prove the state, and add it to an image in a registry.
 
-    Runs in an image of the stage `tools`; the matrix names the image of the stage `cold` as its base.
+    For a Kubernetes Job. It runs in an image of the stage `tools`; the base of the matrix is an image of the stage
+    `cold`.
     """
     from chatterbox_prewarm.image import matrix as matrices
 
-    found = matrices.read(matrix)
+    found = matrices.read_matrix(matrix)
     if listing:
         for number, bake in enumerate(found.bakes):
-            voices = ", ".join(bake.voices) or "no more voices"
+            voices = ", ".join(bake.voices) or "no added voices"
             click.echo(f"{number}: {bake.title}, {voices}")
         return
     if index is None or index >= len(found.bakes):
         raise BadInputError(
-            f"{matrix} has {len(found.bakes)} bakes, and --index is {index}", next_step="see publish --list"
+            f"{matrix} has {len(found.bakes)} bakes, but --index is {index}", next_step="see publish --list"
         )
     from chatterbox_prewarm.image import publish as publishing
-    from chatterbox_prewarm.proof.checks import default_evidence
 
-    _end_as_interrupted()
-    places = publishing.Places(weights=weights, warm=warm, cache=cache, evidence=default_evidence(warm))
-    made = publishing.publish(found.bakes[index], found.base, found.target, places, insecure=insecure, say=say)
+    _exit_on_sigterm()
+    options = publishing.PublishOptions(weights=weights, warm=warm, cache=cache, insecure=insecure, say=say)
+    made = publishing.publish(found.bakes[index], found.base, found.target, options)
     if made is not None:
         click.echo(f"{found.target}: {made.blobs_sent} blobs sent, {made.bytes_sent / 1e6:.1f} MB")
         click.echo(f"digest {made.document.digest}")
 
 
-def _end_as_interrupted() -> None:
-    """SIGTERM ends a command as Ctrl-C does: what is in the making goes."""
+def _exit_on_sigterm() -> None:
+    """Let SIGTERM end the command like Ctrl-C, so that unfinished work is cleaned up."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
@@ -279,8 +294,8 @@ def _parse_pair(option: str, text: str) -> tuple[str, str]:
 
 
 def _parse_words(option: str, text: str | None) -> list[str] | None:
-    """The words of a command, as a shell tells them apart; none of an empty text."""
+    """Split a command into words like a shell."""
     try:
         return None if text is None else shlex.split(text)
     except ValueError as error:
-        raise BadInputError(f"{option} {text!r} is no command: {error}", next_step="close its quotes") from error
+        raise BadInputError(f"{option} {text!r} cannot be parsed: {error}", next_step="close the quotes") from error

@@ -1,4 +1,4 @@
-"""facts: what of a node decides whether a warm state fits it; and how a verdict on an image is said."""
+"""facts: the command that prints the facts of a node."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_prewarm.commands.options import PATH, check_place
+from chatterbox_prewarm.commands.options import PATH, check_output
 from chatterbox_prewarm.system.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_prewarm.image.node_fit import Verdict
+    from chatterbox_prewarm.image.node_fit import NodeFit
 
 
-@click.command()
-@click.option("--device", help="The torch device that a start there would have, such as cuda; the image's by default.")
+@click.command(short_help="Print the facts of this node.")
+@click.option("--device", help="Torch device of a start, such as cuda. Default: the device of the image.")
 @click.option("--output", type=PATH, help="Write to this file instead of standard output.")
 def facts(*, device: str | None, output: Path | None) -> None:
-    """Print this node's facts as JSON, for `verify --image IMAGE --host-facts FILE` on another machine."""
-    from chatterbox_prewarm.state.node_facts import host_facts, to_json
+    """Print the facts of this node as JSON, for `verify --image IMAGE --host-facts FILE` on another machine."""
+    from chatterbox_prewarm.state.node_facts import node_facts, node_facts_to_json
 
     if output is not None:
-        check_place(output)
-    text = to_json(host_facts(device))
+        check_output(output)
+    text = node_facts_to_json(node_facts(device))
     if output is None:
         click.echo(text, nl=False)
     else:
@@ -32,12 +32,12 @@ def facts(*, device: str | None, output: Path | None) -> None:
         click.echo(f"wrote {output}")
 
 
-def report_verdict(verdict: Verdict) -> None:
-    """Say whether a start would hit, and end with 11 if it would not.
+def report_node_fit(node_fit: NodeFit) -> None:
+    """Print whether a start would hit every cache, and end with exit code 11 if not.
 
     Raises:
-        FingerprintMismatchError: it would not.
+        FingerprintMismatchError: a start would miss.
     """
-    for line in verdict.lines():
+    for line in node_fit.lines():
         click.echo(line)
-    verdict.require_hit()
+    node_fit.require_hit()

@@ -1,7 +1,8 @@
-"""Options that several commands share, and how a command writes its result."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import click
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.profiles import PROFILES
 from chatterbox_prewarm.model.text import ANY, check_voice_name
+from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
 if TYPE_CHECKING:
@@ -20,45 +22,63 @@ PATH = click.Path(path_type=Path)
 
 
 def option(name: str, *more: str, **settings: Any) -> Callable[[Any], Any]:
-    """An option that the environment can set as CHATTERBOX_PREWARM_NAME, shown in the help."""
+    """Make an option that can also be set as CHATTERBOX_PREWARM_NAME; the help shows the variable."""
     variable = "CHATTERBOX_PREWARM_" + name.removeprefix("--").replace("-", "_").upper()
     return click.option(name, *more, envvar=variable, show_envvar=True, show_default=True, **settings)
 
 
-warm_option = option("--warm", type=PATH, default=WARM, help="The warm state's directory, or a folder of states.")
-state_option = click.option("--state", help="Which state of a folder of several, by the name of its own folder.")
+warm_option = option("--warm", type=PATH, default=WARM, help="Directory of a warm state, or of several.")
+state_option = click.option("--state", help="Name of the state's directory, if --warm holds several states.")
 start_device_option = option(
-    "--device", help="What a state of a folder of several is chosen for; for each its own device by default."
+    "--device",
+    help="Device used to select a state if --warm holds several. Default: the device each was baked for.",
 )
-weights_option = option("--weights", type=PATH, default=WEIGHTS, help="The checkpoint's directory.")
-cache_option = option("--cache", type=PATH, default=CACHE, help="A writable directory for compilers and Numba.")
+weights_option = option("--weights", type=PATH, default=WEIGHTS, help="Directory of the checkpoint.")
+cache_option = option("--cache", type=PATH, default=CACHE, help="Writable directory for compilers and Numba.")
 insecure_option = click.option(
     "--insecure/--secure",
     default=None,
-    help="Plain HTTP, or HTTPS, to a registry; by default plain to this machine alone.",
+    help="Use HTTP or HTTPS for a registry. Default: HTTP only for this machine.",
 )
-device_option = option("--device", default="cpu", help="The torch device, such as cpu or cuda.")
+device_option = option("--device", default="cpu", help="Torch device, such as cpu or cuda.")
 
 
 def profile_option(default: str) -> Callable[[Any], Any]:
-    """The profile; `default` is what the help calls what is taken without it."""
-    text = f"How the model executes: as written, through torch.compile, or ahead of time; {default} by default."
+    """Make the option for the profile.
+
+    Args:
+        default: the default, as the help names it.
+    """
+    text = f"How the model runs: uncompiled, with torch.compile, or from AOTInductor packages. Default: {default}."
     return option("--profile", type=click.Choice(PROFILES), help=text)
 
 
 def trust_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What a state is trusted by, given from outside of it."""
+    """Add the trust options to a command, which gets them as one argument `trust`."""
+
+    @functools.wraps(command)
+    def with_trust(
+        *args: Any, key: Path | None, signature: Path | None, expect_digest: str | None, **options: Any
+    ) -> Any:
+        return command(*args, trust=Trust(key=key, signature=signature, expected_digest=expect_digest), **options)
+
+    wrapped: Callable[..., Any] = with_trust
     for add in (
-        option("--expect-digest", metavar="sha256:…", help="The state's manifest must have this digest."),
-        option("--signature", type=PATH, help="The state's signature; beside the state, with .sig, by default."),
-        option("--key", type=PATH, help="The state must be signed with the private key of this public one (PEM)."),
+        option("--expect-digest", metavar="sha256:…", help="Required digest of the state's manifest."),
+        option("--signature", type=PATH, help="Path of the state's signature. Default: next to the state, with .sig."),
+        option("--key", type=PATH, help="Public key (PEM); the state must be signed with its private key."),
     ):
-        command = add(command)
-    return command
+        wrapped = add(wrapped)
+    return wrapped
 
 
-def check_place(path: Path) -> None:
-    """Make sure that a result can be written, before the minutes that it takes to get it."""
+def check_output(path: Path) -> None:
+    """Check that a result can be written, before the minutes that it takes to compute it.
+
+    Raises:
+        BadInputError: the path is a directory.
+        OSError: the path cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise BadInputError(f"{path} is a directory", next_step="name a file")
@@ -67,15 +87,15 @@ def check_place(path: Path) -> None:
 
 
 def say(line: str) -> None:
-    """Show a line of progress, apart from the result."""
+    """Print a line of progress on standard error."""
     click.echo(line, err=True)
 
 
 def parse_alias(text: str) -> tuple[str, str]:
-    """The name and the voice of NAME=VOICE.
+    """Parse NAME=VOICE.
 
     Raises:
-        BadInputError: it is not of that form.
+        BadInputError: the text does not have this form.
     """
     name, separator, voice = text.partition("=")
     if not separator:
@@ -84,12 +104,24 @@ def parse_alias(text: str) -> tuple[str, str]:
 
 
 def parse_voice(text: str) -> tuple[str, Path]:
-    """Name and clip of NAME=PATH.
+    """Parse NAME=PATH.
 
     Raises:
-        BadInputError: it is not of that form.
+        BadInputError: the text does not have this form.
     """
     name, separator, path = text.partition("=")
     if not separator or not path:
         raise BadInputError(f"--voice {text!r} has no path", next_step="write --voice NAME=PATH")
     return name, Path(path)
+
+
+def parse_levels(text: str) -> tuple[int, ...]:
+    """Parse a list of warm-up levels such as 1,2,3.
+
+    Raises:
+        BadInputError: the text is not a list of numbers.
+    """
+    try:
+        return tuple(int(level) for level in text.split(","))
+    except ValueError:
+        raise BadInputError(f"{text!r} is not a list of warm-up levels", next_step="use --levels 1,2,3") from None

@@ -1,4 +1,4 @@
-"""serve: the entrypoint of an image."""
+"""serve: the command that an image runs."""
 
 from __future__ import annotations
 
@@ -19,87 +19,105 @@ from chatterbox_prewarm.commands.options import (
 )
 from chatterbox_prewarm.model.text import MAX_CHARACTERS
 from chatterbox_prewarm.serve.workers import log_lines
-from chatterbox_prewarm.start.prepared import POLICIES
+from chatterbox_prewarm.start.options import POLICIES, StartOptions
 from chatterbox_prewarm.system.paths import VOICES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from chatterbox_prewarm.state.signature import Trust
 
-@click.command()
+
+@click.command(short_help="Serve speech over HTTP.")
 @warm_option
 @weights_option
 @cache_option
 @option(
     "--device",
     default="cpu",
-    help="Torch devices with commas between them, a worker for each; cuda:all is every GPU there is.",
+    help="Torch devices, separated by commas, with a worker for each. cuda:all is every GPU.",
 )
-@option("--voice", "voices", multiple=True, metavar="NAME=PATH", help="Make a voice at start unless it is baked.")
-@option("--voices-dir", type=PATH, default=VOICES, help="Where added voices are kept; without it, none can be added.")
-@option("--max-voices", default=1000, type=click.IntRange(0), help="Most voices that may be added.")
+@option(
+    "--voice",
+    "voices",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="Make a voice at start unless it is baked.",
+)
+@option(
+    "--voices-dir",
+    type=PATH,
+    default=VOICES,
+    help="Directory of added voices. Without it, none can be added.",
+)
+@option("--max-voices", default=1000, type=click.IntRange(0), help="Maximum number of added voices.")
 @option(
     "--voice-alias",
     "voice_aliases",
     multiple=True,
     metavar="NAME=VOICE",
-    help="Another name of a voice, for clients with names of their own; *=VOICE is for every name that no voice has.",
+    help="Additional name of a voice, for clients with fixed names. *=VOICE is for all unknown names.",
 )
-@option("--policy", default="fallback", type=click.Choice(POLICIES), help="What a start does that does not fit.")
-@profile_option("the one baked")
+@option("--policy", default="fallback", type=click.Choice(POLICIES), help="What to do if the warm state does not fit.")
+@profile_option("as baked")
 @trust_options
-@option("--host", default="127.0.0.1", help="The address to listen on.")
-@option("--port", default=8000, type=click.IntRange(1, 65535), help="The port to listen on.")
+@option("--host", default="127.0.0.1", help="Address to listen on.")
+@option("--port", default=8000, type=click.IntRange(1, 65535), help="Port to listen on.")
 @option(
     "--threads",
     type=click.IntRange(1),
-    help="CPU threads of torch, of each worker; by default those on the CPU divide its cores.",
+    help="CPU threads of torch per worker. Default: the workers on the CPU share its cores.",
 )
-@option("--max-characters", default=MAX_CHARACTERS, type=click.IntRange(1), help="The longest text accepted.")
+@option("--max-characters", default=MAX_CHARACTERS, type=click.IntRange(1), help="Maximum length of a text.")
 @option(
     "--max-new-tokens",
     default=1000,
     type=click.IntRange(3, 1500),
-    help="Most speech tokens of each part of a text, 25 a second.",
+    help="Maximum number of speech tokens per sentence group of a text, 25 per second.",
 )
 @option(
     "--queue-limit",
     default=32,
     type=click.IntRange(1),
-    help="Most requests at a time, the one being spoken too; others get 429.",
+    help="Maximum number of requests, queued and running. Further requests get 429.",
 )
 @option(
     "--queue-seconds",
     default=120.0,
     type=click.FloatRange(0.1),
-    help="How long a part of a text may wait for a worker; then its request gets 503.",
+    help="Seconds that a request may wait for a worker before it gets 503.",
 )
 @option(
     "--hang-seconds",
     default=120.0,
     type=click.FloatRange(5),
-    help="A worker from which nothing is heard for so long is replaced, be it at work, idle or in its start.",
+    help="Replace a worker that has been silent for this many seconds: busy, idle or starting.",
 )
 @option(
     "--requests-per-minute",
     default=0.0,
     type=click.FloatRange(0),
-    help="The load to expect: what it makes worth warming up beyond what a start does is done while idle.",
+    help="Expected load. From 1 request per minute on, extra warm-up runs while the server is idle.",
 )
 @option(
     "--token-file",
     type=PATH,
-    help="Demand the token in this file of everybody but probes; CHATTERBOX_PREWARM_TOKEN may hold it instead.",
+    help="File with a token that all requests except probes need. Or set CHATTERBOX_PREWARM_TOKEN.",
 )
 @option(
     "--max-connections",
     default=1000,
     type=click.IntRange(8),
-    help="Most open connections; for more, the longest idle one is closed.",
+    help="Maximum number of connections. Beyond it, the one idle for longest is closed.",
 )
-@option("--log-format", default="text", type=click.Choice(log_lines.FORMATS), help="How log lines look.")
-@option("--log-text", is_flag=True, help="Log what is spoken, too.")
-@option("--drain-seconds", default=100.0, type=click.FloatRange(0), help="How long requests may finish after SIGTERM.")
+@option("--log-format", default="text", type=click.Choice(log_lines.FORMATS), help="Format of log lines.")
+@option("--log-text", is_flag=True, help="Also log the spoken texts.")
+@option(
+    "--drain-seconds",
+    default=100.0,
+    type=click.FloatRange(0),
+    help="Seconds to finish requests after SIGTERM.",
+)
 def serve(
     *,
     warm: Path,
@@ -112,9 +130,7 @@ def serve(
     voice_aliases: tuple[str, ...],
     policy: str,
     profile: str | None,
-    key: Path | None,
-    signature: Path | None,
-    expect_digest: str | None,
+    trust: Trust,
     host: str,
     port: int,
     threads: int | None,
@@ -130,13 +146,12 @@ def serve(
     log_text: bool,
     drain_seconds: float,
 ) -> None:
-    """Serve speech over HTTP from the warm state: /v1/audio/speech, /livez, /startupz, /readyz, /metrics, a page."""
+    """Serve speech over HTTP: /v1/audio/speech, /livez, /startupz, /readyz, /metrics, and a page at /."""
     from chatterbox_prewarm.serve.http.access import load_token
     from chatterbox_prewarm.serve.http.connections import Limits
     from chatterbox_prewarm.serve.http.server import ServeConfig
     from chatterbox_prewarm.serve.http.server import serve as run_server
-    from chatterbox_prewarm.serve.workers.devices import for_devices, parse_devices
-    from chatterbox_prewarm.serve.workers.worker import WorkerConfig
+    from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, for_devices, parse_devices
 
     log_lines.install(log_format, process="front")
     run_server(
@@ -159,17 +174,11 @@ def serve(
         for_devices(
             parse_devices(device),
             WorkerConfig(
-                warm=str(warm),
-                weights=str(weights),
-                cache=str(cache),
-                policy=policy,
-                profile=profile,
-                key=str(key) if key else None,
-                signature=str(signature) if signature else None,
-                expect_digest=expect_digest,
-                device=device,
-                voices={name: str(path) for name, path in map(parse_voice, voices)},
-                voice_directory=str(voices_dir),
+                start=StartOptions(
+                    warm=warm, weights=weights, cache=cache, policy=policy, profile=profile, trust=trust
+                ),
+                voices=dict(map(parse_voice, voices)),
+                voice_directory=voices_dir,
                 threads=threads,
                 max_new_tokens=max_new_tokens,
                 requests_per_minute=requests_per_minute,

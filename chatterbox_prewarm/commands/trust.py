@@ -1,4 +1,4 @@
-"""sign, sbom: who vouches for a warm state, and what an image is made of."""
+"""sign, sbom: the commands for signatures and bills of materials."""
 
 from __future__ import annotations
 
@@ -7,38 +7,41 @@ from pathlib import Path
 
 import click
 
-from chatterbox_prewarm.commands.options import PATH, check_place, warm_option, weights_option
+from chatterbox_prewarm.commands.options import PATH, check_output, warm_option, weights_option
 from chatterbox_prewarm.system.atomic_files import write_whole
 
 
-@click.command()
+@click.command(short_help="Sign a warm state.")
 @warm_option
-@click.option("--key", type=PATH, required=True, help="The private key, a PEM file of the curve P-256, P-384 or P-521.")
-@click.option("--output", type=PATH, help="Where the signature goes; beside the state, with .sig, by default.")
+@click.option("--key", type=PATH, required=True, help="Private key, a PEM file of the curve P-256, P-384 or P-521.")
+@click.option("--output", type=PATH, help="Path of the signature. Default: next to the state, with .sig.")
 def sign(*, warm: Path, key: Path, output: Path | None) -> None:
-    """Sign a warm state, so that a start with --key knows who vouches for it. Uses no network.
+    """Sign a warm state, so that a start with --key can check who made it. Uses no network.
 
     The passphrase of an encrypted key is read from CHATTERBOX_PREWARM_PASSPHRASE.
     """
     from chatterbox_prewarm.state.keys import PASSPHRASE
-    from chatterbox_prewarm.state.manifest import manifest_digest
     from chatterbox_prewarm.state.signing import sign as sign_state
+    from chatterbox_prewarm.state.state import State
 
-    signature = sign_state(warm, key, output, passphrase=os.environ.get(PASSPHRASE) or None)
-    click.echo(f"{signature}: signs {warm}, manifest sha256:{manifest_digest(warm)}")
+    state = State.open(warm)
+    signature = sign_state(state, key, output, passphrase=os.environ.get(PASSPHRASE) or None)
+    click.echo(f"{signature}: signs {warm}, manifest sha256:{state.manifest_digest}")
 
 
-@click.command()
+@click.command(short_help="List the contents of an image, as CycloneDX.")
 @warm_option
 @weights_option
-@click.option("--root", type=PATH, default=Path("/"), show_default=True, help="Of the file system to list packages of.")
-@click.option("--output", type=PATH, help="Where the document goes; standard output by default.")
+@click.option(
+    "--root", type=PATH, default=Path("/"), show_default=True, help="Root of the file system whose packages are listed."
+)
+@click.option("--output", type=PATH, help="Path of the document. Default: standard output.")
 def sbom(*, warm: Path, weights: Path, root: Path, output: Path | None) -> None:
-    """List what an image is made of, as CycloneDX 1.6: packages, weights and warm state, files with their digests."""
+    """List the contents of an image, as CycloneDX 1.6: packages, weights and warm states, with digests of files."""
     from chatterbox_prewarm.image.sbom import make_sbom
 
     if output is not None:
-        check_place(output)
+        check_output(output)
     document = make_sbom(warm, weights, root=root)
     if output is None:
         click.echo(document, nl=False)

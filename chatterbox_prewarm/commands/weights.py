@@ -1,4 +1,4 @@
-"""weights: fetch, make, record and verify checkpoints."""
+"""weights: the commands for checkpoints."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
 
 @click.group()
 def weights() -> None:
-    """Fetch, make and verify checkpoints."""
+    """Fetch, synthesize, record and verify checkpoints."""
 
 
-@weights.command("fetch")
+@weights.command("fetch", short_help="Download a checkpoint.")
 @click.argument("directory", type=PATH)
-@option("--variant", default="english", type=click.Choice(sorted(VARIANTS)), help="The model variant.")
-@option("--revision", help="A full commit hash; the pinned one of the variant by default.")
+@option("--variant", default="english", type=click.Choice(sorted(VARIANTS)), help="Model variant.")
+@option("--revision", help="Full commit hash. Default: the pinned commit of the variant.")
 def weights_fetch(directory: Path, variant: str, revision: str | None) -> None:
-    """Download a checkpoint from the model hub at a pinned commit into DIRECTORY, verify and record it."""
+    """Download a checkpoint from the model hub into DIRECTORY at a pinned commit, verify it and record it."""
     from chatterbox_prewarm.weights.fetch import fetch
 
     record = fetch(directory, variant=get_variant(variant), revision=revision or None)
     click.echo(f"{directory}: {len(record.files)} files of {record.repository} at {record.revision}")
 
 
-@weights.command("synthesize")
+@weights.command("synthesize", short_help="Make a checkpoint of random weights.")
 @click.argument("directory", type=PATH)
-@click.option("--size", default="full", show_default=True, help="full (3.2 GB, the published sizes) or mini.")
-@click.option("--seed", default=0, show_default=True, help="Of the random generator.")
+@click.option("--size", default="full", show_default=True, help="full (3.2 GB, the published size) or mini.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random generator.")
 def weights_synthesize(directory: Path, size: str, seed: int) -> None:
-    """Make a checkpoint of random weights in DIRECTORY. What it speaks is noise."""
+    """Make a checkpoint of random weights in DIRECTORY. Its speech is noise."""
     from chatterbox_prewarm.model.synthetic import synthesize
     from chatterbox_prewarm.system.json_subprocess import quiet_packages
 
@@ -45,18 +45,18 @@ def weights_synthesize(directory: Path, size: str, seed: int) -> None:
     click.echo(f"{directory}: {total / 1e9:.2f} GB of random weights; the speech of this model is noise")
 
 
-@weights.command("record")
+@weights.command("record", short_help="Record a checkpoint of your own.")
 @click.argument("directory", type=PATH)
 @click.option("--variant", default="english", show_default=True, type=click.Choice(sorted(VARIANTS)))
 def weights_record(directory: Path, variant: str) -> None:
-    """Record the digests of a checkpoint of your own in DIRECTORY."""
+    """Record the digests of your own checkpoint in DIRECTORY."""
     from chatterbox_prewarm.weights.record import record
 
-    made = record(directory, variant=get_variant(variant), repository="own", revision="unversioned")
-    click.echo(f"{directory}: recorded {len(made.files)} files, set digest {made.set_digest}")
+    written = record(directory, variant=get_variant(variant), repository="own", revision="unversioned")
+    click.echo(f"{directory}: recorded {len(written.files)} files, set digest {written.set_digest}")
 
 
-@weights.command("verify")
+@weights.command("verify", short_help="Check the files of a checkpoint.")
 @click.argument("directory", type=PATH)
 def weights_verify(directory: Path) -> None:
     """Compare every file in DIRECTORY with its recorded digest."""

@@ -6,20 +6,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+
+    import torch
 
     from chatterbox_prewarm.model.synthesis import Synthesizer
     from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class Session:
+class FamilyContext:
     """The loaded model that families attach to and save from.
 
     Attributes:
         synthesizer: the model and its voices.
         cache: the cache directory.
-        metrics: where hits, misses and times are counted.
+        metrics: counts hits, misses and times.
         device: the kind of the device, "cpu" or "cuda".
         sources: at bake, the source files of all modules that a start imports until its first audio.
     """
@@ -55,20 +58,31 @@ class Family:
         return {}
 
     def prepare(self, directory: Path | None, cache: Path, metrics: WarmupMetrics) -> None:
-        """Fill the cache before anything heavy is imported.
+        """Fill the cache before torch and the model's packages are imported.
 
         Args:
             directory: the verified folder of the family, or None if the state cannot be used.
             cache: the cache directory.
-            metrics: where the family counts what it loads.
+            metrics: counts the artifacts that the family loads.
         """
 
     def watch(self, metrics: WarmupMetrics) -> None:
         """Start to count hits and misses. Called just before the model's packages are imported."""
 
-    def attach(self, directory: Path | None, session: Session) -> None:
-        """Load the contents of `directory`, unless it is None, into the model."""
+    def attach(self, directory: Path | None, context: FamilyContext) -> None:
+        """Load the contents of `directory` into the model. `directory` is None if the state cannot be used."""
 
-    def save(self, directory: Path, session: Session) -> tuple[str, ...]:
+    def save(self, directory: Path, context: FamilyContext) -> tuple[str, ...]:
         """Write the family's files into `directory` and return the names of the facts that their reuse depends on."""
         raise NotImplementedError
+
+
+def tensor_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Serialize tensors of any device in the safetensors format. Without metadata, equal tensors give equal bytes.
+
+    Write the result with Python: the writer of safetensors hides the operating system's error, such as a full disk.
+    """
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return bytes(save(plain, dict(metadata) if metadata else None))

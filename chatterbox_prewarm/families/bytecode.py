@@ -1,12 +1,13 @@
 """Family `bytecode`: the compiled form of every module that a start imports, in one file.
 
-Thousands of modules are imported before the first sound; on a fresh node each would be parsed and compiled, and each
-cached file opened. The pack is read and verified at one go. Python's own rules decide whether an entry is used: a
-`.pyc` names the size and modification time of its source, and an entry that does not match is compiled anew.
+A start imports thousands of modules before the first audio. On a fresh node Python would parse and compile each of
+them, and would open one cache file per module. The pack is read and verified in one pass. Python's own rules decide
+whether an entry is used: a `.pyc` records the size and the modification time of its source, and Python compiles the
+module again if they do not match.
 
-Layout of the pack, as safetensors': 8 bytes little-endian length, that many bytes of JSON (source path → [offset,
-size]), then the `.pyc` files one after the other. This project's own modules are left out: they may change without a
-bake.
+Layout of the pack, which follows safetensors: the length of the index (8 bytes, little-endian), the index as JSON
+(source path → [offset, size]), then the `.pyc` files. The pack leaves out this project's own modules, because they may
+change without a new bake.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from chatterbox_prewarm.families.base import Family
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from chatterbox_prewarm.families.base import Session
+    from chatterbox_prewarm.families.base import FamilyContext
     from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 PACK_NAME = "modules.pack"
@@ -43,74 +44,51 @@ class BytecodeFamily(Family):
     timers = ("import",)
 
     def __init__(self) -> None:
-        #: Source files of all imports since `prepare`, also of those that failed or replaced themselves.
+        #: Source files of all imports since `prepare`, including imports that failed and modules that replaced
+        #: themselves in `sys.modules`.
         self.imported: set[str] = set()
 
-    def applies(self, profile: str, device: str) -> bool:  # noqa: ARG002
-        """To all."""
-        return True
-
     def environment(self, cache: Path) -> dict[str, str]:  # noqa: ARG002
-        """Keep later child processes from writing bytecode anywhere."""
+        """Keep later child processes from writing bytecode."""
         return {"PYTHONDONTWRITEBYTECODE": "1"}
 
     def prepare(self, directory: Path | None, cache: Path, metrics: WarmupMetrics) -> None:  # noqa: ARG002
-        """Let all imports from here on look into the pack first; without one, only note what is imported."""
-        if directory is None:
-            install(None, metrics, self.imported)
-            return
-        sys.dont_write_bytecode = True
-        install(Pack(directory / PACK_NAME), metrics, self.imported)
+        """Make all later imports look into the pack first. Without a pack, only record which modules are imported."""
+        if directory is not None:
+            sys.dont_write_bytecode = True
+        install(read_pack(directory / PACK_NAME) if directory else None, metrics, self.imported)
 
-    def watch(self, metrics: WarmupMetrics) -> None:
-        """Nothing to do: the loader counts."""
-
-    def attach(self, directory: Path | None, session: Session) -> None:
-        """Nothing to do: imports are over."""
-
-    def save(self, directory: Path, session: Session) -> tuple[str, ...]:
-        """Pack the modules that a start imports, not those that only the warm-up needed."""
-        write_pack(directory / PACK_NAME, {source: bytecode(source) for source in session.sources})
+    def save(self, directory: Path, context: FamilyContext) -> tuple[str, ...]:
+        """Pack the modules that a start imports, without the modules that only the warm-up needed."""
+        write_pack(directory / PACK_NAME, {source: bytecode(source) for source in context.sources})
         return ("python", "site_packages", "torch", "transformers", "chatterbox")
 
     def start_sources(self) -> frozenset[str]:
-        """Source files of everything that this process has imported by now, as far as it belongs into a pack.
+        """Return the source files of all imported modules that belong in a pack.
 
-        What was loaded before `prepare` is included: another process may import it later.
+        The result includes modules loaded before `prepare`, because another process may import them later.
         """
         earlier = {
             loader.path: name
             for name, module in sys.modules.items()
             if isinstance(loader := getattr(module, "__loader__", None), importlib.machinery.SourceFileLoader)
         }
-        found = {source for source, name in earlier.items() if is_packed(name, source)}
-        return frozenset(found | self.imported)
+        packed = {source for source, name in earlier.items() if is_packed(name, source)}
+        return frozenset(packed | self.imported)
 
 
-class Pack:
-    """A pack opened for reading, mapped rather than read."""
-
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as stream:
-            self._data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        (length,) = struct.unpack("<Q", self._data[:8])
-        self._index: dict[str, list[int]] = json.loads(self._data[8 : 8 + length])
-        self._base = 8 + length
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def get(self, source: str) -> bytes | None:
-        """The `.pyc` of a source file, or None."""
-        place = self._index.get(source)
-        if place is None:
-            return None
-        start = self._base + place[0]
-        return self._data[start : start + place[1]]
+def read_pack(path: Path) -> dict[str, memoryview]:
+    """Map a pack into memory and return source path → content of its `.pyc`."""
+    with path.open("rb") as stream:
+        data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+    (length,) = struct.unpack("<Q", data[:8])
+    contents = data[8 + length :]
+    index: dict[str, tuple[int, int]] = json.loads(bytes(data[8 : 8 + length]))
+    return {source: contents[offset : offset + size] for source, (offset, size) in index.items()}
 
 
 def write_pack(path: Path, modules: Mapping[str, bytes]) -> None:
-    """Write a pack: source path → content of its `.pyc`, in the order of the paths."""
+    """Write a pack: source path → content of its `.pyc`, sorted by path."""
     index: dict[str, list[int]] = {}
     offset = 0
     for source in sorted(modules):
@@ -131,36 +109,37 @@ def _installed() -> tuple[str, ...]:
 
 
 def is_packed(name: str, source: str) -> bool:
-    """Whether a module belongs into a pack: the standard library's and installed ones do.
+    """Return whether a module belongs in a pack: modules of the standard library and of installed packages do.
 
-    Not this project's own, and not what a package writes and imports anew in every process, as torch.distributed does.
+    This project's own modules do not, and neither do modules that a package generates in every process, as
+    torch.distributed does.
     """
     return name.partition(".")[0] not in {_OWN, "__main__"} and source.startswith(_installed())
 
 
 def bytecode(source: str) -> bytes:
-    """The `.pyc` of a source file, made by Python itself; the name says where it was compiled from."""
+    """Let Python compile a source file and return the `.pyc`, which records the path of its source."""
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "module.pyc"
+        compiled = Path(folder) / "module.pyc"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the source: invalid escapes and such
+            warnings.simplefilter("ignore")  # warnings about the source, such as invalid escapes
             py_compile.compile(
                 source,
-                cfile=str(made),
+                cfile=str(compiled),
                 dfile=source,
                 doraise=True,
                 invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP,
             )
-        return made.read_bytes()
+        return compiled.read_bytes()
 
 
-def install(pack: Pack | None, metrics: WarmupMetrics, imported: set[str]) -> None:
-    """Put a path hook in front of Python's own whose loader takes bytecode from `pack` and counts.
+def install(pack: Mapping[str, memoryview] | None, metrics: WarmupMetrics, imported: set[str]) -> None:
+    """Put a path hook before Python's own. Its loader takes bytecode from `pack` and counts hits and misses.
 
     Args:
-        pack: where to look first; without one, nothing is counted.
-        metrics: gets a hit for each module taken from the pack, a miss for each one compiled or found elsewhere.
-        imported: gets the source file of each module that belongs into a pack.
+        pack: as `read_pack` returns it. Without a pack, nothing is counted.
+        metrics: counts a hit for each module taken from the pack, and a miss for every other module.
+        imported: collects the source file of each module that belongs in a pack.
     """
 
     class PackLoader(importlib.machinery.SourceFileLoader):
@@ -168,7 +147,7 @@ def install(pack: Pack | None, metrics: WarmupMetrics, imported: set[str]) -> No
         packed = False
 
         def get_code(self, fullname: str) -> Any:
-            """Count by how Python came by the code."""
+            """Load the code and count where Python found it."""
             code = super().get_code(fullname)
             if is_packed(fullname, self.path):
                 imported.add(self.path)
@@ -179,20 +158,18 @@ def install(pack: Pack | None, metrics: WarmupMetrics, imported: set[str]) -> No
                 elif self.packed:
                     metrics.hit("bytecode")
                 else:
-                    metrics.miss("bytecode", f"{self.path} is not in the pack, but cached beside its source")
+                    metrics.miss("bytecode", f"{self.path} is not in the pack; Python used its __pycache__")
             return code
 
         def get_data(self, path: str) -> bytes:
-            """Serve the cached bytecode of this loader's own source from the pack, all else from disk."""
-            if pack is not None and path != self.path and path.endswith(".pyc"):
-                data = pack.get(self.path)
-                if data is not None:
-                    self.packed = True
-                    return data
+            """Read the `.pyc` of this loader's source from the pack, and every other file from disk."""
+            if pack is not None and path != self.path and path.endswith(".pyc") and self.path in pack:
+                self.packed = True
+                return bytes(pack[self.path])
             return super().get_data(path)
 
         def source_to_code(self, data: Any, path: Any, **settings: Any) -> Any:  # type: ignore[override]
-            """Compile, which Python does only where no cached bytecode fits."""
+            """Compile the source. Python calls this only if it has no valid cached bytecode."""
             self.compiled = True
             return super().source_to_code(data, path, **settings)
 

@@ -1,7 +1,8 @@
-"""What compilers say about themselves: asked in every process, even when nothing is left to compile.
+"""Cached answers of compilers to `--version`.
 
-Inductor runs `g++ --version` and Triton `ptxas --version` to name their caches by. The answers of the bake are kept, so
-that a warm start starts no compiler, and needs none to be there.
+Inductor runs `g++ --version` and Triton runs `ptxas --version` in every process, because their cache keys contain the
+version. Both do so even if every look-up hits. The bake saves the answers, so that a warm start runs no compiler and
+works without one.
 """
 
 from __future__ import annotations
@@ -9,47 +10,39 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _FILE = "compiler.json"
-_QUESTIONS = frozenset({"--version", "-v"})
+_VERSION_OPTIONS = frozenset({"--version", "-v"})
 
 
-class Answers:
-    """Stands for `subprocess` in a module: a program's answers about itself are given from memory.
+def load_versions(directory: Path | None) -> dict[str, str]:
+    """Read the answers, by command line, from a verified folder of the warm state; empty without a folder."""
+    if directory is None:
+        return {}
+    answers: dict[str, str] = json.loads((directory / _FILE).read_text(encoding="ascii"))
+    return answers
 
-    Attributes:
-        known: by command line.
-    """
 
-    def __init__(self) -> None:
-        self.known: dict[str, str] = {}
+def save_versions(answers: dict[str, str], directory: Path) -> None:
+    """Write the answers into a folder of the warm state."""
+    (directory / _FILE).write_text(json.dumps(answers, indent=1, sort_keys=True), encoding="ascii")
 
-    def stand_in(self, module: Any) -> None:
-        """Take the place of `subprocess` in a module that imported it by that name."""
-        module.subprocess = self
 
-    def load(self, directory: Path | None) -> None:
-        """Take the answers from a verified folder of the warm state; without one, forget all."""
-        self.known = {} if directory is None else json.loads((directory / _FILE).read_text(encoding="ascii"))
+def cache_versions(module: Any, answers: dict[str, str]) -> None:
+    """Make a module that imported `subprocess` take compiler versions from `answers`, and store new ones there."""
 
-    def save(self, directory: Path) -> None:
-        """Write the answers into a folder of the warm state."""
-        (directory / _FILE).write_text(json.dumps(self.known, indent=1, sort_keys=True), encoding="ascii")
-
-    def check_output(self, args: Any, **settings: Any) -> Any:
-        """As `subprocess.check_output`."""
+    def check_output(args: Any, **settings: Any) -> Any:
         words = [str(word) for word in args] if isinstance(args, (list, tuple)) else [str(args)]
-        question = " ".join(words)
-        if len(words) != 2 or words[1] not in _QUESTIONS:
+        if len(words) != 2 or words[1] not in _VERSION_OPTIONS:
             return subprocess.check_output(args, **settings)
-        if question not in self.known:
-            self.known[question] = os.fsdecode(subprocess.check_output(args, **settings))
-        answer = self.known[question]
-        return answer if settings.get("text") else os.fsencode(answer)
+        command = " ".join(words)
+        if command not in answers:
+            answers[command] = os.fsdecode(subprocess.check_output(args, **settings))
+        return answers[command] if settings.get("text") else os.fsencode(answers[command])
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(subprocess, name)
+    module.subprocess = types.SimpleNamespace(**{**vars(subprocess), "check_output": check_output})

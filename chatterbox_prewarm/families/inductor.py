@@ -1,7 +1,8 @@
-"""Family `inductor`: what `torch.compile` keeps of the regions, for the profile `compiled`.
+"""Family `inductor`: the caches of `torch.compile` for the regions, for the profile `compiled`.
 
-Inductor's key holds the sources of torch, its settings and the device's name, and its files hold absolute paths: bake
-and run must see one cache path. A hit or a miss is what Inductor itself counted, a bypass counts as a miss.
+Inductor's cache key contains the sources of torch, its settings and the name of the device. Its files contain absolute
+paths, so bake and run must use one cache path. Hits and misses come from Inductor's own counters; a bypass counts as a
+miss.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.families.base import Family
 from chatterbox_prewarm.families.cache_folders import collect, seed
-from chatterbox_prewarm.families.compiler_version_cache import Answers
+from chatterbox_prewarm.families.compiler_version_cache import cache_versions, load_versions, save_versions
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_prewarm.families.base import Session
+    from chatterbox_prewarm.families.base import FamilyContext
     from chatterbox_prewarm.system.metrics import WarmupMetrics
 
-#: Inductor's own counters: of the FX graph cache, and of AOTAutograd's where that is on.
-_HITS = (("inductor", "fxgraph_cache_hit"), ("aot_autograd", "autograd_cache_hit"))
-_MISSES = (
+#: Counters of the FX graph cache, and of the AOTAutograd cache if it is on: group, name, and the reason of a miss. A
+#: hit has no reason.
+_COUNTERS = (
+    ("inductor", "fxgraph_cache_hit", ""),
+    ("aot_autograd", "autograd_cache_hit", ""),
     ("inductor", "fxgraph_cache_miss", "compiled a graph"),
     ("inductor", "fxgraph_cache_bypass", "bypassed the cache for a graph"),
     ("aot_autograd", "autograd_cache_miss", "traced a graph"),
@@ -37,17 +40,17 @@ class InductorFamily(Family):
     timers = ("compile",)
 
     def __init__(self) -> None:
-        self._answers = Answers()
+        self._versions: dict[str, str] = {}
 
     def applies(self, profile: str, device: str) -> bool:  # noqa: ARG002
-        """Only to the profile `compiled`."""
+        """Return whether the profile is `compiled`."""
         return profile == "compiled"
 
     def environment(self, cache: Path) -> dict[str, str]:
-        """Where Inductor caches, and what it needs not find out by compiling.
+        """Set Inductor's cache folder, and skip checks that would start a compiler.
 
-        The number of compile threads and the check of vector instructions enter no key. With one thread no worker
-        processes are started, up to 32 of them otherwise, which a bake may want.
+        The number of compile threads and the check of vector instructions are not part of a cache key. With one thread
+        Inductor starts no worker processes; otherwise it starts up to 32. A bake may set more threads.
         """
         return {
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
@@ -57,52 +60,42 @@ class InductorFamily(Family):
         }
 
     def prepare(self, directory: Path | None, cache: Path, metrics: WarmupMetrics) -> None:  # noqa: ARG002
-        """Copy the baked cache to where Inductor may take its locks."""
+        """Copy the baked cache to a folder in which Inductor may create its lock files."""
         seed(cache / "inductor", directory)
 
     def watch(self, metrics: WarmupMetrics) -> None:
-        """Count what Inductor counts."""
+        """Take over Inductor's counters whenever the metrics are read."""
         seen: dict[tuple[str, str], int] = {}
 
         def read() -> None:
-            for group, name in _HITS:
-                if new := _counter(group, name) - seen.get((group, name), 0):
-                    metrics.hit(self.name, new)
-                    seen[group, name] = _counter(group, name)
-            for group, name, reason in _MISSES:
-                if new := _counter(group, name) - seen.get((group, name), 0):
+            for group, name, reason in _COUNTERS:
+                count = _counter(group, name)
+                new = count - seen.get((group, name), 0)
+                seen[group, name] = count
+                if new and reason:
                     metrics.miss(self.name, f"{reason} ({new} times)", new)
-                    seen[group, name] = _counter(group, name)
+                elif new:
+                    metrics.hit(self.name, new)
 
         metrics.before_reading(read)
 
-    def attach(self, directory: Path | None, session: Session) -> None:  # noqa: ARG002
-        """Answer for the compiler, so that it need not be started, nor be there."""
+    def attach(self, directory: Path | None, context: FamilyContext) -> None:  # noqa: ARG002
+        """Answer Inductor's requests for the compiler's version, so that no compiler is needed."""
         from torch._inductor import cpp_builder
 
-        self._answers.load(directory)
-        self._answers.stand_in(cpp_builder)
+        self._versions = load_versions(directory)
+        cache_versions(cpp_builder, self._versions)
 
-    def save(self, directory: Path, session: Session) -> tuple[str, ...]:
-        """Copy Inductor's cache of this process, without its locks."""
-        collect(session.cache / "inductor", directory, leave=lambda path: path.suffix == ".lock")
-        self._answers.save(directory)
-        machine = ("gpu", "compute_capability", "driver") if session.device == "cuda" else ()
-        return (
-            "arch",
-            "instruction_set",
-            "python",
-            "site_packages",
-            "torch",
-            "triton",
-            "regions",
-            "cache",
-            "device",
-            *machine,
-        )
+    def save(self, directory: Path, context: FamilyContext) -> tuple[str, ...]:
+        """Copy Inductor's cache of this process, without lock files."""
+        collect(context.cache / "inductor", directory, skip=lambda path: path.suffix == ".lock")
+        save_versions(self._versions, directory)
+        software = ("arch", "instruction_set", "python", "site_packages", "torch", "triton", "regions", "cache")
+        machine = ("gpu", "compute_capability", "driver") if context.device == "cuda" else ()
+        return (*software, "device", *machine)
 
 
 def _counter(group: str, name: str) -> int:
-    """A counter of torch's compiler, 0 while that is not imported."""
+    """Return a counter of torch's compiler, or 0 while the compiler is not imported."""
     utils = sys.modules.get("torch._dynamo.utils")
     return int(utils.counters[group][name]) if utils is not None and group in utils.counters else 0

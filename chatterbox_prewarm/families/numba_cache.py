@@ -1,9 +1,9 @@
-"""Family `numba`: the machine code that Numba makes of librosa's functions.
+"""Family `numba`: the machine code that Numba compiles from librosa's functions.
 
-Every synthesis goes through librosa, since Perth's watermark does, and librosa's first calls compile for 11 to 16 s.
-Numba's own on-disk cache holds the result. It is made for a generic processor of the architecture, so that it does
-not depend on the machine of the bake, and copied to a writable place at start: Numba probes its cache for
-writability even when it only reads.
+Every synthesis uses librosa, because Perth's watermark does, and librosa's first calls compile for 11 to 16 s. Numba's
+own on-disk cache holds the result. Numba compiles for a generic processor of the architecture, so that the code does
+not depend on the machine of the bake. A start copies the cache to a writable folder, because Numba tests whether it
+can write to its cache even when it only reads.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from chatterbox_prewarm.families.cache_folders import collect, seed
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_prewarm.families.base import Session
+    from chatterbox_prewarm.families.base import FamilyContext
     from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 COMPILE_TIMER = "numba compile"
 LOAD_TIMER = "numba load"
-#: In the name of a file that Numba writes and then renames; it never reads one.
+#: Part of the name of a file that Numba writes and then renames. Numba never reads such a file.
 _NUMBA_TEMPORARY = ".tmp."
 
 
@@ -35,20 +35,16 @@ class NumbaFamily(Family):
     def __init__(self) -> None:
         self._sources: set[str] = set()
 
-    def applies(self, profile: str, device: str) -> bool:  # noqa: ARG002
-        """To all."""
-        return True
-
     def environment(self, cache: Path) -> dict[str, str]:
-        """Where Numba caches, and for which processor: `generic` also empties the list of extra features."""
+        """Set Numba's cache folder and processor. `generic` also clears the list of extra CPU features."""
         return {"NUMBA_CACHE_DIR": str(cache / "numba"), "NUMBA_CPU_NAME": "generic"}
 
     def prepare(self, directory: Path | None, cache: Path, metrics: WarmupMetrics) -> None:  # noqa: ARG002
-        """Copy the baked cache to where Numba may open it for writing."""
+        """Copy the baked cache to a folder that Numba may write to."""
         seed(cache / "numba", directory, in_use=lambda path: _NUMBA_TEMPORARY in path.name)
 
     def watch(self, metrics: WarmupMetrics) -> None:
-        """Count at Numba's two doors: an overload that is loaded is a hit, one that is saved was compiled."""
+        """Count a hit for each overload that Numba loads, and a miss for each one that it compiles and saves."""
         from numba.core import event
         from numba.core.caching import Cache
 
@@ -68,30 +64,19 @@ class NumbaFamily(Family):
             metrics.miss("numba", f"compiled {function.__module__}.{function.__qualname__}")
             return save(cache, *arguments)
 
-        class CompilerTimer(event.Listener):  # type: ignore[misc]
-            """Adds up the outermost compiler passes; a function that calls another compiles it within its own."""
-
-            depth = 0
-            started = 0.0
-
-            def on_start(self, event: Any) -> None:  # noqa: ARG002
-                if self.depth == 0:
-                    self.started = time.perf_counter()
-                self.depth += 1
-
-            def on_end(self, event: Any) -> None:  # noqa: ARG002
-                self.depth -= 1
-                if self.depth == 0:
-                    metrics.add_seconds(COMPILE_TIMER, time.perf_counter() - self.started)
-
         Cache.load_overload, Cache.save_overload = load_overload, save_overload
-        event.register("numba:run_pass", CompilerTimer())
+        # A function that calls another one compiles it within its own passes; the listener times the outermost pass.
+        compiler = event.TimingListener()
+        event.register("numba:run_pass", compiler)
 
-    def attach(self, directory: Path | None, session: Session) -> None:
-        """Nothing to do: Numba reads its cache by itself."""
+        def read() -> None:
+            if compiler.done:
+                metrics.timers[COMPILE_TIMER] = compiler.duration
 
-    def save(self, directory: Path, session: Session) -> tuple[str, ...]:
+        metrics.before_reading(read)
+
+    def save(self, directory: Path, context: FamilyContext) -> tuple[str, ...]:
         """Copy Numba's cache of this process."""
-        collect(session.cache / "numba", directory)
+        collect(context.cache / "numba", directory)
         sources = sorted(f"source:{path}" for path in self._sources)
         return ("arch", "python", "numba", "llvmlite", "site_packages", *sources)

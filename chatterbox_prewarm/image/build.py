@@ -1,8 +1,8 @@
 """Build: from a checkout of this project to an image that has passed its proof.
 
-The core route needs nothing of an engine but to build and to run: the Dockerfile is built up to what needs no warm
-state, the bake runs in a container, with a GPU where one is asked for, and its state becomes one more layer. The image
-gets its name only when a container of it has shown zero misses.
+The default route needs an engine only to build and to run. The engine builds the Dockerfile up to the stage without a
+warm state, the bake runs in a container (with a GPU if requested), and its state becomes an additional layer. The image
+gets its tag only after a container of it has shown zero cache misses.
 """
 
 from __future__ import annotations
@@ -12,29 +12,20 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import FingerprintMismatchError, IntegrityError
-from chatterbox_prewarm.image.build_request import (
-    Recipe,
-    again,
-    arguments_of,
-    check,
-    check_tag,
-    dockerfile_of,
-    in_words,
-    unproven_name,
-)
+from chatterbox_prewarm.image.build_request import check_request, check_tag, unproven_name
 from chatterbox_prewarm.image.compose import Change, add_layers
-from chatterbox_prewarm.image.engines.engine import Run, prove, run_build
+from chatterbox_prewarm.image.engines.engine import ContainerRun, prove, run_build
 from chatterbox_prewarm.image.labels import EVIDENCE
-from chatterbox_prewarm.image.state_layers import change_for, gather
+from chatterbox_prewarm.image.state_layers import change_for, pack_states
 from chatterbox_prewarm.proof.checks import require_passed
-from chatterbox_prewarm.state.manifest import MANIFEST_NAME, check_layout, read_manifest
-from chatterbox_prewarm.state.provenance import ARGUMENTS, told
-from chatterbox_prewarm.state.signing import check_signed, default_signature
+from chatterbox_prewarm.state.manifest import MANIFEST_NAME
+from chatterbox_prewarm.state.provenance import ARGUMENTS, builder_args
+from chatterbox_prewarm.state.signature import default_signature
+from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.atomic_files import put_in_place, seal, staging_folder, write_whole
 from chatterbox_prewarm.system.locks import exclusive_lock
 from chatterbox_prewarm.system.paths import WARM
@@ -42,7 +33,7 @@ from chatterbox_prewarm.system.paths import WARM
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chatterbox_prewarm.image.build_request import Request
+    from chatterbox_prewarm.image.build_request import BuildRequest
     from chatterbox_prewarm.image.engines.engine import Engine
     from chatterbox_prewarm.image.layer import Layer
     from chatterbox_prewarm.image.oci import Image
@@ -51,124 +42,114 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Built:
-    """What a build made: the layer of its warm state, and the proof."""
+def build(
+    request: BuildRequest, engine: Engine, output: Path, *, say: Callable[[str], None] = logger.info
+) -> tuple[Layer, Evidence]:
+    """Build an image, prove it, and tag it.
 
-    layer: Layer
-    evidence: Evidence
-
-
-def build(request: Request, engine: Engine, written: Path, *, say: Callable[[str], None] = logger.info) -> Built:
-    """Build an image, prove it, and give it its name.
-
-    Whatever ends it, no container, no volume and no half-made image stays; the state of a bake that was finished does.
+    A failure or an interrupt leaves no container, volume or unfinished image. The state of a finished bake is kept.
 
     Args:
-        request: what to build.
-        engine: to build with.
-        written: where the evidence of the proof goes, passed or not.
-        say: called with one line for each step.
+        request: the settings of the build.
+        engine: the engine that builds.
+        output: path for the evidence, which is written even if the proof fails.
+        say: is called with one line for each step.
+
+    Returns:
+        the layer of the warm state, and the evidence.
 
     Raises:
-        IntegrityError: the state that is kept has the signature of another one beside it.
-        BadInputError, EngineError: as `check`; or a step failed.
-        NotWarmError: a container of the image missed; nothing was tagged.
+        IntegrityError: the stored state has the signature of another state.
+        BadInputError, EngineError: the request is refused by `check_request`, or a step failed.
+        NotWarmError: a container of the image had a cache miss. The image has no tag.
     """
-    check(request, engine)
-    written.unlink(missing_ok=True)  # an older proof must not stand for this one
+    check_request(request, engine)
+    output.unlink(missing_ok=True)  # evidence of an earlier build would be misleading
     with contextlib.ExitStack() as stack:
 
         def temporary(stage: str) -> str:
-            """A name that goes at the end, with the image if it has no other."""
+            """Return a name that is removed at the end, together with its image if that has no other name."""
             name = unproven_name(request.tag, stage)
-            stack.callback(engine.forget, name)
+            stack.callback(engine.untag, name)
             return name
 
         cold = temporary("cold")
-        _build(engine, request, "cold", cold, say)
+        _build_stage(engine, request, "cold", cold, say)
         unproven = temporary("warm")
-        layer, image = _with_state(request, engine, cold, unproven, temporary, say)
-        say("prove, in a container of it")
+        layer, image = _add_state(request, engine, cold, unproven, temporary, say)
+        say("prove the image, in a container")
         evidence = prove(engine, unproven, device="cpu" if request.route == "no-gpu" else request.device)
         document = evidence.to_json()
-        write_whole(written, document)
-        require_passed(evidence, written, again=again(request))
+        write_whole(output, document)
+        require_passed(evidence, output, rebake_hint=request.rebake_hint())
         labels = {EVIDENCE: f"sha256:{hashlib.sha256(document.encode()).hexdigest()}"}
         proven = add_layers(image, [], Change(labels=labels), created=image.config["created"])
-        engine.load(unproven, [], proven, temporary("proven"))
-        check_tag(request, engine)  # minutes have passed, and somebody may have taken the name
-        engine.tag(unproven_name(request.tag, "proven"), request.tag)
-    return Built(layer=layer, evidence=evidence)
+        name = temporary("proven")
+        engine.load(unproven, [], proven, name)
+        check_tag(request, engine)  # the build took minutes, and another process may have used the tag
+        engine.tag(name, request.tag)
+    return layer, evidence
 
 
-def _with_state(
-    request: Request,
+def _add_state(
+    request: BuildRequest,
     engine: Engine,
     cold: str,
     unproven: str,
     temporary: Callable[[str], str],
     say: Callable[[str], None],
 ) -> tuple[Layer, Image]:
-    """Put a warm state on top of the cold image: the one that is kept, or a new one."""
+    """Add a warm state to the cold image: the stored state if it has the same recipe and fits, or a new one."""
     warm = request.warm.absolute()
     warm.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(warm):
-        if not request.rebake and _made_by(warm) == request.recipe():
-            say(f"the state of {warm} was made by this recipe")
-            if (signature := default_signature(warm)).is_file():
-                check_signed(warm, signature)  # what is signed is somebody's: neither shipped nor baked over unasked
+        if not request.rebake and _stored_recipe(warm) == request.recipe():
+            say(f"the stored state {warm} has the same recipe")
+            if default_signature(warm).is_file():
+                State.read(warm).find_signature()  # a signed state that was changed is neither used nor replaced
             try:
-                appended = _append_here(request, engine, cold, unproven)
+                added = _load_state(request, engine, cold, unproven)
                 _verify(engine, unproven, request)
             except (IntegrityError, FingerprintMismatchError) as error:
-                say(f"it is of no use here: {error.message}")
+                say(f"the stored state cannot be used: {error.message}")
             else:
-                say("it fits the image: nothing is baked")
-                return appended
+                say("the stored state fits the image: no bake is needed")
+                return added
         stage = "bake" if request.route == "dockerfile" else "tools"
         image = temporary(stage)
-        _build(engine, request, stage, image, say)
+        _build_stage(engine, request, stage, image, say)
         if stage == "tools":
             say("bake, in a container")
         with staging_folder(warm) as staging:
-            _recipe_file(warm).unlink(missing_ok=True)
-            made = _baked(request, engine, image, staging)
-            manifest = read_manifest(made)
-            check_layout(manifest, made)
-            seal(made)
-            _forget_signature(warm, say)
-            put_in_place(made, warm)
-        text = json.dumps(asdict(request.recipe()), indent=1, sort_keys=True) + "\n"
-        _recipe_file(warm).write_text(text, encoding="utf-8")
-    return _append_here(request, engine, cold, unproven)
+            _recipe_path(warm).unlink(missing_ok=True)
+            baked = _bake(request, engine, image, staging)
+            State.open(baked)
+            seal(baked)
+            if (signature := default_signature(warm)).exists():
+                signature.unlink()
+                say(f"removed {signature}, the signature of the replaced state: sign the new one")
+            put_in_place(baked, warm)
+        recipe = json.dumps(request.recipe(), indent=1, sort_keys=True) + "\n"
+        _recipe_path(warm).write_text(recipe, encoding="utf-8")
+    return _load_state(request, engine, cold, unproven)
 
 
-def _forget_signature(warm: Path, say: Callable[[str], None]) -> None:
-    """Remove the signature of the state that is replaced: it must not go along with the new one."""
-    if (signature := default_signature(warm)).exists():
-        signature.unlink()
-        say(f"{signature} was of the state before this one, and is removed: sign the new one")
-
-
-def _baked(request: Request, engine: Engine, image: str, staging: Path) -> Path:
-    """Bake in a container, or take what the Dockerfile baked; the state as a folder in, or at, `staging`."""
+def _bake(request: BuildRequest, engine: Engine, image: str, staging: Path) -> Path:
+    """Bake in a container, or copy the state out of the Dockerfile's bake stage. Return the folder of the state."""
     if request.route == "dockerfile":
-        # The stage has no entrypoint, and nothing to run.
-        engine.run(Run(image=image, command=["true"], isolated=False, export=(PurePosixPath(WARM), staging)))
+        # The stage has no entrypoint, so a container of it needs some program to run.
+        container = ContainerRun(image=image, command=["true"], isolated=False, export=(PurePosixPath(WARM), staging))
+        engine.run(container)
         return next(path for path in staging.iterdir() if path.name[0] != ".")
-    recipe = request.recipe()
-    places = {name: PurePosixPath("/tmp") / f"{name}{clip.suffix}" for name, clip in request.voices.items()}  # noqa: S108
-    command = ["bake", *recipe.arguments()]
-    for name, place in places.items():
-        command += ["--voice", f"{name}={place}"]
-    container = Run(
+    clips = {name: PurePosixPath("/tmp") / f"{name}{clip.suffix}" for name, clip in request.voices.items()}  # noqa: S108
+    voices = [word for name, path in clips.items() for word in ("--voice", f"{name}={path}")]
+    container = ContainerRun(
         image=image,
-        command=command,
-        device=recipe.device,
+        command=[*request.bake_command(), *voices],
+        device=request.bake_device,
         isolated=False,
-        files={place: request.voices[name] for name, place in places.items()},
-        environment={ARGUMENTS[name]: value for name, value in told(request.arguments, os.environ).items()},
+        files={path: request.voices[name] for name, path in clips.items()},
+        environment={ARGUMENTS[name]: value for name, value in builder_args(request.arguments, os.environ).items()},
         export=(PurePosixPath(WARM), staging),
         follow=True,
     )
@@ -176,41 +157,41 @@ def _baked(request: Request, engine: Engine, image: str, staging: Path) -> Path:
     return staging
 
 
-def _append_here(request: Request, engine: Engine, cold: str, unproven: str) -> tuple[Layer, Image]:
-    """Load the state that is kept on top of the cold image."""
+def _load_state(request: BuildRequest, engine: Engine, cold: str, unproven: str) -> tuple[Layer, Image]:
+    """Load the stored state on top of the cold image, as the image `unproven`."""
     base = engine.image(cold)
-    with gather([request.warm]) as addition:
-        change = change_for(base, addition, device=request.device)
-        image = add_layers(base, addition.layers, change, created=addition.created)
-        engine.load(cold, addition.layers, image, unproven)
-        return addition.layers[0], image
+    with pack_states([request.warm]) as added:
+        change = change_for(base, added, device=request.device)
+        image = add_layers(base, added.layers, change, created=added.created)
+        engine.load(cold, added.layers, image, unproven)
+        return added.layers[0], image
 
 
-def _verify(engine: Engine, image: str, request: Request) -> None:
-    """Whether the state of an image fits it, and the engine's GPU.
+def _verify(engine: Engine, image: str, request: BuildRequest) -> None:
+    """Check that the state of an image fits the image and the engine's GPU.
 
     Raises:
         FingerprintMismatchError, IntegrityError: it does not.
     """
-    device = request.recipe().device
-    engine.run(Run(image=image, command=["verify", "--device", device], device=device))
+    device = request.bake_device
+    engine.run(ContainerRun(image=image, command=["verify", "--device", device], device=device))
 
 
-def _made_by(warm: Path) -> Recipe | None:
-    """The recipe of the state that is kept there, if it is known."""
+def _stored_recipe(warm: Path) -> object:
+    """Read the recipe of the stored state, or return None if there is no state or its recipe is unknown."""
     if not (warm / MANIFEST_NAME).is_file():
         return None
     try:
-        return Recipe(**json.loads(_recipe_file(warm).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return json.loads(_recipe_path(warm).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
 
 
-def _recipe_file(warm: Path) -> Path:
-    """Beside the state, which holds nothing that its manifest does not list."""
+def _recipe_path(warm: Path) -> Path:
+    # Not in the folder of the state, because the manifest must list every file there.
     return warm.with_name(f"{warm.name}.recipe.json")
 
 
-def _build(engine: Engine, request: Request, stage: str, tag: str, say: Callable[[str], None]) -> None:
-    say(in_words(request, engine, stage, tag))
-    run_build(engine, arguments_of(request, stage, tag), dockerfile=dockerfile_of(request, stage))
+def _build_stage(engine: Engine, request: BuildRequest, stage: str, tag: str, say: Callable[[str], None]) -> None:
+    say(request.command_line(engine, stage, tag))
+    run_build(engine, request.build_arguments(stage, tag), dockerfile=request.classic_dockerfile(stage))

@@ -1,4 +1,4 @@
-"""A base image and new layers, composed; of a base only its documents are read."""
+"""Compose a base image and new layers into an image; only the documents of the base are read."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from chatterbox_prewarm.image.layer import Layer
-    from chatterbox_prewarm.image.oci import Descriptor, Readable
+    from chatterbox_prewarm.image.oci import Descriptor, Store
 
-#: What the kernel calls an architecture, and what an image does.
+#: The kernel's name of an architecture -> the name in images.
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What becomes of a base's configuration; what is None stays as it is. Labels that are dropped are the base's."""
+    """Changes to the configuration of a base image. `dropped` names labels of the base; None keeps the base's value."""
 
     labels: Mapping[str, str] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
@@ -38,7 +38,7 @@ class Change:
     command: Sequence[str] | None = None
 
     def overlaid(self, other: Change) -> Change:
-        """This change with another on top, which wins where both say something."""
+        """Return both changes combined; `other` takes precedence."""
         return Change(
             labels={**self.labels, **other.labels},
             dropped=self.dropped | other.dropped,
@@ -48,25 +48,24 @@ class Change:
         )
 
 
-#: What leaves a base's configuration as it is.
 NO_CHANGE = Change()
 
 
 def platform_of(machine: str) -> str:
-    """The platform of images for a machine, as "linux/amd64" for the kernel's "x86_64"."""
+    """Return the image platform of a machine, e.g. "linux/amd64" for the kernel's "x86_64"."""
     return f"linux/{_ARCHITECTURES.get(machine, machine)}"
 
 
-def resolve(store: Readable, reference: str, *, platform: str = "") -> Image:
-    """Read an image's documents; of an index, the image for a platform.
+def resolve(store: Store, reference: str, *, platform: str = "") -> Image:
+    """Read the manifest and the configuration of an image; an index is searched for the platform.
 
     Args:
-        store: where it is.
-        reference: its tag or digest.
-        platform: "os/architecture"; of this machine by default.
+        store: Has the image.
+        reference: Its tag or digest.
+        platform: "os/architecture". Default: that of this machine.
 
     Raises:
-        EngineError: there is no such image, or none for the platform.
+        EngineError: The image does not exist, is malformed, or is for another platform.
     """
     platform = platform or platform_of(this_machine.machine())
     document = store.read_manifest(reference)
@@ -74,32 +73,33 @@ def resolve(store: Readable, reference: str, *, platform: str = "") -> Image:
         document = store.read_manifest(_choose(read_index(document), platform, reference).digest)
     if document.media_type not in MANIFESTS:
         raise EngineError(
-            f"{reference} is no image, but of the media type {document.media_type!r}", next_step="check the reference"
+            f"{reference} is not an image; its media type is {document.media_type!r}", next_step="check the reference"
         )
-    described = config_descriptor(document)
-    if described.size > MAX_DOCUMENT:
+    config = config_descriptor(document)
+    if config.size > MAX_DOCUMENT:
         raise EngineError(
-            f"the configuration of {reference} has {described.size} bytes, more than {MAX_DOCUMENT}",
+            f"the configuration of {reference} has {config.size} bytes; the limit is {MAX_DOCUMENT}",
             next_step="check the reference",
         )
-    with store.open_blob(described) as stream:
+    with store.open_blob(config) as stream:
         image = read_image(document, stream.read())
     if not _matches(image.platform, platform):
         raise EngineError(
             f"{reference} is an image for {image.platform}, not for {platform}",
-            next_step="choose a base for that platform, or another with --platform",
+            next_step="choose a base for that platform, or another platform with --platform",
         )
     return image
 
 
 def add_layers(base: Image, layers: Sequence[Layer], change: Change, *, created: str) -> Image:
-    """The image that has `layers` on top of `base`.
+    """Return an image with `layers` on top of `base`.
 
     Args:
-        base: what lies below.
-        layers: in their order, the lowest first.
-        change: of the configuration.
-        created: an RFC 3339 time; the same input is to give the same image, so it is not the present one.
+        base: The base image.
+        layers: The new layers, lowest first.
+        change: Changes to the configuration.
+        created: The creation time of the image (RFC 3339). It is not the current time, so that equal inputs give equal
+            images.
     """
     config = dict(base.config)
     settings: dict[str, Any] = dict(config.get("config") or {})
@@ -114,12 +114,12 @@ def add_layers(base: Image, layers: Sequence[Layer], change: Change, *, created:
     config["config"] = settings
     config["created"] = created
     config["rootfs"] = {"type": "layers", "diff_ids": [*base.diff_ids, *(f"sha256:{one.diff_id}" for one in layers)]}
-    if config.get("history") or not base.diff_ids:  # with none for the layers below, ours would be taken for theirs
+    if config.get("history") or not base.diff_ids:  # without the base's history, ours would describe its layers
         config["history"] = [
             *(config.get("history") or []),
             *({"created": created, "created_by": f"chatterbox-prewarm append: {one.title}"} for one in layers),
         ]
-    # What an engine notes of the container that it built the base in, and is no part of an image.
+    # Docker records the container that it built the base in; that is not part of an image.
     for name in ("container", "container_config"):
         config.pop(name, None)
     return Image(
@@ -128,19 +128,19 @@ def add_layers(base: Image, layers: Sequence[Layer], change: Change, *, created:
 
 
 def _choose(entries: Sequence[Descriptor], platform: str, reference: str) -> Descriptor:
-    """The image of an index that is for a platform; attestations are for an unknown one."""
+    """Choose the image for a platform from an index. Attestations have the platform "unknown/unknown"."""
     images = [entry for entry in entries if entry.media_type in MANIFESTS and entry.platform != "unknown/unknown"]
     if len(images) == 1 and not images[0].platform:
         return images[0]
     if chosen := [entry for entry in images if _matches(entry.platform, platform)]:
         return chosen[0]
-    known = ", ".join(sorted({entry.platform or "an unnamed one" for entry in images})) or "none"
+    known = ", ".join(sorted({entry.platform or "(no platform)" for entry in images})) or "(no images)"
     raise EngineError(
-        f"{reference} has no image for {platform}, only for: {known}", next_step="choose another with --platform"
+        f"{reference} has no image for {platform}, only for: {known}", next_step="choose another platform with --platform"
     )
 
 
 def _matches(found: str, wanted: str) -> bool:
-    """Whether an image of one platform runs on another: a variant counts only where both name one."""
+    """Compare two platforms; variants are only compared if both have one."""
     parts, wanted_parts = found.split("/"), wanted.split("/")
     return parts[:2] == wanted_parts[:2] and (len(parts) < 3 or len(wanted_parts) < 3 or parts[2] == wanted_parts[2])

@@ -1,139 +1,136 @@
-"""Docker archives: what `docker save` writes and `docker load` reads, a tar whose `manifest.json` lists images."""
+"""Docker archives, which `docker save` writes and `docker load` reads: a tar whose `manifest.json` lists images."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import os
 import re
 import tarfile
-from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from chatterbox_prewarm.errors import EngineError, from_os_error
+from chatterbox_prewarm.errors import BadInputError, EngineError, from_os_error
 from chatterbox_prewarm.image.oci import (
     MAX_DOCUMENT,
     OCI_CONFIG,
     OCI_LAYER,
     OCI_LAYER_GZIP,
     OCI_LAYER_ZSTD,
-    OCI_MANIFEST,
     Descriptor,
     Document,
     Image,
     digest_of,
-    dump,
+    image_manifest,
     to_documents,
 )
+from chatterbox_prewarm.system.atomic_files import atomic_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    Opened = Callable[[], AbstractContextManager[BinaryIO]]
+    from chatterbox_prewarm.image.oci import OpenStream
 
 _CHUNK = 1 << 20
-#: What a compressed layer begins with (RFC 1952, RFC 8878), and its media type; a tar begins with a name.
-_COMPRESSED = {b"\x1f\x8b": OCI_LAYER_GZIP, b"\x28\xb5\x2f\xfd": OCI_LAYER_ZSTD}
-#: The name of a member that says its digest, as in a layout.
+#: The first bytes of a compressed layer (RFC 1952, RFC 8878), and its media type. A tar starts with a file name.
+_MAGIC = {b"\x1f\x8b": OCI_LAYER_GZIP, b"\x28\xb5\x2f\xfd": OCI_LAYER_ZSTD}
+#: The member name of a blob that contains its digest, as in an OCI layout.
 _BLOB = re.compile(r"blobs/sha256/([0-9a-f]{64})")
 
 
 class Archive:
-    """The images of an archive, for reading as a `Store` is read.
+    """An archive as a `Store`, read-only.
 
-    An archive of `docker save` has its layers as tars, whose digests are their diff ids. One that `append` wrote has
-    them as they came, most of them compressed, and so has another digest for each; they are handed on as they are.
+    `docker save` writes layers uncompressed, so their digests are their diff ids. `append` writes them as they are,
+    usually compressed. Both kinds are read without a change.
 
     Args:
-        path: of the archive.
+        path: The archive.
 
     Raises:
-        EngineError: it is none.
+        EngineError: It is not an uncompressed archive of `docker save`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        #: One per image.
+        self._manifests: list[Document] = []
+        self._tags: dict[str, Document] = {}
+        #: Digest -> the bytes of a configuration, or the member name of a layer.
+        self._blobs: dict[str, bytes | str] = {}
         try:
             with tarfile.open(path, "r:") as tar:
-                self._images = _images(tar)
+                entries = json.loads(_read_document(tar, "manifest.json"))
+                if not isinstance(entries, list) or not entries:
+                    raise TypeError("its manifest.json lists no images")
+                for entry in entries:
+                    self._add_image(tar, entry)
         except (OSError, tarfile.TarError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise EngineError(
-                f"{path} is no archive of `docker save`: {error!r}", next_step="save the image again, uncompressed"
+                f"{path} is not an archive of `docker save`: {error!r}", next_step="save the image again, uncompressed"
             ) from error
 
     def read_manifest(self, reference: str) -> Document:
-        """The manifest that the image would have: by tag ("name:tag"), or of the archive's one image."""
-        saved = self._find(reference)
-        if saved is None:
-            known = ", ".join(tag for image in self._images for tag in image.tags) or "none"
-            raise EngineError(f"{self.path} has no image {reference!r}", next_step=f"choose one it has: {known}")
-        manifest = {
-            "schemaVersion": 2,
-            "mediaType": OCI_MANIFEST,
-            "config": {"mediaType": OCI_CONFIG, "digest": digest_of(saved.config), "size": len(saved.config)},
-            "layers": [layer.to_json() for layer in saved.layers],
-        }
-        return Document(media_type=OCI_MANIFEST, raw=dump(manifest))
+        """Return the OCI manifest of an image, by "name:tag", or "" if the archive has only one image."""
+        manifest = self._find(reference)
+        if manifest is None:
+            known = ", ".join(self._tags) or "(no names)"
+            raise EngineError(f"{self.path} has no image {reference!r}", next_step=f"choose one that it has: {known}")
+        return manifest
 
     def has_manifest(self, reference: str) -> bool:
-        """Whether there is such an image."""
+        """See `Store.has_manifest`."""
         return self._find(reference) is not None
 
     @contextlib.contextmanager
     def open_blob(self, descriptor: Descriptor) -> Iterator[BinaryIO]:
-        """A layer or a configuration by its digest; whoever stores it compares it with that."""
-        for saved in self._images:
-            if digest_of(saved.config) == descriptor.digest:
-                yield BytesIO(saved.config)
-                return
-            for layer, name in zip(saved.layers, saved.names, strict=True):
-                if layer.digest == descriptor.digest:
-                    with tarfile.open(self.path, "r:") as tar, cast("BinaryIO", tar.extractfile(name)) as stream:
-                        yield stream
-                    return
-        raise EngineError(f"{self.path} has no blob {descriptor.digest}", next_step="save the image again")
+        """Open a layer or a configuration. The digest is not verified here, but by every store that it is put into."""
+        blob = self._blobs.get(descriptor.digest)
+        if blob is None:
+            raise EngineError(f"{self.path} has no blob {descriptor.digest}", next_step="save the image again")
+        if isinstance(blob, bytes):
+            yield BytesIO(blob)
+            return
+        with tarfile.open(self.path, "r:") as tar, cast("BinaryIO", tar.extractfile(blob)) as stream:
+            yield stream
 
-    def _find(self, reference: str) -> _Saved | None:
-        for saved in self._images:
-            if reference in saved.tags:
-                return saved
-        return self._images[0] if len(self._images) == 1 and not reference else None
+    def has_blob(self, descriptor: Descriptor) -> bool:
+        """See `Store.has_blob`."""
+        return descriptor.digest in self._blobs
 
+    def put_blob(self, descriptor: Descriptor, open_stream: OpenStream) -> None:  # noqa: ARG002
+        """Raise BadInputError: `save_archive` writes an archive as a whole."""
+        raise self._read_only()
 
-@dataclass(frozen=True, kw_only=True)
-class _Saved:
-    """An image of an archive: its tags, its configuration, its layers and the members that hold them."""
+    def put_manifest(self, document: Document, reference: str) -> None:  # noqa: ARG002
+        """Raise BadInputError: `save_archive` writes an archive as a whole."""
+        raise self._read_only()
 
-    tags: tuple[str, ...]
-    config: bytes
-    layers: tuple[Descriptor, ...]
-    names: tuple[str, ...]
-
-    @classmethod
-    def read(cls, tar: tarfile.TarFile, entry: Mapping[str, Any]) -> _Saved:
-        """Read what `manifest.json` says of an image."""
-        config = _document(tar, entry["Config"])
+    def _add_image(self, tar: tarfile.TarFile, entry: Mapping[str, Any]) -> None:
+        config = _read_document(tar, entry["Config"])
         diff_ids = json.loads(config)["rootfs"]["diff_ids"]
-        return cls(
-            tags=tuple(entry.get("RepoTags") or ()),
-            config=config,
-            names=tuple(entry["Layers"]),
-            layers=tuple(_layer(tar, name, diff_id) for diff_id, name in zip(diff_ids, entry["Layers"], strict=True)),
+        layers = [_describe_layer(tar, name, diff_id) for diff_id, name in zip(diff_ids, entry["Layers"], strict=True)]
+        described = Descriptor(media_type=OCI_CONFIG, digest=digest_of(config), size=len(config))
+        manifest = image_manifest(described, layers)
+        self._manifests.append(manifest)
+        self._tags.update(dict.fromkeys(entry.get("RepoTags") or (), manifest))
+        self._blobs[described.digest] = config
+        self._blobs.update((layer.digest, name) for layer, name in zip(layers, entry["Layers"], strict=True))
+
+    def _find(self, reference: str) -> Document | None:
+        if not reference and len(self._manifests) == 1:
+            return self._manifests[0]
+        return self._tags.get(reference)
+
+    def _read_only(self) -> BadInputError:
+        return BadInputError(
+            f"the Docker archive {self.path} cannot be changed",
+            next_step="name a registry, or a layout as oci:PATH:TAG",
         )
 
 
-def _images(tar: tarfile.TarFile) -> list[_Saved]:
-    listed = json.loads(_document(tar, "manifest.json"))
-    if not isinstance(listed, list) or not listed:
-        raise TypeError("its manifest.json lists no images")
-    return [_Saved.read(tar, entry) for entry in listed]
-
-
-def _document(tar: tarfile.TarFile, name: str) -> bytes:
+def _read_document(tar: tarfile.TarFile, name: str) -> bytes:
     stream = tar.extractfile(name)
     if stream is None:
         raise LookupError(name)
@@ -144,104 +141,91 @@ def _document(tar: tarfile.TarFile, name: str) -> bytes:
     return raw
 
 
-def _layer(tar: tarfile.TarFile, name: str, diff_id: str) -> Descriptor:
-    """What describes the layer of a member; `docker save` links one that an image has twice.
+def _describe_layer(tar: tarfile.TarFile, name: str, diff_id: str) -> Descriptor:
+    """Return the descriptor of a layer.
 
-    A compressed one is read to its end for its digest, unless its name is that: whoever stores it compares them.
+    Computing the digest of a compressed layer reads all of it, unless its name is the digest.
     """
-    stream = tar.extractfile(name)  # follows links within the archive
+    stream = tar.extractfile(name)  # follows a link: `docker save` links a layer that an image has twice
     if stream is None:
         raise LookupError(name)
     with stream:
-        head = stream.read(max(map(len, _COMPRESSED)))
-        size = stream.seek(0, os.SEEK_END)
-        media_type = next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), OCI_LAYER)
+        head = stream.read(max(map(len, _MAGIC)))
+        size = stream.seek(0, 2)
+        media_type = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), OCI_LAYER)
         if media_type == OCI_LAYER:
             digest = diff_id
-        elif named := _BLOB.fullmatch(name):
-            digest = f"sha256:{named[1]}"
+        elif match := _BLOB.fullmatch(name):
+            digest = f"sha256:{match[1]}"
         else:
-            sha256 = hashlib.sha256()
             stream.seek(0)
+            sha256 = hashlib.sha256()
             while chunk := stream.read(_CHUNK):
                 sha256.update(chunk)
             digest = f"sha256:{sha256.hexdigest()}"
     return Descriptor(media_type=media_type, digest=digest, size=size)
 
 
-def write_archive(image: Image, tag: str, blobs: Mapping[str, Opened], target: BinaryIO) -> None:
+def write_archive(image: Image, tag: str, blobs: Mapping[str, OpenStream], target: BinaryIO) -> None:
     """Write an image for `docker load` as a stream.
 
     Args:
-        image: to write.
-        tag: "name:tag" that it gets.
-        blobs: opens the layers by digest. One that is left out the engine must have already: with the same layers
-            below it, an engine takes its own without a look at the archive.
-        target: what is written to.
+        image: The image.
+        tag: "name:tag" of the image in the archive.
+        blobs: Digest -> opens the layer. Omit a layer if the engine has it, with the same layers below it: the engine
+            then does not read it from the archive.
+        target: A stream for writing.
 
     Raises:
-        EngineError: a blob is not what its descriptor says.
+        EngineError: A layer differs from its descriptor.
     """
     _, descriptor, config = to_documents(image)
-    listed = [
-        {"Config": _path(descriptor.digest), "RepoTags": [tag], "Layers": [_path(one.digest) for one in image.layers]}
-    ]
-    with tarfile.open(fileobj=target, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-        _add(tar, "manifest.json", BytesIO(json.dumps(listed).encode()))
-        _add(tar, _path(descriptor.digest), BytesIO(config))
-        for layer in {one.digest: one for one in image.layers}.values():
-            if layer.digest in blobs:
-                with blobs[layer.digest]() as stream:
-                    _add_blob(tar, layer, stream)
+    layers = [_member_name(layer.digest) for layer in image.layers]
+    entries = [{"Config": _member_name(descriptor.digest), "RepoTags": [tag], "Layers": layers}]
+    listing = json.dumps(entries).encode()
+    _write_member(target, "manifest.json", len(listing), BytesIO(listing))
+    _write_member(target, _member_name(descriptor.digest), len(config), BytesIO(config))
+    for layer in {one.digest: one for one in image.layers}.values():  # an image can have a layer twice
+        if layer.digest in blobs:
+            with blobs[layer.digest]() as stream:
+                digest = _write_member(target, _member_name(layer.digest), layer.size, stream)
+                if digest != layer.digest or stream.read(1):
+                    raise EngineError(
+                        f"the content of layer {layer.digest} differs from its digest",
+                        next_step="try again, or create the layer again",
+                    )
+    target.write(b"\0" * (2 * tarfile.BLOCKSIZE))
 
 
-def save_archive(image: Image, tag: str, blobs: Mapping[str, Opened], path: Path) -> None:
-    """Write an image to an archive in a file, all of it or nothing.
+def save_archive(image: Image, tag: str, blobs: Mapping[str, OpenStream], path: Path) -> None:
+    """Write an image to an archive file atomically.
 
     Raises:
-        EngineError: as `write_archive`.
-        BadInputError: the file cannot be written.
+        EngineError: See `write_archive`.
+        BadInputError: The file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
+        with atomic_file(path) as temporary, temporary.open("wb") as stream:
             write_archive(image, tag, blobs, stream)
-        temporary.replace(path)
     except OSError as error:
         raise from_os_error(error, f"writing the archive {path}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _path(digest: str) -> str:
+def _member_name(digest: str) -> str:
     return "blobs/" + digest.replace(":", "/")
 
 
-def _add(tar: tarfile.TarFile, name: str, content: BytesIO) -> None:
+def _write_member(target: BinaryIO, name: str, size: int, stream: BinaryIO) -> str:
+    """Write a tar member of `size` bytes, and return the digest of the bytes that were read."""
     info = tarfile.TarInfo(name)
-    info.size = len(content.getvalue())
-    tar.addfile(info, content)
-
-
-def _add_blob(tar: tarfile.TarFile, layer: Descriptor, stream: BinaryIO) -> None:
-    """A blob as a member; what is no such blob must not end as one."""
-    info = tarfile.TarInfo(_path(layer.digest))
-    info.size = layer.size
-    checked = _Checked(stream)
-    tar.addfile(info, cast("Any", checked))
-    if checked.sha256.hexdigest() != layer.digest.removeprefix("sha256:") or stream.read(1):
-        raise EngineError(f"the blob {layer.digest} has another content", next_step="try again, or make it again")
-
-
-class _Checked:
-    """Hashes what is read."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.sha256 = hashlib.sha256()
-
-    def read(self, size: int) -> bytes:
-        data = self._stream.read(size)
-        self.sha256.update(data)
-        return data
+    info.size = size
+    target.write(info.tobuf(tarfile.PAX_FORMAT))
+    sha256 = hashlib.sha256()
+    remaining = size
+    while chunk := stream.read(min(_CHUNK, remaining)):
+        sha256.update(chunk)
+        target.write(chunk)
+        remaining -= len(chunk)
+    target.write(b"\0" * (-size % tarfile.BLOCKSIZE))
+    return f"sha256:{sha256.hexdigest()}"

@@ -1,13 +1,12 @@
-"""Variants of the Dockerfile for builders that the one of the project is not for.
+"""Variants of the project's Dockerfile for other builders.
 
-A step that wants a GPU by CDI says so (`RUN --device`), which a builder older than BuildKit 0.20 cannot parse. Docker's
-classic builder knows no mounts, and builds every stage that it reads.
+A step that needs a GPU through CDI has to say so (`RUN --device`), which a builder older than BuildKit 0.20 cannot
+parse. Docker's classic builder does not support mounts, and builds every stage of the file.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
@@ -16,125 +15,84 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 VARIANTS = ("cdi", "classic")
-#: The frontend that knows `RUN --device`; BuildKit's documentation, "Container Device Interface".
+#: The Dockerfile frontend that supports `RUN --device`; see "Container Device Interface" in BuildKit's documentation.
 _SYNTAX = "# syntax=docker/dockerfile:1-labs\n"
 _GPU = "nvidia.com/gpu=all"
-#: The step that bakes, by what it runs.
+#: The program that the bake step runs.
 _BAKE = "/build/bake.py"
 _FROM = re.compile(r"FROM\s+(?P<base>\S+)(?:\s+AS\s+(?P<name>\S+))?", re.IGNORECASE)
 _ARGUMENT = re.compile(r"ARG\s+(?P<name>\w+)=(?P<value>\S*)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stage:
-    """A stage: its name, the base that it names, its instructions, comments between them included."""
-
-    name: str
-    base: str
-    lines: tuple[str, ...]
-
-    @property
-    def needs(self) -> set[str]:
-        """The stages that its steps name."""
-        return set(re.findall(r"(?:--from=|[,\s]from=)([\w.-]+)", "\n".join(self.lines)))
+_RUN = re.compile(r"^RUN (?:.*\\\n)*.*\n", re.MULTILINE)
 
 
 def for_cdi(text: str) -> str:
-    """The Dockerfile with the builder's GPUs in the step that bakes.
+    """Return the Dockerfile with the builder's GPUs in the bake step.
 
     Raises:
-        BadInputError: it has no such step.
+        BadInputError: there is no bake step.
     """
-    lines = text.splitlines(keepends=True)
-    step = _step(lines, _BAKE)
-    lines[step] = lines[step].replace("RUN ", f"RUN --device={_GPU} ", 1)
-    return _SYNTAX + "".join(lines)
+    for step in _RUN.finditer(text):
+        if _BAKE in step[0]:
+            with_gpu = step[0].replace("RUN ", f"RUN --device={_GPU} ", 1)
+            return _SYNTAX + text[: step.start()] + with_gpu + text[step.end() :]
+    raise BadInputError(
+        f"the Dockerfile has no step that runs {_BAKE}", next_step="name the Dockerfile of this project"
+    )
 
 
 def for_classic(text: str, arguments: Mapping[str, str], target: str) -> str:
-    """The Dockerfile without mounts, and without the stages that `target` does not stand on.
+    """Return the Dockerfile without mounts, and only with the stages that `target` needs.
 
-    What was a cache is none; a secret is not there; what was bound from a stage is copied from it.
+    A cache or a secret is left out. A folder that is bound from another stage is copied instead.
 
     Args:
         text: the Dockerfile.
-        arguments: build arguments that choose stages, where they are not the default.
-        target: the last stage.
+        arguments: build arguments that select stages, if they differ from the defaults.
+        target: name of the last stage.
 
     Raises:
         BadInputError: there is no such stage.
     """
-    head, stages = _stages(text)
-    defaults = {found["name"]: found["value"] for line in head if (found := _ARGUMENT.match(line))}
-    values = {**defaults, **arguments}
-    bases = {stage.name: _resolved(stage.base, values) for stage in stages}
-    named = {stage.name: stage for stage in stages}
-    if target not in named:
-        raise BadInputError(f"the Dockerfile has no stage {target!r}", next_step=f"choose from: {', '.join(named)}")
-    wanted, left = set[str](), [target]
-    while left:
-        name = left.pop()
-        if name in named and name not in wanted:
-            wanted.add(name)
-            left += [bases[name], *named[name].needs]
-    kept = [line for stage in stages if stage.name in wanted for line in _unmounted(stage.lines)]
-    return "".join([*head, *kept])
+    head, stages = _split(text)
+    if target not in stages:
+        raise BadInputError(f"the Dockerfile has no stage {target!r}", next_step=f"choose from: {', '.join(stages)}")
+    defaults = {match["name"]: match["value"] for line in head if (match := _ARGUMENT.match(line))}
+    needed, queue = set[str](), [target]
+    while queue:
+        name = queue.pop()
+        if name in stages and name not in needed:
+            needed.add(name)
+            queue += _references(stages[name], {**defaults, **arguments})
+    kept = "".join(line for name, lines in stages.items() if name in needed for line in lines)
+    return "".join(head) + _RUN.sub(_without_mounts, kept)
 
 
-def _stages(text: str) -> tuple[list[str], list[_Stage]]:
-    """What comes before the first stage, and the stages."""
+def _split(text: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the lines before the first stage, and the lines of each stage by its name or number."""
     head: list[str] = []
-    parts: list[list[str]] = []
+    stages: dict[str, list[str]] = {}
+    current = head
     for line in text.splitlines(keepends=True):
-        if _FROM.match(line):
-            parts.append([])
-        (parts[-1] if parts else head).append(line)
-    stages = []
-    for number, lines in enumerate(parts):
-        found = _FROM.match(lines[0])
-        assert found is not None
-        stages.append(_Stage(name=found["name"] or str(number), base=found["base"], lines=tuple(lines)))
+        if match := _FROM.match(line):
+            current = stages.setdefault(match["name"] or str(len(stages)), [])
+        current.append(line)
     return head, stages
 
 
-def _resolved(base: str, values: Mapping[str, str]) -> str:
-    return re.sub(r"\$\{(\w+)\}", lambda found: values.get(found[1], ""), base)
+def _references(stage: Sequence[str], arguments: Mapping[str, str]) -> list[str]:
+    """Return the stages and images that a stage is based on or copies from."""
+    first = re.sub(r"\$\{(\w+)\}", lambda match: arguments.get(match[1], ""), stage[0])
+    return [
+        *(match["base"] for match in _FROM.finditer(first)),
+        *re.findall(r"(?:--from=|[,\s]from=)([\w.-]+)", "".join(stage)),
+    ]
 
 
-def _unmounted(lines: Sequence[str]) -> list[str]:
-    """The lines of a stage, its mounts taken out; a folder bound from another stage is copied before the step."""
-    result: list[str] = []
-    start = 0
-    for line in lines:
-        if line.startswith("RUN "):
-            start = len(result)
-        rest = line
-        for mount in re.findall(r"--mount=(\S+)\s*", line):
-            settings = dict(part.partition("=")[::2] for part in mount.split(","))
-            if settings.get("type") == "bind" and "from" in settings:
-                result.insert(start, f"COPY --from={settings['from']} {settings['source']} {settings['target']}\n")
-                start += 1
-            rest = re.sub(r"--mount=\S+\s*", "", rest, count=1)
-        if rest is not line and rest.strip() in {"", "\\"}:
-            continue  # a line of mounts alone
-        result.append(rest)
-    return [re.sub(r"^RUN \\\n", "RUN ", line) for line in _joined(result)]
-
-
-def _joined(lines: Sequence[str]) -> list[str]:
-    """A `RUN` that lost all that stood on its line goes on with the next one."""
-    result: list[str] = []
-    for line in lines:
-        if result and re.fullmatch(r"RUN\s*\\\n", result[-1]):
-            result[-1] = f"RUN {line.lstrip()}"
-        else:
-            result.append(line)
-    return result
-
-
-def _step(lines: Sequence[str], run: str) -> int:
-    """The line that begins the step which runs a program."""
-    for number, line in enumerate(lines):
-        if run in line and not line.startswith(("COPY", "#")):
-            return max(index for index in range(number + 1) if lines[index].startswith("RUN "))
-    raise BadInputError(f"the Dockerfile has no step that runs {run}", next_step="name the Dockerfile of this project")
+def _without_mounts(step: re.Match[str]) -> str:
+    """Return a RUN step without its mounts, after a COPY for each folder that it binds from another stage."""
+    copies = []
+    for mount in re.findall(r"--mount=(\S+)", step[0]):
+        options = dict(part.partition("=")[::2] for part in mount.split(","))
+        if options.get("type") == "bind" and "from" in options:
+            copies.append(f"COPY --from={options['from']} {options['source']} {options['target']}\n")
+    return "".join(copies) + re.sub(r"--mount=\S+\s*(?:\\\n\s*)?", "", step[0])

@@ -1,7 +1,7 @@
-"""Labels: what a finished image says about its warm states, so that a node can be judged before it pulls a byte.
+"""Labels of a finished image, which tell whether a node would hit before it pulls anything.
 
-One label for each property, for people and policies, and `io.chatterbox-prewarm.states`, compact JSON, for this
-project: of every state its key, what it is, and what each family requires of a machine and its software.
+There is one label for each property, for people and policies, and `io.chatterbox-prewarm.states`, compact JSON for this
+project: the key and the properties of every state, and what each of its families requires of a machine.
 """
 
 from __future__ import annotations
@@ -13,33 +13,35 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, EngineError
-from chatterbox_prewarm.state.folder import key_of
 from chatterbox_prewarm.state.manifest import SCHEMA_VERSION, Measurements
+from chatterbox_prewarm.state.state import state_key
 from chatterbox_prewarm.system.fingerprint import device_kind
 from chatterbox_prewarm.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from chatterbox_prewarm.state.manifest import Manifest
 
 PREFIX = "io.chatterbox-prewarm."
 STATES = f"{PREFIX}states"
-#: The digest of the evidence that the image, with just the states that it has, was proven by.
+#: Digest of the evidence that proved the image with exactly the states that it contains.
 EVIDENCE = f"{PREFIX}evidence"
-#: Of the label `states`, apart from the manifest's.
+#: Schema of the label `states`. It is independent of the manifest's schema.
 STATES_SCHEMA = 1
 _OCI = "org.opencontainers.image."
-#: What a label holds for a property that a state has not, such as the GPU of one for a CPU.
+#: Properties with a label for people: the fields of `StateLabel`, with "-" instead of "_".
+_PROPERTIES = ("variant", "profile", "gpu", "compute-capability", "driver", "torch", "set-digest")
+#: Value of a property that a state does not have, such as the GPU of a state for a CPU.
 _NONE = "none"
-#: A number of a label is below it: seconds, or bytes.
-_MOST = 1 << 50
+#: Seconds and bytes in a label must be below this number.
+_LIMIT = 1 << 50
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyLabel:
-    """A cache family of a state: its bytes, and the facts that its reuse depends on, but those of single files."""
+    """A cache family of a state: its size in bytes, and the facts that it requires, except those of single files."""
 
     name: str
     size: int
@@ -48,12 +50,15 @@ class FamilyLabel:
 
 @dataclass(frozen=True, kw_only=True)
 class StateLabel:
-    """A state of an image, as far as its labels tell; `device` is the kind that it was baked for.
+    """A state of an image, as its label describes it.
 
-    `gpu`, `compute_capability` and `driver` are "none" for a state that was baked for a CPU. `made_of` is a SHA-256
-    over what the bake was given, weights and parameters with the clips of voices, since two bakes of the same need not
-    give one set digest: a compiler may give other bytes. It is empty in the labels of an older version, and `measured`
-    is all 0.
+    Attributes:
+        device: kind of device that the state was baked for, "cpu" or "cuda".
+        gpu, compute_capability, driver: "none" for a state that was baked for a CPU.
+        inputs_digest: SHA-256 over the inputs of the bake, that is weights, parameters and voice clips. Two bakes from
+            the same inputs may have different set digests, because compilers may produce different bytes. Empty in the
+            labels of older versions.
+        measured: all 0 in the labels of older versions.
     """
 
     key: str
@@ -67,115 +72,72 @@ class StateLabel:
     driver: str
     torch: str
     families: tuple[FamilyLabel, ...]
-    made_of: str = ""
+    inputs_digest: str = ""
     measured: Measurements = field(default_factory=Measurements)
 
 
-#: The fields of a state that are text, in the label as in the class.
-_TEXTS = tuple(one.name for one in fields(StateLabel) if one.name not in {"families", "made_of", "measured"})
+#: Fields of a state that are text and have the same name in the JSON document.
+_TEXTS = tuple(one.name for one in fields(StateLabel) if one.name not in {"families", "inputs_digest", "measured"})
 
 
-def labels_of(
+def image_labels(
     manifests: Sequence[Manifest],
     *,
-    beside: Sequence[StateLabel] = (),
-    created: str | None = None,
+    existing: Sequence[StateLabel] = (),
     base_name: str = "",
     base_digest: str = "",
 ) -> dict[str, str]:
-    """The labels of an image that holds these states.
+    """Return the labels of an image that contains these states.
 
-    Where states differ in a property, its label holds all values, each once, in the order of the states' keys, joined
-    by a comma and a space.
+    If states differ in a property, its label has every value once, in the order of the states' keys, separated by a
+    comma and a space. The creation time is the time of the newest bake, so that the same states give the same labels.
 
     Args:
-        manifests: of the states, at least one.
-        beside: the states that the image has already.
-        created: when the image was made, as RFC 3339 has it; by default when the newest state was baked, so that the
-            same states give the same labels.
-        base_name: the reference of the image that the states were added to, if it is known.
-        base_digest: the digest of its manifest.
+        manifests: manifests of the new states, at least one.
+        existing: the states that the image already contains.
+        base_name: reference of the image that the states were added to, or "".
+        base_digest: digest of that image's manifest, or "".
 
     Raises:
-        BadInputError: there is no state, or two have one key, and so one folder in the image.
+        BadInputError: there is no state, or two states have the same key and therefore the same folder in the image.
     """
     if not manifests:
         raise BadInputError("an image without a warm state has no labels", next_step="name at least one state")
-    found = [*beside, *map(label_of, manifests)]
-    states = {state.key: state for state in found}
-    if len(states) != len(found):
+    labels = [*existing, *map(state_label, manifests)]
+    states = sorted({label.key: label for label in labels}.values(), key=lambda label: label.key)
+    if len(states) != len(labels):
         raise BadInputError(
-            "two of the states are for one machine, one software and one profile", next_step="leave one of them out"
+            "two of the states are for the same machine, software and profile", next_step="leave one of them out"
         )
-    ordered = [states[key] for key in sorted(states)]
-
-    def joined(value: Callable[[StateLabel], str]) -> str:
-        return ", ".join(dict.fromkeys(map(value, ordered)))
-
     standard = {
         "title": "chatterbox-prewarm",
         "description": "Chatterbox TTS with its warm state baked in",
         "version": __version__,
         "licenses": "MIT",
-        "created": created or max(state.created for state in ordered),
+        "created": max(state.created for state in states),
         "base.name": base_name,
         "base.digest": base_digest,
     }
+    properties = {
+        name: ", ".join(dict.fromkeys(getattr(state, name.replace("-", "_")) for state in states))
+        for name in _PROPERTIES
+    }
+    document = {"schema": STATES_SCHEMA, "states": [_state_to_json(state) for state in states]}
     return {
         **{f"{_OCI}{name}": value for name, value in standard.items() if value},
         f"{PREFIX}schema": str(SCHEMA_VERSION),
-        f"{PREFIX}variant": joined(lambda state: state.variant),
-        f"{PREFIX}profile": joined(lambda state: state.profile),
-        f"{PREFIX}gpu": joined(lambda state: state.gpu),
-        f"{PREFIX}compute-capability": joined(lambda state: state.compute_capability),
-        f"{PREFIX}driver": joined(lambda state: state.driver),
-        f"{PREFIX}torch": joined(lambda state: state.torch),
-        f"{PREFIX}set-digest": joined(lambda state: state.set_digest),
-        STATES: _dump({"schema": STATES_SCHEMA, "states": [_state(found) for found in ordered]}),
+        **{f"{PREFIX}{name}": value for name, value in properties.items()},
+        STATES: json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False),
     }
 
 
-def read_states(labels: Mapping[str, str]) -> tuple[StateLabel, ...]:
-    """Read the states that an image's labels tell of.
-
-    Raises:
-        EngineError: there is no such label, it is malformed, or of a newer schema.
-    """
-    if STATES not in labels:
-        raise EngineError(
-            f"the image has no label {STATES}, so it does not say which nodes would hit",
-            next_step="check the reference; label it by adding its warm state with this version",
-        )
-    try:
-        return _parse(json.loads(labels[STATES]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise EngineError(
-            f"the label {STATES} is malformed: {error!r}", next_step="build the image again, or check who changed it"
-        ) from error
-
-
-def _parse(raw: Mapping[str, Any]) -> tuple[StateLabel, ...]:
-    schema = raw["schema"]
-    if type(schema) is not int or schema < 1:
-        raise ValueError(f"its schema is {schema!r}")
-    if schema > STATES_SCHEMA:
-        raise EngineError(
-            f"the label {STATES} is of schema {schema}; this version reads up to {STATES_SCHEMA}",
-            next_step="upgrade chatterbox-prewarm",
-        )
-    states = tuple(_parse_state(entry) for entry in raw["states"])
-    if not states or len({state.key for state in states}) != len(states):
-        raise ValueError("it tells of no state, or of one twice")
-    return states
-
-
-def label_of(manifest: Manifest) -> StateLabel:
-    """What the labels of an image tell of a state."""
-    given = [manifest.weights.set_digest, dict(manifest.provenance.parameters)]
+def state_label(manifest: Manifest) -> StateLabel:
+    """Describe a state as the labels of an image do."""
+    inputs = [manifest.weights.set_digest, dict(manifest.provenance.parameters)]
     device, fingerprint = device_kind(manifest.reference.device), manifest.fingerprint
     of_gpu = fingerprint if device == "cuda" else {}
     return StateLabel(
-        key=key_of(manifest),
+        key=state_key(manifest),
         set_digest=manifest.set_digest,
         variant=manifest.variant,
         profile=manifest.execution.profile,
@@ -193,16 +155,53 @@ def label_of(manifest: Manifest) -> StateLabel:
             )
             for family in manifest.families
         ),
-        made_of=hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest(),
+        inputs_digest=hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
         measured=manifest.measured,
     )
 
 
-def _state(state: StateLabel) -> dict[str, Any]:
+def read_states(labels: Mapping[str, str]) -> tuple[StateLabel, ...]:
+    """Read the states that an image's labels describe.
+
+    Raises:
+        EngineError: the label is missing or malformed, or has a newer schema.
+    """
+    if STATES not in labels:
+        raise EngineError(
+            f"the image has no label {STATES}, so it is unknown which nodes would hit",
+            next_step="check the reference, or label the image by adding its warm state with this version",
+        )
+    try:
+        return _parse(json.loads(labels[STATES]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise EngineError(
+            f"the label {STATES} is malformed: {error!r}", next_step="rebuild the image, or check who changed the label"
+        ) from error
+
+
+def _parse(raw: Mapping[str, Any]) -> tuple[StateLabel, ...]:
+    schema = raw["schema"]
+    if type(schema) is not int or schema < 1:
+        raise ValueError(f"its schema is {schema!r}")
+    if schema > STATES_SCHEMA:
+        raise EngineError(
+            f"the label {STATES} has schema {schema}, but this version reads schemas up to {STATES_SCHEMA}",
+            next_step="upgrade chatterbox-prewarm",
+        )
+    states = tuple(_parse_state(entry) for entry in raw["states"])
+    if not states or len({state.key for state in states}) != len(states):
+        raise ValueError("it describes no state, or the same state twice")
+    return states
+
+
+def _state_to_json(state: StateLabel) -> dict[str, Any]:
     families = {family.name: {"bytes": family.size, "requires": family.requires} for family in state.families}
-    made_of = {"made_of": state.made_of} if state.made_of else {}
-    measured = {"measured": asdict(state.measured)} if state.measured != Measurements() else {}
-    return {**{name: getattr(state, name) for name in _TEXTS}, **made_of, **measured, "families": families}
+    document = {name: getattr(state, name) for name in _TEXTS} | {"families": families}
+    if state.inputs_digest:
+        document["made_of"] = state.inputs_digest
+    if state.measured != Measurements():
+        document["measured"] = asdict(state.measured)
+    return document
 
 
 def _parse_state(raw: Mapping[str, Any]) -> StateLabel:
@@ -210,34 +209,30 @@ def _parse_state(raw: Mapping[str, Any]) -> StateLabel:
     for name, family in raw["families"].items():
         size, requires = family["bytes"], family["requires"]
         if type(size) is not int or size < 0:
-            raise ValueError(f"the bytes of {name} are {size!r}")
+            raise ValueError(f"the size of {name} is {size!r} bytes")
         families.append(
             FamilyLabel(name=name, size=size, requires={_text(fact): _text(requires[fact]) for fact in requires})
         )
     if not _SHA256.fullmatch(_text(raw["set_digest"])):
-        raise ValueError(f"{raw['set_digest']!r} is no set digest")
+        raise ValueError(f"{raw['set_digest']!r} is not a set digest")
     return StateLabel(
         **{name: _text(raw[name]) for name in _TEXTS},
         families=tuple(families),
-        made_of=_text(raw.get("made_of", "")),
+        inputs_digest=_text(raw.get("made_of", "")),
         measured=_parse_measured(raw.get("measured", {})),
     )
 
 
 def _parse_measured(raw: Mapping[str, Any]) -> Measurements:
-    """What is known of it here; a newer version may have measured more."""
-    found = {name: raw[name] for name in raw.keys() & {one.name for one in fields(Measurements)}}
-    for name, value in found.items():
-        if type(value) not in {int, float} or not 0 <= value < _MOST:
+    """Read the measurements that this version knows; a newer version may have added others."""
+    measured = {name: raw[name] for name in raw.keys() & {one.name for one in fields(Measurements)}}
+    for name, value in measured.items():
+        if type(value) not in {int, float} or not 0 <= value < _LIMIT:
             raise ValueError(f"{name} is {value!r}")
-    return Measurements(**found)
+    return Measurements(**measured)
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise TypeError(f"{value!r} is not text")
     return value
-
-
-def _dump(document: Mapping[str, Any]) -> str:
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""The matrix of a project: which warm states its images are to have, in `prewarm.toml`, a bake for each.
+"""The matrix of a project: the warm states that its images need, as `prewarm.toml` lists them.
 
     [image]
     base = "registry.example.com/speech:cold"
@@ -10,8 +10,8 @@
     profiles = ["aot"]
     voices = { fox = "clips/fox.wav" }
 
-Every combination of a table's variants, GPUs and profiles is one bake, numbered in the order of the file. An empty list
-of GPUs is a bake for the CPU.
+Each combination of a table's variants, GPUs and profiles is one bake. The bakes are numbered in the order of the file.
+An empty list of GPUs is a bake for the CPU.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.errors import BadInputError, from_os_error
+from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, from_os_error
 from chatterbox_prewarm.model.profiles import PROFILES, T3_DTYPES
 from chatterbox_prewarm.model.text import check_voice_name
+from chatterbox_prewarm.system.fingerprint import ABSENT
 from chatterbox_prewarm.weights.variants import VARIANTS
 
 if sys.version_info >= (3, 11):
@@ -34,15 +35,32 @@ else:
     import tomli as tomllib
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
-FILE = "prewarm.toml"
+    from chatterbox_prewarm.image.build_request import BuildRequest
+
+MATRIX_NAME = "prewarm.toml"
+#: The keys of a table `[[bake]]` and their default values.
+_BAKE_DEFAULTS: Mapping[str, Any] = {
+    "variants": ["english"],
+    "gpus": [],
+    "profiles": ["aot"],
+    "t3_dtype": "float32",
+    "levels": "1,2,3",
+    "voices": {},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bake:
-    """One bake: `gpu` is the product name that NVML gives, or empty for the CPU; voices are names and clips."""
+    """One bake of a matrix.
+
+    Attributes:
+        gpu: product name as NVML reports it, or "" for the CPU.
+        levels: warm-up levels, separated by commas.
+        voices: names of voices and their reference clips.
+    """
 
     variant: str
     gpu: str
@@ -53,74 +71,63 @@ class Bake:
 
     @property
     def device(self) -> str:
-        """As torch names it."""
+        """The torch device, "cuda" or "cpu"."""
         return "cuda" if self.gpu else "cpu"
 
     @property
     def title(self) -> str:
-        """For people."""
+        """A description for users."""
         return f"{self.variant}, {self.gpu or 'CPU'}, {self.profile}, {self.t3_dtype}"
 
     @property
     def name(self) -> str:
-        """The same as a part of a file's or an image's name; two bakes of a matrix have two."""
-        words = re.sub(r"[^a-z0-9.,_\- ]", lambda found: f"x{ord(found[0]):x}", self.title.lower())  # an L4+ is no L4
+        """The title as part of the name of a file or an image; unique in a matrix."""
+        # Unusual characters become their code points, because "L4+" and "L4" are two GPUs.
+        words = re.sub(r"[^a-z0-9.,_\- ]", lambda match: f"x{ord(match[0]):x}", self.title.lower())
         return re.sub(r"[^a-z0-9.]+", "-", words)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """All bakes, and the images that they are added to."""
+    """All bakes, the image without a state that they are added to (`base`), and the name of the result (`target`)."""
 
     base: str
     target: str
     bakes: tuple[Bake, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Table:
-    """A table `[[bake]]` as it stands in the file."""
-
-    variants: list[str] = field(default_factory=lambda: ["english"])
-    gpus: list[str] = field(default_factory=list)
-    profiles: list[str] = field(default_factory=lambda: ["aot"])
-    t3_dtype: str = "float32"
-    levels: str = "1,2,3"
-    voices: dict[str, str] = field(default_factory=dict)
-
-
-def read(path: Path) -> Matrix:
-    """Read a matrix; clips are named relative to its folder.
+def read_matrix(path: Path) -> Matrix:
+    """Read a matrix. Paths of clips are relative to its folder.
 
     Raises:
-        BadInputError: it cannot be read, is no such matrix, or asks for what there is not.
+        BadInputError: the file cannot be read, is not a matrix, or has an unknown variant, profile or dtype.
     """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise _bad(path, f"it is not TOML: {error}") from error
+        raise _invalid(path, f"it is not TOML: {error}") from error
     except OSError as error:
         raise from_os_error(error, f"reading the matrix {path}") from error
-    if extra := raw.keys() - {"image", "bake"}:
-        raise _bad(path, f"it has a table {min(extra)!r}")
+    if unknown := raw.keys() - {"image", "bake"}:
+        raise _invalid(path, f"it has an unknown table {min(unknown)!r}")
     image, tables = raw.get("image"), raw.get("bake")
     if not isinstance(image, dict) or image.keys() != {"base", "target"}:
-        raise _bad(path, "its table [image] does not have just `base` and `target`")
+        raise _invalid(path, "its table [image] must have exactly the keys `base` and `target`")
     if not all(isinstance(value, str) and value for value in image.values()):
-        raise _bad(path, "the base and the target are names of images")
+        raise _invalid(path, "the base and the target must be names of images")
     if not isinstance(tables, list) or not tables:
-        raise _bad(path, "it has no table [[bake]]")
-    bakes = tuple(bake for table in tables for bake in _bakes(path, table))
+        raise _invalid(path, "it has no table [[bake]]")
+    bakes = tuple(bake for table in tables for bake in _read_bakes(path, table))
     if len({bake.name for bake in bakes}) != len(bakes):
-        raise _bad(path, "two of its bakes are for one variant, GPU and profile")
+        raise _invalid(path, "two of its bakes have the same variant, GPU and profile")
     return Matrix(base=image["base"], target=image["target"], bakes=bakes)
 
 
 def to_toml(matrix: Matrix) -> str:
-    """A matrix as text that `read` understands, a table for each bake; clips stand there as they are named."""
+    """Write a matrix as text for `read_matrix`, with one table for each bake and the paths of clips unchanged."""
 
     def text(value: str) -> str:
-        # A string of JSON is one of TOML, but for a delete character, which no name has.
+        # A JSON string is a TOML string, unless it contains a delete character, and names do not.
         return json.dumps(value, ensure_ascii=False)
 
     lines = ["[image]", f"base = {text(matrix.base)}", f"target = {text(matrix.target)}"]
@@ -139,36 +146,90 @@ def to_toml(matrix: Matrix) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _bakes(path: Path, raw: Any) -> list[Bake]:
+def select_builds(matrix: Matrix, template: BuildRequest, *, gpu: str) -> tuple[list[BuildRequest], list[str]]:
+    """Select the bakes that this machine can do, each as the build of one image.
+
+    Args:
+        matrix: the bakes.
+        template: settings that all builds share. The name of the bake is added to its tag (by default the matrix's
+            target) and to its `warm`.
+        gpu: GPU of this machine as NVML reports it, or `ABSENT`.
+
+    Returns:
+        the builds, and for each skipped bake one line with its number and the reason.
+
+    Raises:
+        FingerprintMismatchError: this machine can do no bake of the matrix.
+    """
+    requests, skipped = [], []
+    tag = template.tag or matrix.target
+    separator = "-" if ":" in tag.rpartition("/")[2] else ":"
+    for number, bake in enumerate(matrix.bakes):
+        if reason := _reason_to_skip(bake, template.route, gpu):
+            skipped.append(f"{number}: {bake.title}: {reason}")
+            continue
+        requests.append(
+            replace(
+                template,
+                tag=f"{tag}{separator}{bake.name}",
+                warm=template.warm / bake.name,
+                device=bake.device,
+                profile=bake.profile,
+                t3_dtype=bake.t3_dtype,
+                levels=bake.levels,
+                voices=bake.voices,
+                arguments={**template.arguments, "VARIANT": bake.variant},
+            )
+        )
+    if not requests:
+        raise FingerprintMismatchError(
+            f"this machine can do no bake of the matrix: {'; '.join(skipped)}",
+            next_step="run this on a machine with such a GPU, or add --route no-gpu to bake only what needs no GPU",
+        )
+    return requests, skipped
+
+
+def _reason_to_skip(bake: Bake, route: str, gpu: str) -> str:
+    """Say why this machine cannot do a bake; "" if it can."""
+    if route == "no-gpu":
+        return "" if bake.gpu else "--route no-gpu is only for images for a GPU"
+    if not bake.gpu or bake.gpu == gpu:
+        return ""
+    return "this machine has no GPU" if gpu == ABSENT else f"this machine has the GPU {gpu}"
+
+
+def _read_bakes(path: Path, raw: Any) -> list[Bake]:
+    """Read the bakes of one table `[[bake]]`."""
     if not isinstance(raw, dict):
-        raise _bad(path, "a [[bake]] is no table")
-    if extra := raw.keys() - {one.name for one in fields(_Table)}:
-        raise _bad(path, f"a [[bake]] has the key {min(extra)!r}")
-    table = _Table(**raw)
-    _check(path, "variants", table.variants, VARIANTS)
-    _check(path, "profiles", table.profiles, PROFILES)
-    _check(path, "t3_dtype", [table.t3_dtype], T3_DTYPES)
-    _check(path, "gpus", table.gpus, None)
-    if not isinstance(table.levels, str):
-        raise _bad(path, f'levels is {table.levels!r}, and no text as in "1,2,3"')
-    if not isinstance(table.voices, dict) or not all(isinstance(clip, str) for clip in table.voices.values()):
-        raise _bad(path, "voices is no table of names and clips")
-    voices = {check_voice_name(name): path.parent / clip for name, clip in table.voices.items()}
+        raise _invalid(path, "a [[bake]] is not a table")
+    if unknown := raw.keys() - _BAKE_DEFAULTS.keys():
+        raise _invalid(path, f"a [[bake]] has the unknown key {min(unknown)!r}")
+    table = {**_BAKE_DEFAULTS, **raw}
+    _check_texts(path, "variants", table["variants"], VARIANTS)
+    _check_texts(path, "profiles", table["profiles"], PROFILES)
+    _check_texts(path, "t3_dtype", [table["t3_dtype"]], T3_DTYPES)
+    _check_texts(path, "gpus", table["gpus"])
+    levels, clips = table["levels"], table["voices"]
+    if not isinstance(levels, str):
+        raise _invalid(path, f'levels is {levels!r}, but must be text such as "1,2,3"')
+    if not isinstance(clips, dict) or not all(isinstance(clip, str) for clip in clips.values()):
+        raise _invalid(path, "voices must be a table of names and clips")
+    voices = {check_voice_name(name): path.parent / clip for name, clip in clips.items()}
     return [
-        Bake(variant=variant, gpu=gpu, profile=profile, t3_dtype=table.t3_dtype, levels=table.levels, voices=voices)
-        for variant, gpu, profile in product(table.variants, table.gpus or [""], table.profiles)
+        Bake(variant=variant, gpu=gpu, profile=profile, t3_dtype=table["t3_dtype"], levels=levels, voices=voices)
+        for variant, gpu, profile in product(table["variants"], table["gpus"] or [""], table["profiles"])
     ]
 
 
-def _check(path: Path, name: str, values: Any, known: Any) -> None:
-    """Make sure that a key is a list of known texts."""
+def _check_texts(path: Path, name: str, values: Any, allowed: Collection[str] | None = None) -> None:
+    """Check that the values of a key are a list of texts, and that each of them is allowed."""
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise _bad(path, f"{name} is {values!r}, and no list of texts")
-    if known is not None and (unknown := [value for value in values if value not in known]):
-        raise _bad(path, f"{name} names {unknown[0]!r}; there are: {', '.join(known)}")
+        raise _invalid(path, f"{name} is {values!r}, but must be a list of texts")
+    if allowed is not None and (unknown := [value for value in values if value not in allowed]):
+        raise _invalid(path, f"{name} has {unknown[0]!r}; choose from: {', '.join(allowed)}")
 
 
-def _bad(path: Path, why: str) -> BadInputError:
+def _invalid(path: Path, reason: str) -> BadInputError:
     return BadInputError(
-        f"{path} is no matrix of bakes: {why}", next_step="see the section on clusters in docs/images.md"
+        f"{path} is not a matrix of bakes: {reason}", next_step='see the section "On a cluster" in docs/images.md'
     )

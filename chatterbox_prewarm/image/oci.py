@@ -1,21 +1,19 @@
-"""Images as data: descriptors, manifests and configurations of the OCI image specification, and of Docker's before it.
+"""Images as data: descriptors, manifests and configurations of the OCI image specification, and of Docker before it.
 
-Nothing here touches a disk or a network: a `Store` does, a registry's repository or a layout in a folder.
+This module reads no disk and no network; a `Store` does.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from chatterbox_prewarm.errors import EngineError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from contextlib import AbstractContextManager
+from chatterbox_prewarm.image.references import is_digest
 
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -32,52 +30,59 @@ DOCKER_LAYER_GZIP = f"{DOCKER_LAYER}.gzip"
 
 INDEXES = (OCI_INDEX, DOCKER_INDEX)
 MANIFESTS = (OCI_MANIFEST, DOCKER_MANIFEST)
-#: What a layer of Docker's kind is called in an OCI manifest; the bytes are the same.
+#: OCI's media type for the same bytes.
 _AS_OCI = {
     DOCKER_CONFIG: OCI_CONFIG,
     DOCKER_LAYER: OCI_LAYER,
     DOCKER_LAYER_GZIP: OCI_LAYER_GZIP,
 }
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-#: A manifest or a configuration is some kilobytes; a registry may be anybody's.
+#: Bytes of a manifest or a configuration. Real ones have some kilobytes; registries are not trusted.
 MAX_DOCUMENT = 4 << 20
+
+#: Opens a blob at its first byte. It can be called again, e.g. for a retry.
+OpenStream = Callable[[], AbstractContextManager[BinaryIO]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Descriptor:
-    """What names a blob: its media type, its digest ("sha256:" and hexadecimal), its size in bytes."""
+    """Identifies a blob: media type, digest ("sha256:" and 64 hexadecimal digits) and size in bytes."""
 
     media_type: str
     digest: str
     size: int
     annotations: Mapping[str, str] = field(default_factory=dict)
-    #: "os/architecture" or "os/architecture/variant", of an entry of an index.
+    #: "os/architecture" or "os/architecture/variant", in an index.
     platform: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a manifest."""
-        found: dict[str, Any] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
+        """Return the descriptor as an entry of a manifest."""
+        entry: dict[str, Any] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
         if self.annotations:
-            found["annotations"] = dict(self.annotations)
-        return found
+            entry["annotations"] = dict(self.annotations)
+        return entry
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A manifest or an index, as bytes: its digest is over these."""
+    """A manifest or an index as bytes, because its digest covers the exact bytes."""
 
     media_type: str
     raw: bytes
 
     @property
     def digest(self) -> str:
-        """Of the bytes."""
+        """The digest of the bytes."""
         return digest_of(self.raw)
+
+    @property
+    def descriptor(self) -> Descriptor:
+        """The descriptor of the document."""
+        return Descriptor(media_type=self.media_type, digest=self.digest, size=len(self.raw))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """An image: its configuration, and descriptors of its layers from the lowest up."""
+    """An image: its configuration and the descriptors of its layers, lowest first."""
 
     config: Mapping[str, Any]
     layers: tuple[Descriptor, ...]
@@ -85,69 +90,72 @@ class Image:
 
     @property
     def labels(self) -> dict[str, str]:
-        """The labels of its configuration."""
+        """The labels."""
         return dict((self.config.get("config") or {}).get("Labels") or {})
 
     @property
     def platform(self) -> str:
-        """What it runs on, "os/architecture" or "os/architecture/variant"."""
-        parts = (self.config.get("os"), self.config.get("architecture"), self.config.get("variant"))
-        return "/".join(str(part) for part in parts if part)
+        """The platform: "os/architecture" or "os/architecture/variant"."""
+        return _platform(self.config)
 
     @property
     def diff_ids(self) -> tuple[str, ...]:
-        """Digests of the layers' tars, uncompressed."""
+        """The digests of the uncompressed layers."""
         return tuple(self.config["rootfs"]["diff_ids"])
 
 
-class Readable(Protocol):
-    """Where an image is read from.
+class Store(Protocol):
+    """Stores the blobs and manifests of images: a registry repository, an OCI layout or a Docker archive.
 
-    Every method raises EngineError: the place cannot be reached, refuses, or has something else than it should.
+    Every method raises EngineError if the store cannot be reached, refuses, or has damaged content.
     """
 
     def read_manifest(self, reference: str) -> Document:
-        """A manifest or an index, by tag or by digest; its bytes are checked against a digest asked for.
+        """Read a manifest or an index by tag or digest, and verify its digest.
 
         Raises:
-            EngineError: there is none of that name.
+            EngineError: It does not exist.
         """
 
     def has_manifest(self, reference: str) -> bool:
-        """Whether there is a manifest of that tag or digest."""
+        """Return whether a manifest with this tag or digest exists."""
 
     def open_blob(self, descriptor: Descriptor) -> AbstractContextManager[BinaryIO]:
-        """A blob for reading, as a stream; its digest and size are checked, at its end at the latest."""
-
-
-class Store(Readable, Protocol):
-    """Where an image's blobs and manifests are kept: a repository of a registry, or a layout in a folder."""
+        """Open a blob as a stream. Its digest and size are verified when the stream ends, or before."""
 
     def has_blob(self, descriptor: Descriptor) -> bool:
-        """Whether the blob is there already."""
+        """Return whether the blob is stored already."""
 
-    def put_blob(self, descriptor: Descriptor, opened: Callable[[], AbstractContextManager[BinaryIO]]) -> None:
-        """Store a blob as a stream; `opened` opens it from its beginning, for every attempt anew."""
+    def put_blob(self, descriptor: Descriptor, open_stream: OpenStream) -> None:
+        """Store a blob, and verify its digest and size.
+
+        Raises:
+            BadInputError: The store is read-only.
+        """
 
     def put_manifest(self, document: Document, reference: str) -> None:
-        """Store a manifest or an index under a tag, or under its own digest."""
+        """Store a manifest or an index under a tag, or under its own digest.
+
+        Raises:
+            BadInputError: The store is read-only.
+        """
 
 
 def digest_of(content: bytes) -> str:
-    """The digest of bytes in memory."""
+    """Return the digest of some bytes."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def dump(document: Mapping[str, Any]) -> bytes:
-    """A document as bytes that depend on its content alone."""
+    """Serialize a document; equal documents have equal bytes."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def read_index(document: Document) -> tuple[Descriptor, ...]:
-    """The entries of an index.
+    """Parse the entries of an index.
 
     Raises:
-        EngineError: it is none.
+        EngineError: It is not an index.
     """
     raw = _parse(document.raw, "an image index")
     try:
@@ -157,10 +165,10 @@ def read_index(document: Document) -> tuple[Descriptor, ...]:
 
 
 def read_image(document: Document, config: bytes) -> Image:
-    """An image from its manifest and the blob of its configuration.
+    """Parse an image from its manifest and its configuration.
 
     Raises:
-        EngineError: they are no image, or do not belong together.
+        EngineError: They are malformed, or do not belong together.
     """
     manifest = _parse(document.raw, "an image manifest")
     parsed = _parse(config, "an image configuration")
@@ -182,10 +190,10 @@ def read_image(document: Document, config: bytes) -> Image:
 
 
 def config_descriptor(document: Document) -> Descriptor:
-    """The descriptor of an image's configuration.
+    """Parse the descriptor of an image's configuration from its manifest.
 
     Raises:
-        EngineError: the manifest names none.
+        EngineError: The manifest is malformed.
     """
     try:
         return _descriptor(_parse(document.raw, "an image manifest")["config"])
@@ -194,46 +202,61 @@ def config_descriptor(document: Document) -> Descriptor:
 
 
 def to_documents(image: Image) -> tuple[Document, Descriptor, bytes]:
-    """An image as an OCI manifest, with the descriptor and the bytes of its configuration."""
+    """Return the OCI manifest of an image, and the descriptor and the bytes of its configuration."""
     config = dump(image.config)
     descriptor = Descriptor(media_type=OCI_CONFIG, digest=digest_of(config), size=len(config))
+    return image_manifest(descriptor, image.layers, image.annotations), descriptor, config
+
+
+def image_manifest(
+    config: Descriptor, layers: Sequence[Descriptor], annotations: Mapping[str, str] | None = None, **more: Any
+) -> Document:
+    """Return an OCI manifest; `more` are further members of it, e.g. its subject."""
     manifest: dict[str, Any] = {
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,
-        "config": descriptor.to_json(),
-        "layers": [layer.to_json() for layer in image.layers],
+        "config": config.to_json(),
+        "layers": [layer.to_json() for layer in layers],
+        **more,
     }
-    if image.annotations:
-        manifest["annotations"] = dict(image.annotations)
-    return Document(media_type=OCI_MANIFEST, raw=dump(manifest)), descriptor, config
+    if annotations:
+        manifest["annotations"] = dict(annotations)
+    return Document(media_type=OCI_MANIFEST, raw=dump(manifest))
+
+
+def image_index(entries: list[dict[str, Any]]) -> Document:
+    """Return an OCI index with these entries."""
+    return Document(media_type=OCI_INDEX, raw=dump({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}))
 
 
 def _descriptor(raw: Mapping[str, Any]) -> Descriptor:
-    """Parse a descriptor; one of Docker's media types gets OCI's."""
+    """Parse a descriptor, and replace Docker's media types by OCI's."""
     media_type, digest, size = raw["mediaType"], raw["digest"], raw["size"]
-    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-        raise ValueError(f"{digest!r} is no digest of SHA-256")
+    if not isinstance(digest, str) or not is_digest(digest):
+        raise ValueError(f"{digest!r} is not a SHA-256 digest")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise ValueError(f"{size!r} is no size")
-    platform = raw.get("platform") or {}
-    parts = (platform.get("os"), platform.get("architecture"), platform.get("variant"))
+        raise ValueError(f"{size!r} is not a size")
     return Descriptor(
         media_type=_AS_OCI.get(media_type, media_type),
         digest=digest,
         size=size,
         annotations=dict(raw.get("annotations") or {}),
-        platform="/".join(part for part in parts if part),
+        platform=_platform(raw.get("platform") or {}),
     )
+
+
+def _platform(raw: Mapping[str, Any]) -> str:
+    return "/".join(str(raw[key]) for key in ("os", "architecture", "variant") if raw.get(key))
 
 
 def _parse(raw: bytes, what: str) -> dict[str, Any]:
     try:
-        found = json.loads(raw)
+        parsed = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise _malformed(what, error) from error
-    if not isinstance(found, dict):
-        raise _malformed(what, TypeError(f"it is a {type(found).__name__}"))
-    return found
+    if not isinstance(parsed, dict):
+        raise _malformed(what, TypeError(f"it is a {type(parsed).__name__}"))
+    return parsed
 
 
 def _malformed(what: str, error: Exception) -> EngineError:

@@ -1,7 +1,7 @@
-"""gzip in members of a fixed size: compressed on all cores, and the same bytes however many there are.
+"""Compress with gzip on all cores; the output does not depend on their number.
 
-RFC 1952 lets a file consist of any number of members, one after another; layers of the kind eStargz are such files, and
-every engine reads them. Each member begins with an empty window, which costs about a percent.
+The content is cut into blocks, and each becomes one gzip member. RFC 1952 allows any number of members in a file, and
+every engine reads them. Each member starts with an empty window, which costs about one percent of size.
 """
 
 from __future__ import annotations
@@ -17,45 +17,45 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 #: Bytes of a member before compression.
-MEMBER = 1 << 20
-#: Of zlib: a header and a trailer of gzip around the data; the header has no name and no time.
-_GZIP = 16 + zlib.MAX_WBITS
-#: Each holds members in memory, and hashing keeps up with no more.
-_MOST_THREADS = 8
+MEMBER_SIZE = 1 << 20
+#: zlib's window size for a gzip header and trailer; the header has no name and no time.
+_GZIP_WINDOW = 16 + zlib.MAX_WBITS
+#: Hashing the output cannot keep up with more threads, and each holds members in memory.
+_MAX_THREADS = 8
 
 
-def compressed(pieces: Iterable[bytes], level: int) -> Iterator[bytes]:
-    """Compress what comes in pieces of any size; at most some twenty members are in memory.
+def gzip_chunks(chunks: Iterable[bytes], level: int) -> Iterator[bytes]:
+    """Yield the gzip members of a content that comes in chunks of any size. About 20 members are in memory at most.
 
     Args:
-        pieces: of the content.
-        level: of zlib, 0 to 9.
+        chunks: The content.
+        level: zlib's compression level, 0 to 9.
     """
-    threads = min(os.cpu_count() or 1, _MOST_THREADS)
-    waiting: deque[Future[bytes]] = deque()
+    threads = min(os.cpu_count() or 1, _MAX_THREADS)
+    pending: deque[Future[bytes]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="gzip") as pool:
-        for block in _blocks(pieces):
-            waiting.append(pool.submit(_member, block, level))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for block in _blocks(chunks):
+            pending.append(pool.submit(_compress, block, level))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
-def _member(block: bytes, level: int) -> bytes:
-    member = zlib.compressobj(level, zlib.DEFLATED, _GZIP)
+def _compress(block: bytes, level: int) -> bytes:
+    member = zlib.compressobj(level, zlib.DEFLATED, _GZIP_WINDOW)
     return member.compress(block) + member.flush()
 
 
-def _blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same content in blocks of a member's size, the last of what is left; an empty one of no content at all."""
-    rest = bytearray()
+def _blocks(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the content in blocks of MEMBER_SIZE; the last one is shorter. Empty content is one empty block."""
+    buffer = bytearray()
     empty = True
-    for piece in pieces:
-        rest += piece
-        while len(rest) >= MEMBER:
-            yield bytes(rest[:MEMBER])
-            del rest[:MEMBER]
+    for chunk in chunks:
+        buffer += chunk
+        while len(buffer) >= MEMBER_SIZE:
+            yield bytes(buffer[:MEMBER_SIZE])
+            del buffer[:MEMBER_SIZE]
             empty = False
-    if rest or empty:
-        yield bytes(rest)
+    if buffer or empty:
+        yield bytes(buffer)

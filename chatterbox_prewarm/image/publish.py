@@ -1,28 +1,28 @@
-"""Publish: bake, prove and append in one container, on a node that has the GPU and no engine, as in a Kubernetes Job.
+"""Publish: bake, prove and append in one container on a node with the GPU, without an engine, e.g. in a Kubernetes Job.
 
-The order makes it safe to try again: nothing is named in the registry before the proof has passed, and the tag comes
-last, when the evidence is attached already. Several that gather states in one image at a time each begin again when the
-tag has moved under them.
+Retries are safe: nothing is named in the registry before the proof passes, and the tag is set last, after the evidence
+is attached. Several publishers can add states to one image at once: each retries when another one moved the tag.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.bake.bake import bake
+from chatterbox_prewarm.bake.options import BakeOptions
 from chatterbox_prewarm.errors import BadInputError, EngineError, FingerprintMismatchError
-from chatterbox_prewarm.image.append import TagMovedError, append, check_tag
+from chatterbox_prewarm.image.append import AppendOptions, TagMovedError, append, check_tag
 from chatterbox_prewarm.image.compose import resolve
-from chatterbox_prewarm.image.labels import STATES, label_of, read_states
+from chatterbox_prewarm.image.labels import STATES, read_states, state_label
 from chatterbox_prewarm.image.references import parse
-from chatterbox_prewarm.image.state_layers import gather
-from chatterbox_prewarm.image.stores import reading, storing
+from chatterbox_prewarm.image.state_layers import pack_states
+from chatterbox_prewarm.image.stores import open_store
 from chatterbox_prewarm.model.profiles import default_execution
-from chatterbox_prewarm.proof.checks import require_passed
-from chatterbox_prewarm.proof.prove import prove, prove_here
+from chatterbox_prewarm.proof.checks import default_evidence, require_passed
+from chatterbox_prewarm.proof.prove import ProofOptions, prove, prove_here
 from chatterbox_prewarm.system.atomic_files import write_whole
 from chatterbox_prewarm.system.fingerprint import read_fingerprint
 
@@ -30,156 +30,167 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from chatterbox_prewarm.image.append import Appended
+    from chatterbox_prewarm.image.append import AppendResult
     from chatterbox_prewarm.image.labels import StateLabel
     from chatterbox_prewarm.image.matrix import Bake
-    from chatterbox_prewarm.image.oci import Readable
+    from chatterbox_prewarm.image.oci import Store
     from chatterbox_prewarm.image.references import ImageReference
-    from chatterbox_prewarm.image.state_layers import Addition
+    from chatterbox_prewarm.image.state_layers import StateLayers
 
 logger = logging.getLogger(__name__)
 
-#: More than bakes that end within the seconds that an append takes.
+#: More than the number of bakes that end while one append runs.
 _ATTEMPTS = 10
-#: Seconds after which a tag is seen that another set at the same moment: a registry compares nothing as it sets one.
-_SETTLED = 2.0
+#: Seconds until the check whether another publisher set the tag at the same time: registries have no compare-and-set.
+_SETTLE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
-    """Where a container has the checkpoint, makes the state, and keeps caches; where evidence goes, passed or not."""
+class PublishOptions:
+    """Options of `publish`.
+
+    Attributes:
+        weights: Directory of the checkpoint.
+        warm: Directory that the state is written to. The evidence is written next to it, also if the proof fails.
+        cache: The cache directory.
+        insecure: For the registries, see `Repository`.
+        say: Called with one line of progress for each step.
+    """
 
     weights: Path
     warm: Path
     cache: Path
-    evidence: Path
+    insecure: bool | None = None
+    say: Callable[[str], None] = logger.info
 
 
-def publish(
-    wanted: Bake,
-    base: str,
-    target: str,
-    places: Places,
-    *,
-    insecure: bool | None = None,
-    say: Callable[[str], None] = logger.info,
-) -> Appended | None:
-    """Bake here, prove it, add it to an image, and attach the evidence.
+def publish(planned: Bake, base: str, target: str, options: PublishOptions) -> AppendResult | None:
+    """Bake on this node, prove the state, add it to an image, and attach the evidence.
 
-    The image is `target` if it is there, so that the states of several GPU types gather in it one after another, and
-    `base` for the first one.
+    The state is added to `target` if that exists, and to `base` otherwise. So the states of several GPU types
+    accumulate in one image.
 
     Args:
-        wanted: what to bake; the GPU must be this node's.
-        base: the image without a state that this process runs in, but for its compilers.
-        target: the image that it becomes.
-        places: in this container.
-        insecure: of the registries, as `Repository` has it.
-        say: called with one line for each step.
+        planned: The bake; its GPU must be this node's.
+        base: The image without states. This process runs in the same image with compilers.
+        target: Tag of the resulting image, in a registry or a layout.
+        options: See `PublishOptions`.
 
     Returns:
-        what was sent, or None if the image had the state already.
+        What was sent, or None if the image had the state already.
 
     Raises:
-        FingerprintMismatchError: this node has another GPU.
-        BadInputError: the image has another state for this machine and software.
-        NotWarmError: a fresh process missed; nothing was sent.
-        PrewarmError: as `bake`, `prove_here` and `append`.
+        FingerprintMismatchError: This node has another GPU.
+        BadInputError: `target` is not a tag that can be set, or its image has another state for this machine and
+            software.
+        NotWarmError: The fresh process had cache misses; nothing was sent.
+        PrewarmError: See `bake`, `prove_here` and `append`.
     """
-    below, result = parse(base), parse(target)
-    if result.digest:
-        raise BadInputError(f"{target} names a digest, not a tag", next_step="name the tag that the image is to get")
-    found = read_fingerprint(wanted.device).gpu
-    if wanted.gpu and found != wanted.gpu:
-        raise FingerprintMismatchError(
-            f"this node has the GPU {found!r}, and the bake is for {wanted.gpu!r}",
-            next_step="run it on such a node: nodeSelector nvidia.com/gpu.product",
+    say = options.say
+    base_reference, target_reference = parse(base), parse(target)
+    if target_reference.digest or target_reference.kind == "docker-archive":
+        raise BadInputError(
+            f"{target} is not a tag that states can be added to",
+            next_step="name a tag in a registry, or in a layout as oci:PATH:TAG",
         )
-    _check_images(below, result, insecure=insecure)
-    places.evidence.unlink(missing_ok=True)  # an older proof must not stand for this one
-    say(f"bake: {wanted.variant}, {wanted.gpu or 'CPU'}, {wanted.profile}")
-    bake(
-        places.weights,
-        places.warm,
-        cache=places.cache,
-        device=wanted.device,
-        execution=default_execution(wanted.device, profile=wanted.profile, t3_dtype=wanted.t3_dtype),
-        levels=[int(level) for level in wanted.levels.split(",")],
-        voices=wanted.voices,
-        progress=say,
+    gpu = read_fingerprint(planned.device).gpu
+    if planned.gpu and gpu != planned.gpu:
+        raise FingerprintMismatchError(
+            f"this node has the GPU {gpu!r}, and the bake is for {planned.gpu!r}",
+            next_step="run it on a node with that GPU: nodeSelector nvidia.com/gpu.product",
+        )
+    _check_images(base_reference, target_reference, insecure=options.insecure)
+    evidence_path = default_evidence(options.warm)
+    evidence_path.unlink(missing_ok=True)  # the evidence of an older proof must not be attached
+    say(f"bake: {planned.variant}, {planned.gpu or 'CPU'}, {planned.profile}")
+    bake_options = BakeOptions(
+        weights=options.weights,
+        warm=options.warm,
+        cache=options.cache,
+        device=planned.device,
+        execution=default_execution(planned.device, profile=planned.profile, t3_dtype=planned.t3_dtype),
+        levels=tuple(int(level) for level in planned.levels.split(",")),
+        voices=planned.voices,
     )
-    say("prove, in a fresh process")
+    bake(bake_options, progress=say)
+    say("prove in a fresh process")
+    proof = ProofOptions(warm=options.warm, weights=options.weights)
     try:
-        evidence = prove(places.warm, places.weights)
-    except EngineError as error:  # a pod may not make namespaces
-        say(f"{error.message}; the process is not set apart, and its counters count all the same")
-        evidence = prove_here(places.warm, places.weights, places.cache, apart=False)
-    write_whole(places.evidence, evidence.to_json())
-    require_passed(evidence, places.evidence)
-    with gather([places.warm]) as addition:
-        made = _add(below, result, addition, places.evidence, insecure=insecure, say=say)
-    if made is None:
+        evidence = prove(proof)
+    except EngineError as error:  # pods usually cannot create namespaces
+        say(f"{error.message}; the process runs without isolation, and its counters still count")
+        evidence = prove_here(proof, options.cache, isolated=False)
+    write_whole(evidence_path, evidence.to_json())
+    require_passed(evidence, evidence_path)
+    append_options = AppendOptions(evidence=evidence_path, insecure=options.insecure, say=say)
+    with pack_states([options.warm]) as addition:
+        result = add_to_image(base_reference, target_reference, addition, append_options)
+    if result is None:
         say(f"{target} has this state already, from an earlier attempt: nothing is sent")
-    return made
+    return result
 
 
 def _check_images(base: ImageReference, target: ImageReference, *, insecure: bool | None) -> None:
-    """Make sure that the base can be read and the target's tag be taken, before minutes of baking."""
-    with reading(base, insecure=insecure) as (source, name):
+    """Check that the base can be read and the target's tag can be set, before minutes of baking."""
+    with open_store(base, insecure=insecure) as (source, name):
         resolve(source, name)
-    with storing(target, insecure=insecure) as (store, tag):
+    with open_store(target, insecure=insecure) as (store, tag):
         check_tag(store, tag, replacing=True)
 
 
-def _add(
-    base: ImageReference,
-    target: ImageReference,
-    addition: Addition,
-    evidence: Path,
-    *,
-    insecure: bool | None,
-    say: Callable[[str], None],
-) -> Appended | None:
-    """Add a state to the image that has the tag by now, or to the base; None if it is in there.
+def add_to_image(
+    base: ImageReference, target: ImageReference, addition: StateLayers, options: AppendOptions
+) -> AppendResult | None:
+    """Add a state to the image that has the tag now, or to the base if no image has it.
+
+    Returns:
+        What was sent, or None if the image had the state already.
 
     Raises:
-        BadInputError: the image has another state for the same machine and software.
+        BadInputError: The image has another state for the same machine and software.
+        EngineError: Other publishers moved the tag on every attempt.
     """
-    (ours,) = map(label_of, addition.manifests)
-    made: Appended | None = None
+    (state,) = map(state_label, addition.manifests)
+    result: AppendResult | None = None
     for _ in range(_ATTEMPTS):
-        with storing(target, insecure=insecure) as (store, tag):
-            before = store.read_manifest(tag).digest if store.has_manifest(tag) else ""
-            theirs = _held(store, before, ours.key) if before else None
-        if theirs is not None:
-            _check_same(ours, theirs, target)
-            return made
-        below = target.at(before) if before else base
+        with open_store(target, insecure=options.insecure) as (store, tag):
+            digest = store.read_manifest(tag).digest if store.has_manifest(tag) else ""
+            existing = _find_state(store, digest, state.key) if digest else None
+        if existing is not None:
+            _check_same(state, existing, target)
+            return result
         try:
-            made = append(below, target, addition, expected=before, evidence=evidence, insecure=insecure, say=say)
+            current = target.at(digest) if digest else base
+            result = append(current, target, addition, replace(options, expected=digest))
         except TagMovedError as error:
-            say(f"{error.message}; once more")
-        time.sleep(_SETTLED)
-    raise EngineError(f"the tag of {target} moves all the time", next_step="let fewer bakes add to it at once")
+            options.say(f"{error.message}; trying again")
+        time.sleep(_SETTLE_SECONDS)
+    raise EngineError(
+        f"other publishers moved the tag of {target} {_ATTEMPTS} times", next_step="run fewer publishers at once"
+    )
 
 
-def _held(store: Readable, digest: str, key: str) -> StateLabel | None:
-    """The state of an image that has this key, if one has."""
+def _find_state(store: Store, digest: str, key: str) -> StateLabel | None:
+    """Return the state of an image with this key, or None."""
     labels = resolve(store, digest).labels
     states = read_states(labels) if STATES in labels else ()
     return next((state for state in states if state.key == key), None)
 
 
-def _check_same(ours: StateLabel, theirs: StateLabel, target: ImageReference) -> None:
-    """Refuse to take another state for the one that was baked here: a key tells nothing of weights and voices.
+def _check_same(state: StateLabel, existing: StateLabel, target: ImageReference) -> None:
+    """Check that two states with the same key have the same weights, voices and levels, which the key does not cover.
 
     Raises:
-        BadInputError: it is another one.
+        BadInputError: They differ.
     """
-    same = ours.made_of == theirs.made_of if theirs.made_of else ours.set_digest == theirs.set_digest
+    if existing.inputs_digest:
+        same = state.inputs_digest == existing.inputs_digest
+    else:
+        same = state.set_digest == existing.set_digest
     if not same:
         raise BadInputError(
-            f"{target} has another state for this machine and software, {ours.key}: it was baked from other weights, "
-            f"voices or levels on {theirs.created}, and has the set digest {theirs.set_digest}, not {ours.set_digest}",
-            next_step="name a new target in the matrix, or remove that tag so that its image is made anew",
+            f"{target} has another state for this machine and software, {state.key}: it was baked from other weights, "
+            f"voices or levels on {existing.created}, and has the set digest {existing.set_digest}, "
+            f"not {state.set_digest}",
+            next_step="name a new target in the matrix, or remove that tag so that its image is created again",
         )

@@ -1,4 +1,4 @@
-"""Image references: a registry's repository, a layout in a folder, an archive of Docker's; by skopeo's words."""
+"""Parse image references: a repository in a registry, an OCI layout or a Docker archive, in the syntax of skopeo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chatterbox_prewarm.errors import BadInputError
 
 Kind = Literal["registry", "oci", "docker-archive"]
 
-#: Where an image is without a registry's name, and where that one's API answers.
+#: The registry of a reference without a host, and the host of its API.
 DOCKER_HUB = "docker.io"
 _DOCKER_HUB_API = "registry-1.docker.io"
 DEFAULT_TAG = "latest"
@@ -20,12 +20,12 @@ DEFAULT_TAG = "latest"
 _HOST = re.compile(
     r"(?:(?P<name>[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?)|\[(?P<ipv6>[0-9a-fA-F:.]+)\])(?::(?P<port>[0-9]{1,5}))?"
 )
-#: The grammar of the OCI distribution specification, "Pulling manifests"; a name is at most 255 characters long.
+#: The grammar of the OCI distribution specification, "Pulling manifests". A name has at most 255 characters.
 _REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 _MAX_NAME = 255
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-#: What the OCI image layout allows as a name in its index ("org.opencontainers.image.ref.name").
+#: The grammar of a tag in an OCI image layout ("org.opencontainers.image.ref.name").
 _LAYOUT_TAG = re.compile(
     r"[A-Za-z0-9]+(?:(?:[-._:@+]|--)[A-Za-z0-9]+)*(?:/[A-Za-z0-9]+(?:(?:[-._:@+]|--)[A-Za-z0-9]+)*)*"
 )
@@ -34,15 +34,15 @@ _EXPECTED = "HOST[:PORT]/REPOSITORY[:TAG][@sha256:…], oci:PATH[:TAG] or docker
 
 @dataclass(frozen=True, kw_only=True)
 class ImageReference:
-    """Where an image is, or is to go.
+    """Names an image, as a source or as a target.
 
     Attributes:
-        kind: a registry's repository, an OCI layout in a folder, or a tar as `docker save` writes it.
-        host: of the registry, with its port where it has one; "docker.io" where none was named.
-        repository: below the host; of Docker Hub's own images with "library/".
-        path: of the layout or the archive.
-        tag: as given; empty where none was.
-        digest: "sha256:…", which a tag gives way to; empty where none was given.
+        kind: A repository in a registry, an OCI layout in a folder, or a tar of `docker save`.
+        host: Host of the registry, with the port if there is one. Default: "docker.io".
+        repository: Path of the repository; "library/NAME" for Docker Hub's official images.
+        path: Path of the layout or the archive.
+        tag: The tag, or empty.
+        digest: "sha256:…", or empty. It takes precedence over the tag.
     """
 
     kind: Kind
@@ -53,7 +53,7 @@ class ImageReference:
     digest: str = ""
 
     def __str__(self) -> str:
-        """As `parse` takes it, with the registry spelled out."""
+        """Return the reference in the form that `parse` reads, always with the registry."""
         named = f"{self.host}/{self.repository}" if self.repository else ""
         ending = (f":{self.tag}" if self.tag else "") + (f"@{self.digest}" if self.digest else "")
         if self.kind == "registry":
@@ -64,31 +64,31 @@ class ImageReference:
 
     @property
     def target(self) -> str:
-        """What names the manifest in its repository: the digest, or the tag, or "latest"."""
+        """The name of the manifest in its repository: the digest, the tag or "latest"."""
         return self.digest or self.tag or DEFAULT_TAG
 
     @property
     def familiar(self) -> str:
-        """The repository as Docker shows it, without what it leaves out for Docker Hub."""
+        """The repository as Docker shows it: short for Docker Hub."""
         if self.host != DOCKER_HUB:
             return f"{self.host}/{self.repository}"
         return self.repository.removeprefix("library/")
 
     @property
     def api_host(self) -> str:
-        """The host, and port, at which the registry's API answers."""
+        """The host, and the port if there is one, of the registry's API."""
         return _DOCKER_HUB_API if self.host == DOCKER_HUB else self.host
 
     def at(self, digest: str) -> ImageReference:
-        """The same place by a digest, without the tag that may move."""
+        """Return a reference to the same repository by digest instead of by tag, because a tag may move."""
         return replace(self, tag="", digest=digest)
 
 
 def parse(text: str) -> ImageReference:
-    """Parse an image reference; a registry's may begin with skopeo's "docker://".
+    """Parse an image reference. One to a registry may start with "docker://", as in skopeo.
 
     Raises:
-        BadInputError: it is none; the message says what was expected.
+        BadInputError: The reference is malformed; the message says what is expected.
     """
     transport, colon, rest = text.partition(":")
     if colon and transport == "oci":
@@ -99,21 +99,21 @@ def parse(text: str) -> ImageReference:
 
 
 def is_tag(text: str) -> bool:
-    """Whether a registry takes this as a tag."""
+    """Return whether this is a valid tag in a registry."""
     return bool(_TAG.fullmatch(text))
 
 
 def is_digest(text: str) -> bool:
-    """Whether this is a digest of SHA-256, the kind that this program knows."""
+    """Return whether this is a SHA-256 digest, the only supported kind."""
     return bool(_DIGEST.fullmatch(text))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, with or without a port, is this machine: Docker, too, speaks plain HTTP to such a registry."""
-    found = _HOST.fullmatch(host)
-    if not found:
+    """Return whether a host, with or without a port, is this machine. Docker uses plain HTTP for such a registry."""
+    match = _HOST.fullmatch(host)
+    if not match:
         return False
-    name = found["name"] or found["ipv6"]
+    name = match["name"] or match["ipv6"]
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
@@ -130,7 +130,7 @@ def _parse_registry(text: str, rest: str) -> ImageReference:
     if ":" in rest.rpartition("/")[2]:
         rest, _, tag = rest.rpartition(":")
         if not is_tag(tag):
-            raise _bad(text, f"{tag!r} is no tag: letters, digits, '_', '.' and '-', at most 128")
+            raise _bad(text, f"{tag!r} is not a tag: at most 128 letters, digits, '_', '.' and '-'")
     else:
         tag = ""
     if not rest:
@@ -138,15 +138,16 @@ def _parse_registry(text: str, rest: str) -> ImageReference:
     try:
         host, repository = docker.auth.resolve_repository_name(rest)
     except (docker.errors.InvalidRepository, IndexError) as error:
-        raise _bad(text, "its host is none") from error
-    found = _HOST.fullmatch(host)
-    if not found or (found["port"] and not 0 < int(found["port"]) < 1 << 16) or not _is_address(found["ipv6"]):
-        raise _bad(text, f"{host!r} is no host")
+        raise _bad(text, "its host is invalid") from error
+    match = _HOST.fullmatch(host)
+    if not match or (match["port"] and not 0 < int(match["port"]) < 1 << 16) or not _is_ipv6(match["ipv6"]):
+        raise _bad(text, f"{host!r} is not a host")
     if host == DOCKER_HUB and "/" not in repository:
         repository = f"library/{repository}"
     if not _REPOSITORY.fullmatch(repository) or len(host) + 1 + len(repository) > _MAX_NAME:
         raise _bad(
-            text, f"{repository!r} is no repository: small letters and digits, with '.', '_', '-' and '/' between them"
+            text,
+            f"{repository!r} is not a repository: lower-case letters and digits, separated by '.', '_', '-' and '/'",
         )
     return ImageReference(kind="registry", host=host, repository=repository, tag=tag, digest=digest)
 
@@ -155,7 +156,7 @@ def _parse_layout(text: str, rest: str) -> ImageReference:
     rest, digest = _split_digest(rest)
     path, colon, tag = rest.partition(":")
     if not path or (colon and not _LAYOUT_TAG.fullmatch(tag)):
-        raise _bad(text, f"{tag!r} is no tag of a layout" if path else "it names no folder")
+        raise _bad(text, f"{tag!r} is not a tag of a layout" if path else "it names no folder")
     return ImageReference(kind="oci", path=Path(path), tag=tag, digest=digest)
 
 
@@ -174,13 +175,13 @@ def _parse_archive(text: str, rest: str) -> ImageReference:
 def _split_digest(rest: str) -> tuple[str, str]:
     rest, at, digest = rest.partition("@")
     if at and not is_digest(digest):
-        # What stands before may be a password.
-        raise _bad(f"…@{digest}", f"{digest!r} is no digest: sha256: and 64 hexadecimal digits")
+        # The text before "@" may be a password.
+        raise _bad(f"…@{digest}", f"{digest!r} is not a digest: sha256: and 64 hexadecimal digits")
     return rest, digest
 
 
-def _is_address(ipv6: str | None) -> bool:
-    """Whether what stood in brackets, if anything did, is an address."""
+def _is_ipv6(ipv6: str | None) -> bool:
+    """Return whether the text in brackets, if there is any, is an IPv6 address."""
     try:
         return ipv6 is None or bool(ipaddress.IPv6Address(ipv6))
     except ValueError:
@@ -188,4 +189,4 @@ def _is_address(ipv6: str | None) -> bool:
 
 
 def _bad(text: str, why: str) -> BadInputError:
-    return BadInputError(f"{text!r} is no image reference: {why}", next_step=f"write it as {_EXPECTED}")
+    return BadInputError(f"{text!r} is not an image reference: {why}", next_step=f"write it as {_EXPECTED}")

@@ -1,8 +1,8 @@
-"""Bill of materials: what an image is made of, as CycloneDX 1.6 in JSON.
+"""Bill of materials: the contents of an image as CycloneDX 1.6 in JSON.
 
-Python packages, system packages, the weights and the warm state, each file of the latter two with its recorded digest.
-The same image gives the same bytes: the serial number is of the content, and there is no time unless
-`SOURCE_DATE_EPOCH` gives one.
+It lists Python packages, system packages, the weights and the warm states, the latter two with the digest of each file.
+The same image gives the same bytes: the serial number is derived from the content, and there is no timestamp unless
+`SOURCE_DATE_EPOCH` is set.
 """
 
 from __future__ import annotations
@@ -16,10 +16,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cyclonedx.contrib.license.factories import LicenseFactory
+from cyclonedx.model import HashAlgorithm, HashType, Property
+from cyclonedx.model.bom import Bom, BomMetaData
+from cyclonedx.model.component import Component, ComponentType
+from cyclonedx.model.license import DisjunctiveLicense
+from cyclonedx.output.json import JsonV1Dot6
+from packageurl import PackageURL
+
 from chatterbox_prewarm.errors import BadInputError, from_os_error
-from chatterbox_prewarm.state.folder import states_in
-from chatterbox_prewarm.state.manifest import MANIFEST_NAME, manifest_digest, read_manifest
+from chatterbox_prewarm.state.manifest import MANIFEST_NAME
 from chatterbox_prewarm.state.provenance import by_name
+from chatterbox_prewarm.state.selection import states_in
+from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.digests import FileEntry
 from chatterbox_prewarm.version import __version__
 from chatterbox_prewarm.weights.record import read_record
@@ -27,65 +36,59 @@ from chatterbox_prewarm.weights.record import read_record
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from cyclonedx.model.component import Component
     from cyclonedx.model.license import License
-
 
 logger = logging.getLogger(__name__)
 
-#: Where an image keeps its Python packages, below its root.
-_ENVIRONMENTS = "opt/venv/lib/python3.*/site-packages"
+#: Where an image has its Python packages, relative to its root.
+_SITE_PACKAGES = "opt/venv/lib/python3.*/site-packages"
 _DPKG_STATUS = "var/lib/dpkg/status"
-#: Longer than any name of a licence: some packages have its whole text in that field.
-_LICENSE_LENGTH = 100
+#: Longer than the name of any license. Some packages have the whole text of their license in the field for its name.
+_MAX_LICENSE = 100
 _PREFIX = "io.chatterbox-prewarm"
 
 
 def make_sbom(warm: Path, weights: Path, *, root: Path = Path("/")) -> str:
-    """The bill of materials of an image, or of this machine.
+    """Return the bill of materials of an image, or of this machine.
 
     Args:
-        warm: the warm state's directory, or a folder of several, which are all listed.
-        weights: the checkpoint's directory.
-        root: of the file system whose packages are listed. For `/` the Python packages are those of this interpreter,
-            for any other root those of an image's environment, `/opt/venv`.
+        warm: a warm state, or a folder of states, which are all listed.
+        weights: the folder of the checkpoint.
+        root: root of the file system whose packages are listed. For `/`, this lists the Python packages of
+            this interpreter, and otherwise the packages of an image's environment, `/opt/venv`.
 
     Returns:
         a CycloneDX document.
 
     Raises:
-        IntegrityError: there is no warm state, or its manifest was changed.
+        IntegrityError: there is no warm state, or its manifest is invalid.
         WeightsError: there is no checkpoint with a record.
         BadInputError: there is no environment below `root`, or its list of packages cannot be read.
     """
-    from cyclonedx.model.bom import Bom, BomMetaData
-    from cyclonedx.model.component import Component, ComponentType
-    from cyclonedx.output.json import JsonV1Dot6
-
     subject = Component(
         name="chatterbox-prewarm", version=__version__, type=ComponentType.APPLICATION, bom_ref="chatterbox-prewarm"
     )
-    time = _time()
+    timestamp = _timestamp()
     parts = [*_python_packages(root), *_system_packages(root), _weights(weights), *_warm_states(warm)]
     bom = Bom(
         components=parts,
-        metadata=BomMetaData(component=subject, timestamp=time),  # without one, the library takes the present
-        serial_number=uuid.UUID(int=0),  # stands for the one that the content gives
+        metadata=BomMetaData(component=subject, timestamp=timestamp),  # None gives the current time
+        serial_number=uuid.UUID(int=0),  # replaced below
     )
     bom.register_dependency(subject, parts)
     document: dict[str, Any] = json.loads(JsonV1Dot6(bom).output_as_string())
-    if time is None:
+    if timestamp is None:
         del document["metadata"]["timestamp"]
     content = json.dumps(document, sort_keys=True)
     document["serialNumber"] = uuid.uuid5(uuid.NAMESPACE_URL, content).urn
     return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def _time() -> dt.datetime | None:
-    """The time that `SOURCE_DATE_EPOCH` gives, if it does.
+def _timestamp() -> dt.datetime | None:
+    """Return the time that `SOURCE_DATE_EPOCH` gives, or None without it.
 
     Raises:
-        BadInputError: it is no number of seconds.
+        BadInputError: it is not a number of seconds.
     """
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if not epoch:
@@ -94,56 +97,46 @@ def _time() -> dt.datetime | None:
         return dt.datetime.fromtimestamp(int(epoch), tz=dt.timezone.utc)
     except (ValueError, OverflowError, OSError) as error:
         raise BadInputError(
-            f"SOURCE_DATE_EPOCH is {epoch!r}, which is no time", next_step="give seconds since 1970, or unset it"
+            f"SOURCE_DATE_EPOCH is {epoch!r}, which is not a time",
+            next_step="set it to seconds since 1970",
         ) from error
 
 
 def _python_packages(root: Path) -> Iterator[Component]:
-    from cyclonedx.model.component import Component, ComponentType
-    from packageurl import PackageURL
-
     for name, distribution in by_name(_distributions(root)).items():
         purl = PackageURL(type="pypi", name=name, version=distribution.version)
-        yield Component(
-            name=name,
-            version=distribution.version,
-            type=ComponentType.LIBRARY,
-            licenses=_licenses(distribution),
-            purl=purl,
-            bom_ref=str(purl),
-        )
+        yield _package(name, distribution.version, purl, _licenses(distribution))
+
+
+def _package(name: str, version: str, purl: PackageURL, licenses: Iterable[License] = ()) -> Component:
+    return Component(
+        name=name, version=version, type=ComponentType.LIBRARY, licenses=licenses, purl=purl, bom_ref=str(purl)
+    )
 
 
 def _distributions(root: Path) -> Iterable[metadata.Distribution]:
     if root.resolve() == Path("/"):
         return metadata.distributions()
-    paths = sorted(str(path) for path in root.glob(_ENVIRONMENTS))
+    paths = sorted(str(path) for path in root.glob(_SITE_PACKAGES))
     if not paths:
         raise BadInputError(
-            f"there is no Python environment {root / _ENVIRONMENTS}", next_step="name the root of an image's files"
+            f"there is no Python environment {root / _SITE_PACKAGES}", next_step="name the root of an image's files"
         )
     return metadata.distributions(path=paths)
 
 
 def _licenses(distribution: metadata.Distribution) -> list[License]:
-    """What a package says of its licence: an SPDX expression, a short name, or its classifiers; often nothing."""
-    from cyclonedx.contrib.license.factories import LicenseFactory
-    from cyclonedx.model.license import DisjunctiveLicense
-
-    make = LicenseFactory().make_from_string
-    about = distribution.metadata
-    for value in (*(about.get_all("License-Expression") or ()), *(about.get_all("License") or ())):
-        if value.strip() not in ("", "UNKNOWN") and len(value) <= _LICENSE_LENGTH and "\n" not in value:
-            return [make(value.strip())]
-    classified = [value for value in about.get_all("Classifier") or () if value.startswith("License :: ")]
-    names = sorted({value.rpartition(" :: ")[2] for value in classified} - {"OSI Approved"})
+    """Return the license that a package declares: an SPDX expression, a short name, or its classifiers."""
+    headers = distribution.metadata
+    for value in (*(headers.get_all("License-Expression") or ()), *(headers.get_all("License") or ())):
+        if value.strip() not in ("", "UNKNOWN") and len(value) <= _MAX_LICENSE and "\n" not in value:
+            return [LicenseFactory().make_from_string(value.strip())]
+    classifiers = [value for value in headers.get_all("Classifier") or () if value.startswith("License :: ")]
+    names = sorted({value.rpartition(" :: ")[2] for value in classifiers} - {"OSI Approved"})
     return [DisjunctiveLicense(name=name) for name in names]
 
 
 def _system_packages(root: Path) -> Iterator[Component]:
-    from cyclonedx.model.component import Component, ComponentType
-    from packageurl import PackageURL
-
     status = root / _DPKG_STATUS
     if not status.exists():
         logger.warning("there is no %s, so no system package is listed", status)
@@ -154,7 +147,7 @@ def _system_packages(root: Path) -> Iterator[Component]:
         text = status.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise from_os_error(error, "reading the list of system packages") from error
-    for fields in sorted(_paragraphs(text), key=lambda fields: (fields["Package"], fields["Architecture"])):
+    for fields in sorted(_installed(text), key=lambda fields: (fields["Package"], fields["Architecture"])):
         purl = PackageURL(
             type="deb",
             namespace=namespace,
@@ -162,17 +155,11 @@ def _system_packages(root: Path) -> Iterator[Component]:
             version=fields["Version"],
             qualifiers={"arch": fields["Architecture"], "distro": f"{namespace}-{system.get('VERSION_ID', 'unknown')}"},
         )
-        yield Component(
-            name=fields["Package"],
-            version=fields["Version"],
-            type=ComponentType.LIBRARY,
-            purl=purl,
-            bom_ref=str(purl),
-        )
+        yield _package(fields["Package"], fields["Version"], purl)
 
 
-def _paragraphs(status: str) -> Iterator[Mapping[str, str]]:
-    """The fields of each package that is installed; lines that continue one are none of those used here."""
+def _installed(status: str) -> Iterator[Mapping[str, str]]:
+    """Yield the fields of each installed package. Continuation lines are skipped, because no used field has any."""
     for paragraph in status.split("\n\n"):
         lines = (line.partition(": ") for line in paragraph.splitlines() if line[:1] not in (" ", "\t"))
         fields = {name: value.strip() for name, _, value in lines}
@@ -192,18 +179,15 @@ def _os_release(root: Path) -> Mapping[str, str]:
 
 
 def _weights(directory: Path) -> Component:
-    from cyclonedx.model.component import Component, ComponentType
-    from packageurl import PackageURL
-
     record = read_record(directory)
-    namespace, _, name = record.repository.rpartition("/")
-    # Only what has an owner on the model hub has an address there: not one's own, and not random weights.
-    hub = PackageURL(type="huggingface", namespace=namespace, name=name, version=record.revision) if namespace else None
+    owner, _, name = record.repository.rpartition("/")
+    # Random or private weights have no owner and therefore no address on the model hub.
+    purl = PackageURL(type="huggingface", namespace=owner, name=name, version=record.revision) if owner else None
     return Component(
         name=record.repository,
         version=record.revision,
         type=ComponentType.MACHINE_LEARNING_MODEL,
-        purl=hub,
+        purl=purl,
         bom_ref="weights",
         components=_files(record.files, "weights"),
         properties=_properties({"set-digest": record.set_digest, "variant": record.variant}),
@@ -211,20 +195,19 @@ def _weights(directory: Path) -> Component:
 
 
 def _warm_states(warm: Path) -> Iterator[Component]:
-    """A state as "warm-state", or those of a folder as "warm-state/KEY"."""
-    found = states_in(warm)
-    if len(found) < 2:
-        found = {"": next(iter(found.values()), warm)}
-    for name, path in found.items():
-        yield _warm_state(path, f"warm-state/{name}" if name else "warm-state")
+    """Yield one state as "warm-state", or each of several as "warm-state/KEY"."""
+    paths = states_in(warm)
+    if len(paths) < 2:
+        yield _warm_state(next(iter(paths.values()), warm), "warm-state")
+        return
+    for key, path in paths.items():
+        yield _warm_state(path, f"warm-state/{key}")
 
 
-def _warm_state(warm: Path, reference: str) -> Component:
-    """The state with a component for each family, in which its files are; the manifest is a file of its own."""
-    from cyclonedx.model.component import Component, ComponentType
-
-    manifest = read_manifest(warm)
-    own = FileEntry(path=MANIFEST_NAME, size=0, sha256=manifest_digest(warm))
+def _warm_state(path: Path, reference: str) -> Component:
+    """Describe a state: its manifest as a file, and a component for each family with the files of the family."""
+    state = State.read(path)
+    manifest, provenance = state.manifest, state.manifest.provenance
     families = [
         Component(
             name=family.name,
@@ -234,30 +217,27 @@ def _warm_state(warm: Path, reference: str) -> Component:
         )
         for family in manifest.families
     ]
-    made = manifest.provenance
+    manifest_file = FileEntry(path=MANIFEST_NAME, size=0, sha256=state.manifest_digest)
     return Component(
         name=reference,
         version=manifest.set_digest,
         type=ComponentType.DATA,
         bom_ref=reference,
-        components=[*_files([own], reference), *families],
+        components=[*_files([manifest_file], reference), *families],
         properties=_properties(
             {
                 "set-digest": manifest.set_digest,
                 "tool": manifest.tool,
-                "source": made.source,
-                "revision": made.revision,
-                "base-image": made.base_image,
-                "packages": made.packages,
+                "source": provenance.source,
+                "revision": provenance.revision,
+                "base-image": provenance.base_image,
+                "packages": provenance.packages,
             }
         ),
     )
 
 
 def _files(entries: Iterable[FileEntry], owner: str) -> list[Component]:
-    from cyclonedx.model import HashAlgorithm, HashType
-    from cyclonedx.model.component import Component, ComponentType
-
     return [
         Component(
             name=entry.path,
@@ -269,7 +249,5 @@ def _files(entries: Iterable[FileEntry], owner: str) -> list[Component]:
     ]
 
 
-def _properties(values: Mapping[str, str]) -> list[Any]:
-    from cyclonedx.model import Property
-
+def _properties(values: Mapping[str, str]) -> list[Property]:
     return [Property(name=f"{_PREFIX}:{name}", value=value) for name, value in values.items()]

@@ -1,4 +1,4 @@
-"""What is added to an image: states, weights, signatures; as layers, labels and settings, checked against its base."""
+"""The layers of warm states, their signatures and weights, and the change that they make to a base image."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.image.compose import Change, platform_of
-from chatterbox_prewarm.image.labels import EVIDENCE, PREFIX, STATES, labels_of, read_states
+from chatterbox_prewarm.image.labels import EVIDENCE, PREFIX, STATES, image_labels, read_states
 from chatterbox_prewarm.image.layer import pack, signature_layer, weight_layers
-from chatterbox_prewarm.state.folder import states_in
-from chatterbox_prewarm.state.manifest import read_manifest
-from chatterbox_prewarm.state.signing import default_signature
+from chatterbox_prewarm.state.selection import states_in
+from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.fingerprint import ABSENT, device_kind
 from chatterbox_prewarm.weights.record import read_record
 
@@ -26,115 +25,118 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.state.manifest import Manifest
 
 _TORCH = f"{PREFIX}torch"
-DEVICE = "CHATTERBOX_PREWARM_DEVICE"
+_DEVICE = "CHATTERBOX_PREWARM_DEVICE"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Addition:
-    """Layers, from the lowest up, and the states that are in them."""
+class StateLayers:
+    """New layers of an image, lowest first, and the manifests of the states in them."""
 
     layers: tuple[Layer, ...]
     manifests: tuple[Manifest, ...]
 
     @property
     def created(self) -> str:
-        """When the newest of the states was baked: the same addition is to give the same image."""
+        """When the newest state was baked. An image gets this time, so that the same layers give the same image."""
         return max(manifest.created for manifest in self.manifests)
 
     @property
     def platform(self) -> str:
-        """Of the machines that the states are for.
+        """The image platform of the states, such as "linux/amd64".
 
         Raises:
-            BadInputError: they are for several.
+            BadInputError: the states are for different platforms.
         """
-        found = {platform_of(manifest.fingerprint.get("arch", ABSENT)) for manifest in self.manifests}
-        if len(found) > 1:
+        platforms = {platform_of(manifest.fingerprint.get("arch", ABSENT)) for manifest in self.manifests}
+        if len(platforms) > 1:
             raise BadInputError(
-                f"the states are for different platforms: {', '.join(sorted(found))}",
+                f"the states are for different platforms: {', '.join(sorted(platforms))}",
                 next_step="add them to one image for each platform",
             )
-        return found.pop()
+        return platforms.pop()
 
 
 @contextlib.contextmanager
-def gather(states: Sequence[Path], weights: Path | None = None) -> Iterator[Addition]:
-    """Pack states, their signatures where they have one beside them, and weights; the layers last as long as the block.
+def pack_states(folders: Sequence[Path], weights: Path | None = None) -> Iterator[StateLayers]:
+    """Pack states, the signatures next to them, and weights. The layers exist until the end of the block.
 
     Args:
-        states: directories of states, or folders of several, all of which are taken.
-        weights: a checkpoint that is to go along.
+        folders: states, or folders of several states.
+        weights: a checkpoint to add, if any.
 
     Raises:
-        IntegrityError: a state is not as its manifest says, or has the signature of another one beside it.
-        WeightsError: the weights are not as recorded.
-        BadInputError: the states were made with other weights.
+        IntegrityError: a state differs from its manifest, or has the signature of another state.
+        WeightsError: the weights differ from their record.
+        BadInputError: a state was baked with other weights.
     """
-    paths = [path for folder in states for path in (states_in(folder).values() or [folder])]
-    found = tuple(read_manifest(path) for path in paths)
+    paths = [path for folder in folders for path in (states_in(folder).values() or [folder])]
+    states = [State.open(path) for path in paths]
     if weights is not None:
         digest = read_record(weights).set_digest
-        for manifest, path in zip(found, paths, strict=True):
-            if manifest.weights.set_digest != digest:
+        for state in states:
+            if state.manifest.weights.set_digest != digest:
                 raise BadInputError(
-                    f"{path} was baked with other weights than those in {weights}",
-                    next_step="name the checkpoint that it was baked with, or bake again",
+                    f"{state.path} was baked with other weights than {weights}",
+                    next_step="name the checkpoint that it was baked with, or bake it again",
                 )
     with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-") as scratch:
         layers = list(weight_layers(weights)) if weights is not None else []
-        for number, path in enumerate(paths):
-            layers.append(pack(path, Path(scratch) / f"{number}.tar.gz"))
-            if (signature := default_signature(path)).is_file():
-                layers.append(signature_layer(path, signature))
-        yield Addition(layers=tuple(layers), manifests=found)
+        for number, state in enumerate(states):
+            layers.append(pack(state, Path(scratch) / f"{number}.tar.gz"))
+            if (signature := state.find_signature()) is not None:
+                layers.append(signature_layer(state, signature))
+        yield StateLayers(layers=tuple(layers), manifests=tuple(state.manifest for state in states))
 
 
-def change_for(base: Image, addition: Addition, *, name: str = "", digest: str = "", device: str = "") -> Change:
-    """What becomes of a base's labels and settings with an addition.
+def change_for(base: Image, added: StateLayers, *, name: str = "", digest: str = "", device: str = "") -> Change:
+    """Return the labels and settings of the image that has the layers on top of a base.
 
     Args:
-        base: what it is added to.
-        addition: what is added.
-        name: the base's reference, for a label.
-        digest: of the base's manifest, for a label.
-        device: that a start is to use; by default that of the states, if the base names none.
+        base: the base image.
+        added: the layers that are added to it.
+        name: reference of the base, for a label.
+        digest: digest of the base's manifest, for a label.
+        device: device of a start. By default the device of the states, unless the base sets one.
 
     Raises:
-        BadInputError: the base is not fit to take it: no image of this project, another torch, the same state already.
+        BadInputError: the base is not an image of this project, or is for another torch or variant, or it contains a
+            state for the same machine and software.
     """
-    check_base(base, addition)
-    beside = read_states(base.labels) if STATES in base.labels else ()
-    labels = labels_of(addition.manifests, beside=beside, base_name=name, base_digest=digest)
-    kinds = {device_kind(manifest.reference.device) for manifest in addition.manifests}
-    named = any(line.startswith(f"{DEVICE}=") for line in (base.config.get("config") or {}).get("Env") or [])
-    chosen = device or ("" if named or len(kinds) > 1 else kinds.pop())
-    # What was proven was an image without these states.
-    return Change(labels=labels, dropped=frozenset({EVIDENCE}), environment={DEVICE: chosen} if chosen else {})
+    _check_base(base, added.manifests)
+    existing = read_states(base.labels) if STATES in base.labels else ()
+    labels = image_labels(added.manifests, existing=existing, base_name=name, base_digest=digest)
+    if not device:
+        kinds = {device_kind(manifest.reference.device) for manifest in added.manifests}
+        variables = (base.config.get("config") or {}).get("Env") or []
+        if len(kinds) == 1 and not any(line.startswith(f"{_DEVICE}=") for line in variables):
+            (device,) = kinds
+    # The evidence of the base does not cover the new states.
+    return Change(labels=labels, dropped=frozenset({EVIDENCE}), environment={_DEVICE: device} if device else {})
 
 
-def check_base(base: Image, addition: Addition) -> None:
-    """Refuse a base that a start could not use the states in.
+def _check_base(base: Image, manifests: Sequence[Manifest]) -> None:
+    """Refuse a base in which a start could not use the states.
 
     Raises:
-        BadInputError: as `change_for`.
+        BadInputError: the base is not an image of this project, or is for another torch or variant.
     """
     torch = base.labels.get(_TORCH, "")
     if not torch:
         raise BadInputError(
-            f"the base has no label {_TORCH}, so it is no image of this project's Dockerfile",
-            next_step="build one with `docker build --target cold`, or give yours that label, as in torch-2.6",
+            f"the base has no label {_TORCH}, so it is not an image of this project's Dockerfile",
+            next_step="build one with `docker build --target cold`, or add that label to yours, such as torch-2.6",
         )
-    known = [version.removeprefix("torch-") for version in torch.split(", ")]
-    for manifest in addition.manifests:
+    versions = [version.removeprefix("torch-") for version in torch.split(", ")]
+    for manifest in manifests:
         baked = manifest.fingerprint.get("torch", ABSENT)
-        if not any(baked == version or baked.startswith((f"{version}.", f"{version}+")) for version in known):
+        if not any(baked == version or baked.startswith((f"{version}.", f"{version}+")) for version in versions):
             raise BadInputError(
-                f"the base has torch {', '.join(known)}, and the state was baked with {baked}",
-                next_step="take the base that it was baked in, or bake in this one",
+                f"the base has torch {', '.join(versions)}, but the state was baked with {baked}",
+                next_step="use the base that it was baked in, or bake in this one",
             )
         variants = base.labels.get(f"{PREFIX}variant", manifest.variant)
         if manifest.variant not in variants.split(", "):
             raise BadInputError(
-                f"the base is for the model variant {variants}, the state for {manifest.variant}",
-                next_step="take a base for that variant",
+                f"the base is for the model variant {variants}, but the state is for {manifest.variant}",
+                next_step="use a base for that variant",
             )

@@ -1,6 +1,6 @@
-"""Documents: what manifests of this project have in common, and how they are written as YAML.
+"""Parts that all rendered Kubernetes documents share, and their YAML format.
 
-Everything here holds under the restricted Pod Security Standard
+Pods and containers comply with the restricted Pod Security Standard
 (https://kubernetes.io/docs/concepts/security/pod-security-standards/).
 """
 
@@ -14,62 +14,61 @@ if TYPE_CHECKING:
 
 Document = dict[str, Any]
 
-#: The UID and GID of every container: a number, since the kubelet cannot check a name.
+#: UID and GID of every container. They are numbers because the kubelet cannot check that a user name is not root.
 USER = 12345
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rendering:
-    """Documents in the order in which they are applied, and what a person should know of them, a sentence each."""
+    """Documents in the order in which they are applied, and notes for the user."""
 
     documents: tuple[Document, ...]
     notes: tuple[str, ...] = ()
 
     def to_yaml(self) -> str:
-        """One file of documents, the notes above them as comments."""
+        """Return all documents as one YAML file, with the notes as comments at the top."""
         comments = "".join(f"# {line}\n" for note in self.notes for line in note.splitlines())
         return comments + "".join(f"---\n{_dump(document)}" for document in self.documents)
 
 
 def _dump(content: Document) -> str:
-    """YAML in which a text of several lines reads as such."""
+    """Return YAML that people can read: text of several lines as a block, and no aliases for repeated values."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
         pass
 
-    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    def represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
         style = "|" if "\n" in value else None
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
-    Dumper.add_representer(str, text)
-    # A list that stands twice would be an alias the second time, which people stumble over.
+    Dumper.add_representer(str, represent_text)
     Dumper.ignore_aliases = lambda *_: True  # type: ignore[method-assign]
     return str(yaml.dump(content, Dumper=Dumper, sort_keys=False, width=120))
 
 
-def document(api: str, kind: str, name: str, labels: Mapping[str, str], /, **rest: Any) -> Document:
-    """A document with its metadata; `namespace` and `annotations` stay out, since users and tools add them."""
-    return {"apiVersion": api, "kind": kind, "metadata": {"name": name, "labels": dict(labels)}, **rest}
+def document(api: str, kind: str, name: str, labels: Mapping[str, str], /, **fields: Any) -> Document:
+    """Return a document with its metadata. Users and tools add the namespace."""
+    return {"apiVersion": api, "kind": kind, "metadata": {"name": name, "labels": dict(labels)}, **fields}
 
 
 def labels(component: str) -> dict[str, str]:
-    """The labels of all that belongs to a component, such as "server"."""
+    """Return the labels of all documents of a component, such as "server"."""
     return {**selector(component), "app.kubernetes.io/part-of": "chatterbox-prewarm"}
 
 
 def selector(component: str) -> dict[str, str]:
-    """The labels that tell a component's pods from others."""
+    """Return the labels that select the pods of a component."""
     return {"app.kubernetes.io/name": "chatterbox", "app.kubernetes.io/component": component}
 
 
 def service_account(component: str, name: str) -> Document:
-    """An account without a token."""
+    """Return a service account without a token."""
     return document("v1", "ServiceAccount", name, labels(component), automountServiceAccountToken=False)
 
 
 def network_policy(component: str, name: str, ingress: Sequence[Document], egress: Sequence[Document]) -> Document:
-    """Lets through what it names, and nothing else, both ways."""
+    """Return a policy that allows only the given traffic."""
     spec = {
         "podSelector": {"matchLabels": selector(component)},
         "policyTypes": ["Ingress", "Egress"],
@@ -79,29 +78,44 @@ def network_policy(component: str, name: str, ingress: Sequence[Document], egres
     return document("networking.k8s.io/v1", "NetworkPolicy", name, labels(component), spec=spec)
 
 
-def pod_security() -> Document:
-    """The pod's half of the restricted profile."""
+def pod_base(account: str) -> Document:
+    """Return the fields that every pod has: no access to the API of the cluster, and the restricted profile."""
     return {
-        "runAsNonRoot": True,
-        "runAsUser": USER,
-        "runAsGroup": USER,
-        "seccompProfile": {"type": "RuntimeDefault"},
+        "serviceAccountName": account,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
     }
 
 
-def container_security() -> Document:
-    """The container's half."""
-    return {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+def container(name: str, image: str, **fields: Any) -> Document:
+    """Return a container with the container part of the restricted profile."""
+    security = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    return {"name": name, "image": image, "imagePullPolicy": "IfNotPresent", "securityContext": security, **fields}
 
 
-def empty_dir(name: str, size: str) -> Document:
-    """A volume that holds at most `size`: a pod that goes beyond is evicted.
+def empty_dir(name: str, mib: int) -> Document:
+    """Return a volume with a size limit. A pod that exceeds the limit is evicted.
 
-    It allows execution unless the node mounts the kubelet's directory otherwise; a manifest has no word for either.
+    Libraries are loaded from the cache volume, so nodes must not mount the folder of the kubelet with `noexec`.
     """
-    return {"name": name, "emptyDir": {"sizeLimit": size}}
+    return {"name": name, "emptyDir": {"sizeLimit": quantity(mib)}}
 
 
-def gpu_tolerations() -> list[Document]:
-    """Nodes with GPUs are often kept for pods that need one."""
-    return [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+def resources(cpu: int, request_mib: int, limit_mib: int, gpu: str = "") -> Document:
+    """Return the resources of a container: CPUs, memory, and one GPU if `gpu` names a resource."""
+    gpus = {gpu: "1"} if gpu else {}
+    return {
+        "requests": {"cpu": str(cpu), "memory": quantity(request_mib), **gpus},
+        "limits": {"memory": quantity(limit_mib), **gpus},
+    }
+
+
+def quantity(mib: int) -> str:
+    """Return an amount of memory in the notation of Kubernetes, such as "1Gi" or "1280Mi"."""
+    return f"{mib // 1024}Gi" if mib % 1024 == 0 else f"{mib}Mi"

@@ -1,9 +1,9 @@
-"""Nodes: which of them a pod is to run on, from what the states of its image were baked for.
+"""Select the nodes of a cluster that fit the states of an image.
 
-Nodes are told apart by the labels of NVIDIA's GPU Feature Discovery
-(https://github.com/NVIDIA/k8s-device-plugin/blob/main/docs/gpu-feature-discovery/README.md). A compute capability is
-required, since nothing compiled for another one runs. A product is preferred: on a relative of it a start misses, is
-slow, and works.
+Nodes are selected by the labels of NVIDIA's GPU Feature Discovery
+(https://github.com/NVIDIA/k8s-device-plugin/blob/main/docs/gpu-feature-discovery/README.md). The compute capability is
+required, because compiled code does not run on another one. The product is only preferred: on another product with the
+same capability, a start has misses and is slow, but works.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from chatterbox_prewarm.image.labels import StateLabel
+    from chatterbox_prewarm.kube.documents import Document
 
 GPU = "nvidia.com/gpu"
-#: How the device plugin offers parts of GPUs (MIG): under the GPU's own name, or each kind of part under its own.
+#: How the device plugin offers MIG slices: as the resource of a GPU ("single"), or each size as its own ("mixed").
 MIG_STRATEGIES = ("single", "mixed")
-#: What GPU Feature Discovery adds to the product of a GPU that several pods share by time.
+#: Suffix of the product label of a GPU with time-slicing.
 _SHARED = "-SHARED"
-#: What a state says that was baked for a GPU where there was none.
+#: GPU of a state that was baked on a machine without a GPU.
 _NO_GPU = ("none", ABSENT)
 _MIG = re.compile(r".+ MIG (?P<profile>\S+)")
 _CAPABILITY = re.compile(r"(\d+)\.(\d+)")
-_ARCH = "kubernetes.io/arch"
-#: Weights of what is preferred, of at most 100: the product decides, and the driver between two of one product.
+#: Weights of preferences, at most 100. The driver decides only between nodes with the same product.
 _PRODUCT_WEIGHT, _DRIVER_WEIGHT = 100, 50
 
+#: A node selector requirement of Kubernetes.
 Expression = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """How the nodes of a cluster are labelled.
+    """Labels and resources of the nodes of a cluster.
 
     Attributes:
-        feature_discovery: they have the labels of GPU Feature Discovery.
+        feature_discovery: nodes have the labels of GPU Feature Discovery.
         mig_strategy: one of `MIG_STRATEGIES`.
-        labels: of our nodes, beside those; all are required.
-        runtime_class: that gives containers a GPU, where it is not the default; or empty.
+        labels: additional labels that a node must have.
+        runtime_class: runtime class that gives containers a GPU; empty for the default runtime.
     """
 
     feature_discovery: bool = True
@@ -55,136 +56,137 @@ class Cluster:
     runtime_class: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What a node must have: the type of its GPU, empty where it does not matter, and its processor architecture.
-
-    `driver` is empty unless something of the state depends on it. `capability` is "major.minor".
-    """
-
-    product: str = ""
-    capability: str = ""
-    driver: str = ""
-    arch: str = ""
+def gpu_product(state: StateLabel) -> str:
+    """Return the GPU that a state was baked on, or "" if there was no GPU."""
+    return state.gpu if state.device == "cuda" and state.gpu not in _NO_GPU else ""
 
 
-def wanted_of(state: StateLabel) -> Wanted:
-    """What a node must have for a hit with this state, as far as nodes are labelled with it."""
-    required = {name: value for family in state.families for name, value in family.requires.items()}
-    on_gpu = state.device == "cuda" and state.gpu not in _NO_GPU
-    return Wanted(
-        product=state.gpu if on_gpu else "",
-        capability=state.compute_capability if on_gpu else "",
-        driver=required.get("driver", "") if on_gpu else "",
-        arch=required.get("arch", ""),
-    )
-
-
-def gpu_resource(products: Sequence[str], cluster: Cluster) -> str:
-    """The resource that a pod requests to get a GPU of one of these products, such as "nvidia.com/mig-1g.10gb".
-
-    Raises:
-        BadInputError: they are different resources, and a pod can request but one.
-    """
-    found = sorted({_resource(product, cluster) for product in products}) or [GPU]
-    if len(found) > 1:
-        raise BadInputError(
-            f"the states are for GPUs that are requested as {' and '.join(found)}, and a pod can request but one",
-            next_step="name those of one kind with --gpu, and render a deployment for each",
-        )
-    return found[0]
-
-
-def affinity(
-    wanted: Sequence[Wanted], cluster: Cluster, *, require_product: bool = False, gpu_memory_mib: int = 0
-) -> dict[str, Any] | None:
-    """The affinity of a pod that is at home on any of these nodes; None if nothing is known that tells them apart.
+def gpu_fields(products: Sequence[str], cluster: Cluster) -> tuple[Document, str]:
+    """Return the fields of a pod that needs a GPU, and the resource to request, such as "nvidia.com/mig-1g.10gb".
 
     Args:
-        wanted: of the states, each.
-        cluster: how nodes are labelled.
-        require_product: no other product will do, since a start that misses does not go on.
-        gpu_memory_mib: that a GPU must have, in MiB; 0 if it is not known.
+        products: acceptable products as NVML names them.
+        cluster: the cluster.
+
+    Raises:
+        BadInputError: the products need different resources, but a pod can request only one.
     """
-    terms: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for one in wanted:
-        terms[one.arch, one.capability if cluster.feature_discovery else ""].append(one.product)
+    resources = sorted({_resource(product, cluster) for product in products}) or [GPU]
+    if len(resources) > 1:
+        raise BadInputError(
+            f"the states are for GPUs that are requested as {' and '.join(resources)}, but a pod can request only one",
+            next_step="select GPUs of one kind with --gpu, and render a deployment for each kind",
+        )
+    # Nodes with GPUs often have this taint, which keeps other pods away.
+    fields: Document = {"tolerations": [{"key": GPU, "operator": "Exists", "effect": "NoSchedule"}]}
+    if cluster.runtime_class:
+        fields["runtimeClassName"] = cluster.runtime_class
+    return fields, resources[0]
+
+
+def state_affinity(
+    states: Sequence[StateLabel], cluster: Cluster, *, require_product: bool = False, gpu_memory_mib: int = 0
+) -> Document:
+    """Return the field `affinity` of a pod that can run on any node that fits one of the states; {} if all nodes fit.
+
+    Args:
+        states: states of the image.
+        cluster: the cluster.
+        require_product: require the product of a state, for pods that must not have a miss.
+        gpu_memory_mib: memory that the GPU must have, in MiB; 0 if it is unknown.
+    """
+    products_by_term: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for state in states:
+        product = gpu_product(state)
+        capability = state.compute_capability if product and cluster.feature_discovery else ""
+        products_by_term[_requirement(state, "arch"), capability].append(product)
     required = []
-    for (arch, capability), products in terms.items():
-        term = [
-            *([_among(_ARCH, [platform_of(arch).partition("/")[2]])] if arch else []),
-            *_capability(capability),
-            *(_among(name, [value]) for name, value in sorted(cluster.labels.items())),
-        ]
+    for (arch, capability), products in products_by_term.items():
+        term = [_in("kubernetes.io/arch", platform_of(arch).partition("/")[2])] if arch else []
+        # The capability of a state that was baked without a GPU does not match.
+        if match := _CAPABILITY.fullmatch(capability):
+            term += [_in(f"{GPU}.compute.major", match[1]), _in(f"{GPU}.compute.minor", match[2])]
+        term += _cluster_labels(cluster)
         if cluster.feature_discovery and any(products):
             if require_product:
                 term += _products(products, cluster)
             if gpu_memory_mib:
-                key = _label(products[0], cluster, "memory")
+                key = f"{_resource(products[0], cluster)}.memory"
                 term.append({"key": key, "operator": "Gt", "values": [str(gpu_memory_mib - 1)]})
-        if term and term not in required:
-            required.append(term)
-    preferred = _preferred(wanted, cluster) if cluster.feature_discovery else []
-    found: dict[str, Any] = {}
-    if required:
-        terms_of = [{"matchExpressions": term} for term in required]
-        found["requiredDuringSchedulingIgnoredDuringExecution"] = {"nodeSelectorTerms": terms_of}
-    if preferred:
-        found["preferredDuringSchedulingIgnoredDuringExecution"] = preferred
-    return {"nodeAffinity": found} if found else None
+        required.append(term)
+    return _node_affinity(required, _preferences(states, cluster) if cluster.feature_discovery else [])
+
+
+def product_affinity(product: str, cluster: Cluster) -> Document:
+    """Return the field `affinity` of a pod that requires a product, or any if it is ""; {} if all nodes fit."""
+    term = _cluster_labels(cluster)
+    if product and cluster.feature_discovery:
+        term += _products([product], cluster)
+    return _node_affinity([term], [])
 
 
 def product_label(product: str) -> str:
-    """A product as NVML names it, as GPU Feature Discovery writes it into a label."""
+    """Return the label value that GPU Feature Discovery gives to a product that NVML names like this."""
     return "-".join(re.sub(r"[^A-Za-z0-9_. -]", "", product.replace("+", ".")).split())
 
 
-def _preferred(wanted: Sequence[Wanted], cluster: Cluster) -> list[dict[str, Any]]:
-    products = dict.fromkeys(one.product for one in wanted if one.product)
-    found = [_preference(_PRODUCT_WEIGHT, _products([product], cluster)) for product in products]
-    for one in wanted:
-        if one.driver and one.product:
-            names = zip(("major", "minor", "rev"), one.driver.split("."), strict=False)
-            driver = [_among(f"nvidia.com/cuda.driver.{name}", [value]) for name, value in names]
-            preference = _preference(_DRIVER_WEIGHT, [*_products([one.product], cluster), *driver])
-            if preference not in found:
-                found.append(preference)
-    return found
+def _node_affinity(required: Sequence[list[Expression]], preferred: list[Document]) -> Document:
+    affinity: Document = {}
+    terms: list[Document] = []
+    for expressions in required:
+        term = {"matchExpressions": expressions}
+        if expressions and term not in terms:
+            terms.append(term)
+    if terms:
+        affinity["requiredDuringSchedulingIgnoredDuringExecution"] = {"nodeSelectorTerms": terms}
+    if preferred:
+        affinity["preferredDuringSchedulingIgnoredDuringExecution"] = preferred
+    return {"affinity": {"nodeAffinity": affinity}} if affinity else {}
 
 
-def _preference(weight: int, expressions: list[Expression]) -> dict[str, Any]:
+def _preferences(states: Sequence[StateLabel], cluster: Cluster) -> list[Document]:
+    """Prefer the product of a state, and its driver if one of its families depends on the driver."""
+    products = dict.fromkeys(product for state in states if (product := gpu_product(state)))
+    preferences = [_preference(_PRODUCT_WEIGHT, _products([product], cluster)) for product in products]
+    for state in states:
+        driver, product = _requirement(state, "driver"), gpu_product(state)
+        if driver and product:
+            parts = zip(("major", "minor", "rev"), driver.split("."), strict=False)
+            labels = [_in(f"nvidia.com/cuda.driver.{part}", value) for part, value in parts]
+            preference = _preference(_DRIVER_WEIGHT, [*_products([product], cluster), *labels])
+            if preference not in preferences:
+                preferences.append(preference)
+    return preferences
+
+
+def _preference(weight: int, expressions: list[Expression]) -> Document:
     return {"weight": weight, "preference": {"matchExpressions": expressions}}
 
 
-def _capability(capability: str) -> list[Expression]:
-    """None for what is no capability, as of a bake that saw no GPU."""
-    found = _CAPABILITY.fullmatch(capability)
-    if not found:
-        return []
-    return [
-        _among(f"{GPU}.compute.{name}", [value]) for name, value in zip(("major", "minor"), found.groups(), strict=True)
-    ]
+def _requirement(state: StateLabel, name: str) -> str:
+    """Return the value that a family of the state requires for a fact, or ""."""
+    return next((family.requires[name] for family in state.families if name in family.requires), "")
 
 
 def _products(products: Sequence[str], cluster: Cluster) -> list[Expression]:
-    """One expression for each label that these products stand in."""
+    """Return one expression for each label that contains some of these products."""
     by_label: dict[str, list[str]] = defaultdict(list)
     for product in dict.fromkeys(products):
         value = product_label(product)
-        by_label[_label(product, cluster, "product")] += [value, value + _SHARED]
-    return [_among(label, values) for label, values in by_label.items()]
+        by_label[f"{_resource(product, cluster)}.product"] += [value, value + _SHARED]
+    return [_in(label, *values) for label, values in by_label.items()]
 
 
-def _label(product: str, cluster: Cluster, name: str) -> str:
-    return f"{_resource(product, cluster)}.{name}"
+def _cluster_labels(cluster: Cluster) -> list[Expression]:
+    return [_in(name, value) for name, value in sorted(cluster.labels.items())]
 
 
 def _resource(product: str, cluster: Cluster) -> str:
-    part = _MIG.fullmatch(product)
-    if part and cluster.mig_strategy == "mixed":
-        return f"nvidia.com/mig-{part['profile'].replace('+', '.')}"
+    mig_slice = _MIG.fullmatch(product)
+    if mig_slice and cluster.mig_strategy == "mixed":
+        return f"nvidia.com/mig-{mig_slice['profile'].replace('+', '.')}"
     return GPU
 
 
-def _among(key: str, values: list[str]) -> Expression:
-    return {"key": key, "operator": "In", "values": values}
+def _in(key: str, *values: str) -> Expression:
+    return {"key": key, "operator": "In", "values": list(values)}

@@ -1,17 +1,10 @@
-"""Pre-pull: a DaemonSet that has the image on every node that may get a pod, before one comes."""
+"""Render a DaemonSet that pulls the image on every node that may run a pod, before a pod starts there."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.kube.documents import (
-    container_security,
-    document,
-    labels,
-    network_policy,
-    pod_security,
-    selector,
-)
+from chatterbox_prewarm.kube.documents import container, document, labels, network_policy, pod_base, selector
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,45 +13,34 @@ if TYPE_CHECKING:
 
 COMPONENT = "pre-pull"
 _NAME = "chatterbox-pre-pull"
-#: Reasons for checkov, why two of its findings are none.
+#: Checks of checkov that do not apply, with the reason.
 _SKIPPED = {
-    "checkov.io/skip1": "CKV_K8S_8=it does nothing that could hang",
-    "checkov.io/skip2": "CKV_K8S_9=nobody asks it anything",
+    "checkov.io/skip1": "CKV_K8S_8=the container only sleeps",
+    "checkov.io/skip2": "CKV_K8S_9=the container receives no requests",
 }
 
 
-def pre_pull(image: str, account: str, where: Mapping[str, Any]) -> list[Document]:
-    """The documents; the component `pre-pull` of k8s/ has the same, a test compares them.
+def pre_pull(image: str, account: str, node_fields: Mapping[str, Any]) -> list[Document]:
+    """Render the DaemonSet and its network policy. A test compares them with the component `pre-pull` in k8s/.
 
     Args:
-        image: to pull.
-        account: the service account of its pods.
-        where: fields of a pod that choose its node: `affinity`, `tolerations`.
+        image: image to pull.
+        account: service account of the pods.
+        node_fields: fields of a pod that select its node: `affinity`, `tolerations`.
     """
-    hold = {
-        "name": "hold",
-        "image": image,
-        "imagePullPolicy": "IfNotPresent",
-        "command": ["sleep", "infinity"],
-        "resources": {"requests": {"cpu": "1m", "memory": "8Mi"}, "limits": {"memory": "16Mi"}},
-        "securityContext": container_security(),
-    }
+    resources = {"requests": {"cpu": "1m", "memory": "8Mi"}, "limits": {"memory": "16Mi"}}
     pod = {
-        "serviceAccountName": account,
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        # What runs ignores SIGTERM, and has nothing to finish.
-        "terminationGracePeriodSeconds": 1,
-        "securityContext": pod_security(),
-        **where,
-        "containers": [hold],
+        **pod_base(account),
+        "terminationGracePeriodSeconds": 1,  # `sleep` as PID 1 ignores SIGTERM
+        **node_fields,
+        "containers": [container("hold", image, command=["sleep", "infinity"], resources=resources)],
     }
     spec = {
         "selector": {"matchLabels": selector(COMPONENT)},
-        # It serves nobody: all nodes may pull at once.
+        # The pods serve no requests, so all nodes may pull at once.
         "updateStrategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": "100%"}},
         "template": {"metadata": {"labels": labels(COMPONENT)}, "spec": pod},
     }
-    made = document("apps/v1", "DaemonSet", _NAME, labels(COMPONENT), spec=spec)
-    made["metadata"]["annotations"] = dict(_SKIPPED)
-    return [made, network_policy(COMPONENT, _NAME, [], [])]
+    daemon_set = document("apps/v1", "DaemonSet", _NAME, labels(COMPONENT), spec=spec)
+    daemon_set["metadata"]["annotations"] = dict(_SKIPPED)
+    return [daemon_set, network_policy(COMPONENT, _NAME, [], [])]

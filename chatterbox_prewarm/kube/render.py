@@ -1,6 +1,6 @@
-"""Render: the deployment of an image, from what its labels say that it was baked for.
+"""Render the deployment of an image from the states in its labels.
 
-What it renders without a GPU and without figures is k8s/base; a test compares them.
+The result without a GPU and without measurements equals k8s/base; a test compares them.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ from chatterbox_prewarm.kube.budgets import (
     Budgets,
     Measured,
     budgets,
-    or_baked,
-    quantity,
+    with_baked_values,
 )
 from chatterbox_prewarm.kube.documents import (
     Rendering,
-    container_security,
+    container,
     document,
     empty_dir,
-    gpu_tolerations,
     labels,
     network_policy,
-    pod_security,
+    pod_base,
+    resources,
     selector,
     service_account,
 )
-from chatterbox_prewarm.kube.nodes import Cluster, affinity, gpu_resource, wanted_of
+from chatterbox_prewarm.kube.nodes import Cluster, gpu_fields, gpu_product, state_affinity
 from chatterbox_prewarm.kube.pre_pull import pre_pull
 from chatterbox_prewarm.system.paths import CACHE
 
@@ -46,32 +45,34 @@ if TYPE_CHECKING:
 NAME = "chatterbox"
 _SERVER = "server"
 _PORT = 8000
-#: MiB for short-lived files: uploads, and what a library unpacks.
+_CPUS = 2
+#: MiB for temporary files, such as uploads.
 _TMP_MIB = 256
-#: A pull of some GB and a cold start together may take longer than Kubernetes' default of 600 s.
+#: An image pull of several GB plus a cold start may take longer than the default of Kubernetes, 600 s.
 _PROGRESS_SECONDS = 1800
 NO_FEATURE_DISCOVERY = (
-    "Nodes are not told apart by their GPU, so a pod may run on one that no state was baked for: it misses, is slow\n"
-    "and works. Install GPU Feature Discovery, or label such nodes and name the label with --node-label."
+    "Nodes are not selected by GPU, so a pod may run on a GPU that no state was baked for. It then has misses and is\n"
+    "slow, but works. Install GPU Feature Discovery, or label the nodes and pass the label with --node-label."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be deployed.
+    """Options of a deployment.
 
     Attributes:
-        image: that pods run, by a digest where it is known.
-        states: of the image, as its labels tell.
-        device: "cuda" or "cpu"; empty for "cuda" if a state is for it.
-        gpus: products of the states that matter; all if empty.
-        policy: of a start; under "require" a pod runs only where a state fits, since any other would not start.
-        replicas: None leaves the number to an autoscaler.
-        queue_limit: most requests that a pod has at a time.
-        cache_mib: of the cache's volume; None to derive it.
-        pre_pull: have the image on all those nodes before a pod comes.
-        cluster: and how it labels its nodes.
-        measured: of pods; what nobody measured is taken from the states.
+        image: image of the pods, with its digest if that is known.
+        states: states of the image, from its labels.
+        device: "cuda" or "cpu"; empty for "cuda" if there is a state for it.
+        gpus: use only the states for these products; empty for all.
+        policy: policy of a start. With "require", pods run only on nodes that fit a state, because others fail to
+            start.
+        replicas: number of pods; None leaves it to an autoscaler.
+        queue_limit: maximum number of requests in a pod.
+        cache_mib: size of the cache volume in MiB; None to compute it.
+        pre_pull: pull the image on all matching nodes before a pod starts there.
+        cluster: the cluster.
+        measured: measurements of pods. Missing values are taken from the states.
     """
 
     image: str
@@ -88,14 +89,14 @@ class Request:
 
 
 def render(request: Request) -> Rendering:
-    """The documents of a deployment.
+    """Render the documents of a deployment.
 
     Raises:
-        BadInputError: no state is for the device or the GPUs asked for, they need different resources, or the cache is
-            too small.
+        BadInputError: no state is for the requested device or GPUs, the states need different resources, or the cache
+            is too small.
     """
     device, states = _choose(request)
-    request = replace(request, measured=or_baked(request.measured, states))
+    request = replace(request, measured=with_baked_values(request.measured, states))
     sizes = budgets(states, request.measured, queue_limit=request.queue_limit, cache_mib=request.cache_mib)
     settings = _settings(request, device, sizes)
     deployment = _deployment(request, device, states, sizes, settings)
@@ -109,34 +110,35 @@ def render(request: Request) -> Rendering:
     ]
     if request.pre_pull:
         pod = deployment["spec"]["template"]["spec"]
-        where = {field: pod[field] for field in ("affinity", "tolerations") if field in pod}
-        documents += pre_pull(request.image, NAME, where)
+        node_fields = {field: pod[field] for field in ("affinity", "tolerations") if field in pod}
+        documents += pre_pull(request.image, NAME, node_fields)
     return Rendering(documents=tuple(documents), notes=tuple(_notes(request, device, states)))
 
 
 def _choose(request: Request) -> tuple[str, list[StateLabel]]:
-    """The device, and the states that matter on it."""
+    """Choose the device and the states for it."""
     kinds = {state.device for state in request.states}
     device = request.device or ("cuda" if "cuda" in kinds else "cpu")
     states = [state for state in request.states if state.device == device]
-    if not states and device == "cuda":  # an image that was baked without a GPU, for one: what depends on none is warm
+    # Families that do not depend on a GPU can be used on a GPU, too.
+    if not states and device == "cuda":
         states = list(request.states)
     if not states:
         raise BadInputError(
             f"the image has no state for the device {device!r}, only for {', '.join(sorted(kinds))}",
-            next_step="leave out --device, or bake such a state and add it",
+            next_step="leave out --device, or bake a state for that device and append it",
         )
     if unknown := [gpu for gpu in request.gpus if gpu not in {state.gpu for state in states}]:
         known = ", ".join(sorted({state.gpu for state in states}))
         raise BadInputError(
-            f"no state of the image is for the GPU {unknown[0]!r}; they are for: {known}",
-            next_step="name one of those, or bake on such a node with `chatterbox-prewarm k8s render-bake`",
+            f"no state of the image is for the GPU {unknown[0]!r}; the states are for: {known}",
+            next_step="choose one of those, or bake on a node with that GPU: `chatterbox-prewarm k8s render-bake`",
         )
     return device, [state for state in states if not request.gpus or state.gpu in request.gpus]
 
 
 def _settings(request: Request, device: str, sizes: Budgets) -> dict[str, str]:
-    """Options of `serve`; those that are as the server has them anyway stay out."""
+    """Return the options of `serve` that differ from its defaults, as environment variables."""
     settings = {"DRAIN_SECONDS": str(sizes.drain_seconds)}
     if device == "cuda" or len({state.device for state in request.states}) > 1:
         settings["DEVICE"] = device
@@ -153,7 +155,7 @@ def _deployment(
     checksum = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     metadata = {
         "labels": labels(_SERVER),
-        # The map's name stays, so that it can be patched; its content gives new pods.
+        # The name of the ConfigMap is fixed, so that users can patch it. The checksum makes a change restart the pods.
         "annotations": {"checksum/config": checksum},
     }
     spec: dict[str, Any] = {
@@ -164,81 +166,57 @@ def _deployment(
     }
     if request.replicas is not None:
         spec = {"replicas": request.replicas, **spec}
-    made = document("apps/v1", "Deployment", NAME, labels(_SERVER), spec=spec)
-    made["metadata"]["annotations"] = {"chatterbox-prewarm/states": ", ".join(state.key for state in states)}
-    return made
+    deployment = document("apps/v1", "Deployment", NAME, labels(_SERVER), spec=spec)
+    deployment["metadata"]["annotations"] = {"chatterbox-prewarm/states": ", ".join(state.key for state in states)}
+    return deployment
 
 
 def _pod(request: Request, device: str, states: Sequence[StateLabel], sizes: Budgets) -> Document:
-    wanted = [wanted_of(state) for state in states]
-    pod: dict[str, Any] = {
-        "serviceAccountName": NAME,
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": sizes.grace_seconds,
-        "securityContext": pod_security(),
-    }
-    at_home = affinity(
-        wanted,
+    pod = {**pod_base(NAME), "terminationGracePeriodSeconds": sizes.grace_seconds}
+    pod |= state_affinity(
+        states,
         request.cluster,
         require_product=request.policy == "require",
         gpu_memory_mib=request.measured.gpu_memory_mib or 0,
     )
-    if at_home is not None:
-        pod["affinity"] = at_home
-    resources: dict[str, Any] = {
-        "requests": {"cpu": "2", "memory": quantity(sizes.memory_request_mib)},
-        "limits": {"memory": quantity(sizes.memory_limit_mib)},
-    }
-    if device == "cuda":
-        pod["tolerations"] = gpu_tolerations()
-        if request.cluster.runtime_class:
-            pod["runtimeClassName"] = request.cluster.runtime_class
-        gpu = gpu_resource([one.product for one in wanted if one.product], request.cluster)
-        resources["requests"][gpu] = resources["limits"][gpu] = "1"
-    pod["containers"] = [_container(request.image, resources, sizes)]
-    pod["volumes"] = [empty_dir("cache", quantity(sizes.cache_mib)), empty_dir("tmp", quantity(_TMP_MIB))]
+    products = [product for state in states if (product := gpu_product(state))]
+    fields, gpu_resource = gpu_fields(products, request.cluster) if device == "cuda" else ({}, "")
+    pod |= fields
+    pod["containers"] = [_container(request.image, sizes, gpu_resource)]
+    pod["volumes"] = [empty_dir("cache", sizes.cache_mib), empty_dir("tmp", _TMP_MIB)]
     return pod
 
 
-def _container(image: str, resources: Document, sizes: Budgets) -> Document:
-    return {
-        "name": _SERVER,
-        "image": image,
-        "imagePullPolicy": "IfNotPresent",
-        "ports": [{"name": "http", "containerPort": _PORT, "protocol": "TCP"}],
-        "envFrom": [{"configMapRef": {"name": NAME}}],
-        # Not the `sleep` action: Kubernetes 1.29 has it switched off.
-        "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(PRE_STOP_SECONDS)]}}},
-        "resources": resources,
-        "startupProbe": {
-            **_get("/startupz"),
-            "periodSeconds": 1,
-            "failureThreshold": sizes.startup_seconds,
-        },
-        "livenessProbe": {
-            **_get("/livez"),
-            "periodSeconds": 5,
-            "timeoutSeconds": 5,
-            "failureThreshold": 3,
-            "terminationGracePeriodSeconds": PRE_STOP_SECONDS + EXIT_SECONDS,  # a server that is hung drains nothing
-        },
-        "readinessProbe": {**_get("/readyz"), "periodSeconds": 1},
-        "securityContext": container_security(),
-        "volumeMounts": [{"name": "cache", "mountPath": str(CACHE)}, {"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108
-    }
+def _container(image: str, sizes: Budgets, gpu_resource: str) -> Document:
+    liveness = _probe(
+        "/livez",
+        periodSeconds=5,
+        timeoutSeconds=5,
+        failureThreshold=3,
+        terminationGracePeriodSeconds=PRE_STOP_SECONDS + EXIT_SECONDS,  # a hung server does not drain
+    )
+    return container(
+        _SERVER,
+        image,
+        ports=[{"name": "http", "containerPort": _PORT, "protocol": "TCP"}],
+        envFrom=[{"configMapRef": {"name": NAME}}],
+        # The `sleep` action of Kubernetes is disabled by default in version 1.29.
+        lifecycle={"preStop": {"exec": {"command": ["sleep", str(PRE_STOP_SECONDS)]}}},
+        resources=resources(_CPUS, sizes.memory_request_mib, sizes.memory_limit_mib, gpu_resource),
+        startupProbe=_probe("/startupz", periodSeconds=1, failureThreshold=sizes.startup_seconds),
+        livenessProbe=liveness,
+        readinessProbe=_probe("/readyz", periodSeconds=1),
+        volumeMounts=[{"name": "cache", "mountPath": str(CACHE)}, {"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108
+    )
 
 
-def _get(path: str) -> Document:
-    return {"httpGet": {"path": path, "port": "http"}}
+def _probe(path: str, **fields: int) -> Document:
+    return {"httpGet": {"path": path, "port": "http"}, **fields}
 
 
 def _service() -> Document:
-    spec = {
-        "type": "ClusterIP",
-        "selector": selector(_SERVER),
-        "ports": [{"name": "http", "port": _PORT, "targetPort": "http", "protocol": "TCP"}],
-    }
+    ports = [{"name": "http", "port": _PORT, "targetPort": "http", "protocol": "TCP"}]
+    spec = {"type": "ClusterIP", "selector": selector(_SERVER), "ports": ports}
     return document("v1", "Service", NAME, labels(_SERVER), spec=spec)
 
 
@@ -256,14 +234,16 @@ def _notes(request: Request, device: str, states: Sequence[StateLabel]) -> list[
     if device == "cuda":
         if not request.cluster.feature_discovery:
             notes.append(NO_FEATURE_DISCOVERY)
-        elif not all(wanted_of(state).product for state in states):
-            notes.append("A state was baked without a GPU: any node will do, and on each a start misses in part.")
-    given = {
+        elif not all(gpu_product(state) for state in states):
+            notes.append("A state was baked without a GPU. It fits any node, but every start has some misses.")
+    measurements = {
         "--cold-seconds": measured.cold_seconds,
         "--request-seconds": measured.request_seconds,
         "--rss": measured.rss_mib,
         **({"--gpu-memory": measured.gpu_memory_mib} if device == "cuda" else {}),
     }
-    if missing := [name for name, value in given.items() if value is None]:
-        notes.append(f"Defaults stand for what was not measured: {', '.join(missing)} (docs/kubernetes.md, Sizing).")
+    if missing := [name for name, value in measurements.items() if value is None]:
+        notes.append(
+            f"Defaults are used, because these were not measured: {', '.join(missing)} (docs/kubernetes.md, Sizing)."
+        )
     return notes

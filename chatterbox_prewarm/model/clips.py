@@ -1,4 +1,4 @@
-"""Reference clips: what a voice may be made of. Imports no torch, so that a bad clip is refused at once."""
+"""Checks of reference clips. This module does not import torch, so a bad clip is refused immediately."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-#: The voice that is always there: upstream's own, or one of a generated clip where a checkpoint ships none.
+#: The built-in voice: upstream's, or a voice of a generated clip if the checkpoint has no voice.
 DEFAULT_VOICE = "default"
 
 MIN_SECONDS = 1.0
 MAX_SECONDS = 300.0
-#: Voice encoder and speech tokenizer hear up to 8 kHz; a clip sampled lower has nothing for them there.
+#: Voice encoder and speech tokenizer use frequencies up to 8 kHz, which a lower sample rate does not contain.
 MIN_SAMPLE_RATE = 16_000
-#: No recording of a voice is sampled higher; a header that says so does not tell the truth.
+#: No recording of a voice has a higher sample rate, so a higher value in a header is wrong.
 MAX_SAMPLE_RATE = 192_000
 _SILENCE = 1e-4
 _BLOCK = 1 << 16
-#: What libsndfile says of a length that the header leaves open; python-soundfile cannot read such a file.
-_UNKNOWN = 1 << 62
-_CONVERT = "convert it: sox IN -r 24000 -c 1 OUT.wav"
-_SPEECH = "give 5 to 10 s of clean speech"
+#: libsndfile reports at least this length if the header has no length. python-soundfile cannot read such a file.
+_UNKNOWN_LENGTH = 1 << 62
+_CONVERT_STEP = "convert it: sox IN -r 24000 -c 1 OUT.wav"
+_SPEECH_STEP = "give 5 to 10 s of clean speech"
 
 
 def check_clip(path: Path, *, name: str) -> None:
@@ -37,33 +37,33 @@ def check_clip(path: Path, *, name: str) -> None:
         name: of the voice, for the message.
 
     Raises:
-        BadInputError: the file is missing, no audio, empty, silent, too short or long, stereo, or of a sampling rate
-            too low or too high.
+        BadInputError: the name belongs to the built-in voice, or the file is missing, not audio, empty, silent, too
+            short, too long or stereo, or its sample rate is too low or too high.
     """
     if name == DEFAULT_VOICE:
-        raise BadInputError(f"the voice {name!r} is the built-in one", next_step="give yours another name")
+        raise BadInputError(f"the name {name!r} belongs to the built-in voice", next_step="choose another name")
     what = f"the clip {path} for the voice {name!r}"
     if not path.is_file():
-        raise BadInputError(f"{what} does not exist", next_step="name an audio file: --voice NAME=PATH")
+        raise BadInputError(f"{what} does not exist", next_step="give an audio file: --voice NAME=PATH")
     read_clip(path, what=what)
 
 
 def read_clip(
     source: Path | BinaryIO, *, what: str, channels: int = 1, max_samples: int | None = None
 ) -> tuple[NDArray[np.float32], int]:
-    """Decode a reference clip, no further than one may be long, whatever its header says.
+    """Decode a reference clip. Never decodes more than the maximum length, even if the header promises more.
 
     Args:
         source: a file in a format that libsndfile reads.
-        what: the clip, as a message names it.
-        channels: the most that it may have; several are mixed down to one.
-        max_samples: the most samples of a channel that are decoded.
+        what: describes the clip in messages.
+        channels: the maximum number of channels; several are mixed down to one.
+        max_samples: the maximum number of samples per channel.
 
     Returns:
-        float32 of shape (n,), all finite, as loud as in the file, and the sampling rate in Hz.
+        float32 of shape (n,), all finite, with the loudness of the file; and the sample rate in Hz.
 
     Raises:
-        BadInputError: it would give a bad voice, as for `check_clip`.
+        BadInputError: the clip would give a bad voice, see `check_clip`.
     """
     import numpy as np
     import soundfile
@@ -77,50 +77,54 @@ def read_clip(
             if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
                 raise bad(
                     f"is sampled at {rate} Hz; {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} Hz are needed",
-                    "record it at 24000 Hz or more; raising the rate afterwards brings nothing back",
+                    "record it at 24000 Hz or more; resampling cannot restore missing frequencies",
                 )
             if sound.channels > channels:
                 raise bad(
                     f"has {sound.channels} channels; at most {channels} can be used",
                     "mix it down to one: sox IN -c 1 OUT.wav",
                 )
-            if sound.frames >= _UNKNOWN:
-                raise bad("does not say how long it is, as FLAC that was written into a pipe", _CONVERT)
-            most = int(MAX_SECONDS * rate)
-            blocks, total = [], sound.frames if sound.frames > most else 0  # too long by its own account: not decoded
-            while total <= min(most, max_samples or most):
+            if sound.frames >= _UNKNOWN_LENGTH:
+                raise bad("does not say how long it is, like a FLAC file written to a pipe", _CONVERT_STEP)
+            limit = int(MAX_SECONDS * rate)
+            blocks, total = [], sound.frames if sound.frames > limit else 0  # do not decode a clip that is too long
+            while total <= min(limit, max_samples or limit):
                 block = sound.read(_BLOCK, dtype="float32", always_2d=True)
                 if not len(block):
                     break
-                with np.errstate(all="ignore"):  # what is no number is found below
+                with np.errstate(all="ignore"):  # check_samples finds NaN and infinity
                     blocks.append(block.mean(axis=1, dtype=np.float32))
                 total += len(block)
-    except (soundfile.SoundFileError, OSError, TypeError) as error:  # a file named .raw asks for what it holds
-        why = getattr(error, "error_string", str(error))  # without the name of what was opened, which `what` gives
-        raise bad(f"is not audio that can be read ({why})", _CONVERT) from error
-    # The header may promise more than the file holds.
+    except (
+        soundfile.SoundFileError,
+        OSError,
+        TypeError,
+    ) as error:  # TypeError: soundfile asks for the format of a .raw file
+        reason = getattr(error, "error_string", str(error))  # without the file name, which `what` contains
+        raise bad(f"is not audio that can be read ({reason})", _CONVERT_STEP) from error
+    # The header may promise more samples than the file contains.
     if not MIN_SECONDS <= total / rate <= MAX_SECONDS:
-        raise bad(f"is {total / rate:.2f} s long; {MIN_SECONDS:.0f} to {MAX_SECONDS:.0f} s are needed", _SPEECH)
+        raise bad(f"is {total / rate:.2f} s long; {MIN_SECONDS:.0f} to {MAX_SECONDS:.0f} s are needed", _SPEECH_STEP)
     if max_samples is not None and total > max_samples:
-        raise bad(f"has more than {max_samples} samples", f"sample it at a lower rate, or {_SPEECH}")
+        raise bad(f"has more than {max_samples} samples", f"use a lower sample rate, or {_SPEECH_STEP}")
     samples = np.concatenate(blocks)
     check_samples(samples, what=what)
     return samples, rate
 
 
 def check_samples(samples: NDArray[np.float32], *, what: str) -> None:
-    """Refuse samples that are no sound.
+    """Refuse samples that are silent or not finite.
 
     Args:
-        samples: of shape (n,), n at least 1.
-        what: the clip, as a message names it.
+        samples: float32 of shape (n,), n at least 1.
+        what: describes the clip in messages.
 
     Raises:
-        BadInputError: some are no numbers, or none can be heard.
+        BadInputError: a sample is NaN or infinite, or all samples are silent.
     """
     import numpy as np
 
     if not np.isfinite(samples).all():
-        raise BadInputError(f"{what} holds samples that are no numbers", next_step=_CONVERT)
+        raise BadInputError(f"{what} contains NaN or infinity", next_step=_CONVERT_STEP)
     if np.abs(samples).max() < _SILENCE:
-        raise BadInputError(f"{what} is silent", next_step=_SPEECH)
+        raise BadInputError(f"{what} is silent", next_step=_SPEECH_STEP)

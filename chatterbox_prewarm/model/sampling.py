@@ -1,4 +1,4 @@
-"""How speech tokens are sampled. Importing this module does not import torch."""
+"""Settings of the sampling of speech tokens. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.system.limits import SAMPLING
 
-#: Upstream's own bound in `ChatterboxTTS.generate`: 40 s of audio.
+#: Upstream's limit in `ChatterboxTTS.generate`: 40 s of audio.
 MAX_NEW_TOKENS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How speech tokens are sampled; the defaults are upstream's."""
+    """Settings of the sampling of speech tokens. The defaults are upstream's."""
 
     temperature: float = 0.8
     cfg_weight: float = 0.5

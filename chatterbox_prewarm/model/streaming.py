@@ -1,10 +1,14 @@
-"""Speech in chunks while it is made: the same tokens as in one piece, and a sound without seams.
+"""Streaming: return speech in chunks while it is synthesized, with the tokens of `synthesize` and without seams.
 
-S3Gen's flow attends to the whole utterance, later tokens included, so the first sound depends on the last token. Either
-the flow waits for the last token: then the chunks are the very audio of `Synthesizer.synthesize`, and only vocoder and
-watermark run chunk by chunk. Or it looks but a few tokens ahead: then sound comes early, of the same words and voice,
-but it is another rendition. The vocoder and the watermark see less than half a second; they run on overlapping windows
-and give what they would give for the whole.
+S3Gen's flow attends to the complete utterance, so the first sample depends on the last token. There are two modes:
+
+- The flow waits for the last token. The chunks then equal the audio of `Synthesizer.synthesize`; only the vocoder and
+  the watermark run chunk by chunk.
+- The flow looks only a few tokens ahead (`look_ahead`). Audio then arrives early. It has the same words and voice, but
+  it differs from the audio of `synthesize`.
+
+The context of the vocoder and of the watermark is shorter than half a second. They run on overlapping windows and
+return the same samples as for the complete utterance.
 """
 
 from __future__ import annotations
@@ -20,9 +24,9 @@ import torch
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.regions.overlap import Windows
-from chatterbox_prewarm.model.regions.pipeline import bound
-from chatterbox_prewarm.model.regions.region import MOST_FRAMES
+from chatterbox_prewarm.model.regions.overlap import OverlappingWindows
+from chatterbox_prewarm.model.regions.pipeline import pipeline_of
+from chatterbox_prewarm.model.regions.region import MAX_FRAMES
 from chatterbox_prewarm.model.regions.vocoder import HELD_FRAMES, SAMPLES_PER_FRAME
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
 from chatterbox_prewarm.model.synthesis import Synthesizer, as_pcm, chosen_seed, preserved_generators, seed_everything
@@ -34,22 +38,22 @@ if TYPE_CHECKING:
     from chatterbox.tts import Conditionals
     from numpy.typing import NDArray
 
-    Piece = tuple[torch.Tensor, torch.Tensor, bool]  # tokens, their mel spectrogram, whether it is the last
+    Piece = tuple[torch.Tensor, torch.Tensor, bool]  # tokens, their mel spectrogram, whether the piece is the last
 
 logger = logging.getLogger(__name__)
 
-#: A second of audio.
+#: One second of audio.
 CHUNK_TOKENS = 25
 _FRAMES_PER_TOKEN = 2
-#: Over how many mel frames one rendering of the flow goes over into the next.
+#: The number of mel frames in which the flow's output for one chunk is blended into that for the next chunk.
 _BLENDED_FRAMES = 6
-#: The watermark is made from steps of 10 ms. Perth's encoder sees 15 of them to each side, its two Fourier transforms
-#: 3.2 each, and its resamplers some hundred samples.
+#: The watermark works on steps of 10 ms. On each side, Perth's encoder sees 15 steps, its two Fourier transforms 3.2
+#: steps each, and its resamplers about a hundred samples.
 _STEP = 240
 _WATERMARK_CONTEXT = 24
-#: Mel frames that the vocoder and the watermark hold back between them.
+#: The number of mel frames that the vocoder and the watermark hold back together.
 _HELD_FRAMES = HELD_FRAMES + _WATERMARK_CONTEXT * _STEP // SAMPLES_PER_FRAME
-#: Noise of its own for a stream that looks ahead, from the same seed.
+#: Added to the seed for the noise of a stream that looks ahead.
 _NOISE_SEED = 0x9E3779B9
 
 
@@ -58,11 +62,11 @@ class Chunk:
     """A part of a streamed synthesis.
 
     Attributes:
-        samples: watermarked mono audio at the model's rate, 24 kHz, within [-1, 1].
-        tokens: the speech tokens that it is the sound of, int64, 25 a second.
-        index: 0 for the first.
+        samples: float32 (m,) within [-1, 1], watermarked mono audio at 24 kHz.
+        tokens: int64 (n,), the speech tokens of these samples, 25 per second.
+        index: of the chunk, from 0.
         seconds: from the call to this chunk.
-        is_last: that none follows.
+        is_last: whether this is the last chunk.
     """
 
     samples: NDArray[np.float32]
@@ -84,7 +88,7 @@ class HasSynthesizer(Protocol):
     def synthesizer(self) -> Synthesizer: ...  # noqa: D102
 
 
-def generate_stream(
+def generate_stream(  # noqa: PLR0913 - public API with optional keyword arguments
     source: Synthesizer | HasSynthesizer,
     text: str,
     *,
@@ -96,34 +100,36 @@ def generate_stream(
     look_ahead: int | None = None,
     stopped: Callable[[], bool] | None = None,
 ) -> Generator[Chunk]:
-    """Speak `text` in chunks.
+    """Synthesize `text` in chunks.
 
-    With a seed the tokens are those that `Synthesizer.synthesize` draws, and without `look_ahead` the audio is too.
-    Closing the iterator ends the work. What others draw from the global generators between two chunks changes nothing.
+    With a seed, the tokens are those of `Synthesizer.synthesize`; without `look_ahead`, the audio is too. Closing the
+    iterator stops the synthesis. Other code may use the global random generators between two chunks.
 
     Args:
-        source: what speaks, one call at a time.
-        text: what to say.
+        source: the model; only one call may run at a time.
+        text: the text to speak.
         voice: one of the voices.
-        seed: makes the result repeatable on the same machine; None draws a fresh one.
-        max_new_tokens: bound on the speech tokens.
-        sampling: how tokens are drawn.
-        chunk_tokens: speech tokens to a chunk, 40 ms each; the last chunk may be shorter.
-        look_ahead: how many tokens after a chunk the flow waits for, at least 3. None waits for all.
-        stopped: asked every few tokens, before each step of the flow and before each chunk, also while the first is
-            being made and nobody can close the iterator; when it says yes the stream ends, without a last chunk.
+        seed: makes the result reproducible on the same machine; None chooses a random seed.
+        max_new_tokens: maximum number of speech tokens.
+        sampling: the sampling settings; None uses the defaults.
+        chunk_tokens: speech tokens (40 ms each) per chunk; the last chunk may be shorter.
+        look_ahead: how many tokens after a chunk the flow waits for, at least 3. None waits for all tokens.
+        stopped: called every few tokens, before each step of the flow and before each chunk. If it returns True, the
+            stream ends without a last chunk. It can stop the stream before the first chunk, when nothing can close
+            the iterator yet.
 
     Raises:
-        BadInputError: at the call, an argument that cannot be used; at a chunk, a text or a speech that is too long.
-        ModelError: at a chunk, the model gave too few speech tokens to make a sound of.
+        BadInputError: at the call, an argument is invalid; at a chunk, the text or the speech is too long.
+        ModelError: at a chunk, the model returned too few speech tokens for audio.
     """
     called = time.perf_counter()
     synthesizer = source if isinstance(source, Synthesizer) else source.synthesizer
     if chunk_tokens < 1:
-        raise BadInputError(f"a chunk of {chunk_tokens} tokens", next_step="give 1 or more; 25 are a second")
+        raise BadInputError(f"a chunk of {chunk_tokens} tokens", next_step="give 1 or more; 25 tokens are one second")
     if look_ahead is not None and look_ahead < LEAST_LOOK_AHEAD:
         raise BadInputError(
-            f"a look ahead of {look_ahead} tokens", next_step=f"give {LEAST_LOOK_AHEAD} or more, or None for all"
+            f"a look ahead of {look_ahead} tokens",
+            next_step=f"give {LEAST_LOOK_AHEAD} or more, or None to wait for all tokens",
         )
     stream = _Stream(synthesizer, synthesizer.voice(voice), chunk_tokens, look_ahead, stopped or (lambda: False))
     blocks = synthesizer.token_blocks(text, voice=voice, max_new_tokens=max_new_tokens, sampling=sampling)
@@ -131,11 +137,11 @@ def generate_stream(
 
 
 class _StoppedError(Exception):
-    """Nobody wants the rest."""
+    """The caller has stopped the stream."""
 
 
 class _Stream:
-    """One streamed synthesis; the arguments are those of `generate_stream`."""
+    """One streamed synthesis. `generate_stream` documents the arguments."""
 
     def __init__(
         self,
@@ -146,26 +152,26 @@ class _Stream:
         stopped: Callable[[], bool],
     ) -> None:
         self._synthesizer = synthesizer
-        self._stages = bound(synthesizer.model)
+        self._pipeline = pipeline_of(synthesizer.model)
         self._voice = voice.gen
         self._chunk_tokens = chunk_tokens
         self._look_ahead = look_ahead
         self._stopped = stopped
 
     def chunks(self, blocks: Generator[torch.Tensor], seed: int, called: float) -> Generator[Chunk]:
-        """Make the chunks from the tokens as they are drawn."""
+        """Yield the chunks; `blocks` draws the tokens."""
         with contextlib.suppress(_StoppedError):
             yield from self._chunks(blocks, seed, called)
 
-    # Inference mode is left while a chunk is out: it would hold in the code of whoever asked for it.
+    # The decorator switches inference mode off at each yield, so that it does not affect the caller's code.
     @torch.inference_mode()
     def _chunks(self, blocks: Generator[torch.Tensor], seed: int, called: float) -> Generator[Chunk]:
         seed_everything(seed)
         size = _FRAMES_PER_TOKEN * SAMPLES_PER_FRAME * self._chunk_tokens
         tokens, ready, index = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32), 0
         with contextlib.closing(blocks), contextlib.closing(self._sound(blocks, seed)) as sound:
-            for more_tokens, samples, last in sound:
-                tokens, ready = np.concatenate([tokens, more_tokens]), np.concatenate([ready, samples])
+            for new_tokens, samples, last in sound:
+                tokens, ready = np.concatenate([tokens, new_tokens]), np.concatenate([ready, samples])
                 while ready.size >= size or (last and ready.size):
                     chunk = Chunk(
                         samples=ready[:size],
@@ -176,7 +182,7 @@ class _Stream:
                     )
                     tokens, ready, index = tokens[self._chunk_tokens :], ready[size:], index + 1
                     if chunk.index == 0:
-                        logger.info("the first chunk of speech after %.3f s", chunk.seconds)
+                        logger.info("first chunk after %.3f s", chunk.seconds)
                     with preserved_generators(self._synthesizer.model.device):
                         yield chunk
                     if self._stopped():
@@ -186,14 +192,14 @@ class _Stream:
     def _sound(
         self, blocks: Generator[torch.Tensor], seed: int
     ) -> Generator[tuple[NDArray[np.int64], NDArray[np.float32], bool]]:
-        """Watermarked samples in pieces of any size, the tokens that came with them, and whether it is all."""
+        """Yield tokens, watermarked samples (in pieces of any size) and whether the piece is the last."""
         if self._look_ahead is None:
-            noise, pieces = None, self._whole(blocks)
+            noise, pieces = None, self._complete_mel(blocks)
         else:
             noise = torch.Generator().manual_seed((seed + _NOISE_SEED) % (MAX_SEED + 1))
-            pieces = self._settled(blocks, self._look_ahead, noise)
-        vocoder = self._stages.vocoder.stream(noise)
-        watermark = Windows(self._watermarked, context=_WATERMARK_CONTEXT)
+            pieces = self._mel_chunks(blocks, self._look_ahead, noise)
+        vocoder = self._pipeline.vocoder.stream(noise)
+        watermark = OverlappingWindows(self._watermarked, context=_WATERMARK_CONTEXT)
         with contextlib.closing(pieces):
             for tokens, mel, last in pieces:
                 new = tokens.cpu().numpy()
@@ -208,32 +214,32 @@ class _Stream:
                         return
 
     @torch.inference_mode()
-    def _whole(self, blocks: Generator[torch.Tensor]) -> Generator[Piece]:
-        """The spectrogram of all tokens, as `Synthesizer.synthesize` makes it."""
+    def _complete_mel(self, blocks: Generator[torch.Tensor]) -> Generator[Piece]:
+        """Yield the spectrogram of all tokens, equal to that of `Synthesizer.synthesize`."""
         drawn = self._no_tokens()
         for block in blocks:
             drawn = torch.cat([drawn, block])
             if self._stopped():
                 return
         tokens = self._synthesizer.usable(drawn)
-        yield tokens, self._stages.flow(tokens, self._voice, on_step=self._check), True
+        yield tokens, self._pipeline.flow(tokens, self._voice, on_step=self._check), True
 
     @torch.inference_mode()
-    def _settled(
+    def _mel_chunks(
         self, blocks: Generator[torch.Tensor], look_ahead: int, generator: torch.Generator
     ) -> Generator[Piece]:
-        """The spectrogram chunk by chunk, each rendered with all tokens before it and `look_ahead` after it.
+        """Yield the spectrogram in chunks. The flow runs for each chunk with all earlier and `look_ahead` later tokens.
 
-        A frame's noise is the same in each rendering. Where a chunk begins, the rendering of the one before goes over
-        into its own.
+        A frame has the same noise in each run. At the beginning of a chunk, the output of the previous run is blended
+        into that of the new run.
         """
-        model, flow, voice = self._synthesizer.model, self._stages.flow, self._voice
-        noise = torch.randn((1, MOST_FRAMES, 80), generator=generator).to(model.device)
-        # A voice's spectrogram may have a frame more than its tokens, which the first one then lacks.
+        model, flow, voice = self._synthesizer.model, self._pipeline.flow, self._voice
+        noise = torch.randn((1, MAX_FRAMES, 80), generator=generator).to(model.device)
+        # A voice's spectrogram may have one frame more than its tokens. The first token then has one frame less.
         surplus = voice["prompt_feat"].size(1) - _FRAMES_PER_TOKEN * voice["prompt_token"].size(1)
         drawn, count, frames = self._no_tokens(), 0, 0
         chunk = _FRAMES_PER_TOKEN * self._chunk_tokens
-        wanted = chunk + _HELD_FRAMES  # so that the first rendering is enough for the first chunk
+        wanted = chunk + _HELD_FRAMES  # enough for the complete first chunk
         tail: torch.Tensor | None = None
         for block in blocks:
             drawn = torch.cat([drawn, block[block < model.t3.hp.start_speech_token]])
@@ -258,19 +264,19 @@ class _Stream:
 
     @torch.inference_mode()
     def _watermarked(self, steps: torch.Tensor) -> torch.Tensor:
-        """Samples (240, steps) to as many with the watermark, (240 steps,)."""
+        """Add the watermark to samples, (240, steps), and return them as (240 steps,)."""
         samples = steps.T.reshape(-1).numpy()
         marked = self._synthesizer.watermarked(samples)
         if marked.shape != samples.shape:
             raise ModelError(
-                f"the watermarker gave {marked.size} samples for {samples.size}",
-                next_step="install the release of resemble-perth that the locks name",
+                f"the watermarker returned {marked.size} samples for {samples.size}",
+                next_step="install the version of resemble-perth from the lock files",
             )
         return torch.from_numpy(marked)
 
 
 def _blended(mel: torch.Tensor, tail: torch.Tensor | None) -> torch.Tensor:
-    """A rendering whose first frames go over from another one of them, both (1, 80, frames)."""
+    """Blend the first frames of `mel` with the frames of the previous run, `tail`; both are (1, 80, frames)."""
     if tail is None:
         return mel
     count = min(_BLENDED_FRAMES, tail.size(2), mel.size(2))

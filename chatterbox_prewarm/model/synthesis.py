@@ -1,7 +1,7 @@
-"""Text in, watermarked speech out: upstream's `generate` with bounded tokens, an explicit voice and a seed.
+"""Turn text into watermarked speech: upstream's `generate` with a token limit, an explicit voice and a seed.
 
-Upstream keeps the voice on the model and changes it while generating, so two requests would share it. Here each call
-works on a copy of its voice, and the model holds none.
+Upstream stores the voice in the model and changes it during generation, so two requests would share it. Here each call
+uses a copy of its voice, and the model stores no voice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.regions.pipeline import bound
+from chatterbox_prewarm.model.regions.pipeline import pipeline_of
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
 from chatterbox_prewarm.model.text import check_text
 from chatterbox_prewarm.system.limits import LEAST_TOKENS, MAX_SEED
@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Speech:
-    """A synthesis: speech tokens (int64, 25 a second) and watermarked mono audio (float32 within [-1, 1])."""
+    """The result of a synthesis.
+
+    Attributes:
+        tokens: int64 (n,), speech tokens, 25 per second.
+        samples: float32 (m,) within [-1, 1], watermarked mono audio.
+        sample_rate: in Hz.
+    """
 
     tokens: NDArray[np.int64]
     samples: NDArray[np.float32]
@@ -55,16 +61,16 @@ class Speech:
 
 
 def as_pcm(samples: NDArray[np.float32]) -> NDArray[np.int16]:
-    """Samples within [-1, 1] as 16-bit ones; what is outside is clipped."""
+    """Convert float samples to 16-bit samples. Values outside [-1, 1] are clipped."""
     scaled: NDArray[np.float32] = np.round(np.clip(samples, -1.0, 1.0) * 32767.0)
     return scaled.astype(np.int16)
 
 
 def chosen_seed(seed: int | None) -> int:
-    """The seed asked for, or a fresh one.
+    """Return `seed`, or a random seed if it is None.
 
     Raises:
-        BadInputError: one that the generators do not take.
+        BadInputError: the generators do not accept the seed.
     """
     if seed is not None and not 0 <= seed <= MAX_SEED:
         raise BadInputError(f"the seed is {seed}", next_step=f"give a whole number from 0 to {MAX_SEED}")
@@ -72,7 +78,7 @@ def chosen_seed(seed: int | None) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed all generators that a synthesis draws from: sampling, flow noise, the vocoder's source."""
+    """Seed all random generators that a synthesis uses: sampling, flow noise, the vocoder's source."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -80,9 +86,9 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def preserved_generators(device: str) -> Iterator[None]:
-    """Leave the generators that a synthesis on `device` draws from as they were, whatever the block draws."""
+    """Restore the random generators that a synthesis on `device` uses when the block ends."""
     python, numpy_state = random.getstate(), np.random.get_state()
-    # Named, since otherwise a context is made on every GPU there is.
+    # Give the device: otherwise torch would create a context on every GPU.
     with torch.random.fork_rng([torch.device(device)] if device.startswith("cuda") else []):
         try:
             yield
@@ -92,7 +98,7 @@ def preserved_generators(device: str) -> Iterator[None]:
 
 
 class Synthesizer:
-    """A loaded model and its voices. One call at a time: the model's parts keep state while they run."""
+    """A loaded model and its voices. Only one call may run at a time, because the model keeps state during a call."""
 
     def __init__(self, model: ChatterboxTTS, voices: Mapping[str, Conditionals]) -> None:
         self.model = model
@@ -107,25 +113,25 @@ class Synthesizer:
         max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling | None = None,
     ) -> Speech:
-        """Speak `text`.
+        """Synthesize `text`.
 
         Args:
-            text: what to say.
+            text: the text to speak.
             voice: one of `voices`.
-            seed: makes the result repeatable on the same machine; None draws a fresh one.
-            max_new_tokens: bound on the speech tokens, 25 to a second of audio.
-            sampling: how tokens are drawn.
+            seed: makes the result reproducible on the same machine; None chooses a random seed.
+            max_new_tokens: maximum number of speech tokens, 25 per second of audio.
+            sampling: the sampling settings; None uses the defaults.
 
         Raises:
-            BadInputError: the text cannot be spoken, or there is no such voice.
-            ModelError: the model gave too few speech tokens to make a sound of.
+            BadInputError: the text cannot be spoken, or the voice does not exist.
+            ModelError: the model returned too few speech tokens for audio.
         """
         conditionals = self.voice(voice)
         seed_everything(chosen_seed(seed))
         with torch.inference_mode():
             tokens = self.speech_tokens(text, voice=voice, max_new_tokens=max_new_tokens, sampling=sampling)
-            stages = bound(self.model)
-            samples = self.watermarked(stages.vocoder(stages.flow(tokens, conditionals.gen)).cpu().numpy())
+            pipeline = pipeline_of(self.model)
+            samples = self.watermarked(pipeline.vocoder(pipeline.flow(tokens, conditionals.gen)).cpu().numpy())
         return Speech(tokens=tokens.cpu().numpy(), samples=samples, sample_rate=self.model.sr)
 
     @torch.inference_mode()
@@ -137,14 +143,16 @@ class Synthesizer:
         max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling | None = None,
     ) -> torch.Tensor:
-        """T3's part of a synthesis, drawn from the generators as they stand; arguments and errors as `synthesize`'s.
+        """Draw the speech tokens of a text with the current state of the generators.
+
+        Arguments and errors are those of `synthesize`.
 
         Returns:
-            int64 of shape (n,), 25 to a second of audio, start and stop tokens dropped.
+            int64 (n,), 25 per second of audio, without start and stop tokens.
         """
         sampling = sampling or Sampling()
         conditionals, text_tokens = self._t3_inputs(text, voice, sampling)
-        decoder = bound(self.model).speech_tokens
+        decoder = pipeline_of(self.model).decoder
         return self.usable(decoder(conditionals, text_tokens, sampling=sampling, max_new_tokens=max_new_tokens))
 
     @torch.inference_mode()
@@ -156,48 +164,48 @@ class Synthesizer:
         max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling | None = None,
     ) -> Generator[torch.Tensor]:
-        """The same as they are drawn, those included that `usable` drops; what cannot be spoken is refused at once.
+        """Draw the same tokens in blocks, including the tokens that `usable` drops. Check the arguments immediately.
 
         Returns:
-            int64 (n,) each; see `SpeechTokens.blocks`.
+            a generator of int64 (n,), see `T3Decoder.blocks`.
         """
         sampling = sampling or Sampling()
         conditionals, text_tokens = self._t3_inputs(text, voice, sampling)
-        decoder = bound(self.model).speech_tokens
+        decoder = pipeline_of(self.model).decoder
         return decoder.blocks(conditionals, text_tokens, sampling=sampling, max_new_tokens=max_new_tokens)
 
     def usable(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Those of an utterance's tokens that sound.
+        """Return the tokens of an utterance that are part of the codebook.
 
         Raises:
-            ModelError: they are too few.
+            ModelError: there are too few of them.
         """
-        # Start and stop are the first ids above the codebook; upstream drops both, and the stop token ends the loop.
+        # Start and stop token are the first ids after the codebook. Upstream drops both.
         usable: torch.Tensor = tokens[tokens < self.model.t3.hp.start_speech_token]
         if usable.numel() < LEAST_TOKENS:
             raise ModelError(
-                f"the model gave {usable.numel()} usable speech tokens for this text, too few for a sound",
-                next_step="try again, or another text",
+                f"the model returned {usable.numel()} usable speech tokens for this text, too few for audio",
+                next_step="try again, or use another text",
             )
         return usable
 
     def watermarked(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Mono audio at the model's rate, with upstream's watermark."""
+        """Add upstream's watermark to mono audio at the model's sample rate."""
         return np.asarray(self.model.watermarker.apply_watermark(samples, sample_rate=self.model.sr), dtype=np.float32)
 
     def _t3_inputs(self, text: str, voice: str, sampling: Sampling) -> tuple[T3Cond, torch.Tensor]:
-        """What T3 takes: the voice, and the text's tokens, int64 (1, n), start and stop tokens included."""
+        """Return T3's inputs: the voice, and the text tokens, int64 (1, n), including start and stop tokens."""
         from chatterbox.tts import T3Cond, punc_norm
 
-        check_text(text, limit=None)  # the model's own bound is on tokens, below
+        check_text(text, limit=None)  # the model limits the number of tokens instead, see below
         conditionals = self.voice(voice)
         model = self.model
         t3 = model.t3
         text_tokens = model.tokenizer.text_to_tokens(punc_norm(text)).to(model.device)
         if text_tokens.size(1) + 2 > t3.hp.max_text_tokens:
             raise BadInputError(
-                f"the text has {text_tokens.size(1)} tokens, more than the model's {t3.hp.max_text_tokens - 2}",
-                next_step="split it at sentences and send the parts one by one",
+                f"the text has {text_tokens.size(1)} tokens; the model's limit is {t3.hp.max_text_tokens - 2}",
+                next_step="split it at sentences and send the parts separately",
             )
         text_tokens = torch.nn.functional.pad(text_tokens, (1, 0), value=t3.hp.start_text_token)
         text_tokens = torch.nn.functional.pad(text_tokens, (0, 1), value=t3.hp.stop_text_token)
@@ -212,10 +220,10 @@ class Synthesizer:
         return prompt, text_tokens
 
     def voice(self, name: str) -> Conditionals:
-        """A voice by its name.
+        """Return a voice by its name.
 
         Raises:
-            BadInputError: there is none of that name.
+            BadInputError: no voice has this name.
         """
         try:
             return self.voices[name]

@@ -1,7 +1,7 @@
-"""Checkpoints of random weights: real architecture and sizes, no speech. For tests, demos and closed networks.
+"""Checkpoints of random weights with the real architecture, for tests, demos and closed networks. They output noise.
 
-The files have the names, keys, dtypes and shapes of the published ones; `mini` keeps fewer layers of each stack.
-The vocabulary of the tokenizer is characters instead of the trained merges, and the voice is random.
+The files have the names, keys, dtypes and shapes of the published ones; `mini` has fewer layers in each stack. The
+tokenizer's vocabulary consists of characters instead of trained merges, and the voice is random.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from chatterbox_prewarm.errors import BadInputError, from_os_error
-from chatterbox_prewarm.model.lean_imports import import_chatterbox
+from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox
 from chatterbox_prewarm.model.variants.english import make_t3, shorten_s3gen
 from chatterbox_prewarm.system.atomic_files import put_in_place, staging_folder
 from chatterbox_prewarm.system.locks import exclusive_lock
@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 SIZES = ("full", "mini")
 REPOSITORY = "synthetic"
 
-#: Length of the random voice prompt in S3 speech tokens (25 a second); a published voice has up to 10 s.
+#: Length of the random voice prompt in S3 speech tokens (25 per second). A published voice has up to 10 s.
 _PROMPT_TOKENS = 75
 
 
 @contextlib.contextmanager
 def shortened_upstream(synthetic: Synthetic | None) -> Iterator[None]:
-    """Have upstream's own loading construct as few layers as a shortened checkpoint has; for rehearsals and tests."""
+    """Make upstream's own loading construct the short stacks of a `mini` checkpoint, for benchmarks and tests."""
     if synthetic is None or synthetic.t3_layers is None or synthetic.s3gen_blocks is None:
         yield
         return
@@ -64,45 +64,45 @@ def shortened_upstream(synthetic: Synthetic | None) -> Iterator[None]:
 
 
 def synthesize(directory: Path, *, size: str, seed: int) -> WeightsRecord:
-    """Write a checkpoint of random weights into `directory`, replacing one that is there.
+    """Write a checkpoint of random weights into `directory` atomically, and replace an existing synthetic checkpoint.
 
     Args:
-        directory: made if it does not exist; the files appear in it all at once.
-        size: "full" (3.2 GB, the published architecture) or "mini" (two layers a stack).
-        seed: of torch's generator; the same seed gives the same bytes with the same torch.
+        directory: created if it does not exist.
+        size: "full" (3.2 GB, the published architecture) or "mini" (two layers in each stack).
+        seed: of torch's generator. The same seed gives the same bytes with the same version of torch.
 
     Raises:
-        BadInputError: an unknown size, or a place that cannot be written.
+        BadInputError: the size is unknown, or the directory cannot be written or has other content.
     """
     if size not in SIZES:
-        raise BadInputError(f"there is no synthetic size {size!r}", next_step=f"choose one of: {', '.join(SIZES)}")
+        raise BadInputError(f"unknown synthetic size {size!r}", next_step=f"choose one of: {', '.join(SIZES)}")
     layers = None if size == "full" else 2
     synthetic = Synthetic(size=size, seed=seed, t3_layers=layers, s3gen_blocks=layers)
-    directory = Path(os.path.abspath(directory))  # noqa: PTH100 - "." has no name of its own, and a link stays a link
+    directory = Path(os.path.abspath(directory))  # noqa: PTH100 - gives "." a name, and does not resolve links
     import_chatterbox()
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         if directory.is_dir() and any(directory.iterdir()) and not (directory / RECORD_NAME).exists():
             raise BadInputError(
-                f"{directory} holds something else than a checkpoint", next_step="name an empty or a new directory"
+                f"{directory} does not contain a checkpoint", next_step="give an empty or a new directory"
             )
         if (directory / RECORD_NAME).exists() and read_record(directory).synthetic is None:
             raise BadInputError(
-                f"{directory} holds a checkpoint that is not synthetic", next_step="name another directory"
+                f"{directory} contains a checkpoint that is not synthetic", next_step="give another directory"
             )
         with exclusive_lock(directory), staging_folder(directory) as staging:
             _write(staging, synthetic)
-            made = record(
+            weights_record = record(
                 staging, variant=ENGLISH, repository=REPOSITORY, revision=f"{size}-seed-{seed}", synthetic=synthetic
             )
             put_in_place(staging, directory)
     except OSError as error:
         raise from_os_error(error, "writing the synthetic weights") from error
-    except SafetensorError as error:  # what the system said of a write is inside its message alone
+    except SafetensorError as error:  # its message contains the operating system's error
         raise BadInputError(
-            f"writing the synthetic weights: {error}", next_step="free some space there, or name another place"
+            f"writing the synthetic weights: {error}", next_step="free some space there, or give another directory"
         ) from error
-    return made
+    return weights_record
 
 
 def _write(directory: Path, synthetic: Synthetic) -> None:
@@ -112,14 +112,14 @@ def _write(directory: Path, synthetic: Synthetic) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(synthetic.seed)
-        logger.info("making random weights: T3")
+        logger.info("generating random weights: T3")
         _save(make_t3(synthetic.t3_layers), directory / "t3_cfg.safetensors")
-        logger.info("making random weights: S3Gen")
+        logger.info("generating random weights: S3Gen")
         s3gen = S3Gen()
         if synthetic.s3gen_blocks is not None:
             shorten_s3gen(s3gen, synthetic.s3gen_blocks)
         _save(s3gen, directory / "s3gen.safetensors")
-        logger.info("making random weights: voice encoder")
+        logger.info("generating random weights: voice encoder")
         _save(VoiceEncoder(), directory / "ve.safetensors")
         voice = Conditionals(
             T3Cond(
@@ -130,7 +130,7 @@ def _write(directory: Path, synthetic: Synthetic) -> None:
             {
                 "prompt_token": torch.randint(0, 6561, (1, _PROMPT_TOKENS)),
                 "prompt_token_len": torch.tensor([_PROMPT_TOKENS]),
-                "prompt_feat": torch.randn(1, 2 * _PROMPT_TOKENS, 80) - 5.0,  # log-mel values lie around -5
+                "prompt_feat": torch.randn(1, 2 * _PROMPT_TOKENS, 80) - 5.0,  # typical log-mel values are around -5
                 "prompt_feat_len": None,
                 "embedding": torch.randn(1, 192),
             },
@@ -146,12 +146,12 @@ def _save(module: nn.Module, path: Path) -> None:
 
 
 def _character_tokenizer() -> str:
-    """A tokenizer of single characters with upstream's special tokens at upstream's ids."""
+    """Serialize a tokenizer of single characters, with upstream's special tokens at upstream's ids."""
     from tokenizers import Tokenizer, models
 
     letters = string.ascii_letters + string.digits + string.punctuation
     vocabulary = {token: index for index, token in enumerate(["[STOP]", "[UNK]", "[SPACE]", *letters])}
-    # The trained vocabulary has 704 entries; those without a character here only keep the numbering dense.
+    # The trained vocabulary has 704 entries. Fill up the ids that have no character.
     vocabulary |= {f"[{index}]": index for index in range(len(vocabulary), 704)}
     del vocabulary["[255]"]
     vocabulary["[START]"] = 255

@@ -1,4 +1,4 @@
-"""Checks of what comes from outside: texts to speak, names of voices, and their bounds. Imports nothing heavy."""
+"""Checks of external input: texts and names of voices. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import unicodedata
 
 from chatterbox_prewarm.errors import BadInputError
 
-#: Default bound on a request's text, as in OpenAI's API. The model takes less at once (2046 text tokens, roughly one a
-#: character or less); the server speaks it in parts.
+#: Default limit of a request's text, as in OpenAI's API. The model accepts less in one call (2046 text tokens, at most
+#: about one per character); the server splits longer texts.
 MAX_CHARACTERS = 4096
-#: What a name of a voice must match in whole.
+#: The complete name of a voice must match this regular expression.
 VOICE_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 _ALLOWED_CONTROLS = frozenset("\t\n\r")
 
@@ -20,23 +20,24 @@ def check_text(text: object, *, limit: int | None = MAX_CHARACTERS) -> str:
     """Return `text` if it can be spoken.
 
     Raises:
-        BadInputError: it is no string, empty, longer than `limit` characters (None: any), or holds control characters.
+        BadInputError: `text` is not a string, is empty, is longer than `limit` characters (None: no limit), or contains
+            control characters or surrogates.
     """
     if not isinstance(text, str):
         raise BadInputError(f"the text is {type(text).__name__}, not a string", next_step="send a string")
-    # A text of nothing but white space and invisible format characters (category Cf) is empty too.
+    # A text that contains only white space and invisible format characters (category Cf) is empty too.
     if all(character.isspace() or unicodedata.category(character) == "Cf" for character in text):
         raise BadInputError("the text is empty", next_step="send at least one word")
     if limit is not None and len(text) > limit:
         raise BadInputError(
             f"the text has {len(text)} characters, more than the limit of {limit}",
-            next_step="split it at sentences and send the parts one by one",
+            next_step="split it at sentences and send the parts separately",
         )
     for character in text:
         category = unicodedata.category(character)
         if category in {"Cc", "Cs"} and character not in _ALLOWED_CONTROLS:
             raise BadInputError(
-                f"the text holds the control character or lone surrogate U+{ord(character):04X}",
+                f"the text contains the control character or lone surrogate U+{ord(character):04X}",
                 next_step="remove it; the text must be valid UTF-8 without control characters",
             )
     return text
@@ -46,7 +47,7 @@ def decode_text(data: bytes) -> str:
     """Decode UTF-8.
 
     Raises:
-        BadInputError: naming the position of the first bad byte.
+        BadInputError: the data is not UTF-8. The message contains the position of the first invalid byte.
     """
     try:
         return data.decode("utf-8")
@@ -56,19 +57,19 @@ def decode_text(data: bytes) -> str:
         ) from error
 
 
-#: In the place of a voice's alias: every name that no voice has.
+#: An alias with this name replaces every unknown voice name.
 ANY = "*"
 
 
 def check_voice_name(name: object) -> str:
-    """Return `name` if it can name a voice, and so a file: letters, digits, `_` and `-`, at most 64.
+    """Return `name` if it is a valid name of a voice and of its file: at most 64 letters, digits, `_` and `-`.
 
     Raises:
-        BadInputError: it cannot.
+        BadInputError: `name` is invalid.
     """
     if not isinstance(name, str) or not re.fullmatch(VOICE_NAME, name):
         raise BadInputError(
             f"{reprlib.repr(name)} cannot name a voice",
-            next_step="use 1 to 64 letters, digits, '_' and '-', beginning with a letter or digit",
+            next_step="use 1 to 64 letters, digits, '_' and '-', starting with a letter or digit",
         )
     return name

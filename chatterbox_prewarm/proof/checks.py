@@ -1,4 +1,4 @@
-"""Judge what a proof process observed."""
+"""Judge the observations of a proof process. Every check is a counter or a comparison of bytes, never a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that must hold, whether it did, and what was seen."""
+    """A condition, whether it holds, and the observation."""
 
     name: str
     passed: bool
@@ -25,7 +25,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """The result of a proof, as it is written to a JSON file."""
+    """The result of a proof. It is written to a JSON file."""
 
     set_digest: str
     passed: bool
@@ -33,32 +33,27 @@ class Evidence:
     observed: dict[str, Any]
 
     def to_json(self) -> str:
-        """The evidence as JSON text."""
+        """Return the evidence as JSON text."""
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
 
-def judge(observed: dict[str, Any], set_digest: str, *, apart: bool = True) -> Evidence:
-    """Turn what a trial saw into checks; pure, so that each check can be shown to fail.
+def judge(observed: dict[str, Any], set_digest: str, *, isolated: bool = True) -> Evidence:
+    """Turn the observations of a proof process into checks. This function is pure, so a test can make each check fail.
 
     Args:
-        observed: what a trial reported.
+        observed: the report of the proof process.
         set_digest: of the state.
-        apart: whether the process was to be set apart.
+        isolated: whether the process had to be isolated.
     """
-    audio = observed["audio"]
-    checks = [
-        *(_isolation_checks(observed["isolation"]) if apart else []),
+    checks = (
+        *(_isolation_checks(observed["isolation"]) if isolated else ()),
         *counter_checks(observed),
-        Check(
-            name="the audio is the bake's own",
-            passed=audio["pcm_sha256"] == audio["expected_pcm_sha256"],
-            seen=_audio_sentence(audio),
-        ),
-    ]
+        audio_check(observed),
+    )
     return Evidence(
         set_digest=set_digest,
         passed=all(check.passed for check in checks),
-        checks=tuple(checks),
+        checks=checks,
         observed=observed,
     )
 
@@ -80,82 +75,86 @@ def _isolation_checks(isolation: dict[str, Any]) -> list[Check]:
 
 
 def counter_checks(observed: dict[str, Any], *, left_out: frozenset[str] = frozenset()) -> list[Check]:
-    """The checks that hold in any fresh process, set apart or not: everything hit, nothing missed or written.
+    """Check that everything was a hit and that nothing was missed, compiled or written.
 
     Args:
-        observed: what a trial reported.
-        left_out: families that were switched off at bake, whose misses are wanted there.
+        observed: the report of the proof process.
+        left_out: families that were left out at bake. Their misses are expected.
     """
     metrics = observed["metrics"]
-    hits, misses = metrics["hits"], metrics["misses"]
-    loaded = metrics["loaded"]
-    checks = []
-    for name in observed["families"]:
-        # A family that a synthesis asks nothing of is put in place, and has to be complete, for when a voice is added.
-        on_demand = name in loaded
-        count, missed = (loaded if on_demand else hits).get(name, 0), misses.get(name, 0)
-        checks.append(
-            Check(
-                name=f"{name} is in place" if on_demand else f"{name} was used",
-                passed=count > 0 and not missed,
-                seen=f"{count} {'loaded' if on_demand else 'hits'}, {missed} misses",
-            )
-        )
-    others = {name: count for name, count in misses.items() if name not in {*observed["families"], *left_out} and count}
-    # Where other processes share the network namespace, its counters are theirs too.
-    alone = set(observed["isolation"]["interfaces"]) <= {"lo"}
-    packets = {name: count for name, count in observed["packets"].items() if count and alone}
-    network = [*observed["network"], *(f"{count} {name}" for name, count in packets.items())]
-    checks.append(
-        Check(
-            name="no other miss", passed=not others, seen="; ".join([*map(str, others), *metrics["reasons"]]) or "none"
-        )
-    )
-    passes = metrics["timers"].get(COMPILE_TIMER, 0.0)
+    checks = [_family_check(name, metrics) for name in observed["families"]]
+    expected = {*observed["families"], *left_out}
+    other_misses = [name for name, count in metrics["misses"].items() if name not in expected and count]
+    seen = "; ".join([*other_misses, *metrics["reasons"]]) or "none"
+    checks.append(Check(name="no other miss", passed=not other_misses, seen=seen))
+    numba_seconds = metrics["timers"].get(COMPILE_TIMER, 0.0)
     for name, events in (
-        ("no network attempt", network),
+        ("no network attempt", _network_events(observed)),
         ("no compiler started", [event for event in observed["programs"] if names_a_compiler(event)]),
-        # Also of functions that Numba is not asked to cache, which no counter of its cache sees.
-        ("no pass of Numba's compiler", [f"{passes:.3f} s of them"] if passes and not left_out else []),
+        # This also covers functions that Numba is not asked to cache, which the counters of its cache miss.
+        ("no pass of Numba's compiler", [f"{numba_seconds:.3f} s"] if numba_seconds and not left_out else []),
         ("no write into the state", observed["state_writes"]),
-        # Whoever leaves a family out has it made anew in every start, and that writes.
+        # A start compiles the families that were left out at bake, and that writes into the cache.
         ("no write into a cache", [] if left_out else observed["cache_writes"]),
     ):
-        checks.append(
-            Check(name=name, passed=not events, seen=f"{len(events)}" + "".join(f"; {e}" for e in events[:5]))
-        )
+        seen = f"{len(events)}" + "".join(f"; {event}" for event in events[:5])
+        checks.append(Check(name=name, passed=not events, seen=seen))
     return checks
 
 
+def _family_check(name: str, metrics: dict[str, Any]) -> Check:
+    """Check that a family was used. One that only adding a voice uses must be loaded completely."""
+    on_demand = name in metrics["loaded"]
+    count = metrics["loaded" if on_demand else "hits"].get(name, 0)
+    misses = metrics["misses"].get(name, 0)
+    return Check(
+        name=f"{name} is in place" if on_demand else f"{name} was used",
+        passed=count > 0 and not misses,
+        seen=f"{count} {'loaded' if on_demand else 'hits'}, {misses} misses",
+    )
+
+
+def _network_events(observed: dict[str, Any]) -> list[str]:
+    # In a network namespace that other processes share, the packet counters are theirs too.
+    private = set(observed["isolation"]["interfaces"]) <= {"lo"}
+    packets = [f"{count} {name}" for name, count in observed["packets"].items() if count and private]
+    return [*observed["network"], *packets]
+
+
+def audio_check(observed: dict[str, Any]) -> Check:
+    """Check that the audio is identical to the audio of the bake."""
+    audio = observed["audio"]
+    identical = audio["pcm_sha256"] == audio["expected_pcm_sha256"]
+    if identical:
+        seen = f"{audio['samples']} samples, identical"
+    elif audio["tokens_sha256"] == audio["expected_tokens_sha256"]:
+        seen = "the speech tokens are the same, but the samples differ: look at S3Gen or the watermark"
+    else:
+        seen = "the speech tokens differ: look at T3, its weights, or the voice"
+    return Check(name="the audio is identical to the bake", passed=identical, seen=seen)
+
+
 def default_evidence(warm: Path) -> Path:
-    """Where the evidence of a state lies unless another place is given: beside it, since it holds nothing unlisted."""
+    """Return the default path of a state's evidence: next to the state, which may hold no unlisted file."""
     return warm.with_name(f"{warm.name}.evidence.json")
 
 
 def require_passed(
-    evidence: Evidence, written: Path | str = "", *, again: str = "bake it again on this kind of machine"
+    evidence: Evidence, details: Path | str = "", *, rebake_hint: str = "bake it again on this kind of machine"
 ) -> None:
-    """Raise when a check failed.
+    """Raise an error if a check failed.
 
     Args:
-        evidence: of a proof.
-        written: where all of it can be read, if anywhere.
-        again: what to do about a failure.
+        evidence: the result of a proof.
+        details: where the user can read all of it.
+        rebake_hint: advice for the user after a failure.
 
     Raises:
-        NotWarmError: naming every failed check and what was seen.
+        NotWarmError: naming every failed check with its observation.
     """
     failed = [f"{check.name} (seen: {check.seen})" for check in evidence.checks if not check.passed]
     if failed or not (evidence.passed and evidence.checks):
         raise NotWarmError(
             f"the state is not warm: {'; '.join(failed) or 'nothing was checked'}",
-            next_step=f"{again}; {written or 'a file that is named with `prove --evidence`'} has every detail",
+            next_step=f"{rebake_hint}; see every detail in {details or 'the file of `prove --evidence FILE`'}",
         )
-
-
-def _audio_sentence(audio: dict[str, Any]) -> str:
-    if audio["pcm_sha256"] == audio["expected_pcm_sha256"]:
-        return f"{audio['samples']} samples, identical"
-    if audio["tokens_sha256"] == audio["expected_tokens_sha256"]:
-        return "the speech tokens are the same, the samples differ: S3Gen or the watermark"
-    return "the speech tokens differ: T3, its weights, or the voice"

@@ -1,7 +1,7 @@
-"""Counters of what a warm process must not do: reach for the network, start programs, write into the baked state.
+"""Count actions that a warm process must avoid: using the network, starting programs, writing into the baked state.
 
-Python reports these through audit events before they happen, so attempts that fail are counted as well. What native
-code does on its own is seen by the kernel's counters of the network namespace.
+Python raises an audit event before each of these, so failed attempts are counted too. Native code raises no audit
+events, but the kernel's counters of the network namespace show its packets.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _CHANGES = frozenset(
 )
 _LOOKUPS = frozenset({"socket.getaddrinfo", "socket.gethostbyaddr", "socket.gethostbyname"})
 _PROGRAMS = frozenset({"subprocess.Popen", "os.system", "os.posix_spawn", "os.exec", "pty.spawn"})
-#: What a miss of a compiled family would start. Other programs are reported and do not fail a proof: NumPy, for one,
-#: asks lscpu about vector extensions whenever numpy.testing is imported.
+#: Programs that a miss of a compiled family starts. Other programs are reported but do not fail a proof. For example,
+#: importing numpy.testing runs lscpu.
 COMPILER = re.compile(r"(.*-)?(as|c\+\+|cc|clang|clang\+\+|cc1plus|g\+\+|gcc|ld|ninja|nvcc|ptxas)(-[\w.]+)?")
 _SHELLS = frozenset({"sh", "bash", "dash", "env"})
 _SEPARATORS = re.compile(r"[\s;&|()'\"]+")
-#: Counters of `/proc/net/snmp` that rise with an outgoing attempt, also one without a route; TCP's count both versions
-#: of IP, and those of UDP over IPv6 stand in `/proc/net/snmp6`.
+#: Counters of `/proc/net/snmp` that increase with every outgoing attempt, even without a route. Those of TCP count both
+#: versions of IP. The counters of UDP over IPv6 are in `/proc/net/snmp6`.
 _OUTGOING = (
     ("Tcp", "ActiveOpens"),
     ("Udp", "OutDatagrams"),
@@ -39,15 +39,15 @@ _OUTGOING = (
 
 
 def peak_resident_bytes() -> int:
-    """Most resident memory of this process so far; 0 where the kernel does not say.
+    """Return the peak resident memory of this process in bytes; 0 if the kernel does not report it.
 
-    Not what `getrusage` says, which has that of the program before exec in it.
+    `getrusage` is of no use here: its value includes the program before exec.
     """
     return 1024 * (status_field(os.getpid(), "VmHWM") or 0)
 
 
 def status_field(pid: int, name: str) -> int | None:
-    """A number in `/proc/PID/status`; None where the kernel does not name it."""
+    """Return a number in `/proc/PID/status`; None if the kernel does not report it."""
     for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1])
@@ -56,7 +56,7 @@ def status_field(pid: int, name: str) -> int | None:
 
 @dataclass
 class Probes:
-    """What was seen since `install`: a sentence for each event."""
+    """The events since `install`, a sentence for each."""
 
     warm: str
     network: list[str] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Probes:
     writes: list[str] = field(default_factory=list)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Python's audit hook; it must be quick and must not raise."""
+        """Record an audit event. Must be quick and must not raise."""
         if event == "open":
             path, _, flags = arguments
             if isinstance(flags, int) and flags & _WRITE_FLAGS and self._is_baked(path):
@@ -73,7 +73,7 @@ class Probes:
             if any(self._is_baked(argument) for argument in arguments):
                 self.writes.append(f"{event} {arguments[0]}")
         elif event in _LOOKUPS:
-            self.network.append(f"look-up of {arguments[0]}")
+            self.network.append(f"lookup of {arguments[0]}")
         elif event in {"socket.connect", "socket.sendto"}:
             if getattr(arguments[0], "family", None) in {socket.AF_INET, socket.AF_INET6}:
                 self.network.append(f"{event} to {arguments[1]}")
@@ -87,9 +87,9 @@ class Probes:
 
 
 def _program(arguments: tuple[Any, ...]) -> str:
-    """What is started, with its arguments: a shell's name alone would hide what it is to run."""
+    """Return the program with its arguments, because a shell alone does not show the command that it runs."""
     program, words = arguments[0], arguments[1] if len(arguments) > 1 else ()
-    if isinstance(program, (list, tuple)):  # pty.spawn names program and arguments in one
+    if isinstance(program, (list, tuple)):  # pty.spawn has one list for both
         program, *words = program
     else:
         words = list(words or ())[1:]
@@ -97,7 +97,7 @@ def _program(arguments: tuple[Any, ...]) -> str:
 
 
 def names_a_compiler(event: str) -> bool:
-    """Whether the program of an event is a compiler, or a shell with one anywhere in its command line."""
+    """Return whether an event starts a compiler, or a shell with a compiler anywhere in its command line."""
     kind, _, command = event.partition(" ")
     words = [Path(word).name for word in _SEPARATORS.split(command) if word]
     through_a_shell = kind == "os.system" or (words and words[0] in _SHELLS)
@@ -105,14 +105,14 @@ def names_a_compiler(event: str) -> bool:
 
 
 def install(warm: Path) -> Probes:
-    """Start counting; an audit hook stays for the life of the process."""
+    """Start counting. An audit hook cannot be removed from a process."""
     probes = Probes(warm=f"{warm}{os.sep}")
     sys.addaudithook(probes)
     return probes
 
 
 def outgoing_packets() -> dict[str, int]:
-    """The kernel's counters of outgoing attempts in this network namespace; empty where there are none."""
+    """Return the kernel's counters of outgoing packets in this network namespace; empty if it has no such counters."""
     try:
         lines = Path("/proc/net/snmp").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -130,12 +130,12 @@ def outgoing_packets() -> dict[str, int]:
 
 
 def interfaces() -> list[str]:
-    """The network interfaces that this process can see."""
+    """Return the network interfaces that this process can see."""
     return sorted(name for _, name in socket.if_nameindex())
 
 
 def can_write(directory: Path) -> bool:
-    """Whether a file can be made in `directory`, found out by trying."""
+    """Try to create a file in `directory`, and return whether it worked."""
     probe = directory / f".probe-{os.getpid()}"
     try:
         probe.touch()
@@ -146,10 +146,10 @@ def can_write(directory: Path) -> bool:
 
 
 def listing(directory: Path) -> dict[str, tuple[int, int]]:
-    """Every file below `directory` with its size in bytes and modification time in nanoseconds."""
-    found = {}
+    """Return every file below `directory` with its size in bytes and its modification time in nanoseconds."""
+    files = {}
     for root, _, names in os.walk(directory):
         for name in names:
             status = (Path(root) / name).lstat()
-            found[str(Path(root) / name)] = (status.st_size, status.st_mtime_ns)
-    return found
+            files[str(Path(root) / name)] = (status.st_size, status.st_mtime_ns)
+    return files

@@ -1,110 +1,119 @@
-"""Prove: show that a warm state is really used, in a fresh process set apart from everything that baked it.
+"""Prove that a warm state is used, in a fresh process that is isolated from everything that baked it.
 
-The process has another UID, host name, HOME and working directory, no network and a read-only state; it repeats a
-synthesis of the bake's own. Every check below is a counter or a comparison of bytes; none is a time.
+The process has another UID, host name, HOME and working directory, no network, and a read-only state. It repeats a
+synthesis of the bake.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import EngineError
-from chatterbox_prewarm.proof.checks import Evidence, judge
-from chatterbox_prewarm.proof.proof_command import proof_command
-from chatterbox_prewarm.state.compatibility import facts
-from chatterbox_prewarm.state.selection import choose
+from chatterbox_prewarm.proof.checks import judge
+from chatterbox_prewarm.state.compatibility import machine_facts
+from chatterbox_prewarm.state.selection import Request, select_state
 from chatterbox_prewarm.system.json_subprocess import DEBUG, parse_report
 from chatterbox_prewarm.system.paths import CACHE, make_cache
 from chatterbox_prewarm.system.process import run as run_process
 
 if TYPE_CHECKING:
-    from chatterbox_prewarm.state.manifest import Manifest
-    from chatterbox_prewarm.state.selection import Choice
+    from chatterbox_prewarm.proof.checks import Evidence
+    from chatterbox_prewarm.state.state import State
 
 PROOF_UID = 12345
 PROOF_HOSTNAME = "prewarm-proof"
 PROOF_HOME = "/nonexistent"
 
 
-def prove(
-    warm: Path, weights: Path, *, device: str | None = None, state: str | None = None, timeout: float = 900.0
-) -> Evidence:
-    """Run the trial in a new user, network, host-name and mount namespace, and judge what it saw.
+@dataclass(frozen=True, kw_only=True)
+class ProofOptions:
+    """The options of a proof.
 
-    Args:
-        warm: a state, or a folder of states.
-        weights: the checkpoint's directory.
-        device: of the start that a state of a folder is chosen for; each state's own by default.
-        state: the one to prove of a folder; by default the one that a start here would take.
-        timeout: of the trial, in seconds.
+    Attributes:
+        warm: the directory of a state, or of several.
+        weights: the directory of the checkpoint.
+        device: the device for which one of several states is selected; by default the device of each state.
+        name: the state to prove; by default the one that a start would use here.
+        timeout: seconds that the process may run.
+    """
+
+    warm: Path
+    weights: Path
+    device: str | None = None
+    name: str | None = None
+    timeout: float = 900.0
+
+
+def prove(options: ProofOptions) -> Evidence:
+    """Run the proof process in new user, network, host name and mount namespaces, and judge its report.
 
     Raises:
-        EngineError: this system does not let the process be set apart.
-        PrewarmError: the state cannot be used at all; the code says why.
+        EngineError: this system does not allow the namespaces.
+        PrewarmError: the state cannot be used at all; the kind of the error says why.
     """
-    chosen = _choose(warm, weights, None, device, state)
-    manifest, warm = chosen.manifest, chosen.path
+    state = _select(options, None)
+    warm = state.path.resolve()
     scratch = Path(tempfile.mkdtemp(prefix="chatterbox-prewarm-proof-"))
     try:
-        _check_namespaces(warm.resolve())
+        _check_namespaces(warm)
         cache = scratch / "cache"
         cache.mkdir()
-        baked = _baked_cache(manifest)
-        if baked is not None:
-            make_cache(baked)  # a place to mount on
-        trial = proof_command(warm.resolve(), weights.resolve(), baked or cache)
+        baked_cache = _baked_cache(state)
+        if baked_cache is not None:
+            make_cache(baked_cache)  # the mount point
+        command = proof_command(warm, options.weights.resolve(), baked_cache or cache)
         finished = run_process(
-            _isolated(trial, warm.resolve(), cache, baked), env=_environment(scratch), cwd=Path("/"), timeout=timeout
+            _isolated(command, warm, cache, baked_cache),
+            env=_environment(scratch),
+            cwd=Path("/"),
+            timeout=options.timeout,
         )
-        return judge(parse_report(finished.stdout, finished.returncode), manifest.set_digest)
+        return judge(parse_report(finished.stdout, finished.returncode), state.manifest.set_digest)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def prove_here(
-    warm: Path,
-    weights: Path,
-    cache: Path,
-    *,
-    device: str | None = None,
-    state: str | None = None,
-    apart: bool = True,
-    timeout: float = 900.0,
-) -> Evidence:
-    """Run the trial in a child of this process, which is itself set apart, as in a container run for this purpose.
+def prove_here(options: ProofOptions, cache: Path, *, isolated: bool = True) -> Evidence:
+    """Run the proof process as a child of this process, which is already isolated, for example in a container.
 
     Args:
-        warm: a state, or a folder of states.
-        weights: the checkpoint's directory.
+        options: of the proof.
         cache: the cache directory.
-        device: as for `prove`.
-        state: as for `prove`.
-        timeout: of the trial, in seconds.
-        apart: False for a process that is not, such as one that must reach a registry: then nothing is asked of how it
-            is set apart, and the evidence has no check of it.
+        isolated: False for a process that is not isolated, such as one that must reach a registry. Then the evidence
+            has no check of the isolation.
     """
-    chosen = _choose(warm, weights, cache, device, state)
-    finished = run_process(proof_command(chosen.path, weights, cache), timeout=timeout)
-    return judge(parse_report(finished.stdout, finished.returncode), chosen.manifest.set_digest, apart=apart)
+    state = _select(options, cache)
+    finished = run_process(proof_command(state.path, options.weights, cache), timeout=options.timeout)
+    return judge(parse_report(finished.stdout, finished.returncode), state.manifest.set_digest, isolated=isolated)
 
 
-def _choose(warm: Path, weights: Path, cache: Path | None, device: str | None, state: str | None) -> Choice:
-    """The state to prove; without a `cache` each has the one that it is bound to, since a proof makes that."""
+def proof_command(warm: Path, weights: Path, cache: Path) -> list[str]:
+    """Return the command that runs the proof process in a fresh interpreter."""
+    arguments = json.dumps({"warm": str(warm), "weights": str(weights), "cache": str(cache)})
+    return [sys.executable, "-m", "chatterbox_prewarm.proof.proof_process", arguments]
 
-    def known(manifest: Manifest) -> dict[str, str]:
-        return facts(weights, cache or _baked_cache(manifest) or CACHE, device or manifest.reference.device)
 
-    return choose(warm, known, device=device, name=state, strict=True)
+def _select(options: ProofOptions, cache: Path | None) -> State:
+    """Select the state to prove. Without a `cache`, each state gets the cache path that it was baked at."""
+
+    def facts(state: State) -> dict[str, str]:
+        device = options.device or state.manifest.reference.device
+        return machine_facts(options.weights, cache or _baked_cache(state) or CACHE, device)
+
+    request = Request(device=options.device, name=options.name, strict=True)
+    return select_state(options.warm, facts, request).state
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """Next to nothing of this process's environment: what a container would give, and where this package lies."""
+    """Return the environment of a container, and the path of this package."""
     return {
         "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
         "HOME": PROOF_HOME,
@@ -116,7 +125,7 @@ def _environment(scratch: Path) -> dict[str, str]:
 
 
 def _check_namespaces(warm: Path) -> None:
-    """Find out whether this system lets a process be set apart, apart from whether the trial then succeeds.
+    """Check that this system allows the namespaces, so that a failure of the proof process has another cause.
 
     Raises:
         EngineError: it does not.
@@ -124,28 +133,28 @@ def _check_namespaces(warm: Path) -> None:
     status = run_process(_isolated(["true"], warm)).returncode
     if status != 0:
         raise EngineError(
-            f"a process cannot be set apart here: unshare or mount ended with status {status}",
-            next_step="see its message above; user namespaces must be allowed. Or prove in a container: "
+            f"a process cannot be isolated here: unshare or mount ended with status {status}",
+            next_step="see its message above and allow user namespaces. Or prove in a container: "
             "chatterbox-prewarm prove --image IMAGE",
         )
 
 
-def _baked_cache(manifest: Manifest) -> Path | None:
-    """The one cache path that a family of the state can be used at, if any is bound to one."""
-    paths = {Path(entry.requires["cache"]) for entry in manifest.families if "cache" in entry.requires}
+def _baked_cache(state: State) -> Path | None:
+    """Return the cache path that the state was baked at, if one of its families depends on the path."""
+    paths = {Path(entry.requires["cache"]) for entry in state.manifest.families if "cache" in entry.requires}
     return next(iter(paths), None)
 
 
-def _isolated(command: list[str], warm: Path, cache: Path | None = None, place: Path | None = None) -> list[str]:
-    """Wrap a command with util-linux's `unshare`, twice: as the namespace's root to set up, then as a foreign user.
+def _isolated(command: list[str], warm: Path, cache: Path | None = None, mount_point: Path | None = None) -> list[str]:
+    """Wrap a command with util-linux's `unshare`, twice: as the namespace's root to set it up, then as another user.
 
-    When a `place` is given, the process sees the folder `cache` there.
+    With a `mount_point`, the process sees the folder `cache` at that path.
 
-    A user namespace changes the UID that the process sees and takes all its capabilities, for root and for ordinary
-    users alike, while it can still reach files that only the caller may read.
+    A user namespace changes the UID that the process sees and removes its capabilities, for root and for other users,
+    while the process can still reach files that only the caller may read.
     """
     state = shlex.quote(str(warm))
-    mount = f"mount --bind {shlex.quote(str(cache))} {shlex.quote(str(place))} && " if place else ""
+    mount = f"mount --bind {shlex.quote(str(cache))} {shlex.quote(str(mount_point))} && " if mount_point else ""
     setup = (
         f"{mount}hostname {PROOF_HOSTNAME} && mount --bind {state} {state} && mount -o remount,bind,ro {state} && "
         f"exec unshare --user --map-user={PROOF_UID} --map-group={PROOF_UID} -- {shlex.join(command)}"

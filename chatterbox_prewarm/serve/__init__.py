@@ -1,1 +1,1 @@
-"""The server."""
+"""Serve speech over HTTP, or inside another Python server."""

@@ -1,4 +1,4 @@
-"""Attach a warm state: import the packages, load the weights and bind everything that was baked."""
+"""Attach: the second step of a start. Import the packages, load the weights, and add the warm state to the model."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.families.registry import FAMILIES
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE, check_clip
 from chatterbox_prewarm.model.text import check_voice_name
+from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
+from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from chatterbox.tts import ChatterboxTTS
+
     from chatterbox_prewarm.model.regions.executors import Executor
     from chatterbox_prewarm.model.synthesis import Synthesizer
-    from chatterbox_prewarm.start.prepared import Prepared
+    from chatterbox_prewarm.start.prepare import Prepared
     from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attached:
-    """A loaded model with its warm state: the next thing is a synthesis."""
+    """A loaded model with its warm state, ready to synthesize."""
 
     synthesizer: Synthesizer
     prepared: Prepared
@@ -35,7 +39,7 @@ class Attached:
         return self.prepared.metrics
 
 
-def load_warmup_cache(
+def load_warmup_cache(  # noqa: PLR0913 - public API: keywords are easier to use than an options object
     warm: Path = WARM,
     weights: Path = WEIGHTS,
     *,
@@ -43,30 +47,26 @@ def load_warmup_cache(
     device: str = "cpu",
     policy: str = "fallback",
     profile: str | None = None,
-    key: Path | None = None,
-    signature: Path | None = None,
-    expected_digest: str | None = None,
+    trust: Trust | None = None,
 ) -> Attached:
-    """Load the model with its persistent warm state: `prepare`, then `attach`.
+    """Load the model with its warm state: `prepare`, then `attach`.
 
-    Call it before torch, Numba or Chatterbox is imported; what was imported earlier keeps its own cache settings.
+    Call this before torch, Numba or Chatterbox is imported. A package that was imported earlier keeps its own cache
+    settings. The arguments are the attributes of `StartOptions`.
 
     Raises:
-        PrewarmError: as `prepare` and `attach` do.
+        PrewarmError: as `prepare` and `attach`.
     """
-    return attach(
-        prepare(
-            warm,
-            weights,
-            cache=cache,
-            device=device,
-            policy=policy,
-            profile=profile,
-            key=key,
-            signature=signature,
-            expected_digest=expected_digest,
-        )
+    options = StartOptions(
+        warm=warm,
+        weights=weights,
+        cache=cache,
+        device=device,
+        policy=policy,
+        profile=profile,
+        trust=trust or Trust(),
     )
+    return attach(prepare(options))
 
 
 def attach(
@@ -75,34 +75,26 @@ def attach(
     threads: int | None = None,
     voices: Mapping[str, Path] | None = None,
 ) -> Attached:
-    """Import the model's packages, load the weights and put the warm state into the model.
+    """Import the model's packages, load the weights, and add the warm state to the model.
 
     Args:
-        prepared: of this process.
-        threads: of torch; all that the process may use by default.
-        voices: names and reference clips of voices to make now, as far as they are not baked.
+        prepared: the result of `prepare` in this process.
+        threads: CPU threads of torch; by default all CPUs of the process.
+        voices: names and reference clips of voices to make at start unless they are baked.
 
     Raises:
-        WeightsError, ModelError: as `models.english.load`.
+        WeightsError, ModelError: as `model.variants.english.load`.
         IntegrityError: under "require", a package cannot be loaded.
-        BadInputError: a clip or a name cannot be used.
+        BadInputError: a clip or a name of a voice is invalid.
     """
-    metrics, device = prepared.metrics, prepared.device
-    voices = {check_voice_name(name): clip for name, clip in (voices or {}).items()}
-    for name, clip in voices.items():
+    metrics, device = prepared.metrics, prepared.options.device
+    clips = {check_voice_name(name): clip for name, clip in (voices or {}).items()}
+    for name, clip in clips.items():
         check_clip(clip, name=name)  # before anything slow
     with metrics.phase("import"):
-        for family in FAMILIES.values():
-            if family.applies(prepared.execution.profile, device):
-                family.watch(metrics)
-        from chatterbox_prewarm.model.lean_imports import import_chatterbox
-
-        if prepared.execution.profile == "compiled":
-            importlib.import_module("torch._dynamo")  # first, or the lean imports keep the compiler out
-        import_chatterbox()
+        _import_packages(prepared)
         import torch
 
-        from chatterbox_prewarm.model.regions.pipeline import bind
         from chatterbox_prewarm.model.synthesis import Synthesizer
         from chatterbox_prewarm.model.t3_backend import keep_backend
         from chatterbox_prewarm.model.variants import english
@@ -111,55 +103,74 @@ def attach(
         torch.set_num_threads(threads)
     english.check_device(device)
     if device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(device).index or 0)  # what packages and graph captures go by
-        torch.backends.cudnn.deterministic = True  # a proof compares to the last bit
+        torch.cuda.set_device(torch.device(device).index or 0)  # packages and graph captures use the current device
+        torch.backends.cudnn.deterministic = True  # a proof compares every bit
     with metrics.phase("weights"):
-        model = english.load(prepared.weights, device=device)
+        model = english.load(prepared.options.weights, device=device)
         keep_backend(model.t3)
     with metrics.phase("regions"):
-        execution = prepared.execution
-        # In place, so that T3 is held once; in another type than the checkpoint's, upstream's own code cannot run it.
-        # Not the frequencies of the rotary embedding, which are too coarse in half the bits.
-        for part in (model.t3.tfmr.layers, model.t3.tfmr.norm):
-            part.to(getattr(torch, execution.t3_dtype))
-        bind(
-            model,
-            _executor(prepared),
-            t3_dtype=getattr(torch, execution.t3_dtype),
-            graphs=execution.graphs and device.startswith("cuda"),
-        )
-    session = prepared.session(Synthesizer(model, {}))
+        _bind_regions(model, prepared)
+    context = prepared.family_context(Synthesizer(model, {}))
     for name, family in FAMILIES.items():
-        if family.applies(execution.profile, device):
-            family.attach(prepared.folders.get(name), session)
-    _make_missing_voices(session.synthesizer, prepared, voices)
+        if family.applies(prepared.execution.profile, device):
+            family.attach(prepared.folders.get(name), context)
+    _make_missing_voices(context.synthesizer, prepared, clips)
     metrics.mark("attached")
-    return Attached(synthesizer=session.synthesizer, prepared=prepared)
+    return Attached(synthesizer=context.synthesizer, prepared=prepared)
+
+
+def _import_packages(prepared: Prepared) -> None:
+    """Import Chatterbox and torch, with the families counting hits and misses from the first import on."""
+    for family in FAMILIES.values():
+        if family.applies(prepared.execution.profile, prepared.options.device):
+            family.watch(prepared.metrics)
+    from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox
+
+    if prepared.execution.profile == "compiled":
+        importlib.import_module("torch._dynamo")  # first, or the lean imports keep the compiler out
+    import_chatterbox()
+
+
+def _bind_regions(model: ChatterboxTTS, prepared: Prepared) -> None:
+    """Bind the regions of the profile to the model's weights."""
+    import torch
+
+    from chatterbox_prewarm.model.regions.pipeline import bind_pipeline
+
+    execution = prepared.execution
+    t3_dtype = getattr(torch, execution.t3_dtype)
+    # In place, so that memory holds T3 once; upstream's own code cannot run another dtype than the checkpoint's. The
+    # frequencies of the rotary embedding stay in float32, because they are too coarse in half the bits.
+    for part in (model.t3.tfmr.layers, model.t3.tfmr.norm):
+        part.to(t3_dtype)
+    graphs = execution.graphs and prepared.options.device.startswith("cuda")
+    bind_pipeline(model, _executor(prepared), t3_dtype=t3_dtype, graphs=graphs)
 
 
 def _executor(prepared: Prepared) -> Executor:
-    """What makes the regions under the profile of this start."""
+    """Make the executor of the profile."""
     import torch
 
-    from chatterbox_prewarm.model.regions.executors import AheadOfTime, Compiled, eager
+    from chatterbox_prewarm.model.regions.executors import ahead_of_time_executor, compiled_executor, eager
 
+    strict = prepared.options.policy == "require"
     match prepared.execution.profile:
         case "aot":
-            return AheadOfTime(
+            return ahead_of_time_executor(
                 prepared.folders.get("aot"),
-                torch.device(prepared.device),
+                torch.device(prepared.options.device),
                 prepared.metrics,
                 in_graphs=prepared.execution.graphs,
-                strict=prepared.policy == "require",
+                strict=strict,
             )
         case "compiled":
-            return Compiled(prepared.metrics, strict=prepared.policy == "require" or prepared.manifest is None)
+            return compiled_executor(prepared.metrics, strict=strict or prepared.state is None)
         case _:
             return eager
 
 
 def _make_missing_voices(synthesizer: Synthesizer, prepared: Prepared, clips: Mapping[str, Path]) -> None:
-    """Make the built-in voice and those of `clips` as far as they are not baked; each is a miss."""
+    """Make the built-in voice and the voices of `clips` that are not baked; each one is a miss."""
     from chatterbox_prewarm.model.voices import builtin_voice, prepare_voice
 
     model, metrics = synthesizer.model, prepared.metrics
@@ -169,5 +180,5 @@ def _make_missing_voices(synthesizer: Synthesizer, prepared: Prepared, clips: Ma
         metrics.miss("conditionals", f"the voice {name!r} was made at start")
         with metrics.phase("conditionals"):
             synthesizer.voices[name] = (
-                prepare_voice(model, clips[name]) if name in clips else builtin_voice(model, prepared.weights)
+                prepare_voice(model, clips[name]) if name in clips else builtin_voice(model, prepared.options.weights)
             )

@@ -1,4 +1,4 @@
-"""Enhanced model loading: upstream's `ChatterboxTTS.from_pretrained`, warm when it returns."""
+"""Load upstream's `ChatterboxTTS` like its `from_pretrained`, but warm."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.start.attach import attach
+from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.system.paths import WEIGHTS
 from chatterbox_prewarm.weights.fetch import fetch
@@ -29,19 +30,22 @@ def from_pretrained_with_warmup(
     policy: str = "fallback",
     strategy: ChatterboxWarmupStrategy | None = None,
 ) -> ChatterboxTTS:
-    """Load the English model and warm it up; the result is upstream's class, with its voice set.
+    """Load the English model and warm it up.
 
     Args:
         device: as upstream takes it, a string such as "cpu" or "cuda".
-        weights: a checkpoint's directory. By default that of an image, or else one below the user's cache directory,
-            which is fetched from the model hub when it is not complete.
-        warm: a warm state to load. Without one, or where none of it fits, the warm-up runs.
-        cache: a writable directory for compilers and Numba; below the user's cache directory by default.
-        policy: what to do about a warm state that does not fit; see `load.prepare`.
-        strategy: the warm-up; all levels by default. Given together with `warm`, it runs in any case.
+        weights: the directory of a checkpoint. By default the path in an image, or a directory below the user's
+            cache directory, into which an incomplete checkpoint is downloaded.
+        warm: a warm state. Without one, or if no family of it fits, the warm-up runs.
+        cache: a writable directory for compilers and Numba; by default below the user's cache directory.
+        policy: what to do with a warm state that does not fit; see `StartOptions`.
+        strategy: the warm-up; by default all levels. If it is given, it also runs with a usable warm state.
+
+    Returns:
+        upstream's class, with its built-in voice set.
 
     Raises:
-        PrewarmError: as `weights.fetch`, `load.prepare` and `load.attach` do.
+        PrewarmError: as `fetch`, `prepare` and `attach`.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatterbox-prewarm"
     if weights is None:
@@ -49,15 +53,17 @@ def from_pretrained_with_warmup(
         if not (weights / RECORD_NAME).exists():
             fetch(weights, variant=ENGLISH)
     prepared = prepare(
-        warm or Path(os.devnull),
-        weights,
-        cache=cache or home / "cache",
-        device=device,
-        policy=policy if warm is not None else "off",
+        StartOptions(
+            warm=warm or Path(os.devnull),
+            weights=weights,
+            cache=cache or home / "cache",
+            device=device,
+            policy=policy if warm is not None else "off",
+        )
     )
     if prepared.execution.t3_dtype != "float32":
         raise BadInputError(
-            f"the warm state has T3 in {prepared.execution.t3_dtype}, which upstream's own `generate` cannot run",
+            f"the warm state has T3 in {prepared.execution.t3_dtype}, which upstream's `generate` cannot run",
             next_step="bake with --t3-dtype float32, or use load_warmup_cache",
         )
     attached = attach(prepared)

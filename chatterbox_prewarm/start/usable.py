@@ -1,4 +1,4 @@
-"""Decide which families of a state a start can use, and how the model can execute with them."""
+"""Decide which families of a state a start can use, and how the model can run with them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, IntegrityError
 from chatterbox_prewarm.families.registry import FAMILIES, MAY_BE_EMPTY, applicable
-from chatterbox_prewarm.state.compatibility import check_fit
 from chatterbox_prewarm.system.digests import verify_files
 from chatterbox_prewarm.system.paths import require_execution
 
@@ -17,107 +16,96 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox_prewarm.model.profiles import Execution
-    from chatterbox_prewarm.state.manifest import FamilyEntry, Manifest
+    from chatterbox_prewarm.start.options import StartOptions
+    from chatterbox_prewarm.state.manifest import FamilyEntry
+    from chatterbox_prewarm.state.selection import Selection
     from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 logger = logging.getLogger(__name__)
 
-#: The families that a profile stands on: without one the model runs as written, since compiling takes minutes.
-_STANDS_ON = {"eager": (), "aot": ("aot",), "compiled": ("inductor", "triton")}
+#: Families without which a profile does not run: compiling them at start takes minutes.
+_REQUIRED_BY = {"eager": (), "aot": ("aot",), "compiled": ("inductor", "triton")}
 
 
 def usable_families(
-    manifest: Manifest,
-    warm: Path,
-    wanted: Sequence[str],
-    known: Mapping[str, str],
-    *,
-    policy: str,
-    metrics: WarmupMetrics,
+    selection: Selection, wanted: Sequence[str], *, policy: str, metrics: WarmupMetrics
 ) -> tuple[str, ...]:
-    """The families that fit this machine and whose files are intact; a family whose digest is wrong is never read.
+    """Return the families that fit this machine and whose files are intact. A family with a wrong digest is never read.
 
     Args:
-        manifest: of the state.
-        warm: its directory.
-        wanted: the families that this start has any use for; of the others nothing is read or counted.
-        known: the present `facts`.
+        selection: the state, and how it fits this machine.
+        wanted: the families that this start uses; no others are read or counted.
         policy: of the start.
-        metrics: where misses are counted.
+        metrics: counts the misses.
 
     Raises:
-        FingerprintMismatchError, IntegrityError: under "require", a wanted family does not fit or is not intact.
+        FingerprintMismatchError, IntegrityError: under "require", a wanted family does not fit or is damaged.
     """
-    differences = check_fit(manifest, known)
+    state, differences = selection.state, selection.compatibility.differences
     usable = []
-    for entry in manifest.families:
+    for entry in state.manifest.families:
         if entry.name not in FAMILIES:
-            metrics.miss(entry.name, "this version knows no such family")
+            metrics.miss(entry.name, "this version does not know this family")
         elif entry.name not in wanted:
             continue
         elif differences[entry.name]:
-            _misfit(entry, differences[entry.name], policy, metrics)
+            _refuse(entry, differences[entry.name], policy, metrics)
         elif not entry.files:
             if entry.name not in MAY_BE_EMPTY:
                 metrics.miss(entry.name, "it has no files")
-        elif problems := verify_files(entry.files, warm):
+        elif problems := verify_files(entry.files, state.path):
             if policy == "require":
                 raise IntegrityError(
-                    f"the family {entry.name} of {warm} is not as baked: {'; '.join(problems)}",
+                    f"files of the family {entry.name} of {state.path} differ from the manifest: {'; '.join(problems)}",
                     next_step="restore the warm state, or bake it again with `chatterbox-prewarm bake`",
                 )
-            metrics.miss(entry.name, f"not read, its files are not as baked: {'; '.join(problems)}")
+            metrics.miss(entry.name, f"not read, its files differ from the manifest: {'; '.join(problems)}")
         else:
             usable.append(entry.name)
-    for name in set(wanted) - {entry.name for entry in manifest.families}:
+    for name in set(wanted) - {entry.name for entry in state.manifest.families}:
         metrics.miss(name, "not in the warm state")
     return tuple(usable)
 
 
-def _misfit(entry: FamilyEntry, differences: list[str], policy: str, metrics: WarmupMetrics) -> None:
+def _refuse(entry: FamilyEntry, differences: list[str], policy: str, metrics: WarmupMetrics) -> None:
     if policy == "require":
         raise FingerprintMismatchError(
             f"the family {entry.name} was baked for something else: {'; '.join(differences)}",
-            next_step="bake on this machine's kind, or start with --policy fallback to run cold",
+            next_step="bake on this kind of machine, or start with --policy fallback to run cold",
         )
     metrics.miss(entry.name, f"left out: {'; '.join(differences)}")
 
 
 def possible_execution(
-    asked: Execution,
-    folders: Mapping[str, Path],
-    device: str,
-    cache: Path,
-    policy: str,
-    metrics: WarmupMetrics,
-    *,
-    by_name: bool,
+    wanted: Execution, folders: Mapping[str, Path], options: StartOptions, metrics: WarmupMetrics
 ) -> Execution:
-    """How the model can execute with what is usable: as asked for, or as written.
+    """Return `wanted` if the usable families allow it, and otherwise the profile `eager`.
 
-    Whoever asks for `compiled` by name has it compiled cold.
+    A start that asks for `compiled` by name compiles cold if it must.
 
     Raises:
-        FingerprintMismatchError: under "require", the state has nothing for the profile asked for.
-        BadInputError: under "require", the profile is `compiled` and the cache forbids execution.
+        FingerprintMismatchError: under "require", the state lacks a family of the requested profile.
+        BadInputError: under "require", the profile is `compiled` and the cache is mounted `noexec`.
     """
-    if asked.profile == "compiled":  # the one that loads libraries from the cache
+    strict = options.policy == "require"
+    if wanted.profile == "compiled":  # it loads libraries from the cache
         try:
-            require_execution(cache)
+            require_execution(options.cache)
         except BadInputError as error:
-            if policy == "require":
+            if strict:
                 raise
-            metrics.miss("inductor", f"{error.message}; the model runs as written")
-            return replace(asked, profile="eager")
-    needed = set(applicable(asked.profile, device)).intersection(_STANDS_ON[asked.profile])
-    if needed <= folders.keys():
-        return asked
-    if policy == "require":
+            metrics.miss("inductor", f"{error.message}; the model runs uncompiled")
+            return replace(wanted, profile="eager")
+    required = set(applicable(wanted.profile, options.device)).intersection(_REQUIRED_BY[wanted.profile])
+    if required <= folders.keys():
+        return wanted
+    if strict:
         raise FingerprintMismatchError(
-            f"the warm state has no family {min(needed - folders.keys())!r}, which the profile {asked.profile!r} needs",
-            next_step=f"bake with --profile {asked.profile}, or leave the profile to the state",
+            f"the warm state has no family {min(required - folders.keys())!r}, which the profile {wanted.profile!r} "
+            "needs",
+            next_step=f"bake with --profile {wanted.profile}, or start with the profile of the state",
         )
-    if by_name and asked.profile == "compiled":
-        return asked
-    logger.warning("the profile %s has nothing to run from; the model runs as written", asked.profile)
-    return replace(asked, profile="eager")
+    if options.profile is not None and wanted.profile == "compiled":
+        return wanted
+    logger.warning("no compiled code for the profile %s is usable; the model runs uncompiled", wanted.profile)
+    return replace(wanted, profile="eager")

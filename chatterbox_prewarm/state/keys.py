@@ -1,4 +1,4 @@
-"""Keys: the pair of an elliptic curve that signs a warm state and verifies it, as PEM files of openssl's."""
+"""Read the elliptic curve keys that sign and verify warm states, from PEM files as openssl writes them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 
-#: The curves that a Sigstore bundle may be signed with, and the hash that goes with each.
+#: The curves that Sigstore bundles allow, with the hash function of each.
 CURVES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
-#: The variable that holds the passphrase of an encrypted key: an argument would show in the list of processes.
+#: The environment variable for the passphrase of a key. An option would show up in the list of processes.
 PASSPHRASE = "CHATTERBOX_PREWARM_PASSPHRASE"  # noqa: S105 - the name of a variable
 
 _PASSPHRASE = f"set {PASSPHRASE} to the key's passphrase if it is encrypted, and unset it if not"
@@ -23,10 +23,10 @@ _MAKE_PUBLIC = "write the public one with `openssl ec -in private.pem -pubout -o
 
 
 def read_private_key(path: Path, passphrase: str | None) -> EllipticCurvePrivateKey:
-    """A private key to sign with.
+    """Read a private key.
 
     Raises:
-        BadInputError: the file is none, or no passphrase opens it, or it is of a kind that is not used here.
+        BadInputError: the file is not a private key, the passphrase is wrong, or the curve is not supported.
     """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -34,27 +34,27 @@ def read_private_key(path: Path, passphrase: str | None) -> EllipticCurvePrivate
 
     data = _read(path)
     if b"PUBLIC KEY" in data:
-        raise BadInputError(f"{path} is a public key, and a private one signs", next_step=_MAKE_KEY)
+        raise BadInputError(f"{path} is a public key, but signing needs a private key", next_step=_MAKE_KEY)
     try:
         key = load_pem_private_key(data, None if passphrase is None else passphrase.encode())
-    except TypeError as error:  # a passphrase without need, or need without a passphrase
+    except TypeError as error:  # an unencrypted key with a passphrase, or an encrypted key without one
         raise BadInputError(f"the key {path}: {error}", next_step=_PASSPHRASE) from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise BadInputError(
-            f"{path} holds no private key in PEM that can be opened{' with this passphrase' if passphrase else ''}: "
+            f"{path} is not a private key in PEM that can be opened{' with this passphrase' if passphrase else ''}: "
             f"{str(error).partition('.')[0]}",
             next_step=_PASSPHRASE if passphrase else _MAKE_KEY,
         ) from error
     if not isinstance(key, EllipticCurvePrivateKey) or key.curve.name not in CURVES:
-        raise BadInputError(f"the key {path} is not of a curve among {', '.join(CURVES)}", next_step=_MAKE_KEY)
+        raise BadInputError(f"the key {path} does not use one of the curves {', '.join(CURVES)}", next_step=_MAKE_KEY)
     return key
 
 
 def read_public_key(path: Path) -> EllipticCurvePublicKey:
-    """A public key to verify with.
+    """Read a public key.
 
     Raises:
-        BadInputError: the file is none, or a private one, or of a kind that is not used here.
+        BadInputError: the file is not a public key, or the curve is not supported.
     """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -62,17 +62,15 @@ def read_public_key(path: Path) -> EllipticCurvePublicKey:
 
     data = _read(path)
     if b"PRIVATE KEY" in data:
-        raise BadInputError(
-            f"{path} is a private key; it belongs to who signs, and not to who verifies", next_step=_MAKE_PUBLIC
-        )
+        raise BadInputError(f"{path} is a private key; verifying needs only the public key", next_step=_MAKE_PUBLIC)
     try:
         key = load_pem_public_key(data)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise BadInputError(
-            f"{path} holds no public key in PEM: {str(error).partition('.')[0]}", next_step=_MAKE_PUBLIC
+            f"{path} is not a public key in PEM: {str(error).partition('.')[0]}", next_step=_MAKE_PUBLIC
         ) from error
     if not isinstance(key, EllipticCurvePublicKey) or key.curve.name not in CURVES:
-        raise BadInputError(f"the key {path} is not of a curve among {', '.join(CURVES)}", next_step=_MAKE_KEY)
+        raise BadInputError(f"the key {path} does not use one of the curves {', '.join(CURVES)}", next_step=_MAKE_KEY)
     return key
 
 
@@ -84,7 +82,7 @@ def _read(path: Path) -> bytes:
 
 
 def key_hint(key: EllipticCurvePublicKey) -> str:
-    """How a bundle names its key: SHA-256 over the PEM of the public one. Not signed, so it explains and no more."""
+    """Return the hint with which a bundle names its key: SHA-256 over the PEM of the public key. It is not signed."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     return hashlib.sha256(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()

@@ -1,6 +1,6 @@
-"""Provenance: what a bake was made from that the bake can see itself, and what the builder tells it.
+"""Provenance of a bake: facts that the bake can see, and facts that the builder states.
 
-A claim like all else in a manifest: it is worth what the signature over the manifest is worth.
+Like all of the manifest, it is as trustworthy as the signature of the manifest.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from chatterbox_prewarm.system.fingerprint import package_digest
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-#: What only the builder knows, told through the environment.
+#: Environment variables for facts that only the builder knows.
 REVISION = "CHATTERBOX_PREWARM_REVISION"
 BASE_DIGEST = "CHATTERBOX_PREWARM_BASE_DIGEST"
 BUILDER = "CHATTERBOX_PREWARM_BUILDER"
-#: The Dockerfile's build arguments of the same, and the variables that its step sets from them.
+#: The build arguments of the Dockerfile for these facts, and the variable that its bake step sets from each.
 ARGUMENTS = {"SOURCE_REVISION": REVISION, "BASE_DIGEST": BASE_DIGEST, "BUILDER": BUILDER}
 
 _DIGEST = re.compile(r"(?:\S+@)?sha256:[0-9a-f]{64}")
 
 
 def read_provenance(parameters: Mapping[str, str]) -> Provenance:
-    """The provenance of a bake in this process.
+    """Read the provenance of a bake in this process.
 
     Args:
-        parameters: of the bake, by name.
+        parameters: the parameters of the bake by name.
 
     Raises:
-        BadInputError: the base image is named by a tag, which moves.
+        BadInputError: the base image is not given by its digest.
     """
     return Provenance(
         source=package_digest("chatterbox_prewarm"),
@@ -47,12 +47,12 @@ def read_provenance(parameters: Mapping[str, str]) -> Provenance:
     )
 
 
-def told(arguments: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
-    """What a builder tells of the provenance, as the Dockerfile's build arguments.
+def builder_args(arguments: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the facts of the builder as build arguments of the Dockerfile.
 
     Args:
-        arguments: build arguments that are given, which count more. A `BASE` that is named by its digest tells it.
-        environment: of the builder, whose variables are those of a bake.
+        arguments: the given build arguments, which take precedence. A `BASE` with a digest gives the base image.
+        environment: the environment of the builder, with the variables of a bake.
     """
     pinned = {"BASE_DIGEST": arguments["BASE"]} if _DIGEST.fullmatch(arguments.get("BASE", "")) else {}
     variables = {name: environment[variable] for name, variable in ARGUMENTS.items() if environment.get(variable)}
@@ -60,29 +60,29 @@ def told(arguments: Mapping[str, str], environment: Mapping[str, str]) -> dict[s
     return {**pinned, **variables, **given}
 
 
-def check_base_image(told: str | None = None) -> str:
-    """The base image as the builder named it, by its digest; a bake asks before its minutes of work.
+def check_base_image(stated: str | None = None) -> str:
+    """Return the digest of the base image that the builder gave. A bake checks it before its minutes of work.
 
     Args:
-        told: what the builder said, where it is not in this process's environment.
+        stated: the value from the builder; by default the environment variable.
 
     Raises:
-        BadInputError: it is named by a tag, which moves.
+        BadInputError: it is not a digest. Tags can change.
     """
-    found = os.environ.get(BASE_DIGEST) if told is None else told
+    found = os.environ.get(BASE_DIGEST) if stated is None else stated
     if found and not _DIGEST.fullmatch(found):
         raise BadInputError(
-            f"{BASE_DIGEST} is {found!r}, which is no digest of an image",
-            next_step="write sha256: and 64 hexadecimal digits, with NAME@ before it if you like",
+            f"{BASE_DIGEST} is {found!r}, which is not the digest of an image",
+            next_step="write sha256: and 64 hexadecimal digits, optionally after NAME@",
         )
     return found or UNKNOWN
 
 
 def by_name(distributions: Iterable[metadata.Distribution]) -> dict[str, metadata.Distribution]:
-    """Python packages by their names, as indexes compare these (PEP 503), sorted."""
+    """Return Python packages by their normalized names (PEP 503), sorted."""
     found: dict[str, metadata.Distribution] = {}
     for distribution in distributions:
-        # What an interrupted installation leaves has no name; of two, the first on the path is imported.
+        # The remains of an interrupted installation have no name. Of two with one name, the first on the path counts.
         for name in (distribution.metadata.get_all("Name") or [])[:1]:
             found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution)
     return dict(sorted(found.items()))

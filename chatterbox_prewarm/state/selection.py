@@ -1,257 +1,175 @@
-"""Choice: which of several states a machine takes, and in words why not the others.
+"""Select the state that a machine uses, from a folder of several.
 
-A start reads every manifest, and opens the files of the state that it takes alone.
+A start reads every manifest, but opens only the files of the state that it uses.
 """
 
 from __future__ import annotations
 
 import logging
-import stat
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.errors import FingerprintMismatchError, IntegrityError
-from chatterbox_prewarm.families.registry import COMPILED, FAMILIES, applicable
-from chatterbox_prewarm.state.compatibility import check_fit
-from chatterbox_prewarm.state.folder import named, states_in
-from chatterbox_prewarm.state.manifest import check_layout, read_manifest
-from chatterbox_prewarm.system.fingerprint import device_kind
+from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, IntegrityError
+from chatterbox_prewarm.state.manifest import MANIFEST_NAME
+from chatterbox_prewarm.state.state import State, refuse_if_writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from chatterbox_prewarm.state.manifest import Manifest
+    from chatterbox_prewarm.state.compatibility import Compatibility
+    from chatterbox_prewarm.state.signature import Trust
+
+    Facts = Callable[[State], Mapping[str, str]]
 
 logger = logging.getLogger(__name__)
 
-#: Why a state that fits comes after another, by the place in `Fit.rank` where the two first differ.
-_COMES_LATER = (
-    "it is for another device",
-    "it does not fit",
-    "it has another profile than asked for",
-    "the other has more that is compiled",
-    "more families of the other fit",
-    "the other has more that fits",
-    "fewer facts of the other differ",
-    "the other's name comes first",
-)
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The wishes of a start.
+
+    Attributes:
+        device: the device of the start; by default the one that each state was baked for.
+        profile: the profile to run; by default the one that each state was baked for.
+        name: the state to use, even if it does not fit.
+        strict: refuse a state of several that does not fit.
+        trust: a key or a digest that the selected state must match.
+    """
+
+    device: str | None = None
+    profile: str | None = None
+    name: str | None = None
+    strict: bool = False
+    trust: Trust | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
-    """How well a state fits a machine, whether it is read from its manifest or from an image's label.
+class Selection:
+    """The state that a start uses.
 
     Attributes:
-        device: the kind of device that it was baked for.
-        sizes: bytes of each family.
-        differences: in words, for each family of the state that a start would use; empty for one that fits.
-        missing: the families that a start would use and that the state has not.
-        other_device: what a start would run on instead, or "".
+        state: its folder was checked.
+        compatibility: how it fits the machine.
+        unusable: a sentence for each state that cannot be read.
+        remarks: one line for each state of several: which one is used, and why the others are not.
     """
 
-    name: str
-    device: str
-    profile: str
-    sizes: Mapping[str, int]
-    differences: Mapping[str, list[str]]
-    missing: tuple[str, ...]
-    other_device: str
-
-    @property
-    def whole(self) -> bool:
-        """Whether all of it fits; as for one state alone, what was left out at bake is no misfit."""
-        return not self.other_device and not any(self.differences.values())
-
-    def rank(self, profile: str | None) -> tuple[int | str, ...]:
-        """What states are sorted by: the best for this machine has the least.
-
-        Args:
-            profile: asked for, or None.
-        """
-        fitting = [name for name, words in self.differences.items() if not words]
-        return (
-            bool(self.other_device),
-            not self.whole,
-            profile not in {None, self.profile},
-            -sum(self.sizes[name] for name in fitting if name in COMPILED),
-            -len(fitting),
-            -sum(self.sizes[name] for name in fitting),
-            sum(map(len, self.differences.values())),
-            self.name,
-        )
-
-    def words(self) -> str:
-        """What differs, or that nothing does."""
-        device = [f"device: baked for {self.device}, here {self.other_device}"] if self.other_device else []
-        families = [f"{name} ({'; '.join(words)})" for name, words in self.differences.items() if words]
-        missing = [f"{name} (not in the state)" for name in self.missing]
-        return ", ".join([*device, *families, *missing]) or "it fits"
-
-
-def measure(
-    name: str,
-    differences: Mapping[str, list[str]],
-    sizes: Mapping[str, int],
-    *,
-    baked: tuple[str, str],
-    device: str | None,
-    profile: str | None,
-) -> Fit:
-    """Judge a state by the differences of its families, as far as a start would use them, or does not know them.
-
-    Args:
-        name: of the state.
-        differences: of every family, in words.
-        sizes: of every family, bytes.
-        baked: the device and the profile that it was baked for.
-        device: of the start; the state's own by default.
-        profile: asked for; the state's own by default.
-    """
-    own, now = device_kind(baked[0]), device_kind(device or baked[0])
-    wanted = applicable(profile or baked[1], now)
-    return Fit(
-        name=name,
-        device=own,
-        profile=baked[1],
-        sizes=sizes,
-        differences={
-            family: words for family, words in differences.items() if family in wanted or family not in FAMILIES
-        },
-        missing=tuple(family for family in wanted if family not in differences),
-        other_device=now if now != own else "",
-    )
-
-
-def outranked(fit: Fit, best: Fit, profile: str | None) -> str:
-    """Why a state is not the one that is taken."""
-    if not fit.whole:
-        return fit.words()
-    pairs = zip(fit.rank(profile), best.rank(profile), strict=True)
-    place = next(index for index, (one, other) in enumerate(pairs) if one != other)
-    return f"it fits, but {_COMES_LATER[place]}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The state that a start takes.
-
-    Attributes:
-        path: its directory, whose layout was checked.
-        fits: whether all of it that a start uses fits; not compared, and true, where there was nothing to choose.
-        broken: the states that cannot be read, a sentence each.
-        remarks: which state was taken and why each other one was not, a line each; none where there was one.
-    """
-
-    path: Path
-    manifest: Manifest
-    fits: bool = True
-    broken: tuple[str, ...] = ()
+    state: State
+    compatibility: Compatibility
+    unusable: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
 
-def choose(
-    folder: Path,
-    facts: Callable[[Manifest], Mapping[str, str]],
-    *,
-    device: str | None = None,
-    profile: str | None = None,
-    name: str | None = None,
-    strict: bool = False,
-) -> Choice:
-    """The state of a folder that fits this machine best; the folder itself, or the one named, if that leaves no choice.
+def states_in(folder: Path) -> dict[str, Path]:
+    """List the states of a folder by the names of their directories, or the folder itself if it is a state.
 
-    A state for the device comes before one for another; then one of which all fits; then one of the profile asked for;
-    then the one with the most bytes of compiled families that fit, the most families, the most bytes, the fewest facts
-    that differ; then by name.
+    If one directory holds a manifest, all of them count as states, so that a damaged one is noticed. Hidden
+    directories belong to a running bake.
+    """
+    if os.path.lexists(folder / MANIFEST_NAME):
+        return {folder.absolute().name: folder}
+    try:
+        directories = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."}
+    except OSError:
+        return {}  # reading it as a state says what is wrong
+    if any(os.path.lexists(path / MANIFEST_NAME) for path in directories.values()):
+        return directories
+    return {}
+
+
+def state_path(folder: Path, name: str | None = None) -> Path:
+    """Return the directory of the state with this name, or of the only state.
+
+    Raises:
+        BadInputError: there is no state with this name, or there are several and no name is given.
+    """
+    states = states_in(folder)
+    if name is None and len(states) < 2:
+        return next(iter(states.values()), folder)
+    if name in states:
+        return states[name]
+    listed = ", ".join(states) or "none"
+    if name is None:
+        raise BadInputError(f"{folder} holds {len(states)} states: {listed}", next_step="name one with --state")
+    raise BadInputError(f"{folder} has no state {name!r}; it has: {listed}", next_step="name one of them")
+
+
+def select_state(folder: Path, facts: Facts, request: Request) -> Selection:
+    """Select the state of a folder that fits this machine best.
+
+    A state for the requested device comes first, then one that fits completely, then one with the requested profile,
+    then the one with most bytes of compiled families that fit, most families, most bytes, fewest different facts, and
+    the first name. If the folder is itself a state, or a name is given, there is nothing to compare.
 
     Args:
         folder: a state, or a folder of states.
-        facts: the present facts, as `fit.facts` gives them, for a state.
-        device: of the start; each state's own by default.
-        profile: that the start asks for; each state's own by default.
-        name: of the state to take, whether it fits or not.
-        strict: take none that does not fit.
+        facts: returns the facts of this machine for a state, as `machine_facts` does.
+        request: the wishes of the start.
 
     Raises:
-        IntegrityError: there is no state, or none that can be read; or others can write the folder of states.
-        FingerprintMismatchError: with `strict`, several were compared and none fits; names what differs for each.
-        BadInputError: there is no state of that name.
-        OSError: the state where nothing is to choose cannot be reached.
+        IntegrityError: no state can be read or is trusted, or other users can write the folder.
+        FingerprintMismatchError: with `strict`, several states were compared and none fits.
+        BadInputError: there is no state with the given name.
+        OSError: the only state cannot be read.
     """
-    found = states_in(folder)
-    if name is not None or not found or folder in found.values():
-        path = named(folder, name)
-        manifest = read_manifest(path)
-        check_layout(manifest, path)
-        return Choice(path=path, manifest=manifest)
-    if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise IntegrityError(
-            f"{folder} can be written by other users; compiled caches are code", next_step=f"chmod go-w {folder}"
-        )
-    broken: dict[str, str] = {}
-    read: dict[str, tuple[Manifest, Fit]] = {}
-    for key, path in found.items():
+    states = states_in(folder)
+    if request.name is not None or not states or folder in states.values():
+        state = State.open(state_path(folder, request.name), request.trust)
+        return Selection(state=state, compatibility=_compare(state, facts, request))
+    refuse_if_writable(folder)
+    unusable: dict[str, str] = {}
+    candidates: list[tuple[State, Compatibility]] = []
+    for name, path in states.items():
         if path.is_symlink():
-            broken[key] = f"{path} is a link"
+            unusable[name] = f"{path} is a link"
             continue
         try:
-            manifest = read_manifest(path)
+            state = State.read(path)
         except IntegrityError as error:
-            broken[key] = error.message
-            continue
-        sizes = {family.name: family.size for family in manifest.families}
-        baked = manifest.reference.device, manifest.execution.profile
-        differences = {
-            family: words for family, words in check_fit(manifest, facts(manifest)).items() if family in FAMILIES
-        }
-        read[key] = manifest, measure(key, differences, sizes, baked=baked, device=device, profile=profile)
-    order = sorted(read, key=lambda key: read[key][1].rank(profile))
-    while order:
+            unusable[name] = error.message
+        else:
+            candidates.append((state, _compare(state, facts, request)))
+    candidates.sort(key=lambda candidate: candidate[1].rank)
+    while candidates:
         try:
-            check_layout(read[order[0]][0], found[order[0]])
+            candidates[0][0].check_folder()
         except (IntegrityError, OSError) as error:
-            broken[order[0]] = str(error).partition("\n")[0]
-            del read[order.pop(0)]
+            unusable[candidates.pop(0)[1].name] = str(error).partition("\n")[0]
         else:
             break
-    return _taken(folder, found, order, read, broken, profile=profile, strict=strict)
+    return _take_first(folder, candidates, unusable, request)
 
 
-def _taken(
-    folder: Path,
-    found: Mapping[str, Path],
-    order: list[str],
-    read: Mapping[str, tuple[Manifest, Fit]],
-    broken: Mapping[str, str],
-    *,
-    profile: str | None,
-    strict: bool,
-) -> Choice:
-    """The first of the states in order, unless it may not be taken."""
-    unusable = tuple(f"the state {key} is left out: {reason}" for key, reason in broken.items())
-    if not order:
+def _compare(state: State, facts: Facts, request: Request) -> Compatibility:
+    return state.compatibility(facts(state), device=request.device, profile=request.profile)
+
+
+def _take_first(
+    folder: Path, candidates: list[tuple[State, Compatibility]], unusable: Mapping[str, str], request: Request
+) -> Selection:
+    """Take the best candidate, log why, and check that it is trusted."""
+    warnings = tuple(f"the state {name} is left out: {reason}" for name, reason in unusable.items())
+    if not candidates:
         raise IntegrityError(
-            f"no state of {folder} can be used: {'; '.join(unusable)}",
+            f"no state of {folder} can be used: {'; '.join(warnings)}",
             next_step="restore them, or bake again with `chatterbox-prewarm bake`",
         )
-    manifest, best = read[order[0]]
-    if strict and not best.whole:
-        each = [f"{key}: {read[key][1].words()}" for key in order] + [f"{key}: {why}" for key, why in broken.items()]
+    state, best = candidates[0]
+    if request.strict and not best.fits:
+        reasons = [f"{other.name}: {other.explain()}" for _, other in candidates]
+        reasons += [f"{name}: {reason}" for name, reason in unusable.items()]
         raise FingerprintMismatchError(
-            f"no state of {folder} fits this machine: {' | '.join(each)}",
+            f"no state of {folder} fits this machine: {' | '.join(reasons)}",
             next_step="bake on this kind of machine and add that state, or start with --policy fallback to run cold",
         )
-    taken = f"the state {order[0]} is taken" + ("" if best.whole else f", which fits in part: {best.words()}")
-    left_out = [f"the state {key} is left out: {outranked(read[key][1], best, profile)}" for key in order[1:]]
-    for line in (taken, *left_out):
+    used = f"the state {best.name} is used" + ("" if best.fits else f", but only a part fits: {best.explain()}")
+    left_out = [f"the state {other.name} is left out: {other.why_not_selected(best)}" for _, other in candidates[1:]]
+    for line in (used, *left_out):
         logger.info("%s", line)
-    for line in unusable:
+    for line in warnings:
         logger.warning("%s", line)
-    return Choice(
-        path=found[order[0]],
-        manifest=manifest,
-        fits=best.whole,
-        broken=unusable,
-        remarks=(taken, *left_out, *unusable),
-    )
+    if request.trust is not None:
+        state = replace(state, trusted_by=request.trust.check(state.path, state.manifest_bytes))
+    return Selection(state=state, compatibility=best, unusable=warnings, remarks=(used, *left_out, *warnings))

@@ -1,11 +1,11 @@
-"""The difference between two warm states, from their manifests alone, in words."""
+"""Describe the differences between two warm states, given their manifests."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.system.fingerprint import ABSENT, contrast, words_for
+from chatterbox_prewarm.system.fingerprint import ABSENT, contrast, describe_fact
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.profiles import Execution
     from chatterbox_prewarm.state.manifest import FamilyEntry, Manifest, Reference
 
-#: How many files of a kind are named.
-_NAMED = 3
+#: How many changed files are named.
+_MAX_NAMED = 3
 
 
 def differences(one: Manifest, other: Manifest) -> list[str]:
-    """What of the second manifest is not as in the first, a line each; empty when they are for and hold the same.
+    """List the differences of the second manifest from the first, a line each; empty if there are none.
 
-    In this order: weights, variant, execution, fingerprint, families with their bytes, files and requirements, voices,
-    and the reference synthesis. When, by which version, on what texts and in what time they were baked does not count.
+    The order is: weights, variant, execution, fingerprint, families with their bytes, files and requirements, voices,
+    reference synthesis. Ignored are the time, the version, the texts and the duration of the bake.
     """
     return [
         *_weights(one, other),
@@ -51,8 +51,8 @@ def _only(what: str, one: Iterable[str], other: Iterable[str]) -> list[str]:
 def _counts(*kinds: tuple[str, list[str]]) -> Iterator[tuple[int, str, str]]:
     for kind, names in kinds:
         if names:
-            more = ", ..." if len(names) > _NAMED else ""
-            yield len(names), kind, ", ".join(names[:_NAMED]) + more
+            more = ", ..." if len(names) > _MAX_NAMED else ""
+            yield len(names), kind, ", ".join(names[:_MAX_NAMED]) + more
 
 
 def _weights(one: Manifest, other: Manifest) -> list[str]:
@@ -65,11 +65,11 @@ def _weights(one: Manifest, other: Manifest) -> list[str]:
 
 
 def _facts(prefix: str, one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    """Differing facts, in the order of the first, then those that only the second has."""
+    """List the facts that differ, in the order of the first, followed by facts that only the second has."""
     return [
         line
         for name in dict.fromkeys([*one, *other])
-        for line in _changed(f"{prefix}{words_for(name)}", one.get(name, ABSENT), other.get(name, ABSENT))
+        for line in _changed(f"{prefix}{describe_fact(name)}", one.get(name, ABSENT), other.get(name, ABSENT))
     ]
 
 
@@ -93,7 +93,7 @@ def _family(name: str, one: FamilyEntry | None, other: FamilyEntry | None) -> li
 
 
 def _fields(what: str, one: Execution | Reference, other: Execution | Reference) -> list[str]:
-    """The fields in which two records of one kind differ."""
+    """List the fields in which two records differ."""
     return [
         line
         for field in fields(one)

@@ -1,1 +1,1 @@
-"""What the other packages build on: processes, files, locks, paths, digests, fingerprint and metrics."""
+"""The base of the other packages: processes, files, locks, paths, digests, fingerprint and metrics."""

@@ -1,4 +1,4 @@
-"""Staging: a folder is written under another name, then appears under its own all at once, or not at all."""
+"""Write files and folders atomically: under a temporary name first, so that readers see all of it or nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 import errno
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,14 +24,72 @@ _OLD = "old-"
 
 
 @contextlib.contextmanager
+def atomic_file(
+    path: Path, *, mode: int | None = None, durable: bool = False, exclusive: bool = False
+) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`, and rename it to `path` when the block succeeds.
+
+    Args:
+        path: the final path; an existing file is replaced.
+        mode: permission bits of the file; by default as the block leaves them.
+        durable: flush the file to the disk before the rename, and its folder afterwards.
+        exclusive: raise an error instead of replacing an existing file. Needs a file system with hard links.
+
+    Raises:
+        FileExistsError: `exclusive` is set and the path exists.
+        OSError: the file cannot be written. The temporary file is removed then.
+    """
+    # Random, because processes in different containers can share a folder and have the same process id.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield temporary
+        if mode is not None:
+            temporary.chmod(mode)
+        if durable:
+            flush(temporary)
+        if exclusive:
+            try:
+                path.hardlink_to(temporary)  # unlike a rename, this never replaces a file
+            except FileExistsError:
+                # A network file system may lose the first answer. The repeated call then finds the link of the first.
+                if temporary.stat().st_nlink != 2:
+                    raise
+        else:
+            temporary.replace(path)
+        if durable:
+            flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, text: str, *, mode: int | None = None, durable: bool = False) -> None:
+    """Write a text file atomically as UTF-8; the arguments are those of `atomic_file`."""
+    with atomic_file(path, mode=mode, durable=durable) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
 def staging_folder(target: Path) -> Iterator[Path]:
-    """A fresh folder beside the target, for the holder of its lock; left-overs of killed processes go first."""
+    """Yield an empty folder next to `target`, and remove it afterwards unless `put_in_place` renamed it.
+
+    The caller holds the lock of `target`, so staging folders that exist already belong to killed processes and are
+    removed.
+    """
     prefix = f".{target.name}.staging-"
     for leftover in [path for path in target.parent.iterdir() if path.name.startswith(prefix)]:
         if leftover.name.startswith(f"{prefix}{_OLD}") and not target.exists():
-            leftover.rename(target)  # killed between the two renames of a file system without exchange
+            leftover.rename(target)  # the process was killed between the two renames in `put_in_place`
             continue
-        logger.info("removing %s, left over from a process that was interrupted", leftover)
+        logger.info("removing %s, which an interrupted process left behind", leftover)
         remove(leftover)
     staging = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     staging.chmod(0o755)
@@ -40,19 +99,8 @@ def staging_folder(target: Path) -> Iterator[Path]:
         remove(staging)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file all at once, in the place of one that is there.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def seal(root: Path) -> None:
-    """Make files 0444 and folders 0555, and ask the disk to have all of it before it gets its name."""
+    """Set files to 0444 and folders to 0555, and flush all of it to the disk."""
     for path in sorted(root.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
     root.chmod(0o555)
@@ -60,7 +108,7 @@ def seal(root: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Remove a folder, sealed or not."""
+    """Remove a folder, even if it is sealed."""
     for path in [directory, *directory.rglob("*")]:
         if path.is_dir() and not path.is_symlink():
             path.chmod(0o755)
@@ -68,19 +116,19 @@ def remove(directory: Path) -> None:
 
 
 def put_in_place(staging: Path, target: Path) -> None:
-    """Give a finished folder its name in one step; one that had it before is exchanged, then removed."""
+    """Rename a finished folder to `target` in one step, and remove the folder that had the name before."""
     if not target.exists():
         staging.rename(target)
         return
     libc = ctypes.CDLL(None, use_errno=True)
     arguments = (_AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE)
     if libc.renameat2(*arguments) == 0:
-        return  # the old one now has the staging name, and goes with it
+        return  # the old folder has the staging name now, and `staging_folder` removes it
     code = ctypes.get_errno()
     if code not in {errno.EINVAL, errno.ENOSYS}:
         raise OSError(code, os.strerror(code), str(target))
-    # A file system without exchange: for a moment there is none, but never half of one.
-    aside = target.with_name(f".{target.name}.staging-{_OLD}{os.getpid()}")
-    target.rename(aside)
+    # This file system cannot exchange two names. For a moment `target` is missing, but it is never incomplete.
+    old = target.with_name(f".{target.name}.staging-{_OLD}{os.getpid()}")
+    target.rename(old)
     staging.rename(target)
-    remove(aside)
+    remove(old)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class FileEntry:
-    """One file: its path relative to the root (POSIX), its size in bytes and its SHA-256 in hexadecimal."""
+    """A file: its path relative to the root (POSIX), its size in bytes and its SHA-256 in hexadecimal."""
 
     path: str
     size: int
@@ -25,19 +25,19 @@ class FileEntry:
 
 
 def set_digest(files: Iterable[FileEntry]) -> str:
-    """SHA-256 over the lines `digest  path`, sorted by path: one name for a set of files, however they are packed."""
+    """Return the SHA-256 over the lines `digest  path`, sorted by path: the name of a set of files."""
     lines = "".join(f"{file.sha256}  {file.path}\n" for file in sorted(files))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(stream)
 
 
 def _hash(stream: Any) -> str:
-    """`hashlib.file_digest` for Python 3.10, which lacks it."""
+    """Hash a stream on Python 3.10, which lacks `hashlib.file_digest`."""
     digest = hashlib.sha256()
     while chunk := stream.read(1 << 20):
         digest.update(chunk)
@@ -48,10 +48,10 @@ def scan(root: Path, *, below: str = "") -> tuple[FileEntry, ...]:
     """List and hash every regular file below `root / below`, sorted by path.
 
     Raises:
-        IntegrityError: something there is neither a directory nor a regular file.
+        IntegrityError: an entry is neither a directory nor a regular file.
     """
     paths = sorted(walk_files(root, root / below if below else root))
-    with ThreadPoolExecutor(max_workers=2) as pool:  # hashing leaves the interpreter lock
+    with ThreadPoolExecutor(max_workers=2) as pool:  # hashing releases the interpreter lock
         digests = pool.map(lambda path: hash_file(root / path), paths)
         return tuple(
             FileEntry(path=path, size=(root / path).stat().st_size, sha256=digest)
@@ -73,7 +73,7 @@ def walk_files(root: Path, directory: Path) -> Iterable[str]:
                 yield Path(entry.path).relative_to(root).as_posix()
             else:
                 raise IntegrityError(
-                    f"{entry.path} is a link or a special file; a warm state holds regular files alone",
+                    f"{entry.path} is a link or a special file; a warm state holds only regular files",
                     next_step="bake the warm state again with `chatterbox-prewarm bake`",
                 )
 
@@ -82,7 +82,7 @@ def verify_files(files: Sequence[FileEntry], root: Path) -> list[str]:
     """Compare size and digest of each file with its entry.
 
     Returns:
-        One sentence for each file that differs; empty when all are as recorded.
+        a sentence for each file that differs; empty if all match.
     """
 
     def problem(entry: FileEntry) -> str | None:

@@ -1,6 +1,6 @@
-"""What this machine and its software are, as far as any cache family's reuse depends on it.
+"""The fingerprint: the properties of the machine and its software that decide whether cached state can be reused.
 
-Read without importing torch: `prepare` compares fingerprints before any of the heavy packages is imported.
+Reading it does not import torch, because `prepare` compares fingerprints before it imports any heavy package.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ logger = logging.getLogger(__name__)
 
 ABSENT = "absent"
 
-#: The fields that are a machine's own; all others are of the software, which an image brings along.
+#: The fields that describe the machine. All others describe the software, which is part of the image.
 MACHINE = ("arch", "cpu_model", "cpu_features", "instruction_set", "gpu", "compute_capability", "driver")
 
-#: Flags of the kernel's that `-march=native` turns into instructions; the others come and go with kernels and settings.
-_CODE = re.compile(
+#: CPU flags that `-march=native` turns into instructions. Other flags change with the kernel and its settings.
+_INSTRUCTION_FLAG = re.compile(
     r"sse\d?|sse4_[12]|ssse3|avx|avx2|avx_\w+|avx512\w*|avx10\w*|amx_\w+|fma|f16c|bmi[12]|abm|popcnt|movbe|adx|gfni|vaes"
     r"|aes|vpclmulqdq|pclmulqdq|sha_ni|asimd\w*|sve\w*|sme\w*|bf16|i8mm|fphp"
 )
 
-#: Characters of a value that is shown in full.
-_LONG = 96
+#: Values up to this many characters are shown in full.
+_MAX_SHOWN = 96
 
-#: What each field is called when a difference is explained to a person.
-_WORDS = {
+#: Descriptions of the fields, for explanations.
+_DESCRIPTIONS = {
     "arch": "processor architecture",
     "cpu_model": "CPU model",
     "cpu_features": "CPU features",
@@ -49,7 +49,7 @@ _WORDS = {
     "compute_capability": "GPU compute capability",
     "driver": "GPU driver",
     "python": "Python",
-    "site_packages": "place of the Python packages",
+    "site_packages": "path of the Python packages",
     "chatterbox": "chatterbox source",
     "weights": "weights",
     "variant": "model variant",
@@ -63,10 +63,11 @@ _WORDS = {
 class Fingerprint:
     """A machine and its software.
 
-    `cpu_features` are the kernel's flags, sorted, joined by spaces, and `instruction_set` those of them that a compiler
-    makes code for; `chatterbox` is the SHA-256 over the sources of
-    the installed package (its version does not tell: upstream's main branch and its release share one), and the
-    other package fields are versions.
+    Attributes:
+        cpu_features: the CPU flags that the kernel reports, sorted and joined by spaces.
+        instruction_set: those of the flags for which a compiler makes code.
+        chatterbox: SHA-256 over the sources of the installed package. Its version is not enough: upstream's main branch
+            and its release have the same one. The other package fields are versions.
     """
 
     arch: str
@@ -88,7 +89,7 @@ class Fingerprint:
     chatterbox: str
 
     def fields(self) -> dict[str, str]:
-        """The fingerprint as a mapping of field to value."""
+        """Return the fingerprint as a mapping of field to value."""
         return asdict(self)
 
 
@@ -96,7 +97,7 @@ def read_fingerprint(device: str = "cpu") -> Fingerprint:
     """Read the fingerprint of this machine and of the packages that this interpreter would import.
 
     Args:
-        device: as torch takes it; which of several GPUs is read. Without a number, and for a CPU, the first.
+        device: a torch device. Its number selects the GPU to read; without one, and for a CPU, the first GPU is read.
     """
     model, features = _cpu()
     number = device.partition(":")[2]
@@ -105,7 +106,7 @@ def read_fingerprint(device: str = "cpu") -> Fingerprint:
         arch=platform.machine(),
         cpu_model=model,
         cpu_features=features,
-        instruction_set=" ".join(flag for flag in features.split() if _CODE.fullmatch(flag)),
+        instruction_set=" ".join(flag for flag in features.split() if _INSTRUCTION_FLAG.fullmatch(flag)),
         gpu=gpu,
         compute_capability=capability,
         driver=driver,
@@ -123,38 +124,38 @@ def read_fingerprint(device: str = "cpu") -> Fingerprint:
 
 
 def device_kind(device: str) -> str:
-    """The kind of a torch device: "cpu" or "cuda"."""
+    """Return the kind of a torch device: "cpu" or "cuda"."""
     return device.partition(":")[0]
 
 
 def explain(recorded: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
-    """Say in words where `current` differs from `recorded`, one sentence for each field, in the order of `recorded`."""
+    """Describe each difference between `current` and `recorded` in a sentence, in the order of `recorded`."""
     sentences = []
     for name, value in recorded.items():
         if (here := current.get(name, ABSENT)) != value:
             baked, found = contrast(value, here)
-            sentences.append(f"{words_for(name)}: baked with {baked}, here {found}")
+            sentences.append(f"{describe_fact(name)}: baked with {baked}, here {found}")
     return sentences
 
 
-def words_for(name: str) -> str:
-    """What a fact is called when it is explained to a person."""
+def describe_fact(name: str) -> str:
+    """Return the description of a fact for an explanation."""
     if name.startswith("source:"):
         return f"source file {name.removeprefix('source:')}"
-    return _WORDS.get(name, name)
+    return _DESCRIPTIONS.get(name, name)
 
 
 def contrast(one: str, other: str) -> tuple[str, str]:
-    """Two values that differ, short enough to be read: of long lists of words, what only one of the two has."""
+    """Shorten two different values. Of long lists of words, only those that the other list lacks remain."""
     words, others = one.split(), other.split()
-    if max(len(one), len(other)) > _LONG and min(len(words), len(others)) > 1:
+    if max(len(one), len(other)) > _MAX_SHOWN and min(len(words), len(others)) > 1:
         one = " ".join(["...", *(word for word in words if word not in set(others))])
         other = " ".join(["...", *(word for word in others if word not in set(words))])
     return _short(one), _short(other)
 
 
 def _short(value: str) -> str:
-    return value if len(value) <= _LONG else value[: _LONG - 3] + "..."
+    return value if len(value) <= _MAX_SHOWN else value[: _MAX_SHOWN - 3] + "..."
 
 
 def _version(distribution: str) -> str:
@@ -166,7 +167,7 @@ def _version(distribution: str) -> str:
 
 @lru_cache(maxsize=8)
 def package_digest(package: str) -> str:
-    """SHA-256 over the Python sources of a package, found without importing it; `absent` if there is none."""
+    """Return the SHA-256 over the Python sources of a package without importing it; `absent` if it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return ABSENT
@@ -179,7 +180,7 @@ def package_digest(package: str) -> str:
 
 
 def _cpu() -> tuple[str, str]:
-    """Model name and sorted flags, from the kernel; on Arm the kernel names no model but has `Features`."""
+    """Return model name and sorted flags from the kernel. Arm has no model name, and calls the flags `Features`."""
     model, features = ABSENT, ""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -200,11 +201,11 @@ def _cpu() -> tuple[str, str]:
 
 
 def _gpu(number: int) -> tuple[str, str, str]:
-    """Product name, compute capability and driver version of a GPU, from NVML; `absent` thrice without one.
+    """Return product name, compute capability and driver version of a GPU from NVML; `absent` without a GPU.
 
     Args:
-        number: among those that this process may use, as torch counts them. CUDA counts GPUs of different kinds in an
-            order of its own unless CUDA_DEVICE_ORDER is PCI_BUS_ID; NVML knows that order alone.
+        number: torch's index among the GPUs that this process may use. CUDA orders different GPUs by speed unless
+            CUDA_DEVICE_ORDER is PCI_BUS_ID, which is the only order that NVML has.
     """
     import pynvml
 
@@ -212,21 +213,21 @@ def _gpu(number: int) -> tuple[str, str, str]:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return ABSENT, ABSENT, ABSENT
-    try:  # a driver that was upgraded under a running system answers only in part
+    try:  # a driver that was upgraded on a running system answers only some calls
         handle = _visible_gpu(pynvml, number)
         if handle is None:
             return ABSENT, ABSENT, str(pynvml.nvmlSystemGetDriverVersion())
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
         return str(pynvml.nvmlDeviceGetName(handle)), f"{major}.{minor}", str(pynvml.nvmlSystemGetDriverVersion())
     except pynvml.NVMLError as error:
-        logger.warning("NVML: %s; going on as if there was no GPU", error)
+        logger.warning("NVML: %s; continuing without a GPU", error)
         return ABSENT, ABSENT, ABSENT
     finally:
         pynvml.nvmlShutdown()
 
 
 def visible_gpus() -> int:
-    """How many GPUs this process may use, as torch counts them; 0 where NVML finds none."""
+    """Count the GPUs that this process may use; 0 if NVML finds no GPU."""
     import pynvml
 
     try:
@@ -236,14 +237,14 @@ def visible_gpus() -> int:
     try:
         return next(number for number in itertools.count() if _visible_gpu(pynvml, number) is None)
     except pynvml.NVMLError as error:
-        logger.warning("NVML: %s; going on as if there was no GPU", error)
+        logger.warning("NVML: %s; continuing without a GPU", error)
         return 0
     finally:
         pynvml.nvmlShutdown()
 
 
 def _visible_gpu(nvml: Any, number: int) -> Any:
-    """NVML's handle of the GPU that CUDA gives this number, or None."""
+    """Return NVML's handle of the GPU with this CUDA index, or None."""
     count = nvml.nvmlDeviceGetCount()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(index) for index in range(count)] if visible is None else [name.strip() for name in visible.split(",")]
@@ -252,9 +253,9 @@ def _visible_gpu(nvml: Any, number: int) -> Any:
     name = names[number]
     if name.isdecimal():
         return nvml.nvmlDeviceGetHandleByIndex(int(name)) if int(name) < count else None
-    # CUDA takes the beginning of a UUID, NVML the whole.
+    # CUDA accepts the beginning of a UUID, NVML only the full UUID.
     for index in range(count):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         if str(nvml.nvmlDeviceGetUUID(handle)).startswith(name):
             return handle
-    return nvml.nvmlDeviceGetHandleByUUID(name)  # a part of a GPU (MIG), which is not among them
+    return nvml.nvmlDeviceGetHandleByUUID(name)  # a MIG instance, which has no index

@@ -1,4 +1,4 @@
-"""What the worker processes of this project have in common: one JSON argument in, one JSON document out."""
+"""Child processes of this project: they take a JSON argument and print a JSON document."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 _PR_SET_PDEATHSIG = 1
-#: Set by `--debug`, for the processes that a command starts.
+#: Set by `--debug` for child processes.
 DEBUG = "CHATTERBOX_PREWARM_DEBUG"
 
 
 def report(function: Callable[..., dict[str, Any]]) -> None:
-    """Call `function` with the JSON object in `sys.argv[1]` and print what it returns, or the error it raises."""
+    """Call `function` with the JSON object in `sys.argv[1]`, and print its result or the error that it raises."""
     die_with_parent()
     with claim_stdout() as out:
         try:
             result = function(**json.loads(sys.argv[1]))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the parent is to say it
+        except Exception as error:  # noqa: BLE001 - the parent reports every error
             if os.environ.get(DEBUG):
                 traceback.print_exc()
             json.dump(describe(as_prewarm_error(error)), out)
@@ -38,12 +38,12 @@ def report(function: Callable[..., dict[str, Any]]) -> None:
 
 
 def describe(error: PrewarmError) -> dict[str, Any]:
-    """An error as it travels to the parent."""
+    """Return an error as the JSON object that the parent gets."""
     return {"error": error.message, "next_step": error.next_step, "exit_code": error.exit_code}
 
 
 def rebuild(description: Mapping[str, Any]) -> PrewarmError:
-    """The error that `describe` described, of its kind."""
+    """Return the error that `describe` turned into a JSON object."""
     return error_with_code(description["exit_code"], description["error"], description["next_step"])
 
 
@@ -72,19 +72,19 @@ def parse_report(output: str, status: int) -> dict[str, Any]:
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this process when the one that started it is gone, however that ended."""
+    """Let the kernel kill this process when its parent ends, however the parent ends."""
     end_with_parent(signal.SIGKILL)
     if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
-        os.kill(os.getpid(), signal.SIGKILL)  # it was gone before the kernel knew that we want to know
+        os.kill(os.getpid(), signal.SIGKILL)  # the parent ended before the call above
 
 
 def end_with_parent(number: int) -> None:
-    """Have the kernel send this process a signal when the one that started it has ended."""
+    """Let the kernel send this process a signal when its parent ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def claim_stdout() -> Any:
-    """Take standard output for this program's own use: packages that print do so on standard error from here on."""
+    """Reserve standard output for the report. Packages that print write to standard error from now on."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     quiet_packages()
@@ -92,7 +92,7 @@ def claim_stdout() -> Any:
 
 
 def quiet_packages() -> None:
-    """Silence the model's packages about their own deprecations: nobody who runs a container can act on them."""
+    """Silence deprecation warnings of the model's packages, because users of a container cannot act on them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

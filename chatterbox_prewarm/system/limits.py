@@ -1,18 +1,18 @@
-"""What a synthesis takes, in numbers: for whoever checks a request before the model is there. Imports nothing."""
+"""Limits of a synthesis. A request is checked against them before the model is loaded, so this imports nothing."""
 
 from __future__ import annotations
 
 from types import MappingProxyType
 
-#: NumPy's generator takes no larger seed.
+#: The largest seed that NumPy's generator accepts.
 MAX_SEED = 2**32 - 1
 #: S3Gen's convolutions look three tokens ahead.
 LEAST_TOKENS = 3
-#: And one over three tokens to come is in the flow's encoder, so that a stream cannot look less far ahead.
+#: The flow's encoder has a convolution over the next three tokens, so a stream must look at least that far ahead.
 LEAST_LOOK_AHEAD = 3
-#: T3's position table of speech tokens ends there.
+#: The size of T3's position table for speech tokens.
 MOST_TOKENS = 4096
-#: Least and most of each setting of `synthesis.Sampling`.
+#: Minimum and maximum of each field of `model.sampling.Sampling`.
 SAMPLING = MappingProxyType(
     {
         "temperature": (0.05, 5.0),

@@ -1,4 +1,4 @@
-"""Locks on a path, held by the kernel until the process ends."""
+"""Locks on a path. The kernel releases a lock when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -14,25 +14,22 @@ from chatterbox_prewarm.system.process import PARENT
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-
-#: Locks that this process shares to its end, by their files.
+#: The shared locks of this process: the lock file and its descriptor.
 _SHARED: dict[Path, int] = {}
 
 
 @contextlib.contextmanager
 def exclusive_lock(target: Path) -> Iterator[None]:
-    """Hold the lock of a place that is being written; the kernel drops it with the process, however it ends.
+    """Hold the exclusive lock of a path while it is written.
 
     Raises:
-        BadInputError: another process holds it, or shares it; names one that holds it.
+        BadInputError: another process holds or shares the lock. The message names the holder.
     """
     with _lock_file(target).open("a+", encoding="ascii") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadInputError(
-                _who_uses(lock, target), next_step="wait for it to end, or name another place"
-            ) from None
+            raise _busy(lock, target) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -43,12 +40,12 @@ def exclusive_lock(target: Path) -> Iterator[None]:
 
 
 def share_lock(target: Path) -> None:
-    """Share the lock of a place to the end of this process: until then nobody holds it alone.
+    """Share the lock of a path until this process ends, so that no other process gets it exclusively.
 
-    A process that the holder started is part of its work, and shares nothing.
+    A child of the process that holds the exclusive lock is part of that process's work and does not need a lock.
 
     Raises:
-        BadInputError: another process holds it; names that process.
+        BadInputError: another process holds the exclusive lock. The message names it.
     """
     path = _lock_file(target)
     if path in _SHARED:
@@ -63,9 +60,7 @@ def share_lock(target: Path) -> None:
         with os.fdopen(descriptor, encoding="ascii") as lock:
             if lock.read().strip() == os.environ.get(PARENT):
                 return
-            raise BadInputError(
-                _who_uses(lock, target), next_step="wait for it to end, or name another place"
-            ) from None
+            raise _busy(lock, target) from None
     _SHARED[path] = descriptor
 
 
@@ -73,10 +68,12 @@ def _lock_file(target: Path) -> Path:
     return target.parent / f".{target.name}.lock"
 
 
-def _who_uses(lock: IO[str], target: Path) -> str:
-    """Who is in the way, in words: whoever holds a lock wrote its number into the file, those that share it did not."""
+def _busy(lock: IO[str], target: Path) -> BadInputError:
+    """Make the error that names the other process. Only an exclusive holder writes its process id into the file."""
     lock.seek(0)
     holder = lock.read().strip()
-    if holder and Path(f"/proc/{holder}").exists():  # or it was killed, and others came after it
-        return f"another process ({holder}) is writing {target}"
-    return f"another process uses {target.parent}"
+    if holder and Path(f"/proc/{holder}").exists():  # otherwise the holder was killed, and others share the lock now
+        message = f"another process ({holder}) is writing {target}"
+    else:
+        message = f"another process uses {target.parent}"
+    return BadInputError(message, next_step="wait for it to end, or name another path")

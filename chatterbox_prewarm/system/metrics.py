@@ -1,7 +1,7 @@
-"""What a start or a bake did: phases on one clock, and the hits and misses of every cache family.
+"""Metrics of a start or a bake: phases on one clock, and the hits and misses of every cache family.
 
-Warmth is proven by the counters; the phases say where the time went. All times are seconds since the process was
-executed, so a phase of a worker and one of its parent can stand in one table.
+The counters prove that a start is warm; the phases show where it spends its time. All times are seconds since the
+process was executed, so phases of a worker and of its parent can be compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of work: its name, when it began and how long it took, both in seconds."""
+    """A named period of work, with its start and its length in seconds."""
 
     name: str
     start: float
@@ -31,17 +31,17 @@ class Phase:
 
 
 def now() -> float:
-    """Seconds since boot, on a clock that all processes of a machine share and that suspend does not stop."""
+    """Return the seconds since boot. All processes of a machine share this clock, and it runs during suspend."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def exec_time(pid: int | None = None) -> float:
-    """When a process was executed, in seconds since boot, from `/proc/PID/stat` (10 ms steps).
+    """Return when a process was executed, in seconds since boot, in steps of 10 ms (from `/proc/PID/stat`).
 
     Args:
-        pid: which process; this one by default.
+        pid: the process; by default this one.
     """
-    # The second field is the program's name in parentheses and may hold spaces; starttime is the 22nd field.
+    # The second field is the name of the program in parentheses and may contain spaces; starttime is the 22nd field.
     text = Path(f"/proc/{pid or os.getpid()}/stat").read_text(encoding="ascii", errors="replace")
     ticks = int(text.rpartition(")")[2].split()[19])
     return ticks / os.sysconf("SC_CLK_TCK")
@@ -51,17 +51,17 @@ class WarmupMetrics:
     """The event log of one process.
 
     Attributes:
-        origin: seconds since boot that count as zero, by default the moment this process was executed.
-        phases: what was done, in the order in which it ended.
-        marks: moments such as "attached" and "ready", in seconds since the origin.
-        loaded: artifacts of each family that were put in place for use on demand.
-        hits, misses: how often each family's persisted artifacts were used, and how often something was rebuilt.
-        reasons: one sentence for each miss that has one.
-        timers: seconds spent in work that is scattered over a phase, by name.
-        profile: how the model executes.
-        state: the key of the warm state in use, as `states.key_of` names it, or "".
+        origin: the time that counts as zero, in seconds since boot; by default the time when this process was executed.
+        phases: in the order in which they ended.
+        marks: points in time such as "attached" and "ready", in seconds since the origin.
+        loaded: artifacts of each family that were loaded for use on demand.
+        hits, misses: artifacts of each family that were used, and artifacts that were rebuilt or not looked up.
+        reasons: a sentence for each miss with a known reason.
+        timers: seconds of work that is spread over a phase, by name.
+        profile: how the model runs.
+        state: the key of the warm state in use (see `state_key`), or "".
 
-    `on_phase`, when given, is called with the name of each phase as it begins.
+    `on_phase` is called with the name of each phase when it begins.
     """
 
     def __init__(self, origin: float | None = None, on_phase: Callable[[str], None] | None = None) -> None:
@@ -79,12 +79,12 @@ class WarmupMetrics:
         self._before_reading: list[Callable[[], None]] = []
 
     def before_reading(self, update: Callable[[], None]) -> None:
-        """Have `update` called before each `to_dict`: for what others count and this log only takes over."""
+        """Call `update` before each `to_dict`, to copy counters that other code keeps."""
         self._before_reading.append(update)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Record the block as a phase, also when it raises."""
+        """Record the block as a phase, even if it raises."""
         if self._on_phase is not None:
             self._on_phase(name)
         start = now()
@@ -95,20 +95,20 @@ class WarmupMetrics:
             logger.info("%-24s %8.3f s", name, self.phases[-1].seconds)
 
     def mark(self, name: str) -> float:
-        """Record that a moment was reached; returns its time in seconds since the origin."""
+        """Record the present time under a name, and return it in seconds since the origin."""
         self.marks[name] = now() - self.origin
         return self.marks[name]
 
     def add_seconds(self, name: str, seconds: float) -> None:
-        """Add to a timer."""
+        """Add seconds to a timer."""
         self.timers[name] = self.timers.get(name, 0.0) + seconds
 
     def hit(self, family: str, count: int = 1) -> None:
-        """Count artifacts that were used as baked."""
+        """Count artifacts that were used."""
         self.hits[family] += count
 
     def miss(self, family: str, reason: str = "", count: int = 1) -> None:
-        """Count artifacts that were rebuilt or not consulted, and log why, the same reason once."""
+        """Count artifacts that were rebuilt or not looked up, and log each reason once."""
         self.misses[family] += count
         if reason:
             if f"{family}: {reason}" not in self.reasons:
@@ -116,7 +116,7 @@ class WarmupMetrics:
             self.reasons.append(f"{family}: {reason}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The log as JSON-ready values."""
+        """Return the log as a JSON object."""
         for update in self._before_reading:
             update()
         return {

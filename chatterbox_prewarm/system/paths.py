@@ -1,4 +1,4 @@
-"""Places: where an image keeps things, and what a process needs of its cache directory. Importing this is cheap."""
+"""The paths of an image, and the requirements on the cache directory. Importing this module is cheap."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 from chatterbox_prewarm.errors import BadInputError
 
-#: The places of an image. The cache is the one path that compilers see, the same at bake and at run.
+#: Paths in an image. The cache has the same path at bake and at run time, because compilers store it in their files.
 WEIGHTS = Path("/opt/chatterbox-prewarm/weights")
 WARM = Path("/opt/chatterbox-prewarm/warm")
 CACHE = Path("/var/cache/chatterbox-prewarm")
-#: Where voices are that were added at run time; a volume, or there are none.
+#: Voices that were added at run time; a volume.
 VOICES = Path("/data/voices")
 
-#: What a bake locks in a cache directory, and a start shares.
+#: The name in the cache directory that a bake locks exclusively and a start shares.
 BAKE = "bake"
 
-#: Set in every process that loads the model: nothing is fetched at run time, and no bar is drawn into a log.
+#: Set in every process that loads the model: no downloads at run time, and no progress bars in logs.
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -30,19 +30,19 @@ _ENVIRONMENT = {
 
 
 def model_environment(cache: Path) -> dict[str, str]:
-    """What must be set before the model's packages are imported, whatever the warm state holds.
+    """Return the environment variables to set before the model's packages are imported, with or without a warm state.
 
     Raises:
-        OSError: the hub clients' marker cannot be written into `cache`.
+        OSError: `cache` cannot be written.
     """
     return {**_ENVIRONMENT, **_user_environment(cache), "HF_HOME": str(_seed_hub(cache))}
 
 
 def make_cache(cache: Path) -> None:
-    """Make sure that the cache directory exists and that files can be made in it.
+    """Create the cache directory, and check that it is writable.
 
     Raises:
-        BadInputError: it cannot be written.
+        BadInputError: it is not writable.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -51,25 +51,25 @@ def make_cache(cache: Path) -> None:
     except OSError as error:
         raise BadInputError(
             f"the cache directory {cache} cannot be written: {error.strerror or error}",
-            next_step="mount a tmpfs or an emptyDir there (it must allow execution), or name another with --cache",
+            next_step="mount a tmpfs or an emptyDir there that allows execution, or name another path with --cache",
         ) from error
 
 
 def require_execution(cache: Path) -> None:
-    """Make sure that libraries can be loaded from the cache directory.
+    """Check that libraries can be loaded from the cache directory.
 
     Raises:
         BadInputError: its file system is mounted `noexec`.
     """
     if os.statvfs(cache).f_flag & os.ST_NOEXEC:
         raise BadInputError(
-            f"the cache directory {cache} lies on a file system that forbids execution",
-            next_step="mount it with `exec`, or name another with --cache",
+            f"the cache directory {cache} is on a file system that forbids execution",
+            next_step="mount it with `exec`, or name another path with --cache",
         )
 
 
 def _seed_hub(cache: Path) -> Path:
-    """A home for hub clients, with the marker that diffusers otherwise writes on import."""
+    """Make a home directory for hub clients, with the marker file that diffusers writes on import if it is missing."""
     marker = cache / "hub" / "hub" / "version_diffusers_cache.txt"
     if not marker.exists():
         marker.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def _seed_hub(cache: Path) -> Path:
 
 
 def _user_environment(cache: Path) -> dict[str, str]:
-    """A home and a user name for a UID that has no passwd entry: caches and getpass ask for both."""
+    """Return a home directory and a user name for a UID without a passwd entry. Caches and getpass need both."""
     try:
         pwd.getpwuid(os.getuid())
     except KeyError:

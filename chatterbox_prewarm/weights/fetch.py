@@ -18,33 +18,28 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.weights.variants import Variant
 
 
-#: Faults of the place that is written to, apart from those of the network, which are OSErrors as well.
-_STORAGE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})
+#: Errors of the storage. Errors of the network are OSErrors too.
+_STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def fetch(directory: Path, *, variant: Variant, revision: str | None = None) -> WeightsRecord:
-    """Download a variant's files at a pinned commit, verify them against the hub's own digests, and record them.
+    """Download the files of a variant at a pinned commit, compare them with the digests of the hub, and record them.
 
-    The hub's client shows progress and resumes a transfer that breaks. Another call keeps the files that an earlier one
-    finished, and fetches the one that it was interrupted in from its beginning. A checkpoint of another origin is left
-    alone.
+    The client of the hub shows progress and resumes a broken transfer. A second call keeps complete files and downloads
+    an incomplete file again from its beginning. A checkpoint of another origin is never replaced.
 
     Args:
-        directory: where the files go.
-        variant: which model.
-        revision: a full commit hash; the variant's pinned one by default. Branches and tags move, so they are refused.
+        directory: where the files are written.
+        variant: the model variant.
+        revision: a full commit hash; by default that of the variant. Branches and tags are refused, because they move.
 
     Raises:
-        BadInputError: `revision` is no commit hash, or `directory` cannot be written, or holds another checkpoint.
-        WeightsError: the hub cannot be reached, lacks a file, or sent something else than it announced.
+        BadInputError: `revision` is not a commit hash, or `directory` is not writable or holds another checkpoint.
+        WeightsError: the hub cannot be reached, lacks a file, or sends other bytes than it announces.
     """
-    import httpx
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
     commit = revision or variant.revision
     if not _COMMIT.fullmatch(commit):
         raise BadInputError(
@@ -54,57 +49,74 @@ def fetch(directory: Path, *, variant: Variant, revision: str | None = None) -> 
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise from_os_error(error, "making the weights directory") from error
-    ours = _fetched_before(directory, variant)
-    if foreign := [name for name in variant.files if (directory / name).exists() and name not in ours]:
+        raise from_os_error(error, "creating the weights directory") from error
+    fetched = _fetched_before(directory, variant)
+    if foreign := [name for name in variant.files if (directory / name).exists() and name not in fetched]:
         raise BadInputError(
             f"{directory / foreign[0]} is not of {variant.repository}, and fetching would replace it",
             next_step="name another directory, or remove the file",
         )
     for name in variant.files:
-        try:
-            # A fresh look at what the hub announces: the download itself compares sizes, never digests.
-            announced = get_hf_file_metadata(hf_hub_url(variant.repository, name, revision=commit))
-            path = directory / name
-            if path.is_file() and _differs_from_etag(path, announced.etag) is None:
-                continue
-            # From here on the record is no longer true, until it is written anew.
-            (directory / RECORD_NAME).unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            hf_hub_download(variant.repository, name, revision=commit, local_dir=directory)
-            if problem := _differs_from_etag(path, announced.etag):
-                path.unlink()
-                raise WeightsError(f"{name} of {variant.repository}: {problem}", next_step=FETCH_AGAIN)
-        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in _STORAGE:
-                raise from_os_error(error, f"writing {name}") from error
-            raise WeightsError(
-                f"{name} of {variant.repository} at {commit[:12]} could not be fetched: {error}",
-                next_step="check the network and run the same command again: it keeps the files that are complete",
-            ) from error
+        _fetch_file(directory, name, variant, commit)
     for leftover in (directory / ".cache" / "huggingface").rglob("*.incomplete"):
-        leftover.unlink(missing_ok=True)  # of a call that was killed; the client never takes one up again
+        leftover.unlink(missing_ok=True)  # of a killed call; the client never resumes them
     return record(directory, variant=variant, repository=variant.repository, revision=commit)
 
 
+def _fetch_file(directory: Path, name: str, variant: Variant, commit: str) -> None:
+    """Download a file unless it is there with the digest that the hub announces.
+
+    Raises:
+        BadInputError: the file cannot be written.
+        WeightsError: the file cannot be downloaded, or has another digest than announced.
+    """
+    import httpx
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    path = directory / name
+    try:
+        # The download itself compares only sizes, so ask the hub for the digest.
+        announced = get_hf_file_metadata(hf_hub_url(variant.repository, name, revision=commit))
+        if path.is_file() and _differs_from_etag(path, announced.etag) is None:
+            return
+        (directory / RECORD_NAME).unlink(missing_ok=True)  # it is wrong until it is written again
+        path.unlink(missing_ok=True)
+        hf_hub_download(variant.repository, name, revision=commit, local_dir=directory)
+        if problem := _differs_from_etag(path, announced.etag):
+            path.unlink()
+            raise WeightsError(f"{name} of {variant.repository}: {problem}", next_step=FETCH_AGAIN)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+            raise from_os_error(error, f"writing {name}") from error
+        raise WeightsError(
+            f"{name} of {variant.repository} at {commit[:12]} could not be fetched: {error}",
+            next_step="check the network and run the same command again: it keeps complete files",
+        ) from error
+
+
 def _fetched_before(directory: Path, variant: Variant) -> frozenset[str]:
-    """The files in `directory` that came from the hub: by our record, or where there is none, by its client's notes."""
+    """List the files that came from the hub, according to the record or else to the metadata of the hub's client."""
     if (directory / RECORD_NAME).exists():
-        known = read_record(directory)
-        return frozenset(variant.files) if known.repository == variant.repository else frozenset()
-    notes = (directory / ".cache" / "huggingface" / "download").rglob("*.metadata")
-    return frozenset(path.name.removesuffix(".metadata") for path in notes)
+        recorded = read_record(directory)
+        return frozenset(variant.files) if recorded.repository == variant.repository else frozenset()
+    metadata = (directory / ".cache" / "huggingface" / "download").rglob("*.metadata")
+    return frozenset(path.name.removesuffix(".metadata") for path in metadata)
 
 
 def _differs_from_etag(path: Path, etag: str | None) -> str | None:
-    """Compare a file with the hub's tag: SHA-256 for a large file, the Git blob's SHA-1 for a small one."""
+    """Compare a file with the ETag of the hub: a SHA-256 for a large file, the SHA-1 of the Git blob for a small one.
+
+    Returns:
+        the difference in words, or None.
+    """
     if etag is None:
-        return "the hub names no digest for it"
+        return "the hub announces no digest for it"
     if len(etag) == 64:
-        found = hash_file(path)
+        digest = hash_file(path)
     elif len(etag) == 40:
         data = path.read_bytes()
-        found = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        digest = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     else:
-        return f"the hub names no digest for it (tag {etag!r})"
-    return None if found == etag else f"the hub announced digest {etag}, the file received has {found}"
+        return f"the hub announces no digest for it (ETag {etag!r})"
+    return None if digest == etag else f"the hub announced digest {etag}, the received file has {digest}"

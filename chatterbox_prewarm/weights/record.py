@@ -1,17 +1,17 @@
-"""Checkpoints on disk: the pinned download, the record of what was fetched, and its verification.
+"""The record of a checkpoint, and its verification.
 
-A weights directory holds the variant's files and `weights.json`, our record of where they came from and of their
-digests. The record is written last, so a directory without one was never complete.
+A weights directory holds the files of a variant and `weights.json`, the record of their origin and digests. The record
+is written last, so a directory without a record was never complete.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import WeightsError, from_os_error
+from chatterbox_prewarm.system.atomic_files import write_whole
 from chatterbox_prewarm.system.digests import FileEntry, hash_file, set_digest, verify_files
 from chatterbox_prewarm.weights.safetensors_header import FETCH_AGAIN, read_safetensors_header
 from chatterbox_prewarm.weights.variants import VARIANTS, Variant, get_variant
@@ -26,9 +26,10 @@ _SMALL = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic:
-    """A checkpoint of random weights: how it was made, and how many layers each shortened stack has.
+    """How a checkpoint of random weights was made.
 
-    `None` for a stack means the full depth, as published.
+    Attributes:
+        t3_layers, s3gen_blocks: the layers of each shortened stack; None for the published number.
     """
 
     size: str
@@ -50,38 +51,36 @@ class WeightsRecord:
 
     @property
     def set_digest(self) -> str:
-        """One digest for the whole checkpoint."""
+        """The digest of the whole checkpoint."""
         return set_digest(self.files)
 
 
 def record(
     directory: Path, *, variant: Variant, repository: str, revision: str, synthetic: Synthetic | None = None
 ) -> WeightsRecord:
-    """Hash the variant's files in `directory` and write `weights.json`; for a checkpoint of one's own as well.
+    """Hash the files of a variant in `directory` and write `weights.json`. Also for a checkpoint of your own.
 
     Raises:
-        WeightsError: a file is missing or is not what its name promises.
+        WeightsError: a file is missing or has another format.
     """
     files = []
     for name in variant.files:
         path = directory / name
         if not path.is_file():
             if name == variant.builtin_voice:
-                continue  # a fine-tune may ship no voice: bake makes one
+                continue  # a fine-tune may have no voice; a bake makes one then
             raise WeightsError(f"{path} is missing", next_step=FETCH_AGAIN)
         if name in variant.safetensors:
             read_safetensors_header(path)
         files.append(FileEntry(path=name, size=path.stat().st_size, sha256=hash_file(path)))
-    made = WeightsRecord(
+    written = WeightsRecord(
         variant=variant.name, repository=repository, revision=revision, synthetic=synthetic, files=tuple(files)
     )
-    temporary = directory / f".{RECORD_NAME}.{os.getpid()}"
     try:
-        temporary.write_text(json.dumps(asdict(made), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(directory / RECORD_NAME)
+        write_whole(directory / RECORD_NAME, json.dumps(asdict(written), indent=1, sort_keys=True) + "\n")
     except OSError as error:
         raise from_os_error(error, f"writing {RECORD_NAME}") from error
-    return made
+    return written
 
 
 def read_record(directory: Path) -> WeightsRecord:
@@ -97,13 +96,13 @@ def read_record(directory: Path) -> WeightsRecord:
         raw: Any = json.loads(path.read_text(encoding="utf-8"))
         if raw["schema"] != RECORD_SCHEMA:
             raise WeightsError(
-                f"{path} is of schema {raw['schema']}; this version reads {RECORD_SCHEMA}",
+                f"{path} has schema {raw['schema']}; this version reads {RECORD_SCHEMA}",
                 next_step="upgrade chatterbox-prewarm, or run `chatterbox-prewarm weights record`",
             )
         synthetic = raw["synthetic"]
         if raw["variant"] not in VARIANTS:
             raise WeightsError(
-                f"{path} is of the variant {raw['variant']!r}; this version knows {', '.join(VARIANTS)}",
+                f"{path} has the variant {raw['variant']!r}; this version knows {', '.join(VARIANTS)}",
                 next_step="upgrade chatterbox-prewarm, or run `chatterbox-prewarm weights record`",
             )
         return WeightsRecord(
@@ -115,22 +114,22 @@ def read_record(directory: Path) -> WeightsRecord:
         )
     except FileNotFoundError:
         raise WeightsError(
-            f"{directory} has no {RECORD_NAME}: the download never finished, or the checkpoint is your own",
+            f"{directory} has no {RECORD_NAME}: the download did not finish, or the checkpoint is your own",
             next_step=f"{FETCH_AGAIN}, or record your own with `chatterbox-prewarm weights record {directory}`",
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read: {error!r}", next_step=FETCH_AGAIN) from error
 
 
-def check_quickly(directory: Path, found: WeightsRecord) -> None:
-    """Compare what a start can afford with the record: the size of every file, the digest of all but large tensors.
+def check_quickly(directory: Path, weights: WeightsRecord) -> None:
+    """Compare the size of every file and the digests of small files with the record.
 
-    `verify` compares all digests, which takes seconds.
+    A start can afford this. `verify` compares all digests, which takes seconds.
 
     Raises:
         WeightsError: naming the first file that is missing or differs.
     """
-    for entry in found.files:
+    for entry in weights.files:
         try:
             size = (directory / entry.path).stat().st_size
         except OSError as error:
@@ -140,27 +139,27 @@ def check_quickly(directory: Path, found: WeightsRecord) -> None:
                 f"{directory / entry.path} is truncated or was changed: {entry.size} bytes recorded, {size} found",
                 next_step=FETCH_AGAIN,
             )
-    small = [entry for entry in found.files if entry.size <= _SMALL or not entry.path.endswith(".safetensors")]
+    small = [entry for entry in weights.files if entry.size <= _SMALL or not entry.path.endswith(".safetensors")]
     if problems := verify_files(small, directory):
         raise WeightsError(f"the weights in {directory} differ from their record: {problems[0]}", next_step=FETCH_AGAIN)
 
 
 def verify(directory: Path) -> WeightsRecord:
-    """Verify every file of a checkpoint against its record, digests and all.
+    """Compare every file of a checkpoint with its record, including the digests.
 
     Raises:
-        WeightsError: naming everything that differs.
+        WeightsError: naming every file that differs.
     """
-    found = read_record(directory)
-    variant = get_variant(found.variant)
-    recorded = {file.path for file in found.files}
+    weights = read_record(directory)
+    variant = get_variant(weights.variant)
+    recorded = {file.path for file in weights.files}
     if unrecorded := sorted(set(variant.files) - {variant.builtin_voice} - recorded):
         raise WeightsError(f"{directory / RECORD_NAME} does not record {unrecorded[0]}", next_step=FETCH_AGAIN)
     for name in variant.safetensors:
         if (directory / name).is_file():
             read_safetensors_header(directory / name)
-    if problems := verify_files(found.files, directory):
+    if problems := verify_files(weights.files, directory):
         raise WeightsError(
             f"the weights in {directory} differ from their record: {'; '.join(problems)}", next_step=FETCH_AGAIN
         )
-    return found
+    return weights

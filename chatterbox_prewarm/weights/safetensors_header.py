@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read and checked without loading a tensor."""
+"""Read and check the header of a safetensors file without loading a tensor."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 FETCH_AGAIN = "fetch them again with `chatterbox-prewarm weights fetch`"
 
 
-#: How a pickle of protocol 2 to 5 begins, and a zip archive of torch's. So may the length of a safetensors header.
+#: The first bytes of pickles of protocol 2 to 5, and of torch's zip archives. A safetensors file may start with them
+#: too, as the length of its header.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-#: Bytes of a number of each dtype that safetensors has.
+#: Bytes per element of each dtype.
 _WIDTHS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -32,23 +33,23 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]
     """Read the header of a safetensors file: the dtype and shape of each tensor.
 
     Raises:
-        WeightsError: the file is a pickle, truncated, or no safetensors file at all.
+        WeightsError: the file is a pickle, is truncated, or is not a safetensors file.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
         try:
-            shapes, _, promised = parse_safetensors_header(stream, size)
+            shapes, _, required = parse_safetensors_header(stream, size)
         except ValueError as error:
             stream.seek(0)
             if stream.read(8).startswith(_PICKLES):
                 raise WeightsError(
-                    f"{path} is a pickle where safetensors belong; loading one runs whatever code is in it",
+                    f"{path} is a pickle instead of safetensors; loading a pickle runs the code in it",
                     next_step="convert it with safetensors, or fetch the published safetensors file",
                 ) from error
             raise WeightsError(f"{path} is not a safetensors file: {error!r}", next_step=FETCH_AGAIN) from error
-    if promised != size:
+    if required != size:
         raise WeightsError(
-            f"{path} is truncated: its header promises {promised} bytes, {size} are there", next_step=FETCH_AGAIN
+            f"{path} is truncated: its header requires {required} bytes, but it has {size}", next_step=FETCH_AGAIN
         )
     return shapes
 
@@ -56,19 +57,19 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]
 def parse_safetensors_header(
     stream: BinaryIO, size: int
 ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str], int]:
-    """Read the header of safetensors from a stream at its beginning.
+    """Read a safetensors header from the beginning of a stream.
 
     The format is an 8-byte little-endian header length, that many bytes of JSON, then the data.
 
     Args:
-        stream: read up to the end of the header.
-        size: of all that the stream holds, in bytes.
+        stream: positioned at the beginning; read up to the end of the header.
+        size: total bytes of the stream.
 
     Returns:
-        the dtype and shape of each tensor, the metadata, and the size in bytes that the header promises.
+        the dtype and shape of each tensor, the metadata, and the size in bytes that the file must have.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a safetensors header.
     """
     start = stream.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -78,10 +79,10 @@ def parse_safetensors_header(
         header = json.loads(stream.read(length))
         metadata = {str(name): str(value) for name, value in header.pop("__metadata__", {}).items()}
         end = 0
-        for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):  # one after the other
+        for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
             first, last = entry["data_offsets"]
             if first != end or last - first != _WIDTHS[entry["dtype"]] * math.prod(entry["shape"]):
-                raise ValueError(f"{entry} does not follow the {end} bytes before it, or is not as long as it says")
+                raise ValueError(f"{entry} does not start at byte {end}, or its length does not match its shape")
             end = last
         shapes = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items()}
     except (LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The Chatterbox variants: one module each, behind this registry. Importing this package imports no torch."""
+"""The table of the Chatterbox variants. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from chatterbox_prewarm.errors import BadInputError
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What a Chatterbox variant is made of, as far as it can be said without torch.
+    """A Chatterbox variant: where its checkpoint is, and which files it has.
 
     Attributes:
-        name: how the command line names it.
-        repository: the model hub's repository.
-        revision: the commit that `weights fetch` takes when none is given. Upstream pins none.
-        files: every file of the checkpoint, in the order of their use.
-        safetensors: those of `files` that hold tensors and must not be pickles.
-        builtin_voice: the file with upstream's own voice, a pickle that is read with `weights_only`, at bake and by a
-            start that has no baked voice.
+        name: its name on the command line.
+        repository: of the model hub.
+        revision: the default commit of `weights fetch`. Upstream does not pin one.
+        files: all files of the checkpoint.
+        safetensors: the files that hold tensors and must not be pickles.
+        builtin_voice: the file with upstream's voice: a pickle, which is only read with `weights_only`.
     """
 
     name: str
@@ -42,10 +41,10 @@ VARIANTS = {variant.name: variant for variant in (ENGLISH,)}
 
 
 def get_variant(name: str) -> Variant:
-    """The variant of that name.
+    """Return the variant with this name.
 
     Raises:
-        BadInputError: there is none.
+        BadInputError: there is no such variant.
     """
     try:
         return VARIANTS[name]

@@ -1,4 +1,4 @@
-"""On a GPU: a captured step draws what the same step draws uncaptured, and a synthesis does not wait for the host."""
+"""Test CUDA graphs on a GPU: a captured step draws the same tokens, and a synthesis has no host sync."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from benchmarks.fidelity import text_tokens
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.regions.executors import eager
-from chatterbox_prewarm.model.regions.pipeline import bound
-from chatterbox_prewarm.model.regions.t3 import SpeechTokens
+from chatterbox_prewarm.model.regions.pipeline import pipeline_of
+from chatterbox_prewarm.model.regions.t3 import T3Decoder
 from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.start.attach import attach
+from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
 from tests.conftest import run_cli
 
@@ -40,29 +41,29 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def attached(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Attached:
     cache = tmp_path_factory.mktemp("cache")
-    return attach(prepare(cache / "none", mini, cache=cache, device="cuda", policy="off"))
+    return attach(prepare(StartOptions(warm=cache / "none", weights=mini, cache=cache, device="cuda", policy="off")))
 
 
 @pytest.fixture
-def plain(attached: Attached) -> SpeechTokens:
-    return SpeechTokens(attached.synthesizer.model.t3, eager)
+def plain(attached: Attached) -> T3Decoder:
+    return T3Decoder(attached.synthesizer.model.t3, eager)
 
 
 @pytest.fixture
-def captured(attached: Attached) -> SpeechTokens:
-    return SpeechTokens(attached.synthesizer.model.t3, eager, graphs=True)
+def captured(attached: Attached) -> T3Decoder:
+    return T3Decoder(attached.synthesizer.model.t3, eager, graphs=True)
 
 
 @pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Raises where torch would wait for the GPU."""
+def forbid_host_syncs() -> Iterator[None]:
+    """Make torch raise an error at every host sync."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
 
 
-def draw(decoder: SpeechTokens, attached: Attached, sampling: Sampling, count: int, text: str = TEXT) -> list[int]:
+def draw(decoder: T3Decoder, attached: Attached, sampling: Sampling, count: int, text: str = TEXT) -> list[int]:
     synthesizer = attached.synthesizer
     torch.manual_seed(3)
     tokens: list[int] = decoder(
@@ -75,20 +76,20 @@ def draw(decoder: SpeechTokens, attached: Attached, sampling: Sampling, count: i
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_p=0.8)], ids=str)
-def test_a_graph_draws_what_the_step_draws(
-    sampling: Sampling, attached: Attached, plain: SpeechTokens, captured: SpeechTokens
+def test_graph_draws_the_same_tokens_as_eager_mode(
+    sampling: Sampling, attached: Attached, plain: T3Decoder, captured: T3Decoder
 ) -> None:
     assert draw(captured, attached, sampling, 60) == draw(plain, attached, sampling, 60)
     assert captured.capture_seconds > 0
 
 
-def test_settings_are_live_in_a_graph(attached: Attached, plain: SpeechTokens, captured: SpeechTokens) -> None:
+def test_graph_uses_the_current_sampling_settings(attached: Attached, plain: T3Decoder, captured: T3Decoder) -> None:
     for sampling in (GREEDY, Sampling(temperature=2.0, cfg_weight=1.0), Sampling(repetition_penalty=2.0), GREEDY):
         assert draw(captured, attached, sampling, 30) == draw(plain, attached, sampling, 30), sampling
 
 
-def test_a_longer_sequence_takes_a_larger_cache_and_a_short_one_is_right_after_it(
-    attached: Attached, plain: SpeechTokens, captured: SpeechTokens
+def test_short_sequence_is_correct_after_a_sequence_with_a_larger_kv_cache(
+    attached: Attached, plain: T3Decoder, captured: T3Decoder
 ) -> None:
     short = draw(plain, attached, GREEDY, 30)
     assert draw(captured, attached, GREEDY, 30) == short
@@ -96,29 +97,29 @@ def test_a_longer_sequence_takes_a_larger_cache_and_a_short_one_is_right_after_i
     assert draw(captured, attached, GREEDY, 30) == short
 
 
-def test_a_capture_leaves_the_generator_as_it_was(attached: Attached, captured: SpeechTokens) -> None:
+def test_capture_keeps_the_state_of_the_generator(attached: Attached, captured: T3Decoder) -> None:
     torch.manual_seed(5)
     before = torch.cuda.get_rng_state()
-    captured._state(100, nucleus=False)
+    captured._acquire_state(100, nucleus=False)
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert captured.capture_seconds > 0
     assert attached.synthesizer.voices
 
 
-@pytest.mark.usefixtures("no_waiting")
-def test_s3gen_does_not_wait_for_the_host(attached: Attached) -> None:
-    stages = bound(attached.synthesizer.model)
+@pytest.mark.usefixtures("forbid_host_syncs")
+def test_s3gen_has_no_host_sync(attached: Attached) -> None:
+    pipeline = pipeline_of(attached.synthesizer.model)
     tokens = torch.arange(40, device="cuda")
-    sound: Any = stages.vocoder(stages.flow(tokens, attached.synthesizer.voices[DEFAULT_VOICE].gen))
+    sound: Any = pipeline.vocoder(pipeline.flow(tokens, attached.synthesizer.voices[DEFAULT_VOICE].gen))
     assert sound.is_cuda
 
 
-def test_what_is_baked_on_a_gpu_is_proven_there(mini: Path, tmp_path: Path) -> None:
-    places = ("--weights", mini, "--warm", tmp_path / "warm")
-    baked = run_cli("bake", *places, "--cache", tmp_path / "cache", "--device", "cuda", "--levels", "1")
+def test_state_baked_on_a_gpu_is_proven_on_it(mini: Path, tmp_path: Path) -> None:
+    paths = ("--weights", mini, "--warm", tmp_path / "warm")
+    baked = run_cli("bake", *paths, "--cache", tmp_path / "cache", "--device", "cuda", "--levels", "1")
     assert baked.returncode == 0, baked.stderr
-    proven = run_cli("prove", "--here", *places, "--cache", tmp_path / "cache")
+    proven = run_cli("prove", "--here", *paths, "--cache", tmp_path / "cache")
     failed = [line for line in proven.stdout.splitlines() if line.startswith("FAIL")]
-    # Where this runs, the tests may be the super-user's and on a network: that is not what is to be seen here.
+    # The machine of this test may run it as root and with a network. This test does not check these parts.
     assert all("super-user" in line or "network interface" in line or "read-only" in line for line in failed), failed
     assert "ok   aot was used" in proven.stdout

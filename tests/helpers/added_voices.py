@@ -1,4 +1,4 @@
-"""Files of added voices made by hand, without a model, and clips to make voices of."""
+"""Files of added voices that need no model, and clips for making voices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VARIANT, WEIGHTS = "english", "sha256:" + "2" * 64
 
 
 def tensors(seed: int = 0) -> dict[str, NDArray[Any]]:
-    """What a voice of a three-second clip holds."""
+    """Return the tensors of a voice that was made from a three-second clip."""
     random = np.random.default_rng(seed)
 
     def floats(*shape: int) -> NDArray[np.float32]:
@@ -37,26 +37,33 @@ def tensors(seed: int = 0) -> dict[str, NDArray[Any]]:
 def voice(
     seed: int = 0, *, without: str = "", instead: dict[str, NDArray[Any]] | None = None, **metadata: str
 ) -> bytes:
-    """The file of a voice; `metadata` replaces what it would say."""
-    held = {name: value for name, value in (tensors(seed) | (instead or {})).items() if name != without}
-    said = {"schema": "1", "variant": VARIANT, "weights": WEIGHTS, "created": "1700000000", "clip_sha256": "a" * 64}
-    return bytes(save(held, said | metadata))
+    """Return the file of a voice.
+
+    Args:
+        seed: of the tensors.
+        without: name of a tensor to leave out.
+        instead: tensors to add or replace.
+        **metadata: metadata to replace.
+    """
+    contents = {name: value for name, value in (tensors(seed) | (instead or {})).items() if name != without}
+    defaults = {"schema": "1", "variant": VARIANT, "weights": WEIGHTS, "created": "1700000000", "clip_sha256": "a" * 64}
+    return bytes(save(contents, defaults | metadata))
 
 
 def tone(seconds: float = 2.0, rate: int = 24_000, channels: int = 1) -> NDArray[np.float32]:
-    """A sound that can be heard, of shape (n,) or (n, channels)."""
-    one = (0.3 * np.sin(np.arange(int(seconds * rate)) * (2 * np.pi * 200 / rate))).astype(np.float32)
-    return one if channels == 1 else np.repeat(one[:, None], channels, axis=1)
+    """Return an audible tone of 200 Hz, float32 of shape (n,) or (n, channels)."""
+    mono = (0.3 * np.sin(np.arange(int(seconds * rate)) * (2 * np.pi * 200 / rate))).astype(np.float32)
+    return mono if channels == 1 else np.repeat(mono[:, None], channels, axis=1)
 
 
 def sound_file(samples: Any, rate: int = 24_000, kind: str = "WAV", subtype: str | None = None) -> bytes:
-    """Samples as a file of some format."""
+    """Encode samples as an audio file."""
     data = io.BytesIO()
     soundfile.write(data, samples, rate, format=kind, subtype=subtype)
     return data.getvalue()
 
 
 def children() -> set[int]:
-    """Processes that this one has started and not waited for; other tests may have left some of torch's."""
+    """Return the ids of child processes, including zombies. Other tests may have left some that torch started."""
     tasks = Path("/proc/self/task").glob("*/children")
     return {int(number) for task in tasks for number in task.read_text().split()}

@@ -1,6 +1,6 @@
-"""What a test runs in a process of its own, because it changes the process or must see what it imports.
+"""Run parts of tests in separate processes, because they change the process or must see its imports.
 
-`call` starts one of `PROGRAMS` and returns what it reported; an error of ours is raised again in the test.
+`call` runs one of `PROGRAMS` and returns its report. If the program reports an error, `call` raises it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HEAVY = ("torch", "numba", "transformers", "librosa", "numpy", "model_signing", 
 
 
 def start(program: str, arguments: Mapping[str, Any], env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start a program of this file; its standard output is a pipe."""
+    """Start a program of this file with a pipe as its standard output."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
@@ -53,10 +53,10 @@ def fingerprint() -> dict[str, Any]:
     return {"fields": read_fingerprint().fields(), "heavy": [name for name in HEAVY if name in sys.modules]}
 
 
-def host_facts() -> dict[str, Any]:
-    from chatterbox_prewarm.state import node_facts as hosts
+def read_facts() -> dict[str, Any]:
+    from chatterbox_prewarm.state.node_facts import node_facts
 
-    return {"facts": hosts.host_facts(), "heavy": [name for name in HEAVY if name in sys.modules]}
+    return {"facts": node_facts(), "heavy": [name for name in HEAVY if name in sys.modules]}
 
 
 def prepare(
@@ -70,7 +70,9 @@ def prepare(
     signature: str | None = None,
     expected_digest: str | None = None,
 ) -> dict[str, Any]:
+    from chatterbox_prewarm.start.options import StartOptions
     from chatterbox_prewarm.start.prepare import prepare as prepare_state
+    from chatterbox_prewarm.state.signature import Trust
 
     opened: list[str] = []
 
@@ -79,20 +81,18 @@ def prepare(
             opened.append(str(arguments[0]).removeprefix(f"{warm}/"))
 
     sys.addaudithook(watch)
-    prepared = prepare_state(
-        Path(warm),
-        Path(weights),
-        cache=Path(cache),
-        policy=policy,
+    trust = Trust(
         key=Path(key) if key else None,
         signature=Path(signature) if signature else None,
         expected_digest=expected_digest,
     )
+    options = StartOptions(warm=Path(warm), weights=Path(weights), cache=Path(cache), policy=policy, trust=trust)
+    prepared = prepare_state(options)
     for name in imports:
         __import__(name)
     return {
         "usable": list(prepared.usable),
-        "has_manifest": prepared.manifest is not None,
+        "has_manifest": prepared.state is not None,
         "metrics": prepared.metrics.to_dict(),
         "environment": {
             name: os.environ.get(name) for name in ("NUMBA_CACHE_DIR", "NUMBA_CPU_NAME", "HF_HUB_OFFLINE", "HF_HOME")
@@ -105,9 +105,10 @@ def prepare(
 def sign(*, warm: str, key: str) -> dict[str, Any]:
     from chatterbox_prewarm.proof import probes
     from chatterbox_prewarm.state.signing import sign as sign_state
+    from chatterbox_prewarm.state.state import State
 
     seen = probes.install(Path(warm))
-    signature = sign_state(Path(warm), Path(key))
+    signature = sign_state(State.open(Path(warm)), Path(key))
     return {"signature": str(signature), "network": seen.network, "programs": seen.programs, "writes": seen.writes}
 
 
@@ -118,9 +119,9 @@ def import_from_pack(*, pack: str, imports: list[str]) -> dict[str, Any]:
     metrics, imported = WarmupMetrics(), set[str]()
     for name in imports:
         sys.modules.pop(name, None)
-    bytecode.is_packed("", "")  # imports what it needs itself
-    __import__("heapq")  # what `sched` imports; only the modules of the test are counted
-    bytecode.install(bytecode.Pack(Path(pack)) if pack else None, metrics, imported)
+    bytecode.is_packed("", "")  # first, because it imports modules that are not counted
+    __import__("heapq")  # `sched` imports it, but only the modules of the test are counted
+    bytecode.install(bytecode.read_pack(Path(pack)) if pack else None, metrics, imported)
     modules = [__import__(name) for name in imports]
     return {
         "metrics": metrics.to_dict(),
@@ -130,7 +131,7 @@ def import_from_pack(*, pack: str, imports: list[str]) -> dict[str, Any]:
 
 
 def probed(*, warm: str, action: str) -> dict[str, Any]:
-    """Do one thing that a warm process must not do and return what the probes saw."""
+    """Do one action, most of which a warm process must not do, and return the report of the probes."""
     from chatterbox_prewarm.proof import probes
 
     baked = Path(warm)
@@ -177,7 +178,7 @@ def fetch(*, directory: str, repository: str, files: list[str], tensors: list[st
 
 
 def seed_numba(*, warm: str, cache: str, times: int) -> dict[str, Any]:
-    """Seed a cache again and again, as several starts do, each time from nothing."""
+    """Empty and fill the Numba cache several times, as repeated starts do."""
     from chatterbox_prewarm.families.numba_cache import NumbaFamily
     from chatterbox_prewarm.system.metrics import WarmupMetrics
 
@@ -187,27 +188,27 @@ def seed_numba(*, warm: str, cache: str, times: int) -> dict[str, Any]:
     return {"seeded": times}
 
 
-def hold_staging(*, warm: str) -> dict[str, Any]:
-    """Act as a bake that is busy: hold the place and a sealed staging folder until killed."""
+def hold_lock(*, path: str) -> dict[str, Any]:
+    """Act as a running bake: hold the lock of a path and a sealed staging folder until killed."""
     from chatterbox_prewarm.system.atomic_files import seal, staging_folder
     from chatterbox_prewarm.system.locks import exclusive_lock
 
-    with exclusive_lock(Path(warm)), staging_folder(Path(warm)) as staging:
+    with exclusive_lock(Path(path)), staging_folder(Path(path)) as staging:
         (staging / "family").mkdir()
-        (staging / "family" / "half").write_text("half of it")
+        (staging / "family" / "file").write_text("incomplete")
         seal(staging)
-        Path(warm).with_name("busy").write_text(str(staging))
+        Path(path).with_name("locked").touch()
         time.sleep(TIMEOUT)
     return {}
 
 
-def share_place(*, place: str) -> dict[str, Any]:
-    """Act as a server that started from a cache: share the place until killed."""
-    from chatterbox_prewarm.system.locks import share_lock
+def share_lock(*, path: str) -> dict[str, Any]:
+    """Act as a server that started from a cache: share the lock of a path until killed."""
+    from chatterbox_prewarm.system import locks
 
-    share_lock(Path(place))
-    share_lock(Path(place))  # a second time changes nothing
-    Path(place).with_name("busy").touch()
+    locks.share_lock(Path(path))
+    locks.share_lock(Path(path))  # a second call changes nothing
+    Path(path).with_name("locked").touch()
     time.sleep(TIMEOUT)
     return {}
 
@@ -216,15 +217,15 @@ PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
     for function in (
         fingerprint,
-        host_facts,
+        read_facts,
         prepare,
         sign,
         import_from_pack,
         probed,
         fetch,
         seed_numba,
-        hold_staging,
-        share_place,
+        hold_lock,
+        share_lock,
     )
 }
 

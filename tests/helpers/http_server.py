@@ -1,4 +1,4 @@
-"""A real uvicorn on loopback, in a thread, or as a process of its own for tests with many connections."""
+"""A real uvicorn server on the loopback interface, in a thread, or as a process for tests with many connections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.serve.http.connections import AT_ONCE, WAITING, Limits, http_protocol
+from chatterbox_prewarm.serve.http import connections
+from chatterbox_prewarm.serve.http.connections import BACKLOG, Limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -19,39 +20,15 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 
-def _server(app: ASGIApp, limits: Limits) -> Any:
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Any:
-            yield
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            for listener in sockets or []:
-                listener.listen(WAITING)
-
-    return Server(
-        uvicorn.Config(
-            app,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            http=http_protocol(limits),
-            ws="none",
-            timeout_keep_alive=60,
-            timeout_graceful_shutdown=2,
-            backlog=AT_ONCE,
-        )
-    )
+def _server(app: ASGIApp, listener: socket.socket, limits: Limits) -> Any:
+    return connections.server(app, listener, limits, timeout_keep_alive=60, timeout_graceful_shutdown=2)
 
 
 @contextlib.contextmanager
 def serving(app: ASGIApp, limits: Limits | None = None) -> Iterator[int]:
-    """Serve `app` in a thread; yields the port."""
-    with listening() as listener:
-        server = _server(app, limits or Limits())
+    """Serve `app` in a thread. Yields the port."""
+    with listen() as listener:
+        server = _server(app, listener, limits or Limits())
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         try:
@@ -62,47 +39,48 @@ def serving(app: ASGIApp, limits: Limits | None = None) -> Iterator[int]:
             assert not thread.is_alive(), "the server did not end"
 
 
-def listening() -> socket.socket:
-    """A listener on a free port of loopback."""
+def listen() -> socket.socket:
+    """Return a socket that listens on a free port of the loopback interface."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    listener.listen(WAITING)
+    listener.listen(BACKLOG)
     return listener
 
 
-def ask(
+def request(
     port: int, method: str, path: str, headers: Mapping[str, str] | None = None, body: bytes | str | None = None
 ) -> tuple[http.client.HTTPResponse, bytes]:
-    """One request on a connection of its own."""
+    """Send one request on a new connection. Returns the response and its body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     try:
         connection.request(method, path, body, dict(headers or {}))
-        answer = connection.getresponse()
-        return answer, answer.read()
+        response = connection.getresponse()
+        return response, response.read()
     finally:
         connection.close()
 
 
 def connect(port: int, data: bytes = b"") -> socket.socket:
-    """A connection that has sent `data`."""
+    """Open a connection and send `data`."""
     connection = socket.create_connection(("127.0.0.1", port), timeout=20)
     if data:
         connection.sendall(data)
     return connection
 
 
-async def answer(send: Send, body: bytes = b"ok", status: int = 200) -> None:
-    """A whole answer."""
+async def respond(send: Send, body: bytes = b"ok", status: int = 200) -> None:
+    """Send a complete response."""
     await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})
 
 
-async def _quick(scope: Scope, _: Receive, send: Send) -> None:
+async def _respond_at_once(scope: Scope, _: Receive, send: Send) -> None:
     assert scope["type"] == "http"
-    await answer(send)
+    await respond(send)
 
 
 if __name__ == "__main__":
-    with listening() as own:
-        print(own.getsockname()[1], flush=True)
-        asyncio.run(_server(_quick, Limits(**json.loads(sys.argv[1]))).serve(sockets=[own]))
+    with listen() as own_listener:
+        print(own_listener.getsockname()[1], flush=True)
+        limits = Limits(**json.loads(sys.argv[1]))
+        asyncio.run(_server(_respond_at_once, own_listener, limits).serve(sockets=[own_listener]))

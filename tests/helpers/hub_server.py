@@ -1,4 +1,4 @@
-"""A model hub on the loopback interface: the routes that a download takes, and the ways in which it can go wrong."""
+"""Serve a small model hub on the loopback interface. It can interrupt transfers and send wrong content."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Above this size the hub keeps a file apart and tags it with its SHA-256; below, with its Git blob's SHA-1.
+#: Larger files have their SHA-256 as ETag, as with Git LFS. Smaller ones have the SHA-1 of their Git blob.
 LARGE = 1 << 20
 
 
 @dataclass
 class Hub:
-    """What the hub serves and what it saw.
+    """The files of a hub, its faults, and the requests that it received.
 
     Attributes:
-        repository, revision, files: what there is.
-        sent: a file's content where it differs from what is announced.
-        cut: file → bytes after which the next transfer of it is broken off, once.
-        hold: file → bytes after which a transfer of it stands still until the server ends.
-        requests: method, file and `Range` of each request, in order.
-        authorizations: file and `Authorization` of each request, in order.
-        holding: set once a transfer stands still.
+        repository, revision, files: the only repository of the hub.
+        sent: the content that the hub sends for a file if it differs from the announced content.
+        cut: for each file, the number of bytes after which the hub closes the next transfer, once.
+        hold: for each file, the number of bytes after which a transfer stops until the server ends.
+        requests: method, file and `Range` header of each request, in order.
+        authorizations: file and `Authorization` header of each request, in order.
+        holding: set when a transfer has stopped because of `hold`.
+        released: set when the server ends.
     """
 
     repository: str
@@ -42,13 +43,13 @@ class Hub:
     released: threading.Event = field(default_factory=threading.Event)
     endpoint: str = ""
 
-    def of(self, method: str, name: str) -> list[str | None]:
-        """The `Range` headers of the requests of this kind for a file."""
-        return [ranged for how, which, ranged in self.requests if (how, which) == (method, name)]
+    def ranges(self, method: str, name: str) -> list[str | None]:
+        """Return the `Range` header of each request with this method for a file."""
+        return [ranged for how, file, ranged in self.requests if (how, file) == (method, name)]
 
 
-def tag(content: bytes) -> str:
-    """The digest that the hub announces for a file."""
+def etag(content: bytes) -> str:
+    """Return the digest that the hub announces for a file."""
     if len(content) > LARGE:
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
@@ -86,9 +87,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(content) - start))
         self.send_header("X-Repo-Commit", hub.revision)
-        self.send_header("ETag", f'"{tag(announced)}"')
+        self.send_header("ETag", f'"{etag(announced)}"')
         if len(announced) > LARGE:
-            self.send_header("X-Linked-Etag", f'"{tag(announced)}"')
+            self.send_header("X-Linked-Etag", f'"{etag(announced)}"')
             self.send_header("X-Linked-Size", str(len(announced)))
         self.end_headers()
         if self.command == "GET":
@@ -108,18 +109,18 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[start:])
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Keep quiet; `requests` has it all."""
+        """Log nothing, because `requests` records every request."""
 
     def handle(self) -> None:
         try:
             super().handle()
         except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True  # the client was ended
+            self.close_connection = True  # the client was killed
 
 
 @contextmanager
 def serve(hub: Hub) -> Iterator[Hub]:
-    """Serve `hub` at `hub.endpoint` for the length of the block."""
+    """Serve `hub` at `hub.endpoint` until the block ends."""
     with ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub})) as server:
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

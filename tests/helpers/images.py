@@ -1,13 +1,11 @@
-"""Small images made by hand."""
+"""Create small images."""
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import io
 import tarfile
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.image.layer import Layer
@@ -20,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def tar_of(files: Mapping[str, bytes]) -> bytes:
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w") as tar:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 def layer_of(files: Mapping[str, bytes]) -> Layer:
-    """A layer with files, gzip-compressed."""
+    """Return a gzip-compressed layer with these files."""
     plain = tar_of(files)
     packed = gzip.compress(plain, mtime=0)
     return Layer(
@@ -39,13 +37,13 @@ def layer_of(files: Mapping[str, bytes]) -> Layer:
         size=len(packed),
         media_type=OCI_LAYER_GZIP,
         packer="test",
-        title="a test's",
-        opened=lambda: contextlib.closing(io.BytesIO(packed)),
+        title="test layer",
+        open=lambda: io.BytesIO(packed),
     )
 
 
 def make_base(store: Store, tag: str, *, architecture: str = "amd64", **config: Any) -> Image:
-    """An image of one layer, in a store."""
+    """Store an image with one layer."""
     raw = tar_of({"etc/base": architecture.encode()})
     layer = Descriptor(media_type=OCI_LAYER, digest=digest_of(raw), size=len(raw))
     image = Image(
@@ -58,25 +56,19 @@ def make_base(store: Store, tag: str, *, architecture: str = "amd64", **config: 
         },
         layers=(layer,),
     )
-    document, descriptor, text = to_documents(image)
-    store.put_blob(layer, lambda: nullcontext(io.BytesIO(raw)))
-    store.put_blob(descriptor, lambda: nullcontext(io.BytesIO(text)))
+    document, descriptor, raw_config = to_documents(image)
+    store.put_blob(layer, lambda: io.BytesIO(raw))
+    store.put_blob(descriptor, lambda: io.BytesIO(raw_config))
     store.put_manifest(document, tag)
     return image
 
 
 def make_bases(store: Store, *architectures: str, **config: Any) -> list[dict[str, Any]]:
-    """A base for each architecture, under its name as a tag; as an index lists them."""
+    """Store a base image per architecture, tagged with its name, and return their entries for an index."""
     entries = []
     for architecture in architectures:
         make_base(store, architecture, architecture=architecture, **config)
         document = store.read_manifest(architecture)
-        entries.append(
-            {
-                "mediaType": document.media_type,
-                "digest": document.digest,
-                "size": len(document.raw),
-                "platform": {"os": "linux", "architecture": architecture},
-            }
-        )
+        entry = document.descriptor.to_json()
+        entries.append({**entry, "platform": {"os": "linux", "architecture": architecture}})
     return entries

@@ -1,4 +1,4 @@
-"""Pairs of signing keys for tests."""
+"""Generate key pairs for tests of signatures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def make_keys(folder: Path, name: str = "", curve: ec.EllipticCurve | None = None) -> tuple[Path, Path]:
-    """A private key and its public one, as openssl writes them."""
+    """Write a new key pair in the formats of openssl, and return the paths of the private and the public key."""
     private = ec.generate_private_key(curve or ec.SECP256R1())
     paths = folder / f"{name}private.pem", folder / f"{name}public.pem"
     paths[0].write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption()))

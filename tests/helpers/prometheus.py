@@ -1,4 +1,4 @@
-"""A Prometheus of its own for tests, which scrapes one server as the component `monitor` has it scrape a pod."""
+"""Run Prometheus in a test. It scrapes one server as the component `monitor` configures it for a pod."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.helpers.manifests import K8S
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: What Prometheus knows of a pod, and adds to each of its samples.
+#: Labels of the pod that Prometheus adds to each sample.
 POD = {"namespace": "speech", "pod": "chatterbox-7c9-x2x", "node": "node-1"}
 
 
 def rule_file(folder: Path, *, texts: bool = True) -> Path:
-    """The rules of the component `alerts`, as the operator hands them to Prometheus; on demand without annotations."""
+    """Write the rules of the component `alerts` as the operator passes them to Prometheus, optionally without texts."""
     raw = yaml.safe_load((K8S / "components" / "alerts" / "prometheus-rule.yaml").read_text())
     for rule in raw["spec"]["groups"][0]["rules"]:
         if not texts:
@@ -36,14 +36,14 @@ def rule_file(folder: Path, *, texts: bool = True) -> Path:
 
 
 def program(name: str) -> str:
-    """The path of a program of Debian's package `prometheus`; skips without it."""
-    if (found := shutil.which(name)) is None:
-        pytest.skip(f"there is no {name} (Debian: apt-get install prometheus)")
-    return found
+    """Return the path of a program of Debian's package `prometheus`; skip the test if it is not installed."""
+    if (path := shutil.which(name)) is None:
+        pytest.skip(f"{name} is not installed (Debian: apt-get install prometheus)")
+    return path
 
 
 class Prometheus:
-    """A context manager that runs one; it asks the server at `port` twice a second."""
+    """Context manager that runs Prometheus. It scrapes the server at `port` twice a second."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self._folder = folder
@@ -65,7 +65,7 @@ class Prometheus:
         with (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            self.wait("up", lambda found: [value for _, value in found] == [1.0])
+            self.wait("up", lambda samples: [value for _, value in samples] == [1.0])
         except BaseException:
             self.__exit__()
             raise
@@ -76,50 +76,50 @@ class Prometheus:
         self._process.wait(30)
 
     def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
-        """The vector that an expression gives now: labels and value of each."""
-        found = self._ask(f"query?{urlencode({'query': expression})}")["result"]
-        return [(entry["metric"], float(entry["value"][1])) for entry in found]
+        """Evaluate an expression; return labels and value of each sample."""
+        vector = self._get(f"query?{urlencode({'query': expression})}")["result"]
+        return [(entry["metric"], float(entry["value"][1])) for entry in vector]
 
     def rules(self) -> dict[str, dict[str, Any]]:
-        """Each alert as the rules' evaluation left it."""
-        (group,) = self._ask("rules")["groups"]
+        """Return the current state of each alerting rule."""
+        (group,) = self._get("rules")["groups"]
         return {rule["name"]: rule for rule in group["rules"]}
 
     def evaluated_rules(self) -> dict[str, dict[str, Any]]:
-        """The same after all rules have been evaluated once more."""
+        """Return the state of each alerting rule after the next evaluation."""
         now = datetime.now(timezone.utc).isoformat()
         deadline = time.monotonic() + 30
         while True:
-            found = self.rules()
-            if all(rule["lastEvaluation"] > now for rule in found.values()):
-                return found
-            assert time.monotonic() < deadline, found
+            rules = self.rules()
+            if all(rule["lastEvaluation"] > now for rule in rules.values()):
+                return rules
+            assert time.monotonic() < deadline, rules
             time.sleep(0.1)
 
-    def wait(self, expression: str, wanted: Any, seconds: float = 30.0) -> list[tuple[dict[str, str], float]]:
-        """Ask until the vector is as wanted."""
+    def wait(self, expression: str, condition: Any, seconds: float = 30.0) -> list[tuple[dict[str, str], float]]:
+        """Evaluate an expression until `condition` returns True for its samples."""
         deadline = time.monotonic() + seconds
         while True:
             try:
-                found = self.query(expression)
-            except (OSError, ValueError, KeyError):  # it starts
-                found = []
-            if wanted(found):
-                return found
-            assert time.monotonic() < deadline, (found, (self._folder / "log").read_text()[-2000:])
+                samples = self.query(expression)
+            except (OSError, ValueError, KeyError):  # Prometheus is starting
+                samples = []
+            if condition(samples):
+                return samples
+            assert time.monotonic() < deadline, (samples, (self._folder / "log").read_text()[-2000:])
             time.sleep(0.1)
 
     def wait_for_alert(self, name: str, state: str, seconds: float = 30.0) -> dict[str, Any]:
-        """Ask until an alert has a state; returns the one instance of it."""
+        """Wait until an alert has a state; return its only instance."""
         deadline = time.monotonic() + seconds
         while (rule := self.rules()[name])["state"] != state:
             assert time.monotonic() < deadline, rule
             time.sleep(0.1)
+        alert: dict[str, Any]
         (alert,) = rule["alerts"]
-        found: dict[str, Any] = alert
-        return found
+        return alert
 
-    def _ask(self, path: str) -> Any:
+    def _get(self, path: str) -> Any:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=10)
         try:
             connection.request("GET", f"/api/v1/{path}")

@@ -1,6 +1,6 @@
-"""Docker's registry on the loopback interface, a server of tokens for it, and a proxy before it that makes things fail.
+"""Docker's registry on the loopback interface, its token server, and a proxy in front of it that injects faults.
 
-The registry is Debian's `docker-registry`, the reference implementation at version 2.
+The registry is Debian's `docker-registry`, version 2 of the reference implementation.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 
 
 PROGRAM = "docker-registry"
-USER, PASSWORD = "somebody", "correct horse"
+USER, PASSWORD = "alice", "correct horse"
 #: bcrypt of PASSWORD, cost 4.
-HTPASSWD = "somebody:$2y$04$abcdefghijklmnopqrstuujydOTSfIH/d5oUHpsygqV5X9xJLQc6e\n"
+HTPASSWD = "alice:$2y$04$abcdefghijklmnopqrstuujydOTSfIH/d5oUHpsygqV5X9xJLQc6e\n"
 SERVICE = "the-registry"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Registry:
-    """A running registry: "HOST:PORT", and the folder of its storage."""
+    """A running registry: its address "HOST:PORT" and its storage folder."""
 
     address: str
     storage: Path
 
     def blob(self, digest: str) -> Path:
-        """The file of a blob or a manifest."""
+        """Return the file of a blob or a manifest."""
         value = digest.removeprefix("sha256:")
         return self.storage / "docker/registry/v2/blobs/sha256" / value[:2] / value / "data"
 
     def sessions(self, name: str) -> list[Path]:
-        """The uploads to a repository that are under way; of one that was dropped, empty folders stay behind."""
+        """Return the uploads to a repository that are in progress; cancelled ones leave only empty folders."""
         return sorted(self.storage.glob(f"docker/registry/v2/repositories/{name}/_uploads/*/startedat"))
 
 
@@ -59,22 +59,22 @@ def serve(
     storage: Path | None = None,
     tls: Mapping[str, str] | None = None,
 ) -> Iterator[Registry]:
-    """Run a registry for the length of the block.
+    """Run a registry until the end of the block.
 
     Args:
-        root: a folder for its configuration, its log and its storage.
-        auth: the section of its configuration.
-        storage: where it stores, in another place than `root`.
-        tls: its certificate and key; plain HTTP without.
+        root: Folder for its configuration, log and storage.
+        auth: The "auth" section of its configuration.
+        storage: Another storage folder.
+        tls: Its certificate and key. Default: plain HTTP.
     """
     if shutil.which(PROGRAM) is None:
-        pytest.skip(f"there is no {PROGRAM} (Debian: apt-get install docker-registry)")
+        pytest.skip(f"{PROGRAM} is missing (Debian: apt-get install docker-registry)")
     storage = storage or root / "storage"
     address = f"127.0.0.1:{free_port()}"
     configuration = {
         "version": 0.1,
         "storage": {"filesystem": {"rootdirectory": str(storage)}, "delete": {"enabled": True}},
-        "http": {"addr": address, "secret": "of no importance", **({"tls": tls} if tls else {})},
+        "http": {"addr": address, "secret": "not important", **({"tls": tls} if tls else {})},
         **({"auth": auth} if auth else {}),
     }
     root.mkdir(exist_ok=True)
@@ -97,7 +97,7 @@ def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
             if probe.connect_ex((host, int(port))) == 0:
                 return
         time.sleep(0.05)
-    raise AssertionError(f"the registry does not answer: {log.read_text()}")
+    raise AssertionError(f"the registry does not start: {log.read_text()}")
 
 
 def free_port() -> int:
@@ -107,7 +107,7 @@ def free_port() -> int:
 
 
 def basic_auth(root: Path) -> dict[str, Any]:
-    """The configuration of a registry that knows USER by PASSWORD."""
+    """Return the "auth" section for a login with USER and PASSWORD."""
     root.mkdir(exist_ok=True)
     (root / "htpasswd").write_text(HTPASSWD)
     return {"htpasswd": {"realm": "a, registry", "path": str(root / "htpasswd")}}
@@ -115,25 +115,25 @@ def basic_auth(root: Path) -> dict[str, Any]:
 
 @dataclass
 class Tokens:
-    """A server of tokens, and what it was asked.
+    """A token server, and the requests that it received.
 
     Attributes:
-        asked: the Authorization header and the parameters of each request.
-        lifetime: seconds, of the tokens.
-        denied: repositories that nobody may have.
-        identity: the identity token that it takes in the place of a password.
+        requests: The Authorization header and the parameters of each request.
+        lifetime: Lifetime of the tokens in seconds.
+        denied: Repositories that no token covers.
+        identity: The identity token that it accepts instead of a password.
     """
 
     key: Path
     certificate: Path
-    asked: list[tuple[str, dict[str, list[str]]]] = field(default_factory=list)
+    requests: list[tuple[str, dict[str, list[str]]]] = field(default_factory=list)
     lifetime: int = 300
     denied: set[str] = field(default_factory=set)
     identity: str = "an identity token"
     realm: str = ""
 
     def auth(self) -> dict[str, Any]:
-        """The configuration of a registry that trusts it."""
+        """Return the "auth" section of a registry that trusts it."""
         return {
             "token": {
                 "realm": self.realm,
@@ -144,7 +144,7 @@ class Tokens:
         }
 
     def sign(self, scopes: list[str]) -> str:
-        """A token for these scopes, as JSON Web Token with RS256 and the certificate in its header."""
+        """Return a token for these scopes: a JSON Web Token with RS256 and the certificate in its header."""
         der = subprocess.run(
             ["openssl", "x509", "-in", str(self.certificate), "-outform", "DER"], capture_output=True, check=True
         ).stdout
@@ -182,24 +182,24 @@ def _segment(content: bytes) -> str:
 
 @contextmanager
 def serve_tokens(root: Path) -> Iterator[Tokens]:
-    """Run a server of tokens for the length of the block; it knows USER by PASSWORD, and by an identity token."""
+    """Run a token server until the end of the block. It accepts USER with PASSWORD, and the identity token."""
     if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl to sign tokens with (Debian: apt-get install openssl)")
+        pytest.skip("openssl is missing (Debian: apt-get install openssl)")
     root.mkdir(exist_ok=True)
     tokens = Tokens(key=root / "key.pem", certificate=root / "certificate.pem")
     make_certificate(tokens.key, tokens.certificate)
 
-    class Handler(_Quiet):
+    class Handler(_QuietHandler):
         def do_GET(self) -> None:
             query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
-            sent = self.headers.get("Authorization", "")
-            tokens.asked.append((sent, query))
-            known = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-            self.answer(query.get("scope", []), allowed=sent == f"Basic {known}")
+            authorization = self.headers.get("Authorization", "")
+            tokens.requests.append((authorization, query))
+            expected = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+            self.answer(query.get("scope", []), allowed=authorization == f"Basic {expected}")
 
         def do_POST(self) -> None:
             form = urllib.parse.parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            tokens.asked.append((self.headers.get("Authorization", ""), form))
+            tokens.requests.append((self.headers.get("Authorization", ""), form))
             allowed = form["grant_type"] == ["refresh_token"] and form["refresh_token"] == [tokens.identity]
             self.answer(form["scope"][0].split(), allowed=allowed)
 
@@ -230,47 +230,49 @@ def make_certificate(key: Path, certificate: Path) -> None:
 
 @dataclass
 class Fault:
-    """What happens to the next requests of a kind.
+    """A fault of the next matching requests.
 
     Attributes:
-        method: of HTTP.
-        status: answered in the registry's place, if it is not 0.
-        headers, body: of that answer.
-        cut: bytes of a body after which the connection ends: the request's, or for GET the answer's.
-        deliver: with `cut`, what the registry gets of the request: "nothing"; "part", as a broken connection; or
-            "piece", the part as a whole request, as a registry keeps it that can be asked where it stands.
-        lose: the registry's answer is not handed on.
-        above: only a request with a longer body.
-        skip: how many such requests go through before.
-        times: how often.
-        path: a part of it.
-        hold: seconds that it takes longer.
+        method: HTTP method of the requests.
+        path: Substring of their path.
+        larger_than: They have more bytes in the body.
+        skip: Number of matching requests that pass first.
+        times: Number of requests with the fault.
+        status: Status that the proxy answers instead of the registry, unless it is 0.
+        headers: Headers of that response.
+        body: Body of that response.
+        cut: Close the connection after this many bytes of the request body, or for GET of the response body.
+        deliver: With `cut`, what the registry gets of the request: "nothing", "part" (as a broken connection) or
+            "piece" (the part as a complete request, as if the registry keeps partial pieces).
+        lose_response: Do not return the registry's response.
+        delay: Seconds to wait before the request is forwarded.
     """
 
     method: str
+    path: str = "/"
+    larger_than: int = -1
+    skip: int = 0
+    times: int = 1
     status: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
     cut: int = 0
     deliver: str = "nothing"
-    lose: bool = False
-    above: int = -1
-    skip: int = 0
-    times: int = 1
-    path: str = "/"
-    hold: float = 0.0
+    lose_response: bool = False
+    delay: float = 0.0
 
 
 @dataclass
 class Proxy:
-    """A proxy before a registry.
+    """A proxy in front of a registry.
 
     Attributes:
-        address: its own.
-        target: the registry's.
-        faults: to come.
-        requests: method, path without the query, and headers of each request, in order.
-        received: bytes of the bodies that it read, by method.
+        target: Address of the registry.
+        address: Address of the proxy.
+        faults: Faults to inject.
+        requests: Method, path without the query, and headers of each request, in order.
+        received: Bytes of the request bodies, by method.
+        redirects: Upload URL that the client has -> URL at which the registry continues that upload.
     """
 
     target: str
@@ -278,62 +280,61 @@ class Proxy:
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str, Mapping[str, str]]] = field(default_factory=list)
     received: dict[str, int] = field(default_factory=dict)
-    #: Where an upload goes on at the registry, of an address that the client has.
-    moved: dict[str, str] = field(default_factory=dict)
+    redirects: dict[str, str] = field(default_factory=dict)
 
-    def of(self, method: str) -> list[Mapping[str, str]]:
-        """The headers of the requests of a method."""
-        return [headers for found, _, headers in self.requests if found == method]
+    def headers_of(self, method: str) -> list[Mapping[str, str]]:
+        """Return the headers of all requests with a method."""
+        return [headers for one, _, headers in self.requests if one == method]
 
 
-class _Quiet(BaseHTTPRequestHandler):
+class _QuietHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Keep quiet; the servers note what they were asked."""
+        """Log nothing; the servers record their requests."""
 
     def handle(self) -> None:
         try:
             super().handle()
         except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True  # the client has gone
+            self.close_connection = True  # the client disconnected
 
 
-class _Forward(_Quiet):
+class _ForwardHandler(_QuietHandler):
     proxy: Proxy
 
-    def forward(self) -> None:
+    def _forward(self) -> None:
         proxy = self.proxy
         proxy.requests.append((self.command, self.path.partition("?")[0], dict(self.headers)))
         length = int(self.headers.get("Content-Length", "0"))
-        fault = self.take(length)
-        time.sleep(fault.hold if fault else 0)
+        fault = self._take_fault(length)
+        time.sleep(fault.delay if fault else 0)
         if fault and fault.status:
-            self.refuse(fault)
+            self._answer(fault)
             return
         if fault and fault.cut and self.command != "GET":
-            self.cut_request(fault)
+            self._cut_request(fault)
             return
-        with self.ask(self.rest(length), length) as response:
-            if fault and fault.lose:
+        with self._send(self._read_body(length), length) as response:
+            if fault and fault.lose_response:
                 response.read()
-                self.hang_up()
+                self._disconnect()
             else:
-                self.hand_back(response, fault.cut if fault else 0)
+                self._return_response(response, fault.cut if fault else 0)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = forward  # noqa: N815 - their names
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _forward  # noqa: N815 - names of the base class
 
-    def take(self, length: int) -> Fault | None:
+    def _take_fault(self, length: int) -> Fault | None:
         for fault in self.proxy.faults:
-            if fault.method == self.command and fault.path in self.path and length > fault.above and fault.times:
+            if fault.method == self.command and fault.path in self.path and length > fault.larger_than and fault.times:
                 if not fault.skip:
                     fault.times -= 1
                     return fault
                 fault.skip -= 1
         return None
 
-    def refuse(self, fault: Fault) -> None:
-        for _ in self.rest(int(self.headers.get("Content-Length", "0"))):
+    def _answer(self, fault: Fault) -> None:
+        for _ in self._read_body(int(self.headers.get("Content-Length", "0"))):
             pass
         self.send_response(fault.status)
         for key, value in fault.headers.items():
@@ -343,24 +344,24 @@ class _Forward(_Quiet):
         if self.command != "HEAD":
             self.wfile.write(fault.body)
 
-    def cut_request(self, fault: Fault) -> None:
-        part = b"".join(self.rest(fault.cut))
+    def _cut_request(self, fault: Fault) -> None:
+        part = b"".join(self._read_body(fault.cut))
         if fault.deliver == "part":
             host, _, port = self.proxy.target.partition(":")
             with socket.create_connection((host, int(port))) as upstream:
                 head = "".join(f"{key}: {value}\r\n" for key, value in self.headers.items())
                 upstream.sendall(f"{self.command} {self.path} HTTP/1.1\r\n{head}\r\n".encode() + part)
         elif fault.deliver == "piece":
-            with self.ask(iter([part]), len(part)) as response:
+            with self._send(iter([part]), len(part)) as response:
                 response.read()
-                self.proxy.moved[self.path] = _path(str(response.getheader("Location")))
-        self.hang_up()
+                self.proxy.redirects[self.path] = _path(str(response.getheader("Location")))
+        self._disconnect()
 
     @contextmanager
-    def ask(self, body: Iterator[bytes], length: int) -> Iterator[http.client.HTTPResponse]:
-        """The registry's answer."""
+    def _send(self, body: Iterator[bytes], length: int) -> Iterator[http.client.HTTPResponse]:
+        """Send a request to the registry, and yield its response."""
         with closing(http.client.HTTPConnection(self.proxy.target, timeout=60)) as connection:
-            path = self.proxy.moved.get(self.path, self.path)
+            path = self.proxy.redirects.get(self.path, self.path)
             connection.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
             for key, value in self.headers.items():
                 if key.lower() not in {"content-length", "content-range"}:
@@ -372,7 +373,7 @@ class _Forward(_Quiet):
             with connection.getresponse() as response:
                 yield response
 
-    def hand_back(self, response: http.client.HTTPResponse, cut: int) -> None:
+    def _return_response(self, response: http.client.HTTPResponse, cut: int) -> None:
         self.send_response(response.status)
         for key, value in response.getheaders():
             if key.lower() not in {"date", "connection"}:
@@ -380,12 +381,12 @@ class _Forward(_Quiet):
         self.end_headers()
         if cut:
             self.wfile.write(response.read(cut))
-            self.hang_up()
+            self._disconnect()
             return
         while block := response.read(1 << 16):
             self.wfile.write(block)
 
-    def rest(self, length: int) -> Iterator[bytes]:
+    def _read_body(self, length: int) -> Iterator[bytes]:
         while length:
             block = self.rfile.read(min(length, 1 << 16))
             if not block:
@@ -394,37 +395,37 @@ class _Forward(_Quiet):
             length -= len(block)
             yield block
 
-    def hang_up(self) -> None:
-        """End the connection in the middle."""
+    def _disconnect(self) -> None:
+        """Close the connection before the message is complete."""
         self.wfile.flush()
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
-def before(registry: Registry, *faults: Fault) -> Iterator[Proxy]:
-    """Run a proxy before a registry for the length of the block."""
+def faulty_proxy(registry: Registry, *faults: Fault) -> Iterator[Proxy]:
+    """Run a proxy in front of a registry until the end of the block."""
     proxy = Proxy(target=registry.address, faults=[*faults])
-    with _serve(type("Forward", (_Forward,), {"proxy": proxy})) as address:
+    with _serve(type("Forward", (_ForwardHandler,), {"proxy": proxy})) as address:
         proxy.address = address
         yield proxy
 
 
 @contextmanager
 def serve_blob(content: bytes) -> Iterator[tuple[str, list[Mapping[str, str]]]]:
-    """A storage that a registry redirects to: its address, and the headers of each request that it got."""
-    seen: list[Mapping[str, str]] = []
+    """Run a server that a registry redirects to; yield a URL of the blob, and the headers of each request."""
+    requests: list[Mapping[str, str]] = []
 
-    class Handler(_Quiet):
+    class Handler(_QuietHandler):
         def do_GET(self) -> None:
-            seen.append(dict(self.headers))
+            requests.append(dict(self.headers))
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
 
     with _serve(Handler) as address:
-        yield f"http://{address}/store?signature=secret", seen
+        yield f"http://{address}/store?signature=secret", requests
 
 
 @contextmanager

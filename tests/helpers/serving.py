@@ -1,4 +1,4 @@
-"""A server process and its routes, for tests."""
+"""Start a server process and send requests to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SENTENCE: dict[str, Any] = {"input": "Hello, world.", "seed": 1, "max_new_tokens
 
 
 class Server:
-    """`chatterbox-prewarm serve` on a free port of loopback."""
+    """`chatterbox-prewarm serve` on a free port of the loopback interface."""
 
     def __init__(self, log: Path, *arguments: str | Path) -> None:
         self.port = free_port()
@@ -34,8 +34,8 @@ class Server:
     def ask(
         self, method: str, path: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
     ) -> tuple[int, bytes]:
-        answer, content = self.answer(method, path, body, headers)
-        return answer.status, content
+        response, content = self.answer(method, path, body, headers)
+        return response.status, content
 
     def answer(
         self, method: str, path: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
@@ -43,8 +43,8 @@ class Server:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             connection.request(method, path, body, dict(headers or {}))
-            answer = connection.getresponse()
-            return answer, answer.read()
+            response = connection.getresponse()
+            return response, response.read()
         finally:
             connection.close()
 
@@ -57,11 +57,11 @@ class Server:
         return status, parsed
 
     def metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
+        """Return the sum of a metric over all label values."""
         lines = self.ask("GET", "/metrics")[1].decode().splitlines()
-        found = [line for line in lines if line.partition("{")[0].partition(" ")[0] == f"chatterbox_prewarm_{name}"]
-        assert found, name
-        return sum(float(line.rpartition(" ")[2]) for line in found)
+        samples = [line for line in lines if line.partition("{")[0].partition(" ")[0] == f"chatterbox_prewarm_{name}"]
+        assert samples, name
+        return sum(float(line.rpartition(" ")[2]) for line in samples)
 
     def wait(self, path: str, wanted: int, seconds: float = 180.0) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
@@ -74,17 +74,17 @@ class Server:
             if status == wanted:
                 return body
             time.sleep(0.05)
-        raise AssertionError(f"{path} never said {wanted}; {self.log.read_text()[-3000:]}")
+        raise AssertionError(f"{path} did not return {wanted} in time; {self.log.read_text()[-3000:]}")
 
     def wait_ready(self, workers: int = 1, seconds: float = 180.0) -> None:
-        """Until so many workers can speak."""
+        """Wait until this number of workers is ready."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             body = self.wait("/readyz", 200)
             if sum(worker["ready"] for worker in body["workers"]) >= workers:
                 return
             time.sleep(0.1)
-        raise AssertionError(f"there never were {workers} workers; {self.log.read_text()[-3000:]}")
+        raise AssertionError(f"fewer than {workers} workers became ready in time; {self.log.read_text()[-3000:]}")
 
     def wait_until_busy(self, seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
@@ -93,7 +93,7 @@ class Server:
             time.sleep(0.01)
 
     def workers(self) -> list[int]:
-        """The processes of its workers."""
+        """Return the process IDs of the workers."""
         task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in task.read_text().split()]
 

@@ -1,7 +1,4 @@
-"""A process that talks to a supervisor as a worker does, without a model: it does what its argument says.
-
-`start` gives the configurations' processes their parts in turn.
-"""
+"""A process that talks to a supervisor like a worker, without a model. Its argument decides how it behaves."""
 
 from __future__ import annotations
 
@@ -11,117 +8,109 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import ModelError, WeightsError
-from chatterbox_prewarm.serve.workers import frames
-from chatterbox_prewarm.serve.workers.worker import WorkerConfig
+from chatterbox_prewarm.serve.workers import messages
+from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
+from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.system.json_subprocess import describe
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chatterbox_prewarm.serve.workers.spawn import Spawned
+    from chatterbox_prewarm.serve.workers.worker_config import WorkerProcess
 
 CONFIG = WorkerConfig(
-    warm="",
-    weights="",
-    cache="",
-    policy="require",
-    profile=None,
-    key=None,
-    signature=None,
-    expect_digest=None,
-    device="cpu",
-    voices={},
-    threads=None,
-    max_new_tokens=100,
+    start=StartOptions(warm=Path(), weights=Path(), cache=Path(), policy="require"), max_new_tokens=100
 )
-_FAULTS = {
+#: Errors of a start, and whether the worker calls them transient.
+_START_ERRORS = {
     "weights": (WeightsError("the weights are gone", next_step="mount them"), False),
     "memory": (ModelError("out of memory", next_step="give it more"), True),
 }
 
 
-def start(*parts: str, seen: list[WorkerConfig] | None = None) -> Callable[[WorkerConfig], Spawned]:
-    """A function that starts a process for each part in turn; `seen` gets what each was started with.
+def start(*behaviours: str, configs: list[WorkerConfig] | None = None) -> Callable[[WorkerConfig], WorkerProcess]:
+    """Return a function that starts one process for each behaviour, in this order.
 
     Args:
-        *parts: "ready" serves; "silent" says nothing; "dies" ends before it was ready; "weights" and "memory" fail
-            their start; "warming" dies in the idle warm-up, once it was ready; "stuck" answers no request;
-            "slow" serves after a second.
-        seen: is added to.
+        *behaviours: "ready" answers requests; "slow" answers each after a second; "stuck" answers none; "silent" sends
+            nothing at all; "dies" ends before it is ready; "weights" and "memory" report an error during the start;
+            "warming" dies in the idle warm-up.
+        configs: receives the configuration of each process.
     """
-    waiting = list(parts)
+    remaining = list(behaviours)
 
-    def start_one(config: WorkerConfig) -> Spawned:
-        if seen is not None:
-            seen.append(config)
+    def start_one(config: WorkerConfig) -> WorkerProcess:
+        if configs is not None:
+            configs.append(config)
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "tests.helpers.stand_in_worker", str(theirs.fileno()), waiting.pop(0)]
+            command = [sys.executable, "-m", "tests.helpers.stand_in_worker", str(theirs.fileno()), remaining.pop(0)]
             return subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT), ours
 
     return start_one
 
 
 class StandIn:
-    """This side of the connection."""
+    """The worker's side of the connection."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._sending = threading.Lock()
+        self._send_lock = threading.Lock()
 
     def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
-        with self._sending:
-            self._connection.sendall(frames.encode(header, payload))
+        with self._send_lock:
+            self._connection.sendall(messages.encode(header, payload))
 
-    def report(self) -> None:
+    def report_alive(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 self.send({"type": "alive"})
                 time.sleep(0.1)
 
-    def begin(self, part: str) -> None:
-        """Become ready, or not."""
-        if part == "silent":
+    def start(self, behaviour: str) -> None:
+        """Become ready, or fail in the way that `behaviour` names."""
+        if behaviour == "silent":
             time.sleep(600)
-        threading.Thread(target=self.report, daemon=True).start()
-        if part == "dies":
+        threading.Thread(target=self.report_alive, daemon=True).start()
+        if behaviour == "dies":
             sys.exit(3)
-        if part in _FAULTS:
-            error, passing = _FAULTS[part]
-            self.send({"type": "failed", "passing": passing, **describe(error)})
+        if behaviour in _START_ERRORS:
+            error, transient = _START_ERRORS[behaviour]
+            self.send({"type": "failed", "transient": transient, **describe(error)})
             sys.exit(error.exit_code)
         self.send({"type": "attached", "voices": {"default": 1}})
         self.send({"type": "ready"})
-        if part == "warming":
+        if behaviour == "warming":
             self.send({"type": "warming", "step": "100 speech tokens"})
             sys.exit(15)
 
-    def serve(self, part: str) -> None:
-        """Take requests, and answer them or not."""
-        while (message := frames.receive(self._connection)) is not None and message[0]["type"] != "stop":
-            if part == "slow":
+    def serve(self, behaviour: str) -> None:
+        """Receive requests until the connection is closed, and answer them unless `behaviour` is "stuck"."""
+        while (message := messages.receive(self._connection)) is not None and message[0]["type"] != "stop":
+            if behaviour == "slow":
                 time.sleep(1)
-            if part in {"ready", "slow"}:
+            if behaviour in {"ready", "slow"}:
                 self._answer(message[0])
 
     def _answer(self, header: dict[str, Any]) -> None:
         if header["type"] == "speak":
-            last = {"type": "audio", "id": header["id"], "tokens": 1, "last": True, "seconds": 0.1}
-            self.send(last, header["part"]["text"].encode())
+            answer = {"type": "audio", "id": header["id"], "tokens": 1, "last": True, "seconds": 0.1}
+            self.send(answer, header["options"]["text"].encode())
         if header["type"] == "voice":
             from tests.helpers.added_voices import voice
 
             self.send({"type": "voice", "id": header["id"]}, voice())
 
 
-def main(part: str, connection: socket.socket) -> None:
+def main(behaviour: str, connection: socket.socket) -> None:
     worker = StandIn(connection)
-    worker.begin(part)
-    worker.serve(part)
+    worker.start(behaviour)
+    worker.serve(behaviour)
 
 
 if __name__ == "__main__":

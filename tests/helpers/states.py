@@ -1,4 +1,4 @@
-"""Small warm states, manifests and checkpoints made by hand, without a bake."""
+"""Write small warm states, manifests and checkpoints without a bake."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from chatterbox_prewarm.state.manifest import (
     Provenance,
     Reference,
     WeightsEntry,
-    read_manifest,
-    write_manifest,
 )
+from chatterbox_prewarm.state.manifest_file import write_manifest
+from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.digests import FileEntry, scan, set_digest
 from chatterbox_prewarm.weights.record import RECORD_NAME, WeightsRecord
 from chatterbox_prewarm.weights.variants import ENGLISH
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-#: Facts that hold on any machine that these tests run on, for families that are to fit.
+#: Requirements that the machine of this test run meets, for families that must fit.
 FITTING = {"arch": platform.machine()}
 
 REFERENCE = Reference(
@@ -59,19 +59,25 @@ WEIGHTS = WeightsEntry(repository="someone/voice", revision="a" * 40, set_digest
 
 
 def make_checkpoint(directory: Path) -> Path:
-    """Write files with the names of the English model's, tiny, without a record."""
+    """Write tiny files with the names of the English checkpoint, without a record."""
     directory.mkdir()
     for index, name in enumerate(ENGLISH.safetensors):
         save_file({"w": np.full((2, 3), index, np.float32), "n": np.arange(4, dtype=np.int64)}, directory / name)
     (directory / "tokenizer.json").write_text('{"version": "1.0"}')
-    (directory / "conds.pt").write_bytes(b"a voice, not read here")
+    (directory / "conds.pt").write_bytes(b"a voice that no test reads")
     return directory
 
 
 def make_state(
     root: Path, families: Mapping[str, Mapping[str, bytes]], requires: Mapping[str, Mapping[str, str]] | None = None
 ) -> Manifest:
-    """Write the files of `families` (family → path below it → content) and their manifest into `root`, mode 0644."""
+    """Write a warm state with files of mode 0644, and return its manifest.
+
+    Args:
+        root: the directory of the state; it must not exist.
+        families: for each family, the content of its files by their path in the family's folder.
+        requires: the requirements of some families; `FITTING` for all others.
+    """
     root.mkdir(mode=0o755)
     entries = []
     for name, files in families.items():
@@ -103,14 +109,17 @@ def make_state_for(
     profile: str = "aot",
     code: bytes = b"machine code",
 ) -> Manifest:
-    """A state for a machine with these facts: a family for every one, and one of `code` if the profile compiles.
+    """Write a warm state for the machine with these facts, and return its manifest.
+
+    The state has a family that only needs the right architecture. If the profile is `aot`, it also has a compiled
+    family that needs all of the facts.
 
     Args:
-        root: where it goes; the folder that it is in is made.
-        facts: those of the machine that its compiled family requires, and its fingerprint.
-        device: that it was baked for.
-        profile: that it was baked for.
-        code: what was compiled.
+        root: the directory of the state; its parent is created if it is missing.
+        facts: the facts of the machine. The fingerprint of the state contains them.
+        device: the device of the reference synthesis.
+        profile: the profile of the execution.
+        code: the content of the compiled file.
     """
     root.parent.mkdir(mode=0o755, exist_ok=True)
     families = {"numba": {"librosa/filters.nbi": b"index"}, "aot": {"region.so": code}}
@@ -125,16 +134,16 @@ def make_state_for(
         raw["fingerprint"] = {"torch": "2.6.0", **facts}
 
     rewrite(root, change)
-    return read_manifest(root)
+    return State.read(root).manifest
 
 
 def rewrite(root: Path, change: Callable[[dict[str, Any]], object] = lambda _: None, *, rescan: bool = False) -> None:
-    """Change a state's manifest as somebody does who bakes badly, not who tampers: its digest of itself is right.
+    """Change the manifest of a state and give it a correct digest, so that it reads like one that a bake wrote.
 
     Args:
-        root: of the state.
-        change: what to do to the manifest's fields.
-        rescan: list the files of all families anew.
+        root: the directory of the state.
+        change: a function that changes the fields of the manifest.
+        rescan: replace the recorded files by the files that are on disk.
     """
     raw = json.loads((root / MANIFEST_NAME).read_text(encoding="utf-8"))
     change(raw)
@@ -154,7 +163,7 @@ def _canonical(raw: dict[str, Any]) -> str:
 
 
 def make_manifest(families: list[FamilyEntry]) -> Manifest:
-    """A manifest of these families whose set digest is right; all else is made up."""
+    """Return a manifest of these families with a correct set digest; all other fields are made up."""
     manifest = Manifest(
         tool="chatterbox-prewarm 0.1.0",
         created="2025-01-02T03:04:05+00:00",
@@ -174,7 +183,7 @@ def make_manifest(families: list[FamilyEntry]) -> Manifest:
 
 
 def record_weights(directory: Path) -> str:
-    """A checkpoint with a record and no files; returns its set digest."""
+    """Write the record of a checkpoint without files, and return its set digest."""
     directory.mkdir(exist_ok=True)
     record = WeightsRecord(variant="english", repository="none", revision="none", synthetic=None, files=())
     (directory / RECORD_NAME).write_text(json.dumps(asdict(record)))

@@ -71,11 +71,11 @@ def small_file_system(folder: Path, size: str) -> Iterator[None]:
 
 
 @pytest.fixture
-def small_engine(docker: str, tmp_path: Path, short: Path) -> Iterator[str]:
+def small_engine(docker: str, tmp_path: Path, socket_dir: Path) -> Iterator[str]:
     """A Docker engine of its own with 200 MB for images; its address."""
     if (program := shutil.which("dockerd", path="/usr/sbin:/usr/bin:/usr/local/bin")) is None:
         pytest.skip("there is no dockerd to start (Debian: apt-get install docker.io)")
-    data, run = tmp_path / "data", short / "run"
+    data, run = tmp_path / "data", socket_dir / "run"
     address = f"unix://{run}/docker.sock"
     # In a network of its own: an engine that starts without a bridge removes that of the one that runs already.
     command = ["unshare", "--net", program, "--data-root", data, "--exec-root", run / "exec", "--pidfile", run / "pid"]

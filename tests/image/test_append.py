@@ -1,4 +1,4 @@
-"""`append`, `attest` and `verify --image` between registries, layouts and archives, with small images."""
+"""`append`, `attest` and `verify --image` with small images in registries, layouts and archives."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from chatterbox_prewarm.image.labels import read_states
 from chatterbox_prewarm.image.oci import OCI_INDEX, Document, digest_of, dump
 from chatterbox_prewarm.image.oci_layout import Layout
 from chatterbox_prewarm.image.references import parse
-from chatterbox_prewarm.image.stores import storing
-from chatterbox_prewarm.state.folder import key_of
-from chatterbox_prewarm.state.manifest import read_manifest
+from chatterbox_prewarm.image.stores import open_store
 from chatterbox_prewarm.state.signing import sign
+from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.weights.record import read_record, record
 from chatterbox_prewarm.weights.variants import ENGLISH
-from tests.conftest import run_cli
+from tests.conftest import run_benchmark, run_cli
 from tests.helpers.images import make_base, make_bases
 from tests.helpers.keys import make_keys
 from tests.helpers.registry_server import serve
@@ -51,26 +50,26 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 
 @pytest.fixture
 def layout(tmp_path: Path) -> Layout:
-    """A layout with a base for states as its tag `base`."""
-    made = Layout(tmp_path / "layout")
-    make_base(made, "base", Labels=LABELS)
-    return made
+    """A layout with a base image under the tag `base`."""
+    layout = Layout(tmp_path / "layout")
+    make_base(layout, "base", Labels=LABELS)
+    return layout
 
 
 @pytest.fixture
 def h100(tmp_path: Path) -> Path:
-    make_state_for(tmp_path / "h100", H100, code=b"of an H100")
+    make_state_for(tmp_path / "h100", H100, code=b"for an H100")
     return tmp_path / "h100"
 
 
 @pytest.fixture
 def l4(tmp_path: Path) -> Path:
-    make_state_for(tmp_path / "l4", L4, code=b"of an L4")
+    make_state_for(tmp_path / "l4", L4, code=b"for an L4")
     return tmp_path / "l4"
 
 
 def read(reference: str) -> Image:
-    with storing(parse(reference)) as (store, name):
+    with open_store(parse(reference)) as (store, name):
         return resolve(store, name, platform="linux/amd64")
 
 
@@ -85,13 +84,13 @@ def read_layer(layout: Layout, descriptor: Descriptor) -> Iterator[tarfile.TarFi
         yield tar
 
 
-def test_one_state_is_one_layer_wherever_it_goes(
+def test_a_state_becomes_the_same_layer_in_a_registry_and_in_layouts(
     layout: Layout, registry: Registry, h100: Path, tmp_path: Path
 ) -> None:
     targets = [f"oci:{layout.path}:warm", f"{registry.address}/speech:warm", f"oci:{tmp_path / 'new'}:warm"]
     for target in targets:
-        made = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
-        assert made.returncode == 0, made.stderr
+        appended = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
+        assert appended.returncode == 0, appended.stderr
     images = [read(target) for target in targets]
     assert images[0] == images[1] == images[2]
     assert images[0].labels["io.chatterbox-prewarm.gpu"] == "NVIDIA H100"
@@ -102,11 +101,9 @@ def test_one_state_is_one_layer_wherever_it_goes(
     assert images[0].diff_ids[-1] in packed.stdout
 
 
-def test_another_implementation_reads_what_is_appended(
-    layout: Layout, registry: Registry, h100: Path, tmp_path: Path
-) -> None:
+def test_skopeo_reads_an_appended_image(layout: Layout, registry: Registry, h100: Path, tmp_path: Path) -> None:
     if shutil.which("skopeo") is None:
-        pytest.skip("there is no skopeo (Debian: apt-get install skopeo)")
+        pytest.skip("skopeo is missing (Debian: apt-get install skopeo)")
     target = f"{registry.address}/speech:warm"
     run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
     policy = tmp_path / "policy.json"
@@ -114,22 +111,22 @@ def test_another_implementation_reads_what_is_appended(
     copy = ["skopeo", "--policy", str(policy), "copy", "--src-tls-verify=false", f"docker://{target}"]
     copied = subprocess.run([*copy, f"oci:{tmp_path / 'copy'}:warm"], capture_output=True, text=True)
     assert copied.returncode == 0, copied.stderr
-    # skopeo compresses the base's layer on the way, so that its descriptor differs; the diff ids are as they were.
+    # skopeo compresses the layer of the base, so its descriptor changes, but its diff id does not.
     assert read(f"oci:{tmp_path / 'copy'}:warm").config == read(target).config
 
 
-def test_an_archive_is_loaded_by_an_engine(docker: str, layout: Layout, h100: Path, tmp_path: Path) -> None:
+def test_an_engine_loads_an_appended_archive(docker: str, layout: Layout, h100: Path, tmp_path: Path) -> None:
     tag = "chatterbox-prewarm-test:appended"
     archive = tmp_path / "image.tar"
     arguments = ("--base", f"oci:{layout.path}:base", "--to", f"docker-archive:{archive}:{tag}", "--warm", h100)
-    made = run_cli("append", *arguments)
-    assert made.returncode == 0, made.stderr
+    appended = run_cli("append", *arguments)
+    assert appended.returncode == 0, appended.stderr
     run_cli("append", "--base", f"oci:{layout.path}:base", "--to", f"oci:{layout.path}:warm", "--warm", h100)
     try:
         subprocess.run([docker, "load", "--input", str(archive)], check=True, capture_output=True)
-        (found,) = json.loads(subprocess.run([docker, "inspect", tag], check=True, capture_output=True).stdout)
-        assert tuple(found["RootFS"]["Layers"]) == read(f"oci:{layout.path}:warm").diff_ids
-        assert found["Config"]["Labels"] == read(f"oci:{layout.path}:warm").labels
+        (loaded,) = json.loads(subprocess.run([docker, "inspect", tag], check=True, capture_output=True).stdout)
+        assert tuple(loaded["RootFS"]["Layers"]) == read(f"oci:{layout.path}:warm").diff_ids
+        assert loaded["Config"]["Labels"] == read(f"oci:{layout.path}:warm").labels
     finally:
         subprocess.run([docker, "rmi", "--force", tag], capture_output=True)
     refused = run_cli("append", *arguments)
@@ -138,13 +135,13 @@ def test_an_archive_is_loaded_by_an_engine(docker: str, layout: Layout, h100: Pa
     assert run_cli("append", *arguments, "--replace").returncode == 0
 
 
-def test_an_archive_is_a_base_as_well(layout: Layout, h100: Path, l4: Path, tmp_path: Path) -> None:
+def test_an_archive_can_be_a_base(layout: Layout, h100: Path, l4: Path, tmp_path: Path) -> None:
     archive = f"docker-archive:{tmp_path / 'image.tar'}:speech:1"
-    made = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", archive, "--warm", h100)
-    assert made.returncode == 0, made.stderr
+    appended = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", archive, "--warm", h100)
+    assert appended.returncode == 0, appended.stderr
     target = f"oci:{tmp_path / 'new'}:warm"
-    made = run_cli("append", "--base", archive, "--to", target, "--warm", l4)
-    assert made.returncode == 0, made.stderr
+    appended = run_cli("append", "--base", archive, "--to", target, "--warm", l4)
+    assert appended.returncode == 0, appended.stderr
     image = read(target)
     assert len(read_states(image.labels)) == 2
     direct = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", f"oci:{layout.path}:warm", "--warm", h100)
@@ -155,44 +152,44 @@ def test_an_archive_is_a_base_as_well(layout: Layout, h100: Path, l4: Path, tmp_
             assert digest_of(gzip.decompress(stream.read())) == diff_id
 
 
-def test_a_gpu_type_is_added_to_a_published_image_and_only_that_is_sent(
+def test_adding_a_gpu_type_to_a_published_image_sends_only_its_layer(
     layout: Layout, registry: Registry, h100: Path, l4: Path
 ) -> None:
     first, second = (f"{registry.address}/speech:{tag}" for tag in ("1", "2"))
     run_cli("append", "--base", f"oci:{layout.path}:base", "--to", first, "--warm", h100)
     added = run_cli("append", "--base", first, "--to", second, "--warm", l4)
     assert added.returncode == 0, added.stderr
-    assert "2 blobs sent" in added.stdout, "the layer and the configuration"
+    assert "2 blobs sent" in added.stdout, "the new layer and the configuration"
     image = read(second)
-    assert {state.key for state in read_states(image.labels)} == {key_of(read_manifest(one)) for one in (h100, l4)}
+    assert {state.key for state in read_states(image.labels)} == {State.read(one).key for one in (h100, l4)}
     assert image.labels["io.chatterbox-prewarm.gpu"] == "NVIDIA H100, NVIDIA L4"
     assert image.layers[:-1] == read(first).layers
-    again = run_cli("append", "--base", second, "--to", f"{registry.address}/speech:3", "--warm", l4)
-    assert again.returncode == 16
-    assert "for one machine" in again.stderr
+    repeated = run_cli("append", "--base", second, "--to", f"{registry.address}/speech:3", "--warm", l4)
+    assert repeated.returncode == 16
+    assert "for the same machine" in repeated.stderr
 
 
-def test_an_image_that_gains_a_state_is_no_longer_what_was_proven(layout: Layout, h100: Path) -> None:
+def test_adding_a_state_removes_the_label_of_the_proof(layout: Layout, h100: Path) -> None:
     make_base(layout, "proven", Labels={**LABELS, "io.chatterbox-prewarm.evidence": f"sha256:{'0' * 64}", "own": "1"})
     target = f"oci:{layout.path}:warm"
-    made = run_cli("append", "--base", f"oci:{layout.path}:proven", "--to", target, "--warm", h100)
-    assert made.returncode == 0, made.stderr
+    appended = run_cli("append", "--base", f"oci:{layout.path}:proven", "--to", target, "--warm", h100)
+    assert appended.returncode == 0, appended.stderr
     labels = read(target).labels
     assert "io.chatterbox-prewarm.evidence" not in labels
     assert labels["own"] == "1"
 
 
-def test_layers_come_from_a_repository_beside_without_being_sent(registry: Registry, h100: Path) -> None:
+def test_layers_of_another_repository_are_mounted_and_not_sent(registry: Registry, h100: Path) -> None:
     base = f"{registry.address}/base:1"
-    with storing(parse(base)) as (store, _):
+    with open_store(parse(base)) as (store, _):
         make_base(store, "1", Labels=LABELS)
-    made = run_cli("append", "--base", base, "--to", f"{registry.address}/other:1", "--warm", h100)
-    assert made.returncode == 0, made.stderr
-    assert "2 blobs sent" in made.stdout
+    appended = run_cli("append", "--base", base, "--to", f"{registry.address}/other:1", "--warm", h100)
+    assert appended.returncode == 0, appended.stderr
+    assert "2 blobs sent" in appended.stdout
     assert read(f"{registry.address}/other:1").layers[0] == read(base).layers[0]
 
 
-def test_weights_and_signatures_go_along_as_layers(layout: Layout, h100: Path, tmp_path: Path) -> None:
+def test_weights_and_signatures_are_added_as_layers(layout: Layout, h100: Path, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "weights")
     record(checkpoint, variant=ENGLISH, repository="own", revision="1")
     arguments = ("--base", f"oci:{layout.path}:base", "--to", f"oci:{layout.path}:warm", "--weights", checkpoint)
@@ -202,12 +199,12 @@ def test_weights_and_signatures_go_along_as_layers(layout: Layout, h100: Path, t
     digest = read_record(checkpoint).set_digest
     rewrite(h100, lambda raw: raw["weights"].update(set_digest=digest))
     key, _ = make_keys(tmp_path)
-    signature = sign(h100, key)
-    made = run_cli("append", *arguments, "--warm", h100)
-    assert made.returncode == 0, made.stderr
+    signature = sign(State.read(h100), key)
+    appended = run_cli("append", *arguments, "--warm", h100)
+    assert appended.returncode == 0, appended.stderr
     with read_layer(layout, read(arguments[3]).layers[-1]) as tar:
         (name,) = (member.name for member in tar.getmembers() if member.isfile())
-        assert name == f"opt/chatterbox-prewarm/warm/{key_of(read_manifest(h100))}.sig"
+        assert name == f"opt/chatterbox-prewarm/warm/{State.read(h100).key}.sig"
         shipped = tar.extractfile(name)
         assert shipped is not None
         assert shipped.read() == signature.read_bytes()
@@ -218,22 +215,22 @@ def test_weights_and_signatures_go_along_as_layers(layout: Layout, h100: Path, t
 def test_a_signature_of_another_state_is_refused_and_nothing_is_sent(layout: Layout, h100: Path, l4: Path) -> None:
     key, _ = make_keys(h100.parent)
     arguments = ("append", "--base", f"oci:{layout.path}:base", "--to", f"oci:{layout.path}:warm", "--warm", h100)
-    signature = sign(l4, key, h100.with_name("h100.sig"))
+    signature = sign(State.read(l4), key, h100.with_name("h100.sig"))
     refused = run_cli(*arguments)
     assert refused.returncode == 12, refused.stderr
     assert "is of another manifest than" in refused.stderr
-    assert read_manifest(l4).set_digest in refused.stderr
+    assert State.read(l4).manifest.set_digest in refused.stderr
     assert f"or remove {signature}" in refused.stderr
     signature.write_text("{}")
     refused = run_cli(*arguments)
     assert refused.returncode == 12, refused.stderr
-    assert "is no signature of a warm state" in refused.stderr
+    assert "is not the signature of a warm state" in refused.stderr
     assert not layout.has_manifest("warm")
-    sign(h100, key)
+    sign(State.read(h100), key)
     assert run_cli(*arguments).returncode == 0
 
 
-def test_of_an_index_the_image_for_the_states_machine_is_the_base(layout: Layout, h100: Path) -> None:
+def test_the_base_for_the_platform_of_the_state_is_chosen_from_an_index(layout: Layout, h100: Path) -> None:
     entries = make_bases(layout, "amd64", "arm64", Labels=LABELS)
     for name, listed in (("both", entries), ("arm", entries[1:])):
         put_index(layout, name, listed)
@@ -245,38 +242,38 @@ def test_of_an_index_the_image_for_the_states_machine_is_the_base(layout: Layout
     assert "only for: linux/arm64" in refused.stderr
 
 
-def test_an_index_is_not_replaced_by_the_image_for_one_platform(layout: Layout, registry: Registry, h100: Path) -> None:
-    with storing(parse(f"{registry.address}/speech:both")) as (store, name):
+def test_an_index_is_not_replaced_by_an_image_for_one_platform(layout: Layout, registry: Registry, h100: Path) -> None:
+    with open_store(parse(f"{registry.address}/speech:both")) as (store, name):
         put_index(store, name, make_bases(store, "amd64", "arm64", Labels=LABELS))
         before = store.read_manifest(name)
         target = ("--to", f"{registry.address}/speech:both", "--warm", h100, "--replace")
         for base in (f"oci:{layout.path}:base", f"{registry.address}/speech:both"):
             refused = run_cli("append", "--base", base, *target)
             assert refused.returncode == 16, refused.stderr
-            assert "an index, of images for several platforms" in refused.stderr
+            assert "is an index of images for several platforms" in refused.stderr
             assert "choose another tag" in refused.stderr
         assert store.read_manifest(name) == before
 
 
 @pytest.mark.parametrize(
-    ("settings", "code", "word"),
+    ("settings", "code", "expected"),
     [
-        ({"Labels": {}}, 16, "no image of this project"),
+        ({"Labels": {}}, 16, "not an image of this project"),
         ({"Labels": {**LABELS, "io.chatterbox-prewarm.torch": "torch-2.11"}}, 16, "the base has torch 2.11"),
         ({"Labels": {**LABELS, "io.chatterbox-prewarm.variant": "turbo"}}, 16, "for the model variant turbo"),
         ({"Labels": {**LABELS, "io.chatterbox-prewarm.states": "{"}}, 14, "is malformed"),
         ({"Labels": LABELS, "architecture": "arm64"}, 14, "not for linux/amd64"),
     ],
 )
-def test_a_base_that_a_start_could_not_use_is_refused(
-    settings: dict[str, Any], code: int, word: str, tmp_path: Path, h100: Path
+def test_a_base_that_does_not_suit_the_state_is_refused(
+    settings: dict[str, Any], code: int, expected: str, tmp_path: Path, h100: Path
 ) -> None:
     layout = Layout(tmp_path / "other")
     make_base(layout, "base", **settings)
     target = f"oci:{layout.path}:warm"
     refused = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
     assert refused.returncode == code, refused.stderr
-    assert word in refused.stderr
+    assert expected in refused.stderr
     assert not layout.has_manifest("warm")
 
 
@@ -285,8 +282,8 @@ def test_entrypoint_command_environment_and_labels_are_set(layout: Layout, h100:
     arguments = ("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
     words = ("--entrypoint", "python -m 'my server'", "--cmd", "serve --port 80", "--env", "A=2=3", "--env", "EMPTY=")
     labels = ("--label", "own=1", "--label", "org.opencontainers.image.title=speech")
-    made = run_cli(*arguments, *words, *labels)
-    assert made.returncode == 0, made.stderr
+    appended = run_cli(*arguments, *words, *labels)
+    assert appended.returncode == 0, appended.stderr
     settings = read(target).config["config"]
     assert (settings["Entrypoint"], settings["Cmd"]) == (["python", "-m", "my server"], ["serve", "--port", "80"])
     assert settings["Env"] == ["PATH=/bin", "A=2=3", "CHATTERBOX_PREWARM_DEVICE=cuda", "EMPTY="]
@@ -296,34 +293,36 @@ def test_entrypoint_command_environment_and_labels_are_set(layout: Layout, h100:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"),
+    ("arguments", "expected"),
     [
         (("--label", "own"), "--label 'own' has no value"),
         (("--env", "=1"), "--env '=1' has no value"),
-        (("--entrypoint", "python 'open"), "is no command: No closing quotation"),
-        (("--label", "io.chatterbox-prewarm.gpu=NVIDIA L4"), "says what is in the image"),
+        (("--entrypoint", "python 'open"), "cannot be parsed: No closing quotation"),
+        (("--label", "io.chatterbox-prewarm.gpu=NVIDIA L4"), "is reserved"),
     ],
 )
-def test_a_setting_that_cannot_be_is_refused(arguments: tuple[str, ...], word: str, layout: Layout, h100: Path) -> None:
+def test_an_invalid_setting_is_refused(arguments: tuple[str, ...], expected: str, layout: Layout, h100: Path) -> None:
     to = ("--to", f"oci:{layout.path}:warm", "--warm", h100)
     refused = run_cli("append", "--base", f"oci:{layout.path}:base", *to, *arguments)
     assert refused.returncode == 16, refused.stderr
-    assert word in refused.stderr
+    assert expected in refused.stderr
     assert not layout.has_manifest("warm")
 
 
-def test_a_broken_state_and_a_missing_base_send_nothing(layout: Layout, registry: Registry, h100: Path) -> None:
+def test_a_damaged_state_or_a_missing_base_is_refused_and_nothing_is_sent(
+    layout: Layout, registry: Registry, h100: Path
+) -> None:
     target = f"{registry.address}/speech:warm"
     missing = run_cli("append", "--base", f"oci:{layout.path}:none", "--to", target, "--warm", h100)
     assert missing.returncode == 14
-    assert "choose a tag it has: base" in missing.stderr
+    assert "choose a tag that it has: base" in missing.stderr
     next(path for path in h100.rglob("*") if path.is_file() and path.name != "manifest.json").write_bytes(b"changed")
     broken = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
     assert broken.returncode == 12
     assert list(registry.storage.rglob("data")) == []
 
 
-def test_a_tag_that_exists_is_taken_on_request_alone(layout: Layout, registry: Registry, h100: Path, l4: Path) -> None:
+def test_an_existing_tag_is_only_replaced_on_request(layout: Layout, registry: Registry, h100: Path, l4: Path) -> None:
     target = f"{registry.address}/speech:warm"
     run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
     before = read(target)
@@ -336,17 +335,22 @@ def test_a_tag_that_exists_is_taken_on_request_alone(layout: Layout, registry: R
     assert read(target) != before
 
 
-def test_a_node_is_judged_by_an_images_labels(layout: Layout, registry: Registry, h100: Path, tmp_path: Path) -> None:
+def test_the_labels_of_an_image_show_whether_its_states_fit_a_node(
+    layout: Layout, registry: Registry, h100: Path, tmp_path: Path
+) -> None:
     target = f"{registry.address}/speech:warm"
     run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
     facts = {"arch": "x86_64", "cpu_model": "any", "cpu_features": "avx", "instruction_set": "avx"}
     node = tmp_path / "node.json"
-    for gpu, code, word in ((L4, 11, "GPU: baked with NVIDIA H100, here NVIDIA L4"), (H100, 11, "not in the state")):
+    for gpu, code, expected in (
+        (L4, 11, "GPU: baked with NVIDIA H100, here NVIDIA L4"),
+        (H100, 11, "not in the state"),
+    ):
         machine = {name: gpu[name] for name in ("gpu", "compute_capability", "driver")}
         node.write_text(json.dumps({**facts, **machine}))
         judged = run_cli("verify", "--image", target, "--host-facts", node)
         assert judged.returncode == code, judged.stdout + judged.stderr
-        assert word in judged.stdout
+        assert expected in judged.stdout
     refused = run_cli("verify", "--host-facts", node)
     assert refused.returncode == 16
 
@@ -360,32 +364,32 @@ def test_a_node_is_judged_by_an_images_labels(layout: Layout, registry: Registry
         ((), {"CHATTERBOX_PREWARM_KEY": "public.pem"}, "--key"),
     ],
 )
-def test_labels_are_not_what_a_key_vouches_for(
+def test_options_for_the_manifest_are_refused_for_an_image(
     arguments: tuple[str, ...], env: dict[str, str], name: str, layout: Layout
 ) -> None:
     refused = run_cli("verify", "--image", f"oci:{layout.path}:base", *arguments, env={**os.environ, **env})
     assert refused.returncode == 16, refused.stderr
-    assert f"{name} is checked against a state's manifest" in refused.stderr
+    assert f"{name} is checked against the manifest of a state" in refused.stderr
     assert "next:" in refused.stderr
 
 
-def test_evidence_is_attached_to_the_image_that_it_is_of(
+def test_evidence_is_only_attached_to_the_image_that_it_proves(
     layout: Layout, registry: Registry, h100: Path, tmp_path: Path
 ) -> None:
     target = f"{registry.address}/speech:warm"
     run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
     evidence = tmp_path / "evidence.json"
-    found = {"passed": True, "set_digest": read_manifest(h100).set_digest, "checks": [], "observed": {}}
+    passed = {"passed": True, "set_digest": State.read(h100).manifest.set_digest, "checks": [], "observed": {}}
     for change, code in (({"passed": False}, 13), ({"set_digest": "0" * 64}, 12), ({"passed": None}, 13)):
-        evidence.write_text(json.dumps({**found, **change}))
+        evidence.write_text(json.dumps({**passed, **change}))
         assert run_cli("attest", "--image", target, "--evidence", evidence).returncode == code
     evidence.write_text("{}")
     assert run_cli("attest", "--image", target, "--evidence", evidence).returncode == 16
-    evidence.write_text(json.dumps(found))
-    for _ in range(2):  # twice is once
+    evidence.write_text(json.dumps(passed))
+    for _ in range(2):  # attaching it again changes nothing
         attached = run_cli("attest", "--image", target, "--evidence", evidence)
         assert attached.returncode == 0, attached.stderr
-    with storing(parse(target)) as (store, name):
+    with open_store(parse(target)) as (store, name):
         subject = store.read_manifest(name)
         listed = json.loads(store.read_manifest(subject.digest.replace(":", "-")).raw)["manifests"]
         assert [entry["artifactType"] for entry in listed] == [EVIDENCE_TYPE]
@@ -394,22 +398,22 @@ def test_evidence_is_attached_to_the_image_that_it_is_of(
     assert registry.blob(referrer["layers"][0]["digest"]).read_bytes() == evidence.read_bytes()
 
 
-def test_a_registry_that_is_down_is_said(layout: Layout, h100: Path) -> None:
+def test_a_registry_that_is_down_is_reported(layout: Layout, h100: Path) -> None:
     target = ("--to", "127.0.0.1:9/speech:warm", "--warm", h100)
     refused = run_cli("append", "--base", f"oci:{layout.path}:base", *target)
     assert refused.returncode == 14
     assert "127.0.0.1:9" in refused.stderr
 
 
-def test_the_benchmark_counts_what_an_append_to_a_large_image_sends(h100: Path, tmp_path: Path) -> None:
+def test_the_benchmark_counts_the_blobs_that_an_append_sends(h100: Path, tmp_path: Path) -> None:
     if shutil.which("docker-registry") is None:
-        pytest.skip("there is no docker-registry (Debian: apt-get install docker-registry)")
+        pytest.skip("docker-registry is missing (Debian: apt-get install docker-registry)")
     output = tmp_path / "append.json"
-    measured = run_cli("bench", "append", "--warm", h100, "--gigabytes", "1", "--rounds", "2", "--output", output)
+    measured = run_benchmark("append", "--warm", h100, "--gigabytes", "1", "--rounds", "2", "--output", output)
     assert measured.returncode == 0, measured.stderr
-    found = json.loads(output.read_text())
-    assert found["base_bytes"] == 1_000_000_000
-    for run in found["runs"]:
-        assert run["blobs_sent"] == 2, "the layer and the configuration"
+    report = json.loads(output.read_text())
+    assert report["base_bytes"] == 1_000_000_000
+    for run in report["runs"]:
+        assert run["blobs_sent"] == 2, "the new layer and the configuration"
         assert run["bytes_sent"] < 10_000
         assert run["peak_megabytes"] < 100

@@ -1,4 +1,4 @@
-"""`build`: bake in a container, export, append, prove, tag; and what it leaves when something ends it."""
+"""`build`: bake in a container, export, append, prove and tag, and clean up after an interrupt."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pytest
 
 from benchmarks.image import copy_context
 from chatterbox_prewarm.image.labels import read_states
-from chatterbox_prewarm.state.manifest import read_manifest
 from chatterbox_prewarm.state.signing import sign
+from chatterbox_prewarm.state.state import State
 from tests.conftest import ROOT, run_cli, writable_copy
 from tests.helpers.keys import make_keys
 from tests.helpers.states import rewrite
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TAG = "chatterbox-prewarm-test:built"
-#: A mini checkpoint, and what compiles nothing: that a bake compiles is tested elsewhere.
+#: A small random checkpoint, and a profile without compilation, which other tests cover.
 ARGUMENTS = [
     *("--network", "host", "--profile", "eager", "--levels", "1"),
     *("--build-arg", "WEIGHTS=synthetic", "--build-arg", "SIZE=mini"),
@@ -39,24 +39,24 @@ ARGUMENTS = [
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the build reads, so that a test can change a file."""
+    """A copy of the build context, so that a test can change a file."""
     return copy_context(ROOT, tmp_path_factory.mktemp("context") / "copy")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the warm state and the evidence go."""
+    """The folder for the warm state and the evidence."""
     return tmp_path_factory.mktemp("build")
 
 
 @pytest.fixture(scope="module")
 def built(docker: str, context: Path, place: Path) -> Iterator[subprocess.CompletedProcess[str]]:
-    """The first build, with a bake."""
+    """The first build, which bakes."""
     names = [TAG, f"{TAG}-gpu"]
-    subprocess.run([docker, "rmi", "--force", *names], capture_output=True, check=False)  # of a run that was killed
-    made = _build(context, place, "--evidence", place / "evidence.json")
-    assert made.returncode == 0, made.stderr
-    yield made
+    subprocess.run([docker, "rmi", "--force", *names], capture_output=True, check=False)  # left by a killed run
+    first = _build(context, place, "--evidence", place / "evidence.json")
+    assert first.returncode == 0, first.stderr
+    yield first
     subprocess.run([docker, "rmi", "--force", *names], capture_output=True, check=False)
 
 
@@ -66,8 +66,8 @@ def _build(
     return run_cli("build", "--tag", tag, "--checkout", context, "--warm", place / "warm", *ARGUMENTS, *more, env=env)
 
 
-def _kept(place: Path, folder: Path) -> Path:
-    """A copy of the first build's state that may be changed, and that a build in `folder` would take."""
+def _copy_state(place: Path, folder: Path) -> Path:
+    """Copy the state of the first build to `folder`, where a build reuses it and a test may change it."""
     shutil.copy(place / "warm.recipe.json", folder)
     return writable_copy(place / "warm", folder / "warm")
 
@@ -77,19 +77,19 @@ def _ask(docker: str, *arguments: str) -> str:
 
 
 def _config(docker: str, tag: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_ask(docker, "inspect", tag))[0]
-    return found
+    inspected: list[dict[str, Any]] = json.loads(_ask(docker, "inspect", tag))
+    return inspected[0]
 
 
-def _layers_of_state(docker: str, tag: str, output: str) -> list[str]:
-    """The layer that a build names, if the image has it on top."""
+def _layers(docker: str, tag: str, output: str) -> list[str]:
+    """Return the layers of an image, and check that the topmost is the one that the build printed."""
     (diff_id,) = re.findall(r"diff id (sha256:[0-9a-f]{64})", output)
     layers: list[str] = _config(docker, tag)["RootFS"]["Layers"]
     assert layers[-1] == diff_id
     return layers
 
 
-def _left_behind(docker: str) -> list[str]:
+def _leftovers(docker: str) -> list[str]:
     unproven = _ask(docker, "images", "--quiet", "chatterbox-prewarm-unproven").split()
     return unproven + _ask(docker, "ps", "--all", "--quiet").split()
 
@@ -110,35 +110,39 @@ def test_an_image_is_baked_in_a_container_proven_and_tagged(
     assert "CHATTERBOX_PREWARM_DEVICE=cpu" in config["Env"]
     assert config["User"] == "12345:12345"
     assert config["Entrypoint"] == ["python", "-m", "chatterbox_prewarm"]
-    _layers_of_state(docker, TAG, built.stdout)
-    assert _left_behind(docker) == []
+    _layers(docker, TAG, built.stdout)
+    assert _leftovers(docker) == []
 
 
-def test_the_state_knows_what_the_build_was_told(built: subprocess.CompletedProcess[str], place: Path) -> None:
+def test_the_provenance_of_the_state_has_the_build_arguments(
+    built: subprocess.CompletedProcess[str], place: Path
+) -> None:
     assert built.returncode == 0
-    provenance = read_manifest(place / "warm").provenance
+    provenance = State.read(place / "warm").manifest.provenance
     assert (provenance.revision, provenance.builder) == ("a" * 40, "a test")
 
 
-def test_a_code_change_takes_the_state_that_is_kept(
+def test_a_change_of_the_server_reuses_the_stored_state(
     docker: str, built: subprocess.CompletedProcess[str], context: Path, place: Path
 ) -> None:
-    before = _layers_of_state(docker, TAG, built.stdout)
+    before = _layers(docker, TAG, built.stdout)
     changed = context / "chatterbox_prewarm" / "serve" / "front.py"
     changed.write_text(changed.read_text() + f"\n# {os.urandom(20).hex()}\n")
-    again = _build(context, place, "--replace")
-    assert again.returncode == 0, again.stderr
-    assert "it fits the image: nothing is baked" in again.stderr
-    after = _layers_of_state(docker, TAG, again.stdout)
-    assert after[-1] == before[-1], "one state, one layer"
+    rebuilt = _build(context, place, "--replace")
+    assert rebuilt.returncode == 0, rebuilt.stderr
+    assert "the stored state fits the image: no bake is needed" in rebuilt.stderr
+    after = _layers(docker, TAG, rebuilt.stdout)
+    assert after[-1] == before[-1], "the same state gives the same layer"
     assert after != before
 
 
 @pytest.mark.usefixtures("built")
-def test_an_image_for_a_gpu_has_without_one_what_depends_on_none(docker: str, context: Path, place: Path) -> None:
-    made = _build(context, place, "--device", "cuda", "--route", "no-gpu", tag=f"{TAG}-gpu")
-    assert made.returncode == 0, made.stderr
-    assert "nothing is baked" in made.stderr, "the recipe is that of the state for a CPU"
+def test_an_image_for_a_gpu_that_is_baked_without_one_has_the_families_that_need_none(
+    docker: str, context: Path, place: Path
+) -> None:
+    finished = _build(context, place, "--device", "cuda", "--route", "no-gpu", tag=f"{TAG}-gpu")
+    assert finished.returncode == 0, finished.stderr
+    assert "no bake is needed" in finished.stderr, "the recipe is the same as for a CPU"
     config = _config(docker, f"{TAG}-gpu")["Config"]
     assert "CHATTERBOX_PREWARM_DEVICE=cuda" in config["Env"]
     assert config["Labels"]["io.chatterbox-prewarm.gpu"] == "none"
@@ -147,7 +151,7 @@ def test_an_image_for_a_gpu_has_without_one_what_depends_on_none(docker: str, co
 
 
 @pytest.mark.usefixtures("built")
-def test_a_matrix_builds_what_this_machine_can_and_says_what_it_cannot(
+def test_a_matrix_builds_the_bakes_for_this_machine_and_reports_the_others(
     docker: str, context: Path, place: Path, tmp_path: Path
 ) -> None:
     matrix = tmp_path / "prewarm.toml"
@@ -157,16 +161,16 @@ def test_a_matrix_builds_what_this_machine_can_and_says_what_it_cannot(
     )
     name = "english-cpu-eager-float32"
     (tmp_path / "states").mkdir()
-    shutil.copytree(place / "warm", tmp_path / "states" / name)  # baked by the same recipe
+    shutil.copytree(place / "warm", tmp_path / "states" / name)  # has the same recipe
     shutil.copy(place / "warm.recipe.json", tmp_path / "states" / f"{name}.recipe.json")
     arguments = [word for word in ARGUMENTS if word not in {"--profile", "eager", "--levels", "1"}]
-    made = run_cli(
+    finished = run_cli(
         *("build", "--matrix", matrix, "--checkout", context, "--warm", tmp_path / "states", *arguments),
     )
     try:
-        assert made.returncode == 0, made.stderr
-        assert "left to another machine: 0: english, NVIDIA L4, aot, float32: this machine has" in made.stderr
-        assert f"{TAG}-{name}: proven" in made.stdout
+        assert finished.returncode == 0, finished.stderr
+        assert "left to another machine: 0: english, NVIDIA L4, aot, float32: this machine has" in finished.stderr
+        assert f"{TAG}-{name}: proven" in finished.stdout
         (state,) = read_states(_config(docker, f"{TAG}-{name}")["Config"]["Labels"])
         assert state.profile == "eager"
         evidence = json.loads((tmp_path / "states" / f"{name}.evidence.json").read_text())
@@ -176,71 +180,71 @@ def test_a_matrix_builds_what_this_machine_can_and_says_what_it_cannot(
 
 
 @pytest.mark.usefixtures("built")
-def test_a_state_that_misses_gets_no_name_until_it_is_baked_anew(
+def test_an_image_with_a_miss_gets_no_tag_until_it_is_baked_again(
     docker: str, context: Path, place: Path, tmp_path: Path
 ) -> None:
-    warm = _kept(place, tmp_path)
-    index = list((warm / "numba").rglob("*.nbi"))
-    assert index
-    for path in index:
+    warm = _copy_state(place, tmp_path)
+    index_files = list((warm / "numba").rglob("*.nbi"))
+    assert index_files
+    for path in index_files:
         path.unlink()
-    rewrite(warm, rescan=True)  # a sound state, that fits: `verify` finds nothing
+    rewrite(warm, rescan=True)  # the state is valid and fits, so `verify` finds no problem
     private, _ = make_keys(tmp_path)
-    signature = sign(warm, private)
+    signature = sign(State.read(warm), private)
     tag = f"{TAG}-missed"
     try:
-        for _ in range(2):  # it stays as it is
+        for _ in range(2):  # a failed proof does not change the state
             missed = _build(context, tmp_path, tag=tag)
             assert missed.returncode == 13, missed.stderr
-            assert "it fits the image: nothing is baked" in missed.stderr
+            assert "the stored state fits the image: no bake is needed" in missed.stderr
             assert "numba was used (seen: " in missed.stderr
             assert "build with --rebake" in missed.stderr
-            assert f"{tmp_path / 'warm.evidence.json'} has every detail" in missed.stderr
+            assert f"see every detail in {tmp_path / 'warm.evidence.json'}" in missed.stderr
             evidence = json.loads((tmp_path / "warm.evidence.json").read_text())
             assert not evidence["passed"]
             assert evidence["observed"]["metrics"]["misses"]["numba"] > 0
             assert _ask(docker, "images", "--quiet", tag) == ""
-            assert _left_behind(docker) == []
-        made = _build(context, tmp_path, "--rebake", tag=tag)
-        assert made.returncode == 0, made.stderr
-        assert not signature.exists(), "it was of the state before"
-        assert "sign the new one" in made.stderr
+            assert _leftovers(docker) == []
+        finished = _build(context, tmp_path, "--rebake", tag=tag)
+        assert finished.returncode == 0, finished.stderr
+        assert not signature.exists(), "it belongs to the replaced state"
+        assert "sign the new one" in finished.stderr
         assert json.loads((tmp_path / "warm.evidence.json").read_text())["passed"]
-        _layers_of_state(docker, tag, made.stdout)
+        _layers(docker, tag, finished.stdout)
     finally:
         subprocess.run([docker, "rmi", "--force", tag], capture_output=True, check=False)
 
 
 @pytest.mark.usefixtures("built")
-def test_a_state_with_the_signature_of_another_is_neither_shipped_nor_baked_over(
+def test_a_state_with_the_signature_of_another_state_is_neither_shipped_nor_overwritten(
     docker: str, context: Path, place: Path, tmp_path: Path
 ) -> None:
-    warm = _kept(place, tmp_path)
+    warm = _copy_state(place, tmp_path)
     private, _ = make_keys(tmp_path)
-    signature = sign(warm, private)
+    signature = sign(State.read(warm), private)
     rewrite(warm, lambda raw: raw.update(created="2030-01-01T00:00:00+00:00"))
     refused = _build(context, tmp_path, tag=f"{TAG}-signed")
     assert refused.returncode == 12, refused.stderr
     assert "is of another manifest than" in refused.stderr
     assert signature.exists()
     assert _ask(docker, "images", "--quiet", f"{TAG}-signed") == ""
-    assert _left_behind(docker) == []
+    assert _leftovers(docker) == []
 
 
 @pytest.mark.usefixtures("built")
-def test_a_name_that_is_taken_is_refused_before_anything_slow(context: Path, place: Path) -> None:
+def test_an_existing_tag_is_refused_before_the_build_starts(context: Path, place: Path) -> None:
     refused = _build(context, place)
     assert refused.returncode == 16
-    assert "there is an image" in refused.stderr
+    assert "exists already" in refused.stderr
     assert "docker build" not in refused.stderr
 
 
-def test_a_dry_run_shows_the_plan_and_makes_nothing(docker: str, context: Path, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_plan_and_builds_nothing(docker: str, context: Path, tmp_path: Path) -> None:
     shown = _build(context, tmp_path, "--dry-run", tag=f"{TAG}-dry")
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
     assert lines[:2] == ["route export: possible", "route dockerfile: possible"]
-    assert lines[2].startswith("route no-gpu: not here: --route no-gpu is for an image for a GPU")
+    assert lines[2].startswith("route no-gpu: not possible: --route no-gpu is for an image for a GPU")
     for word in ("engine: Docker", "--target cold", "--target tools", "bake --device cpu", f"tag: {TAG}-dry"):
         assert word in shown.stdout
     assert _ask(docker, "images", "--quiet", f"{TAG}-dry") == ""
@@ -248,34 +252,34 @@ def test_a_dry_run_shows_the_plan_and_makes_nothing(docker: str, context: Path, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "word"),
+    ("arguments", "code", "message"),
     [
         (["--device", "cuda"], 14, "gives containers no GPU"),
         (["--device", "cuda", "--route", "dockerfile"], 14, "default runtime"),
         (["--route", "no-gpu"], 16, "for an image for a GPU"),
         (["--voice", "fox=/nowhere/fox.wav"], 16, "there is no clip"),
         (["--build-arg", "WEIGHTS"], 16, "has no value"),
-        (["--build-arg", "BASE_DIGEST=debian:12"], 16, "is no digest of an image"),
+        (["--build-arg", "BASE_DIGEST=debian:12"], 16, "is not the digest of an image"),
         (["--checkout", "/nowhere"], 16, "has no Dockerfile"),
     ],
 )
-def test_a_build_that_cannot_be_is_refused_at_once(
-    docker: str, arguments: list[str], code: int, word: str, context: Path, tmp_path: Path
+def test_an_impossible_build_is_refused_before_it_starts(
+    docker: str, arguments: list[str], code: int, message: str, context: Path, tmp_path: Path
 ) -> None:
     assert docker
     refused = _build(context, tmp_path, *arguments, tag=f"{TAG}-never")
     assert refused.returncode == code, refused.stderr
-    assert word in refused.stderr
+    assert message in refused.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_engine_that_is_not_there_is_said(context: Path, tmp_path: Path) -> None:
+def test_a_missing_engine_is_reported(context: Path, tmp_path: Path) -> None:
     refused = _build(context, tmp_path, env={**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/none.sock"})
     assert refused.returncode == 14
     assert "start the engine, or set DOCKER_HOST" in refused.stderr
 
 
-def test_a_build_without_room_is_refused(context: Path, small_engine: str, tmp_path: Path) -> None:
+def test_a_build_without_enough_disk_space_is_refused(context: Path, small_engine: str, tmp_path: Path) -> None:
     refused = _build(context, tmp_path, env={**os.environ, "DOCKER_HOST": small_engine})
     assert refused.returncode == 14, refused.stderr
     assert "GB left for images" in refused.stderr
@@ -283,21 +287,21 @@ def test_a_build_without_room_is_refused(context: Path, small_engine: str, tmp_p
 
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize(
-    ("sent", "doing"),
+    ("sent", "step"),
     [
         (signal.SIGINT, "--target cold"),
         (signal.SIGINT, "cold start, warm-up and save"),
         (signal.SIGTERM, "cold start, warm-up and save"),
-        (signal.SIGTERM, "prove, in a container of it"),
+        (signal.SIGTERM, "prove the image"),
     ],
 )
-def test_a_build_that_is_ended_leaves_nothing(
-    docker: str, context: Path, place: Path, tmp_path: Path, sent: int, doing: str
+def test_an_interrupted_build_leaves_nothing(
+    docker: str, context: Path, place: Path, tmp_path: Path, sent: int, step: str
 ) -> None:
-    command = [sys.executable, "-m", "chatterbox_prewarm", "build", "--tag", f"{TAG}-ended"]
+    command = [sys.executable, "-m", "chatterbox_prewarm", "build", "--tag", f"{TAG}-interrupted"]
     command += ["--checkout", str(context), "--warm", str(tmp_path / "warm"), *ARGUMENTS]
     kept = {".warm.lock"}
-    if doing.startswith("prove"):
+    if step.startswith("prove"):
         shutil.copytree(place / "warm", tmp_path / "warm")
         shutil.copy(place / "warm.recipe.json", tmp_path)
         kept |= {"warm", "warm.recipe.json"}
@@ -305,7 +309,7 @@ def test_a_build_that_is_ended_leaves_nothing(
         try:
             assert process.stderr is not None
             for line in process.stderr:
-                if doing in line:
+                if step in line:
                     break
             time.sleep(1)
             process.send_signal(sent)
@@ -313,6 +317,6 @@ def test_a_build_that_is_ended_leaves_nothing(
         finally:
             process.kill()
     assert process.returncode in {130, 143}
-    assert _left_behind(docker) == []
-    assert _ask(docker, "images", "--quiet", f"{TAG}-ended") == ""
+    assert _leftovers(docker) == []
+    assert _ask(docker, "images", "--quiet", f"{TAG}-interrupted") == ""
     assert {path.name for path in tmp_path.iterdir()} <= kept

@@ -1,6 +1,6 @@
-"""The Dockerfile builds without a GPU, the image proves itself and speaks under the flags that are promised for it.
+"""The Dockerfile builds without a GPU, and the image passes its proof and speaks under the documented flags.
 
-With a mini checkpoint of random weights in the place of the published ones; everything else is as a user has it.
+The weights are a small random checkpoint instead of the published one. Everything else is as for a user.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def run(docker: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([docker, *arguments], capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_the_image_proves_itself_under_the_promised_flags(docker: str, image: str) -> None:
+def test_the_image_passes_its_proof_under_the_documented_flags(docker: str, image: str) -> None:
     proven = run(docker, "run", "--rm", *FLAGS, image, "prove", "--here", "--evidence", "-")
     assert proven.returncode == 0, proven.stderr
     evidence = json.loads(proven.stdout)
@@ -50,10 +50,10 @@ def test_the_image_proves_itself_under_the_promised_flags(docker: str, image: st
     assert evidence["observed"]["metrics"]["hits"]["numba"] > 0
 
 
-def test_an_image_of_the_profile_compiled_starts_no_compiler_either(
+def test_an_image_with_the_profile_compiled_starts_no_compiler(
     docker: str, context: Path, image: str, tmp_path: Path
 ) -> None:
-    assert image, "whose layers it shares up to the bake"
+    assert image, "its layers below the bake are reused"
     tag = f"{TAG}-compiled"
     build(context, tag, [*SYNTHETIC, "--build-arg", "PROFILE=compiled"])
     try:
@@ -70,23 +70,23 @@ def test_an_image_of_the_profile_compiled_starts_no_compiler_either(
         subprocess.run([docker, "rmi", "--force", tag], capture_output=True, check=False)
 
 
-def test_an_image_that_does_not_exist_is_said(docker: str) -> None:
+def test_the_proof_of_a_missing_image_is_refused(docker: str) -> None:
     assert docker
     refused = run_cli("prove", "--image", "chatterbox-prewarm-test:nowhere")
     assert refused.returncode == 14
-    assert "there is no image" in refused.stderr
+    assert "has no image" in refused.stderr
 
 
 def _ask(docker: str, container: str, method: str, path: str, body: str = "") -> tuple[int, bytes]:
-    """A request from inside the container, since it has no network; the answer comes out in hexadecimal."""
+    """Send a request from inside the container, because it has no network; its body is printed in hexadecimal."""
     program = (
         "import http.client,sys;c=http.client.HTTPConnection('127.0.0.1',8000,timeout=60);"
         f"c.request({method!r},{path!r},{body!r} or None);r=c.getresponse();print(r.status,r.read().hex())"
     )
-    asked = run(docker, "exec", container, "python", "-c", program)
-    if asked.returncode != 0:
+    finished = run(docker, "exec", container, "python", "-c", program)
+    if finished.returncode != 0:
         return 0, b""
-    status, _, content = asked.stdout.strip().partition(" ")
+    status, _, content = finished.stdout.strip().partition(" ")
     return int(status), bytes.fromhex(content)
 
 
@@ -115,15 +115,15 @@ def test_the_container_speaks_without_network_and_drains(docker: str, image: str
         run(docker, "rm", "--force", container)
 
 
-def test_a_cache_that_cannot_be_written_is_said(docker: str, image: str) -> None:
-    without = [flag for flag in FLAGS if not flag.startswith(CACHE)]
-    del without[-1]  # the --tmpfs that named it
-    refused = run(docker, "run", "--rm", *without, image)
+def test_a_read_only_cache_folder_is_reported(docker: str, image: str) -> None:
+    flags = [flag for flag in FLAGS if not flag.startswith(CACHE)]
+    del flags[-1]  # the --tmpfs before it
+    refused = run(docker, "run", "--rm", *flags, image)
     assert refused.returncode == 16
     assert "mount a tmpfs or an emptyDir there" in refused.stderr
 
 
-def test_the_state_cannot_be_written_and_no_secret_stays(docker: str, image: str) -> None:
+def test_the_state_is_read_only_and_the_image_contains_no_secret(docker: str, image: str) -> None:
     script = (
         "! touch /opt/chatterbox-prewarm/warm/x 2>/dev/null && ! touch /opt/chatterbox-prewarm/weights/x 2>/dev/null "
         '&& test -z "$(find /opt/chatterbox-prewarm/warm /opt/chatterbox-prewarm/weights -type f ! -perm 0444)" '
@@ -133,8 +133,8 @@ def test_the_state_cannot_be_written_and_no_secret_stays(docker: str, image: str
     checked = run(docker, "run", "--rm", "--entrypoint", "sh", image, "-c", script)
     assert checked.returncode == 0, checked.stderr
     script = "grep -rl 'timeout = 47' /etc /root /run /tmp /build /opt/venv/pyvenv.cfg 2>/dev/null"
-    found = run(docker, "run", "--rm", "--user", "0", "--entrypoint", "sh", image, "-c", script)
-    assert found.stdout == ""
+    leaked = run(docker, "run", "--rm", "--user", "0", "--entrypoint", "sh", image, "-c", script)
+    assert leaked.stdout == ""
     history = run(docker, "history", "--no-trunc", image).stdout
     assert "timeout = 47" not in history
 
@@ -156,7 +156,7 @@ def test_the_image_has_the_documented_labels_and_no_gpu_setting(docker: str, ima
 
 
 def test_file_times_survive_a_registry(docker: str, image: str) -> None:
-    """A registry keeps whole seconds of file times; Numba compares to the last digit."""
+    """A registry drops fractions of a second from modification times, but Numba compares exact times."""
     script = "find /opt/venv /opt/chatterbox-prewarm/weights -type f -printf '%T@\\n' | sort -u"
     times = run(docker, "run", "--rm", "--entrypoint", "sh", image, "-c", script)
     assert times.stdout.split() == ["1735689600.0000000000"], "all files have one whole-second time"
@@ -165,8 +165,8 @@ def test_file_times_survive_a_registry(docker: str, image: str) -> None:
 def test_the_build_fetches_weights_from_a_hub_with_a_token_that_stays_out_of_the_image(
     docker: str, context: Path, tmp_path: Path
 ) -> None:
-    """The stage that a build has by default, from a hub on the loopback interface."""
-    # New content and a new commit in each run: the builder keeps what earlier ones fetched.
+    """Builds the default source of the weights, with a hub on the loopback interface."""
+    # Each run needs new content and a new commit, because the builder caches the files of earlier runs.
     revision = os.urandom(20).hex()
     tensors = save({"a": np.frombuffer(os.urandom(20_000_000), dtype=np.uint8)})
     files = {name: tensors if name in ENGLISH.safetensors else revision.encode() for name in ENGLISH.files}
@@ -177,7 +177,7 @@ def test_the_build_fetches_weights_from_a_hub_with_a_token_that_stays_out_of_the
         hub.cut["t3_cfg.safetensors"] = 11_000_000
         arguments = ("--build-arg", f"HF_ENDPOINT={hub.endpoint}", "--build-arg", f"REVISION={revision}")
         build(context, tag, ["--target", "weights-hub", *arguments, "--secret", f"id=hf_token,src={token}"])
-        assert len(hub.of("GET", "t3_cfg.safetensors")) == 2, "the broken transfer was resumed"
+        assert len(hub.ranges("GET", "t3_cfg.safetensors")) == 2, "the interrupted download was resumed"
         assert {sent for name, sent in hub.authorizations if name in files} == {"Bearer hf_sesame"}
     try:
         script = "cd /opt/chatterbox-prewarm/weights && sha256sum *.* && stat -c '%a %Y %n' * && env"
@@ -191,16 +191,16 @@ def test_the_build_fetches_weights_from_a_hub_with_a_token_that_stays_out_of_the
         subprocess.run([docker, "rmi", "--force", tag], capture_output=True, check=False)
 
 
-def test_a_code_change_downloads_installs_and_bakes_nothing(docker: str, context: Path, image: str) -> None:
-    """A change of the server's code reuses every layer but the last two."""
+def test_a_change_of_the_server_downloads_installs_and_bakes_nothing(docker: str, context: Path, image: str) -> None:
+    """Only the last two layers are built again."""
     assert image
     changed = context / "chatterbox_prewarm" / "serve" / "front.py"
-    # New content in each run: the builder keeps what earlier ones copied.
+    # Each run needs new content, because the builder caches the files of earlier runs.
     changed.write_text(changed.read_text() + f"\n# {os.urandom(20).hex()}\n")
-    ran = ran_steps(build(context, f"{TAG}-again", SYNTHETIC))
+    ran = ran_steps(build(context, f"{TAG}-changed", SYNTHETIC))
     try:
         kept = {"[base", "[installed", "[packages", "[weights-synthetic", "[bake"}
         assert [step for step in ran if step.split()[0] in kept] == []
         assert any("COPY chatterbox_prewarm /opt" in step for step in ran)
     finally:
-        subprocess.run([docker, "rmi", "--force", f"{TAG}-again"], capture_output=True, check=False)
+        subprocess.run([docker, "rmi", "--force", f"{TAG}-changed"], capture_output=True, check=False)

@@ -1,6 +1,6 @@
-"""The rendered cpu-demo runs: podman plays it with the built image, and the kubelet's rules are applied to its probes.
+"""Podman runs the overlay cpu-demo with the built image, and the kubelet's rules are applied to its probes.
 
-Nothing is started again that should not be, and all is that should.
+The tests check which failures restart a container and which do not.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import yaml
 from benchmarks.pod import Pod
 from benchmarks.pods import wait_ready
 from benchmarks.routes import give_to_podman
-from chatterbox_prewarm.bench.clients import ask, mix
+from chatterbox_prewarm.bench.clients import make_requests, request_speech
 from chatterbox_prewarm.bench.server import free_port
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.system.paths import WARM
-from tests.conftest import run_cli
-from tests.helpers.manifests import K8S, kustomize, the
+from tests.conftest import run_benchmark
+from tests.helpers.manifests import K8S, document_of, kustomize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,20 +36,20 @@ if TYPE_CHECKING:
     from tests.helpers.manifests import Document
     from tests.image.conftest import Storage
 
-#: Of a short, a medium and a long text; random weights never stop.
+#: Limits for a short, a medium and a long text, because random weights never stop.
 TOKENS = (6, 12, 25)
-ORDERS = mix(TOKENS, 2, voice=DEFAULT_VOICE)
-#: Seconds that a worker may be silent, so that nobody waits two minutes here.
+BODIES = make_requests(TOKENS, 2, voice=DEFAULT_VOICE)
+#: Treat a worker as hung after 5 s instead of two minutes.
 HANG = {"CHATTERBOX_PREWARM_HANG_SECONDS": "5"}
-PATIENCE = 120.0
+TIMEOUT = 120.0
 
 
 @pytest.fixture(scope="module")
-def played(storage: Storage, image: str) -> str:
-    """The image, which podman has as well."""
+def image_in_podman(storage: Storage, image: str) -> str:
+    """Copy the image to podman."""
     helpers = f"{os.environ['PATH']}:/usr/lib/podman:/usr/libexec/podman"
     if not all(shutil.which(name, path=helpers) for name in ("netavark", "catatonit")):
-        pytest.skip("podman has no pods without netavark and catatonit (Debian: apt-get install netavark catatonit)")
+        pytest.skip("for pods, podman needs netavark and catatonit (Debian: apt-get install netavark catatonit)")
     assert storage.root.is_dir()
     give_to_podman(image)
     return image
@@ -57,16 +57,16 @@ def played(storage: Storage, image: str) -> str:
 
 @pytest.fixture(scope="module")
 def documents() -> list[Document]:
-    """As they are, but for threads that spin while they wait: those take the processors from other tests."""
-    found = kustomize(K8S / "overlays" / "cpu-demo")
-    the(found, "ConfigMap")["data"]["OMP_WAIT_POLICY"] = "passive"
-    return found
+    """Render the overlay. Threads must not spin while they wait, because other tests need the processors."""
+    rendered = kustomize(K8S / "overlays" / "cpu-demo")
+    document_of(rendered, "ConfigMap")["data"]["OMP_WAIT_POLICY"] = "passive"
+    return rendered
 
 
 @pytest.fixture(scope="module")
-def running(documents: list[Document], played: str) -> Iterator[Pod]:
-    """A pod that is warm and ready; each test leaves it so, whatever became of its processes."""
-    with Pod(documents, name="running", port=free_port(), image=played, settings=HANG) as pod:
+def running(documents: list[Document], image_in_podman: str) -> Iterator[Pod]:
+    """A warm and ready pod. After each test it is ready again, also if its processes were killed."""
+    with Pod(documents, name="running", port=free_port(), image=image_in_podman, settings=HANG) as pod:
         with pod.watch() as watched:
             wait_ready(pod, watched)
         yield pod
@@ -74,7 +74,7 @@ def running(documents: list[Document], played: str) -> Iterator[Pod]:
 
 @pytest.fixture
 def state(docker: str, image: str, tmp_path: Path) -> Path:
-    """A copy of the image's warm state."""
+    """Copy the warm state of the image."""
     container = subprocess.run([docker, "create", image], capture_output=True, text=True, check=True).stdout.strip()
     try:
         subprocess.run([docker, "cp", f"{container}:{WARM}", tmp_path / "warm"], check=True, capture_output=True)
@@ -84,22 +84,22 @@ def state(docker: str, image: str, tmp_path: Path) -> Path:
     return tmp_path / "warm"
 
 
-def wait_until(what: Callable[[], bool], seconds: float = PATIENCE) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = TIMEOUT) -> None:
     deadline = time.monotonic() + seconds
-    while not what():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_starts_are_warm_or_slow_and_an_update_loses_nothing(
-    documents: list[Document], played: str, tmp_path: Path
+def test_warm_and_cold_starts_are_measured_and_an_update_loses_no_request(
+    documents: list[Document], image_in_podman: str, tmp_path: Path
 ) -> None:
     manifests, output = tmp_path / "demo.yaml", tmp_path / "pods.json"
     manifests.write_text(yaml.safe_dump_all(documents))
-    # As much as two pods on two cores speak within the drain of 100 s.
+    # Two pods on two cores can finish these requests within the drain time of 100 s.
     arguments = ("--rounds", "1", "--tokens", "6,6,6", "--clients", "2", "--output", output)
-    made = run_cli("bench", "pods", "--manifests", manifests, "--image", played, *arguments, timeout=900)
-    assert made.returncode == 0, made.stdout + made.stderr[-5000:]
+    finished = run_benchmark("pods", "--manifests", manifests, "--image", image_in_podman, *arguments, timeout=900)
+    assert finished.returncode == 0, finished.stdout + finished.stderr[-5000:]
     report = json.loads(output.read_text())
     (warm,), (cold,) = report["starts"]["warm"], report["starts"]["cold"]
     assert warm["misses"] == {}
@@ -107,30 +107,30 @@ def test_starts_are_warm_or_slow_and_an_update_loses_nothing(
     assert cold["hits"] == {}
     assert cold["profile"] == "eager"
     assert warm["restarts"] == cold["restarts"] == 0
-    assert 0 < warm["since_exec"]["ready"] <= warm["ready"] + 1, "the kubelet sees it no sooner than it is so"
+    assert 0 < warm["since_exec"]["ready"] <= warm["ready"] + 1, "the kubelet cannot see it earlier"
     assert {"warm", "cold"} == report["ready"].keys()
     update = report["update"]
     assert update["sound"] == update["answers"] > 2 * update["clients"]
     assert (update["old_exit_code"], update["killed"], update["misses"]) == (0, False, {})
 
 
-def test_the_container_is_what_the_manifest_says(running: Pod) -> None:
+def test_the_container_has_the_permissions_of_the_manifest(running: Pod) -> None:
     status = _kernel_status(running)
     assert (status["Uid"].split(), status["Gid"].split()) == (["12345"] * 4, ["12345"] * 4)
     assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
     assert status["NoNewPrivs"] == "1"
     cache = "/var/cache/chatterbox-prewarm"
     script = f"touch /opt/x /tmp/x {cache}/x; cp /bin/true {cache}/run && {cache}/run && echo executed; rm {cache}/run"
-    said = _in(running, "sh", "-c", f"{script}; ls /var/run/secrets; env")
-    assert "touch: cannot touch '/opt/x': Read-only file system" in said
-    assert said.count("cannot touch") == 1
-    assert "executed" in said, "libraries are loaded from the cache"
-    assert "'/var/run/secrets': No such file or directory" in said
-    assert "NVIDIA_VISIBLE_DEVICES" not in said
+    output = _in(running, "sh", "-c", f"{script}; ls /var/run/secrets; env")
+    assert "touch: cannot touch '/opt/x': Read-only file system" in output
+    assert output.count("cannot touch") == 1
+    assert "executed" in output, "libraries are loaded from the cache"
+    assert "'/var/run/secrets': No such file or directory" in output
+    assert "NVIDIA_VISIBLE_DEVICES" not in output
 
 
-def test_a_corrupted_state_is_a_slow_start_and_no_crash_loop(
-    documents: list[Document], played: str, state: Path
+def test_a_corrupted_state_causes_a_slow_start_but_no_crash_loop(
+    documents: list[Document], image_in_podman: str, state: Path
 ) -> None:
     damaged = max(state.rglob("aot/*/region.so"), key=lambda path: path.stat().st_size)
     content = bytearray(damaged.read_bytes())
@@ -138,65 +138,65 @@ def test_a_corrupted_state_is_a_slow_start_and_no_crash_loop(
     damaged.chmod(0o644)
     damaged.write_bytes(content)
     with (
-        Pod(documents, name="corrupted", port=free_port(), image=played, folders={str(WARM): state}) as pod,
+        Pod(documents, name="corrupted", port=free_port(), image=image_in_podman, folders={str(WARM): state}) as pod,
         pod.watch() as watched,
     ):
         wait_ready(pod, watched)
         status = pod.target.status()
         assert status["misses"].keys() == {"aot"}
-        assert status["hits"].keys() >= {"numba", "conditionals"}, "what is whole is used"
+        assert status["hits"].keys() >= {"numba", "conditionals"}, "intact families are used"
         assert "miss in aot" in pod.log()
-        assert ask(pod.target, ORDERS[0], streamed=False).outcome == "sound"
-        assert [event.what for event in watched.events] == ["started", "ready"]
+        assert request_speech(pod.target, BODIES[0], streamed=False).outcome == "sound"
+        assert [event.kind for event in watched.events] == ["started", "ready"]
         assert pod.restarts() == 0
 
 
-def test_a_killed_worker_is_replaced_from_the_state_and_the_container_stays(running: Pod) -> None:
+def test_a_killed_worker_is_replaced_from_the_state_without_a_restart_of_the_container(running: Pod) -> None:
     process, before = running.process(), running.target.status()["restarts"]
     with running.watch() as watched:
-        assert watched.wait_for("ready", timeout=PATIENCE)
+        assert watched.wait_for("ready", timeout=TIMEOUT)
         os.kill(running.workers()[0], signal.SIGKILL)
         wait_until(lambda: running.target.status()["restarts"] == before + 1)
         wait_until(lambda: running.target.get("/readyz")[0] == 200)
-        assert ask(running.target, ORDERS[1], streamed=True).outcome == "sound"
+        assert request_speech(running.target, BODIES[1], streamed=True).outcome == "sound"
         assert running.target.status()["misses"] == {}
         assert not watched.killed
     assert (running.process(), running.restarts()) == (process, 0)
 
 
-def test_a_hung_worker_is_replaced_and_the_container_stays(running: Pod) -> None:
+def test_a_hung_worker_is_replaced_without_a_restart_of_the_container(running: Pod) -> None:
     process, before = running.process(), running.target.status()["restarts"]
     with running.watch() as watched, ThreadPoolExecutor(1) as pool:
-        assert watched.wait_for("ready", timeout=PATIENCE)
+        assert watched.wait_for("ready", timeout=TIMEOUT)
         os.kill(running.workers()[0], signal.SIGSTOP)
-        asked = pool.submit(ask, running.target, ORDERS[0], streamed=False)
-        wait_until(lambda: running.target.get("/readyz")[0] == 503)  # readiness follows
+        pending = pool.submit(request_speech, running.target, BODIES[0], streamed=False)
+        wait_until(lambda: running.target.get("/readyz")[0] == 503)  # the pod is not ready without a worker
         wait_until(lambda: running.target.get("/readyz")[0] == 200)
-        assert asked.result().outcome in {"sound", "refused"}
+        assert pending.result().outcome in {"sound", "refused"}
         assert running.target.status()["restarts"] == before + 1
         assert not watched.killed
     assert (running.process(), running.restarts()) == (process, 0)
 
 
-def test_a_hung_server_is_ended_and_started_again(running: Pod) -> None:
+def test_a_hung_server_is_restarted(running: Pod) -> None:
     process = running.process()
     with running.watch() as watched:
-        assert watched.wait_for("ready", timeout=PATIENCE)
+        assert watched.wait_for("ready", timeout=TIMEOUT)
         os.kill(process, signal.SIGSTOP)
-        assert watched.wait_for("not ready", timeout=PATIENCE)
-        killed = watched.wait_for("killed", timeout=PATIENCE)
+        assert watched.wait_for("not ready", timeout=TIMEOUT)
+        killed = watched.wait_for("killed", timeout=TIMEOUT)
         assert killed is not None
-        assert killed.why.startswith("liveness: /livez")
+        assert killed.reason.startswith("liveness: /livez")
     began = time.monotonic()
     running.restart(killed)
-    assert time.monotonic() - began < 60, "nothing is drained"
+    assert time.monotonic() - began < 60, "a hung server does not drain"
     with running.watch() as watched:
         wait_ready(running, watched)
         assert running.target.status()["misses"] == {}
     assert running.process() != process
 
 
-def test_a_server_that_died_is_started_again(running: Pod) -> None:
+def test_a_killed_server_is_restarted(running: Pod) -> None:
     process, before = running.process(), running.restarts()
     os.kill(process, signal.SIGKILL)
     wait_until(lambda: running.restarts() == before + 1)
@@ -206,46 +206,46 @@ def test_a_server_that_died_is_started_again(running: Pod) -> None:
     assert running.process() != process
 
 
-def test_a_pod_that_is_deleted_finishes_what_it_was_asked_for(documents: list[Document], played: str) -> None:
-    with Pod(documents, name="drained", port=free_port(), image=played) as pod, ThreadPoolExecutor(2) as pool:
+def test_a_deleted_pod_finishes_its_requests(documents: list[Document], image_in_podman: str) -> None:
+    with Pod(documents, name="drained", port=free_port(), image=image_in_podman) as pod, ThreadPoolExecutor(2) as pool:
         with pod.watch() as watched:
             wait_ready(pod, watched)
-        # Longer than preStop takes, so that the last of them are spoken during the drain.
-        long = {**ORDERS[2], "max_new_tokens": 60}
-        asked = [pool.submit(ask, pod.target, long, streamed=bool(number % 2)) for number in range(2)]
+        # These requests take longer than preStop, so the last of them finish during the drain.
+        long = {**BODIES[2], "max_new_tokens": 60}
+        pending = [pool.submit(request_speech, pod.target, long, streamed=bool(number % 2)) for number in range(2)]
         wait_until(lambda: bool(pod.target.status()["workers"][0]["busy"]))
         assert pod.end() == 0
         drained = re.search(r"draining: (\d+)", pod.log())
         assert drained is not None
-        assert int(drained[1]) > 0, "some were left when preStop was over"
-        assert [one.result().outcome for one in asked] == ["sound"] * 2
+        assert int(drained[1]) > 0, "some requests were not finished after preStop"
+        assert [one.result().outcome for one in pending] == ["sound"] * 2
 
 
-def test_a_start_that_does_not_end_is_ended_by_the_startup_probe(documents: list[Document], played: str) -> None:
-    pod = Pod(documents, name="hung", port=free_port(), image=played)
-    # A budget of 15 s for this test; the manifest's is 6 minutes.
+def test_a_start_that_hangs_is_ended_by_the_startup_probe(documents: list[Document], image_in_podman: str) -> None:
+    pod = Pod(documents, name="hung", port=free_port(), image=image_in_podman)
+    # Limit the start to 15 s in this test instead of 6 minutes.
     pod.probes["startup"] = replace(pod.probes["startup"], failure_threshold=15)
     with pod, pod.watch() as watched:
         wait_until(lambda: any(b"serve.worker" in _command(pid) for pid in pod.workers()))
         os.kill(pod.workers()[0], signal.SIGSTOP)
-        killed = watched.wait_for("killed", timeout=PATIENCE)
+        killed = watched.wait_for("killed", timeout=TIMEOUT)
         assert killed is not None
-        assert killed.why == "startup: /startupz: 503"
-        assert [event.what for event in watched.events] == ["killed"]
+        assert killed.reason == "startup: /startupz: 503"
+        assert [event.kind for event in watched.events] == ["killed"]
 
 
 def _kernel_status(pod: Pod) -> dict[str, str]:
-    """Of the server's process, as the kernel tells."""
+    """Return the fields of `/proc/PID/status` of the server."""
     lines = Path(f"/proc/{pod.process()}/status").read_text(encoding="ascii").splitlines()
     return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
 
 
 def _command(pid: int) -> bytes:
-    """The command line of a process; until it has called exec, that of its parent."""
+    """Return the command line of a process. Before its exec, it is that of its parent."""
     return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def _in(pod: Pod, *command: str) -> str:
-    """What a command in the server's container prints."""
-    asked = ["podman", "exec", pod.container, *command]
-    return subprocess.run(asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout
+    """Return the output of a command in the container of the server."""
+    arguments = ["podman", "exec", pod.container, *command]
+    return subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout

@@ -1,4 +1,4 @@
-"""Blobs and manifests in a real registry: there and back, cut off, refused, damaged, and behind a login."""
+"""Upload and download blobs and manifests with a real registry: broken connections, errors, damage and logins."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from chatterbox_prewarm.image.registry.client import Repository
 from chatterbox_prewarm.image.registry.login import parse_challenges
 from tests.conftest import ROOT
 from tests.helpers import registry_server
-from tests.helpers.registry_server import PASSWORD, USER, Fault, Registry, Tokens, before, serve, serve_tokens
+from tests.helpers.registry_server import PASSWORD, USER, Fault, Registry, Tokens, faulty_proxy, serve, serve_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MB = 1 << 20
-#: Short, so that what is tried again does not make the tests slow.
-WAITS = (0.05, 0.1, 0.1)
+#: Seconds; short, so that retries do not make the tests slow.
+RETRY_DELAYS = (0.05, 0.1, 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
 
 
 @pytest.fixture(autouse=True)
-def no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A configuration of Docker's that is empty: nobody's login at this machine has a part in a test."""
+def docker_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Use an empty Docker configuration, so that no test uses a login of this machine."""
     folder = tmp_path / "docker-config"
     folder.mkdir()
     monkeypatch.setenv("DOCKER_CONFIG", str(folder))
@@ -63,12 +63,12 @@ def no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
-    """A repository of each test's own."""
+    """A different repository for each test."""
     return "tests/" + hashlib.sha256(request.node.name.encode()).hexdigest()[:16]
 
 
 def connect(address: str, name: str, **options: Any) -> Repository:
-    return Repository(parse(f"{address}/{name}"), **{"waits": WAITS, **options})
+    return Repository(parse(f"{address}/{name}"), **{"retry_delays": RETRY_DELAYS, **options})
 
 
 def describe(content: bytes) -> Descriptor:
@@ -88,18 +88,18 @@ def read(repository: Repository, descriptor: Descriptor) -> bytes:
 
 def push_image(repository: Repository, tag: str) -> Document:
     """Push an image without layers."""
-    named = {"rootfs": {"diff_ids": []}, "author": repository.reference.repository}
-    document, config, content = to_documents(Image(config=named, layers=()))
+    image_config = {"rootfs": {"diff_ids": []}, "author": repository.reference.repository}
+    document, config, content = to_documents(Image(config=image_config, layers=()))
     repository.put_blob(config, lambda: io.BytesIO(content))
     repository.put_manifest(document, tag)
     return document
 
 
-# --- there and back
+# --- upload and download
 
 
 @pytest.mark.parametrize("size", [0, 1, MB, 5 * MB + 17])
-def test_a_blob_is_read_back_as_it_was_put(registry: Registry, name: str, size: int) -> None:
+def test_a_blob_is_downloaded_as_it_was_uploaded(registry: Registry, name: str, size: int) -> None:
     content = os.urandom(size)
     with connect(registry.address, name, piece=2 * MB) as repository:
         descriptor = describe(content)
@@ -108,21 +108,21 @@ def test_a_blob_is_read_back_as_it_was_put(registry: Registry, name: str, size: 
         assert repository.has_blob(descriptor)
         assert read(repository, descriptor) == content
         counters = repository.counters
-    assert (counters.blobs_sent, counters.bytes_sent, counters.bytes_received) == (1, size, size)
+    assert (counters["blobs_sent"], counters["bytes_sent"], counters["bytes_received"]) == (1, size, size)
     assert registry.blob(descriptor.digest).read_bytes() == content
     assert registry.sessions(name) == []
 
 
-def test_a_blob_that_is_there_is_not_sent_again(registry: Registry, name: str) -> None:
+def test_a_stored_blob_is_not_uploaded_again(registry: Registry, name: str) -> None:
     with connect(registry.address, name) as repository:
         put(repository, b"a blob")
     with connect(registry.address, name) as repository:
         put(repository, b"a blob")
         counters = repository.counters
-    assert (counters.requests, counters.blobs_sent, counters.bytes_sent) == (1, 0, 0)
+    assert (counters["requests"], counters["blobs_sent"], counters["bytes_sent"]) == (1, 0, 0)
 
 
-def test_a_manifest_is_read_back_by_tag_and_by_digest(registry: Registry, name: str) -> None:
+def test_a_manifest_is_read_by_tag_and_by_digest(registry: Registry, name: str) -> None:
     with connect(registry.address, name) as repository:
         assert not repository.has_manifest("1.0")
         document = push_image(repository, "1.0")
@@ -133,26 +133,26 @@ def test_a_manifest_is_read_back_by_tag_and_by_digest(registry: Registry, name: 
         repository.put_manifest(document, document.digest)
         with pytest.raises(BadInputError, match="cannot be stored as"):
             repository.put_manifest(document, digest_of(b"other"))
-        with pytest.raises(BadInputError, match="names no manifest"):
+        with pytest.raises(BadInputError, match="is neither a tag nor a digest"):
             repository.read_manifest("../tags/list")
 
 
-def test_a_deleted_manifest_is_gone_with_its_tag(registry: Registry, name: str) -> None:
+def test_deleting_a_manifest_deletes_its_tag(registry: Registry, name: str) -> None:
     with connect(registry.address, name) as repository:
         document = push_image(repository, "1.0")
-        with pytest.raises(BadInputError, match="is no digest"):
+        with pytest.raises(BadInputError, match="is not a digest"):
             repository.delete_manifest("1.0")
         assert repository.delete_manifest(document.digest)
         assert not repository.has_manifest("1.0")
         assert repository.delete_manifest(document.digest)
 
 
-def test_a_registry_that_allows_no_deletion_is_no_error(
+def test_a_registry_without_deletion_causes_a_warning_only(
     registry: Registry, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     refusal = b'{"errors":[{"code":"UNSUPPORTED","message":"The operation is unsupported."}]}'
     with (
-        before(registry, Fault(method="DELETE", status=405, body=refusal)) as proxy,
+        faulty_proxy(registry, Fault(method="DELETE", status=405, body=refusal)) as proxy,
         connect(proxy.address, name) as repository,
     ):
         document = push_image(repository, "1.0")
@@ -161,79 +161,76 @@ def test_a_registry_that_allows_no_deletion_is_no_error(
     assert "The operation is unsupported." in caplog.text
 
 
-def test_a_manifest_that_names_a_blob_which_is_not_there_is_refused(registry: Registry, name: str) -> None:
-    document, _, _ = to_documents(Image(config={"rootfs": {"diff_ids": []}, "nobody": name}, layers=()))
+def test_a_manifest_with_a_missing_blob_is_refused(registry: Registry, name: str) -> None:
+    document, _, _ = to_documents(Image(config={"rootfs": {"diff_ids": []}, "unknown": name}, layers=()))
     with connect(registry.address, name) as repository, pytest.raises(EngineError, match="MANIFEST_BLOB_UNKNOWN"):
         repository.put_manifest(document, "1.0")
 
 
-def test_a_blob_is_mounted_from_another_repository_without_being_sent(registry: Registry, name: str) -> None:
+def test_a_blob_is_mounted_from_another_repository_without_an_upload(registry: Registry, name: str) -> None:
     with connect(registry.address, f"{name}/source") as source, connect(registry.address, name) as repository:
         descriptor = put(source, name.encode())
         assert repository.mount_blob(descriptor, f"{name}/source")
         assert repository.has_blob(descriptor)
-        assert repository.counters.bytes_sent == 0
+        assert repository.counters["bytes_sent"] == 0
         absent = describe(b"nowhere " + name.encode())
         assert not repository.mount_blob(absent, f"{name}/source")
         assert not repository.has_blob(absent)
     assert registry.sessions(name) == []
 
 
-def test_a_blob_goes_from_one_repository_to_another_as_a_stream_however_often_it_is_cut(
-    registry: Registry, name: str
-) -> None:
+def test_a_blob_is_streamed_between_repositories_over_broken_connections(registry: Registry, name: str) -> None:
     content = os.urandom(5 * MB)
     descriptor = describe(content)
     faults = [Fault(method="GET", cut=3 * MB, path="blobs/sha256"), Fault(method="PATCH", cut=MB, deliver="part")]
-    with connect(registry.address, f"{name}/source") as source, before(registry, *faults) as proxy:
+    with connect(registry.address, f"{name}/source") as source, faulty_proxy(registry, *faults) as proxy:
         put(source, content)
         with connect(proxy.address, f"{name}/source") as cut, connect(proxy.address, name, piece=2 * MB) as repository:
-            # The same registry would have it by a mount; here it is to be sent.
             repository.put_blob(descriptor, lambda: cut.open_blob(descriptor))
             assert read(repository, descriptor) == content
     assert [fault.times for fault in faults] == [0, 0]
 
 
-# --- what is damaged
+# --- damaged and malformed content
 
 
-def test_a_manifest_whose_bytes_changed_in_the_registry_is_refused(registry: Registry, name: str) -> None:
+def test_a_manifest_that_changed_in_the_registry_is_refused(registry: Registry, name: str) -> None:
     with connect(registry.address, name) as repository:
         document = push_image(repository, "1.0")
         path = registry.blob(document.digest)
         path.write_bytes(document.raw.replace(b'"size":', b'"size": '))
         for reference in ("1.0", document.digest):
-            with pytest.raises(EngineError, match=rf"is damaged.*{document.digest} belongs there"):
+            with pytest.raises(EngineError, match=rf"is damaged.*expected is {document.digest}"):
                 repository.read_manifest(reference)
 
 
-def test_a_blob_whose_bytes_changed_in_the_registry_is_refused(registry: Registry, name: str) -> None:
+def test_a_blob_that_changed_in_the_registry_is_refused(registry: Registry, name: str) -> None:
     content = name.encode() + bytes(3 * MB)
     with connect(registry.address, name) as repository:
         descriptor = put(repository, content)
         registry.blob(descriptor.digest).write_bytes(content[:-1] + b"x")
         with repository.open_blob(descriptor) as stream:
-            assert stream.read(MB) == content[:MB]  # nothing is wrong up to here
-            with pytest.raises(EngineError, match=r"not what the registry .* should have: its bytes have the digest"):
-                stream.read(2 * MB + 100)  # exactly the rest: nobody reads on for the end
+            assert stream.read(MB) == content[:MB]  # no damage so far
+            with pytest.raises(EngineError, match=r"is damaged at the registry .*: its bytes have the digest"):
+                stream.read(2 * MB + 100)  # exactly the remaining bytes, without a read at the end
         registry.blob(descriptor.digest).write_bytes(content[:-1])
-        with pytest.raises(EngineError, match=f"{len(content) - 1} bytes of it are sent where {len(content)} belong"):
+        with pytest.raises(EngineError, match=f"the registry sends {len(content) - 1} bytes instead of {len(content)}"):
             read(repository, descriptor)
         with pytest.raises(EngineError, match=f"has {len(content) - 1} bytes in the registry"):
             repository.has_blob(descriptor)
 
 
-def test_bytes_that_are_not_those_described_are_not_stored(registry: Registry, name: str) -> None:
+def test_bytes_that_differ_from_the_descriptor_are_not_stored(registry: Registry, name: str) -> None:
     content = name.encode()
     with connect(registry.address, name) as repository:
-        with pytest.raises(EngineError, match=r"DIGEST_INVALID.*what was sent is not sha256:"):
+        with pytest.raises(EngineError, match=r"DIGEST_INVALID.*the uploaded bytes do not have the digest sha256:"):
             repository.put_blob(describe(content), lambda: io.BytesIO(content[::-1]))
-        with pytest.raises(EngineError, match="ends 1 bytes too soon"):
+        with pytest.raises(EngineError, match="is 1 bytes shorter than described"):
             repository.put_blob(describe(content), lambda: io.BytesIO(content[:-1]))
         assert not repository.has_blob(describe(content))
 
 
-def test_a_manifest_of_a_kind_that_is_not_known_is_refused(registry: Registry, name: str) -> None:
+def test_a_manifest_with_an_unknown_media_type_is_refused(registry: Registry, name: str) -> None:
     odd = {"Content-Type": "application/vnd.docker.distribution.manifest.v1+prettyjws"}
     two = {"Content-Type": DOCKER_MANIFEST}
     faults = [
@@ -242,89 +239,89 @@ def test_a_manifest_of_a_kind_that_is_not_known_is_refused(registry: Registry, n
         Fault(method="GET", status=200, headers=two, body=b"<html>"),
         Fault(method="GET", status=200, headers=two, body=b" " * (4 * MB + 1)),
     ]
-    with before(registry, *faults) as proxy, connect(proxy.address, name) as repository:
-        for words in ("first schema", "says of itself that it is", "is no manifest", "is longer than 4194304 bytes"):
+    with faulty_proxy(registry, *faults) as proxy, connect(proxy.address, name) as repository:
+        for words in ("schema 1", "has the mediaType", "is not a manifest", "is longer than 4194304 bytes"):
             with pytest.raises(EngineError, match=words) as refused:
                 repository.read_manifest("1.0")
             assert refused.value.exit_code == 14
 
 
-# --- what breaks on the way
+# --- broken connections and busy registries
 
 
-def test_an_upload_that_is_cut_goes_on_where_the_registry_stands(registry: Registry, name: str) -> None:
-    """Of the piece that is cut the registry got nothing; it need not get again what it had before."""
+def test_a_broken_upload_resumes_at_the_position_of_the_registry(registry: Registry, name: str) -> None:
+    """The registry has nothing of the broken piece. The pieces before are not sent again."""
     content = os.urandom(8 * MB)
-    # The first piece is through; the second is cut after 1 MB, and nothing of it reaches the registry.
+    # The first piece passes. The second one breaks after 1 MB, and nothing of it reaches the registry.
     fault = Fault(method="PATCH", cut=MB, skip=1)
-    with before(registry, fault) as proxy, connect(proxy.address, name, piece=3 * MB) as repository:
+    with faulty_proxy(registry, fault) as proxy, connect(proxy.address, name, piece=3 * MB) as repository:
         put(repository, content)
         assert read(repository, describe(content)) == content
-    ranges = [headers["Content-Range"] for headers in proxy.of("PATCH")]
+    ranges = [headers["Content-Range"] for headers in proxy.headers_of("PATCH")]
     assert ranges == [
         f"0-{3 * MB - 1}",
         f"{3 * MB}-{6 * MB - 1}",
         f"{3 * MB}-{6 * MB - 1}",
         f"{6 * MB}-{8 * MB - 1}",
     ]
-    assert len(proxy.of("POST")) == 1
+    assert len(proxy.headers_of("POST")) == 1
     assert registry.sessions(name) == []
 
 
-def test_an_upload_that_is_cut_goes_on_in_the_middle_of_a_piece(registry: Registry, name: str) -> None:
-    """As with a registry that keeps what it got of a piece: every byte reaches it once."""
+def test_a_broken_upload_resumes_in_the_middle_of_a_piece(registry: Registry, name: str) -> None:
+    """The registry keeps the bytes of the broken piece, so every byte is sent once."""
     content = os.urandom(5 * MB)
     fault = Fault(method="PATCH", cut=MB + 5, deliver="piece")
-    with before(registry, fault) as proxy, connect(proxy.address, name, piece=3 * MB) as repository:
-        repository.put_blob(describe(content), pipe(content))  # cannot seek: what was sent is read over
+    with faulty_proxy(registry, fault) as proxy, connect(proxy.address, name, piece=3 * MB) as repository:
+        repository.put_blob(describe(content), pipe(content))  # not seekable: the bytes that were sent are skipped
         assert read(repository, describe(content)) == content
     assert proxy.received["PATCH"] == len(content)
-    assert [headers["Content-Range"] for headers in proxy.of("PATCH")][1] == f"{MB + 5}-{4 * MB + 4}"
-    assert len(proxy.of("POST")) == 1
+    assert [headers["Content-Range"] for headers in proxy.headers_of("PATCH")][1] == f"{MB + 5}-{4 * MB + 4}"
+    assert len(proxy.headers_of("POST")) == 1
 
 
-def test_an_upload_that_is_cut_begins_anew_where_the_registry_cannot_say_where_it_stands(
+def test_a_broken_upload_restarts_if_the_registry_does_not_know_its_position(
     registry: Registry, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As this registry, which answers 404 when it got a part of a piece."""
+    """Docker's registry answers 404 after it received a part of a piece."""
     content = os.urandom(5 * MB)
     fault = Fault(method="PATCH", cut=MB, deliver="part")
-    with before(registry, fault) as proxy, connect(proxy.address, name, piece=3 * MB) as repository:
+    with faulty_proxy(registry, fault) as proxy, connect(proxy.address, name, piece=3 * MB) as repository:
         put(repository, content)
         assert read(repository, describe(content)) == content
-        assert repository.counters.blobs_sent == 1
-    assert len(proxy.of("POST")) == 2
-    assert "anew" in caplog.text
+        assert repository.counters["blobs_sent"] == 1
+    assert len(proxy.headers_of("POST")) == 2
+    assert f"uploading blob {describe(content).digest}" in caplog.text
 
 
-def test_an_upload_whose_last_answer_is_lost_is_not_sent_again(registry: Registry, name: str) -> None:
-    fault = Fault(method="PUT", lose=True)
-    with before(registry, fault) as proxy, connect(proxy.address, name) as repository:
+def test_an_upload_is_not_repeated_when_only_its_last_response_is_lost(registry: Registry, name: str) -> None:
+    fault = Fault(method="PUT", lose_response=True)
+    with faulty_proxy(registry, fault) as proxy, connect(proxy.address, name) as repository:
         put(repository, name.encode())
         assert repository.has_blob(describe(name.encode()))
-    assert len(proxy.of("PATCH")) == 1
+    assert len(proxy.headers_of("PATCH")) == 1
 
 
-def test_an_upload_that_is_always_cut_ends_after_a_bounded_number_of_attempts(registry: Registry, name: str) -> None:
+def test_an_upload_fails_after_a_limited_number_of_retries(registry: Registry, name: str) -> None:
     fault = Fault(method="PATCH", cut=100, times=99)
     with (
-        before(registry, fault) as proxy,
+        faulty_proxy(registry, fault) as proxy,
         connect(proxy.address, name) as repository,
-        pytest.raises(EngineError, match=r"failed 4 times in a row at byte 0 of 1048576: the connection .* broke"),
+        pytest.raises(EngineError, match=r"\(1048576 bytes\) failed 4 times in a row: the connection .* broke"),
     ):
         put(repository, name.encode().ljust(MB))
-    assert len(proxy.of("PATCH")) == len(WAITS) + 1
+    assert len(proxy.headers_of("PATCH")) == len(RETRY_DELAYS) + 1
     assert registry.sessions(name) == []
 
 
-def test_a_download_that_is_cut_goes_on_from_there(registry: Registry, name: str) -> None:
+def test_a_broken_download_resumes_at_its_position(registry: Registry, name: str) -> None:
     content = os.urandom(5 * MB)
     with connect(registry.address, name) as repository:
         descriptor = put(repository, content)
     faults = [Fault(method="GET", cut=2 * MB + 3, path="blobs"), Fault(method="GET", cut=MB + 5, path="blobs")]
-    with before(registry, *faults) as proxy, connect(proxy.address, name) as repository:
+    with faulty_proxy(registry, *faults) as proxy, connect(proxy.address, name) as repository:
         assert read(repository, descriptor) == content
-    ranges = [headers.get("Range") for headers in proxy.of("GET")]
+    ranges = [headers.get("Range") for headers in proxy.headers_of("GET")]
     assert ranges[0] is None
     assert len(ranges) == 3
     starts = [int(str(ranged).removeprefix("bytes=").rstrip("-")) for ranged in ranges[1:]]
@@ -332,43 +329,43 @@ def test_a_download_that_is_cut_goes_on_from_there(registry: Registry, name: str
     assert starts[0] < starts[1] < len(content)
 
 
-def test_a_download_that_is_cut_goes_on_where_ranges_are_not_known(registry: Registry, name: str) -> None:
+def test_a_broken_download_resumes_without_support_for_ranges(registry: Registry, name: str) -> None:
     content = os.urandom(3 * MB)
     with connect(registry.address, name) as repository:
         descriptor = put(repository, content)
-    whole = Fault(method="GET", status=200, body=content, path="blobs")
+    complete = Fault(method="GET", status=200, body=content, path="blobs")
     with (
-        before(registry, Fault(method="GET", cut=2 * MB, path="blobs"), whole) as proxy,
+        faulty_proxy(registry, Fault(method="GET", cut=2 * MB, path="blobs"), complete) as proxy,
         connect(proxy.address, name) as repository,
     ):
         assert read(repository, descriptor) == content
-    assert proxy.of("GET")[1]["Range"].startswith("bytes=")
+    assert proxy.headers_of("GET")[1]["Range"].startswith("bytes=")
 
 
-def test_a_download_that_is_always_cut_ends_after_a_bounded_number_of_attempts(registry: Registry, name: str) -> None:
+def test_a_download_fails_after_a_limited_number_of_retries(registry: Registry, name: str) -> None:
     with connect(registry.address, name) as repository:
         descriptor = put(repository, name.encode().ljust(MB))
     with (
-        before(registry, Fault(method="GET", cut=1000, times=99, path="blobs")) as proxy,
+        faulty_proxy(registry, Fault(method="GET", cut=1000, times=99, path="blobs")) as proxy,
         connect(proxy.address, name) as repository,
-        pytest.raises(EngineError, match=r"was cut off after .* 4 times"),
+        pytest.raises(EngineError, match=r"\(1048576 bytes\) failed 4 times in a row"),
     ):
         read(repository, descriptor)
-    assert len(proxy.of("GET")) == len(WAITS) + 1
+    assert len(proxy.headers_of("GET")) == len(RETRY_DELAYS) + 1
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
-def test_a_registry_that_is_busy_for_a_moment_is_asked_again(registry: Registry, name: str, status: int) -> None:
+def test_requests_to_a_busy_registry_are_retried(registry: Registry, name: str, status: int) -> None:
     faults = [Fault(method=method, status=status) for method in ("HEAD", "POST", "PATCH", "PUT", "GET")]
-    with before(registry, *faults) as proxy, connect(proxy.address, name) as repository:
+    with faulty_proxy(registry, *faults) as proxy, connect(proxy.address, name) as repository:
         document = push_image(repository, "1.0")
         assert repository.read_manifest("1.0") == document
     assert [fault.times for fault in faults] == [0] * len(faults)
 
 
-def test_as_long_is_waited_as_the_registry_asks_for(registry: Registry, name: str) -> None:
+def test_a_retry_waits_as_long_as_the_registry_asks(registry: Registry, name: str) -> None:
     with (
-        before(registry, Fault(method="HEAD", status=429, headers={"Retry-After": "1"})) as proxy,
+        faulty_proxy(registry, Fault(method="HEAD", status=429, headers={"Retry-After": "1"})) as proxy,
         connect(proxy.address, name) as repository,
     ):
         start = time.monotonic()
@@ -376,62 +373,62 @@ def test_as_long_is_waited_as_the_registry_asks_for(registry: Registry, name: st
         assert 1.0 <= time.monotonic() - start < 5.0
 
 
-def test_a_registry_that_asks_for_an_hour_is_not_waited_for(registry: Registry, name: str) -> None:
+def test_a_registry_that_asks_to_wait_an_hour_is_an_error(registry: Registry, name: str) -> None:
     with (
-        before(registry, Fault(method="GET", status=429, headers={"Retry-After": "3600"})) as proxy,
+        faulty_proxy(registry, Fault(method="GET", status=429, headers={"Retry-After": "3600"})) as proxy,
         connect(proxy.address, name) as repository,
         pytest.raises(EngineError, match="asks to wait 3600 s"),
     ):
         repository.read_manifest("1.0")
-    assert len(proxy.of("GET")) == 1
+    assert len(proxy.headers_of("GET")) == 1
 
 
-def test_a_registry_that_stays_broken_is_reported_in_its_own_words(registry: Registry, name: str) -> None:
-    words = b'{"errors":[{"code":"UNAVAILABLE","message":"closed \x1b[31m on sundays"}]}'
+def test_the_error_text_of_a_registry_is_quoted_without_control_characters(registry: Registry, name: str) -> None:
+    body = b'{"errors":[{"code":"UNAVAILABLE","message":"closed \x1b[31m on sundays"}]}'
     with (
-        before(registry, Fault(method="GET", status=503, body=words, times=99)) as proxy,
+        faulty_proxy(registry, Fault(method="GET", status=503, body=body, times=99)) as proxy,
         connect(proxy.address, name) as repository,
         pytest.raises(EngineError, match="on sundays") as refused,
     ):
         repository.read_manifest("1.0")
     assert "\x1b" not in str(refused.value)
-    assert len(proxy.of("GET")) == len(WAITS) + 1
+    assert len(proxy.headers_of("GET")) == len(RETRY_DELAYS) + 1
 
 
-def test_requests_that_are_too_large_for_a_proxy_are_made_smaller(registry: Registry, name: str) -> None:
+def test_pieces_that_are_too_large_for_a_proxy_become_smaller(registry: Registry, name: str) -> None:
     content = os.urandom(9 * MB)
-    fault = Fault(method="PATCH", status=413, above=4 * MB, times=99)
-    with before(registry, fault) as proxy, connect(proxy.address, name) as repository:
+    fault = Fault(method="PATCH", status=413, larger_than=4 * MB, times=99)
+    with faulty_proxy(registry, fault) as proxy, connect(proxy.address, name) as repository:
         put(repository, content)
         assert read(repository, describe(content)) == content
-    assert [int(headers["Content-Length"]) for headers in proxy.of("PATCH")] == [9 * MB, 4 * MB, 4 * MB, MB]
+    assert [int(headers["Content-Length"]) for headers in proxy.headers_of("PATCH")] == [9 * MB, 4 * MB, 4 * MB, MB]
 
 
-def test_a_limit_that_no_piece_meets_is_named(registry: Registry, name: str) -> None:
+def test_a_size_limit_below_the_smallest_piece_is_reported(registry: Registry, name: str) -> None:
     page = b"<html><head><title>413 Request Entity Too Large</title></head></html>"
     with (
-        before(registry, Fault(method="PATCH", status=413, above=MB, times=99, body=page)) as proxy,
+        faulty_proxy(registry, Fault(method="PATCH", status=413, larger_than=MB, times=99, body=page)) as proxy,
         connect(proxy.address, name) as repository,
-        pytest.raises(EngineError, match="Too Large; the registry, or a proxy before it, limits the size") as refused,
+        pytest.raises(EngineError, match=r"Too Large; the registry, or a proxy .*, limits the size") as refused,
     ):
         put(repository, name.encode().ljust(5 * MB))
     assert "client_max_body_size" in refused.value.next_step
     assert registry.sessions(name) == []
 
 
-def test_a_registry_that_is_down_is_named_at_once(name: str) -> None:
+def test_a_registry_that_is_down_is_reported_without_a_retry(name: str) -> None:
     address = f"127.0.0.1:{registry_server.free_port()}"
-    with connect(address, name, waits=(60.0,)) as repository:
+    with connect(address, name, retry_delays=(60.0,)) as repository:
         start = time.monotonic()
         with pytest.raises(
-            EngineError, match=rf"{address} cannot be reached: nothing answers .*Connection refused"
+            EngineError, match=rf"{address} cannot be reached: no server answers .*Connection refused"
         ) as refused:
             repository.has_manifest("1.0")
     assert time.monotonic() - start < 5.0
     assert refused.value.exit_code == 14
 
 
-def test_a_host_without_an_address_is_named(name: str) -> None:
+def test_an_unknown_host_is_reported(name: str) -> None:
     with (
         connect("registry.invalid", name) as repository,
         pytest.raises(EngineError, match=r"cannot be re(ached|solved)"),
@@ -439,16 +436,16 @@ def test_a_host_without_an_address_is_named(name: str) -> None:
         repository.has_manifest("1.0")
 
 
-def test_a_registry_that_speaks_plain_http_where_tls_is_expected_is_told_apart(registry: Registry, name: str) -> None:
+def test_plain_http_instead_of_tls_is_recognized(registry: Registry, name: str) -> None:
     with (
         connect(registry.address, name, insecure=False) as repository,
-        pytest.raises(EngineError, match="no TLS that can be trusted") as refused,
+        pytest.raises(EngineError, match="no trusted TLS connection") as refused,
     ):
         repository.has_manifest("1.0")
     assert "plain HTTP" in refused.value.next_step
 
 
-def test_a_certificate_is_trusted_by_its_authority_alone(
+def test_a_certificate_is_only_trusted_through_its_authority(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
@@ -457,7 +454,7 @@ def test_a_certificate_is_trusted_by_its_authority_alone(
     with serve(tmp_path / "registry", tls={"certificate": str(certificate), "key": str(key)}) as secure:
         with (
             connect(secure.address, name, insecure=False) as repository,
-            pytest.raises(EngineError, match=r"no TLS that can be trusted.*self.signed") as refused,
+            pytest.raises(EngineError, match=r"no trusted TLS connection.*self.signed") as refused,
         ):
             repository.has_manifest("1.0")
         assert "REQUESTS_CA_BUNDLE" in refused.value.next_step
@@ -470,7 +467,7 @@ def test_a_certificate_is_trusted_by_its_authority_alone(
         connect("registry.example", name)
 
 
-def test_an_image_that_is_not_there_is_said_to_be_not_there(registry: Registry, name: str) -> None:
+def test_a_missing_image_is_reported(registry: Registry, name: str) -> None:
     with connect(registry.address, name) as repository:
         with pytest.raises(EngineError, match=r"answered 404 to GET manifest 1\.0 .*MANIFEST_UNKNOWN"):
             repository.read_manifest("1.0")
@@ -478,14 +475,14 @@ def test_an_image_that_is_not_there_is_said_to_be_not_there(registry: Registry, 
             read(repository, describe(b"nowhere"))
 
 
-def test_a_full_disk_of_the_registry_is_named(tmp_path: Path, name: str) -> None:
+def test_a_full_disk_of_the_registry_is_reported(tmp_path: Path, name: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, text=True
     )
     if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted: {mounted.stderr.strip()}")
+        pytest.skip(f"a small tmpfs cannot be mounted: {mounted.stderr.strip()}")
     try:
         with (
             serve(tmp_path / "registry", storage=disk) as full,
@@ -497,13 +494,13 @@ def test_a_full_disk_of_the_registry_is_named(tmp_path: Path, name: str) -> None
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-# --- what a process must keep to
+# --- interrupts and memory
 
-SLOW = """
+SLOW_UPLOAD = """
     import io, sys, time
     from chatterbox_prewarm.image.oci import Descriptor
     from chatterbox_prewarm.image.references import parse
-    from chatterbox_prewarm.image.registry import Repository
+    from chatterbox_prewarm.image.registry.client import Repository
 
     class Slow(io.RawIOBase):
         def readable(self): return True
@@ -518,9 +515,9 @@ SLOW = """
 """
 
 
-def test_an_interrupted_upload_leaves_no_session(registry: Registry, name: str) -> None:
+def test_an_interrupted_upload_is_cancelled_at_the_registry(registry: Registry, name: str) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SLOW), f"{registry.address}/{name}"],
+        [sys.executable, "-c", textwrap.dedent(SLOW_UPLOAD), f"{registry.address}/{name}"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -532,19 +529,19 @@ def test_an_interrupted_upload_leaves_no_session(registry: Registry, name: str) 
                 assert process.stdout.readline() == "reading\n"
             assert len(registry.sessions(name)) == 1
             process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=30)
+            _, stderr = process.communicate(timeout=30)
         finally:
             process.kill()
     assert process.returncode == -signal.SIGINT
-    assert said.rstrip().endswith("KeyboardInterrupt")
+    assert stderr.rstrip().endswith("KeyboardInterrupt")
     assert registry.sessions(name) == []
 
 
-HUGE = """
+LARGE_TRANSFER = """
     import hashlib, resource, sys
     from chatterbox_prewarm.image.oci import Descriptor
     from chatterbox_prewarm.image.references import parse
-    from chatterbox_prewarm.image.registry import Repository
+    from chatterbox_prewarm.image.registry.client import Repository
 
     path, reference = sys.argv[1:]
     def describe(path):
@@ -569,17 +566,17 @@ HUGE = """
         sent = peak()
         with repository.open_blob(descriptor) as stream:
             while stream.read(1 << 20): pass
-        print(sent - before, peak() - before, repository.counters.bytes_sent)
+        print(sent - before, peak() - before, repository.counters["bytes_sent"])
 """
 
 
-def test_memory_stays_flat_for_a_blob_of_300_megabytes(registry: Registry, name: str, tmp_path: Path) -> None:
+def test_a_blob_of_300_megabytes_is_not_held_in_memory(registry: Registry, name: str, tmp_path: Path) -> None:
     path = tmp_path / "blob"
     with path.open("wb") as stream:
         for number in range(300):
             stream.write(hashlib.sha256(number.to_bytes(4, "big")).digest() * (MB // 32))
     ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(HUGE), str(path), f"{registry.address}/{name}"],
+        [sys.executable, "-c", textwrap.dedent(LARGE_TRANSFER), str(path), f"{registry.address}/{name}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -597,7 +594,7 @@ def test_memory_stays_flat_for_a_blob_of_300_megabytes(registry: Registry, name:
 
 
 def log_in(folder: Path, address: str, password: str = PASSWORD, user: str = USER) -> None:
-    """As `docker login` does it, without a helper."""
+    """Store a login as `docker login` does without a credential helper."""
     pair = base64.b64encode(f"{user}:{password}".encode()).decode()
     (folder / "config.json").write_text(json.dumps({"auths": {address: {"auth": pair}}}))
 
@@ -617,34 +614,34 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tokens]:
 
 @pytest.fixture(scope="module")
 def guarded(tokens: Tokens, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    """A registry that wants tokens."""
+    """A registry that requires tokens."""
     with serve(tmp_path_factory.mktemp("guarded"), auth=tokens.auth()) as running:
         yield running
 
 
-def test_a_login_is_sent_where_it_is_asked_for(private: Registry, name: str, no_login: Path) -> None:
-    log_in(no_login, private.address)
-    with before(private) as proxy:
-        log_in(no_login, proxy.address)
+def test_the_login_is_only_sent_after_a_challenge(private: Registry, name: str, docker_config: Path) -> None:
+    log_in(docker_config, private.address)
+    with faulty_proxy(private) as proxy:
+        log_in(docker_config, proxy.address)
         with connect(proxy.address, name) as repository:
             document = push_image(repository, "1.0")
             assert repository.read_manifest("1.0") == document
-    sent = ["Authorization" in headers for _, _, headers in proxy.requests]
-    assert sent == [False] + [True] * (len(sent) - 1)
+    authorized = ["Authorization" in headers for _, _, headers in proxy.requests]
+    assert authorized == [False] + [True] * (len(authorized) - 1)
 
 
-def test_a_missing_login_is_named_with_the_command(private: Registry, name: str) -> None:
+def test_a_missing_login_is_reported_with_the_command_to_log_in(private: Registry, name: str) -> None:
     with connect(private.address, name) as repository, pytest.raises(EngineError, match="without a login") as refused:
         repository.read_manifest("1.0")
     assert f"docker login {private.address}" in refused.value.next_step
 
 
-def test_a_wrong_password_is_refused_at_once_with_the_user_and_without_the_password(
-    private: Registry, name: str, no_login: Path
+def test_a_wrong_password_is_reported_without_a_retry_and_without_the_password(
+    private: Registry, name: str, docker_config: Path
 ) -> None:
-    with before(private) as proxy:
-        log_in(no_login, proxy.address, password="wrong-secret")
-        with connect(proxy.address, name) as repository, pytest.raises(EngineError, match="as 'somebody'") as refused:
+    with faulty_proxy(private) as proxy:
+        log_in(docker_config, proxy.address, password="wrong-secret")
+        with connect(proxy.address, name) as repository, pytest.raises(EngineError, match="as 'alice'") as refused:
             repository.read_manifest("1.0")
     assert "wrong-secret" not in str(refused.value)
     assert len(proxy.requests) == 2
@@ -659,29 +656,29 @@ echo '{{"ServerURL": "{address}", "Username": "{user}", "Secret": "{secret}"}}'
 
 
 @pytest.mark.parametrize("key", ["credsStore", "credHelpers"])
-def test_a_login_is_taken_from_a_helper(
-    private: Registry, name: str, no_login: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+def test_the_login_is_read_from_a_credential_helper(
+    private: Registry, name: str, docker_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     helper = tmp_path / "docker-credential-test"
     helper.write_text(HELPER.format(address=private.address, user=USER, secret=PASSWORD))
     helper.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     value: Any = "test" if key == "credsStore" else {private.address: "test"}
-    (no_login / "config.json").write_text(json.dumps({key: value}))
+    (docker_config / "config.json").write_text(json.dumps({key: value}))
     with connect(private.address, name) as repository:
         document = push_image(repository, "1.0")
         assert repository.read_manifest("1.0") == document
 
 
-def test_a_helper_that_is_missing_or_broken_is_named(
-    private: Registry, name: str, no_login: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_missing_or_broken_credential_helper_is_reported(
+    private: Registry, name: str, docker_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (no_login / "config.json").write_text(json.dumps({"credsStore": "test"}))
+    (docker_config / "config.json").write_text(json.dumps({"credsStore": "test"}))
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with connect(private.address, name) as repository:
         with pytest.raises(EngineError, match="docker-credential-test not installed") as refused:
             repository.has_manifest("1.0")
-        assert "config.json names" in refused.value.next_step
+        assert "config.json" in refused.value.next_step
     helper = tmp_path / "docker-credential-test"
     for script, words in [("echo locked; exit 1", "locked"), ("echo '{\"a-secret\"'", "cannot be read")]:
         helper.write_text(f"#!/bin/sh\n{script}\n")
@@ -691,44 +688,42 @@ def test_a_helper_that_is_missing_or_broken_is_named(
         assert "a-secret" not in str(refused.value)
 
 
-def test_a_configuration_that_cannot_be_read_is_not_taken_for_none(
-    private: Registry, registry: Registry, name: str, no_login: Path
+def test_a_broken_docker_configuration_is_not_treated_as_empty(
+    private: Registry, registry: Registry, name: str, docker_config: Path
 ) -> None:
-    (no_login / "config.json").write_text('{"auths": ')
+    (docker_config / "config.json").write_text('{"auths": ')
     with connect(registry.address, name) as repository:
-        assert not repository.has_manifest("1.0")  # nobody asked for a login
-    with connect(private.address, name) as repository, pytest.raises(EngineError, match="no JSON object"):
+        assert not repository.has_manifest("1.0")  # the registry requires no login
+    with connect(private.address, name) as repository, pytest.raises(EngineError, match="not a readable JSON object"):
         repository.has_manifest("1.0")
-    (no_login / "config.json").write_text(json.dumps({"auths": {private.address: {"auth": "no pair"}}}))
+    (docker_config / "config.json").write_text(json.dumps({"auths": {private.address: {"auth": "not a pair"}}}))
     with connect(private.address, name) as repository, pytest.raises(EngineError, match="cannot be read") as refused:
         repository.has_manifest("1.0")
-    assert "no pair" not in str(refused.value)
+    assert "not a pair" not in str(refused.value)
 
 
-def test_tokens_are_fetched_for_each_scope_once_and_kept(
-    guarded: Registry, tokens: Tokens, name: str, no_login: Path
-) -> None:
-    log_in(no_login, guarded.address)
-    tokens.asked.clear()
+def test_a_token_is_requested_once_per_scope(guarded: Registry, tokens: Tokens, name: str, docker_config: Path) -> None:
+    log_in(docker_config, guarded.address)
+    tokens.requests.clear()
     with connect(guarded.address, name) as repository:
         document = push_image(repository, "1.0")
         assert repository.read_manifest("1.0") == document
         put(repository, name.encode() * MB)
-    scopes = [query["scope"] for _, query in tokens.asked]
+    scopes = [query["scope"] for _, query in tokens.requests]
     assert scopes == [[f"repository:{name}:pull"], [f"repository:{name}:pull,push"]]
-    assert {tuple(query["service"]) for _, query in tokens.asked} == {(registry_server.SERVICE,)}
+    assert {tuple(query["service"]) for _, query in tokens.requests} == {(registry_server.SERVICE,)}
     with connect(guarded.address, f"{name}/other") as other:
         assert other.mount_blob(describe(name.encode() * MB), name)
-    assert set(tokens.asked[-1][1]["scope"]) == {
+    assert set(tokens.requests[-1][1]["scope"]) == {
         f"repository:{name}:pull",
         f"repository:{name}/other:pull,push",
     }
 
 
-def test_a_mount_from_a_repository_that_this_user_may_not_read_is_no_error(
-    guarded: Registry, tokens: Tokens, name: str, no_login: Path
+def test_a_mount_from_an_unreadable_repository_is_not_an_error(
+    guarded: Registry, tokens: Tokens, name: str, docker_config: Path
 ) -> None:
-    log_in(no_login, guarded.address)
+    log_in(docker_config, guarded.address)
     content = name.encode()
     with connect(guarded.address, f"{name}/source") as source, connect(guarded.address, name) as repository:
         descriptor = put(source, content)
@@ -738,142 +733,147 @@ def test_a_mount_from_a_repository_that_this_user_may_not_read_is_no_error(
         assert read(repository, descriptor) == content
         with (
             connect(guarded.address, f"{name}/source") as refused,
-            pytest.raises(EngineError, match=r"refuses \(as 'somebody'\).* answered 401"),
+            pytest.raises(EngineError, match=r"refuses \(as 'alice'\).* answered 401"),
         ):
             refused.has_blob(descriptor)
 
 
-def test_a_token_that_ends_is_renewed(
-    guarded: Registry, tokens: Tokens, name: str, no_login: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_expired_token_is_renewed(
+    guarded: Registry, tokens: Tokens, name: str, docker_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log_in(no_login, guarded.address)
+    log_in(docker_config, guarded.address)
     with connect(guarded.address, name) as repository:
         document = push_image(repository, "1.0")
-        tokens.asked.clear()
-        monkeypatch.setattr(tokens, "lifetime", 6)  # a second, less what is left for its way
+        tokens.requests.clear()
+        monkeypatch.setattr(tokens, "lifetime", 6)  # 1 s, after the 5 s by which tokens are renewed early
         with connect(guarded.address, name) as short:
             assert short.read_manifest("1.0") == document
             assert short.read_manifest("1.0") == document
-            assert len(tokens.asked) == 1
+            assert len(tokens.requests) == 1
             time.sleep(1.2)
-            before_renewal = short.counters.requests
+            before_renewal = short.counters["requests"]
             assert short.read_manifest("1.0") == document
-    assert len(tokens.asked) == 2
-    assert short.counters.requests == before_renewal + 2  # the token and the manifest: no 401 in between
+    assert len(tokens.requests) == 2
+    assert short.counters["requests"] == before_renewal + 2  # the token and the manifest, without a 401
 
 
-def test_a_token_that_the_registry_no_longer_takes_is_renewed(
-    guarded: Registry, tokens: Tokens, name: str, no_login: Path
+def test_a_token_that_the_registry_rejects_is_renewed(
+    guarded: Registry, tokens: Tokens, name: str, docker_config: Path
 ) -> None:
-    with before(guarded) as proxy:
-        log_in(no_login, proxy.address)
+    with faulty_proxy(guarded) as proxy:
+        log_in(docker_config, proxy.address)
         with connect(proxy.address, name) as repository:
             document = push_image(repository, "1.0")
             repository.read_manifest("1.0")
             challenge = f'Bearer realm="{tokens.realm}",service="{registry_server.SERVICE}",error="invalid_token"'
             proxy.faults.append(Fault(method="GET", status=401, headers={"WWW-Authenticate": challenge}))
             assert repository.read_manifest("1.0") == document
-            # And in the middle of an upload, whose body cannot be sent again as it is.
+            # The body of an upload request cannot be sent again, so the piece is retried.
             proxy.faults.append(Fault(method="PATCH", status=401, headers={"WWW-Authenticate": challenge}))
             put(repository, name.encode() * MB)
             assert repository.has_blob(describe(name.encode() * MB))
 
 
-def test_an_identity_token_stands_in_for_a_password(
-    guarded: Registry, tokens: Tokens, name: str, no_login: Path
+def test_an_identity_token_replaces_the_password(
+    guarded: Registry, tokens: Tokens, name: str, docker_config: Path
 ) -> None:
     entry = {"auth": base64.b64encode(b"00000000:").decode(), "identitytoken": tokens.identity}
-    (no_login / "config.json").write_text(json.dumps({"auths": {guarded.address: entry}}))
-    tokens.asked.clear()
+    (docker_config / "config.json").write_text(json.dumps({"auths": {guarded.address: entry}}))
+    tokens.requests.clear()
     with connect(guarded.address, name) as repository:
         push_image(repository, "1.0")
-    assert {tuple(form["refresh_token"]) for _, form in tokens.asked} == {(tokens.identity,)}
-    entry["identitytoken"] = "ended-secret"
-    (no_login / "config.json").write_text(json.dumps({"auths": {guarded.address: entry}}))
+    assert {tuple(form["refresh_token"]) for _, form in tokens.requests} == {(tokens.identity,)}
+    entry["identitytoken"] = "expired-secret"
+    (docker_config / "config.json").write_text(json.dumps({"auths": {guarded.address: entry}}))
     with connect(guarded.address, name) as repository, pytest.raises(EngineError, match="refuses") as refused:
         repository.read_manifest("1.0")
-    assert "ended-secret" not in str(refused.value)
+    assert "expired-secret" not in str(refused.value)
 
 
-def test_a_login_that_the_server_of_tokens_refuses_is_not_tried_again(
-    guarded: Registry, tokens: Tokens, name: str, no_login: Path
+def test_a_login_that_the_token_server_refuses_is_not_retried(
+    guarded: Registry, tokens: Tokens, name: str, docker_config: Path
 ) -> None:
-    log_in(no_login, guarded.address, password="wrong-secret")
-    tokens.asked.clear()
-    with connect(guarded.address, name) as repository, pytest.raises(EngineError, match="as 'somebody'") as refused:
+    log_in(docker_config, guarded.address, password="wrong-secret")
+    tokens.requests.clear()
+    with connect(guarded.address, name) as repository, pytest.raises(EngineError, match="as 'alice'") as refused:
         repository.read_manifest("1.0")
-    assert len(tokens.asked) == 1
+    assert len(tokens.requests) == 1
     assert "wrong-secret" not in str(refused.value)
 
 
-def test_a_login_does_not_follow_a_redirect_to_another_host(
-    private: Registry, name: str, no_login: Path, caplog: pytest.LogCaptureFixture
+def test_the_login_is_not_sent_to_the_host_of_a_redirect(
+    private: Registry, name: str, docker_config: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = name.encode()
-    (no_login.parent / ".netrc").write_text("machine 127.0.0.1 login netrc password netrc\n")
-    (no_login.parent / ".netrc").chmod(0o600)
+    (docker_config.parent / ".netrc").write_text("machine 127.0.0.1 login netrc password netrc\n")
+    (docker_config.parent / ".netrc").chmod(0o600)
     caplog.set_level("DEBUG", "chatterbox_prewarm")
-    with registry_server.serve_blob(content) as (url, seen), before(private) as proxy:
-        log_in(no_login, proxy.address)
+    with registry_server.serve_blob(content) as (url, seen), faulty_proxy(private) as proxy:
+        log_in(docker_config, proxy.address)
         with connect(proxy.address, name) as repository:
             descriptor = put(repository, content)
             proxy.faults.append(Fault(method="GET", path="blobs", status=307, headers={"Location": url}))
             assert read(repository, descriptor) == content
     assert len(seen) == 1
     assert "Authorization" not in seen[0]
-    assert "Authorization" in proxy.of("GET")[-1]
+    assert "Authorization" in proxy.headers_of("GET")[-1]
     assert "/store" in caplog.text
     assert "signature=secret" not in caplog.text
     assert PASSWORD not in caplog.text
 
 
 @pytest.mark.parametrize("location", ["http://[", "http://a:b/", "file:///etc/passwd"])
-def test_a_redirect_to_what_is_no_address_is_refused(registry: Registry, name: str, location: str) -> None:
+def test_a_redirect_to_an_invalid_url_is_refused(registry: Registry, name: str, location: str) -> None:
     fault = Fault(method="GET", status=307, headers={"Location": location})
     with (
-        before(registry, fault) as proxy,
+        faulty_proxy(registry, fault) as proxy,
         connect(proxy.address, name) as repository,
-        pytest.raises(EngineError, match="leads to an address that is none"),
+        pytest.raises(EngineError, match="redirects to an invalid URL"),
     ):
         read(repository, describe(b"anything"))
 
 
-def test_redirects_in_a_circle_are_left(registry: Registry, name: str) -> None:
+def test_a_redirect_loop_is_refused(registry: Registry, name: str) -> None:
     fault = Fault(method="GET", status=307, headers={"Location": "/v2/"}, times=99)
     with (
-        before(registry, fault) as proxy,
+        faulty_proxy(registry, fault) as proxy,
         connect(proxy.address, name) as repository,
         pytest.raises(EngineError, match="more than 5 times"),
     ):
         read(repository, describe(b"anything"))
 
 
-def test_a_login_is_not_sent_in_the_clear_to_another_machine(registry: Registry, name: str, no_login: Path) -> None:
+def test_a_password_is_not_sent_over_plain_http_to_another_machine(
+    registry: Registry, name: str, docker_config: Path
+) -> None:
     realm = {"WWW-Authenticate": 'Bearer realm="http://tokens.example/token",service="a",scope="b"'}
-    with before(registry, Fault(method="HEAD", status=401, headers=realm)) as proxy:
-        log_in(no_login, proxy.address)
-        with connect(proxy.address, name) as repository, pytest.raises(EngineError, match="where others can read it"):
+    with faulty_proxy(registry, Fault(method="HEAD", status=401, headers=realm)) as proxy:
+        log_in(docker_config, proxy.address)
+        with connect(proxy.address, name) as repository, pytest.raises(EngineError, match="without encryption"):
             repository.has_manifest("1.0")
 
 
-def test_challenges_are_parsed_with_commas_in_their_quotes() -> None:
+def test_challenges_with_commas_in_quotes_are_parsed() -> None:
     header = (
         'Basic realm="a, b", Bearer realm="https://x/t",service="s",scope="repository:a:pull,push repository:b:pull"'
     )
-    basic, bearer = parse_challenges(header)
-    assert (basic.scheme, basic.realm) == ("basic", "a, b")
-    assert (bearer.scheme, bearer.realm, bearer.service) == ("bearer", "https://x/t", "s")
-    assert bearer.scope == "repository:a:pull,push repository:b:pull"
-    assert parse_challenges("") == ()
-    assert parse_challenges("Negotiate")[0].scheme == "negotiate"
-    assert parse_challenges("Bearer realm=")[0].realm == ""
+    assert parse_challenges(header) == [
+        ("basic", {"realm": "a, b"}),
+        (
+            "bearer",
+            {"realm": "https://x/t", "service": "s", "scope": "repository:a:pull,push repository:b:pull"},
+        ),
+    ]
+    assert parse_challenges("") == []
+    assert parse_challenges("Negotiate") == [("negotiate", {})]
+    assert parse_challenges("Bearer realm=") == [("bearer", {"realm": ""})]
 
 
-# --- streams to send
+# --- helpers
 
 
 def pipe(content: bytes) -> Callable[[], AbstractContextManager[BinaryIO]]:
-    """A stream that cannot seek."""
+    """Return how to open a stream that is not seekable."""
 
     class Pipe(io.BytesIO):
         def seekable(self) -> bool:

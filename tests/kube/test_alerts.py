@@ -1,4 +1,4 @@
-"""Each alert fires when it should, after as long as it should, and not before: `promtool` plays the samples."""
+"""Each alert fires for its condition after its time. `promtool` evaluates the rules for samples."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from tests.helpers.prometheus import POD, program, rule_file
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.programs
+
 LABELS = "{" + ",".join(f'{name}="{value}"' for name, value in POD.items()) + "}"
 FAMILY = LABELS.replace("}", ',family="aot"}')
 
@@ -22,7 +24,8 @@ def sample(name: str, labels: str = LABELS) -> str:
 
 
 IN_FLIGHT = sample("requests_in_flight")
-#: Alert, samples of each series every 15 s, when it does not fire yet, when it does (None: never), labels it adds.
+#: Alert, samples of each series (one every 15 s), when it does not fire, when it fires (None: never),
+#: labels that it adds.
 CASES: list[tuple[str, dict[str, str], str, str | None, dict[str, str]]] = [
     ("ChatterboxWarmStateMissed", {sample("cache_misses_total", FAMILY): "_ 1x20"}, "0s", "15s", {"family": "aot"}),
     ("ChatterboxWarmStateMissed", {sample("cache_hits_total", FAMILY): "5x20"}, "0s", None, {}),
@@ -39,18 +42,23 @@ CASES: list[tuple[str, dict[str, str], str, str | None, dict[str, str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("alert", "series", "quiet", "fires", "more"), CASES)
-def test_an_alert_fires_when_it_should(
-    alert: str, series: dict[str, str], quiet: str, fires: str | None, more: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize(("alert", "series", "silent_at", "fires_at", "extra_labels"), CASES)
+def test_an_alert_fires_only_for_its_condition(
+    alert: str,
+    series: dict[str, str],
+    silent_at: str,
+    fires_at: str | None,
+    extra_labels: dict[str, str],
+    tmp_path: Path,
 ) -> None:
-    expected: list[dict[str, Any]] = [{"eval_time": quiet, "alertname": alert, "exp_alerts": []}]
-    labels = {**POD, **more, "severity": "warning"}
-    if fires is None:
+    expected: list[dict[str, Any]] = [{"eval_time": silent_at, "alertname": alert, "exp_alerts": []}]
+    labels = {**POD, **extra_labels, "severity": "warning"}
+    if fires_at is None:
         expected.append({"eval_time": "5m", "alertname": alert, "exp_alerts": []})
     else:
-        expected.append({"eval_time": fires, "alertname": alert, "exp_alerts": [{"exp_labels": labels}]})
+        expected.append({"eval_time": fires_at, "alertname": alert, "exp_alerts": [{"exp_labels": labels}]})
     test = {
-        # Without their texts, which would have to be repeated here; tests/model reads those of real alerts.
+        # Without texts, which promtool would compare. tests/model checks the texts of real alerts.
         "rule_files": [str(rule_file(tmp_path, texts=False))],
         "evaluation_interval": "15s",
         "tests": [
@@ -62,7 +70,7 @@ def test_an_alert_fires_when_it_should(
         ],
     }
     (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
-    tested = subprocess.run(
+    finished = subprocess.run(
         [program("promtool"), "test", "rules", str(tmp_path / "test.yaml")], capture_output=True, text=True, check=False
     )
-    assert tested.returncode == 0, tested.stdout + tested.stderr
+    assert finished.returncode == 0, finished.stdout + finished.stderr

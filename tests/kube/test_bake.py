@@ -1,4 +1,4 @@
-"""Bakes on a cluster: a Job for each type of GPU, which can be tried again, and may do no more than it must."""
+"""Bakes on a cluster: each type of GPU has a Job with retries and minimal permissions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chatterbox_prewarm.image import matrix as matrices
 from chatterbox_prewarm.kube.bake import Request, render_bakes
 from chatterbox_prewarm.kube.nodes import Cluster
 from chatterbox_prewarm.system.paths import CACHE
-from tests.helpers.manifests import K8S, VERSIONS, Document, kustomize, pods, the, validate, violations
+from tests.helpers.manifests import K8S, VERSIONS, Document, document_of, kustomize, pods, validate, violations
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +51,9 @@ def matrix(tmp_path: Path) -> Path:
 
 
 def rendering_of(matrix: Path, **fields: Any) -> Rendering:
-    return render_bakes(Request(matrix=matrices.read(matrix), image="registry.example.com/speech:tools", **fields))
+    return render_bakes(
+        Request(matrix=matrices.read_matrix(matrix), image="registry.example.com/speech:tools", **fields)
+    )
 
 
 def jobs(rendering: Rendering) -> dict[str, Document]:
@@ -59,24 +61,24 @@ def jobs(rendering: Rendering) -> dict[str, Document]:
 
 
 def container_of(job: Document) -> Document:
-    (found,) = job["spec"]["template"]["spec"]["containers"]
-    container: Document = found
+    container: Document
+    (container,) = job["spec"]["template"]["spec"]["containers"]
     return container
 
 
-def test_what_is_written_of_a_matrix_reads_the_same(matrix: Path, tmp_path: Path) -> None:
-    found = matrices.read(matrix)
-    (tmp_path / "again.toml").write_text(matrices.to_toml(found))
-    assert matrices.read(tmp_path / "again.toml") == found
+def test_a_written_matrix_reads_the_same(matrix: Path, tmp_path: Path) -> None:
+    original = matrices.read_matrix(matrix)
+    (tmp_path / "copy.toml").write_text(matrices.to_toml(original))
+    assert matrices.read_matrix(tmp_path / "copy.toml") == original
 
 
 def test_each_type_of_gpu_has_a_job_whose_indices_are_its_bakes(matrix: Path, tmp_path: Path) -> None:
     rendering = rendering_of(matrix)
-    found = jobs(rendering)
-    assert [job["spec"]["completions"] for job in found.values()] == [2, 2, 1]
-    assert {job["spec"]["completionMode"] for job in found.values()} == {"Indexed"}
-    wanted = iter(matrices.read(matrix).bakes)
-    for name in found:
+    by_name = jobs(rendering)
+    assert [job["spec"]["completions"] for job in by_name.values()] == [2, 2, 1]
+    assert {job["spec"]["completionMode"] for job in by_name.values()} == {"Indexed"}
+    expected = iter(matrices.read_matrix(matrix).bakes)
+    for name in by_name:
         (content,) = [
             one for one in rendering.documents if one["kind"] == "ConfigMap" and one["metadata"]["name"] == name
         ]
@@ -85,23 +87,23 @@ def test_each_type_of_gpu_has_a_job_whose_indices_are_its_bakes(matrix: Path, tm
         (folder / "prewarm.toml").write_text(content["data"]["prewarm.toml"])
         for key, value in content.get("binaryData", {}).items():
             (folder / key).write_bytes(base64.b64decode(value))
-        mounted = matrices.read(folder / "prewarm.toml")
+        mounted = matrices.read_matrix(folder / "prewarm.toml")
         assert (mounted.base, mounted.target) == (
             "registry.example.com:5000/speech:cold",
             "registry.example.com:5000/speech:1",
         )
         for bake in mounted.bakes:
-            original = next(wanted)
+            original = next(expected)
             assert (bake.gpu, bake.profile, bake.t3_dtype) == (original.gpu, original.profile, original.t3_dtype)
             clips = {voice: clip.read_bytes() for voice, clip in bake.voices.items()}
             assert clips == {voice: clip.read_bytes() for voice, clip in original.voices.items()}
-    assert next(wanted, None) is None
+    assert next(expected, None) is None
 
 
-def test_a_job_goes_to_its_gpu_and_to_no_other(matrix: Path) -> None:
-    l4, part, cpu = jobs(rendering_of(matrix, cluster=Cluster(mig_strategy="mixed"))).values()
+def test_a_job_requires_nodes_with_its_gpu(matrix: Path) -> None:
+    l4, mig_slice, cpu = jobs(rendering_of(matrix, cluster=Cluster(mig_strategy="mixed"))).values()
     expected = [("nvidia.com/gpu", "NVIDIA-L4"), ("nvidia.com/mig-1g.10gb", "NVIDIA-H100-80GB-HBM3-MIG-1g.10gb")]
-    for job, (resource, product) in zip((l4, part), expected, strict=True):
+    for job, (resource, product) in zip((l4, mig_slice), expected, strict=True):
         pod = job["spec"]["template"]["spec"]
         assert container_of(job)["resources"]["limits"][resource] == "1"
         assert pod["affinity"] == {
@@ -126,29 +128,29 @@ def test_a_job_goes_to_its_gpu_and_to_no_other(matrix: Path) -> None:
     assert container_of(cpu)["resources"]["limits"].keys() == {"memory"}
 
 
-def test_what_cannot_pass_is_not_tried_again_and_what_may_is(matrix: Path) -> None:
+def test_only_failures_that_may_be_temporary_are_retried(matrix: Path) -> None:
     spec = next(iter(jobs(rendering_of(matrix)).values()))["spec"]
     ignored, final = spec["podFailurePolicy"]["rules"]
     assert ignored["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     codes = final["onExitCodes"]["values"]
     assert codes == sorted(set(codes)) == [2, 10, 11, 12, 13, 16, 70]
-    assert not {0, 14, 15, 137, 143} & set(codes), "a registry that is away, memory that was short, a node that goes"
+    assert not {0, 14, 15, 137, 143} & set(codes), "an unreachable registry, too little memory, a removed node"
     assert (final["action"], ignored["action"], spec["backoffLimitPerIndex"]) == ("FailIndex", "Ignore", 3)
     assert final["onExitCodes"]["containerName"] == spec["template"]["spec"]["containers"][0]["name"]
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_every_bake_is_valid_on_every_version_and_restricted(matrix: Path) -> None:
+def test_every_bake_is_valid_and_restricted_on_every_version(matrix: Path) -> None:
     rendering = rendering_of(matrix, registry_secret="login", parallelism=2, insecure=True)
     documents = list(yaml.safe_load_all(rendering.to_yaml()))
     assert documents == list(rendering.documents)
     for document in documents:
         for version in VERSIONS:
             validate(document, version)
-    assert {where: found for where, pod in pods(documents) if (found := violations(pod))} == {}
+    assert {name: problems for name, pod in pods(documents) if (problems := violations(pod))} == {}
 
 
-def test_it_writes_to_volumes_alone_and_asks_for_options_that_there_are(matrix: Path) -> None:
+def test_a_bake_writes_only_to_volumes_and_uses_existing_options(matrix: Path) -> None:
     job = next(iter(jobs(rendering_of(matrix, registry_secret="login")).values()))
     container, pod = container_of(job), job["spec"]["template"]["spec"]
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
@@ -159,15 +161,15 @@ def test_it_writes_to_volumes_alone_and_asks_for_options_that_there_are(matrix: 
     assert container["args"][0] == publish.name
     assert arguments.keys() <= options
     assert arguments["--warm"].startswith("/tmp/")
-    assert "--index" not in arguments, "the Job gives it: JOB_COMPLETION_INDEX"
+    assert "--index" not in arguments, "the Job sets JOB_COMPLETION_INDEX"
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert arguments["--matrix"] == f"{mounts['matrix']}/prewarm.toml"
     assert {"name": "DOCKER_CONFIG", "value": mounts["registry-login"]} in container["env"]
     assert volumes["registry-login"]["secret"]["items"] == [{"key": ".dockerconfigjson", "path": "config.json"}]
 
 
-def test_names_and_registries_are_all_that_it_reaches(matrix: Path) -> None:
-    policy = the(rendering_of(matrix).documents, "NetworkPolicy")["spec"]
+def test_only_dns_and_the_registries_can_be_reached(matrix: Path) -> None:
+    policy = document_of(rendering_of(matrix).documents, "NetworkPolicy")["spec"]
     assert policy["ingress"] == []
     (rule,) = policy["egress"]
     assert {(port["port"], port["protocol"]) for port in rule["ports"]} == {
@@ -178,13 +180,14 @@ def test_names_and_registries_are_all_that_it_reaches(matrix: Path) -> None:
     }
 
 
-def test_the_example_is_what_its_matrix_renders_to(tmp_path: Path) -> None:
+@pytest.mark.programs
+def test_the_example_equals_the_rendering_of_its_matrix(tmp_path: Path) -> None:
     arguments = ["--matrix", K8S / "bake" / "prewarm.toml", "--image", "registry.example.com/speech:tools"]
     arguments += ["--registry-secret", "registry-login", "--output", tmp_path / "bake.yaml"]
-    done = CliRunner().invoke(k8s, ["render-bake", *map(str, arguments)])
-    assert done.exit_code == 0, done.output
+    finished = CliRunner().invoke(k8s, ["render-bake", *map(str, arguments)])
+    assert finished.exit_code == 0, finished.output
     assert (tmp_path / "bake.yaml").read_text() == (K8S / "bake" / "bake.yaml").read_text(), (
-        "run the command of k8s/bake/kustomization.yaml again"
+        "run the command in k8s/bake/kustomization.yaml"
     )
     assert [one["metadata"]["name"] for one in kustomize(K8S / "bake") if one["kind"] == "Job"] == [
         "chatterbox-bake-nvidia-h100-80gb-hbm3",
@@ -192,13 +195,13 @@ def test_the_example_is_what_its_matrix_renders_to(tmp_path: Path) -> None:
     ]
 
 
-def test_nodes_without_labels_are_a_matter_of_chance_and_that_is_said(matrix: Path) -> None:
+def test_without_feature_discovery_a_note_warns_about_the_wrong_gpu(matrix: Path) -> None:
     rendering = rendering_of(matrix, cluster=Cluster(feature_discovery=False))
     assert not any("affinity" in job["spec"]["template"]["spec"] for job in jobs(rendering).values())
     assert any("ends with 11" in note for note in rendering.notes)
 
 
-def test_long_and_similar_products_have_names_of_their_own(tmp_path: Path) -> None:
+def test_long_and_similar_products_get_unique_names(tmp_path: Path) -> None:
     products = ["NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "NVIDIA L4", "NVIDIA L4+"]
     (tmp_path / "prewarm.toml").write_text(
         MATRIX.replace("[[bake]]\ngpus", f"[[bake]]\ngpus = {products}\n#", 1).replace("voices", "# voices")
@@ -208,16 +211,16 @@ def test_long_and_similar_products_have_names_of_their_own(tmp_path: Path) -> No
     assert all(len(name) <= 52 for name in names)
 
 
-def test_clips_that_no_map_can_hold_are_refused(matrix: Path, tmp_path: Path) -> None:
+def test_clips_that_do_not_fit_into_a_config_map_are_refused(matrix: Path, tmp_path: Path) -> None:
     (tmp_path / "clips" / "fox.wav").write_bytes(bytes(1 << 20))
     with pytest.raises(BadInputError, match=r"clips for NVIDIA L4 have \d+ bytes, more than the 1048576"):
         rendering_of(matrix)
     (tmp_path / "clips" / "fox.wav").unlink()
-    with pytest.raises(BadInputError, match="reading a voice's clip: No such file"):
+    with pytest.raises(BadInputError, match="reading a voice clip: No such file"):
         rendering_of(matrix)
 
 
-def test_an_image_that_a_pod_cannot_reach_is_refused(matrix: Path) -> None:
+def test_an_image_outside_a_registry_is_refused(matrix: Path) -> None:
     matrix.write_text(MATRIX.replace("registry.example.com:5000/speech:1", "oci:/somewhere:1"))
-    with pytest.raises(BadInputError, match="oci:/somewhere:1 is in no registry"):
+    with pytest.raises(BadInputError, match="oci:/somewhere:1 is not in a registry"):
         rendering_of(matrix)

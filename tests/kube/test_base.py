@@ -1,4 +1,4 @@
-"""The base renders, is valid for every Kubernetes that we can check, and keeps the promises of docs/kubernetes.md."""
+"""The base is valid on every supported Kubernetes version and has the properties in docs/kubernetes.md."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ import yaml
 from chatterbox_prewarm.kube.budgets import EXIT_SECONDS, PRE_STOP_SECONDS
 from chatterbox_prewarm.system.paths import CACHE
 from chatterbox_prewarm.system.process import run
-from tests.helpers.manifests import K8S, OLDEST, ROOT, VERSIONS, kustomize, the, validate, violations
+from tests.helpers.manifests import K8S, OLDEST, ROOT, VERSIONS, document_of, kustomize, validate, violations
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-#: The server's health routes, as the design fixes them.
+pytestmark = pytest.mark.programs
+
+#: Health routes of the server.
 HEALTH_ROUTES = {"/livez", "/startupz", "/readyz"}
 PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 
 
 @pytest.fixture(scope="module")
 def documents() -> dict[str, dict[str, Any]]:
-    found = kustomize(K8S / "base")
-    by_kind = {document["kind"]: document for document in found}
-    assert len(by_kind) == len(found), "two documents of one kind"
+    rendered = kustomize(K8S / "base")
+    by_kind = {document["kind"]: document for document in rendered}
+    assert len(by_kind) == len(rendered), "two documents have the same kind"
     return by_kind
 
 
@@ -60,7 +62,7 @@ def environment(documents: dict[str, dict[str, Any]], server: dict[str, Any]) ->
     return settings
 
 
-def test_base_is_what_every_deployment_shares(documents: dict[str, dict[str, Any]]) -> None:
+def test_the_base_contains_the_documents_of_every_deployment(documents: dict[str, dict[str, Any]]) -> None:
     assert documents.keys() == {
         "ConfigMap",
         "Deployment",
@@ -71,7 +73,7 @@ def test_base_is_what_every_deployment_shares(documents: dict[str, dict[str, Any
     }
 
 
-def test_the_validator_knows_the_oldest_version_and_newer_ones() -> None:
+def test_the_validator_has_the_oldest_version_and_newer_ones() -> None:
     assert VERSIONS[0] == ".".join(map(str, OLDEST))
     assert len(VERSIONS) > 1
 
@@ -105,18 +107,18 @@ def test_a_broken_deployment_is_refused(
         validate(deployment, version)
 
 
-def test_no_document_names_a_namespace(documents: dict[str, dict[str, Any]]) -> None:
+def test_no_document_has_a_namespace(documents: dict[str, dict[str, Any]]) -> None:
     assert not any("namespace" in document["metadata"] for document in documents.values())
 
 
-def test_each_probe_asks_its_own_health_route_on_a_named_port(server: dict[str, Any]) -> None:
+def test_each_probe_uses_its_own_health_route_on_a_named_port(server: dict[str, Any]) -> None:
     gets = [server[probe]["httpGet"] for probe in PROBES]
     assert [get["path"] for get in gets] == ["/startupz", "/livez", "/readyz"]
     assert {get["path"] for get in gets} == HEALTH_ROUTES
     assert {get["port"] for get in gets} <= {port["name"] for port in server["ports"]}
 
 
-def test_the_startup_budget_covers_a_cold_start(server: dict[str, Any]) -> None:
+def test_the_startup_probe_allows_a_cold_start(server: dict[str, Any]) -> None:
     probe = server["startupProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] >= 300
 
@@ -133,13 +135,13 @@ def test_a_busy_pod_is_not_killed(server: dict[str, Any]) -> None:
     assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 15
 
 
-def test_a_hung_server_is_not_given_the_time_of_a_drain(pod: dict[str, Any], server: dict[str, Any]) -> None:
+def test_a_hung_server_gets_no_time_to_drain(pod: dict[str, Any], server: dict[str, Any]) -> None:
     grace = server["livenessProbe"]["terminationGracePeriodSeconds"]
     assert grace == PRE_STOP_SECONDS + EXIT_SECONDS < pod["terminationGracePeriodSeconds"]
     assert "terminationGracePeriodSeconds" not in server["startupProbe"]
 
 
-def test_the_grace_period_holds_the_wait_the_drain_and_the_exit(
+def test_the_grace_period_covers_pre_stop_drain_and_exit(
     pod: dict[str, Any], server: dict[str, Any], environment: dict[str, str]
 ) -> None:
     command, seconds = server["lifecycle"]["preStop"]["exec"]["command"]
@@ -148,17 +150,19 @@ def test_the_grace_period_holds_the_wait_the_drain_and_the_exit(
     assert pod["terminationGracePeriodSeconds"] == int(seconds) + drain + EXIT_SECONDS
 
 
-def test_settings_are_options_of_the_server_and_nothing_else(environment: dict[str, str]) -> None:
+def test_settings_are_only_options_of_the_server(environment: dict[str, str]) -> None:
     assert environment
     assert all(name.startswith("CHATTERBOX_PREWARM_") for name in environment)
 
 
-def test_another_setting_gives_other_pods(documents: dict[str, dict[str, Any]]) -> None:
-    """The map's name ends in a digest of its content."""
+def test_a_changed_setting_restarts_the_pods(documents: dict[str, dict[str, Any]]) -> None:
+    """The name of the ConfigMap ends with a digest of its content."""
     assert re.fullmatch(r"chatterbox-[a-z0-9]{10}", documents["ConfigMap"]["metadata"]["name"])
 
 
-def test_nothing_goes_out_and_one_port_lets_in(documents: dict[str, dict[str, Any]], pod: dict[str, Any]) -> None:
+def test_only_connections_to_the_http_port_are_allowed(
+    documents: dict[str, dict[str, Any]], pod: dict[str, Any]
+) -> None:
     spec = documents["NetworkPolicy"]["spec"]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
     assert spec["egress"] == []
@@ -169,20 +173,20 @@ def test_nothing_goes_out_and_one_port_lets_in(documents: dict[str, dict[str, An
     assert documents["ServiceAccount"]["automountServiceAccountToken"] is False
 
 
-def test_a_single_pod_does_not_keep_its_node_for_ever(documents: dict[str, dict[str, Any]]) -> None:
+def test_a_single_pod_can_be_evicted(documents: dict[str, dict[str, Any]]) -> None:
     spec = documents["PodDisruptionBudget"]["spec"]
     assert (spec["maxUnavailable"], "minAvailable" in spec) == (1, False)
     assert spec["selector"] == documents["Deployment"]["spec"]["selector"]
 
 
-def test_an_update_never_lacks_a_ready_pod(deployment: dict[str, Any]) -> None:
+def test_an_update_always_keeps_a_ready_pod(deployment: dict[str, Any]) -> None:
     assert deployment["spec"]["strategy"] == {
         "type": "RollingUpdate",
         "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1},
     }
 
 
-def test_the_pod_keeps_the_restricted_profile(pod: dict[str, Any]) -> None:
+def test_the_pod_complies_with_the_restricted_profile(pod: dict[str, Any]) -> None:
     assert pod["securityContext"] == {
         "runAsNonRoot": True,
         "runAsUser": 12345,
@@ -193,12 +197,12 @@ def test_the_pod_keeps_the_restricted_profile(pod: dict[str, Any]) -> None:
     assert not pod.keys() & {"initContainers", "ephemeralContainers"}
 
 
-def test_the_pod_is_told_nothing_of_the_cluster(pod: dict[str, Any]) -> None:
+def test_the_pod_has_no_access_to_the_cluster(pod: dict[str, Any]) -> None:
     assert pod["automountServiceAccountToken"] is False
     assert pod["enableServiceLinks"] is False
 
 
-def test_the_cache_is_a_bounded_empty_dir_at_the_path_that_compilers_see(
+def test_the_cache_is_an_empty_dir_with_a_size_limit_at_its_fixed_path(
     pod: dict[str, Any], server: dict[str, Any]
 ) -> None:
     mounts = {mount["mountPath"]: mount for mount in server["volumeMounts"]}
@@ -208,24 +212,24 @@ def test_the_cache_is_a_bounded_empty_dir_at_the_path_that_compilers_see(
     assert volumes[mounts[str(CACHE)]["name"]]["emptyDir"] == {"sizeLimit": "1Gi"}
 
 
-def test_mounts_and_volumes_belong_together(pod: dict[str, Any], server: dict[str, Any]) -> None:
+def test_every_mount_has_a_volume_with_a_size_limit(pod: dict[str, Any], server: dict[str, Any]) -> None:
     assert {mount["mountPath"] for mount in server["volumeMounts"]} == {str(CACHE), "/tmp"}
     assert {mount["name"] for mount in server["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert all(volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"])
 
 
-def test_a_pod_that_requests_no_gpu_is_shown_none(server: dict[str, Any], environment: dict[str, str]) -> None:
+def test_a_pod_without_a_gpu_request_sees_no_gpu(server: dict[str, Any], environment: dict[str, str]) -> None:
     assert "NVIDIA_VISIBLE_DEVICES" not in environment
     assert "env" not in server
     assert server["resources"] == {"requests": {"cpu": "2", "memory": "6Gi"}, "limits": {"memory": "8Gi"}}
 
 
-def test_the_image_decides_what_runs(server: dict[str, Any]) -> None:
+def test_the_container_runs_the_entrypoint_of_the_image(server: dict[str, Any]) -> None:
     assert not server.keys() & {"command", "args"}
     assert server["imagePullPolicy"] == "IfNotPresent"
 
 
-def test_the_service_reaches_the_pods(
+def test_the_service_selects_the_pods(
     documents: dict[str, dict[str, Any]], deployment: dict[str, Any], server: dict[str, Any]
 ) -> None:
     service = documents["Service"]["spec"]
@@ -236,10 +240,10 @@ def test_the_service_reaches_the_pods(
     assert {"name": port["targetPort"], "containerPort": 8000, "protocol": "TCP"} in server["ports"]
 
 
-def test_the_overlay_of_the_docs_replaces_the_image(tmp_path: Path) -> None:
+def test_the_overlay_in_the_docs_replaces_the_image(tmp_path: Path) -> None:
     version = json.loads(run(["kubectl", "version", "--client", "--output=json"], timeout=60).stdout)["clientVersion"]
     if int(re.sub(r"\D", "", version["minor"])) < 21:
-        pytest.skip(f"kubectl {version['gitVersion']} is too old for a kustomization that names a folder (1.21)")
+        pytest.skip(f"kubectl {version['gitVersion']} is too old for a kustomization with a folder (1.21)")
     shutil.copytree(K8S / "base", tmp_path / "base")
     overlay = tmp_path / "overlays" / "mine"
     overlay.mkdir(parents=True)
@@ -248,5 +252,5 @@ def test_the_overlay_of_the_docs_replaces_the_image(tmp_path: Path) -> None:
     (overlay / "kustomization.yaml").write_text(example[1], encoding="utf-8")
 
     (image,) = yaml.safe_load(example[1])["images"]
-    (container,) = the(kustomize(overlay), "Deployment")["spec"]["template"]["spec"]["containers"]
+    (container,) = document_of(kustomize(overlay), "Deployment")["spec"]["template"]["spec"]["containers"]
     assert container["image"] == f"{image['newName']}:{image['newTag']}"

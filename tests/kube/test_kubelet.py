@@ -1,4 +1,4 @@
-"""The kubelet's rules, against a server on loopback that answers as it is told; times are scaled, the rules are not."""
+"""The kubelet's rules for probes, tested with a local server whose answers are set by the test. Times are scaled."""
 
 from __future__ import annotations
 
@@ -10,40 +10,41 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
 from benchmarks.kubelet import Probe, Threshold, Watch, read_probes
 from chatterbox_prewarm.errors import BadInputError
-from tests.helpers.manifests import K8S, kustomize, pods
+from tests.helpers.manifests import K8S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from benchmarks.kubelet import Kind
 
-#: A second of a manifest is so long here.
+#: Duration in these tests of one second in a manifest.
 SCALE = 0.05
 
 
 class App:
-    """A server with three health routes, each with a status or with seconds that it takes."""
+    """Server with three health routes; the test sets their status and their delay in seconds."""
 
     def __init__(self) -> None:
         self.status = {"/startupz": 503, "/livez": 200, "/readyz": 503}
         self.delay = dict.fromkeys(self.status, 0.0)
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.port = 0
 
 
 @pytest.fixture
 def app() -> Iterator[App]:
-    found = App()
+    app = App()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            found.asked.append(self.path)
-            time.sleep(found.delay[self.path])
+            app.requests.append(self.path)
+            time.sleep(app.delay[self.path])
             with contextlib.suppress(ConnectionError):
-                self.send_response(found.status[self.path])
+                self.send_response(app.status[self.path])
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
@@ -51,21 +52,25 @@ def app() -> Iterator[App]:
             return
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        found.port = server.server_port
+        app.port = server.server_port
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield found
+        yield app
         server.shutdown()
         thread.join()
 
 
+def probes_of_the_base() -> dict[Kind, Probe]:
+    deployment = yaml.safe_load((K8S / "base" / "deployment.yaml").read_text())
+    return read_probes(deployment["spec"]["template"]["spec"]["containers"][0])
+
+
 def probes(**changes: dict[str, float]) -> dict[Kind, Probe]:
-    """Those of the base, a second being `SCALE`; a short startup budget unless it is changed."""
-    pod = next(pod for _, pod in pods(kustomize(K8S / "base")))
-    found = read_probes(pod["containers"][0])
+    """Return the scaled probes of the base. The startup probe allows 100 failures unless it is changed."""
+    in_base = probes_of_the_base()
     scaled = {
         kind: replace(probe, period=probe.period * SCALE, timeout=probe.timeout * SCALE)
-        for kind, probe in found.items()
+        for kind, probe in in_base.items()
     }
     scaled["startup"] = replace(scaled["startup"], failure_threshold=100)
     return {kind: replace(probe, **changes.get(kind, {})) for kind, probe in scaled.items()}  # type: ignore[arg-type]
@@ -75,13 +80,12 @@ def watch(app: App, **changes: dict[str, float]) -> Watch:
     return Watch(probes(**changes), published={8000: app.port})
 
 
-def test_the_probes_of_the_base_are_read_as_they_stand_there() -> None:
-    pod = next(pod for _, pod in pods(kustomize(K8S / "base")))
-    found = read_probes(pod["containers"][0])
-    assert found["startup"] == Probe(kind="startup", path="/startupz", port=8000, period=1, failure_threshold=360)
-    assert found["liveness"] == Probe(kind="liveness", path="/livez", port=8000, period=5, timeout=5, grace=20)
-    assert found["readiness"] == Probe(kind="readiness", path="/readyz", port=8000, period=1)
-    assert (found["readiness"].failure_threshold, found["readiness"].timeout) == (3, 1)
+def test_the_probes_of_the_base_are_read() -> None:
+    in_base = probes_of_the_base()
+    assert in_base["startup"] == Probe(kind="startup", path="/startupz", port=8000, period=1, failure_threshold=360)
+    assert in_base["liveness"] == Probe(kind="liveness", path="/livez", port=8000, period=5, timeout=5, grace=20)
+    assert in_base["readiness"] == Probe(kind="readiness", path="/readyz", port=8000, period=1)
+    assert (in_base["readiness"].failure_threshold, in_base["readiness"].timeout) == (3, 1)
 
 
 @pytest.mark.parametrize(
@@ -93,42 +97,42 @@ def test_the_probes_of_the_base_are_read_as_they_stand_there() -> None:
         ("readiness", (2, 1), "+-++", [False, False, False, True]),
     ],
 )
-def test_an_answer_counts_when_it_has_come_often_enough_in_a_row(
+def test_a_result_counts_when_it_occurred_often_enough_in_a_row(
     kind: Kind, thresholds: tuple[int, int], answers: str, results: list[bool | None]
 ) -> None:
     successes, failures = thresholds
-    found = Threshold(Probe(kind=kind, path="/", port=1, success_threshold=successes, failure_threshold=failures))
-    seen = []
+    threshold = Threshold(Probe(kind=kind, path="/", port=1, success_threshold=successes, failure_threshold=failures))
+    actual = []
     for answer in answers:
-        found.take(answer == "+")
-        seen.append(found.result)
-    assert seen == results
+        threshold.take(answer == "+")
+        actual.append(threshold.result)
+    assert actual == results
 
 
-def test_a_warm_start_is_ready_at_once(app: App) -> None:
+def test_a_warm_start_is_ready_immediately(app: App) -> None:
     app.status.update({"/startupz": 200, "/readyz": 200})
     with watch(app) as watched:
         ready = watched.wait_for("ready", timeout=2)
         assert ready is not None
         assert watched.ready
-    assert [event.what for event in watched.events] == ["started", "ready"]
-    assert ready.at < 10 * SCALE, "readiness is asked as soon as the container has started"
+    assert [event.kind for event in watched.events] == ["started", "ready"]
+    assert ready.at < 10 * SCALE, "the readiness probe runs as soon as the container has started"
 
 
-def test_no_other_probe_is_asked_before_the_start_is_over(app: App) -> None:
+def test_other_probes_run_only_after_the_startup_probe(app: App) -> None:
     app.status["/livez"] = 500
     with watch(app) as watched:
         time.sleep(20 * SCALE)
-        assert set(app.asked) == {"/startupz"}
+        assert set(app.requests) == {"/startupz"}
         app.status.update({"/startupz": 200, "/livez": 200, "/readyz": 200})
         assert watched.wait_for("ready", timeout=2) is not None
-        asked = app.asked.count("/startupz")
+        count = app.requests.count("/startupz")
         time.sleep(5 * SCALE)
-        assert app.asked.count("/startupz") == asked, "and no more once it is"
+        assert app.requests.count("/startupz") == count, "the startup probe has ended"
     assert not watched.killed
 
 
-def test_a_start_within_its_budget_is_slow_and_one_beyond_is_ended(app: App) -> None:
+def test_a_start_is_ended_only_after_its_time_limit(app: App) -> None:
     with watch(app) as watched:
         time.sleep(30 * SCALE)
         assert watched.events == []
@@ -138,28 +142,28 @@ def test_a_start_within_its_budget_is_slow_and_one_beyond_is_ended(app: App) -> 
     with watch(app, startup={"failure_threshold": 10}) as watched:
         killed = watched.wait_for("killed", timeout=5)
         assert killed is not None
-        assert killed.why == "startup: /startupz: 503"
+        assert killed.reason == "startup: /startupz: 503"
         assert killed.at >= 9 * SCALE
-        asked = len(app.asked)
+        count = len(app.requests)
         time.sleep(5 * SCALE)
-        assert len(app.asked) == asked, "until there is another container"
+        assert len(app.requests) == count, "the watch has ended"
 
 
-def test_a_pod_that_is_not_ready_loses_its_requests_and_not_its_life(app: App) -> None:
+def test_a_pod_that_is_not_ready_gets_no_requests_but_is_not_ended(app: App) -> None:
     app.status.update({"/startupz": 200, "/readyz": 200})
     with watch(app) as watched:
         assert watched.wait_for("ready", timeout=2) is not None
         app.status["/readyz"] = 503
         assert watched.wait_for("not ready", timeout=2) is not None
         ready = [watched.ready]
-        seen = len(watched.events)
+        earlier = len(watched.events)
         app.status["/readyz"] = 200
-        assert watched.wait_for("ready", timeout=2, after=seen) is not None
+        assert watched.wait_for("ready", timeout=2, after=earlier) is not None
         assert [*ready, watched.ready] == [False, True]
     assert not watched.killed
 
 
-def test_a_server_that_hangs_is_ended_after_three_timeouts(app: App) -> None:
+def test_a_hung_server_is_ended_after_three_timeouts(app: App) -> None:
     app.status.update({"/startupz": 200, "/readyz": 200})
     with watch(app) as watched:
         assert watched.wait_for("ready", timeout=2) is not None
@@ -167,13 +171,13 @@ def test_a_server_that_hangs_is_ended_after_three_timeouts(app: App) -> None:
         begun = time.monotonic()
         killed = watched.wait_for("killed", timeout=10)
         assert killed is not None
-        assert killed.why.startswith("liveness: /livez: ")
-        # Three timeouts of 5 s one after the other; the first answer may have been due up to a period later.
+        assert killed.reason.startswith("liveness: /livez: ")
+        # Three consecutive timeouts of 5 s. The first probe may have been due up to one period later.
         assert 15 * SCALE * 0.9 <= time.monotonic() - begun <= 40 * SCALE
     assert not watched.ready
 
 
-def test_a_server_that_is_slow_now_and_then_lives(app: App) -> None:
+def test_a_server_that_is_slow_at_times_is_not_ended(app: App) -> None:
     app.status.update({"/startupz": 200, "/readyz": 200})
     with watch(app) as watched:
         assert watched.wait_for("ready", timeout=2) is not None
@@ -185,26 +189,26 @@ def test_a_server_that_is_slow_now_and_then_lives(app: App) -> None:
     assert not watched.killed
 
 
-def test_nobody_listening_is_a_failure_like_any_other() -> None:
+def test_a_refused_connection_is_a_failure() -> None:
     unreachable = {"startup": Probe(kind="startup", path="/", port=9, period=0.02, failure_threshold=3)}
     with Watch(unreachable) as watched:  # type: ignore[arg-type]
         killed = watched.wait_for("killed", timeout=2)
         assert killed is not None
-        assert "refused" in killed.why
+        assert "refused" in killed.reason
 
 
-def test_without_a_startup_probe_the_others_begin_at_once_and_after_their_delay(app: App) -> None:
+def test_without_a_startup_probe_other_probes_begin_after_their_delay(app: App) -> None:
     app.status["/readyz"] = 302
     only = {"readiness": Probe(kind="readiness", path="/readyz", port=app.port, initial_delay=0.2, period=0.02)}
     with Watch(only) as watched:  # type: ignore[arg-type]
         ready = watched.wait_for("ready", timeout=2)
-        assert ready is not None, "a redirection passes"
+        assert ready is not None, "a redirect passes"
         assert ready.at >= 0.2
 
 
-def test_probes_that_are_not_by_http_or_of_an_unknown_port_are_refused() -> None:
-    with pytest.raises(BadInputError, match="the liveness probe is not by HTTP"):
+def test_probes_without_http_or_with_an_unknown_port_are_refused() -> None:
+    with pytest.raises(BadInputError, match="the liveness probe does not use HTTP"):
         read_probes({"livenessProbe": {"exec": {"command": ["true"]}}})
-    with pytest.raises(BadInputError, match="asks the port 'web'"):
+    with pytest.raises(BadInputError, match="uses the unknown port 'web'"):
         read_probes({"livenessProbe": {"httpGet": {"path": "/", "port": "web"}}})
     assert read_probes({"livenessProbe": {"httpGet": {"port": 80}}})["liveness"].period == 10

@@ -1,4 +1,4 @@
-"""Every overlay, component and bake renders, is valid for every Kubernetes that we can check, and safe."""
+"""Every overlay, component and bake is valid on every supported Kubernetes version and restricted."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ import pytest
 import yaml
 
 from chatterbox_prewarm.kube.nodes import product_label
-from tests.helpers.manifests import FOREIGN, K8S, VERSIONS, Document, kustomize, pods, the, validate, violations
+from tests.helpers.manifests import FOREIGN, K8S, VERSIONS, Document, document_of, kustomize, pods, validate, violations
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.programs
+
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
 ON_GPU = [name for name in OVERLAYS if name != "cpu-demo"]
-#: The first minor version whose schema has what a component needs.
+#: The first minor version whose schema has the fields that a component needs.
 SINCE = {"weights-image-volume": (1, 31)}
 
 
-def with_components(folder: Path, *names: str, overlay: str = "../k8s/base", **more: Any) -> list[Document]:
-    """What an overlay of a user's gives, of the base and these components."""
+def with_components(folder: Path, *names: str, overlay: str = "../k8s/base", **fields: Any) -> list[Document]:
+    """Render an overlay of a user with these components."""
     if not (folder / "k8s").exists():
         shutil.copytree(K8S, folder / "k8s")
-    mine = folder / f"mine-{'-'.join(names)}"
-    mine.mkdir()
+    user = folder / f"user-{'-'.join(names)}"
+    user.mkdir()
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "resources": [overlay],
         "components": [f"../k8s/components/{name}" for name in names],
-        **more,
+        **fields,
     }
-    (mine / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    return kustomize(mine)
+    (user / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return kustomize(user)
 
 
 def ours(documents: list[Document]) -> list[Document]:
@@ -48,18 +50,18 @@ def test_there_is_an_overlay_for_each_kind_of_machine() -> None:
     assert OVERLAYS == ["cpu-demo", "gpu-a10", "gpu-h100", "gpu-h200", "gpu-l4", "multi-gpu-node"]
 
 
-@pytest.mark.parametrize("place", [*(f"overlays/{name}" for name in OVERLAYS), "bake"])
-def test_every_document_of_an_overlay_is_valid_on_every_version_and_restricted(place: str) -> None:
-    documents = kustomize(K8S / place)
+@pytest.mark.parametrize("path", [*(f"overlays/{name}" for name in OVERLAYS), "bake"])
+def test_every_overlay_is_valid_and_restricted_on_every_version(path: str) -> None:
+    documents = kustomize(K8S / path)
     for document in documents:
         for version in VERSIONS:
             validate(document, version)
-    assert {name: found for name, pod in pods(documents) if (found := violations(pod))} == {}
+    assert {name: problems for name, pod in pods(documents) if (problems := violations(pod))} == {}
     assert not any("namespace" in document["metadata"] for document in documents)
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_every_component_is_valid_on_the_base_and_restricted(name: str, tmp_path: Path) -> None:
+def test_every_component_is_valid_and_restricted_on_the_base(name: str, tmp_path: Path) -> None:
     documents = with_components(tmp_path, name)
     since = SINCE.get(name, (1, 29))
     for document in ours(documents):
@@ -69,10 +71,10 @@ def test_every_component_is_valid_on_the_base_and_restricted(name: str, tmp_path
             else:
                 with pytest.raises(kubernetes_validate.ValidationError):
                     validate(document, version)
-    assert {where: found for where, pod in pods(documents) if (found := violations(pod))} == {}
+    assert {name: problems for name, pod in pods(documents) if (problems := violations(pod))} == {}
 
 
-def test_components_go_together_on_an_overlay_and_with_a_users_settings(tmp_path: Path) -> None:
+def test_components_can_be_combined_with_an_overlay_and_settings_of_a_user(tmp_path: Path) -> None:
     documents = with_components(
         tmp_path,
         *("signature-key", "hpa", "monitor", "alerts"),
@@ -82,32 +84,32 @@ def test_components_go_together_on_an_overlay_and_with_a_users_settings(tmp_path
             {"name": "chatterbox", "behavior": "merge", "literals": ["CHATTERBOX_PREWARM_POLICY=require"]}
         ],
     )
-    assert the(documents, "ConfigMap")["data"] == {
+    assert document_of(documents, "ConfigMap")["data"] == {
         "CHATTERBOX_PREWARM_DEVICE": "cuda",
         "CHATTERBOX_PREWARM_DRAIN_SECONDS": "100",
         "CHATTERBOX_PREWARM_KEY": "/etc/chatterbox-prewarm/public.pem",
         "CHATTERBOX_PREWARM_POLICY": "require",
     }
     images = {container["image"] for _, pod in pods(documents) for container in pod["containers"]}
-    assert images == {"registry.example.com/speech@sha256:" + "a" * 64}, "what is pulled before is what runs"
-    (server,) = the(documents, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert images == {"registry.example.com/speech@sha256:" + "a" * 64}, "the DaemonSet pulls the image of the pods"
+    (server,) = document_of(documents, "Deployment")["spec"]["template"]["spec"]["containers"]
     key = {mount["name"]: mount["mountPath"] for mount in server["volumeMounts"]}["signature-key"]
     assert f"{key}/public.pem" == "/etc/chatterbox-prewarm/public.pem"
 
 
 @pytest.mark.parametrize("name", ON_GPU)
-def test_an_overlay_for_gpus_requests_one_and_chooses_the_nodes(name: str) -> None:
+def test_an_overlay_for_a_gpu_requests_one_and_selects_the_nodes(name: str) -> None:
     documents = kustomize(K8S / "overlays" / name)
-    pod = the(documents, "Deployment")["spec"]["template"]["spec"]
+    pod = document_of(documents, "Deployment")["spec"]["template"]["spec"]
     (server,) = pod["containers"]
     assert server["resources"]["limits"]["nvidia.com/gpu"] == server["resources"]["requests"]["nvidia.com/gpu"] == "1"
     assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     affinity = pod["affinity"]["nodeAffinity"]
     (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     assert all(one["key"].startswith("nvidia.com/gpu.") for one in term["matchExpressions"])
-    before = the(documents, "DaemonSet")["spec"]["template"]["spec"]
-    assert before["affinity"] == pod["affinity"], "the image is pulled where pods may run"
-    assert "nvidia.com/gpu" not in before["containers"][0]["resources"]["limits"]
+    pre_pull = document_of(documents, "DaemonSet")["spec"]["template"]["spec"]
+    assert pre_pull["affinity"] == pod["affinity"], "the image is pulled on the nodes of the pods"
+    assert "nvidia.com/gpu" not in pre_pull["containers"][0]["resources"]["limits"]
 
 
 @pytest.mark.parametrize(
@@ -119,8 +121,8 @@ def test_an_overlay_for_gpus_requests_one_and_chooses_the_nodes(name: str) -> No
         ("gpu-h200", "9.0", "NVIDIA H200"),
     ],
 )
-def test_an_overlay_names_the_product_as_its_nodes_are_labelled(name: str, capability: str, product: str) -> None:
-    affinity = the(kustomize(K8S / "overlays" / name), "Deployment")["spec"]["template"]["spec"]["affinity"]
+def test_an_overlay_uses_the_product_label_of_its_nodes(name: str, capability: str, product: str) -> None:
+    affinity = document_of(kustomize(K8S / "overlays" / name), "Deployment")["spec"]["template"]["spec"]["affinity"]
     (term,) = affinity["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     assert ".".join(one["values"][0] for one in term["matchExpressions"]) == capability
     (preferred,) = affinity["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
@@ -129,26 +131,28 @@ def test_an_overlay_names_the_product_as_its_nodes_are_labelled(name: str, capab
     assert product_label(product) in expression["values"]
 
 
-def test_an_update_of_a_full_node_has_a_gpu_left_for_one_pod_more() -> None:
-    spec = the(kustomize(K8S / "overlays" / "multi-gpu-node"), "Deployment")["spec"]
+def test_an_update_of_a_full_node_has_a_free_gpu_for_an_additional_pod() -> None:
+    spec = document_of(kustomize(K8S / "overlays" / "multi-gpu-node"), "Deployment")["spec"]
     assert spec["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
     assert spec["replicas"] == 8 - spec["strategy"]["rollingUpdate"]["maxSurge"]
 
 
-def test_only_what_is_meant_to_sets_the_number_of_pods() -> None:
-    fixed = {name for name in OVERLAYS if "replicas" in the(kustomize(K8S / "overlays" / name), "Deployment")["spec"]}
+def test_only_the_overlay_for_a_multi_gpu_node_sets_the_number_of_pods() -> None:
+    fixed = {
+        name for name in OVERLAYS if "replicas" in document_of(kustomize(K8S / "overlays" / name), "Deployment")["spec"]
+    }
     assert fixed == {"multi-gpu-node"}
 
 
-def test_weights_come_from_an_image_to_where_the_server_looks_for_them(tmp_path: Path) -> None:
-    pod = the(with_components(tmp_path, "weights-image-volume"), "Deployment")["spec"]["template"]["spec"]
+def test_weights_from_an_image_are_mounted_at_the_path_of_the_server(tmp_path: Path) -> None:
+    pod = document_of(with_components(tmp_path, "weights-image-volume"), "Deployment")["spec"]["template"]["spec"]
     mounts = {mount["name"]: mount for mount in pod["containers"][0]["volumeMounts"]}
     assert mounts["weights"] == {"name": "weights", "mountPath": "/opt/chatterbox-prewarm/weights", "readOnly": True}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert volumes["weights"]["image"]["pullPolicy"] == "IfNotPresent"
 
 
-def test_resources_of_other_projects_point_at_ours(tmp_path: Path) -> None:
+def test_resources_of_other_projects_refer_to_our_documents(tmp_path: Path) -> None:
     documents = with_components(tmp_path, "keda", "monitor", "alerts")
     foreign = {document["kind"]: document for document in documents if document not in ours(documents)}
     assert foreign.keys() == {"ScaledObject", "HTTPScaledObject", "PodMonitor", "PrometheusRule"}
@@ -156,16 +160,16 @@ def test_resources_of_other_projects_point_at_ours(tmp_path: Path) -> None:
     assert scaled["spec"]["scaleTargetRef"]["name"] == http["spec"]["scaleTargetRef"]["name"] == "chatterbox"
     assert scaled["spec"]["minReplicaCount"] == http["spec"]["replicas"]["min"] == 0
     assert scaled["spec"]["maxReplicaCount"] == http["spec"]["replicas"]["max"]
-    # The add-on's controller removes a ScaledObject of its own name.
+    # The controller of the add-on removes a ScaledObject with its own name.
     assert scaled["metadata"]["name"] != http["metadata"]["name"]
     assert http["metadata"]["annotations"] == {"httpscaledobject.keda.sh/skip-scaledobject-creation": "true"}
     triggers = {trigger["type"]: trigger["metadata"] for trigger in scaled["spec"]["triggers"]}
     assert triggers["external-push"]["httpScaledObject"] == http["metadata"]["name"]
     assert float(triggers["prometheus"]["threshold"]) > 0
-    service = the(documents, "Service")["spec"]
+    service = document_of(documents, "Service")["spec"]
     assert http["spec"]["scaleTargetRef"]["port"] == service["ports"][0]["port"]
     monitor = foreign["PodMonitor"]["spec"]
-    template = the(documents, "Deployment")["spec"]["template"]
+    template = document_of(documents, "Deployment")["spec"]["template"]
     assert monitor["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
     (endpoint,) = monitor["podMetricsEndpoints"]
     assert (endpoint["path"], endpoint["port"]) == ("/metrics", "http")
@@ -174,16 +178,16 @@ def test_resources_of_other_projects_point_at_ours(tmp_path: Path) -> None:
     assert len({rule["alert"] for rule in rules}) == len(rules)
 
 
-def test_an_autoscaler_aims_at_the_deployment(tmp_path: Path) -> None:
+def test_an_autoscaler_scales_the_deployment(tmp_path: Path) -> None:
     documents = with_components(tmp_path, "hpa")
-    spec = the(documents, "HorizontalPodAutoscaler")["spec"]
-    deployment = the(documents, "Deployment")
+    spec = document_of(documents, "HorizontalPodAutoscaler")["spec"]
+    deployment = document_of(documents, "Deployment")
     assert spec["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
     assert "replicas" not in deployment["spec"]
     assert spec["minReplicas"] < spec["maxReplicas"]
 
 
-def test_a_pod_that_may_do_more_is_noticed() -> None:
+def test_violations_of_a_pod_are_found() -> None:
     pod = next(pod for _, pod in pods(kustomize(K8S / "base")))
     assert violations(pod) == []
     pod["containers"][0]["securityContext"]["readOnlyRootFilesystem"] = False
@@ -197,11 +201,11 @@ def test_a_pod_that_may_do_more_is_noticed() -> None:
         "no seccomp profile",
         "the volume host is a hostPath",
         "the volume tmp has no size limit",
-        "the container server may do more",
-        "a variable of NVIDIA's",
+        "the container server has more permissions",
+        "a variable of the NVIDIA runtime",
     ]
 
 
-def test_no_manifest_gives_a_container_a_variable_of_the_gpu_runtime() -> None:
+def test_no_manifest_sets_a_variable_of_the_nvidia_runtime() -> None:
     texts = [path.read_text() for path in K8S.rglob("*.yaml")]
     assert not any(re.search(r"^\s*(- name: )?NVIDIA_\w+", text, re.MULTILINE) for text in texts)

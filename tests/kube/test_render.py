@@ -1,4 +1,4 @@
-"""A rendering says of an image's labels where it runs, how long it may take to start, and what it gets."""
+"""A deployment is rendered from the labels of an image: its nodes, its time limits and its resources."""
 
 from __future__ import annotations
 
@@ -13,58 +13,24 @@ from click.testing import CliRunner
 
 from chatterbox_prewarm.commands.kube import k8s
 from chatterbox_prewarm.errors import BadInputError, EngineError
-from chatterbox_prewarm.image.labels import STATES, FamilyLabel, StateLabel, labels_of
+from chatterbox_prewarm.image.labels import STATES, image_labels
 from chatterbox_prewarm.image.oci_layout import Layout
 from chatterbox_prewarm.image.references import parse
-from chatterbox_prewarm.image.stores import storing
+from chatterbox_prewarm.image.stores import open_store
 from chatterbox_prewarm.kube.budgets import Measured
 from chatterbox_prewarm.kube.nodes import Cluster, product_label
-from chatterbox_prewarm.kube.render import NAME, Request, render
+from chatterbox_prewarm.kube.render import NAME
 from chatterbox_prewarm.state.manifest import Measurements
 from tests.helpers.images import make_base
-from tests.helpers.manifests import K8S, VERSIONS, Document, kustomize, pods, the, validate, violations
+from tests.helpers.manifests import K8S, VERSIONS, Document, document_of, kustomize, pods, validate, violations
 from tests.helpers.registry_server import serve
+from tests.helpers.renderings import CPU, H100, H200, IMAGE, L4, MIB, SLICE, render_for, state
 from tests.helpers.states import make_state_for
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox_prewarm.kube.documents import Rendering
-
-IMAGE = "registry.example.com/speech@sha256:" + "a" * 64
-MIB = 1 << 20
-
-
-def state(
-    gpu: str, capability: str, *, device: str = "cuda", driver: str = "", arch: str = "x86_64", size: int = 60 * MIB
-) -> StateLabel:
-    requires = {"arch": arch, **({"gpu": gpu, "compute_capability": capability} if device == "cuda" else {})}
-    if driver:
-        requires["driver"] = driver
-    return StateLabel(
-        key=f"{device}-{gpu}-{arch}".lower().replace(" ", "-"),
-        set_digest="0" * 64,
-        variant="english",
-        profile="aot",
-        device=device,
-        created="2025-01-02T03:04:05+00:00",
-        gpu=gpu,
-        compute_capability=capability,
-        driver=driver or "550.54.15",
-        torch="2.6.0",
-        families=(FamilyLabel(name="aot", size=size, requires=requires),),
-    )
-
-
-H100 = state("NVIDIA H100 80GB HBM3", "9.0")
-H200 = state("NVIDIA H200", "9.0")
-L4 = state("NVIDIA L4", "8.9")
-CPU = state("none", "none", device="cpu")
-SLICE = state("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "9.0")
-
-
-def render_for(states: list[StateLabel], **fields: Any) -> Rendering:
-    return render(Request(image=IMAGE, states=tuple(states), **fields))
 
 
 def pod_of(rendering: Rendering) -> Document:
@@ -73,8 +39,8 @@ def pod_of(rendering: Rendering) -> Document:
 
 
 def affinity_of(rendering: Rendering) -> Document:
-    found: Document = pod_of(rendering)["affinity"]["nodeAffinity"]
-    return found
+    affinity: Document = pod_of(rendering)["affinity"]["nodeAffinity"]
+    return affinity
 
 
 def terms(rendering: Rendering) -> list[dict[str, tuple[str, ...]]]:
@@ -91,59 +57,61 @@ def preferences(rendering: Rendering) -> list[tuple[int, dict[str, tuple[str, ..
 
 
 def server_of(rendering: Rendering) -> Document:
-    (found,) = pod_of(rendering)["containers"]
-    server: Document = found
+    server: Document
+    (server,) = pod_of(rendering)["containers"]
     return server
 
 
-def test_without_a_gpu_and_without_figures_it_is_the_base() -> None:
-    """But for the image, the processor, the map's name, and what says where the rendering comes from."""
+@pytest.mark.programs
+def test_a_rendering_for_a_cpu_without_measurements_equals_the_base() -> None:
+    """The image, the architecture, the name of the ConfigMap, and the annotations differ."""
     rendered = list(yaml.safe_load_all(render_for([CPU]).to_yaml()))
     base = kustomize(K8S / "base")
-    the(base, "ConfigMap")["metadata"]["name"] = "chatterbox"
-    deployment, pod = the(base, "Deployment"), the(base, "Deployment")["spec"]["template"]["spec"]
+    document_of(base, "ConfigMap")["metadata"]["name"] = "chatterbox"
+    deployment, pod = document_of(base, "Deployment"), document_of(base, "Deployment")["spec"]["template"]["spec"]
     pod["containers"][0]["image"] = IMAGE
     pod["containers"][0]["envFrom"][0]["configMapRef"]["name"] = "chatterbox"
-    ours = the(rendered, "Deployment")
-    assert ours["metadata"].pop("annotations") == {"chatterbox-prewarm/states": CPU.key}
-    assert ours["spec"]["template"]["metadata"].pop("annotations").keys() == {"checksum/config"}
-    assert ours["spec"]["template"]["spec"].pop("affinity")["nodeAffinity"].keys() == {
+    rendered_deployment = document_of(rendered, "Deployment")
+    assert rendered_deployment["metadata"].pop("annotations") == {"chatterbox-prewarm/states": CPU.key}
+    assert rendered_deployment["spec"]["template"]["metadata"].pop("annotations").keys() == {"checksum/config"}
+    assert rendered_deployment["spec"]["template"]["spec"].pop("affinity")["nodeAffinity"].keys() == {
         "requiredDuringSchedulingIgnoredDuringExecution"
     }
-    assert ours == deployment
+    assert rendered_deployment == deployment
     for document in base:
-        assert the(rendered, document["kind"]) == document
+        assert document_of(rendered, document["kind"]) == document
     assert len(rendered) == len(base)
 
 
-def test_what_pulls_before_is_the_component_and_goes_where_the_pods_go() -> None:
+def test_pre_pull_equals_the_component_and_selects_the_nodes_of_the_pods() -> None:
     rendered = list(yaml.safe_load_all(render_for([CPU], pre_pull=True).to_yaml()))
     assert rendered[:-2] == list(yaml.safe_load_all(render_for([CPU]).to_yaml()))
     component = [yaml.safe_load((K8S / "components" / "pre-pull" / name).read_text()) for name in PRE_PULL]
     pod = component[0]["spec"]["template"]["spec"]
     pod["containers"][0]["image"] = IMAGE
-    del pod["tolerations"]  # of GPUs
+    del pod["tolerations"]  # only for GPUs
     assert rendered[-2]["spec"]["template"]["spec"].pop("affinity") == pod_of(render_for([CPU]))["affinity"]
     assert rendered[-2:] == component
-    for documents in ([H100, L4], [L4]):
-        (_, server), (_, before) = pods(render_for(documents, pre_pull=True).documents)
-        assert (before["affinity"], before["tolerations"]) == (server["affinity"], server["tolerations"])
+    for states in ([H100, L4], [L4]):
+        (_, server), (_, pre_pull) = pods(render_for(states, pre_pull=True).documents)
+        assert (pre_pull["affinity"], pre_pull["tolerations"]) == (server["affinity"], server["tolerations"])
 
 
-def test_components_go_on_top_of_a_rendering(tmp_path: Path) -> None:
+@pytest.mark.programs
+def test_components_can_be_added_to_a_rendering(tmp_path: Path) -> None:
     shutil.copytree(K8S / "components", tmp_path / "components")
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "rendered.yaml").write_text(render_for([L4], queue_limit=4).to_yaml())
+    user = tmp_path / "user"
+    user.mkdir()
+    (user / "rendered.yaml").write_text(render_for([L4], queue_limit=4).to_yaml())
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "resources": ["rendered.yaml"],
         "components": [f"../components/{name}" for name in ("token", "voices", "signature-key", "hpa", "monitor")],
     }
-    (mine / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    documents = kustomize(mine)
-    deployment, settings = the(documents, "Deployment"), the(documents, "ConfigMap")
+    (user / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    documents = kustomize(user)
+    deployment, settings = document_of(documents, "Deployment"), document_of(documents, "ConfigMap")
     (server,) = deployment["spec"]["template"]["spec"]["containers"]
     assert server["image"] == IMAGE
     assert server["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}]
@@ -151,12 +119,12 @@ def test_components_go_on_top_of_a_rendering(tmp_path: Path) -> None:
     assert settings["data"].keys() >= {"CHATTERBOX_PREWARM_TOKEN_FILE", "CHATTERBOX_PREWARM_KEY"}
     mounts = {mount["name"] for mount in server["volumeMounts"]}
     assert mounts == {volume["name"] for volume in deployment["spec"]["template"]["spec"]["volumes"]}
-    assert len(mounts) == 5, "the cache, the temporary folder, and one of each of three components"
-    assert the(documents, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]["name"] == NAME
-    assert {where: found for where, pod in pods(documents) if (found := violations(pod))} == {}
+    assert len(mounts) == 5, "the cache, the temporary folder, and one for each of three components"
+    assert document_of(documents, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]["name"] == NAME
+    assert {name: problems for name, pod in pods(documents) if (problems := violations(pod))} == {}
 
 
-#: In the order of a rendering.
+#: Files of the component in the order of a rendering.
 PRE_PULL = ("daemon-set.yaml", "network-policy.yaml")
 
 RENDERINGS = {
@@ -173,13 +141,13 @@ RENDERINGS = {
 
 
 @pytest.mark.parametrize("name", RENDERINGS)
-def test_every_rendering_is_valid_on_every_version_and_restricted(name: str) -> None:
+def test_every_rendering_is_valid_and_restricted_on_every_version(name: str) -> None:
     documents = list(yaml.safe_load_all(RENDERINGS[name].to_yaml()))
     assert documents == list(RENDERINGS[name].documents)
     for document in documents:
         for version in VERSIONS:
             validate(document, version)
-    assert {where: found for where, pod in pods(documents) if (found := violations(pod))} == {}
+    assert {name: problems for name, pod in pods(documents) if (problems := violations(pod))} == {}
 
 
 def test_a_compute_capability_is_required_and_a_product_preferred() -> None:
@@ -194,35 +162,35 @@ def test_a_compute_capability_is_required_and_a_product_preferred() -> None:
     assert preferences(rendering) == [(100, {"nvidia.com/gpu.product": ("NVIDIA-L4", "NVIDIA-L4-SHARED")})]
 
 
-def test_several_states_are_several_terms_and_those_of_one_capability_are_one() -> None:
+def test_states_with_the_same_capability_share_a_term() -> None:
     rendering = render_for([H100, H200, L4])
     assert [term["nvidia.com/gpu.compute.major"] for term in terms(rendering)] == [("9",), ("8",)]
-    assert [found["nvidia.com/gpu.product"][0] for _, found in preferences(rendering)] == [
+    assert [labels["nvidia.com/gpu.product"][0] for _, labels in preferences(rendering)] == [
         "NVIDIA-H100-80GB-HBM3",
         "NVIDIA-H200",
         "NVIDIA-L4",
     ]
 
 
-def test_only_the_gpus_that_are_named_count() -> None:
+def test_only_states_for_the_selected_gpus_are_used() -> None:
     rendering = render_for([H100, L4], gpus=("NVIDIA L4",))
     assert [term["nvidia.com/gpu.compute.major"] for term in terms(rendering)] == [("8",)]
     with pytest.raises(BadInputError, match=r"no state of the image is for the GPU 'NVIDIA A10'.*NVIDIA L4"):
         render_for([H100, L4], gpus=("NVIDIA A10",))
 
 
-def test_a_start_that_may_not_miss_goes_only_where_a_state_fits() -> None:
-    """Elsewhere it would end with 11, and be started again and again."""
+def test_the_policy_require_requires_the_product() -> None:
+    """On another product, the container would exit with 11 and restart in a loop."""
     rendering = render_for([H100, H200], policy="require")
     (term,) = terms(rendering)
     assert term["nvidia.com/gpu.product"] == (
         *("NVIDIA-H100-80GB-HBM3", "NVIDIA-H100-80GB-HBM3-SHARED"),
         *("NVIDIA-H200", "NVIDIA-H200-SHARED"),
     )
-    assert the(rendering.documents, "ConfigMap")["data"]["CHATTERBOX_PREWARM_POLICY"] == "require"
+    assert document_of(rendering.documents, "ConfigMap")["data"]["CHATTERBOX_PREWARM_POLICY"] == "require"
 
 
-def test_a_driver_is_preferred_if_something_depends_on_it() -> None:
+def test_a_driver_is_preferred_if_a_family_depends_on_it() -> None:
     rendering = render_for([state("NVIDIA L4", "8.9", driver="550.54.15")])
     assert [weight for weight, _ in preferences(rendering)] == [100, 50]
     driver = preferences(rendering)[1][1]
@@ -243,11 +211,11 @@ def test_a_driver_is_preferred_if_something_depends_on_it() -> None:
         ("NVIDIA  RTX (TM) 6000", "NVIDIA-RTX-TM-6000"),
     ],
 )
-def test_a_product_is_named_as_its_label(product: str, label: str) -> None:
+def test_a_product_has_the_label_of_gpu_feature_discovery(product: str, label: str) -> None:
     assert product_label(product) == label
 
 
-def test_a_part_of_a_gpu_is_the_gpu_of_its_node_or_a_resource_of_its_own() -> None:
+def test_a_mig_slice_is_requested_as_a_gpu_or_as_its_own_resource() -> None:
     single = render_for([SLICE])
     assert server_of(single)["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert preferences(single)[0][1] == {
@@ -262,41 +230,41 @@ def test_a_part_of_a_gpu_is_the_gpu_of_its_node_or_a_resource_of_its_own() -> No
     assert terms(mixed)[0]["nvidia.com/mig-1g.10gb.memory"] == ("6999",)
 
 
-def test_one_pod_cannot_request_two_kinds_of_gpu() -> None:
+def test_a_pod_cannot_request_two_kinds_of_gpu() -> None:
     with pytest.raises(BadInputError, match=r"requested as nvidia\.com/gpu and nvidia\.com/mig-1g\.10gb"):
         render_for([SLICE, H100], cluster=Cluster(mig_strategy="mixed"))
-    assert render_for([SLICE, H100]).documents, "under the strategy single both are nvidia.com/gpu"
+    assert render_for([SLICE, H100]).documents, "with the strategy single, both are nvidia.com/gpu"
 
 
-def test_a_gpu_that_is_too_small_is_no_node_of_ours() -> None:
+def test_a_gpu_with_too_little_memory_is_excluded() -> None:
     rendering = render_for([L4], measured=Measured(gpu_memory_mib=9000))
     raw = affinity_of(rendering)["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     assert {"key": "nvidia.com/gpu.memory", "operator": "Gt", "values": ["8999"]} in raw[0]["matchExpressions"]
 
 
-def test_without_feature_discovery_it_still_runs_and_says_what_may_happen() -> None:
+def test_without_feature_discovery_a_note_warns_about_other_gpus() -> None:
     rendering = render_for([L4], cluster=Cluster(feature_discovery=False))
     assert terms(rendering) == [{"kubernetes.io/arch": ("amd64",)}]
     assert preferences(rendering) == []
     assert server_of(rendering)["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    assert any("it misses, is slow" in note for note in rendering.notes)
-    assert "# and works. Install GPU Feature Discovery" in rendering.to_yaml()
-    chosen = render_for([L4], cluster=Cluster(feature_discovery=False, labels={"gpu": "l4"}))
-    assert terms(chosen) == [{"kubernetes.io/arch": ("amd64",), "gpu": ("l4",)}]
+    assert any("It then has misses" in note for note in rendering.notes)
+    assert "# slow, but works. Install GPU Feature Discovery" in rendering.to_yaml()
+    labelled = render_for([L4], cluster=Cluster(feature_discovery=False, labels={"gpu": "l4"}))
+    assert terms(labelled) == [{"kubernetes.io/arch": ("amd64",), "gpu": ("l4",)}]
 
 
-def test_a_state_that_saw_no_gpu_is_at_home_on_any() -> None:
+def test_a_state_that_was_baked_without_a_gpu_fits_every_gpu() -> None:
     for rendering in (render_for([state("absent", "absent")]), render_for([CPU], device="cuda")):
         assert terms(rendering) == [{"kubernetes.io/arch": ("amd64",)}]
         assert server_of(rendering)["resources"]["limits"]["nvidia.com/gpu"] == "1"
-        assert any("misses in part" in note for note in rendering.notes)
+        assert any("every start has some misses" in note for note in rendering.notes)
 
 
-def test_an_image_for_both_uses_the_gpu_unless_told_otherwise() -> None:
+def test_an_image_with_states_for_both_devices_uses_the_gpu_by_default() -> None:
     both = render_for([CPU, L4])
-    assert the(both.documents, "ConfigMap")["data"]["CHATTERBOX_PREWARM_DEVICE"] == "cuda"
+    assert document_of(both.documents, "ConfigMap")["data"]["CHATTERBOX_PREWARM_DEVICE"] == "cuda"
     cpu = render_for([CPU, L4], device="cpu")
-    assert the(cpu.documents, "ConfigMap")["data"]["CHATTERBOX_PREWARM_DEVICE"] == "cpu"
+    assert document_of(cpu.documents, "ConfigMap")["data"]["CHATTERBOX_PREWARM_DEVICE"] == "cpu"
     assert server_of(cpu)["resources"]["limits"] == {"memory": "8Gi"}
     assert "tolerations" not in pod_of(cpu)
     with pytest.raises(BadInputError, match="no state for the device 'cpu', only for cuda"):
@@ -306,34 +274,33 @@ def test_an_image_for_both_uses_the_gpu_unless_told_otherwise() -> None:
 def test_the_startup_probe_covers_a_cold_start_with_margin() -> None:
     assert server_of(render_for([L4]))["startupProbe"]["failureThreshold"] == 360
     short = server_of(render_for([L4], measured=Measured(cold_seconds=20)))["startupProbe"]
-    assert short["failureThreshold"] == 360, "never less than what holds without figures"
+    assert short["failureThreshold"] == 360, "the default is the minimum"
     long = render_for([L4], measured=Measured(cold_seconds=400.2))
     assert (
         server_of(long)["startupProbe"]["failureThreshold"] * server_of(long)["startupProbe"]["periodSeconds"] == 1201
     )
-    assert the(long.documents, "Deployment")["spec"]["progressDeadlineSeconds"] > 1201
+    assert document_of(long.documents, "Deployment")["spec"]["progressDeadlineSeconds"] > 1201
 
 
-def test_the_last_request_of_a_full_queue_is_not_cut_off() -> None:
+def test_the_drain_time_covers_a_full_queue() -> None:
     rendering = render_for([L4], queue_limit=8, measured=Measured(request_seconds=12.5))
-    settings = the(rendering.documents, "ConfigMap")["data"]
+    settings = document_of(rendering.documents, "ConfigMap")["data"]
     assert settings["CHATTERBOX_PREWARM_DRAIN_SECONDS"] == "100"
     assert settings["CHATTERBOX_PREWARM_QUEUE_LIMIT"] == "8"
     assert pod_of(rendering)["terminationGracePeriodSeconds"] == 5 + 100 + 15
 
 
-def test_memory_follows_what_was_measured() -> None:
+def test_memory_is_computed_from_the_measured_resident_memory() -> None:
     resources = server_of(render_for([L4], measured=Measured(rss_mib=5000)))["resources"]
     assert resources["requests"]["memory"] == "5632Mi"
     assert resources["limits"]["memory"] == "7680Mi"
 
 
-def test_the_cache_holds_the_largest_state_several_times() -> None:
+def test_the_cache_has_four_times_the_size_of_the_largest_state() -> None:
     def size(**fields: Any) -> str:
-        found: str = pod_of(render_for([L4, replace(H100, families=())], **fields))["volumes"][0]["emptyDir"][
-            "sizeLimit"
-        ]
-        return found
+        cache = pod_of(render_for([L4, replace(H100, families=())], **fields))["volumes"][0]
+        limit: str = cache["emptyDir"]["sizeLimit"]
+        return limit
 
     assert size() == "1Gi"
     large = state("NVIDIA L4", "8.9", size=500 * MIB)
@@ -342,7 +309,7 @@ def test_the_cache_holds_the_largest_state_several_times() -> None:
         size(cache_mib=64)
 
 
-def test_what_was_not_measured_is_said() -> None:
+def test_a_note_names_missing_measurements() -> None:
     assert "--cold-seconds, --request-seconds, --rss (docs" in render_for([CPU]).notes[-1]
     assert not any("not measured" in note for note in RENDERINGS["measured"].notes)
 
@@ -351,7 +318,7 @@ def test_what_was_not_measured_is_said() -> None:
 def labels(tmp_path: Path) -> Path:
     facts = {"arch": "x86_64", "gpu": "NVIDIA L4", "compute_capability": "8.9"}
     path = tmp_path / "labels.json"
-    path.write_text(json.dumps(labels_of([make_state_for(tmp_path / "warm", facts)])))
+    path.write_text(json.dumps(image_labels([make_state_for(tmp_path / "warm", facts)])))
     return path
 
 
@@ -360,17 +327,17 @@ def call(*arguments: str | Path) -> Any:
 
 
 def test_the_command_reads_labels_and_writes_documents(labels: Path, tmp_path: Path) -> None:
-    done = call(
+    finished = call(
         "render", "--image", IMAGE, "--labels", labels, "--output", tmp_path / "out.yaml", "--node-label", "a=b"
     )
-    assert done.exit_code == 0, done.output
+    assert finished.exit_code == 0, finished.output
     documents = list(yaml.safe_load_all((tmp_path / "out.yaml").read_text()))
-    (server,) = the(documents, "Deployment")["spec"]["template"]["spec"]["containers"]
+    (server,) = document_of(documents, "Deployment")["spec"]["template"]["spec"]["containers"]
     assert server["image"] == IMAGE
-    assert "Defaults stand for what was not measured" in done.stderr
+    assert "Defaults are used, because these were not measured" in finished.stderr
 
 
-def test_what_the_bakes_measured_sizes_a_pod_unless_somebody_measured_pods() -> None:
+def test_measurements_of_the_bake_are_used_unless_pods_were_measured() -> None:
     small = replace(L4, measured=Measurements(cold_seconds=20.0, resident_bytes=3000 * MIB, device_bytes=4000 * MIB))
     large = replace(
         H100, measured=Measurements(cold_seconds=400.2, resident_bytes=4744 * MIB, device_bytes=5976 * MIB + 1)
@@ -392,39 +359,40 @@ def test_what_the_bakes_measured_sizes_a_pod_unless_somebody_measured_pods() -> 
 
 
 @pytest.mark.parametrize(
-    ("content", "kind", "says"),
+    ("content", "error", "message"),
     [
         ("{", BadInputError, "is not JSON"),
-        ("[]", BadInputError, "holds no labels"),
-        ('{"a": 1}', BadInputError, "holds no labels"),
+        ("[]", BadInputError, "does not contain labels"),
+        ('{"a": 1}', BadInputError, "does not contain labels"),
         ("{}", EngineError, "has no label"),
-        (json.dumps({STATES: '{"schema": 2, "states": []}'}), EngineError, "is of schema 2"),
+        (json.dumps({STATES: '{"schema": 2, "states": []}'}), EngineError, "has schema 2"),
     ],
 )
-def test_labels_that_say_nothing_are_refused(content: str, kind: type[Exception], says: str, tmp_path: Path) -> None:
+def test_invalid_labels_are_refused(content: str, error: type[Exception], message: str, tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text(content)
     refused = call("render", "--image", IMAGE, "--labels", tmp_path / "labels.json")
-    assert isinstance(refused.exception, kind)
-    assert says in str(refused.exception)
+    assert isinstance(refused.exception, error)
+    assert message in str(refused.exception)
 
 
-def test_an_image_in_a_registry_is_named_by_the_digest_that_was_looked_at(labels: Path, tmp_path: Path) -> None:
+@pytest.mark.programs
+def test_the_digest_of_an_image_in_a_registry_is_rendered(labels: Path, tmp_path: Path) -> None:
     with serve(tmp_path / "registry") as registry:
         reference = parse(f"{registry.address}/speech:1")
-        with storing(reference) as (store, tag):
+        with open_store(reference) as (store, tag):
             make_base(store, tag, Labels=json.loads(labels.read_text()))
             digest = store.read_manifest(tag).digest
-        done = call("render", "--image", str(reference))
-    assert done.exit_code == 0, done.output
-    (server,) = the(yaml.safe_load_all(done.stdout), "Deployment")["spec"]["template"]["spec"]["containers"]
+        finished = call("render", "--image", str(reference))
+    assert finished.exit_code == 0, finished.output
+    (server,) = document_of(yaml.safe_load_all(finished.stdout), "Deployment")["spec"]["template"]["spec"]["containers"]
     assert server["image"] == f"{registry.address}/speech:1@{digest}"
 
 
-def test_an_image_that_no_node_can_pull_is_refused(tmp_path: Path) -> None:
+def test_an_image_outside_a_registry_is_refused(tmp_path: Path) -> None:
     make_base(Layout(tmp_path / "layout"), "1")
     refused = call("render", "--image", f"oci:{tmp_path}/layout:1")
     assert isinstance(refused.exception, BadInputError)
     assert "no node can pull it" in str(refused.exception)
-    wrong = call("render", "--image", IMAGE, "--labels", tmp_path / "none.json")
+    wrong = call("render", "--image", IMAGE, "--labels", tmp_path / "missing.json")
     assert "No such file" in str(wrong.exception)
     assert "has no value" in str(call("render", "--image", IMAGE, "--node-label", "x").exception)

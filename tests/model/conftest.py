@@ -1,4 +1,4 @@
-"""Fixtures with the real model: a mini checkpoint of random weights, a clip that espeak-ng spoke, a baked state."""
+"""Fixtures with the real model: a mini checkpoint of random weights, a generated clip, a baked state."""
 
 from __future__ import annotations
 
@@ -9,83 +9,86 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import soundfile
 
-from tests.conftest import made_once, run_cli
+from chatterbox_prewarm.model.reference_clip import reference_audio
+from tests.conftest import build_once, run_cli
 
 if TYPE_CHECKING:
     from chatterbox_prewarm.start.attach import Attached
 
 
 @pytest.fixture(scope="session")
-def mini(shared: Path) -> Path:
-    """A mini checkpoint, made by the command line. Read-only by agreement: copy it to change it."""
+def mini(shared_dir: Path) -> Path:
+    """Return a mini checkpoint of random weights. Tests share it: copy it to change it."""
 
     def synthesize(directory: Path) -> None:
-        made = run_cli("weights", "synthesize", directory, "--size", "mini")
-        assert made.returncode == 0, made.stderr
-        assert "noise" in made.stdout
+        result = run_cli("weights", "synthesize", directory, "--size", "mini")
+        assert result.returncode == 0, result.stderr
+        assert "noise" in result.stdout
 
-    return made_once(shared / "weights" / "mini", synthesize)
+    return build_once(shared_dir / "weights" / "mini", synthesize)
 
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four seconds of synthetic speech, 22 kHz mono."""
-    if shutil.which("espeak-ng") is None:
-        pytest.skip("espeak-ng is not installed (Debian: apt-get install espeak-ng)")
+    """Write five seconds of generated, speech-like sound: 16-bit mono at 22,050 Hz, a rate that must be resampled."""
     path = tmp_path_factory.mktemp("clip") / "speech.wav"
-    text = "The quick brown fox jumps over the lazy dog, and the dog does not seem to mind."
-    subprocess.run(["espeak-ng", "-w", str(path), text], check=True)
+    soundfile.write(path, reference_audio(5.0, sample_rate=22_050), 22_050, subtype="PCM_16")
     return path
 
 
 @pytest.fixture(scope="session")
-def baked(mini: Path, clip: Path, shared: Path) -> Path:
-    """A warm state of the mini checkpoint that compiles nothing, with the voice `fox` beside the built-in one."""
-    return _baked(mini, shared / "baked", "--profile", "eager", "--voice", f"fox={clip}")
+def baked(mini: Path, clip: Path, shared_dir: Path) -> Path:
+    """Bake the profile `eager`, which compiles nothing, with the built-in voice and the voice `fox`."""
+    return _bake(mini, shared_dir / "baked", "--profile", "eager", "--levels", "1", "--voice", f"fox={clip}")
 
 
 @pytest.fixture(scope="session")
-def baked_aot(mini: Path, shared: Path) -> Path:
-    """A warm state with ahead-of-time packages, for the profile that a bake takes by default."""
-    return _baked(mini, shared / "baked-aot", "--levels", "1")
+def baked_aot(mini: Path, shared_dir: Path) -> Path:
+    """Bake ahead-of-time packages: the default profile."""
+    _skip_without_compiler()
+    return _bake(mini, shared_dir / "baked-aot", "--levels", "1")
 
 
 @pytest.fixture(scope="session")
-def baked_compiled(mini: Path, shared: Path) -> Path:
-    """A warm state with a cache of Inductor's; it is bound to the cache path, `cache` beside it."""
-    return _baked(mini, shared / "baked-compiled", "--profile", "compiled", "--levels", "1")
+def baked_compiled(mini: Path, shared_dir: Path) -> Path:
+    """Bake Inductor's cache. It works only with its cache path: the directory `cache` next to the state."""
+    _skip_without_compiler()
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        pytest.skip("torch.compile needs Python's headers (Debian: apt-get install python3-dev)")
+    return _bake(mini, shared_dir / "baked-compiled", "--profile", "compiled", "--levels", "1")
 
 
-def _baked(weights: Path, place: Path, *arguments: str) -> Path:
-    if "eager" not in arguments:
-        if shutil.which("g++") is None:
-            pytest.skip("there is no C++ compiler (Debian: apt-get install g++)")
-        if "compiled" in arguments and not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-            pytest.skip("torch.compile needs Python's headers (Debian: apt-get install python3-dev)")
+def _skip_without_compiler() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("there is no C++ compiler (Debian: apt-get install g++)")
 
+
+def _bake(weights: Path, directory: Path, *arguments: str) -> Path:
     def bake(warm: Path) -> None:
-        result = run_cli("bake", "--weights", weights, "--warm", warm, "--cache", place / "cache", *arguments)
+        result = run_cli("bake", "--weights", weights, "--warm", warm, "--cache", directory / "cache", *arguments)
         assert result.returncode == 0, result.stderr
 
-    return made_once(place / "warm", bake)
+    return build_once(directory / "warm", bake)
 
 
 @pytest.fixture(scope="session")
 def namespaces() -> None:
-    """Skips where a process cannot be set apart."""
+    """Skip the test where a process cannot be isolated."""
     tried = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--net", "--uts", "--mount", "true"], capture_output=True, text=True
     )
     if tried.returncode != 0:
-        pytest.skip(f"a process cannot be set apart here: {tried.stderr.strip()}")
+        pytest.skip(f"Linux namespaces are not available: {tried.stderr.strip()}")
 
 
 @pytest.fixture(scope="session")
 def attached(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Attached:
-    """The model in this process, loaded without a warm state."""
+    """Load the model into the test process, without a warm state."""
     from chatterbox_prewarm.start.attach import attach
+    from chatterbox_prewarm.start.options import StartOptions
     from chatterbox_prewarm.start.prepare import prepare
 
     cache = tmp_path_factory.mktemp("cache")
-    return attach(prepare(Path("/nonexistent"), mini, cache=cache, policy="off"))
+    return attach(prepare(StartOptions(warm=Path("/nonexistent"), weights=mini, cache=cache, policy="off")))

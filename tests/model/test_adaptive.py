@@ -1,4 +1,4 @@
-"""Warming up for a load: at once in Python, and in a server while nobody asks for anything."""
+"""Test the adaptive warm-up: immediately in Python, and in an idle server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 STEPS = {f"warm-up of {count} speech tokens" for count in (50, 100, 200)}
 
 
-def test_a_load_is_warmed_up_for_and_leaves_the_generators_alone(attached: Attached) -> None:
+def test_adaptive_warm_up_keeps_the_state_of_the_generators(attached: Attached) -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -31,16 +31,14 @@ def test_a_load_is_warmed_up_for_and_leaves_the_generators_alone(attached: Attac
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_warm_up_can_be_switched_off(attached: Attached, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_switches_the_warm_up_off(attached: Attached, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHATTERBOX_PREWARM_WARMUP", "off")
     metrics = WarmupMetrics()
     AdaptiveWarmup(attached.synthesizer, metrics=metrics).warm_up_for_workload(100)
     assert metrics.phases == []
 
 
-def test_a_server_is_ready_at_the_minimum_and_warms_the_rest_while_idle(
-    baked: Path, mini: Path, tmp_path: Path
-) -> None:
+def test_server_is_ready_before_the_warm_up_and_warms_up_while_idle(baked: Path, mini: Path, tmp_path: Path) -> None:
     server = Server(
         tmp_path / "log",
         *("--warm", baked, "--weights", mini, "--cache", tmp_path / "cache", "--requests-per-minute", "5"),
@@ -48,7 +46,9 @@ def test_a_server_is_ready_at_the_minimum_and_warms_the_rest_while_idle(
     try:
         body = server.wait("/readyz", 200)
         assert not STEPS & set(body["timers"])
-        assert server.speak()[0] == 200  # it comes before, or ends a step that is then begun anew
+        assert (
+            server.speak()[0] == 200
+        )  # the request comes before a step or interrupts it; the server then repeats the step
         deadline = time.monotonic() + 300
         while not set(body["timers"]) >= STEPS:
             assert time.monotonic() < deadline

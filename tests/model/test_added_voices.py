@@ -1,4 +1,4 @@
-"""A voice added at run time is the one that a bake would have made, and a worker holds no more of them than it may."""
+"""A voice added at run time equals the baked voice of the same clip; a worker keeps a limited number of voices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chatterbox_prewarm.model.voices import prepare_voice
 from chatterbox_prewarm.serve.http.decode_clip import decode
 from chatterbox_prewarm.serve.voices.voice_errors import UnusableVoiceError
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
-from chatterbox_prewarm.serve.workers.worker_voices import CacheLimits, VoiceCache, voice_bytes, voice_sizes
+from chatterbox_prewarm.serve.workers.worker_voices import VoiceCache, voice_bytes, voice_sizes
 from chatterbox_prewarm.weights.record import read_record
 from tests.helpers.added_voices import sound_file, tone
 
@@ -32,18 +32,18 @@ TEXT: dict[str, Any] = {"text": "Hello, world.", "seed": 5, "max_new_tokens": 12
 
 @pytest.fixture(scope="module")
 def made(attached: Attached, clip: Path) -> bytes:
-    """The file of a voice, made of a clip as it would be uploaded."""
+    """Return the file of a voice that is made from an uploaded clip."""
     return voice_bytes(attached, asyncio.run(decode(clip.read_bytes())))
 
 
 @pytest.fixture
 def store(attached: Attached, tmp_path: Path) -> VoiceStore:
-    record = read_record(attached.prepared.weights)
+    record = read_record(attached.prepared.options.weights)
     baked = voice_sizes(attached.synthesizer)
     return VoiceStore(tmp_path, baked=baked, variant=record.variant, weights=record.set_digest)
 
 
-def test_an_uploaded_voice_speaks_as_the_same_clip_baked_to_the_last_bit(
+def test_an_uploaded_voice_equals_the_baked_voice_of_the_same_clip(
     attached: Attached, clip: Path, made: bytes, store: VoiceStore, tmp_path: Path
 ) -> None:
     baked = prepare_voice(attached.synthesizer.model, clip)
@@ -64,7 +64,7 @@ def test_an_uploaded_voice_speaks_as_the_same_clip_baked_to_the_last_bit(
     assert store.get("ann").problem is None
 
 
-def test_making_a_voice_leaves_the_model_and_the_disk_as_they_were(
+def test_making_a_voice_changes_neither_the_model_nor_the_disk(
     attached: Attached, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", "/nonexistent")
@@ -84,17 +84,17 @@ def test_the_shortest_and_the_longest_clip_make_a_voice_of_bounded_size(attached
         sizes[seconds] = store.add(f"v{seconds:.0f}", voice_bytes(attached, wav)).size
     assert sizes[1.0] < 25_000
     assert sizes[10.0] == pytest.approx(sizes[60.0], abs=1000)
-    assert sizes[60.0] < 180_000, "of which frames: 500 of 80 numbers"
+    assert sizes[60.0] < 180_000, "mostly the frames: 500 with 80 values each"
 
 
-def test_a_worker_holds_the_voices_used_last(
+def test_a_worker_keeps_the_most_recently_used_voices(
     attached: Attached, made: bytes, store: VoiceStore, tmp_path: Path
 ) -> None:
     digests = {}
     for name in ("ann", "bob", "cem"):
         store.add(name, made)
         digests[name] = store.digest(name) or ""
-    cache = VoiceCache(attached, tmp_path, CacheLimits(voices=2))
+    cache = VoiceCache(attached, tmp_path, max_voices=2)
     ann = cache.synthesizer("ann", digests["ann"])
     assert cache.voices == 1
     assert 0 < cache.size < len(made)
@@ -103,14 +103,14 @@ def test_a_worker_holds_the_voices_used_last(
     cache.synthesizer("cem", digests["cem"])
     assert (cache.voices, cache.hits, cache.misses) == (2, 1, 3)
     assert cache.synthesizer("ann", digests["ann"]) is ann, "bob was used least recently"
-    small = VoiceCache(attached, tmp_path, CacheLimits(size=cache.size))
+    small = VoiceCache(attached, tmp_path, max_bytes=cache.size)
     for name, digest in digests.items():
         small.synthesizer(name, digest)
     assert small.size <= cache.size
     assert small.voices == 2
 
 
-def test_another_voice_under_the_same_name_is_read_anew(
+def test_a_new_voice_with_the_same_name_is_loaded(
     attached: Attached, made: bytes, store: VoiceStore, tmp_path: Path
 ) -> None:
     cache = VoiceCache(attached, tmp_path)
@@ -118,12 +118,12 @@ def test_another_voice_under_the_same_name_is_read_anew(
     old = store.digest("ann") or ""
     first = cache.synthesizer("ann", old)
     store.delete("ann")
-    assert cache.synthesizer("ann", old) is first, "a request that had begun is finished"
+    assert cache.synthesizer("ann", old) is first, "a request that has begun keeps its voice"
     store.add("ann", voice_bytes(attached, sound_file(tone(3.0))))
     new = store.digest("ann") or ""
     assert cache.synthesizer("ann", new) is not first
     assert cache.voices == 1
-    with pytest.raises(UnusableVoiceError, match="replaced"):
+    with pytest.raises(UnusableVoiceError, match="just replaced"):
         cache.synthesizer("ann", old)
     store.delete("ann")
     with pytest.raises(UnusableVoiceError, match="No such file"):
@@ -139,12 +139,12 @@ def _with(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[st
     [
         (_with("t3.cond_prompt_speech_tokens", lambda tensor: tensor.fill_(6561)), "do not exist"),
         (_with("gen.prompt_token", lambda tensor: tensor[0, :1].fill_(-1)), "do not exist"),
-        (_with("gen.prompt_token_len", lambda tensor: tensor.fill_(10**9)), "another than it says"),
-        (_with("gen.embedding", lambda tensor: tensor[0, :1].fill_(float("nan"))), "numbers that are none"),
-        (_with("gen.prompt_feat", lambda tensor: tensor[0, 0, :1].fill_(float("inf"))), "numbers that are none"),
+        (_with("gen.prompt_token_len", lambda tensor: tensor.fill_(10**9)), "speech tokens, but states"),
+        (_with("gen.embedding", lambda tensor: tensor[0, :1].fill_(float("nan"))), "NaN or infinity"),
+        (_with("gen.prompt_feat", lambda tensor: tensor[0, 0, :1].fill_(float("inf"))), "NaN or infinity"),
     ],
 )
-def test_values_that_would_end_a_gpus_context_are_refused(
+def test_values_that_would_crash_a_gpu_are_refused(
     attached: Attached,
     made: bytes,
     store: VoiceStore,
@@ -152,17 +152,17 @@ def test_values_that_would_end_a_gpus_context_are_refused(
     change: Callable[[dict[str, torch.Tensor]], Any],
     word: str,
 ) -> None:
-    record = read_record(attached.prepared.weights)
+    record = read_record(attached.prepared.options.weights)
     tensors = load(made)
     change(tensors)
     said = {"schema": "1", "variant": record.variant, "weights": record.set_digest}
     (tmp_path / "bad.safetensors").write_bytes(save(tensors, {**said, "created": "1", "clip_sha256": "a" * 64}))
     digest = store.digest("bad")
-    assert digest is not None, "what needs torch to be seen, the front does not see"
+    assert digest is not None, "the HTTP process has no torch and cannot detect this"
     with pytest.raises(UnusableVoiceError, match=word):
         VoiceCache(attached, tmp_path).synthesizer("bad", digest)
 
 
-def test_a_clip_that_the_model_cannot_take_is_bad_input(attached: Attached) -> None:
-    with pytest.raises(BadInputError, match="no voice could be made of the clip"):
+def test_a_clip_that_the_model_cannot_process_is_bad_input(attached: Attached) -> None:
+    with pytest.raises(BadInputError, match="no voice could be made from the clip"):
         voice_bytes(attached, sound_file(tone(0.001)))

@@ -1,4 +1,4 @@
-"""A bake, a proof and a check from the command line, and what each makes of a state or a place that is not right."""
+"""`bake`, `prove` and `verify` on the command line, also with damaged states and unusable directories."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from chatterbox_prewarm.families.registry import applicable
-from chatterbox_prewarm.model.warmup.levels import SWITCH
-from chatterbox_prewarm.state.folder import key_of
-from chatterbox_prewarm.state.manifest import SCHEMA_VERSION, read_manifest
+from chatterbox_prewarm.model.warmup.settings import SWITCH
+from chatterbox_prewarm.state.manifest import SCHEMA_VERSION
+from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.digests import FileEntry, set_digest, verify_files
 from tests.conftest import run_cli, writable_copy
 from tests.helpers.states import rewrite
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-#: The families of a state that compiles nothing.
+#: The cache families of the profile `eager`, which compiles nothing.
 AS_WRITTEN = applicable("eager", "cpu")
 
 
 @pytest.fixture
 def state(baked: Path, tmp_path: Path) -> Path:
-    """A copy of the baked state that may be damaged."""
+    """Copy the baked state, so that a test may damage it."""
     return writable_copy(baked, tmp_path / "warm")
 
 
 def test_a_bake_reports_every_family_with_its_size_and_cost(baked: Path) -> None:
-    manifest = read_manifest(baked)
+    manifest = State.read(baked).manifest
     assert [family.name for family in manifest.families] == list(AS_WRITTEN)
     for family in manifest.families:
         assert family.size > 0
@@ -52,18 +52,18 @@ def test_a_bake_reports_every_family_with_its_size_and_cost(baked: Path) -> None
     assert "profile eager, T3 in float32, without CUDA graphs" in shown.stdout
 
 
-def test_inspect_can_print_the_manifest_itself(baked: Path) -> None:
+def test_inspect_json_prints_the_manifest(baked: Path) -> None:
     shown = run_cli("inspect", "--warm", baked, "--json")
     assert shown.stdout == (baked / "manifest.json").read_text()
 
 
-def test_nothing_in_a_state_can_be_written(baked: Path) -> None:
+def test_every_file_of_a_state_is_read_only(baked: Path) -> None:
     for path in (baked, *baked.rglob("*")):
         assert path.stat().st_mode & 0o222 == 0, path
 
 
-def test_the_bake_says_what_its_own_starts_took(baked: Path, mini: Path) -> None:
-    measured = read_manifest(baked).measured
+def test_a_bake_records_the_time_and_memory_of_its_starts(baked: Path, mini: Path) -> None:
+    measured = State.read(baked).manifest.measured
     assert measured.ready_seconds > 0
     assert measured.cold_seconds > 0
     weights = sum(path.stat().st_size for path in mini.glob("*.safetensors"))
@@ -75,7 +75,7 @@ def test_the_bake_says_what_its_own_starts_took(baked: Path, mini: Path) -> None
 
 
 @pytest.mark.usefixtures("namespaces")
-def test_a_fresh_isolated_process_hits_everything(baked: Path, mini: Path, tmp_path: Path) -> None:
+def test_an_isolated_process_hits_every_family(baked: Path, mini: Path, tmp_path: Path) -> None:
     evidence = tmp_path / "evidence.json"
     evidence.write_text('{"passed": false}')
     proven = run_cli("prove", "--warm", baked, "--weights", mini, "--evidence", evidence)
@@ -92,25 +92,16 @@ def test_a_fresh_isolated_process_hits_everything(baked: Path, mini: Path, tmp_p
 
 
 @pytest.mark.usefixtures("namespaces")
-def test_another_audio_fails_the_proof(state: Path, mini: Path) -> None:
-    rewrite(state, lambda raw: raw["reference"].update(pcm_sha256="0" * 64))
-    proven = run_cli("prove", "--warm", state, "--weights", mini)
-    assert proven.returncode == 13
-    assert "FAIL the audio is the bake's own" in proven.stdout
-    assert "S3Gen or the watermark" in proven.stdout
+def test_a_proof_names_every_failed_check(state: Path, mini: Path) -> None:
+    """The state has no Numba cache, so a start compiles; its manifest expects other audio."""
 
-
-@pytest.mark.usefixtures("namespaces")
-def test_a_family_that_was_left_out_fails_the_proof(state: Path, mini: Path) -> None:
-    """Without its Numba cache a start compiles, and the proof names what."""
-
-    def without_numba(raw: dict[str, object]) -> None:
-        families = [family for family in raw["families"] if family["name"] != "numba"]  # type: ignore[attr-defined]
-        raw["families"] = families
-        files = [FileEntry(**entry) for family in families for entry in family["files"]]
+    def change(raw: dict[str, Any]) -> None:
+        raw["reference"].update(pcm_sha256="0" * 64)
+        raw["families"] = [family for family in raw["families"] if family["name"] != "numba"]
+        files = [FileEntry(**entry) for family in raw["families"] for entry in family["files"]]
         raw["set_digest"] = set_digest(files)
 
-    rewrite(state, without_numba)
+    rewrite(state, change)
     shutil.rmtree(state / "numba")
     proven = run_cli("prove", "--warm", state, "--weights", mini)
     assert proven.returncode == 13
@@ -118,6 +109,8 @@ def test_a_family_that_was_left_out_fails_the_proof(state: Path, mini: Path) -> 
     assert "numba: not in the warm state" in proven.stdout
     assert "compiled librosa" in proven.stdout
     assert "FAIL no write into a cache" in proven.stdout
+    assert "FAIL the audio is identical to the bake" in proven.stdout
+    assert "S3Gen or the watermark" in proven.stdout
 
 
 def _flip(state: Path, mini: Path) -> None:  # noqa: ARG001
@@ -160,8 +153,8 @@ def test_a_damaged_state_is_refused(
     assert "Traceback" not in refused.stderr
 
 
-def test_a_flipped_byte_in_any_file_is_seen(state: Path) -> None:
-    manifest = read_manifest(state)
+def test_a_flipped_byte_in_any_file_is_detected(state: Path) -> None:
+    manifest = State.read(state).manifest
     assert {path.relative_to(state).parts[0] for path in state.rglob("*") if path.is_file()} == {
         "manifest.json",
         *AS_WRITTEN,
@@ -185,7 +178,9 @@ def test_a_flipped_byte_in_any_file_is_seen(state: Path) -> None:
         ("conditionals", "weights", "weights: baked with 0.1, here"),
     ],
 )
-def test_verify_explains_what_does_not_fit(family: str, field: str, words: str, state: Path, mini: Path) -> None:
+def test_verify_names_the_field_that_does_not_match(
+    family: str, field: str, words: str, state: Path, mini: Path
+) -> None:
     def change(raw: dict[str, object]) -> None:
         entry = next(entry for entry in raw["families"] if entry["name"] == family)  # type: ignore[attr-defined]
         entry["requires"][field] = "0.1"
@@ -196,17 +191,17 @@ def test_verify_explains_what_does_not_fit(family: str, field: str, words: str, 
     assert words in refused.stderr
 
 
-def test_an_intact_state_that_fits_is_said_to(baked: Path, mini: Path) -> None:
+def test_verify_accepts_an_intact_state_that_fits(baked: Path, mini: Path) -> None:
     fine = run_cli("verify", "--warm", baked, "--weights", mini)
     assert fine.returncode == 0, fine.stderr
     assert fine.stdout.count("intact, fits this machine") == len(AS_WRITTEN)
 
 
-def test_a_killed_bake_leaves_the_old_state_whole_and_a_second_one_waits_its_turn(
+def test_a_killed_bake_keeps_the_old_state_and_a_second_bake_is_refused(
     state: Path, mini: Path, tmp_path: Path
 ) -> None:
-    places = ["--weights", str(mini), "--warm", str(state), "--cache", str(tmp_path / "cache")]
-    command = ["bake", *places, "--profile", "eager"]
+    paths = ["--weights", str(mini), "--warm", str(state), "--cache", str(tmp_path / "cache")]
+    command = ["bake", *paths, "--profile", "eager"]
     running = subprocess.Popen(
         [sys.executable, "-m", "chatterbox_prewarm", *command],
         stdout=subprocess.DEVNULL,
@@ -229,7 +224,7 @@ def test_a_killed_bake_leaves_the_old_state_whole_and_a_second_one_waits_its_tur
         running.stderr.close()
     assert run_cli("verify", "--warm", state, "--weights", mini).returncode == 0
     assert not (staging[0] / "manifest.json").exists()
-    for _ in range(100):  # the cold process dies with the bake
+    for _ in range(100):  # the cold start's process ends when the bake ends
         if not _processes_naming(str(staging[0])):
             break
         time.sleep(0.1)
@@ -248,20 +243,21 @@ def _processes_naming(text: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left_out", [[], ["bytecode", "numba"]])
-def test_a_full_disk_leaves_nothing_half_written(
+def test_a_bake_on_a_full_disk_leaves_no_partial_state(
     left_out: list[str], mini: Path, small_disk: Path, tmp_path: Path
 ) -> None:
     without = [text for name in left_out for text in ("--without", name)]
-    places = ["--weights", str(mini), "--warm", str(small_disk / "warm"), "--cache", str(tmp_path / "cache")]
-    full = run_cli("bake", *places, "--profile", "eager", "--levels", "1", *without)
+    paths = ["--weights", str(mini), "--warm", str(small_disk / "warm"), "--cache", str(tmp_path / "cache")]
+    full = run_cli("bake", *paths, "--profile", "eager", "--levels", "1", *without)
     assert full.returncode == 16, full.stderr
     assert "No space left on device" in full.stderr
     assert "Traceback" not in full.stderr
     assert [path.name for path in small_disk.iterdir()] == [".warm.lock"]
 
 
-def test_a_full_disk_leaves_no_half_of_a_checkpoint(small_disk: Path) -> None:
+def test_a_full_disk_leaves_no_partial_checkpoint(small_disk: Path) -> None:
     full = run_cli("weights", "synthesize", small_disk / "mini", "--size", "mini")
     assert full.returncode == 16, full.stderr
     assert "free some space" in full.stderr
@@ -273,15 +269,15 @@ def test_a_full_disk_leaves_no_half_of_a_checkpoint(small_disk: Path) -> None:
     [
         (["--voice", "../x=clip.wav"], 16, "cannot name a voice"),
         (["--voice", "nameonly"], 16, "has no path"),
-        (["--voice", "default=/nonexistent.wav"], 16, "built-in one"),
+        (["--voice", "default=/nonexistent.wav"], 16, "built-in voice"),
         (["--voice", "v=/nonexistent.wav"], 16, "does not exist"),
         (["--voice", "v=/nonexistent.wav", "--without", "conditionals"], 16, "left out"),
         (["--device", "gpu"], 16, "no device 'gpu'"),
         (["--levels", "1,9"], 16, "levels"),
         (["--levels", "one"], 16, "levels"),
         (["--without", "everything"], 16, "no cache family"),
-        (["--without", "aot"], 16, "stands on the family 'aot'"),
-        (["--profile", "compiled", "--without", "inductor"], 16, "stands on the family 'inductor'"),
+        (["--without", "aot"], 16, "needs the family 'aot'"),
+        (["--profile", "compiled", "--without", "inductor"], 16, "needs the family 'inductor'"),
         (["--profile", "fast"], 2, "'fast' is not one of"),
         (["--t3-dtype", "int8"], 2, "'int8' is not one of"),
         (["--weights", "/nonexistent"], 10, "no weights directory"),
@@ -289,27 +285,18 @@ def test_a_full_disk_leaves_no_half_of_a_checkpoint(small_disk: Path) -> None:
         (["--cache", "/proc/cache"], 16, "cannot be written"),
     ],
 )
-def test_a_bake_that_cannot_be_is_refused_at_once(
+def test_a_bake_with_invalid_options_is_refused_at_once(
     arguments: list[str], code: int, word: str, mini: Path, tmp_path: Path
 ) -> None:
-    places = ["--weights", str(mini), "--warm", str(tmp_path / "warm"), "--cache", str(tmp_path / "cache")]
-    refused = run_cli("bake", *places, *arguments)
+    paths = ["--weights", str(mini), "--warm", str(tmp_path / "warm"), "--cache", str(tmp_path / "cache")]
+    refused = run_cli("bake", *paths, *arguments)
     assert refused.returncode == code, refused.stderr
     assert word in refused.stderr
     assert "Traceback" not in refused.stderr
     assert not (tmp_path / "warm").exists()
 
 
-def test_a_family_can_be_left_out_and_the_others_still_serve(mini: Path, tmp_path: Path) -> None:
-    places = ["--weights", str(mini), "--warm", str(tmp_path / "warm"), "--cache", str(tmp_path / "cache")]
-    baked = run_cli("bake", *places, "--profile", "eager", "--levels", "1", "--without", "numba")
-    assert baked.returncode == 0, baked.stderr
-    assert [family.name for family in read_manifest(tmp_path / "warm").families] == [
-        name for name in AS_WRITTEN if name != "numba"
-    ]
-
-
-def test_a_bake_replaces_nothing_but_a_warm_state(mini: Path, tmp_path: Path) -> None:
+def test_a_bake_replaces_only_a_warm_state(mini: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
@@ -318,18 +305,18 @@ def test_a_bake_replaces_nothing_but_a_warm_state(mini: Path, tmp_path: Path) ->
             (mine / "manifest.json").write_text(manifest)
         refused = run_cli("bake", "--weights", mini, "--warm", mine, "--cache", tmp_path / "cache")
         assert refused.returncode == 16
-        assert "something else than a warm state" in refused.stderr
+        assert "something other than a warm state" in refused.stderr
         assert (mine / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_bake_without_its_warm_up_is_refused(mini: Path, tmp_path: Path) -> None:
-    places = ["--weights", str(mini), "--warm", str(tmp_path / "warm"), "--cache", str(tmp_path / "cache")]
-    refused = run_cli("bake", *places, env={**os.environ, SWITCH: "off"})
+def test_a_bake_with_the_warm_up_switched_off_is_refused(mini: Path, tmp_path: Path) -> None:
+    paths = ["--weights", str(mini), "--warm", str(tmp_path / "warm"), "--cache", str(tmp_path / "cache")]
+    refused = run_cli("bake", *paths, env={**os.environ, SWITCH: "off"})
     assert refused.returncode == 16
     assert f"unset {SWITCH}" in refused.stderr
 
 
-def test_one_state_packs_to_one_digest(baked: Path, state: Path, tmp_path: Path) -> None:
+def test_packing_a_state_twice_gives_identical_layers(baked: Path, state: Path, tmp_path: Path) -> None:
     first = run_cli("pack", "--warm", baked, "--output", tmp_path / "one.tar.gz")
     second = run_cli("pack", "--warm", state, "--output", tmp_path / "elsewhere" / "two.tar.gz")
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
@@ -337,7 +324,7 @@ def test_one_state_packs_to_one_digest(baked: Path, state: Path, tmp_path: Path)
     listing = subprocess.run(
         ["tar", "-tvf", str(tmp_path / "one.tar.gz")], capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    place = f"opt/chatterbox-prewarm/warm/{key_of(read_manifest(baked))}"
+    place = f"opt/chatterbox-prewarm/warm/{State.read(baked).key}"
     assert any(f"{place}/manifest.json" in line for line in listing)
     assert all(line.split()[1] == "0/0" and "1970-01-01" in line for line in listing)
     assert all(line.startswith(("dr-xr-xr-x", "drwxr-xr-x", "-r--r--r--")) for line in listing)
@@ -350,7 +337,7 @@ def test_a_damaged_state_is_not_packed(state: Path, mini: Path, tmp_path: Path) 
     assert list(tmp_path.glob("*layer*")) == []
 
 
-#: Python runs a `sitecustomize` before anything else: it stands in for a GPU whose memory ends at level 3.
+#: Python imports `sitecustomize` first. This one makes level 3 fail as on a GPU with too little memory.
 _FULL_DEVICE = """
 import importlib.abc, importlib.util, sys
 
@@ -377,15 +364,16 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-def test_a_bake_that_runs_out_of_memory_in_a_level_says_so_and_a_start_from_it_is_ready(
-    mini: Path, tmp_path: Path
-) -> None:
+def test_a_bake_without_a_family_that_runs_out_of_memory_in_a_level_completes(mini: Path, tmp_path: Path) -> None:
+    """Two settings in one bake, because each bake takes half a minute."""
     (tmp_path / "sitecustomize.py").write_text(_FULL_DEVICE)
-    places = ("--weights", mini, "--warm", tmp_path / "warm", "--cache", tmp_path / "cache")
+    paths = ("--weights", mini, "--warm", tmp_path / "warm", "--cache", tmp_path / "cache")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
-    baked = run_cli("bake", *places, "--profile", "eager", "--levels", "1,3", env=env)
+    baked = run_cli("bake", *paths, "--profile", "eager", "--levels", "1,3", "--without", "numba", env=env)
     assert baked.returncode == 0, baked.stderr
-    assert "level 3: out of memory; the warm-up ends below it" in baked.stderr
-    assert read_manifest(tmp_path / "warm").levels == (1,)
-    # A bake ends with a start from its state that speaks; it is put in place only when that was warm.
+    manifest = State.read(tmp_path / "warm").manifest
+    assert [family.name for family in manifest.families] == [name for name in AS_WRITTEN if name != "numba"]
+    assert "level 3: out of memory; the warm-up stops before this level" in baked.stderr
+    assert manifest.levels == (1,)
+    # A bake puts the new state in place only after a start from it has spoken and was warm.
     assert "start from the new state" in baked.stderr

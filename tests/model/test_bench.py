@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, on a shortened checkpoint: not how long, but what, of whom, in which order."""
+"""The benchmarks measure the right things in the right order. The durations do not matter here."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from benchmarks.leak import growth
 from benchmarks.profiles import measure_one, summarize, table, voice_of
+from benchmarks.stages import StageOptions
 from chatterbox_prewarm.bench.load import FAULTS
 from chatterbox_prewarm.model.profiles import Execution
-from tests.conftest import ROOT, run_cli
+from tests.conftest import ROOT, run_benchmark, run_cli
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_starts_are_measured_in_turn_from_exec_on(baked: Path, mini: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_starts_are_measured_from_exec(baked: Path, mini: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.json"
-    places = ("--weights", mini, "--warm", baked, "--output", output)
-    done = run_cli("bench", "startup", *places, "--rounds", "1", "--systems", "torch,upstream,warm")
-    assert done.returncode == 0, done.stderr
+    paths = ("--weights", mini, "--warm", baked, "--output", output)
+    finished = run_cli("bench", "startup", *paths, "--rounds", "1", "--systems", "torch,upstream,warm")
+    assert finished.returncode == 0, finished.stderr
     report = json.loads(output.read_text())
     torch, upstream, warm = report["runs"]
     assert [run["system"] for run in report["runs"]] == ["torch", "upstream", "warm"]
@@ -39,21 +42,27 @@ def test_starts_are_measured_in_turn_from_exec_on(baked: Path, mini: Path, tmp_p
     ratio = report["ratios"]["hot"]["warm attached / upstream attached"]
     assert abs(ratio - warm["attached"] / upstream["attached"]) < 0.01
     assert report["weights"] == {"repository": "synthetic", "revision": "mini-seed-0", "synthetic": "mini"}
-    assert "warm attached / upstream attached" in done.stdout
+    assert "warm attached / upstream attached" in finished.stdout
 
 
-def test_a_profile_is_compared_with_upstream_in_pairs_and_by_its_results(
-    baked: Path, mini: Path, tmp_path: Path
-) -> None:
-    places: dict[str, Any] = {"cache": tmp_path / "cache", "device": "cpu", "voice": voice_of(baked), "tokens": 12}
-    reference = tmp_path / "reference.pt"
-    theirs = measure_one(mini, None, reference=reference, **places)
-    ours = measure_one(mini, baked, reference=reference, **places)
+@pytest.mark.slow
+def test_a_profile_is_compared_with_upstream(baked: Path, mini: Path, tmp_path: Path) -> None:
+    options = StageOptions(
+        weights=str(mini),
+        warm=None,
+        voice=str(voice_of(baked)),
+        cache=str(tmp_path / "cache"),
+        device="cpu",
+        tokens=12,
+        reference=str(tmp_path / "reference.pt"),
+    )
+    upstream = measure_one(options)
+    ours = measure_one(replace(options, warm=str(baked)))
     assert ours["greedy_tokens_equal"] == 200
     assert ours["mel_difference"] < 1e-4
     assert ours["misses"] == {}
     assert len(ours["t3_speeds"]) == len(ours["s3gen_speeds"]) == 5
-    runs = [{"system": name, "round": 1, **run} for name, run in (("upstream", theirs), ("eager", ours))]
+    runs = [{"system": name, "round": 1, **run} for name, run in (("upstream", upstream), ("eager", ours))]
     report = summarize(runs, {}, {"eager": Execution()}, weights=mini, device="cpu")
     speed = report["ratios"]["T3 speed, eager / upstream"]
     assert speed["least"] <= speed["median"] <= speed["most"]
@@ -61,12 +70,13 @@ def test_a_profile_is_compared_with_upstream_in_pairs_and_by_its_results(
     assert "greedy as upstream" in table(report)
 
 
-def test_load_is_measured_by_level_and_every_sound_is_the_right_one(baked: Path, mini: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_load_is_measured_for_each_number_of_clients(baked: Path, mini: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.json"
-    places = ("--weights", mini, "--warm", baked, "--output", output)
+    paths = ("--weights", mini, "--warm", baked, "--output", output)
     size = ("--clients", "1,3", "--requests", "2", "--tokens", "6,9,12", "--seeds", "1")
-    done = run_cli("bench", "load", *places, *size, "--kill-worker-after", "0.5")
-    assert done.returncode == 0, done.stderr
+    finished = run_cli("bench", "load", *paths, *size)
+    assert finished.returncode == 0, finished.stderr
     report = json.loads(output.read_text())
     one, three = report["levels"]
     assert (one["statuses"], three["statuses"]) == ({"200": 2}, {"200": 6})
@@ -76,6 +86,19 @@ def test_load_is_measured_by_level_and_every_sound_is_the_right_one(baked: Path,
         assert not any(level[name] for name in FAULTS)
         assert level["livez"]["count"] > 0
         assert level["livez"]["failed"] == 0
+    assert report["start"]["misses"] == {}
+    assert "no request was lost" in finished.stdout
+
+
+def test_a_worker_is_killed_under_load_and_the_server_becomes_ready_again(
+    baked: Path, mini: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "report.json"
+    paths = ("--weights", mini, "--warm", baked, "--output", output)
+    size = ("--clients", "3", "--requests", "2", "--tokens", "6,9,12", "--seeds", "1")
+    finished = run_benchmark("kill", *paths, *size, "--after", "0.5")
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads(output.read_text())
     kill = report["kill"]
     assert set(kill["statuses"]) <= {"200", "503"}
     assert kill["sound"] >= 6
@@ -83,12 +106,12 @@ def test_load_is_measured_by_level_and_every_sound_is_the_right_one(baked: Path,
     assert kill["ready_again"] > 0
     assert kill["misses"] == {}
     assert report["start"]["misses"] == {}
-    assert "no request lost" in done.stdout
+    assert "no request was lost" in finished.stdout
 
 
-def test_load_of_a_server_that_answers_otherwise_is_a_failure(tmp_path: Path) -> None:
+def test_a_server_with_wrong_audio_is_a_failure(tmp_path: Path) -> None:
     class Wrong(http.server.BaseHTTPRequestHandler):
-        """Gives another sound each time, breaks one off, and refuses one without a word."""
+        """Returns different audio each time, breaks off one response, and fails once without a message."""
 
         count = 0
 
@@ -109,38 +132,39 @@ def test_load_of_a_server_that_answers_otherwise_is_a_failure(tmp_path: Path) ->
             self.wfile.write(b"\0\0" if Wrong.count == 6 else Wrong.count.to_bytes(4, "little"))
 
         def log_message(self, *_: Any) -> None:
-            """Nothing: the test knows what was asked."""
+            """Log nothing."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Wrong) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         output = tmp_path / "report.json"
         url = ("--url", f"http://127.0.0.1:{server.server_port}", "--output", output)
-        done = run_cli("bench", "load", *url, "--clients", "1", "--requests", "4", "--seeds", "1")
+        finished = run_cli("bench", "load", *url, "--clients", "1", "--requests", "4", "--seeds", "1")
         server.shutdown()
-    assert done.returncode == 15
-    assert "1 client(s): 1 failed; 1 client(s): 1 cut; 1 client(s): 2 wrong" in done.stderr
+    assert finished.returncode == 15
+    assert "1 client(s): 1 failed; 1 client(s): 1 cut; 1 client(s): 2 wrong" in finished.stderr
     level = json.loads(output.read_text())["levels"][0]
     assert level["statuses"] == {"200": 3, "500": 1}
 
 
-def test_what_a_server_holds_is_sampled_and_judged(baked: Path, mini: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_resources_of_a_server_are_sampled_and_judged(baked: Path, mini: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.json"
-    places = ("--weights", mini, "--warm", baked, "--output", output)
-    done = run_cli("bench", "leak", *places, "--requests", "10", "--tokens", "6,9,12", "--seeds", "1")
+    paths = ("--weights", mini, "--warm", baked, "--output", output)
+    finished = run_benchmark("leak", *paths, "--requests", "10", "--tokens", "6,9,12", "--seeds", "1")
     report = json.loads(output.read_text())
-    assert done.returncode == (0 if report["flat"] else 15), done.stderr
+    assert finished.returncode == (0 if report["flat"] else 15), finished.stderr
     assert [sample["requests"] for sample in report["samples"]] == list(range(1, 11))
     held = report["held"]
-    assert {f"{who} {what}" for who in ("front", "workers") for what in ("rss_bytes", "handles", "threads")} <= set(
-        held
-    )
+    assert {
+        f"{process} {name}" for process in ("front", "workers") for name in ("rss_bytes", "handles", "threads")
+    } <= set(held)
     assert held["workers rss_bytes"]["first"] > 2e8
     assert held["workers handles"]["growth"] == 0
     assert held["front handles"]["growth"] == 0
 
 
 @pytest.mark.parametrize(
-    ("values", "grown"),
+    ("values", "expected"),
     [
         ([900, *[1000] * 99], 0),
         ([1000] * 60 + [1009] * 40, 0.009),
@@ -150,12 +174,13 @@ def test_what_a_server_holds_is_sampled_and_judged(baked: Path, mini: Path, tmp_
         ([1000] * 50 + [900] * 50, -0.1),
     ],
 )
-def test_a_growth_is_that_after_the_warm_up(values: list[int], grown: float) -> None:
-    assert growth(values)["growth"] == pytest.approx(grown, abs=1e-5)
+def test_growth_is_measured_after_the_warm_up(values: list[int], expected: float) -> None:
+    assert growth(values)["growth"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_run_for_a_gpu_is_cut_off_and_goes_on(baked: Path, mini: Path, tmp_path: Path) -> None:
-    """Its rehearsal on a CPU: a part that ran out of time says so, and the next call does what is left."""
+@pytest.mark.slow
+def test_an_interrupted_measurement_for_a_gpu_continues(baked: Path, mini: Path, tmp_path: Path) -> None:
+    """In a rehearsal on a CPU, a part exceeds its time limit, and the next call completes it."""
     out = tmp_path / "out"
     shutil.copytree(mini, out / "weights-mini")
     (out / "states").mkdir()
@@ -169,17 +194,17 @@ def test_the_run_for_a_gpu_is_cut_off_and_goes_on(baked: Path, mini: Path, tmp_p
     cut = run("--seconds", "1", "env")
     assert cut.returncode == 14, cut.stderr
     assert "did not end within 1 s" in cut.stderr
-    assert "not complete: env; the same command goes on" in cut.stderr
-    whole = run("env")
-    assert whole.returncode == 0, whole.stderr
-    found = json.loads((out / "env.json").read_text())
-    assert found["complete"]
-    assert found["steps"]["memory bandwidth"]["bytes_per_second"] > 1e8
-    assert found["steps"]["machine"]["versions"]["torch"]
+    assert "not complete: env; run the same command again" in cut.stderr
+    complete = run("env")
+    assert complete.returncode == 0, complete.stderr
+    report = json.loads((out / "env.json").read_text())
+    assert report["complete"]
+    assert report["steps"]["memory bandwidth"]["bytes_per_second"] > 1e8
+    assert report["steps"]["machine"]["versions"]["torch"]
     assert "env: complete" in run("env").stdout
-    # Only one of four states was baked; what can be measured is, and the rest is named.
-    partly = run("decode", "memory")
-    assert partly.returncode == 14
+    # Only one of four states was baked. It is measured, and the missing ones are reported as failed.
+    incomplete = run("decode", "memory")
+    assert incomplete.returncode == 14
     decode, memory = (json.loads((out / f"{part}.json").read_text()) for part in ("decode", "memory"))
     assert set(decode["steps"]) == set(memory["steps"]) == {"eager"}
     assert set(decode["failed"]) == {"compiled", "aot", "aot, bf16"}

@@ -1,4 +1,4 @@
-"""What a lossy format leaves of a sound: the watermark has to be in it still."""
+"""The watermark survives lossy audio formats."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_watermark_survives(audio_format: str) -> None:
     plain = (0.15 * voice * swell + 0.01 * draw.standard_normal(len(time))).astype(np.float32)
     watermarker = perth.PerthImplicitWatermarker()
     marked = np.asarray(watermarker.apply_watermark(plain, sample_rate=SAMPLE_RATE))
-    sink = encoder(audio_format, whole=False)
+    sink = encoder(audio_format, one_shot=False)
     data = sink.encode(as_pcm(marked).tobytes()) + sink.finish()
     heard, _ = soundfile.read(io.BytesIO(data), dtype="float32")
     assert watermarker.get_watermark(heard, sample_rate=SAMPLE_RATE) == 1.0

@@ -1,4 +1,4 @@
-"""Each family gives back what was saved: conditionals bit by bit, signal constants equal to computed ones."""
+"""Test that families load what they saved: conditionals bit by bit, signal constants equal to computed ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.families.conditionals import load_voice, save_voice
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.voices import prepare_voice
-from chatterbox_prewarm.state.manifest import read_manifest
+from chatterbox_prewarm.state.state import State
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,18 +35,18 @@ def _tensors(voice: Any) -> dict[str, torch.Tensor]:
     return {key: value for key, value in named.items() if torch.is_tensor(value)}
 
 
-def test_conditionals_survive_a_round_trip_bit_by_bit(fox: Any, tmp_path: Path) -> None:
+def test_conditionals_are_equal_after_a_round_trip(fox: Any, tmp_path: Path) -> None:
     save_voice(fox, tmp_path / "a.safetensors")
-    again = load_voice(tmp_path / "a.safetensors")
-    save_voice(again, tmp_path / "b.safetensors")
+    loaded = load_voice(tmp_path / "a.safetensors")
+    save_voice(loaded, tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    assert _tensors(fox).keys() == _tensors(again).keys()
+    assert _tensors(fox).keys() == _tensors(loaded).keys()
     for key, tensor in _tensors(fox).items():
-        assert _tensors(again)[key].dtype == tensor.dtype, key
-        assert torch.equal(_tensors(again)[key], tensor), key
+        assert _tensors(loaded)[key].dtype == tensor.dtype, key
+        assert torch.equal(_tensors(loaded)[key], tensor), key
 
 
-def test_conditionals_hold_no_autograd_graph(fox: Any) -> None:
+def test_conditionals_have_no_autograd_graph(fox: Any) -> None:
     assert len(_tensors(fox)) == 7
     assert all(tensor.grad_fn is None and not tensor.requires_grad for tensor in _tensors(fox).values())
 
@@ -61,26 +61,26 @@ def test_conditionals_have_the_documented_shapes(fox: Any) -> None:
     assert tensors["gen.embedding"].shape == (1, 192)
 
 
-def test_making_a_voice_leaves_the_models_own_alone(attached: Attached, fox: Any) -> None:
+def test_preparing_a_voice_does_not_change_the_voice_of_the_model(attached: Attached, fox: Any) -> None:
     assert fox is not None
     assert attached.synthesizer.model.conds is None
 
 
-def test_the_baked_voice_is_the_one_that_is_made_at_run_time(baked: Path, fox: Any) -> None:
+def test_baked_voice_equals_the_voice_computed_at_run_time(baked: Path, fox: Any) -> None:
     voice = load_voice(baked / "conditionals" / "fox.safetensors")
     for key, tensor in _tensors(fox).items():
         assert torch.equal(_tensors(voice)[key], tensor), key
 
 
-def test_the_baked_state_has_all_voices_and_their_origin(baked: Path) -> None:
-    manifest = read_manifest(baked)
+def test_baked_state_lists_all_voices_and_the_digest_of_the_weights(baked: Path) -> None:
+    manifest = State.read(baked).manifest
     assert manifest.voices == (DEFAULT_VOICE, "fox")
     family = manifest.family("conditionals")
     assert family is not None
     assert family.requires["weights"] == manifest.weights.set_digest
 
 
-def test_baked_signal_constants_are_the_computed_ones(baked: Path) -> None:
+def test_baked_signal_constants_equal_computed_ones(baked: Path) -> None:
     from safetensors.torch import load_file
 
     tensors = load_file(baked / "signal" / "constants.safetensors")
@@ -95,7 +95,7 @@ def test_baked_signal_constants_are_the_computed_ones(baked: Path) -> None:
     assert torch.equal(tensors["window.hann"], torch.hann_window(1920))
 
 
-def test_a_rebuilt_resampler_resamples_as_torchaudios() -> None:
+def test_rebuilt_resampler_equals_the_one_of_torchaudio() -> None:
     from chatterbox_prewarm.families.signal_constants import _resampler
 
     computed = torchaudio.transforms.Resample(24_000, 16_000)
@@ -112,7 +112,7 @@ def _write(path: Path, samples: Any, rate: int) -> Path:
     return path
 
 
-def test_clips_that_would_give_a_bad_voice_are_refused(tmp_path: Path) -> None:
+def test_unusable_clips_are_refused(tmp_path: Path) -> None:
     import numpy as np
 
     from chatterbox_prewarm.model.clips import check_clip
@@ -125,7 +125,7 @@ def test_clips_that_would_give_a_bad_voice_are_refused(tmp_path: Path) -> None:
         "2 channels": _write(tmp_path / "stereo.wav", np.stack([tone, tone], axis=1), 24_000),
         "sampled at 8000 Hz": _write(tmp_path / "narrow.wav", tone, 8_000),
         "is silent": _write(tmp_path / "silent.wav", np.zeros(48_000), 24_000),
-        "no numbers": _write(tmp_path / "nan.wav", np.full(48_000, np.nan, dtype=np.float32), 24_000),
+        "NaN or infinity": _write(tmp_path / "nan.wav", np.full(48_000, np.nan, dtype=np.float32), 24_000),
     }
     (tmp_path / "text.wav").write_text("this is not audio")
     bad["is not audio"] = tmp_path / "text.wav"
@@ -133,7 +133,7 @@ def test_clips_that_would_give_a_bad_voice_are_refused(tmp_path: Path) -> None:
     (tmp_path / "half.flac").write_bytes(whole[: len(whole) // 2])
     bad["can be read|s long"] = tmp_path / "half.flac"
     for word, path in bad.items():
-        if word == "no numbers":
+        if word == "NaN or infinity":
             import soundfile
 
             soundfile.write(path, np.full(48_000, np.nan, dtype=np.float32), 24_000, subtype="FLOAT")
@@ -143,8 +143,8 @@ def test_clips_that_would_give_a_bad_voice_are_refused(tmp_path: Path) -> None:
     check_clip(_write(tmp_path / "good.wav", tone, 24_000), name="v")
 
 
-def test_a_baked_constant_counts_as_a_hit_and_a_computed_one_once_as_a_miss(baked: Path, mini: Path) -> None:
-    """In a process of its own, since the tables are upstream's module state."""
+def test_baked_constant_is_a_hit_and_computed_constant_is_one_miss(baked: Path, mini: Path) -> None:
+    """Run in a separate process, because the tables are module state of upstream."""
     cache = baked.parent / "signal-cache"
     done = subprocess.run(
         [sys.executable, "-c", _COUNT, str(baked), str(mini), str(cache)], capture_output=True, text=True, check=False
@@ -164,14 +164,17 @@ _COUNT = """
 import json, sys
 from pathlib import Path
 from chatterbox_prewarm.start.attach import attach
+from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
-attached = attach(prepare(Path(sys.argv[1]), Path(sys.argv[2]), cache=Path(sys.argv[3]), policy="require"))
+warm, weights, cache = map(Path, sys.argv[1:4])
+options = StartOptions(warm=warm, weights=weights, cache=cache, policy="require")
+attached = attach(prepare(options))
 metrics, model = attached.metrics, attached.synthesizer.model
 seen = {"loaded": metrics.loaded["signal"]}
 count = lambda: [metrics.hits["signal"], metrics.misses["signal"]]
 seen["before"] = count()
 from chatterbox_prewarm.model.voices import prepare_voice
-from chatterbox_prewarm.model.warmup.inputs import reference_audio, reference_clip
+from chatterbox_prewarm.model.reference_clip import reference_audio, reference_clip
 with reference_clip() as clip:
     prepare_voice(model, clip)
 seen["baked clip"] = count()

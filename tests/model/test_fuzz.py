@@ -1,4 +1,4 @@
-"""The HTTP interface under generated requests: no fault, and every answer as the OpenAPI document says."""
+"""Generated requests: the server reports no internal error, and every response matches the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ CHECKS = (
     "status_code_conformance",
     "unsupported_method",
 )
-#: Of each kind for each route; a tenth of a second each when they are refused, and some more when they are spoken.
+#: Requests of each kind for each route. A refused request takes a tenth of a second, a spoken one longer.
 EXAMPLES = 5
 SECONDS = 900
 
-# A 503 is an answer of a server that has no worker just now, and no fault; what else begins with 5 is. What is against
-# the document must be refused.
+# 503 is valid: at that moment no worker is ready. Every other 5xx status is a bug. The server must refuse each request
+# that violates the document.
 CONFIG = f"""
 continue-on-failure = true
 max-failures = 20
@@ -50,11 +50,11 @@ negative_data_rejection.expected-statuses = ["4xx", "503"]
 
 @pytest.fixture(scope="module")
 def server(baked: Path, mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose longest speech is short, whatever a request asks for."""
-    place = tmp_path_factory.mktemp("fuzz")
-    (place / "voices").mkdir()
-    options = ("--warm", baked, "--weights", mini, "--cache", place / "cache", "--max-new-tokens", "6")
-    server = Server(place / "log", *options, "--voices-dir", place / "voices")
+    """Start a server that limits every speech to six tokens."""
+    directory = tmp_path_factory.mktemp("fuzz")
+    (directory / "voices").mkdir()
+    options = ("--warm", baked, "--weights", mini, "--cache", directory / "cache", "--max-new-tokens", "6")
+    server = Server(directory / "log", *options, "--voices-dir", directory / "voices")
     try:
         server.wait("/readyz", 200)
         yield server
@@ -62,7 +62,9 @@ def server(baked: Path, mini: Path, tmp_path_factory: pytest.TempPathFactory) ->
         server.end()
 
 
-def test_no_generated_request_finds_a_fault(server: Server, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 120)
+def test_no_generated_request_causes_an_internal_error(server: Server, tmp_path: Path) -> None:
     pytest.importorskip("schemathesis")
     status, document = server.ask("GET", "/openapi.json")
     assert status == 200
@@ -70,15 +72,15 @@ def test_no_generated_request_finds_a_fault(server: Server, tmp_path: Path) -> N
     (tmp_path / "openapi.json").write_bytes(document)
     worker = server.worker()
     address = f"http://127.0.0.1:{server.port}"
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", "--url", address],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=SECONDS,
     )
-    print(found.stdout)
-    assert found.returncode == 0, found.stdout[-20_000:] + found.stderr
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout[-20_000:] + result.stderr
     assert server.worker() == worker, "a request ended the worker"
     assert server.status()[0] == 200
     log = server.log.read_text()

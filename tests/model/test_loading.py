@@ -1,4 +1,4 @@
-"""Loading gives what upstream's loading gives, without its copies; a checkpoint that does not fit is refused."""
+"""Test loading: it equals upstream's loading, and invalid checkpoints are refused."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from chatterbox_prewarm.errors import WeightsError
 from chatterbox_prewarm.model.synthetic import shortened_upstream
 from chatterbox_prewarm.model.variants import english
 from chatterbox_prewarm.model.voices import builtin_voice
-from chatterbox_prewarm.state.folder import key_of
-from chatterbox_prewarm.state.manifest import read_manifest
+from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.weights.record import read_record, record
 from chatterbox_prewarm.weights.variants import ENGLISH
 from tests.conftest import run_cli, writable_copy
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a module: parameters, buffers persistent or not, and plain attributes."""
+    """Yield every tensor of a module: parameters, all buffers, and plain attributes."""
     for name, child in module.named_modules():
         for key, value in {**child._parameters, **child._buffers, **vars(child)}.items():
             if isinstance(value, torch.Tensor):
@@ -41,8 +40,8 @@ def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def upstream(mini: Path, attached: Attached) -> Any:  # noqa: ARG001 - the short stacks are registered by then
-    """The same checkpoint through upstream's own loading, its constructors shortened to the mini depth."""
+def upstream(mini: Path, attached: Attached) -> Any:  # noqa: ARG001 - it registers the short stacks
+    """Load the same checkpoint with upstream's own code, whose constructors are shortened for `mini`."""
     from chatterbox import tts
 
     full = tts.T3, tts.S3Gen
@@ -54,7 +53,7 @@ def upstream(mini: Path, attached: Attached) -> Any:  # noqa: ARG001 - the short
 
 
 @pytest.mark.parametrize("part", ["t3", "s3gen", "ve"])
-def test_every_tensor_equals_upstreams(part: str, upstream: Any, mini: Path) -> None:
+def test_every_tensor_equals_the_tensor_of_upstream(part: str, upstream: Any, mini: Path) -> None:
     ours = dict(_tensors(getattr(english.load(mini), part)))
     theirs = dict(_tensors(getattr(upstream, part)))
     assert ours.keys() == theirs.keys()
@@ -64,14 +63,14 @@ def test_every_tensor_equals_upstreams(part: str, upstream: Any, mini: Path) -> 
         assert torch.equal(ours[name], tensor), name
 
 
-def test_every_module_is_in_the_mode_that_upstream_leaves_it_in(upstream: Any, mini: Path) -> None:
+def test_every_module_has_the_training_mode_of_upstream(upstream: Any, mini: Path) -> None:
     ours = english.load(mini)
     for part in ("t3", "s3gen", "ve"):
         modes = {name: module.training for name, module in getattr(ours, part).named_modules()}
         assert modes == {name: module.training for name, module in getattr(upstream, part).named_modules()}
 
 
-def test_parameters_are_the_files_own_pages(mini: Path) -> None:
+def test_parameters_are_mapped_pages_of_the_files(mini: Path) -> None:
     model = english.load(mini)
     pages = []
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -82,9 +81,9 @@ def test_parameters_are_the_files_own_pages(mini: Path) -> None:
     assert any(start <= weight.data_ptr() < end for start, end in pages)
 
 
-def _copy(mini: Path, place: Path) -> Path:
-    shutil.copytree(mini, place)
-    return place
+def _copy(mini: Path, directory: Path) -> Path:
+    shutil.copytree(mini, directory)
+    return directory
 
 
 def _record(copy: Path, mini: Path) -> None:
@@ -116,7 +115,7 @@ def _add(path: Path) -> None:
         (_add, "unknown tensor(s), the first: one_too_many"),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(
+def test_error_names_the_tensor_that_does_not_match(
     damage: Callable[[Path], None], word: str, mini: Path, tmp_path: Path
 ) -> None:
     copy = _copy(mini, tmp_path / "weights")
@@ -127,7 +126,7 @@ def test_a_tensor_that_does_not_fit_is_named(
     assert word in caught.value.message
 
 
-def test_a_truncated_file_is_refused_before_anything_is_built(mini: Path, tmp_path: Path) -> None:
+def test_truncated_weights_are_refused(mini: Path, tmp_path: Path) -> None:
     copy = _copy(mini, tmp_path / "weights")
     with (copy / "s3gen.safetensors").open("r+b") as stream:
         stream.truncate(1_000_000)
@@ -135,7 +134,7 @@ def test_a_truncated_file_is_refused_before_anything_is_built(mini: Path, tmp_pa
         english.load(copy)
 
 
-class _Sabotage:
+class _CodeInPickle:
     def __init__(self, target: Path) -> None:
         self._target = target
 
@@ -143,22 +142,27 @@ class _Sabotage:
         return os.system, (f"touch {self._target}",)
 
 
-def test_a_voice_that_is_none_is_refused_and_runs_no_code(mini: Path, tmp_path: Path, attached: Attached) -> None:
+def test_invalid_voice_file_is_refused_and_runs_no_code(mini: Path, tmp_path: Path, attached: Attached) -> None:
     copy = _copy(mini, tmp_path / "weights")
-    for content in (pickle.dumps(_Sabotage(tmp_path / "ran"), protocol=2), b"PK\x03\x04 and no more", b"", b"voice"):
+    for content in (
+        pickle.dumps(_CodeInPickle(tmp_path / "ran"), protocol=2),
+        b"PK\x03\x04 and no more",
+        b"",
+        b"voice",
+    ):
         (copy / ENGLISH.builtin_voice).write_bytes(content)
         _record(copy, mini)
-        with pytest.raises(WeightsError, match=r"is no voice of Chatterbox's"):
+        with pytest.raises(WeightsError, match=r"does not contain a Chatterbox voice"):
             builtin_voice(attached.synthesizer.model, copy)
     for saved in ({}, {"t3": {"no": "such field"}, "gen": {}}, [1]):
         torch.save(saved, copy / ENGLISH.builtin_voice)
         _record(copy, mini)
-        with pytest.raises(WeightsError, match=r"is no voice of Chatterbox's"):
+        with pytest.raises(WeightsError, match=r"does not contain a Chatterbox voice"):
             builtin_voice(attached.synthesizer.model, copy)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_gpu_that_is_not_there_is_said(mini: Path) -> None:
+def test_missing_gpu_is_reported(mini: Path) -> None:
     from chatterbox_prewarm.errors import ModelError
 
     if torch.cuda.is_available():
@@ -167,24 +171,24 @@ def test_a_gpu_that_is_not_there_is_said(mini: Path) -> None:
         english.load(mini, device="cuda")
 
 
-def test_the_same_seed_gives_the_same_checkpoint(mini: Path, tmp_path: Path) -> None:
+def test_same_seed_gives_the_same_checkpoint(mini: Path, tmp_path: Path) -> None:
     from chatterbox_prewarm.model.synthetic import synthesize
 
-    again = synthesize(tmp_path / "again", size="mini", seed=0)
+    repeated = synthesize(tmp_path / "repeated", size="mini", seed=0)
     other = synthesize(tmp_path / "other", size="mini", seed=1)
     tensors = {"ve.safetensors", "t3_cfg.safetensors", "s3gen.safetensors", "tokenizer.json"}
-    digests = {file.path: file.sha256 for file in again.files if file.path in tensors}
+    digests = {file.path: file.sha256 for file in repeated.files if file.path in tensors}
     assert digests == {file.path: file.sha256 for file in read_record(mini).files if file.path in tensors}
     assert digests["t3_cfg.safetensors"] != {file.path: file.sha256 for file in other.files}["t3_cfg.safetensors"]
 
 
-_AFTERWARDS = """
+_DEFERRED = """
 import sys
 import {first}
 before = {{name: sys.modules[name] for name in "{first}".split(", ")}}
-from chatterbox_prewarm.model.lean_imports import import_chatterbox
+from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox
 import_chatterbox()
-assert all(sys.modules[name] is module for name, module in before.items()), "what was imported stays"
+assert all(sys.modules[name] is module for name, module in before.items()), "imported modules stay"
 import torch
 assert ("scipy.stats" in sys.modules, "torch._dynamo" in sys.modules) == ("{first}" != "json", False)
 assert isinstance(torch.distributed.tensor.DTensor, type)
@@ -196,14 +200,14 @@ assert list(scipy.signal.find_peaks_cwt([0, 0, 1, 0, 0, 0, 2, 0, 0], [1])) == [2
 
 
 @pytest.mark.parametrize("first", ["json", "scipy.stats, torch.utils.checkpoint"])
-def test_what_lean_imports_defer_works_for_whoever_asks_for_it(first: str) -> None:
-    """In the same process, whether it was imported before or is first asked for after."""
-    program = _AFTERWARDS.format(first=first)
+def test_deferred_modules_work_when_they_are_used(first: str) -> None:
+    """Use the modules in the same process, imported before or first used afterwards."""
+    program = _DEFERRED.format(first=first)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-#: Starts from a folder of states and speaks; prints the log as JSON.
+#: Starts from a folder of states, synthesizes, and prints the metrics as JSON.
 _START = """
 import json, sys
 from pathlib import Path
@@ -217,7 +221,7 @@ print("JSON" + json.dumps(attached.metrics.to_dict()))
 
 @pytest.fixture
 def two_states(baked: Path, tmp_path: Path) -> Path:
-    """A folder with the baked state and one for another processor, which has every file of it."""
+    """Return a folder with the baked state and a copy of it for another processor."""
     (tmp_path / "states").mkdir(mode=0o755)
     for name in ("another", "here"):
         writable_copy(baked, tmp_path / "states" / name)
@@ -228,7 +232,7 @@ def two_states(baked: Path, tmp_path: Path) -> Path:
     return tmp_path / "states"
 
 
-def test_a_start_from_two_states_takes_the_one_that_fits_and_misses_nothing(
+def test_start_selects_the_compatible_one_of_two_states_and_misses_nothing(
     two_states: Path, mini: Path, tmp_path: Path
 ) -> None:
     ran = subprocess.run(
@@ -240,16 +244,16 @@ def test_a_start_from_two_states_takes_the_one_that_fits_and_misses_nothing(
     assert ran.returncode == 0, ran.stderr
     log = json.loads(ran.stdout.rpartition("JSON")[2])
     assert log["misses"] == {}
-    assert log["state"] == key_of(read_manifest(two_states / "here"))
+    assert log["state"] == State.read(two_states / "here").key
     assert {"bytecode", "numba", "conditionals"} <= log["hits"].keys()
 
 
 @pytest.mark.usefixtures("namespaces")
-def test_a_proof_of_two_states_is_of_the_one_that_fits(two_states: Path, mini: Path, tmp_path: Path) -> None:
+def test_prove_selects_the_compatible_one_of_two_states(two_states: Path, mini: Path, tmp_path: Path) -> None:
     evidence = tmp_path / "evidence.json"
     proven = run_cli("prove", "--warm", two_states, "--weights", mini, "--evidence", evidence)
     assert proven.returncode == 0, proven.stdout + proven.stderr
     found = json.loads(evidence.read_text())
-    assert found["set_digest"] == read_manifest(two_states / "here").set_digest
-    assert found["observed"]["metrics"]["state"] == key_of(read_manifest(two_states / "here"))
+    assert found["set_digest"] == State.read(two_states / "here").manifest.set_digest
+    assert found["observed"]["metrics"]["state"] == State.read(two_states / "here").key
     assert run_cli("prove", "--warm", two_states, "--weights", mini, "--state", "another").returncode == 11

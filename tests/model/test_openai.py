@@ -1,4 +1,4 @@
-"""OpenAI's Python client, as it comes, speaks through this server."""
+"""OpenAI's Python client works with this server without changes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SETTINGS = {"seed": 3, "max_new_tokens": 60}
 
 @pytest.fixture(scope="module")
 def client(baked: Path, mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    place = tmp_path_factory.mktemp("openai")
-    places = ("--warm", baked, "--weights", mini, "--cache", place / "cache")
-    server = Server(place / "log", *places, "--voice-alias", "alloy=fox")
+    directory = tmp_path_factory.mktemp("openai")
+    paths = ("--warm", baked, "--weights", mini, "--cache", directory / "cache")
+    server = Server(directory / "log", *paths, "--voice-alias", "alloy=fox")
     try:
         server.wait("/readyz", 200)
         with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="unused", max_retries=0) as client:
@@ -45,7 +45,7 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("name", ["wav", "flac", "mp3", "opus"])
-def test_speech_comes_in_each_format(client: openai.OpenAI, name: Literal["wav", "flac", "mp3", "opus"]) -> None:
+def test_speech_is_returned_in_each_format(client: openai.OpenAI, name: Literal["wav", "flac", "mp3", "opus"]) -> None:
     answer = client.audio.speech.create(
         model="chatterbox",
         voice="fox",
@@ -62,8 +62,8 @@ def test_the_default_format_is_openais(client: openai.OpenAI) -> None:
     assert 1.5 < seconds(answer.content) < 2.7
 
 
-def test_a_stream_comes_in_chunks_that_are_the_whole(client: openai.OpenAI) -> None:
-    whole = client.audio.speech.create(
+def test_the_chunks_of_a_stream_add_up_to_the_complete_audio(client: openai.OpenAI) -> None:
+    complete = client.audio.speech.create(
         model="chatterbox", voice="default", input=TEXT, response_format="pcm", extra_body=SETTINGS
     )
     with client.audio.speech.with_streaming_response.create(
@@ -72,11 +72,11 @@ def test_a_stream_comes_in_chunks_that_are_the_whole(client: openai.OpenAI) -> N
         assert "content-length" not in answer.headers
         chunks = list(answer.iter_bytes(chunk_size=4096))
     assert len(chunks) > 1
-    assert b"".join(chunks) == whole.content
+    assert b"".join(chunks) == complete.content
 
 
-def test_events_carry_the_same_sound_and_end_with_usage(client: openai.OpenAI) -> None:
-    whole = client.audio.speech.create(
+def test_events_contain_the_same_audio_and_end_with_the_usage(client: openai.OpenAI) -> None:
+    complete = client.audio.speech.create(
         model="chatterbox", voice="default", input=TEXT, response_format="pcm", extra_body=SETTINGS
     )
     with client.audio.speech.with_streaming_response.create(
@@ -91,12 +91,12 @@ def test_events_carry_the_same_sound_and_end_with_usage(client: openai.OpenAI) -
         events = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line]
     sound = b"".join(base64.b64decode(event["audio"]) for event in events[:-1])
     assert {event["type"] for event in events[:-1]} == {"speech.audio.delta"}
-    assert sound == whole.content
+    assert sound == complete.content
     assert events[-1]["type"] == "speech.audio.done"
     assert events[-1]["usage"]["output_tokens"] == len(sound) // 2 // 960
 
 
-def test_errors_are_those_that_the_client_knows(client: openai.OpenAI) -> None:
+def test_errors_raise_the_clients_exceptions(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.audio.speech.create(model="chatterbox", voice="nobody", input=TEXT)
     assert "choose one of: default, fox" in caught.value.message
@@ -105,7 +105,7 @@ def test_errors_are_those_that_the_client_knows(client: openai.OpenAI) -> None:
     assert caught.value.param == "input"
 
 
-def test_a_voice_of_openais_is_one_of_ours_where_the_server_says_so(client: openai.OpenAI) -> None:
+def test_an_alias_gives_openais_voice_name_to_a_voice(client: openai.OpenAI) -> None:
     def speak(voice: str) -> bytes:
         settings = {"seed": 3, "max_new_tokens": 12}
         return client.audio.speech.create(

@@ -1,4 +1,4 @@
-"""The page at `/` in a browser, against a real server: what it shows is what the server says, and it can be heard."""
+"""The page at `/` in Chromium with a real server: it shows the server's status and plays speech."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
     from selenium.webdriver.remote.webelement import WebElement
 
+pytestmark = pytest.mark.programs
+
 TEXT = "Hello there."
 WAIT = 120.0
 
 
 class Page:
-    """The page as somebody sees it who looks at the screen, and the browser's own log of it."""
+    """Read the page as displayed, and the browser's logs."""
 
     def __init__(self, driver: webdriver.Chrome, server: Server) -> None:
         self.driver = driver
@@ -62,17 +64,17 @@ class Page:
         return self.driver.execute_script(text, *arguments)
 
     def figures(self) -> dict[str, str]:
-        """What the last sound came to."""
+        """Return the measurements of the last speech."""
         names, values = self.all("#figures dt"), self.all("#figures dd")
         return {name.text: value.text for name, value in zip(names, values, strict=True)}
 
     def requested(self) -> set[str]:
-        """What was asked for since the last call, by address."""
+        """Return the URLs that the page requested since the last call."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]  # type: ignore[no-untyped-call]
         return {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
 
     def complaints(self) -> list[str]:
-        """What the console says since the last call, but for the probe's 503, which is its answer while it starts."""
+        """Return the console messages since the last call, except those for the 503 of a probe during a start."""
         entries = [entry["message"] for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]
         return [text for text in entries if not ("/startupz" in text and "503" in text)]
 
@@ -84,7 +86,7 @@ def driver() -> Iterator[webdriver.Chrome]:
         pytest.skip("there is no Chromium (Debian: apt-get install chromium chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = browser
-    # As root, as in most containers, Chromium has no sandbox to itself; a container's /dev/shm is small.
+    # Chromium has no sandbox for root, the user in most containers. /dev/shm of a container is small.
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--mute-audio"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -96,7 +98,7 @@ def driver() -> Iterator[webdriver.Chrome]:
 
 
 def wait_for_routes(server: Server) -> None:
-    """Wait until the server listens; from then on it answers."""
+    """Wait until the server listens."""
     deadline = time.monotonic() + WAIT
     while time.monotonic() < deadline:
         try:
@@ -112,16 +114,16 @@ def wait_for_routes(server: Server) -> None:
 def states(
     driver: webdriver.Chrome, baked: Path, mini: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Page, list[str]]]:
-    """A page that was opened while its server started, and the states that it showed until that was ready."""
-    place = tmp_path_factory.mktemp("page")
-    (place / "voices").mkdir()
+    """Open the page while its server starts; yield it and the states that it showed until the server was ready."""
+    directory = tmp_path_factory.mktemp("page")
+    (directory / "voices").mkdir()
     server = Server(
-        place / "log",
-        *("--warm", baked, "--weights", mini, "--cache", place / "cache", "--policy", "require"),
-        *("--max-new-tokens", "12", "--voices-dir", place / "voices"),
+        directory / "log",
+        *("--warm", baked, "--weights", mini, "--cache", directory / "cache", "--policy", "require"),
+        *("--max-new-tokens", "12", "--voices-dir", directory / "voices"),
     )
     page = Page(driver, server)
-    seen: list[str] = []
+    states: list[str] = []
     try:
         wait_for_routes(server)
         deadline = time.monotonic() + WAIT
@@ -131,24 +133,24 @@ def states(
             state, can_speak = page.script(
                 "return [document.getElementById('state').textContent, !document.getElementById('go').disabled]"
             )
-            seen += [state] if state not in seen else []
+            states += [state] if state not in states else []
             assert can_speak == (state == "ready")
-        yield page, seen
+        yield page, states
     finally:
         server.end()
 
 
 @pytest.fixture
 def page(states: tuple[Page, list[str]]) -> Iterator[Page]:
-    """The page, newly opened; afterwards, it must have asked nobody but its server and complained of nothing."""
+    """Open the page again. After the test, check that it sent requests only to its server and logged no error."""
     page = states[0]
     page.open()
     page.wait_ready()
     page.wait(lambda: page.all("#voice option"))
     yield page
-    # What a browser draws the controls of a sound with is data that comes with the browser.
-    inside = (page.origin, f"blob:{page.origin}", "data:")
-    assert {url for url in page.requested() if not url.startswith(inside)} == set()
+    # Chromium draws the controls of an audio element with data URLs of its own.
+    allowed = (page.origin, f"blob:{page.origin}", "data:")
+    assert {url for url in page.requested() if not url.startswith(allowed)} == set()
     assert page.complaints() == []
 
 
@@ -157,7 +159,7 @@ def type_text(page: Page, text: str = TEXT) -> None:
     page.find("#text").send_keys(text)
 
 
-def test_it_says_what_the_server_does_while_it_starts_and_becomes_ready_by_itself(
+def test_the_state_follows_a_starting_server_until_it_is_ready(
     states: tuple[Page, list[str]],
 ) -> None:
     page, seen = states
@@ -165,7 +167,7 @@ def test_it_says_what_the_server_does_while_it_starts_and_becomes_ready_by_itsel
     assert any(state.startswith(("starting", "not ready: ")) for state in seen), seen
 
 
-def test_the_waterfall_has_a_bar_for_each_phase_and_the_moments_in_their_order(page: Page) -> None:
+def test_the_waterfall_has_a_bar_for_each_phase_and_the_marks_in_order(page: Page) -> None:
     _, status = page.server.status("/startupz")
     bars = page.all("#waterfall .bar")
     assert len(bars) == len(status["phases"])
@@ -181,7 +183,7 @@ def test_the_waterfall_has_a_bar_for_each_phase_and_the_moments_in_their_order(p
     assert all(bar.location["x"] + bar.size["width"] <= lane.location["x"] + lane.size["width"] + 2 for bar in bars)
 
 
-def test_the_caches_are_those_of_startupz(page: Page) -> None:
+def test_the_caches_equal_those_of_startupz(page: Page) -> None:
     _, status = page.server.status("/startupz")
     families = {*status["loaded"], *status["hits"], *status["misses"]}
     rows = {row.get_attribute("data-family"): row for row in page.all("#caches tbody tr")}
@@ -192,7 +194,7 @@ def test_the_caches_are_those_of_startupz(page: Page) -> None:
     assert "No miss" in page.text("#caches-note")
 
 
-def test_the_workers_are_those_of_startupz(page: Page) -> None:
+def test_the_workers_equal_those_of_startupz(page: Page) -> None:
     _, status = page.server.status("/startupz")
     rows = [
         [cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")] for row in page.all("#workers tbody tr")
@@ -201,7 +203,7 @@ def test_the_workers_are_those_of_startupz(page: Page) -> None:
     assert all(row[4].endswith("B") for row in rows)
 
 
-def test_what_is_typed_is_heard_kept_and_measured(page: Page) -> None:
+def test_typed_text_is_spoken_downloadable_and_measured(page: Page) -> None:
     type_text(page)
     Select(page.find("#voice")).select_by_visible_text("fox")
     page.find("#seed").send_keys("7")
@@ -210,8 +212,8 @@ def test_what_is_typed_is_heard_kept_and_measured(page: Page) -> None:
     length = page.wait(lambda: page.script("return document.getElementById('player').duration"))
     assert length > 0.3
     figures = page.figures()
-    assert 0 < float(figures["first chunk"].split()[0]) <= float(figures["all"].split()[0])
-    assert float(figures["sound"].split()[0]) == pytest.approx(length, abs=0.01)
+    assert 0 < float(figures["first chunk"].split()[0]) <= float(figures["total time"].split()[0])
+    assert float(figures["audio"].split()[0]) == pytest.approx(length, abs=0.01)
     assert float(figures["real-time factor"]) > 0
     assert figures["seed"] == "7"
     assert page.find("#download").get_attribute("download") == "fox-7.wav"
@@ -219,7 +221,7 @@ def test_what_is_typed_is_heard_kept_and_measured(page: Page) -> None:
     assert page.text("#speak-error") == ""
 
 
-def test_a_seed_that_was_left_out_is_drawn_and_shown(page: Page) -> None:
+def test_without_a_seed_the_drawn_seed_is_shown(page: Page) -> None:
     type_text(page)
     page.find("#go").click()
     page.wait(lambda: page.find("#result").is_displayed())
@@ -227,7 +229,7 @@ def test_a_seed_that_was_left_out_is_drawn_and_shown(page: Page) -> None:
     assert 0 <= int(seed) < 2**32
 
 
-def test_a_refusal_is_shown_in_the_servers_words(page: Page) -> None:
+def test_the_error_of_the_server_is_shown(page: Page) -> None:
     page.script("document.getElementById('text').value = 'a '.repeat(40000)")
     page.find("#go").click()
     error = page.wait(lambda: page.text("#speak-error"))
@@ -239,7 +241,7 @@ def test_a_refusal_is_shown_in_the_servers_words(page: Page) -> None:
     assert [text for text in page.complaints() if "400" not in text] == []
 
 
-def test_stop_ends_the_request(page: Page) -> None:
+def test_stop_cancels_the_request(page: Page) -> None:
     type_text(page)
     assert not page.find("#stop").is_enabled()
     page.find("#go").click()
@@ -251,7 +253,7 @@ def test_stop_ends_the_request(page: Page) -> None:
     page.wait(lambda: b"requests_in_flight 0.0" in page.server.ask("GET", "/metrics")[1])
 
 
-def test_a_voice_is_added_from_a_file_heard_and_deleted(page: Page, clip: Path) -> None:
+def test_a_voice_is_added_from_a_file_previewed_and_deleted(page: Page, clip: Path) -> None:
     page.wait(lambda: page.all("[data-voice=fox]"))
     assert page.find("[data-voice=fox]").text.split()[1] == "baked"
     assert not page.all("[data-voice=fox] [aria-label='Delete fox']")
@@ -271,7 +273,7 @@ def test_a_voice_is_added_from_a_file_heard_and_deleted(page: Page, clip: Path) 
     assert "visitor" not in page.server.status("/startupz")[1]["voices"]
 
 
-def test_a_voice_that_cannot_be_used_is_not_offered_and_says_why(page: Page) -> None:
+def test_an_unusable_voice_is_not_offered_and_its_reason_is_shown(page: Page) -> None:
     directory = page.server.log.parent / "voices"
     (directory / "old.safetensors").write_bytes(voice(weights="sha256:" + "9" * 64))
     try:
@@ -286,14 +288,14 @@ def test_a_voice_that_cannot_be_used_is_not_offered_and_says_why(page: Page) -> 
         (directory / "old.safetensors").unlink()
 
 
-def test_it_can_be_used_with_the_keyboard_alone(page: Page) -> None:
+def test_the_page_works_with_the_keyboard_only(page: Page) -> None:
     page.script("document.getElementById('text').value = ''")
     reached: list[str] = []
     for _ in range(40):
         page.driver.switch_to.active_element.send_keys(Keys.TAB)
         name = page.script("return document.activeElement.id")
         outline = page.script("return getComputedStyle(document.activeElement).outlineStyle")
-        assert outline != "none", f"where the keyboard is cannot be seen on {name}"
+        assert outline != "none", f"{name} does not show the keyboard focus"
         reached.append(name)
         if name == "text":
             page.driver.switch_to.active_element.send_keys(TEXT)
@@ -310,17 +312,17 @@ def test_it_can_be_used_with_the_keyboard_alone(page: Page) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 400, 1000, 1600])
-def test_nothing_is_scrolled_sideways(page: Page, width: int) -> None:
+def test_the_page_does_not_scroll_horizontally(page: Page, width: int) -> None:
     page.open(width=width, height=800)
     page.wait_ready()
     page.wait(lambda: page.all("#waterfall .bar") and page.all("#voices tbody tr"))
     seen = page.script("const e = document.documentElement; return [e.scrollWidth, e.clientWidth]")
-    assert seen[0] == seen[1] > width - 20, "what is left is the bar to scroll down"
+    assert seen[0] == seen[1] > width - 20, "the difference is the vertical scroll bar"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_its_ground(page: Page, scheme: str) -> None:
-    """4.5 to 1 at least, as WCAG 2.2 wants it of text (1.4.3)."""
+def test_text_has_enough_contrast(page: Page, scheme: str) -> None:
+    """At least 4.5 to 1, as WCAG 2.2 (1.4.3) requires."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     least = page.script(CONTRAST)
@@ -335,14 +337,14 @@ def test_every_control_has_a_name(page: Page) -> None:
         assert not shown or control.accessible_name, control.get_attribute("outerHTML")
 
 
-def test_a_worker_that_was_replaced_is_seen(page: Page) -> None:
+def test_a_replaced_worker_is_shown(page: Page) -> None:
     os.kill(page.server.worker(), signal.SIGKILL)
     page.wait(lambda: "restarts1" in page.text("#facts"))
     page.wait_ready()
     assert "1 restart" in page.text("#start-note")
 
 
-def test_a_browser_that_knows_the_token_sees_it_all(
+def test_a_browser_with_the_token_shows_the_page(
     driver: webdriver.Chrome, baked: Path, mini: Path, tmp_path: Path
 ) -> None:
     token = tmp_path / "token"
@@ -354,7 +356,7 @@ def test_a_browser_that_knows_the_token_sees_it_all(
     page = Page(driver, server)
     try:
         wait_for_routes(server)
-        page.origin = f"http://somebody:{token.read_text()}@127.0.0.1:{server.port}/"
+        page.origin = f"http://user:{token.read_text()}@127.0.0.1:{server.port}/"
         page.open()
         page.wait(lambda: page.all("#waterfall .bar"))
         assert page.complaints() == []
@@ -362,7 +364,7 @@ def test_a_browser_that_knows_the_token_sees_it_all(
         server.end()
 
 
-#: The least contrast of any text that is shown, and where; relative luminance as in WCAG 2.2.
+#: Find the displayed text with the lowest contrast. Relative luminance as in WCAG 2.2.
 CONTRAST = """
 const channel = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
 const parse = (text) => text.match(/[\\d.]+/g).map(Number);

@@ -1,4 +1,4 @@
-"""The profiles that compile: at bake once, in a start never; and what a start makes of artifacts that are not right."""
+"""Test the compiling profiles: only a bake compiles, and a start handles missing, damaged or foreign artifacts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch._functorch.config
 
 from chatterbox_prewarm.model.regions.region import REGIONS
 from chatterbox_prewarm.proof import probes
-from chatterbox_prewarm.state.manifest import read_manifest
+from chatterbox_prewarm.state.state import State
 from tests.conftest import ROOT, run_cli, writable_copy
 from tests.helpers.states import rewrite
 
@@ -26,22 +26,26 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.start.attach import Attached
 
-#: Regions that the reference synthesis runs; sampling with top-p is not among them.
+# The first test that needs a compiled state waits for its bake.
+pytestmark = pytest.mark.timeout(1800)
+
+#: Number of regions that the reference synthesis runs: all except sampling with top-p.
 _REFERENCE_REGIONS = len(REGIONS) - 1
-#: The caches that `torch.compile` looks into for a region: Inductor's, and since some torch AOTAutograd's before it.
+#: Number of caches that `torch.compile` uses for a region: Inductor's and, in newer versions, AOTAutograd's.
 _CACHES = 2 if torch._functorch.config.enable_autograd_cache else 1
 
-#: Starts from a state and speaks two lengths; prints what it did as JSON, the samples as a list.
+#: Starts from a state, synthesizes two lengths, and prints metrics, samples and tokens as JSON.
 _START = """
 import json, os, sys
 from pathlib import Path
 warm, weights, cache, policy, seed = sys.argv[1:6]
 from chatterbox_prewarm.start.attach import attach
+from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
-prepared = prepare(
-    Path(warm), Path(weights), cache=Path(cache), policy=policy, profile=os.environ.get("PROFILE")
+options = StartOptions(
+    warm=Path(warm), weights=Path(weights), cache=Path(cache), policy=policy, profile=os.environ.get("PROFILE")
 )
-attached = attach(prepared)
+attached = attach(prepare(options))
 from chatterbox_prewarm.model.sampling import Sampling
 speak = attached.synthesizer.synthesize
 first = speak("Hello, world.", seed=int(seed), max_new_tokens=12)
@@ -55,7 +59,7 @@ print("JSON" + json.dumps(out))
 def start(
     warm: Path, weights: Path, cache: Path, *, policy: str = "fallback", env: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Start in a fresh process and speak."""
+    """Start in a fresh process and synthesize."""
     ran = subprocess.run(
         [sys.executable, "-c", _START, str(warm), str(weights), str(cache), policy, "7"],
         capture_output=True,
@@ -70,13 +74,13 @@ def start(
 
 
 def signal_to_noise(signal: Any, other: Any) -> float:
-    """In dB."""
+    """Return the ratio of signal to difference in dB."""
     signal, other = np.asarray(signal), np.asarray(other)
     return float(10 * np.log10(np.square(signal).sum() / max(np.square(signal - other).sum(), 1e-30)))
 
 
 def requirement(state: Path, family: str, fact: str, value: str) -> None:
-    """Have a family require something else."""
+    """Change a value that a family requires."""
 
     def change(raw: dict[str, Any]) -> None:
         next(entry for entry in raw["families"] if entry["name"] == family)["requires"][fact] = value
@@ -84,8 +88,8 @@ def requirement(state: Path, family: str, fact: str, value: str) -> None:
     rewrite(state, change)
 
 
-def test_a_bake_packs_every_region_within_the_budget(baked_aot: Path) -> None:
-    manifest = read_manifest(baked_aot)
+def test_bake_packages_every_region_within_the_size_budget(baked_aot: Path) -> None:
+    manifest = State.read(baked_aot).manifest
     assert manifest.execution.profile == "aot"
     family = manifest.family("aot")
     assert family is not None
@@ -97,12 +101,15 @@ def test_a_bake_packs_every_region_within_the_budget(baked_aot: Path) -> None:
 @pytest.mark.usefixtures("namespaces")
 @pytest.mark.parametrize(
     ("profile", "family", "count"),
-    [("aot", "aot", _REFERENCE_REGIONS), ("compiled", "inductor", _REFERENCE_REGIONS * _CACHES)],
+    [
+        ("aot", "aot", _REFERENCE_REGIONS),
+        pytest.param("compiled", "inductor", _REFERENCE_REGIONS * _CACHES, marks=pytest.mark.slow),
+    ],
 )
-def test_a_fresh_process_compiles_nothing(
+def test_fresh_process_compiles_nothing(
     profile: str, family: str, count: int, mini: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Another host name, user and HOME, no network; every region of the reference synthesis is a hit."""
+    """Every region is a hit with another host name, user and HOME and without network."""
     evidence = tmp_path / "evidence.json"
     state = request.getfixturevalue(f"baked_{profile}")
     proven = run_cli("prove", "--warm", state, "--weights", mini, "--evidence", evidence)
@@ -115,9 +122,7 @@ def test_a_fresh_process_compiles_nothing(
     assert [event for event in observed["programs"] if probes.names_a_compiler(event)] == []
 
 
-def test_packages_speak_as_the_regions_are_written(
-    baked_aot: Path, mini: Path, tmp_path: Path, attached: Attached
-) -> None:
+def test_packages_give_the_audio_of_eager_mode(baked_aot: Path, mini: Path, tmp_path: Path, attached: Attached) -> None:
     found = start(baked_aot, mini, tmp_path / "cache", policy="require")
     assert found["metrics"]["hits"]["aot"] == len(REGIONS), "top-p too"
     assert found["metrics"]["misses"] == {}
@@ -127,8 +132,9 @@ def test_packages_speak_as_the_regions_are_written(
     assert signal_to_noise(written.samples, found["samples"]) >= 50
 
 
-def test_one_set_of_packages_serves_another_checkpoint(baked_aot: Path, tmp_path: Path) -> None:
-    """Weights are arguments, so a fine-tune needs no compile; its voice is another, and is made."""
+@pytest.mark.slow
+def test_packages_work_with_another_checkpoint(baked_aot: Path, tmp_path: Path) -> None:
+    """Weights are arguments, so a fine-tuned model needs no compilation. Only its voice must be computed."""
     other = tmp_path / "other"
     made = run_cli("weights", "synthesize", other, "--size", "mini", "--seed", "1")
     assert made.returncode == 0, made.stderr
@@ -141,22 +147,27 @@ def test_one_set_of_packages_serves_another_checkpoint(baked_aot: Path, tmp_path
     assert signal_to_noise(written["samples"], found["samples"]) >= 50
 
 
-def test_a_cold_start_is_said_to_take_what_it_would_compile(baked_compiled: Path, baked_aot: Path) -> None:
-    compiled, packages = read_manifest(baked_compiled), read_manifest(baked_aot)
+@pytest.mark.slow
+def test_cold_start_time_includes_compilation_only_if_a_start_can_compile(
+    baked_compiled: Path, baked_aot: Path
+) -> None:
+    compiled, packages = State.read(baked_compiled).manifest, State.read(baked_aot).manifest
     inductor, aot = compiled.family("inductor"), packages.family("aot")
     assert inductor is not None
     assert aot is not None
     assert compiled.measured.cold_seconds > inductor.seconds_spent
-    assert packages.measured.cold_seconds < aot.seconds_spent, "which a start never makes"
+    assert packages.measured.cold_seconds < aot.seconds_spent, "a start never compiles packages"
 
 
-def test_a_cache_of_inductors_serves_any_length(baked_compiled: Path, mini: Path) -> None:
+@pytest.mark.slow
+def test_inductor_cache_works_for_any_length(baked_compiled: Path, mini: Path) -> None:
     found = start(baked_compiled, mini, baked_compiled.parent / "cache", policy="require")
-    assert found["metrics"]["hits"]["inductor"] >= len(REGIONS) * _CACHES, "more where lengths have classes"
+    assert found["metrics"]["hits"]["inductor"] >= len(REGIONS) * _CACHES, "more if lengths have classes"
     assert found["metrics"]["misses"] == {}
 
 
-def test_processes_that_start_at_once_from_one_cache_all_hit(baked_compiled: Path, mini: Path) -> None:
+@pytest.mark.slow
+def test_concurrent_starts_with_one_cache_only_hit(baked_compiled: Path, mini: Path) -> None:
     cache = baked_compiled.parent / "cache"
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda _: start(baked_compiled, mini, cache, policy="require"), range(3)))
@@ -169,6 +180,7 @@ def test_processes_that_start_at_once_from_one_cache_all_hit(baked_compiled: Pat
     assert {path for path in there if path.suffix != ".lock"} == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "fact", "value", "words"),
     [
@@ -179,7 +191,7 @@ def test_processes_that_start_at_once_from_one_cache_all_hit(baked_compiled: Pat
         ("aot", "regions", "0" * 64, "source of the regions: baked with 0000"),
     ],
 )
-def test_packages_for_something_else_are_not_used(
+def test_incompatible_packages_are_not_used(
     baked_aot: Path, mini: Path, tmp_path: Path, family: str, fact: str, value: str, words: str
 ) -> None:
     state = writable_copy(baked_aot, tmp_path / "warm")
@@ -188,7 +200,7 @@ def test_packages_for_something_else_are_not_used(
     assert refused.returncode == 11
     assert words in refused.stderr
     if fact in {"torch", "device"}:
-        return  # as the others
+        return  # the start is the same as for the other facts
     found = start(state, mini, tmp_path / "cache")
     assert found["metrics"]["profile"] == "eager"
     assert found["metrics"]["misses"] == {"aot": 1}
@@ -197,29 +209,32 @@ def test_packages_for_something_else_are_not_used(
     assert served.returncode == 11, served.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["aot", "compiled"])
-def test_a_changed_source_of_a_region_is_caught_by_a_proof(
+def test_prove_detects_a_changed_source_of_a_region(
     profile: str, mini: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     state = request.getfixturevalue(f"baked_{profile}")
     shutil.copytree(ROOT / "chatterbox_prewarm", tmp_path / "chatterbox_prewarm")
-    with (tmp_path / "chatterbox_prewarm" / "regions" / "flow_blocks.py").open("a") as source:
+    with (tmp_path / "chatterbox_prewarm" / "model" / "regions" / "flow_blocks.py").open("a") as source:
         source.write("# a change\n")
-    places = ("--warm", state, "--weights", mini, "--cache", state.parent / "cache")
-    proven = run_cli("prove", "--here", *places, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    paths = ("--warm", state, "--weights", mini, "--cache", state.parent / "cache")
+    proven = run_cli("prove", "--here", *paths, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert proven.returncode == 11, proven.stdout + proven.stderr
     assert "source of the regions: baked with" in proven.stderr
 
 
-def test_a_state_that_is_bound_to_another_cache_path_is_refused_at_verify(baked_compiled: Path, mini: Path) -> None:
-    places = ("--warm", baked_compiled, "--weights", mini)
-    refused = run_cli("verify", *places, "--cache", "/elsewhere")
+@pytest.mark.slow
+def test_verify_refuses_a_state_for_another_cache_path(baked_compiled: Path, mini: Path) -> None:
+    paths = ("--warm", baked_compiled, "--weights", mini)
+    refused = run_cli("verify", *paths, "--cache", "/elsewhere")
     assert refused.returncode == 11
     assert f"cache path: baked with {baked_compiled.parent / 'cache'}, here /elsewhere" in refused.stderr
-    assert run_cli("verify", *places, "--cache", baked_compiled.parent / "cache").returncode == 0
+    assert run_cli("verify", *paths, "--cache", baked_compiled.parent / "cache").returncode == 0
 
 
-def test_a_truncated_package_is_never_opened(baked_aot: Path, mini: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_truncated_package_is_never_opened(baked_aot: Path, mini: Path, tmp_path: Path) -> None:
     state = writable_copy(baked_aot, tmp_path / "warm")
     package = state / "aot" / "t3_decode" / "region.so"
     size = package.stat().st_size
@@ -231,9 +246,8 @@ def test_a_truncated_package_is_never_opened(baked_aot: Path, mini: Path, tmp_pa
     assert refused.returncode == 12
 
 
-def test_a_package_that_does_not_load_is_named_and_its_region_runs_as_written(
-    baked_aot: Path, mini: Path, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_region_of_an_unloadable_package_runs_in_eager_mode(baked_aot: Path, mini: Path, tmp_path: Path) -> None:
     state = writable_copy(baked_aot, tmp_path / "warm")
     (state / "aot" / "t3_decode" / "region.so").write_text("no library at all")
     shutil.rmtree(state / "aot" / "flow_euler")
@@ -241,55 +255,60 @@ def test_a_package_that_does_not_load_is_named_and_its_region_runs_as_written(
     found = start(state, mini, tmp_path / "cache")
     assert found["metrics"]["misses"] == {"aot": 2}
     assert found["metrics"]["hits"]["aot"] == len(REGIONS) - 2
-    assert any("t3_decode runs as written" in reason for reason in found["metrics"]["reasons"])
-    assert any("flow_euler runs as written" in reason for reason in found["metrics"]["reasons"])
+    assert any("t3_decode runs in eager mode" in reason for reason in found["metrics"]["reasons"])
+    assert any("flow_euler runs in eager mode" in reason for reason in found["metrics"]["reasons"])
     refused = run_cli("prove", "--here", "--warm", state, "--weights", mini, "--cache", tmp_path / "cache")
     assert refused.returncode == 12
     assert "t3_decode/region.so cannot be loaded" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("namespaces")
-def test_a_start_needs_no_temporary_folder_but_the_state_must_be_executable(
+def test_start_works_without_temporary_folder_and_needs_an_executable_state(
     baked_aot: Path, mini: Path, tmp_path: Path
 ) -> None:
-    """PyTorch's own loader would unpack into /tmp; a container's /tmp is full or forbids execution."""
-    place = tmp_path / "noexec"
-    place.mkdir()
+    """PyTorch's own loader unpacks into /tmp, which may be full or forbid execution in a container."""
+    noexec = tmp_path / "noexec"
+    noexec.mkdir()
     script = (
-        f"mount -t tmpfs -o size=200m,noexec tmpfs {place} && cp -r {baked_aot} {place}/warm && "
-        f"mkdir {place}/tmp && mount -t tmpfs -o size=4k,noexec tmpfs {place}/tmp && export TMPDIR={place}/tmp && "
-        f"head -c 4096 /dev/zero > {place}/tmp/full && "
+        f"mount -t tmpfs -o size=200m,noexec tmpfs {noexec} && cp -r {baked_aot} {noexec}/warm && "
+        f"mkdir {noexec}/tmp && mount -t tmpfs -o size=4k,noexec tmpfs {noexec}/tmp && export TMPDIR={noexec}/tmp && "
+        f"head -c 4096 /dev/zero > {noexec}/tmp/full && "
     )
     trial = f"{sys.executable} -m chatterbox_prewarm prove --here --weights {mini} --cache {tmp_path}/cache --warm"
-    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
-    full = subprocess.run([*alone, f"{script}{trial} {baked_aot}"], capture_output=True, text=True, check=False)
+    isolated = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
+    full = subprocess.run([*isolated, f"{script}{trial} {baked_aot}"], capture_output=True, text=True, check=False)
     assert f"ok   aot was used: {_REFERENCE_REGIONS} hits, 0 misses" in full.stdout, full.stdout + full.stderr
-    forbidden = subprocess.run([*alone, f"{script}{trial} {place}/warm"], capture_output=True, text=True, check=False)
+    forbidden = subprocess.run(
+        [*isolated, f"{script}{trial} {noexec}/warm"], capture_output=True, text=True, check=False
+    )
     assert forbidden.returncode == 12, forbidden.stdout + forbidden.stderr
     assert "failed to map segment" in forbidden.stderr
     assert "must allow execution" in forbidden.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("namespaces")
-def test_a_cache_that_forbids_execution_is_said_before_anything_is_slow(baked_compiled: Path, mini: Path) -> None:
+def test_cache_that_forbids_execution_is_reported_early(baked_compiled: Path, mini: Path) -> None:
     cache = baked_compiled.parent / "cache"
-    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
+    isolated = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
     mount = f"mount -t tmpfs -o noexec tmpfs {cache} && exec "
     trial = [sys.executable, "-m", "chatterbox_prewarm", "prove", "--here", "--cache", str(cache)]
     trial += ["--warm", str(baked_compiled), "--weights", str(mini)]
-    refused = subprocess.run([*alone, mount + shlex.join(trial)], capture_output=True, text=True, check=False)
+    refused = subprocess.run([*isolated, mount + shlex.join(trial)], capture_output=True, text=True, check=False)
     assert refused.returncode == 16, refused.stdout + refused.stderr
-    assert f"{cache} lies on a file system that forbids execution" in refused.stderr
+    assert f"{cache} is on a file system that forbids execution" in refused.stderr
     speak = [sys.executable, "-c", _START, str(baked_compiled), str(mini), str(cache), "fallback", "7"]
-    spoke = subprocess.run([*alone, mount + shlex.join(speak)], capture_output=True, text=True, check=False)
+    spoke = subprocess.run([*isolated, mount + shlex.join(speak)], capture_output=True, text=True, check=False)
     assert spoke.returncode == 0, spoke.stderr
     metrics = json.loads(spoke.stdout.rpartition("JSON")[2])["metrics"]
     assert (metrics["profile"], metrics["misses"]) == ("eager", {"inductor": 1})
     assert "forbids execution" in metrics["reasons"][0]
 
 
-def test_another_setting_of_torch_is_seen_as_a_miss(baked_compiled: Path, mini: Path) -> None:
-    """Without a compiler, so that the test does not wait for a dozen regions to be compiled anew."""
+@pytest.mark.slow
+def test_changed_setting_of_torch_is_a_miss(baked_compiled: Path, mini: Path) -> None:
+    """Run without a compiler, so that the test does not wait for the compilation of a dozen regions."""
     setting = {"TORCHINDUCTOR_SHAPE_PADDING": "0", "PATH": "/nonexistent"}
     found = start(baked_compiled, mini, baked_compiled.parent / "cache", env=setting)
     assert "inductor" not in found["metrics"]["hits"]
@@ -297,7 +316,8 @@ def test_another_setting_of_torch_is_seen_as_a_miss(baked_compiled: Path, mini: 
     assert any("inductor: compiled a graph" in reason for reason in found["metrics"]["reasons"])
 
 
-def test_a_deleted_kernel_is_seen_as_a_miss(baked_compiled: Path, mini: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_prove_detects_a_deleted_kernel(baked_compiled: Path, mini: Path, tmp_path: Path) -> None:
     state = writable_copy(baked_compiled, tmp_path / "warm")
     min((state / "inductor").rglob("*.so"), key=lambda library: library.stat().st_size).unlink()
     rewrite(state, rescan=True)
@@ -309,16 +329,19 @@ def test_a_deleted_kernel_is_seen_as_a_miss(baked_compiled: Path, mini: Path, tm
     assert "FAIL no write into a cache" in proven.stdout
 
 
-def test_whoever_asks_for_the_regions_as_written_gets_them(baked_aot: Path, mini: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_eager_mode_can_be_requested_for_a_state_with_packages(baked_aot: Path, mini: Path, tmp_path: Path) -> None:
     found = start(baked_aot, mini, tmp_path / "cache", policy="require", env={"PROFILE": "eager"})
     assert found["metrics"]["profile"] == "eager"
     assert "aot" not in found["metrics"]["hits"]
     assert found["metrics"]["misses"] == {}
 
 
-def test_a_profile_that_a_state_was_not_baked_for_is_refused_or_left(baked: Path, mini: Path, tmp_path: Path) -> None:
-    places = ("--warm", baked, "--weights", mini, "--cache", tmp_path / "c")
-    refused = run_cli("serve", *places, "--profile", "aot", "--policy", "require")
+def test_profile_missing_in_the_state_is_refused_or_replaced_by_eager_mode(
+    baked: Path, mini: Path, tmp_path: Path
+) -> None:
+    paths = ("--warm", baked, "--weights", mini, "--cache", tmp_path / "c")
+    refused = run_cli("serve", *paths, "--profile", "aot", "--policy", "require")
     assert refused.returncode == 11, refused.stderr
     assert "no family 'aot'" in refused.stderr
     found = start(baked, mini, tmp_path / "cache", env={"PROFILE": "aot"})
@@ -326,10 +349,11 @@ def test_a_profile_that_a_state_was_not_baked_for_is_refused_or_left(baked: Path
     assert found["metrics"]["misses"] == {"aot": 1}
 
 
-def test_without_a_compiler_a_region_that_misses_runs_as_written(
+@pytest.mark.slow
+def test_region_runs_in_eager_mode_after_a_miss_without_compiler(
     baked_compiled: Path, mini: Path, tmp_path: Path
 ) -> None:
-    """An image has no compiler, and a start that misses still speaks."""
+    """An image has no compiler, and a start with misses must still work."""
     state = writable_copy(baked_compiled, tmp_path / "warm")
     for library in (state / "inductor").rglob("*.so"):
         library.unlink()
@@ -337,23 +361,23 @@ def test_without_a_compiler_a_region_that_misses_runs_as_written(
     found = start(state, mini, baked_compiled.parent / "cache", env={"PATH": "/nonexistent"})
     assert len(found["samples"]) > 0
     assert found["metrics"]["misses"]["inductor"] >= len(REGIONS)
-    assert any("t3_decode runs as written" in reason for reason in found["metrics"]["reasons"])
+    assert any("t3_decode runs in eager mode" in reason for reason in found["metrics"]["reasons"])
 
 
 _LATER_CLASS = """
 import os
 import torch
 from chatterbox_prewarm.model.regions.region import Input, Region, Size
-from chatterbox_prewarm.model.regions.executors import Compiled
+from chatterbox_prewarm.model.regions.executors import compiled_executor
 from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 def double(weight, x):
     return (torch.sin(x) * weight,)
 
 metrics = WarmupMetrics()
-lengths = Size(name="length", example=4, least=2, most=64)
+lengths = Size(name="length", example=4, minimum=2, maximum=64)
 region = Region(name="double", function=double, inputs=(Input(shape=(lengths,)),))
-call = Compiled(metrics)(region, [torch.ones(1)])
+call = compiled_executor(metrics)(region, [torch.ones(1)])
 assert torch.allclose(call(torch.ones(8))[0], torch.sin(torch.ones(8)))
 assert not metrics.misses
 os.environ["PATH"] = "/nonexistent"
@@ -363,7 +387,8 @@ print(metrics.misses["inductor"], metrics.reasons)
 """
 
 
-def test_a_class_of_inputs_that_comes_later_and_cannot_be_compiled_runs_as_written(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_region_runs_in_eager_mode_if_a_later_class_of_inputs_cannot_be_compiled(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _LATER_CLASS],
@@ -374,4 +399,4 @@ def test_a_class_of_inputs_that_comes_later_and_cannot_be_compiled_runs_as_writt
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("1 ")
-    assert "double runs as written" in ran.stdout
+    assert "double runs in eager mode" in ran.stdout

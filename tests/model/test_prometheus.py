@@ -1,4 +1,4 @@
-"""What the autoscalers and alerts ask for, evaluated by Prometheus over what real servers expose."""
+"""Prometheus evaluates the queries of the autoscalers and alerts on the metrics of real servers."""
 
 from __future__ import annotations
 
@@ -20,36 +20,39 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.programs
+
 COMPONENTS = K8S / "components"
 
 
 @pytest.fixture(scope="module")
 def server(baked: Path, mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that is warm and ready."""
-    place = tmp_path_factory.mktemp("server")
-    made = Server(place / "log", "--warm", baked, "--weights", mini, "--cache", place / "cache", "--policy", "require")
+    """Start a server from the warm state."""
+    directory = tmp_path_factory.mktemp("server")
+    paths = ("--warm", baked, "--weights", mini, "--cache", directory / "cache")
+    server = Server(directory / "log", *paths, "--policy", "require")
     try:
-        made.wait_ready()
-        yield made
+        server.wait_ready()
+        yield server
     finally:
-        made.end()
+        server.end()
 
 
 @pytest.fixture(scope="module")
 def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    with Prometheus(tmp_path_factory.mktemp("prometheus"), server.port) as made:
-        yield made
+    with Prometheus(tmp_path_factory.mktemp("prometheus"), server.port) as running:
+        yield running
 
 
 def keda() -> tuple[str, float]:
-    """The query that KEDA makes, and how much of its value is for one pod."""
+    """Return the query of KEDA's trigger, and its threshold for one pod."""
     spec = yaml.safe_load((COMPONENTS / "keda" / "scaled-object.yaml").read_text())["spec"]
     (trigger,) = [trigger["metadata"] for trigger in spec["triggers"] if trigger["type"] == "prometheus"]
     return trigger["query"], float(trigger["threshold"])
 
 
 def adapter(metric: str) -> str:
-    """The query that prometheus-adapter makes of the rule of the docs for a metric of this pod."""
+    """Return the query that prometheus-adapter builds from the documented rule for a metric of this pod."""
     text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
     example = re.search(r"```yaml\n(rules:\n.*?)```", text, re.DOTALL)
     assert example is not None
@@ -64,25 +67,25 @@ def adapter(metric: str) -> str:
     return query
 
 
-def test_autoscalers_see_how_many_requests_are_in_flight(server: Server, prometheus: Prometheus) -> None:
+def test_autoscalers_read_the_number_of_requests_in_flight(server: Server, prometheus: Prometheus) -> None:
     (metric,) = yaml.safe_load((COMPONENTS / "hpa" / "autoscaler.yaml").read_text())["spec"]["metrics"]
     query, threshold = keda()
     pods = adapter(metric["pods"]["metric"]["name"])
     assert prometheus.query(query) == [({}, 0.0)]
-    of_this_pod = {name: POD[name] for name in ("namespace", "pod")}
-    assert prometheus.query(pods) == [(of_this_pod, 0.0)]
+    pod_labels = {name: POD[name] for name in ("namespace", "pod")}
+    assert prometheus.query(pods) == [(pod_labels, 0.0)]
     with ThreadPoolExecutor(5) as clients:
-        asked = [clients.submit(server.speak, max_new_tokens=150, seed=seed) for seed in range(5)]
-        # Asked of the same samples: one scrape later it may be one less.
+        requests = [clients.submit(server.speak, max_new_tokens=150, seed=seed) for seed in range(5)]
+        # One query for both, so that both read the same scrape: at the next scrape a request may have finished.
         both = f'label_replace({query}, "by", "keda", "pod", ".*") or label_replace({pods}, "by", "hpa", "pod", ".*")'
         prometheus.wait(both, lambda found: sorted(value for _, value in found) == [5.0, 5.0])
-        assert 5.0 / threshold > 2, "three pods are wanted"
-        assert float(metric["pods"]["target"]["averageValue"]) == threshold, "by both"
-        assert [one.result()[0] for one in asked] == [200] * 5
+        assert 5.0 / threshold > 2, "the autoscaler starts three pods"
+        assert float(metric["pods"]["target"]["averageValue"]) == threshold, "KEDA and the HPA use the same threshold"
+        assert [request.result()[0] for request in requests] == [200] * 5
     prometheus.wait(query, lambda found: found == [({}, 0.0)])
 
 
-def test_a_warm_pod_alerts_nobody(prometheus: Prometheus) -> None:
+def test_a_warm_pod_fires_no_alert(prometheus: Prometheus) -> None:
     rules = prometheus.evaluated_rules()
     assert len(rules) == 6
     assert {name: rule["lastError"] for name, rule in rules.items() if rule.get("lastError")} == {}
@@ -90,7 +93,7 @@ def test_a_warm_pod_alerts_nobody(prometheus: Prometheus) -> None:
     assert {rule["health"] for rule in rules.values()} == {"ok"}
 
 
-def test_a_worker_that_died_alerts(server: Server, prometheus: Prometheus) -> None:
+def test_a_dead_worker_fires_an_alert(server: Server, prometheus: Prometheus) -> None:
     os.kill(server.worker(), signal.SIGKILL)
     alert = prometheus.wait_for_alert("ChatterboxWorkerRestarts", "firing")
     assert alert["annotations"]["summary"] == f"the worker of {POD['pod']} died and was replaced"
@@ -98,7 +101,7 @@ def test_a_worker_that_died_alerts(server: Server, prometheus: Prometheus) -> No
     server.wait_ready()
 
 
-def test_a_state_that_missed_alerts_with_its_family_and_the_command_that_says_why(
+def test_a_miss_fires_an_alert_with_the_family_and_a_command_for_the_reason(
     baked: Path, mini: Path, tmp_path: Path
 ) -> None:
     state = writable_copy(baked, tmp_path / "warm")
@@ -114,7 +117,7 @@ def test_a_state_that_missed_alerts_with_its_family_and_the_command_that_says_wh
             found = prometheus.wait("chatterbox_prewarm_cache_misses_total", lambda found: len(found) == len(missed))
             assert {labels["family"]: value for labels, value in found} == missed
             rules = prometheus.evaluated_rules()
-            assert rules["ChatterboxWithoutWarmState"]["state"] == "inactive", "the others hit"
+            assert rules["ChatterboxWithoutWarmState"]["state"] == "inactive", "the other families hit"
             firing = rules["ChatterboxWarmStateMissed"]
             assert firing["state"] == "firing"
             families = {alert["labels"]["family"] for alert in firing["alerts"]}
@@ -123,6 +126,6 @@ def test_a_state_that_missed_alerts_with_its_family_and_the_command_that_says_wh
                 why = alert["annotations"]["why"]
                 assert why == f"kubectl -n {POD['namespace']} logs {POD['pod']} | grep 'miss in'"
                 assert POD["node"] in alert["annotations"]["summary"]
-        assert "miss in" in server.log.read_text(), "what the command looks for"
+        assert "miss in" in server.log.read_text(), "the command of the alert searches for this"
     finally:
         server.end()

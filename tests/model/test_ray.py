@@ -1,4 +1,4 @@
-"""The example for Ray Serve, run by Ray as its readers would run it, its places replaced by those of this test."""
+"""Ray runs the Ray Serve example as its readers do, with the paths of this test."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ from tests.conftest import ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.programs
+
 RAY = ROOT / ".venv-ray" / "bin"
 
 
-def test_the_example_for_ray_serve_serves(baked: Path, mini: Path, tmp_path: Path, short: Path) -> None:
+@pytest.mark.timeout(660)
+def test_the_ray_serve_example_serves(baked: Path, mini: Path, tmp_path: Path, socket_dir: Path) -> None:
     if not (RAY / "serve").exists():
         pytest.skip("Ray is missing: make ray")
     text = (ROOT / "docs" / "examples" / "ray_serve_app.py").read_text()
-    for place, path in {
+    for documented, path in {
         "/opt/chatterbox-prewarm/warm": baked,
         "/opt/chatterbox-prewarm/weights": mini,
         "/var/cache/chatterbox-prewarm": tmp_path / "cache",
     }.items():
-        assert text.count(f'"{place}"') == 1
-        text = text.replace(place, str(path))
+        assert text.count(f'"{documented}"') == 1
+        text = text.replace(documented, str(path))
     (tmp_path / "ray_serve_app.py").write_text(text)
     port = free_port()
     config = {
@@ -45,7 +48,7 @@ def test_the_example_for_ray_serve_serves(baked: Path, mini: Path, tmp_path: Pat
         "PATH": f"{RAY}:{os.environ['PATH']}",
         "PYTHONPATH": f"{tmp_path}:{ROOT}",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TMPDIR": str(short),
+        "RAY_TMPDIR": str(socket_dir),
     }
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -56,12 +59,12 @@ def test_the_example_for_ray_serve_serves(baked: Path, mini: Path, tmp_path: Pat
                 assert process.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < deadline, (tmp_path / "log").read_text()
                 time.sleep(0.5)
-            said = client.get("/", params={"text": "Hello.", "max_new_tokens": 12})
-        assert said.status_code == 200, said.text
-        assert said.headers["content-type"] == "audio/wav"
-        assert said.content.startswith(b"RIFF")
+            response = client.get("/", params={"text": "Hello.", "max_new_tokens": 12})
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"] == "audio/wav"
+        assert response.content.startswith(b"RIFF")
         assert len(workers_of(tmp_path / "cache")) == 1
-        assert len(said.content) > 5000
+        assert len(response.content) > 5000
         process.send_signal(signal.SIGINT)
         process.wait(60)
         assert workers_of(tmp_path / "cache") == [], "the worker ends with its replica"
@@ -72,7 +75,7 @@ def test_the_example_for_ray_serve_serves(baked: Path, mini: Path, tmp_path: Pat
 
 
 def ready(client: httpx.Client) -> bool:
-    """Whether Ray has a replica, which it has once the model has spoken."""
+    """Return whether Ray has a replica. It has one after the model has spoken."""
     try:
         return client.get("/-/healthz").status_code == 200 and b"/" in client.get("/-/routes").content
     except httpx.TransportError:
@@ -80,6 +83,6 @@ def ready(client: httpx.Client) -> bool:
 
 
 def workers_of(cache: Path) -> list[int]:
-    """The processes that speak with some cache."""
-    asked = subprocess.run(["pgrep", "-f", f"serve.worker.*{cache}"], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in asked.stdout.split()]
+    """Return the process IDs of the workers that use this cache."""
+    result = subprocess.run(["pgrep", "-f", f"serve.worker.*{cache}"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in result.stdout.split()]

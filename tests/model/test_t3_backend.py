@@ -1,4 +1,4 @@
-"""The reset of `compiled` is undone: over 50 calls, one wrapper is built and no hook is left behind."""
+"""Test the persistent backend: 50 calls build one wrapper and leave no hook behind."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def english_t3() -> T3:
 
 @pytest.fixture(scope="module")
 def multilingual_t3() -> T3:
-    """Fourteen layers: the alignment analyzer listens at the thirteenth."""
+    """Fourteen layers, because the alignment analyzer adds a hook to the thirteenth."""
     torch.manual_seed(0)
     return make_t3(14, multilingual=True).eval()
 
@@ -60,13 +60,13 @@ def _hooks(t3: T3) -> int:
 
 
 def test_upstream_builds_a_wrapper_for_every_call(english_t3: T3, builds: list[int]) -> None:
-    """The fault that is mended; when upstream mends it, this project's part can go."""
+    """This is the bug that `keep_backend` fixes. If upstream fixes it, this test fails and `keep_backend` can go."""
     for _ in range(3):
         _speak(english_t3)
     assert builds == [3]
 
 
-def test_one_wrapper_serves_fifty_calls(english_t3: T3, builds: list[int]) -> None:
+def test_fifty_calls_build_one_wrapper(english_t3: T3, builds: list[int]) -> None:
     expected = _speak(english_t3)
     hooks = _hooks(english_t3)
     builds[0] = 0
@@ -74,11 +74,11 @@ def test_one_wrapper_serves_fifty_calls(english_t3: T3, builds: list[int]) -> No
     keep_backend(english_t3)
     results = [_speak(english_t3) for _ in range(CALLS)]
     assert builds == [1]
-    assert _hooks(english_t3) == hooks, "transformers registers its own once, and nobody adds to them"
+    assert _hooks(english_t3) == hooks, "transformers registers its own hooks once, and no others are added"
     assert all(torch.equal(result, expected) for result in results)
 
 
-def test_keeping_twice_is_keeping_once(english_t3: T3) -> None:
+def test_second_call_of_keep_backend_changes_nothing(english_t3: T3) -> None:
     keep_backend(english_t3)
     keep_backend(english_t3)
     assert type(english_t3) is PersistentT3
@@ -90,18 +90,18 @@ def _upstream_hooks_after(t3: T3, calls: int) -> int:
     return _hooks(t3)
 
 
-def test_the_multilingual_model_keeps_no_hook_and_its_attention(multilingual_t3: T3, builds: list[int]) -> None:
+def test_multilingual_model_keeps_its_hooks_and_its_attention(multilingual_t3: T3, builds: list[int]) -> None:
     config = multilingual_t3.tfmr.config
     attention = (config._attn_implementation, config.output_attentions)
     first_call = _upstream_hooks_after(multilingual_t3, 1)
-    assert _upstream_hooks_after(multilingual_t3, 2) == first_call + 6, "upstream leaves three hooks a call"
+    assert _upstream_hooks_after(multilingual_t3, 2) == first_call + 6, "upstream leaves three hooks per call"
 
     keep_backend(multilingual_t3)
     config._attn_implementation, config.output_attentions = attention
     builds[0] = 0
     first = _speak(multilingual_t3)
     hooks = _hooks(multilingual_t3)
-    assert hooks == first_call - 3, "what is left are transformers' own"
+    assert hooks == first_call - 3, "only the hooks of transformers remain"
     later = [_speak(multilingual_t3) for _ in range(CALLS - 1)]
     assert _hooks(multilingual_t3) == hooks
     assert (config._attn_implementation, config.output_attentions) == attention

@@ -1,4 +1,4 @@
-"""The warm-up runs the levels it is told to, reports them, and leaves the model as it was."""
+"""Test the warm-up: it runs and reports the chosen levels and does not change the model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import chatterbox_prewarm
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.families.conditionals import load_voice
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.reference_clip import reference_audio, reference_clip
 from chatterbox_prewarm.model.voices import detached
-from chatterbox_prewarm.model.warmup.inputs import LONG_TEXT, MEDIUM_TEXT, SHORT_TEXT, reference_audio, reference_clip
-from chatterbox_prewarm.model.warmup.levels import SWITCH
+from chatterbox_prewarm.model.warmup.settings import LONG_TEXT, MEDIUM_TEXT, SHORT_TEXT, SWITCH
 from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
 from chatterbox_prewarm.system.metrics import WarmupMetrics
 from chatterbox_prewarm.weights.variants import ENGLISH
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.start.attach import Attached
 
 
-def test_all_levels_run_and_leave_the_model_as_it_was(
+def test_all_levels_run_and_do_not_change_the_model(
     attached: Attached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -50,7 +50,7 @@ def test_all_levels_run_and_leave_the_model_as_it_was(
     assert len(lines) == 10
     assert any("upstream's own code" in line for line in lines)
     assert sum("synthesis" in line for line in lines) == 3
-    assert list(tmp_path.iterdir()) == [], "its clips are gone"
+    assert list(tmp_path.iterdir()) == [], "temporary clips are removed"
     assert random.getstate() == python
 
 
@@ -61,8 +61,10 @@ def test_only_the_chosen_levels_run(attached: Attached) -> None:
     assert [phase.name for phase in metrics.phases] == ["warm-up level 1"]
 
 
-def test_a_device_that_is_too_small_gets_the_levels_below(attached: Attached, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's memory cannot be filled here, so the level reports what torch would."""
+def test_warm_up_stops_before_the_level_that_runs_out_of_memory(
+    attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This test cannot fill a GPU's memory, so the level raises the error of torch."""
 
     def fill(_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -71,20 +73,18 @@ def test_a_device_that_is_too_small_gets_the_levels_below(attached: Attached, mo
     strategy = ChatterboxWarmupStrategy(levels=[1, 2, 3], progress=lines.append)
     monkeypatch.setattr(strategy, "warm_up_kernels", fill)
     metrics = strategy.perform_full_warmup(attached.synthesizer.model)
-    assert strategy.levels == (1,), "what a manifest will say"
+    assert strategy.levels == (1,), "the manifest records these levels"
     assert [phase.name for phase in metrics.phases] == ["warm-up level 1", "warm-up level 2"]
-    assert lines[-1] == "level 2: out of memory; the warm-up ends below it"
+    assert lines[-1] == "level 2: out of memory; the warm-up stops before this level"
 
 
 @pytest.mark.parametrize("levels", [[], [0], [1, 4]])
-def test_levels_that_do_not_exist_are_refused(levels: list[int]) -> None:
+def test_unknown_levels_are_refused(levels: list[int]) -> None:
     with pytest.raises(BadInputError, match="levels"):
         ChatterboxWarmupStrategy(levels=levels)
 
 
-def test_it_can_be_switched_off_by_argument_and_by_environment(
-    attached: Attached, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_argument_and_environment_switch_the_warm_up_off(attached: Attached, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     off = ChatterboxWarmupStrategy(enabled=False, progress=lines.append)
     monkeypatch.setenv(SWITCH, "off")
@@ -95,11 +95,11 @@ def test_it_can_be_switched_off_by_argument_and_by_environment(
     assert lines == ["warm-up is switched off"] * 2
 
 
-def test_the_texts_are_short_medium_and_long() -> None:
+def test_texts_are_short_medium_and_long() -> None:
     assert len(SHORT_TEXT) < 20 < len(MEDIUM_TEXT) < 120 < len(LONG_TEXT)
 
 
-def test_the_reference_audio_is_the_same_each_time_and_its_file_goes_away() -> None:
+def test_reference_audio_is_deterministic_and_its_file_is_removed() -> None:
     first, second = reference_audio(2.0), reference_audio(2.0)
     assert first.shape == (48_000,)
     assert (first == second).all()
@@ -110,14 +110,14 @@ def test_the_reference_audio_is_the_same_each_time_and_its_file_goes_away() -> N
     assert not one.exists()
 
 
-def test_the_public_names_are_there_and_no_others() -> None:
+def test_public_names_exist() -> None:
     for name in chatterbox_prewarm.__all__:
         assert callable(getattr(chatterbox_prewarm, name))
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = chatterbox_prewarm.no_such_name
 
 
-def test_enhanced_loading_gives_upstreams_class_with_a_voice(mini: Path, tmp_path: Path) -> None:
+def test_from_pretrained_with_warmup_returns_the_class_of_upstream_with_a_voice(mini: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     model = chatterbox_prewarm.from_pretrained_with_warmup(
         "cpu",
@@ -132,7 +132,7 @@ def test_enhanced_loading_gives_upstreams_class_with_a_voice(mini: Path, tmp_pat
     assert any("T3" in line for line in lines)
 
 
-_ENHANCED = """
+_FROM_PRETRAINED = """
 import json, sys
 from pathlib import Path
 from chatterbox_prewarm import from_pretrained_with_warmup
@@ -148,18 +148,18 @@ print("JSON" + json.dumps({"fetched": fetched, "speaker": speaker, "class": type
 """
 
 
-def test_enhanced_loading_takes_a_warm_state_and_fetches_what_is_not_there(
+def test_from_pretrained_with_warmup_uses_a_warm_state_and_fetches_missing_weights(
     baked: Path, mini: Path, tmp_path: Path
 ) -> None:
-    with socket.socket() as nobody:  # bound, but not listening
-        nobody.bind(("127.0.0.1", 0))
+    with socket.socket() as closed:  # bound, but not listening
+        closed.bind(("127.0.0.1", 0))
         environment = {
             **os.environ,
-            "HF_ENDPOINT": f"http://127.0.0.1:{nobody.getsockname()[1]}",
+            "HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}",
             "XDG_CACHE_HOME": str(tmp_path / "home"),
         }
         ran = subprocess.run(
-            [sys.executable, "-c", _ENHANCED, str(baked), str(mini), str(tmp_path / "cache")],
+            [sys.executable, "-c", _FROM_PRETRAINED, str(baked), str(mini), str(tmp_path / "cache")],
             capture_output=True,
             text=True,
             check=False,
@@ -171,4 +171,4 @@ def test_enhanced_loading_takes_a_warm_state_and_fetches_what_is_not_there(
     assert found["class"] == "ChatterboxTTS"
     voice = load_voice(baked / "conditionals" / f"{DEFAULT_VOICE}.safetensors")
     assert found["speaker"] == voice.t3.speaker_emb.flatten().tolist()
-    assert "level 1" not in ran.stderr, "what is loaded is not warmed up again"
+    assert "level 1" not in ran.stderr, "a loaded state needs no warm-up"

@@ -1,1 +1,1 @@
-"""Container engines: Docker and podman."""
+"""Container engines: Docker and podman behind one interface."""

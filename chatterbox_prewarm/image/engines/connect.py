@@ -1,4 +1,4 @@
-"""Connect to a container engine by its name."""
+"""Connect to a container engine by name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def connect(name: str = "docker") -> Engine:
-    """The engine of that name.
+    """Connect to the engine `name`, one of `ENGINES`.
 
     Raises:
-        EngineError: it does not answer, or is too old.
+        EngineError: the engine does not answer or is too old.
     """
     if name == "podman":
         from chatterbox_prewarm.image.engines.podman import PodmanEngine
@@ -27,8 +27,8 @@ def connect(name: str = "docker") -> Engine:
 
 
 def prove_image(image: str, *, engine: str = "docker") -> Evidence:
-    """Prove an image of an engine's, with the device that it is made for; see `prove`."""
+    """Prove an image that the engine has, on the device that the image was built for; see `prove`."""
     with contextlib.closing(connect(engine)) as connected:
-        environment = connected.image(image).config["config"].get("Env") or []
-        device = dict(line.partition("=")[::2] for line in environment).get("CHATTERBOX_PREWARM_DEVICE", "cpu")
+        variables = connected.image(image).config["config"].get("Env") or []
+        device = dict(line.partition("=")[::2] for line in variables).get("CHATTERBOX_PREWARM_DEVICE", "cpu")
         return prove(connected, image, device=device)

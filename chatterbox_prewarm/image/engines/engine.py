@@ -1,14 +1,16 @@
-"""Container engines: what a build asks of one, and a proof in a container; Docker's and podman's stand apart."""
+"""The interface of a container engine, and a build and a proof on top of it."""
 
 from __future__ import annotations
 
+import abc
 import json
-import logging
 import re
+import shutil
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import EXIT_CODES, EngineError, NotWarmError, error_with_code
+from chatterbox_prewarm.image.oci import OCI_LAYER, Descriptor, Image
 from chatterbox_prewarm.proof.checks import Check, Evidence
 from chatterbox_prewarm.system.process import run as run_process
 
@@ -17,47 +19,43 @@ if TYPE_CHECKING:
     from pathlib import Path, PurePosixPath
 
     from chatterbox_prewarm.image.layer import Layer
-    from chatterbox_prewarm.image.oci import Image
-
-logger = logging.getLogger(__name__)
 
 ENGINES = ("docker", "podman")
-#: Whom a container of a finished image runs as: a user that nobody knows.
+#: User and group of a container of a finished image. The image has no entry for them in /etc/passwd.
 USER = "12345:12345"
-#: Where a build's log goes, whichever stream the engine's client writes it to; standard output is for results.
+#: A build's log goes to standard error, because standard output is for results.
 _STDERR = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What an engine says of itself.
+class EngineInfo:
+    """Properties that an engine reports.
 
-    `gpu` is how a container gets a GPU, "nvidia" or "cdi", or empty. `free` are the bytes left where it keeps images,
-    or None when that is another machine.
+    `gpu` is how a container gets a GPU: "nvidia" (a runtime), "cdi", or "" if it gets none. `free_bytes` is the free
+    space where the engine stores images, or None if that is unknown or on another machine.
     """
 
     name: str
     version: str
     gpu: str
     default_runtime: str
-    free: int | None
+    free_bytes: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """A container that is run to its end.
+class ContainerRun:
+    """A container to run until it exits. No container has a network.
 
     Attributes:
-        image: it is of.
-        command: arguments of its entrypoint.
-        device: whose GPU it gets, as torch names it.
-        isolated: as a finished image is meant to be run: read-only, no capabilities, as `USER`. Neither kind has a
-            network.
-        files: that are put in before it starts, by their places there.
-        environment: variables beside those of the image.
-        export: a folder to copy out of it when it ended well, and where to; that folder is there.
-        allowed: exit codes that are no failure.
-        follow: log what it says on the way.
+        image: image to run.
+        command: arguments of the image's entrypoint.
+        device: torch device. The container gets the GPUs if it is a CUDA device.
+        isolated: run with a read-only root, without capabilities, as `USER`, which is how a finished image must work.
+        files: files to copy in before the start, by their paths in the container.
+        environment: variables to add to those of the image.
+        export: folder to copy out after a successful run, and the existing folder to copy it to.
+        allowed: exit codes that are not failures.
+        follow: log standard error while the container runs.
     """
 
     image: str
@@ -71,113 +69,160 @@ class Run:
     follow: bool = False
 
 
-class Engine(Protocol):
-    """A container engine that answers. Whatever it fails at raises EngineError."""
+class Engine(abc.ABC):
+    """A container engine that answers. Every failure raises EngineError."""
 
-    @property
-    def facts(self) -> Facts:
-        """What it says of itself."""
+    info: EngineInfo
 
+    @abc.abstractmethod
     def close(self) -> None:
-        """Give its connections back."""
+        """Close the connection to the engine."""
+
+    @abc.abstractmethod
+    def build_command(self, arguments: Sequence[str], *, classic: bool = False) -> list[str]:
+        """Return the command that builds an image with `arguments`, which Docker and podman share.
+
+        Raises:
+            EngineError: the engine has no classic builder.
+        """
+
+    @abc.abstractmethod
+    def run(self, container: ContainerRun) -> tuple[int, str]:
+        """Run a container, remove it in any case, and return its exit code and standard output.
+
+        Raises:
+            PrewarmError: the exit code is not allowed. The class of the error belongs to the exit code.
+        """
+
+    @abc.abstractmethod
+    def load(self, base: str, layers: Sequence[Layer], image: Image, tag: str) -> None:
+        """Load `image`, which is the engine's image `base` plus `layers`, as `tag`. Only the new layers are copied."""
+
+    @abc.abstractmethod
+    def exists(self, reference: str) -> bool:
+        """Return whether the engine has an image of this name."""
+
+    @abc.abstractmethod
+    def tag(self, reference: str, tag: str) -> None:
+        """Give an image an additional name."""
+
+    @abc.abstractmethod
+    def untag(self, tag: str) -> None:
+        """Remove a name, and the image if it has no other name. A missing name is not an error."""
+
+    @abc.abstractmethod
+    def _gpu_options(self, device: str) -> list[Any]:
+        """Return the options that give a container the GPUs; empty for a CPU.
+
+        Raises:
+            EngineError: `device` is a CUDA device, but the engine cannot give a container a GPU.
+        """
+
+    @abc.abstractmethod
+    def _inspect(self, reference: str) -> Mapping[str, Any]:
+        """Return the description of an existing image, as `image inspect` prints it, plus its `History`."""
 
     def check_device(self, device: str) -> None:
-        """Make sure that a container can get the GPU of a torch device, if it is one.
+        """Check that a container can use a torch device.
 
         Raises:
-            EngineError: the engine gives containers no GPU.
+            EngineError: it is a CUDA device, but the engine cannot give a container a GPU.
         """
-
-    def build_command(self, arguments: Sequence[str], *, classic: bool = False) -> list[str]:
-        """The command that builds an image, before those arguments that Docker's and podman's share.
-
-        Raises:
-            EngineError: it has no such builder as the classic one.
-        """
-
-    def run(self, container: Run) -> tuple[int, str]:
-        """Run a container to its end, and remove it whatever happens; its exit code and standard output.
-
-        Raises:
-            PrewarmError: it ended with a code that is not allowed: the error that the code stands for.
-        """
-
-    def load(self, base: str, layers: Sequence[Layer], image: Image, tag: str) -> None:
-        """Give the engine an image that is one of its own with more layers; those alone travel.
-
-        Args:
-            base: that the engine has.
-            layers: the new ones.
-            image: what they make together.
-            tag: "name:tag" that it gets.
-        """
+        self._gpu_options(device)
 
     def image(self, reference: str) -> Image:
-        """An image of the engine's; of its layers the diff ids alone are known."""
+        """Read the configuration of an image. Of its layers, only the diff ids are known.
 
-    def exists(self, reference: str) -> bool:
-        """Whether the engine has an image of that name."""
+        Raises:
+            EngineError: the engine has no such image.
+        """
+        self._require_image(reference)
+        inspected = self._inspect(reference)
+        diff_ids = inspected["RootFS"].get("Layers") or []
+        config: dict[str, Any] = {
+            "architecture": inspected["Architecture"],
+            "os": inspected["Os"],
+            "config": dict(inspected["Config"]),
+            "created": inspected["Created"],
+            "rootfs": {"type": "layers", "diff_ids": diff_ids},
+            "history": inspected.get("History") or [],
+        }
+        config |= {name.lower(): inspected[name] for name in ("Author", "Variant") if inspected.get(name)}
+        if inspected.get("Healthcheck"):  # podman reports it outside the configuration
+            config["config"]["Healthcheck"] = inspected["Healthcheck"]
+        layers = tuple(Descriptor(media_type=OCI_LAYER, digest=diff_id, size=0) for diff_id in diff_ids)
+        return Image(config=config, layers=layers, annotations=inspected.get("Annotations") or {})
 
-    def tag(self, reference: str, tag: str) -> None:
-        """Give an image one more name."""
-
-    def forget(self, tag: str) -> None:
-        """Remove a name, and the image that has no other; one that is not there is no failure."""
+    def _require_image(self, reference: str) -> None:
+        if not self.exists(reference):
+            raise EngineError(f"{self.info.name} has no image {reference!r}", next_step="build or pull it")
 
 
 def prove(engine: Engine, image: str, *, device: str) -> Evidence:
-    """Run `prove` in a container of `image`, isolated.
+    """Run `prove` in an isolated container of `image`.
 
     Raises:
-        EngineError: there is no such image, or the container could not report.
+        EngineError: there is no such image, or the container did not print evidence.
     """
     command = ["prove", "--here", "--device", device, "--evidence", "-"]
-    _, output = engine.run(Run(image=image, command=command, device=device, allowed=(0, NotWarmError.exit_code)))
+    container = ContainerRun(image=image, command=command, device=device, allowed=(0, NotWarmError.exit_code))
+    _, output = engine.run(container)
     try:
         raw: dict[str, Any] = json.loads(output)
         return Evidence(**{**raw, "checks": tuple(Check(**check) for check in raw["checks"])})
     except (ValueError, LookupError, TypeError) as error:
         raise EngineError(
-            f"the container of {image!r} printed something else than evidence: {output[:200]!r}",
-            next_step="check that it is an image of this project, of a version that this one knows",
+            f"the container of {image!r} did not print evidence but {output[:200]!r}",
+            next_step="check that the image is one of this project, and that its version is not newer than this one",
         ) from error
 
 
 def run_build(engine: Engine, arguments: Sequence[str], *, dockerfile: str | None = None) -> None:
-    """Build an image; its log passes through.
+    """Build an image and pass the log through to standard error.
 
     Args:
-        engine: to build with.
-        arguments: of the build.
-        dockerfile: of the classic builder, which reads it from standard input.
+        engine: engine to build with.
+        arguments: arguments of the build.
+        dockerfile: text of the Dockerfile for the classic builder, which reads it from standard input.
 
     Raises:
         EngineError: the build failed.
     """
     command = engine.build_command(arguments, classic=dockerfile is not None)
-    finished = run_process(command, stdout=_STDERR, given=dockerfile)
+    finished = run_process(command, stdout=_STDERR, input=dockerfile)
     if finished.returncode != 0:
         raise EngineError(
             f"the build ended with status {finished.returncode}", next_step="see the end of its log above"
         )
 
 
-def parse_version(text: str) -> tuple[int, ...]:
-    """The first two numbers of a version, to be compared."""
-    return tuple(map(int, re.findall(r"\d+", text)[:2]))
+def parse_version(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
-def check_status(status: int, allowed: Sequence[int], said: str) -> None:
-    """Raise the error that a container's exit code stands for.
+def version_error(name: str, version: str, oldest: tuple[int, int]) -> EngineError:
+    """Return the error for an engine that is older than `oldest`, which the Dockerfile needs."""
+    other = next(engine for engine in ENGINES if engine != name.lower())
+    return EngineError(
+        f"{name} {version} is too old: the Dockerfile needs {'.'.join(map(str, oldest))} or newer",
+        next_step=f"upgrade {name}, or use --engine {other}",
+    )
 
-    Args:
-        status: its exit code.
-        allowed: those that are no failure.
-        said: the end of what it printed on standard error.
-    """
+
+def check_status(status: int, allowed: Sequence[int], stderr: str) -> None:
+    """Raise the error that belongs to a container's exit code, unless the code is allowed."""
     if status not in allowed:
         raise error_with_code(
             status if status in EXIT_CODES else EngineError.exit_code,
-            f"the container ended with status {status}: {said[-2000:].strip()}",
-            "see what it said above; or run it by hand with the flags of the README",
+            f"the container ended with status {status}: {stderr[-2000:].strip()}",
+            "see its output above, or run it by hand with the flags of the README",
         )
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Return the free space of the disk that has `folder`, or None if the folder cannot be read."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None

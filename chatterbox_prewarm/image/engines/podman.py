@@ -1,4 +1,4 @@
-"""The podman engine, through its program: no daemon runs, and what was asked is done when a command has ended."""
+"""The podman engine, through its program. There is no daemon: when a command has ended, its work is done."""
 
 from __future__ import annotations
 
@@ -17,40 +17,45 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import EngineError, from_os_error
-from chatterbox_prewarm.image.engines.engine import USER, Facts, Run, check_status, parse_version
+from chatterbox_prewarm.image.engines.engine import (
+    USER,
+    ContainerRun,
+    Engine,
+    EngineInfo,
+    check_status,
+    free_bytes,
+    parse_version,
+    version_error,
+)
 from chatterbox_prewarm.image.engines.transfer import unpack
-from chatterbox_prewarm.image.oci import OCI_LAYER, Descriptor, Image, to_documents
+from chatterbox_prewarm.image.oci import Image, to_documents
 from chatterbox_prewarm.image.oci_layout import Layout
 from chatterbox_prewarm.system.paths import CACHE
+from chatterbox_prewarm.system.process import deferred_interrupts
 from chatterbox_prewarm.system.process import run as run_process
-from chatterbox_prewarm.system.process import undisturbed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import PurePosixPath
 
     from chatterbox_prewarm.image.layer import Layer
 
 logger = logging.getLogger(__name__)
 
-_PROGRAM = "podman"
-#: The oldest that skips the stages that a build does not need (4.2), and removes a name without the layers that the
-#: next build takes again (4.3).
+#: Podman 4.2 skips stages that a build does not need; 4.3 can remove a name and keep its layers for the next build.
 _OLDEST = (4, 3)
-#: Seconds that a command may take that waits for no container; most of them nothing interrupts.
-_SHORT = 1800.0
-#: Seconds before each attempt to remove a container: podman fails at one that ends by itself at that moment.
-_ATTEMPTS = (0.0, 0.5, 1.0, 2.0)
-#: Bytes: with less room than this, podman cannot even note that a container ended.
+#: Seconds that a command may take if it does not wait for a container. Most of these commands cannot be interrupted.
+_SHORT_TIMEOUT = 1800.0
+#: Seconds before each attempt to remove a container. Podman fails if the container exits at the same moment.
+_REMOVAL_DELAYS = (0.0, 0.5, 1.0, 2.0)
+#: With less free space than these bytes, podman cannot even record that a container exited.
 _FULL = 1 << 20
-#: What takes what a command prints and nobody reads.
-_NOWHERE = subprocess.DEVNULL
-#: Of every container: no network, and nothing that podman or its configuration would add on its own.
+#: Options of every container: no network, and nothing that podman or its configuration adds by default.
 _ALWAYS = (
     *("--pull=never", "--network=none", "--http-proxy=false", "--no-healthcheck"),
     *("--log-driver=k8s-file", "--log-opt=max-size=1gb"),
 )
-#: How an image is meant to be run. Podman mounts more than what is named on its own, and lets a tmpfs execute.
+#: Options of an isolated container. By default, podman mounts more than these folders and makes a tmpfs executable.
 _ISOLATED = (
     *("--read-only", "--read-only-tmpfs=false", f"--user={USER}"),
     *("--cap-drop=ALL", "--security-opt=no-new-privileges"),
@@ -59,290 +64,222 @@ _ISOLATED = (
 _GPU = "nvidia.com/gpu"
 _CDI = (Path("/etc/cdi"), Path("/var/run/cdi"))
 _CDI_KIND = re.compile(rf"""^[^#\n]*\bkind["']?\s*:\s*["']?{re.escape(_GPU)}(?![\w.-])""", re.MULTILINE)
+_SEE_PODMAN = "see podman's message; its option --log-level=debug prints more"
 
 
-class PodmanEngine:
+class PodmanEngine(Engine):
     """Podman as an `Engine`.
 
     Args:
-        timeout: seconds that a container may run, a whole bake among them.
+        timeout: seconds that a container may run, also for a bake.
 
     Raises:
-        EngineError: it is not installed, too old, or on another machine.
+        EngineError: Podman is not installed, is too old, or controls another machine.
     """
 
     def __init__(self, *, timeout: float = 7200.0) -> None:
         self._timeout = timeout
-        printed = self._podman("info", "--format=json", failing="cannot ask podman what it can do")
+        printed = self._podman("info", "--format=json", failing="cannot read the properties of podman")
         try:
             info: dict[str, Any] = json.loads(printed)
-            self.facts = _facts(info)
-            remote = bool(info["host"].get("serviceIsRemote"))
+            self._storage = Path(info["store"]["graphRoot"])
             self._scratch: str | None = info["store"].get("imageCopyTmpDir")
-            self._root = str(info["store"]["graphRoot"])
+            remote = bool(info["host"].get("serviceIsRemote"))
+            self.info = EngineInfo(
+                name="podman",
+                version=str(info["version"]["Version"]),
+                gpu="cdi" if _has_gpus() else "",
+                default_runtime=str((info["host"].get("ociRuntime") or {}).get("name", "")),
+                free_bytes=free_bytes(self._storage),
+            )
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise EngineError(
-                f"`podman info` printed something else than facts: {error!r}", next_step="run it and see what it says"
+                f"`podman info` printed an unknown format: {error!r}", next_step="run it and check its output"
             ) from error
         if remote:
             raise EngineError(
-                "podman works on another machine, and images are loaded from folders of this one",
-                next_step="run this where podman works, or use --engine docker",
+                "podman controls another machine, but images are loaded from folders of this one",
+                next_step="run this command on the machine of podman, or use --engine docker",
             )
-        if parse_version(self.facts.version) < _OLDEST:
-            raise EngineError(
-                f"podman is {self.facts.version}; {'.'.join(map(str, _OLDEST))} is the oldest that builds the "
-                "Dockerfile as it is meant",
-                next_step="upgrade podman, or use --engine docker",
-            )
+        if parse_version(self.info.version) < _OLDEST:
+            raise version_error("podman", self.info.version, _OLDEST)
 
     def close(self) -> None:
-        """As `Engine`; there is no connection."""
-
-    def check_device(self, device: str) -> None:
-        """As `Engine`."""
-        self._gpus(device)
+        """Do nothing: there is no connection."""
 
     def build_command(self, arguments: Sequence[str], *, classic: bool = False) -> list[str]:
-        """As `Engine`; podman has a default network, but no name "default" for it."""
+        """See `Engine.build_command`. Podman has a default network, but does not accept the name "default"."""
         if classic:
             raise EngineError("podman has no classic builder", next_step="leave --builder out, or use --engine docker")
-        return [_PROGRAM, "build", *(word for word in arguments if word != "--network=default")]
+        return ["podman", "build", *(word for word in arguments if word != "--network=default")]
 
-    def run(self, container: Run) -> tuple[int, str]:
-        """As `Engine`."""
-        gpus = self._gpus(container.device)
-        if not self.exists(container.image):
-            raise EngineError(f"there is no image {container.image!r}", next_step="build it: make image")
+    def run(self, container: ContainerRun) -> tuple[int, str]:
+        """See `Engine.run`."""
+        options = [*_ALWAYS, *(_ISOLATED if container.isolated else ()), *self._gpu_options(container.device)]
+        self._require_image(container.image)
         name = _new_name()
-        variables = [f"--env={variable}={value}" for variable, value in container.environment.items()]
-        options = [f"--name={name}", *_ALWAYS, *(_ISOLATED if container.isolated else ()), *gpus, *variables]
-        with self._removing(name), tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as said:
+        with self._removed_at_end(name), tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as stderr:
             self._start(name, options, container)
             if container.follow:
-                self._ask("logs", "--follow", name, stdout=_NOWHERE)
-            status = int(self._podman("wait", name, failing=f"cannot wait for the end of {container.image!r}"))
-            if self._ask("logs", name, stdout=output, stderr=said).returncode != 0:
+                self._call("logs", "--follow", name, stdout=subprocess.DEVNULL)
+            status = int(self._podman("wait", name, failing=f"cannot wait for the container of {container.image!r}"))
+            if self._call("logs", name, stdout=output, stderr=stderr).returncode != 0:
                 raise EngineError(
-                    f"cannot read what the container of {container.image!r} printed: {_end(said)}",
-                    next_step="see what podman said; its option --log-level=debug tells more",
+                    f"cannot read the output of the container of {container.image!r}: {_read(stderr)[-2000:].strip()}",
+                    next_step=_SEE_PODMAN,
                 )
-            check_status(status, container.allowed, _end(said))
+            check_status(status, container.allowed, _read(stderr))
             if container.export:
-                self._copy_out(name, *container.export)
+                source, target = container.export
+                failing = f"cannot copy {source} out of the container"
+                with tempfile.TemporaryFile() as archive:
+                    self._podman("cp", f"{name}:{source}", "-", failing=failing, stdout=archive)
+                    unpack(archive, target)
             return status, _read(output)
 
-    def _start(self, name: str, options: Sequence[str], container: Run) -> None:
-        """Start a container in the background, so that whoever waits for it may be interrupted.
-
-        Podman that is interrupted while it starts one leaves processes and mounts behind.
-        """
+    def _start(self, name: str, options: Sequence[str], container: ContainerRun) -> None:
+        """Start a container in the background, because an interrupted start leaves processes and mounts behind."""
         failing = f"podman could not run {container.image!r}"
-        made = [*options, container.image, *container.command]
-        with undisturbed():
+        variables = [f"--env={variable}={value}" for variable, value in container.environment.items()]
+        arguments = [f"--name={name}", *options, *variables, container.image, *container.command]
+        with deferred_interrupts():
             if not container.files:
-                # `create` has no --passwd: only so is the user one that nobody knows.
-                self._podman("run", "--detach", "--passwd=false", *made, failing=failing)
+                # Only `run` has --passwd=false, which leaves the user out of the container's /etc/passwd.
+                self._podman("run", "--detach", "--passwd=false", *arguments, failing=failing)
                 return
-            self._podman("create", *made, failing=failing)
-            for place, source in container.files.items():
-                self._copy_in(name, source, place)
+            self._podman("create", *arguments, failing=failing)
+            for path, source in container.files.items():
+                self._copy_in(name, source, path)
             self._podman("start", name, failing=failing)
 
-    def _gpus(self, device: str) -> list[str]:
-        """The options of a container for a torch device; none for a CPU."""
-        if not device.startswith("cuda"):
-            return []
-        if self.facts.gpu:
-            return [f"--device={_GPU}=all"]
-        raise EngineError(
-            f"podman gives containers no GPU: no CDI specification in {' or '.join(map(str, _CDI))} names {_GPU}",
-            next_step="make one: `nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml`; or use --device cpu",
-        )
-
     @contextlib.contextmanager
-    def _removing(self, name: str) -> Iterator[None]:
-        """Remove a container at the end, whatever happens: its name is known before it is made."""
+    def _removed_at_end(self, name: str) -> Iterator[None]:
+        """Remove the container `name` at the end, even if its creation was interrupted."""
         try:
             yield
         finally:
-            with undisturbed():
-                for wait in _ATTEMPTS:
-                    time.sleep(wait)
-                    removed = self._ask("rm", "--force", "--ignore", "--volumes", "--time=0", name, with_stderr=True)
+            with deferred_interrupts():
+                for delay in _REMOVAL_DELAYS:
+                    time.sleep(delay)
+                    removed = self._call(
+                        *("rm", "--force", "--ignore", "--volumes", "--time=0", name), stderr=subprocess.STDOUT
+                    )
                     if removed.returncode == 0:
                         break
-                else:  # not raised: what ended the container says more
-                    logger.error("container %s stays: %s", name, removed.stdout.strip())
+                else:  # only logged, because an error that is being raised is more important
+                    logger.error("cannot remove the container %s: %s", name, removed.stdout.strip())
 
     def _copy_in(self, name: str, source: Path, target: PurePosixPath) -> None:
-        """Copy a file into a container that has not run yet.
-
-        Raises:
-            BadInputError: the file cannot be read.
-        """
+        """Copy a file into a container that has not started yet."""
         with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-") as scratch:
-            copy = Path(scratch) / "file"  # not as a tar through standard input, which podman leaves behind
+            copy = Path(scratch) / "file"  # podman leaves a tar from standard input behind
             try:
                 shutil.copyfile(source, copy)
             except OSError as error:
                 raise from_os_error(error, f"reading {source}") from error
             copy.chmod(0o444)
-            self._podman(
-                *("cp", "--archive=false", str(copy), f"{name}:{target}"),
-                failing=f"cannot copy {source} into the container",
-            )
-
-    def _copy_out(self, name: str, source: PurePosixPath, target: Path) -> None:
-        """Copy a folder of a container that has ended into the folder `target`.
-
-        Raises:
-            EngineError: it is not there, or holds a link or a special file.
-            BadInputError: the target cannot be written.
-        """
-        with tempfile.TemporaryFile() as spool:
-            self._podman(
-                *("cp", f"{name}:{source}", "-"), failing=f"cannot copy {source} out of the container", stdout=spool
-            )
-            unpack(spool, target)
+            failing = f"cannot copy {source} into the container"
+            self._podman("cp", "--archive=false", str(copy), f"{name}:{target}", failing=failing)
 
     def load(self, base: str, layers: Sequence[Layer], image: Image, tag: str) -> None:
-        """As `Engine`: of a layout, podman reads only the layers that it has not, by the digests of their tars."""
+        """See `Engine.load`. Podman compares diff ids, so it reads only the new layers from an OCI layout."""
         name = _new_name()
-        failing = f"cannot load {tag!r}, which is {base!r} with more layers"
         document, config, raw = to_documents(image)
         scratch = Path(tempfile.mkdtemp(prefix="chatterbox-prewarm-", dir=self._scratch))
         try:
             layout = Layout(scratch / name)
             layout.put_blob(config, lambda: BytesIO(raw))
             for layer in layers:
-                layout.put_blob(layer.descriptor, layer.opened)
+                layout.put_blob(layer.descriptor, layer.open)
             layout.put_manifest(document, "latest")
-            # Podman calls an image after the path of its layout; a relative one is a name that we know. Interrupted, it
-            # may leave an image without a manifest, and then fails at all that it is asked.
-            with undisturbed():
+            # Podman names an image after the path of its layout; a relative path gives a name that is known here. An
+            # interrupt may leave an image without a manifest, and after that every podman command fails.
+            with deferred_interrupts():
+                failing = f"cannot load {tag!r}, which is {base!r} with more layers"
                 self._podman("pull", "--quiet", f"oci:{name}", failing=failing, scratch=scratch)
-            found = self._inspect(name)
-            if f"sha256:{found['Id']}" != config.digest or tuple(found["RootFS"]["Layers"]) != image.diff_ids:
+            loaded = self._inspect(name)
+            if f"sha256:{loaded['Id']}" != config.digest or tuple(loaded["RootFS"]["Layers"]) != image.diff_ids:
                 raise EngineError(
-                    f"podman made something else of {tag!r}: {found['Id']} with {len(found['RootFS']['Layers'])} "
+                    f"podman loaded {tag!r} as another image: {loaded['Id']} with {len(loaded['RootFS']['Layers'])} "
                     f"layers, not {config.digest}",
                     next_step="append in a registry instead",
                 )
             self.tag(name, tag)
         finally:
-            with undisturbed():
+            with deferred_interrupts():
                 shutil.rmtree(scratch)
-                self.forget(name)
-
-    def image(self, reference: str) -> Image:
-        """As `Engine`."""
-        found = self._inspect(reference)
-        diff_ids = found["RootFS"].get("Layers") or []
-        config: dict[str, Any] = {
-            "architecture": found["Architecture"],
-            "os": found["Os"],
-            "config": dict(found["Config"]),
-            "created": found["Created"],
-            "rootfs": {"type": "layers", "diff_ids": diff_ids},
-            "history": found.get("History") or [],
-        }
-        if found.get("Author"):
-            config["author"] = found["Author"]
-        if found.get("Healthcheck"):  # of Docker's images, beside their configuration
-            config["config"]["Healthcheck"] = found["Healthcheck"]
-        layers = tuple(Descriptor(media_type=OCI_LAYER, digest=diff_id, size=0) for diff_id in diff_ids)
-        return Image(config=config, layers=layers, annotations=found.get("Annotations") or {})
-
-    def _inspect(self, reference: str) -> dict[str, Any]:
-        """What podman knows of an image.
-
-        Raises:
-            EngineError: there is none of that name.
-        """
-        if not self.exists(reference):
-            raise EngineError(f"podman has no image {reference!r}", next_step="build or pull it")
-        found: list[dict[str, Any]] = json.loads(
-            self._podman("image", "inspect", reference, failing=f"cannot read {reference!r}")
-        )
-        return found[0]
+                self.untag(name)
 
     def exists(self, reference: str) -> bool:
-        """As `Engine`."""
-        found = self._ask("image", "exists", reference, with_stderr=True)
-        if found.returncode not in {0, 1}:
-            raise EngineError(f"cannot look for {reference!r}: {found.stdout.strip()}", next_step="check the name")
-        return found.returncode == 0
+        """See `Engine.exists`."""
+        finished = self._call("image", "exists", reference, stderr=subprocess.STDOUT)
+        if finished.returncode not in {0, 1}:
+            raise EngineError(f"cannot look for {reference!r}: {finished.stdout.strip()}", next_step="check the name")
+        return finished.returncode == 0
 
     def tag(self, reference: str, tag: str) -> None:
-        """As `Engine`."""
-        with undisturbed():
+        """See `Engine.tag`."""
+        with deferred_interrupts():
             self._podman("tag", reference, tag, failing=f"cannot tag {tag!r}")
 
-    def forget(self, tag: str) -> None:
-        """As `Engine`; without --no-prune, the next build would find nothing of this one's to start from."""
-        with undisturbed():
+    def untag(self, tag: str) -> None:
+        """See `Engine.untag`. With --no-prune, the layers that the next build reuses stay."""
+        with deferred_interrupts():
             if not self.exists(tag):
                 return
-            removed = self._ask("rmi", "--no-prune", tag, with_stderr=True)
-            if removed.returncode == 2:  # a container uses it, and is not ours to remove
+            removed = self._call("rmi", "--no-prune", tag, stderr=subprocess.STDOUT)
+            if removed.returncode == 2:  # a container uses the image, and that container is not ours
                 self._podman("untag", tag, tag, failing=f"cannot remove the name {tag!r}")
             elif removed.returncode != 0 and self.exists(tag):
                 raise EngineError(f"cannot remove {tag!r}: {removed.stdout.strip()}", next_step="remove it by hand")
 
-    def _ask(self, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
-        """Run a command of podman to its end."""
-        timeout = self._timeout if arguments[0] in {"wait", "logs"} else _SHORT
-        return run_process([_PROGRAM, *arguments], timeout=timeout, **settings)
+    def _gpu_options(self, device: str) -> list[str]:
+        if not device.startswith("cuda"):
+            return []
+        if self.info.gpu:
+            return [f"--device={_GPU}=all"]
+        raise EngineError(
+            f"podman gives containers no GPU: no CDI specification in {' or '.join(map(str, _CDI))} names {_GPU}",
+            next_step="make one: `nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml`; or use --device cpu",
+        )
+
+    def _inspect(self, reference: str) -> dict[str, Any]:
+        printed = self._podman("image", "inspect", reference, failing=f"cannot read {reference!r}")
+        inspected: list[dict[str, Any]] = json.loads(printed)
+        return inspected[0]
+
+    def _call(self, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+        """Run a podman command to its end, without a look at its exit code."""
+        timeout = self._timeout if arguments[0] in {"wait", "logs"} else _SHORT_TIMEOUT
+        return run_process(["podman", *arguments], timeout=timeout, **settings)
 
     def _podman(
-        self,
-        *arguments: str,
-        failing: str,
-        scratch: Path | None = None,
-        stdout: IO[bytes] | None = None,
+        self, *arguments: str, failing: str, scratch: Path | None = None, stdout: IO[bytes] | int = subprocess.PIPE
     ) -> str:
-        """Run a command of podman; what it printed.
+        """Run a podman command and return its output.
 
-        With a folder `scratch`, in it; and what podman spools lies there as well.
+        The command runs in the folder `scratch`, if given, and also writes its temporary files there.
 
         Raises:
-            EngineError: it failed, with `failing` and what it said.
+            EngineError: the command failed. The message begins with `failing`.
         """
-        with tempfile.TemporaryFile() as said:
+        with tempfile.TemporaryFile() as stderr:
             env = {**os.environ, "TMPDIR": str(scratch)} if scratch else None
-            finished = self._ask(*arguments, env=env, cwd=scratch, stdout=stdout, stderr=said)
-            if finished.returncode != 0:
-                raise self._failure(f"{failing}: {_end(said)}")
-        return finished.stdout or ""
-
-    def _failure(self, problem: str) -> EngineError:
-        """What a command's failure means; podman without room for its own notes speaks of something else."""
-        with contextlib.suppress(OSError, AttributeError):  # it is not known before `podman info`
-            if shutil.disk_usage(self._root).free < _FULL:
-                return EngineError(
-                    f"{problem}; no space left on device: the disk of podman's storage, {self._root}, is full",
-                    next_step="make room, with `podman image prune` for example",
-                )
-        return EngineError(problem, next_step="see what podman said; its option --log-level=debug tells more")
-
-
-def _facts(info: Mapping[str, Any]) -> Facts:
-    try:
-        free = shutil.disk_usage(info["store"]["graphRoot"]).free
-    except OSError:
-        free = None
-    return Facts(
-        name="podman",
-        version=str(info["version"]["Version"]),
-        gpu="cdi" if _has_gpus() else "",
-        default_runtime=str((info["host"].get("ociRuntime") or {}).get("name", "")),
-        free=free,
-    )
+            finished = self._call(*arguments, env=env, cwd=scratch, stdout=stdout, stderr=stderr)
+            if finished.returncode == 0:
+                return finished.stdout or ""
+            problem, next_step = f"{failing}: {_read(stderr)[-2000:].strip()}", _SEE_PODMAN
+        # Podman reports misleading errors if it has no space for its own records.
+        storage = getattr(self, "_storage", None)  # unknown until `podman info` has succeeded
+        free = free_bytes(storage) if storage is not None else None
+        if free is not None and free < _FULL:
+            problem += f"; no space left on device: the disk of podman's storage, {storage}, is full"
+            next_step = "free some space, for example with `podman image prune`"
+        raise EngineError(problem, next_step=next_step)
 
 
 def _has_gpus() -> bool:
-    """Whether a CDI specification, YAML or JSON, names NVIDIA's GPUs."""
+    """Return whether a CDI specification (YAML or JSON) has NVIDIA GPUs."""
     for folder in _CDI:
         for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.json"))):
             with contextlib.suppress(OSError):
@@ -358,7 +295,3 @@ def _new_name() -> str:
 def _read(stream: IO[bytes]) -> str:
     stream.seek(0)
     return stream.read().decode(errors="replace")
-
-
-def _end(stream: IO[bytes]) -> str:
-    return _read(stream)[-2000:].strip()

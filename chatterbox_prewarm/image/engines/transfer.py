@@ -1,4 +1,4 @@
-"""Files on their way in and out of containers: tars, of which nothing may lie outside of where they are meant to go."""
+"""Tar archives that carry files into and out of containers. Nothing is written outside the target folder."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def packed(source: Path, name: str) -> Iterator[IO[bytes]]:
-    """A tar with a file that anybody may read, under another name.
+    """Open a tar that contains the file `source`, readable for every user, as `name`.
 
     Raises:
         BadInputError: the file cannot be read.
     """
-    with tempfile.TemporaryFile() as spool:
+    with tempfile.TemporaryFile() as archive:
         try:
-            with tarfile.open(fileobj=spool, mode="w") as tar, source.open("rb") as stream:
+            with tarfile.open(fileobj=archive, mode="w") as tar, source.open("rb") as stream:
                 info = tarfile.TarInfo(name)
                 info.size, info.mode = source.stat().st_size, 0o444
                 tar.addfile(info, stream)
         except OSError as error:
             raise from_os_error(error, f"reading {source}") from error
-        spool.seek(0)
-        yield spool
+        archive.seek(0)
+        yield archive
 
 
-def unpack(spool: IO[bytes], target: Path) -> None:
-    """Write the folder that a tar holds into the folder `target`, without the folder's own name.
+def unpack(archive: IO[bytes], target: Path) -> None:
+    """Write the content of the folder in a tar to the folder `target`.
 
     Raises:
-        EngineError: it is no tar, or holds a link or a special file.
-        BadInputError: the target cannot be written, or the tar holds a single file.
+        EngineError: it is not a tar, or contains a link or a special file.
+        BadInputError: the tar contains a single file instead of a folder, or `target` cannot be written.
     """
-    spool.seek(0)
+    archive.seek(0)
     try:
-        with tarfile.open(fileobj=spool) as tar:
+        with tarfile.open(fileobj=archive) as tar:
             for member in tar:
                 _extract(tar, member, target)
     except tarfile.TarError as error:
-        raise EngineError(f"the engine sent no tar: {error}", next_step="see the engine's log") from error
+        raise EngineError(f"the engine sent an invalid tar: {error}", next_step="see the engine's log") from error
     except OSError as error:
         raise from_os_error(error, f"writing {target}") from error
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
-    """Write a member below `target`: a container may hold anything."""
+    """Write a member of the tar below `target`. The container's content is not trusted."""
     parts = PurePosixPath(member.name).parts[1:]
     if ".." in parts or not (member.isdir() or member.isfile()):
         raise EngineError(
-            f"{member.name} of the container is neither a file nor a folder", next_step="bake the warm state again"
+            f"{member.name} in the container is neither a file nor a folder", next_step="bake the warm state again"
         )
     path = target.joinpath(*parts)
     if member.isdir():
@@ -66,7 +66,7 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> Non
         return
     stream = tar.extractfile(member)
     if stream is None or not parts:
-        raise BadInputError(f"{member.name} of the container is no folder", next_step="name a folder")
+        raise BadInputError(f"{member.name} in the container is not a folder", next_step="name a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     with stream, path.open("wb") as copy:
         shutil.copyfileobj(stream, copy)

@@ -1,44 +1,51 @@
-"""A repository of a registry: OCI's distribution API, version 1.1, and Docker's before it."""
+"""A repository in a registry: OCI's distribution API, version 1.1, and Docker's API before it."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import urllib.parse
-from typing import TYPE_CHECKING, BinaryIO, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from chatterbox_prewarm.errors import BadInputError, EngineError
-from chatterbox_prewarm.image.oci import INDEXES, MANIFESTS, Descriptor, Document, digest_of
+from chatterbox_prewarm.image.byte_stream import chunk_stream
+from chatterbox_prewarm.image.oci import INDEXES, MANIFESTS, Document, digest_of
 from chatterbox_prewarm.image.references import is_digest, is_tag
-from chatterbox_prewarm.image.registry.downloads import BlobReader
-from chatterbox_prewarm.image.registry.registry_errors import resolve
-from chatterbox_prewarm.image.registry.transport import WAITS, Transport
+from chatterbox_prewarm.image.registry.downloads import download
+from chatterbox_prewarm.image.registry.registry_errors import TransientError, resolve_location
+from chatterbox_prewarm.image.registry.retry import RETRY_DELAYS, retry_policy
+from chatterbox_prewarm.image.registry.transport import Request, Transport
 from chatterbox_prewarm.image.registry.uploads import PIECE, Upload, cancel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from contextlib import AbstractContextManager
-    from types import TracebackType
+    from collections import Counter
+    from collections.abc import Collection, Sequence
 
+    from chatterbox_prewarm.image.oci import Descriptor, OpenStream
     from chatterbox_prewarm.image.references import ImageReference
-    from chatterbox_prewarm.image.registry.transport import Answer, Counters
+    from chatterbox_prewarm.image.registry.transport import Response
 
 logger = logging.getLogger(__name__)
 
 _MEDIA_TYPES = (*INDEXES, *MANIFESTS)
-_BUFFER = 1 << 20
 
 
 class Repository:
-    """A `Store` in a registry. Of one thread at a time; closes its connections as a context manager.
+    """A repository in a registry as a `Store`; a context manager that closes its connections.
+
+    Use each instance from one thread at a time. All methods raise EngineError if the registry cannot be reached or
+    refuses the request.
 
     Args:
-        reference: which registry and repository; its tag and digest are not looked at.
-        insecure: plain HTTP (True), HTTPS (False), or as Docker has it (None): plain to this machine alone. A login is
-            sent in plain to this machine alone in any case.
-        waits: seconds before each further attempt of what failed and may pass.
-        piece: bytes of a blob that go into one request; in memory are a few megabytes in any case.
+        reference: Registry and repository; its tag and digest are ignored.
+        insecure: Use plain HTTP (True) or HTTPS (False). By default plain HTTP only to this machine, as Docker does.
+            Passwords are never sent over plain HTTP to another machine.
+        retry_delays: Seconds before each retry.
+        piece: Bytes of a blob per upload request; memory use does not depend on it.
+
+    Raises:
+        BadInputError: `reference` is not in a registry.
     """
 
     def __init__(
@@ -46,241 +53,229 @@ class Repository:
         reference: ImageReference,
         *,
         insecure: bool | None = None,
-        waits: Sequence[float] = WAITS,
+        retry_delays: Sequence[float] = RETRY_DELAYS,
         piece: int = PIECE,
     ) -> None:
         if reference.kind != "registry":
             raise BadInputError(
-                f"{str(reference)!r} is no repository of a registry", next_step="name it as HOST/REPOSITORY[:TAG]"
+                f"{str(reference)!r} is not a repository in a registry", next_step="name it as HOST/REPOSITORY[:TAG]"
             )
         self.reference = reference
         self._name = reference.repository
-        self._shown = reference.familiar
         self._piece = piece
-        self._transport = Transport(reference, insecure=insecure, waits=waits)
+        self._transport = Transport(reference, insecure=insecure, retry_delays=retry_delays)
 
     def __enter__(self) -> Repository:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connections."""
+    def __exit__(self, *_: object) -> None:
         self._transport.close()
 
     @property
-    def counters(self) -> Counters:
-        """What went to and fro so far."""
+    def counters(self) -> Counter[str]:
+        """Requests and bytes so far; see `Transport`."""
         return self._transport.counters
 
     def read_manifest(self, reference: str) -> Document:
-        """A manifest or an index, by tag or by digest; its bytes are checked against the digest.
+        """Read a manifest or an index by tag or digest, and verify its bytes.
 
-        By a tag, against the digest that the registry says it has under it.
+        The expected digest is `reference`, or the one that the registry reports for a tag.
 
         Raises:
-            EngineError: there is none of that name, or it is damaged, or of a kind that this program does not know.
+            EngineError: It does not exist, is damaged, or has an unknown media type.
             BadInputError: `reference` is neither a tag nor a digest.
         """
-        what = f"manifest {reference} of {self._shown}"
-        answer = self._manifest("GET", reference, what, {200})
-        promised = reference if is_digest(reference) else answer.headers.get("Docker-Content-Digest", "")
-        found = digest_of(answer.body)
-        if is_digest(promised) and found != promised:
+        request = self._manifest_request("GET", reference, {200})
+        response = self._send(request)
+        expected = reference if is_digest(reference) else response.headers.get("Docker-Content-Digest", "")
+        digest = digest_of(response.body)
+        if is_digest(expected) and digest != expected:
             raise EngineError(
-                f"the {what} is damaged: its digest is {found}, and {promised} belongs there",
-                next_step="push the image again; its copy in the registry, or a cache before it, is damaged",
+                f"the {request.subject} is damaged: its digest is {digest}, expected is {expected}",
+                next_step="push the image again; the copy in the registry, or in a cache in front of it, is damaged",
             )
-        return Document(media_type=_media_type(answer, what), raw=answer.body)
+        return Document(media_type=_media_type(response, request.subject), raw=response.body)
 
     def has_manifest(self, reference: str) -> bool:
-        """Whether there is a manifest of that tag or digest.
+        """Return whether a manifest with this tag or digest exists.
 
         Raises:
-            EngineError: the registry cannot be reached or refuses.
             BadInputError: `reference` is neither a tag nor a digest.
         """
-        return self._manifest("HEAD", reference, f"manifest {reference} of {self._shown}", {200, 404}).status == 200
+        return self._send(self._manifest_request("HEAD", reference, {200, 404})).status == 200
 
     def put_manifest(self, document: Document, reference: str) -> None:
         """Store a manifest or an index under a tag, or under its own digest.
 
         Raises:
-            EngineError: the registry cannot be reached, refuses, or lacks a blob that the manifest names.
+            EngineError: The registry lacks a blob that the manifest names.
             BadInputError: `reference` is neither a tag nor the document's digest.
         """
         if is_digest(reference) and reference != document.digest:
             raise BadInputError(
-                f"a manifest of digest {document.digest} cannot be stored as {reference}",
+                f"a manifest with the digest {document.digest} cannot be stored as {reference}",
                 next_step="store it under a tag, or under its own digest",
             )
-        what = f"manifest {reference} of {self._shown}"
-        answer = self._manifest("PUT", reference, what, {200, 201, 202, 204}, document)
-        stored = answer.headers.get("Docker-Content-Digest", document.digest)
+        request = self._manifest_request("PUT", reference, {200, 201, 202, 204}, document)
+        stored = self._send(request).headers.get("Docker-Content-Digest", document.digest)
         if stored != document.digest:
             raise EngineError(
-                f"the registry {self.reference.host} stored the {what} as {stored}, not as {document.digest}",
-                next_step="see whether it converts images, and turn that off",
+                f"the registry {self.reference.host} stored the {request.subject} as {stored}, "
+                f"not as {document.digest}",
+                next_step="check whether it converts images, and turn that off",
             )
 
     def delete_manifest(self, digest: str) -> bool:
-        """Delete a manifest, and with it every tag of it; its blobs are left to the registry's own cleaning.
+        """Delete a manifest and all its tags; the registry's garbage collection deletes the blobs.
 
         Returns:
-            Whether it is gone; False where the registry allows no deletion.
+            Whether it is deleted; False if the registry does not allow deletion.
 
         Raises:
-            EngineError: the registry cannot be reached or refuses the login.
-            BadInputError: `digest` is none.
+            BadInputError: `digest` is not a digest.
         """
         if not is_digest(digest):
-            raise BadInputError(f"{digest!r} is no digest", next_step="name the manifest as sha256:…, not by a tag")
-        what = f"manifest {digest} of {self._shown}"
-        answer = self._manifest("DELETE", digest, what, {200, 202, 204, 404, 405})
-        if answer.status == 405:
-            logger.warning("%s", self._transport.refusal("DELETE", what, answer).message)
-        return answer.status != 405
+            raise BadInputError(f"{digest!r} is not a digest", next_step="name the manifest as sha256:…, not by a tag")
+        request = self._manifest_request("DELETE", digest, {200, 202, 204, 404, 405})
+        response = self._send(request)
+        if response.status == 405:
+            logger.warning("%s", self._transport.error_for("DELETE", request.subject, response).message)
+        return response.status != 405
 
     def has_blob(self, descriptor: Descriptor) -> bool:
-        """Whether the blob is there already.
+        """Return whether the blob is stored already.
 
         Raises:
-            EngineError: the registry cannot be reached or refuses, or what it has is of another size.
+            EngineError: The stored blob has another size.
         """
-        what = self._blob(descriptor)
-        answer = self._transport.request(
-            "HEAD", self._blob_url(descriptor), what=what, scope=self._scope("pull"), expect={200, 404}
-        )
-        if answer.status == 404:
-            return False
-        length = answer.headers.get("Content-Length", "")
-        if length.isdecimal() and int(length) != descriptor.size:
+        request = self._blob_request("HEAD", descriptor.digest, descriptor, {200, 404})
+        response = self._send(request)
+        length = response.headers.get("Content-Length", "")
+        if response.status == 200 and length.isdecimal() and int(length) != descriptor.size:
             raise EngineError(
-                f"the {what} has {length} bytes in the registry where {descriptor.size} belong",
-                next_step="its copy in the registry is damaged: delete it there, and push again",
+                f"the {request.subject} has {length} bytes in the registry instead of {descriptor.size}",
+                next_step="the copy in the registry is damaged: delete it there, and push again",
             )
-        return True
+        return response.status == 200
 
-    def open_blob(self, descriptor: Descriptor) -> AbstractContextManager[BinaryIO]:
-        """A blob for reading, as a stream: a cut is gone on from, and digest and size are checked at its end.
+    def open_blob(self, descriptor: Descriptor) -> BinaryIO:
+        """Open a blob as a stream. The download starts with the first read, and resumes if its connection breaks.
 
-        Who reads only a part of it reads that part unchecked.
+        Digest and size are checked at the end, so a reader that stops earlier has unverified bytes.
 
         Raises:
-            EngineError: there is no such blob; from a read, it was cut too often, or is not what it should be.
+            EngineError: From a read: the blob does not exist, is damaged, or its connection breaks too often.
         """
-        reader = BlobReader(
-            self._transport,
-            self._blob_url(descriptor),
-            scope=self._scope("pull"),
-            descriptor=descriptor,
-            what=self._blob(descriptor),
-        )
-        return cast("BinaryIO", io.BufferedReader(reader, _BUFFER))
+        request = self._blob_request("GET", descriptor.digest, descriptor, {200})
+        return chunk_stream(download(self._transport, request, descriptor))
 
-    def put_blob(self, descriptor: Descriptor, opened: Callable[[], AbstractContextManager[BinaryIO]]) -> None:
-        """Store a blob as a stream, unless it is there; `opened` opens it from its beginning, for every attempt anew.
-
-        An upload that ends early, by an error or by Ctrl-C, is dropped at the registry as far as that lets us.
+    def put_blob(self, descriptor: Descriptor, open_stream: OpenStream) -> None:
+        """Upload a blob unless the registry has it. A failed or interrupted upload is cancelled at the registry.
 
         Raises:
-            EngineError: the registry cannot be reached or refuses, or got other bytes than the descriptor says.
+            EngineError: The bytes differ from the descriptor.
         """
         if self.has_blob(descriptor):
             return
         Upload(
             self._transport,
-            f"/v2/{self._name}/blobs/uploads/",
-            scope=self._scope("pull,push"),
+            self._blob_request("POST", "uploads/", descriptor, {202}),
             descriptor=descriptor,
-            opened=opened,
-            what=self._blob(descriptor),
-            exists=lambda: self.has_blob(descriptor),
+            open_stream=open_stream,
+            is_stored=lambda: self.has_blob(descriptor),
             piece=self._piece,
         ).run()
 
     def mount_blob(self, descriptor: Descriptor, source_repository: str) -> bool:
-        """Have the registry take a blob from another of its repositories, without sending it.
+        """Ask the registry to take a blob from another of its repositories, without an upload.
 
         Args:
-            descriptor: of the blob.
-            source_repository: as `reference.repository` has it.
+            descriptor: Describes the blob.
+            source_repository: The `repository` of the other `ImageReference`.
 
         Returns:
-            Whether it did. A registry need not: it may not have the blob there, or not let this user read it. One that
-            refuses a push does not either; `put_blob` then says so.
-
-        Raises:
-            EngineError: the registry cannot be reached, or is not to be logged in to.
+            Whether the blob is stored now. A registry may not support this, not have the blob, or not allow this user
+            to read it. If it refuses the push as well, `put_blob` raises the error.
         """
         if self.has_blob(descriptor):
             return True
-        scope = f"{self._scope('pull,push')} repository:{source_repository}:pull"
-        what = self._blob(descriptor)
         query = urllib.parse.urlencode({"mount": descriptor.digest, "from": source_repository})
-        url = f"/v2/{self._name}/blobs/uploads/?{query}"
-        answer = self._transport.request(
-            "POST", url, what=what, scope=scope, expect={201, 202, 401, 403, 404, 405}, body=b""
-        )
-        if answer.status == 201:
+        request = self._blob_request("POST", f"uploads/?{query}", descriptor, {201, 202, 401, 403, 404, 405})
+        request = replace(request, scope=f"{request.scope} repository:{source_repository}:pull")
+        response = self._send(request)
+        if response.status == 201:
             return True
-        logger.info("the registry does not take the %s from %s: %d", what, source_repository, answer.status)
-        if answer.status == 202 and (location := answer.headers.get("Location")):
-            # It began an upload in the mount's place, which is of no use here.
-            cancel(self._transport, resolve(answer.url, location), scope=self._scope("pull,push"), what=what)
+        logger.info(
+            "the registry does not mount the %s from %s: %d", request.subject, source_repository, response.status
+        )
+        if response.status == 202 and (location := response.headers.get("Location")):
+            # It started an upload instead of mounting the blob.
+            cancel(self._transport, resolve_location(response.url, location), request)
         return False
 
-    def _manifest(
-        self, method: str, reference: str, what: str, expect: set[int], document: Document | None = None
-    ) -> Answer:
+    def _send(self, request: Request) -> Response:
+        """Send a request, and retry it."""
+        wait_before_retry = retry_policy(self._transport.retry_delays, f"{request.method} {request.subject}")
+        while True:
+            try:
+                return self._transport.send(request)
+            except TransientError as error:
+                wait_before_retry(error, 0)
+
+    def _manifest_request(
+        self, method: str, reference: str, expect: Collection[int], document: Document | None = None
+    ) -> Request:
         if not is_tag(reference) and not is_digest(reference):
             raise BadInputError(
-                f"{reference!r} names no manifest", next_step="name a tag, or a digest as sha256: and 64 digits"
+                f"{reference!r} is neither a tag nor a digest",
+                next_step="name a tag, or a digest as sha256: and 64 hexadecimal digits",
             )
-        headers = {"Content-Type": document.media_type} if document else {"Accept": ", ".join(_MEDIA_TYPES)}
-        actions = {"GET": "pull", "HEAD": "pull", "PUT": "pull,push", "DELETE": "delete"}[method]
-        return self._transport.request(
+        return self._request(
             method,
-            f"/v2/{self._name}/manifests/{reference}",
-            what=what,
-            scope=self._scope(actions),
+            f"manifests/{reference}",
+            f"manifest {reference}",
+            actions={"GET": "pull", "HEAD": "pull", "PUT": "pull,push", "DELETE": "delete"}[method],
             expect=expect,
-            headers=headers,
+            headers={"Content-Type": document.media_type} if document else {"Accept": ", ".join(_MEDIA_TYPES)},
             body=document.raw if document else None,
         )
 
-    def _scope(self, actions: str) -> str:
-        return f"repository:{self._name}:{actions}"
+    def _blob_request(self, method: str, path: str, descriptor: Descriptor, expect: Collection[int]) -> Request:
+        actions = "pull,push" if method == "POST" else "pull"
+        return self._request(method, f"blobs/{path}", f"blob {descriptor.digest}", actions=actions, expect=expect)
 
-    def _blob(self, descriptor: Descriptor) -> str:
-        return f"blob {descriptor.digest} of {self._shown}"
+    def _request(
+        self, method: str, path: str, resource: str, *, actions: str, expect: Collection[int], **options: Any
+    ) -> Request:
+        return Request(
+            method=method,
+            url=f"/v2/{self._name}/{path}",
+            subject=f"{resource} of {self.reference.familiar}",
+            scope=f"repository:{self._name}:{actions}",
+            expect=expect,
+            **options,
+        )
 
-    def _blob_url(self, descriptor: Descriptor) -> str:
-        return f"/v2/{self._name}/blobs/{descriptor.digest}"
 
-
-def _media_type(answer: Answer, what: str) -> str:
-    """The media type of a manifest: as sent, or where that says nothing, as in the document.
+def _media_type(response: Response, subject: str) -> str:
+    """Return the media type of a manifest: the Content-Type header, or the document's own if the header is generic.
 
     Raises:
-        EngineError: the two differ (a document that is two things at once), or it is of no kind known here.
+        EngineError: The two differ (such a document can be read in two ways), or the media type is unknown.
     """
-    sent = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    header = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     try:
-        inside = json.loads(answer.body).get("mediaType", "")
+        own = json.loads(response.body).get("mediaType", "")
     except (ValueError, AttributeError, RecursionError) as error:
         raise EngineError(
-            f"the {what} is no manifest: {type(error).__name__}", next_step="check that the reference is of an image"
+            f"the {subject} is not a manifest: {type(error).__name__}", next_step="check that the reference is an image"
         ) from error
-    if sent not in _MEDIA_TYPES and inside in _MEDIA_TYPES:
-        return str(inside)
-    if sent not in _MEDIA_TYPES or (inside and inside != sent):
+    if header not in _MEDIA_TYPES and own in _MEDIA_TYPES:
+        return str(own)
+    if header not in _MEDIA_TYPES or (own and own != header):
         raise EngineError(
-            f"the {what} is sent as {sent!r}, and says of itself that it is {inside!r}; expected is one of "
+            f"the {subject} is sent as {header!r} and has the mediaType {own!r}; expected is one of "
             f"{', '.join(_MEDIA_TYPES)}",
-            next_step="check that the reference is of an image; one of Docker's first schema is to be pushed again",
+            next_step="check that the reference is an image; push an image of Docker's schema 1 again",
         )
-    return sent
+    return header

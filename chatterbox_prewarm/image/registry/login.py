@@ -1,235 +1,262 @@
-"""The login at a registry: Docker's own, as `docker login` left it, and the tokens that a registry asks for.
+"""The login to a registry: the credentials that `docker login` stored, and the tokens that registries require.
 
-A registry answers 401 with what it wants ("WWW-Authenticate"): a name and a password, or a token that another server
-gives for them, for one scope ("repository:NAME:pull"). Tokens are kept by scope: that of one repository is no use in
-another.
+A registry answers 401 with a challenge (WWW-Authenticate): it wants the password itself (Basic), or a token (Bearer)
+from a token server for one scope, e.g. "repository:NAME:pull". Tokens are kept per scope.
 """
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
 import json
 import re
 import time
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import requests.utils
 
-from chatterbox_prewarm.errors import EngineError
+from chatterbox_prewarm.errors import EngineError, first_line
 from chatterbox_prewarm.image.references import is_loopback
-from chatterbox_prewarm.image.registry.credentials import Credentials, find_credentials
 from chatterbox_prewarm.image.registry.registry_errors import origin
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+#: Sends (method, url, headers, form data) to a token server, and returns status and body.
+FetchToken = Callable[[str, str, Mapping[str, str], list[tuple[str, str]] | None], tuple[int, bytes]]
 
-_CLIENT = "chatterbox-prewarm"
-#: Seconds: what a token lasts whose server does not say (the token specification), and what is left for its way.
+_CLIENT_ID = "chatterbox-prewarm"
+#: Seconds: the lifetime of a token without "expires_in" (token specification), and the time to renew it before its end.
 _LIFETIME, _MARGIN = 60.0, 5.0
-_SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9-]*) +(?P<rest>[A-Za-z_]+=.*)", re.DOTALL)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Challenge:
-    """What a registry asks for, of its WWW-Authenticate header; the scheme in small letters."""
-
-    scheme: str
-    realm: str = ""
-    service: str = ""
-    scope: str = ""
-
-
-class Fetch(Protocol):
-    """One request to a token's server, without a redirect: the status and the body."""
-
-    def __call__(
-        self, method: str, url: str, *, headers: Mapping[str, str], data: list[tuple[str, str]] | None
-    ) -> tuple[int, bytes]:
-        """Send it; raises EngineError when there is no answer, or one that says to come back later."""
+_CHALLENGE_START = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9-]*) +(?P<parameter>[A-Za-z_]+=.*)", re.DOTALL)
 
 
 class Login:
-    """What is sent as Authorization to one registry.
+    """Computes the Authorization header for one registry.
 
     Args:
-        host: of the registry, as `docker login` was given it.
-        base: the registry's API, "https://HOST" or, on this machine, "http://HOST".
-        fetch: how a token's server is asked.
+        host: The registry, as given to `docker login`.
+        base: Base URL of its API, e.g. "https://HOST".
+        fetch_token: Sends a request to a token server.
     """
 
-    def __init__(self, host: str, base: str, fetch: Fetch) -> None:
+    def __init__(self, host: str, base: str, fetch_token: FetchToken) -> None:
         self._host = host
         self._base = base
-        self._fetch = fetch
-        self._credentials: Credentials | None = None
-        self._looked = False
+        self._fetch_token = fetch_token
+        #: Username, and password or identitytoken; empty without a login, None before it is read.
+        self._credentials: Mapping[str, str] | None = None
         self._basic = ""
-        #: Scope → the challenge that it answers, the token, and when it ends by the monotonic clock.
-        self._tokens: dict[str, tuple[Challenge, str, float]] = {}
+        #: Scope -> (parameters of the challenge, token, end of its lifetime on the monotonic clock).
+        self._tokens: dict[str, tuple[Mapping[str, str], str, float]] = {}
 
-    @property
-    def user(self) -> str:
-        """Who was tried, for messages."""
-        if self._credentials is None:
-            return "without a login"
-        return f"as {self._credentials.username!r}"
-
-    def header(self, scope: str) -> str:
-        """What to send for a scope; empty as long as the registry asked for nothing.
+    def authorization(self, scope: str) -> str:
+        """Return the Authorization header for a scope. It is empty until the registry sends a challenge.
 
         Raises:
-            EngineError: a token ended, and there is no other to be had.
+            EngineError: A token has expired and cannot be renewed.
         """
         if self._basic:
             return self._basic
         if scope not in self._tokens:
             return ""
-        challenge, token, ends = self._tokens[scope]
-        if time.monotonic() > ends:
-            return self._renew(challenge, scope)
-        return f"Bearer {token}"
+        challenge, token, end = self._tokens[scope]
+        return f"Bearer {token}" if time.monotonic() <= end else self._renew(challenge, scope)
 
-    def answer(self, header: str, scope: str) -> None:
-        """Take what a 401 asks for in its WWW-Authenticate header; `header` has the answer from now on.
+    def handle_challenge(self, header: str, scope: str) -> None:
+        """Log in as the WWW-Authenticate header of a 401 requires, for the next call of `authorization`.
 
         Raises:
-            EngineError: there is no login, it is refused, or the registry asks for what this program does not know.
+            EngineError: There is no login, the registry refuses it, or it wants an unsupported scheme.
         """
         challenges = parse_challenges(header)
-        for challenge in challenges:
-            if challenge.scheme == "bearer" and challenge.realm:
-                self._renew(challenge, scope)
+        for scheme, parameters in challenges:
+            if scheme == "bearer" and parameters.get("realm"):
+                self._renew(parameters, scope)
                 return
-        if not any(challenge.scheme == "basic" for challenge in challenges):
-            schemes = ", ".join(challenge.scheme for challenge in challenges) or "nothing"
+        schemes = [scheme for scheme, _ in challenges]
+        if "basic" not in schemes:
             raise EngineError(
-                f"the registry {self._host} asks for a login by {schemes}; Bearer and Basic are known here",
+                f"the registry {self._host} requires the login scheme {', '.join(schemes) or '(none)'}; "
+                "only Bearer and Basic are supported",
                 next_step="see its documentation for another address",
             )
-        found = self._look()
-        if found is None or not found.password:
-            raise self.refused("it asks for a name and a password")
+        credentials = self._read_credentials()
+        if not credentials.get("password"):
+            raise self.error("it requires a username and a password")
         self._check_private(self._base)
-        self._basic = found.basic
+        self._basic = _basic(credentials)
 
-    def refused(self, said: str) -> EngineError:
-        """The error of a login that is missing, wrong, or not enough."""
+    def error(self, reason: str) -> EngineError:
+        """Return the error for a login that is missing, wrong or not sufficient."""
+        user = f"as {self._credentials['username']!r}" if self._credentials else "without a login"
         return EngineError(
-            f"the registry {self._host} refuses ({self.user}): {said}",
-            next_step=f"log in with docker login {self._host}, as somebody who may do this, and check the reference",
+            f"the registry {self._host} refuses ({user}): {reason}",
+            next_step=f"log in with docker login {self._host}, as a user with this permission, and check the reference",
         )
 
-    def _look(self) -> Credentials | None:
-        if not self._looked:
-            self._credentials = find_credentials(self._host)
-            self._looked = True
+    def _read_credentials(self) -> Mapping[str, str]:
+        if self._credentials is None:
+            self._credentials = read_docker_credentials(self._host)
         return self._credentials
 
-    def _renew(self, challenge: Challenge, scope: str) -> str:
-        token, lifetime = self._fetch_token(challenge, scope)
+    def _renew(self, challenge: Mapping[str, str], scope: str) -> str:
+        token, lifetime = self._request_token(challenge, scope)
         self._tokens[scope] = (challenge, token, time.monotonic() + lifetime - _MARGIN)
         return f"Bearer {token}"
 
-    def _fetch_token(self, challenge: Challenge, scope: str) -> tuple[str, float]:
-        """A token for what the registry asked for and what is wanted, and the seconds that it lasts."""
-        scopes = _union(f"{challenge.scope} {scope}")
-        found = self._look()
-        if found:
-            self._check_private(challenge.realm)
-        headers: dict[str, str] = {}
-        if found and found.identity_token:
-            data = [
+    def _request_token(self, challenge: Mapping[str, str], scope: str) -> tuple[str, float]:
+        """Return a token for the scopes of the challenge and of the request, and its remaining lifetime in seconds."""
+        realm, service = challenge["realm"], challenge.get("service", "")
+        scopes = _merge_scopes(f"{challenge.get('scope', '')} {scope}")
+        credentials = self._read_credentials()
+        if credentials:
+            self._check_private(realm)
+        if "identitytoken" in credentials:
+            form = [
                 ("grant_type", "refresh_token"),
-                ("refresh_token", found.identity_token),
-                ("service", challenge.service),
+                ("refresh_token", credentials["identitytoken"]),
+                ("service", service),
                 ("scope", " ".join(scopes)),
-                ("client_id", _CLIENT),
+                ("client_id", _CLIENT_ID),
             ]
-            status, body = self._fetch("POST", challenge.realm, headers=headers, data=data)
+            status, body = self._fetch_token("POST", realm, {}, form)
         else:
-            query = [("service", challenge.service), *(("scope", one) for one in scopes), ("client_id", _CLIENT)]
-            if found:
-                headers["Authorization"] = found.basic
-                query.append(("account", found.username))
-            joint = "&" if "?" in challenge.realm else "?"
-            url = challenge.realm + joint + urllib.parse.urlencode([(key, value) for key, value in query if value])
-            status, body = self._fetch("GET", url, headers=headers, data=None)
+            query = [("service", service), *(("scope", one) for one in scopes), ("client_id", _CLIENT_ID)]
+            if credentials:
+                query.append(("account", credentials["username"]))
+            separator = "&" if "?" in realm else "?"
+            url = realm + separator + urllib.parse.urlencode([(key, value) for key, value in query if value])
+            headers = {"Authorization": _basic(credentials)} if credentials else {}
+            status, body = self._fetch_token("GET", url, headers, None)
         if status in {401, 403}:
-            raise self.refused(f"the server of its tokens, {origin(challenge.realm)}, answered {status}")
-        return self._read_token(challenge, status, body)
+            raise self.error(f"its token server {origin(realm)} answered {status}")
+        return self._parse_token(realm, status, body)
 
-    def _read_token(self, challenge: Challenge, status: int, body: bytes) -> tuple[str, float]:
-        what = f"the server of the tokens of {self._host}, {origin(challenge.realm)},"
-        step = "try again later, or log in to the registry anew"
+    def _parse_token(self, realm: str, status: int, body: bytes) -> tuple[str, float]:
+        server = f"the token server {origin(realm)} of {self._host}"
+        step = "try again later, or log in to the registry again"
         if status != 200:
-            raise EngineError(f"{what} answered {status} where a token belongs", next_step=step)
+            raise EngineError(f"{server} answered {status} instead of sending a token", next_step=step)
         try:
             raw = json.loads(body)
             token = raw.get("token") or raw["access_token"]
             lifetime = float(raw.get("expires_in") or _LIFETIME)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise EngineError(f"{what} sent something else than a token", next_step=step) from error
+            raise EngineError(f"{server} sent a response without a token", next_step=step) from error
         if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):
-            raise EngineError(f"{what} sent a token that no header can hold", next_step=step)
+            raise EngineError(f"{server} sent a token with characters that are invalid in a header", next_step=step)
         return token, max(lifetime - _age(raw.get("issued_at")), 0.0)
 
     def _check_private(self, url: str) -> None:
-        """A password goes nowhere in the clear, but to this machine, and there only for a registry of this machine."""
+        """Refuse to send a password over plain HTTP, except within this machine for a registry on this machine."""
         parts = urllib.parse.urlsplit(url)
         if parts.scheme == "https":
             return
         if parts.scheme == "http" and is_loopback(parts.netloc) and is_loopback(self._host):
             return
         raise EngineError(
-            f"the registry {self._host} wants the login sent to {origin(url)}, where others can read it",
-            next_step="use a registry that speaks HTTPS; a password is sent over plain HTTP to this machine alone",
+            f"the registry {self._host} wants the login sent to {origin(url)} without encryption",
+            next_step="use a registry with HTTPS; a password is only sent over plain HTTP within this machine",
         )
 
 
-def parse_challenges(header: str) -> tuple[Challenge, ...]:
-    """The challenges of a WWW-Authenticate header (RFC 9110, section 11.6.1); a scope may have commas in its quotes."""
-    found: list[tuple[str, list[str]]] = []
-    for item in urllib.request.parse_http_list(header):
-        started = _SCHEME.fullmatch(item)
-        if started:
-            found.append((started["scheme"].lower(), [started["rest"]]))
+def parse_challenges(header: str) -> list[tuple[str, dict[str, str]]]:
+    """Parse a WWW-Authenticate header (RFC 9110, section 11.6.1) into schemes, in lower case, and their parameters.
+
+    `requests.utils.parse_dict_header` reads only one challenge; a header can hold several.
+    """
+    challenges: list[tuple[str, dict[str, str]]] = []
+    for item in urllib.request.parse_http_list(header):  # keeps commas within quotes
+        parameter = item
+        if start := _CHALLENGE_START.fullmatch(item):
+            challenges.append((start["scheme"].lower(), {}))
+            parameter = start["parameter"]
         elif "=" not in item:
-            found.append((item.strip().lower(), []))
-        elif found:
-            found[-1][1].append(item)
-    parsed = ((scheme, dict(_pair(item) for item in items)) for scheme, items in found)
-    return tuple(
-        Challenge(
-            scheme=scheme,
-            realm=values.get("realm", ""),
-            service=values.get("service", ""),
-            scope=values.get("scope", ""),
-        )
-        for scheme, values in parsed
-    )
+            challenges.append((item.strip().lower(), {}))
+        if challenges and "=" in parameter:
+            key, _, value = parameter.partition("=")
+            challenges[-1][1][key.strip().lower()] = requests.utils.unquote_header_value(value.strip())
+    return challenges
 
 
-def _pair(item: str) -> tuple[str, str]:
-    key, _, value = item.partition("=")
-    return key.strip().lower(), requests.utils.unquote_header_value(value.strip())
+def read_docker_credentials(host: str) -> Mapping[str, str]:
+    """Read what `docker login` stored for a registry, in Docker's configuration or in a credential helper.
 
+    docker-py reads it, but ignores a broken configuration and raises errors of many types; both are handled here.
 
-def _age(issued: object) -> float:
-    """Seconds since a token was issued, by its server's clock; a clock that is ahead of ours counts as now."""
+    Returns:
+        "username", and "password" or "identitytoken"; empty without a login.
+
+    Raises:
+        EngineError: The configuration cannot be read, or its credential helper is missing or fails.
+    """
+    import docker.auth
+    import docker.errors
+    import docker.utils.config
+
+    config = docker.utils.config.find_config_file()
+    if config is None:
+        return {}
+    path = str(config)
+    _check_docker_config(Path(path))
     try:
-        stamp = dt.datetime.fromisoformat(str(issued).replace("Z", "+00:00"))
-        return max((dt.datetime.now(dt.timezone.utc) - stamp).total_seconds(), 0.0)
+        with warnings.catch_warnings():
+            # docker-py warns about a missing credential helper, and then raises the same message.
+            warnings.simplefilter("ignore", UserWarning)
+            stored: dict[str, Any] = docker.auth.resolve_authconfig(docker.auth.load_config(path), host) or {}
+        entry = {key.lower(): value for key, value in stored.items()}
+        if entry.get("identitytoken"):
+            return {"username": "<token>", "identitytoken": str(entry["identitytoken"])}
+        if entry.get("username") is None:
+            return {}
+        return {"username": str(entry["username"]), "password": str(entry["password"])}
+    except docker.errors.DockerException as error:
+        raise EngineError(
+            f"the login for {host} cannot be read: {first_line(error)}",
+            next_step=f"install the credential helper named in {path}, or remove it there and run docker login {host}",
+        ) from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        # The unparsed text may be the password: report only the type of the error, without its cause.
+        raise EngineError(
+            f"the login for {host} in {path} cannot be read ({type(error).__name__})",
+            next_step=f"log in again with docker login {host}",
+        ) from None
+
+
+def _check_docker_config(path: Path) -> None:
+    """Refuse a broken config.json; docker-py treats it as empty. The older .dockercfg is not JSON."""
+    try:
+        readable = path.name != "config.json" or isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError, RecursionError):
+        readable = False
+    if not readable:
+        raise EngineError(
+            f"Docker's configuration {path} is not a readable JSON object",
+            next_step="repair it, or name another folder in DOCKER_CONFIG",
+        )
+
+
+def _basic(credentials: Mapping[str, str]) -> str:
+    pair = f"{credentials['username']}:{credentials['password']}".encode()
+    return f"Basic {base64.b64encode(pair).decode()}"
+
+
+def _age(issued_at: object) -> float:
+    """Return the seconds since a token was issued; 0 if its server's clock is ahead or the time is unreadable."""
+    try:
+        issued = dt.datetime.fromisoformat(str(issued_at).replace("Z", "+00:00"))
+        return max((dt.datetime.now(dt.timezone.utc) - issued).total_seconds(), 0.0)
     except (ValueError, TypeError):
-        return 0.0  # absent, or of a form that this Python does not read: it counts from now
+        return 0.0
 
 
-def _union(scopes: str) -> list[str]:
-    """Each resource once, with every action that is asked for it: a registry names them in any order ("push,pull")."""
+def _merge_scopes(scopes: str) -> list[str]:
+    """List each resource once with all its actions; registries list actions in any order, e.g. "push,pull"."""
     actions: dict[str, set[str]] = {}
     for scope in scopes.split():
-        resource, _, named = scope.rpartition(":")
-        actions.setdefault(resource, set()).update(named.split(","))
-    return [f"{resource}:{','.join(sorted(named))}" for resource, named in actions.items()]
+        resource, _, names = scope.rpartition(":")
+        actions.setdefault(resource, set()).update(names.split(","))
+    return [f"{resource}:{','.join(sorted(names))}" for resource, names in actions.items()]

@@ -1,6 +1,6 @@
-"""What a request to a registry that failed means, in words; and whether it may pass by itself.
+"""Turn HTTP statuses and network exceptions into errors with a next step, and decide which of them are transient.
 
-A message has no query of an address: those of uploads and of storage behind a redirect are as good as a password.
+Messages omit the query of every URL: upload URLs and redirects to storage carry secrets there.
 """
 
 from __future__ import annotations
@@ -22,182 +22,181 @@ from chatterbox_prewarm.errors import EngineError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-#: Seconds that a registry may ask to wait before a further attempt.
-MAX_WAIT = 60.0
-#: Statuses of what may pass by itself.
-PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-#: Characters of a registry's own words in a message.
-_MAX_SAID = 400
+#: The longest Retry-After, in seconds, that is waited for.
+MAX_RETRY_AFTER = 60.0
+#: HTTP statuses that are worth a retry.
+TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+#: Characters of a registry's error text that a message quotes.
+_MAX_QUOTE = 400
 
 
 class TransientError(EngineError):
-    """What may pass by itself: a broken connection, a registry that is busy. Raised once the attempts are used up.
+    """A failure that a retry may fix: a broken connection or a busy registry.
 
     Attributes:
-        wait: seconds that the registry asks to wait, or 0.
+        retry_after: Seconds that the registry asks to wait, or 0.
     """
 
-    def __init__(self, message: str, *, next_step: str, wait: float = 0.0) -> None:
+    def __init__(self, message: str, *, next_step: str, retry_after: float = 0.0) -> None:
         super().__init__(message, next_step=next_step)
-        self.wait = wait
+        self.retry_after = retry_after
 
 
-def refusal(host: str, problem: str, status: int, headers: Mapping[str, str], body: bytes) -> EngineError:
-    """What an answer that is not the one hoped for means; a refused login is not for here.
+def status_error(host: str, problem: str, status: int, headers: Mapping[str, str], body: bytes) -> EngineError:
+    """Return the error for an unexpected HTTP status. The login handles 401 and 403.
 
     Args:
-        host: of the registry.
-        problem: who answered what to whom, which the message begins with.
-        status: of HTTP.
-        headers: of the answer.
-        body: of the answer.
+        host: The registry.
+        problem: The start of the message: the registry, the status and the request.
+        status: HTTP status of the response.
+        headers: Headers of the response.
+        body: Body of the response.
     """
-    said = words_of(body)
-    message = problem + (f": {said}" if said else "")
+    quote = quote_error(body)
+    message = problem + (f": {quote}" if quote else "")
     if status == 404:
-        return EngineError(message, next_step=f"check the reference; push it first if {host} should have it")
+        return EngineError(message, next_step=f"check the reference; push the image first if {host} should have it")
     if status == 413:
         return EngineError(
-            f"{message}; the registry, or a proxy before it, limits the size of a request",
-            next_step="raise that limit (nginx: client_max_body_size), or push past the proxy",
+            f"{message}; the registry, or a proxy in front of it, limits the size of a request",
+            next_step="raise that limit (nginx: client_max_body_size), or push without the proxy",
         )
-    if status == 507 or _is_full(body):
+    if status == 507 or _is_disk_full(body):
         return EngineError(f"{message}; its disk is full", next_step=f"free some space on the registry {host}")
-    if status in PASSING:
-        wait = _retry_after(headers.get("Retry-After", ""))
-        if wait > MAX_WAIT:
+    if status in TRANSIENT_STATUSES:
+        retry_after = _retry_after(headers.get("Retry-After", ""))
+        if retry_after > MAX_RETRY_AFTER:
             return EngineError(
-                f"{message}; it asks to wait {wait:.0f} s", next_step="try again then, or log in if you did not"
+                f"{message}; it asks to wait {retry_after:.0f} s",
+                next_step="try again after that time; a login may raise the limit",
             )
-        return TransientError(message, next_step="try again later; see the registry's log", wait=wait)
-    return EngineError(message, next_step="see the registry's log, and whether it takes OCI images")
+        return TransientError(message, next_step="try again later; see the registry's log", retry_after=retry_after)
+    return EngineError(message, next_step="see the registry's log, and check that it accepts OCI images")
 
 
-def broken(error: Exception, url: str, *, host: str, reached: bool) -> EngineError:
-    """What a request that got no answer, or only a part of one, means.
+def network_error(error: Exception, url: str, *, host: str, reached: bool) -> EngineError:
+    """Return the error for a request that got no response, or only a part of one.
 
     Args:
-        error: of the libraries below.
-        url: that was asked.
-        host: of the registry.
-        reached: whether it answered before. If not, the address is wrong or the registry is down, which no further
-            attempt mends; if so, it starts anew perhaps, which passes.
+        error: What requests or urllib3 raised.
+        url: The URL of the request.
+        host: The registry.
+        reached: Whether the registry has answered before. If it has, it may be restarting, so the error is transient.
+            If not, the address is wrong or the registry is down, and a retry does not help.
     """
     chain = tuple(_causes(error))
-    place = origin(url)
-    unreached = ""
+    server = origin(url)
+    problem = ""
     for cause in chain:
         if isinstance(cause, (ssl.SSLError, urllib3.exceptions.SSLError, requests.exceptions.SSLError)):
             if reached and not any(isinstance(one, ssl.SSLCertVerificationError) for one in chain):
-                break  # a connection that stood was cut
-            return _untrusted(chain, place, host)
+                break  # an established connection broke
+            return _tls_error(chain, server, host)
         if isinstance(cause, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
-            return EngineError(f"{shown(url)} is no address to send to", next_step="see the registry's configuration")
+            return EngineError(f"{without_query(url)} is an invalid URL", next_step="see the registry's configuration")
         if isinstance(cause, urllib3.exceptions.NameResolutionError):
-            unreached = f"the name in {place} cannot be resolved"
+            problem = f"the name in {server} cannot be resolved"
         elif isinstance(cause, urllib3.exceptions.ProxyError):
-            unreached = f"the proxy on the way to {place} does not let us through"
-        elif isinstance(cause, urllib3.exceptions.NewConnectionError):  # of the kind of the next, for old callers
-            unreached = f"nothing answers at {place}: {_words(chain)}"
+            problem = f"the proxy refuses the connection to {server}"
+        elif isinstance(cause, urllib3.exceptions.NewConnectionError):  # a subclass of ConnectTimeoutError
+            problem = f"no server answers at {server}: {_reason(chain)}"
         elif isinstance(cause, urllib3.exceptions.ConnectTimeoutError):
-            unreached = f"{place} did not answer in time"
-        if unreached:
-            message = f"the registry {host} cannot be reached: {unreached}"
+            problem = f"the connection to {server} timed out"
+        if problem:
+            message = f"the registry {host} cannot be reached: {problem}"
             step = f"check the reference and the network, and start the registry at {host}"
             return TransientError(message, next_step=step) if reached else EngineError(message, next_step=step)
     return TransientError(
-        f"the connection to the registry {host} broke at {shown(url)}: {_words(chain)}",
-        next_step="try again; if it happens at the same place, see the limits of the proxies before the registry",
+        f"the connection to the registry {host} broke at {without_query(url)}: {_reason(chain)}",
+        next_step="try again; if it breaks at the same byte, see the limits of the proxies in front of the registry",
     )
 
 
 def origin(url: str) -> str:
-    """The scheme and host of an address, with the port where it is not the scheme's own."""
+    """Return scheme and host of a URL, with the port only if it is not the default of the scheme."""
     parts = urllib.parse.urlsplit(url)
     host = parts.netloc.rpartition("@")[2].lower()
     return f"{parts.scheme}://{host.removesuffix(':443' if parts.scheme == 'https' else ':80')}"
 
 
-def resolve(base: str, location: str) -> str:
-    """The address that a Location header leads to.
+def resolve_location(base: str, location: str) -> str:
+    """Return the absolute URL of a Location header.
 
     Raises:
-        EngineError: it leads nowhere.
+        EngineError: The URL is invalid, or not HTTP.
     """
     try:
-        found = urllib.parse.urljoin(base, location)
-        parts = urllib.parse.urlsplit(found)
+        url = urllib.parse.urljoin(base, location)
+        parts = urllib.parse.urlsplit(url)
         if parts.scheme in {"http", "https"} and parts.hostname and (parts.port is None or parts.port):
-            return found
-    except ValueError:  # what stands for the host or the port is none
+            return url
+    except ValueError:  # the host or the port is malformed
         pass
     raise EngineError(
-        f"{origin(base)} leads to an address that is none: {location.partition('?')[0][:200]!r}",
-        next_step="see the registry's configuration, and the proxies before it",
+        f"{origin(base)} redirects to an invalid URL: {location.partition('?')[0][:200]!r}",
+        next_step="see the configuration of the registry and of the proxies in front of it",
     )
 
 
-def shown(url: str) -> str:
-    """An address without its query, which may be a secret."""
+def without_query(url: str) -> str:
+    """Return a URL without its query, which may be secret."""
     return origin(url) + urllib.parse.urlsplit(url).path
 
 
-def _untrusted(chain: Sequence[BaseException], place: str, host: str) -> EngineError:
-    words = _words(chain)
-    step = "name the file of your authority's certificate in REQUESTS_CA_BUNDLE"
-    if re.search("wrong.version.number|record.layer|http.request", f"{words} {chain}", re.IGNORECASE):
-        step = "it seems to speak plain HTTP: say that it is insecure, if nobody else is on that network"
-    return EngineError(f"the registry {host} speaks no TLS that can be trusted, at {place}: {words}", next_step=step)
+def quote_error(body: bytes) -> str:
+    """Return the registry's own error text on one line, without control characters that a terminal would obey."""
+    try:
+        errors = json.loads(body)["errors"]
+        text = "; ".join(
+            " ".join(str(error.get(key) or "") for key in ("code", "message", "detail")) for error in errors
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        text = re.sub(r"<[^>]*>", " ", body[:_MAX_QUOTE].decode(errors="replace"))  # an HTML page of a proxy
+    text = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", text).strip()
+    return text if len(text) <= _MAX_QUOTE else f"{text[:_MAX_QUOTE]}…"
+
+
+def _tls_error(chain: Sequence[BaseException], server: str, host: str) -> EngineError:
+    reason = _reason(chain)
+    step = "name the certificate file of your authority in REQUESTS_CA_BUNDLE"
+    if re.search("wrong.version.number|record.layer|http.request", f"{reason} {chain}", re.IGNORECASE):
+        step = "the server seems to speak plain HTTP: use --insecure if you trust everyone on that network"
+    return EngineError(f"the registry {host} has no trusted TLS connection at {server}: {reason}", next_step=step)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what lies under it: each library in between puts it into one of its own, in its own way."""
-    found: list[BaseException] = []
+    """Yield an error and all errors that it wraps; requests and urllib3 store them in different attributes."""
+    seen: list[BaseException] = []
     pending = [error]
     while pending:
         current = pending.pop(0)
-        if any(current is known for known in found):
+        if any(current is known for known in seen):
             continue
-        found.append(current)
+        seen.append(current)
         yield current
         inner = (getattr(current, "reason", None), *current.args, current.__cause__, current.__context__)
         pending.extend(cause for cause in inner if isinstance(cause, BaseException))
 
 
-def _words(chain: Sequence[BaseException]) -> str:
-    """What the system said; the libraries' own words have whole addresses in them."""
+def _reason(chain: Sequence[BaseException]) -> str:
+    """Return the system's message; the libraries' own messages contain whole URLs."""
     for cause in chain:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return cause.verify_message
         if isinstance(cause, OSError) and not isinstance(cause, requests.RequestException) and cause.strerror:
             return cause.strerror
-    for cause in chain:
-        if isinstance(cause, (TimeoutError, urllib3.exceptions.TimeoutError)):
-            return "it did not answer in time"
+    if any(isinstance(cause, (TimeoutError, urllib3.exceptions.TimeoutError)) for cause in chain):
+        return "it timed out"
     return type(chain[-1]).__name__
 
 
-def words_of(body: bytes) -> str:
-    """A registry's own words of an error, on one line and without what a terminal would obey."""
-    try:
-        errors = json.loads(body)["errors"]
-        said = "; ".join(
-            " ".join(str(error.get(key) or "") for key in ("code", "message", "detail")) for error in errors
-        )
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        said = body[:_MAX_SAID].decode(errors="replace")
-        said = re.sub(r"<[^>]*>", " ", said)  # a proxy's page
-    said = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", said).strip()
-    return said if len(said) <= _MAX_SAID else f"{said[:_MAX_SAID]}…"
-
-
-def _is_full(body: bytes) -> bool:
-    """Whether a registry ran out of space: Docker's has the system's words, or in a detail its number, ENOSPC."""
+def _is_disk_full(body: bytes) -> bool:
+    """Check for ENOSPC: Docker's registry reports it as the system's message or as its number, 28."""
     return b"no space left" in body.lower() or bool(re.search(rb'"Err":\s*28\b', body))
 
 
 def _retry_after(header: str) -> float:
-    """Seconds of a Retry-After header, which has seconds or a date; 0 where there is none that can be read."""
+    """Return the seconds of a Retry-After header, which holds seconds or a date; 0 if it is missing or malformed."""
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         if header.strip().isdecimal():
             return float(header)

@@ -1,14 +1,14 @@
-"""Requests to one registry: the login, redirects, and what is tried again."""
+"""HTTP requests to one registry: login, redirects and error messages. Every request is sent once; see `retry`."""
 
 from __future__ import annotations
 
 import logging
 import os
-import time
 import urllib.parse
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import requests
 import requests.utils
@@ -19,238 +19,176 @@ from chatterbox_prewarm.image.oci import MAX_DOCUMENT
 from chatterbox_prewarm.image.references import is_loopback
 from chatterbox_prewarm.image.registry.login import Login
 from chatterbox_prewarm.image.registry.registry_errors import (
-    PASSING,
+    TRANSIENT_STATUSES,
     TransientError,
-    broken,
+    network_error,
     origin,
-    refusal,
-    resolve,
-    shown,
-    words_of,
+    quote_error,
+    resolve_location,
+    status_error,
+    without_query,
 )
 from chatterbox_prewarm.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from chatterbox_prewarm.image.references import ImageReference
 
 logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
-#: Seconds before each further attempt.
-WAITS = (0.5, 1.0, 2.0, 4.0)
-#: Seconds without a byte, and until a connection stands.
-_TIMEOUT, _CONNECT = 120.0, 10.0
+#: Seconds without any data, and seconds to connect.
+_TIMEOUT, _CONNECT_TIMEOUT = 120.0, 10.0
 _REDIRECTS = {301, 302, 303, 307, 308}
 _MAX_REDIRECTS = 5
-_MAX_TOKEN = 1 << 20
-
-
-@dataclass(kw_only=True)
-class Counters:
-    """What went to and fro; for benchmarks.
-
-    Attributes:
-        requests: made, with those for tokens, and repeated ones.
-        blobs_sent: stored by us; not those that were there.
-        bytes_sent, bytes_received: of blobs, with what was sent or received twice.
-    """
-
-    requests: int = 0
-    blobs_sent: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
+#: Bytes of a token response or an error body.
+_MAX_BODY = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A registry's answer, with its body."""
+class Request:
+    """A request to a registry.
+
+    Attributes:
+        method: HTTP method. GET and HEAD follow redirects.
+        url: Absolute URL, or a path at the registry.
+        subject: The resource, for messages, e.g. "manifest 1.0 of example/voice".
+        scope: Scope of the token, e.g. "repository:NAME:pull".
+        expect: Statuses that are returned. Any other status is an error; so is 401 if a login may still help.
+        headers: Additional headers.
+        body: Bytes, or an iterable with a length, which can be sent only once.
+        timeout: Seconds without any data.
+    """
+
+    method: str
+    url: str
+    subject: str
+    scope: str
+    expect: Collection[int] = frozenset({200})
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | Iterable[bytes] | None = field(default=None, repr=False)
+    timeout: float = _TIMEOUT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """A complete response of a registry. `url` is the final URL, after redirects."""
 
     status: int
     headers: Mapping[str, str]
-    #: Where it came from, after redirects.
     url: str
     body: bytes = field(repr=False)
 
 
-class Body:
-    """A body that is made as it is sent, of a known length in bytes."""
-
-    def __init__(self, length: int, blocks: Iterator[bytes]) -> None:
-        self._length = length
-        self._blocks = blocks
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self._blocks
-
-
-class _Session(requests.Session):
-    """Leaves redirects to us; without this it parses and reads them even when it is not to follow them."""
-
-    def get_redirect_target(self, resp: requests.Response) -> str | None:  # noqa: ARG002
-        return None
-
-
 class Transport:
-    """Requests to one registry; not for several threads at once.
+    """Sends requests to one registry. Use each instance from one thread at a time.
 
     Args:
-        reference: which registry.
-        insecure: plain HTTP (True), HTTPS (False), or as Docker has it (None): plain to this machine alone.
-        waits: seconds before each further attempt.
+        reference: Names the registry.
+        insecure: Use plain HTTP (True) or HTTPS (False). By default plain HTTP only to this machine, as Docker does.
+        retry_delays: Seconds before each retry, for the callers of `retry_policy`.
+
+    Attributes:
+        counters: "requests" (including those for tokens, and retries), "blobs_sent", "bytes_sent" and
+            "bytes_received" (both of blobs, including repeated bytes).
     """
 
-    def __init__(
-        self, reference: ImageReference, *, insecure: bool | None = None, waits: Sequence[float] = WAITS
-    ) -> None:
-        local = is_loopback(reference.api_host)
-        plain = local if insecure is None else insecure
+    def __init__(self, reference: ImageReference, *, insecure: bool | None, retry_delays: Sequence[float]) -> None:
+        plain = is_loopback(reference.api_host) if insecure is None else insecure
         self.host = reference.host
-        self.base = f"{'http' if plain else 'https'}://{reference.api_host}"
-        self.waits = tuple(waits)
-        self.counters = Counters()
+        self.retry_delays = tuple(retry_delays)
+        self.counters: Counter[str] = Counter()
+        self._base = f"{'http' if plain else 'https'}://{reference.api_host}"
         self._reached = False
-        self._login = Login(reference.host, self.base, self._fetch)
-        self._session = _Session()
-        # Nothing of the environment unless we put it there: requests would send what ~/.netrc has in our login's place.
+        self._login = Login(reference.host, self._base, self._fetch_token)
+        self._session = requests.Session()
+        # requests would otherwise send the login of ~/.netrc instead of ours.
         self._session.trust_env = False
+        # requests parses the Location header and reads the body of a redirect even if it must not follow it.
+        self._session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]  # noqa: ARG005
         self._session.headers.update({"User-Agent": f"chatterbox-prewarm/{__version__}", "Accept-Encoding": "identity"})
-        self._verify = _authorities()
+        self._verify = _certificate_authorities()
 
     def close(self) -> None:
         """Close the connections."""
         self._session.close()
 
-    def request(
-        self,
-        method: str,
-        url: str,
-        *,
-        what: str,
-        scope: str,
-        expect: Collection[int],
-        headers: Mapping[str, str] | None = None,
-        body: bytes | Body | None = None,
-        attempts: int | None = None,
-        timeout: float = _TIMEOUT,
-    ) -> Answer:
-        """Send a request and read the whole answer, at most MAX_DOCUMENT bytes.
-
-        Args:
-            method: of HTTP; GET and HEAD follow redirects.
-            url: absolute, or below the registry.
-            what: the request is about, for messages.
-            scope: that a token is to have, as in "repository:NAME:pull".
-            expect: the statuses that are handed back, a 401 only after a login; any other is an error.
-            headers: besides those of every request.
-            body: a `Body` can be sent once.
-            attempts: all by default; 1 for what the caller tries again itself.
-            timeout: seconds without a byte.
+    def send(self, request: Request) -> Response:
+        """Send a request and read the whole response, at most MAX_DOCUMENT bytes.
 
         Raises:
-            TransientError: it failed, or the registry is busy, and the attempts are used up.
-            EngineError: the registry refuses.
+            TransientError: The request failed, but a retry may succeed.
+            EngineError: The registry refuses the request, or cannot be reached.
         """
+        with self.open_stream(request) as response:
+            return self._complete(response, MAX_DOCUMENT, request.subject)
 
-        def attempt() -> Answer:
-            with self._follow(method, url, what, scope, expect, headers or {}, body, timeout) as response:
-                content = self._read(response, MAX_DOCUMENT, what)
-                return Answer(
-                    status=response.status_code, headers=response.headers, url=str(response.url), body=content
-                )
+    def open_stream(self, request: Request) -> requests.Response:
+        """Send a request and return the open response. The caller reads it with `read` and closes it.
 
-        return self._patiently(attempt, attempts)
-
-    def stream(
-        self,
-        url: str,
-        *,
-        what: str,
-        scope: str,
-        expect: Collection[int],
-        headers: Mapping[str, str],
-        attempts: int | None = None,
-    ) -> requests.Response:
-        """Begin to read something large; the caller reads `.raw` and closes. As `request` otherwise."""
-
-        def attempt() -> requests.Response:
-            return self._follow("GET", url, what, scope, expect, headers, None, _TIMEOUT)
-
-        return self._patiently(attempt, attempts)
-
-    def refusal(self, method: str, what: str, answer: Answer) -> EngineError:
-        """What an answer that is not the one hoped for means."""
-        problem = f"the registry {self.host} answered {answer.status} to {method} {what}"
-        if origin(answer.url) != origin(self.base):
-            problem += f" (from {origin(answer.url)}, where it sent us)"
-        if answer.status in {401, 403}:
-            return self._login.refused(f"{problem}: {words_of(answer.body)}".removesuffix(": "))
-        return refusal(self.host, problem, answer.status, answer.headers, answer.body)
-
-    def _patiently(self, attempt: Callable[[], _T], attempts: int | None) -> _T:
-        waits = self.waits if attempts is None else self.waits[: attempts - 1]
-        for wait in waits:
-            try:
-                return attempt()
-            except TransientError as error:
-                pause(error, wait)
-        return attempt()
-
-    def _follow(
-        self,
-        method: str,
-        url: str,
-        what: str,
-        scope: str,
-        expect: Collection[int],
-        headers: Mapping[str, str],
-        body: bytes | Body | None,
-        timeout: float,
-    ) -> requests.Response:
-        """Send, log in if asked to, and follow redirects; the response is open, and of an expected status."""
-        url = urllib.parse.urljoin(self.base, url)
-        asked = False
+        Raises:
+            TransientError, EngineError: See `send`.
+        """
+        url = urllib.parse.urljoin(self._base, request.url)
+        challenged = False
         for _ in range(_MAX_REDIRECTS + 2):
-            ours = origin(url) == origin(self.base)
-            # The login is the registry's: nothing of it goes to where a redirect or an upload's address leads.
-            authorization = self._login.header(scope) if ours else ""
-            sent = {**headers, "Authorization": authorization} if authorization else headers
-            response = self._exchange(method, url, sent, body, timeout)
+            # The login is only for the registry: neither a redirect target nor an upload server elsewhere gets it.
+            at_registry = origin(url) == origin(self._base)
+            authorization = self._login.authorization(request.scope) if at_registry else ""
+            headers = {**request.headers, "Authorization": authorization} if authorization else request.headers
+            response = self._exchange(request.method, url, headers, request.body, request.timeout)
             status = response.status_code
-            if status in expect and (status != 401 or asked or not ours):
+            login_may_help = status == 401 and at_registry and not challenged
+            if status in request.expect and not login_may_help:
                 return response
             with response:
-                if status in _REDIRECTS and method in {"GET", "HEAD"} and "Location" in response.headers:
-                    url = resolve(url, response.headers["Location"])
+                location = response.headers.get("Location")
+                if status in _REDIRECTS and request.method in {"GET", "HEAD"} and location is not None:
+                    url = resolve_location(url, location)
                     continue
-                content = self._read(response, _MAX_TOKEN, what)
-            answer = Answer(status=status, headers=response.headers, url=url, body=content)
-            if status != 401 or not ours or asked:
-                raise self.refusal(method, what, answer)
-            self._login.answer(answer.headers.get("WWW-Authenticate", ""), scope)
-            asked = True
-            if isinstance(body, Body):
-                raise TransientError(f"the login ended in the middle of {what}", next_step="run it again")
+                complete = self._complete(response, _MAX_BODY, request.subject)
+            if not login_may_help:
+                raise self.error_for(request.method, request.subject, complete)
+            self._login.handle_challenge(complete.headers.get("WWW-Authenticate", ""), request.scope)
+            challenged = True
+            if not isinstance(request.body, (bytes, type(None))):
+                raise TransientError(f"the login expired while {request.subject} was sent", next_step="run it again")
         raise EngineError(
-            f"the registry {self.host} redirects {method} {what} more than {_MAX_REDIRECTS} times",
+            f"the registry {self.host} redirects {request.method} {request.subject} more than {_MAX_REDIRECTS} times",
             next_step="see the registry's configuration",
         )
+
+    def read(self, response: requests.Response, size: int, *, decode: bool = False) -> bytes:
+        """Read at most `size` bytes of an open response, and decompress them if `decode` is set.
+
+        Raises:
+            TransientError: The connection broke.
+        """
+        try:
+            content: bytes = response.raw.read(size, decode_content=decode)
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise network_error(error, str(response.url), host=self.host, reached=self._reached) from error
+        return content
+
+    def error_for(self, method: str, subject: str, response: Response) -> EngineError:
+        """Return the error for a response with an unexpected status."""
+        problem = f"the registry {self.host} answered {response.status} to {method} {subject}"
+        if origin(response.url) != origin(self._base):
+            problem += f" (from {origin(response.url)}, after a redirect)"
+        if response.status in {401, 403}:
+            return self._login.error(f"{problem}: {quote_error(response.body)}".removesuffix(": "))
+        return status_error(self.host, problem, response.status, response.headers, response.body)
 
     def _exchange(
         self,
         method: str,
         url: str,
         headers: Mapping[str, str],
-        body: bytes | Body | list[tuple[str, str]] | None,
+        body: bytes | Iterable[bytes] | list[tuple[str, str]] | None,
         timeout: float,
     ) -> requests.Response:
-        """One request and the head of its response."""
-        self.counters.requests += 1
+        """Send one HTTP request and read the head of its response."""
+        self.counters["requests"] += 1
         proxies = {} if is_loopback(urllib.parse.urlsplit(url).netloc) else requests.utils.get_environ_proxies(url)
         try:
             response = self._session.request(
@@ -258,60 +196,46 @@ class Transport:
                 url,
                 headers=dict(headers),
                 data=body,
-                timeout=(_CONNECT, timeout),
+                timeout=(_CONNECT_TIMEOUT, timeout),
                 allow_redirects=False,
                 stream=True,
                 proxies=proxies,
                 verify=self._verify,
             )
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise self.failure(error, url) from error
-        logger.debug("%s %s: %d", method, shown(url), response.status_code)
+            raise network_error(error, url, host=self.host, reached=self._reached) from error
+        logger.debug("%s %s: %d", method, without_query(url), response.status_code)
         self._reached = True
         return response
 
-    def _read(self, response: requests.Response, limit: int, what: str) -> bytes:
-        try:
-            content: bytes = response.raw.read(limit + 1, decode_content=True)
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise self.failure(error, str(response.url)) from error
-        if len(content) > limit:
+    def _complete(self, response: requests.Response, limit: int, subject: str) -> Response:
+        """Read the body of a response."""
+        body = self.read(response, limit + 1, decode=True)
+        if len(body) > limit:
             raise EngineError(
-                f"{what} is longer than {limit} bytes at the registry {self.host}", next_step="check the reference"
+                f"{subject} is longer than {limit} bytes at the registry {self.host}", next_step="check the reference"
             )
-        return content
+        return Response(status=response.status_code, headers=response.headers, url=str(response.url), body=body)
 
-    def failure(self, error: Exception, url: str) -> EngineError:
-        """What an error of reading an answer means."""
-        return broken(error, url, host=self.host, reached=self._reached)
-
-    def _fetch(
-        self, method: str, url: str, *, headers: Mapping[str, str], data: list[tuple[str, str]] | None
+    def _fetch_token(
+        self, method: str, url: str, headers: Mapping[str, str], data: list[tuple[str, str]] | None
     ) -> tuple[int, bytes]:
-        """A request to the server of the tokens: no login but the given, no redirect."""
-        what = "the token for the login"
+        """Send a request to the token server, for `Login`. It follows no redirects."""
+        subject = "the login token"
         with self._exchange(method, url, headers, data, _TIMEOUT) as response:
-            content = self._read(response, _MAX_TOKEN, what)
-            if response.status_code in PASSING:
-                answer = Answer(status=response.status_code, headers=response.headers, url=url, body=content)
-                raise self.refusal(method, what, answer)
-            return response.status_code, content
+            complete = self._complete(response, _MAX_BODY, subject)
+        if complete.status in TRANSIENT_STATUSES:
+            raise self.error_for(method, subject, complete)
+        return complete.status, complete.body
 
 
-def _authorities() -> str | bool:
-    """Whose certificates are trusted: by the variables that requests knows, or those that it brings (True)."""
+def _certificate_authorities() -> str | bool:
+    """Return the CA file that the environment names, or True for the certificates of requests."""
     for variable in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         if path := os.environ.get(variable):
             if not Path(path).exists():
                 raise BadInputError(
-                    f"{variable} names {path}, which is not there", next_step="name a file, or unset it"
+                    f"{variable} names {path}, which does not exist", next_step="name an existing file, or unset it"
                 )
             return path
     return True
-
-
-def pause(error: TransientError, wait: float) -> None:
-    """Wait before a further attempt, as long as the registry asks for if it does, and say so."""
-    seconds = max(error.wait, wait)
-    logger.warning("%s; trying again in %.1f s", error.message, seconds)
-    time.sleep(seconds)

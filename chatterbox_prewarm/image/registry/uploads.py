@@ -1,7 +1,7 @@
-"""Sending a blob to a registry: in pieces, and from where the registry stands after a connection broke.
+"""Upload a blob in pieces, and resume from the registry's position after a broken connection.
 
-Distribution of the specification: POST begins an upload and answers where; PATCH sends a piece, GET asks how much
-arrived, PUT ends it with the digest, DELETE drops it. Every answer has the address of the next request.
+In OCI's distribution specification, POST starts an upload, PATCH sends a piece, GET asks how many bytes arrived, PUT
+ends the upload with the digest, and DELETE cancels it. Each response has the URL of the next request.
 """
 
 from __future__ import annotations
@@ -12,125 +12,120 @@ import re
 import signal
 import threading
 import urllib.parse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from chatterbox_prewarm.errors import EngineError, PrewarmError, from_os_error
-from chatterbox_prewarm.image.registry.registry_errors import TransientError, resolve
-from chatterbox_prewarm.image.registry.transport import Answer, Body, pause
+from chatterbox_prewarm.image.registry.registry_errors import TransientError, resolve_location
+from chatterbox_prewarm.image.registry.retry import retry_policy
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
 
-    from chatterbox_prewarm.image.oci import Descriptor
-    from chatterbox_prewarm.image.registry.transport import Transport
+    from chatterbox_prewarm.image.oci import Descriptor, OpenStream
+    from chatterbox_prewarm.image.registry.transport import Request, Response, Transport
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of a piece, and of one where that is too much: GitHub's registry takes 4 MiB, some others no less than 5.
+#: Bytes of a piece. If that is too large, the smaller size: GitHub accepts at most 4 MiB, others at least 5 MiB.
 PIECE, _SMALL_PIECE = 16 << 20, 4 << 20
-#: Bytes in memory at once.
-_BLOCK = 1 << 20
-#: Seconds: a registry may copy the whole blob to its place before it answers; dropping an upload must not hold us up.
+#: Bytes that are in memory at once.
+_CHUNK = 1 << 20
+#: Seconds. A registry may copy the whole blob before it answers PUT. A cancellation must not delay the error.
 _FINISH_TIMEOUT, _CANCEL_TIMEOUT = 600.0, 5.0
+_FILE_CHANGED = "the file changed after it was described: create it again"
 
 
 class Upload:
-    """One blob on its way.
+    """The upload of one blob.
 
     Args:
-        transport: to the registry.
-        url: where uploads to the repository begin.
-        scope: of a token.
-        descriptor: of the blob.
-        opened: opens it from its beginning.
-        what: the blob, for messages.
-        exists: whether the registry has it.
-        piece: bytes of a request.
+        transport: Sends the requests.
+        start: The POST request that starts an upload.
+        descriptor: Describes the blob.
+        open_stream: Opens the blob at its first byte; called for each attempt.
+        is_stored: Asks the registry whether it has the blob.
+        piece: Bytes per request.
     """
 
     def __init__(
         self,
         transport: Transport,
-        url: str,
+        start: Request,
         *,
-        scope: str,
         descriptor: Descriptor,
-        opened: Callable[[], AbstractContextManager[BinaryIO]],
-        what: str,
-        exists: Callable[[], bool],
+        open_stream: OpenStream,
+        is_stored: Callable[[], bool],
         piece: int = PIECE,
     ) -> None:
         self._transport = transport
-        self._url = url
-        self._scope = scope
+        self._start = start
+        self._subject = start.subject
         self._descriptor = descriptor
-        self._opened = opened
-        self._what = what
-        self._exists = exists
+        self._open_stream = open_stream
+        self._is_stored = is_stored
         self._piece = piece
+        #: URL of the next request; empty if no upload is in progress.
         self._location = ""
+        #: Bytes that the registry has.
         self._position = 0
-        #: Where the piece under way ends.
-        self._ending = 0
-        #: The position may be another: a request for it got no answer.
-        self._unsure = False
+        #: End of the piece that is being sent.
+        self._piece_end = 0
+        #: A request got no response, so the registry may have up to `_piece_end` bytes.
+        self._uncertain = False
         self._resumed = False
         self._furthest = 0
 
     def run(self) -> None:
-        """Send the blob.
+        """Upload the blob. Cancel the upload at the registry if it fails or is interrupted.
 
         Raises:
-            EngineError: the registry cannot be reached, refuses, or got other bytes than the descriptor says.
+            EngineError: The registry cannot be reached or refuses, or the bytes differ from the descriptor.
         """
-        failures = 0
+        wait_before_retry = retry_policy(
+            self._transport.retry_delays, f"uploading {self._subject} ({self._descriptor.size} bytes)"
+        )
+        is_retry = False
         try:
             while True:
-                reached = self._furthest
                 try:
-                    return self._go_on(again=failures > 0)
+                    return self._attempt(is_retry=is_retry)
                 except TransientError as error:
-                    failures = 1 if self._furthest > reached else failures + 1
-                    if failures > len(self._transport.waits):
-                        raise EngineError(
-                            f"sending {self._what} failed {failures} times in a row at byte {self._position} of "
-                            f"{self._descriptor.size}: {error.message}",
-                            next_step=error.next_step,
-                        ) from error
-                    pause(error, self._transport.waits[failures - 1])
+                    wait_before_retry(error, self._furthest)
+                    is_retry = True
         except BaseException:
             self._cancel()
             raise
 
-    def _go_on(self, *, again: bool) -> None:
-        if self._location and self._unsure:
+    def _attempt(self, *, is_retry: bool) -> None:
+        if self._location and self._uncertain:
             self._ask_position()
         if not self._location:
-            if again and self._exists():
-                return  # the answer to the last request was lost, not the request
+            if is_retry and self._is_stored():
+                return  # only the response to the last request was lost
             self._begin()
         if self._position < self._descriptor.size:
-            with self._opened() as stream:
+            with self._open_stream() as stream:
                 _skip(stream, self._position)
                 while self._position < self._descriptor.size:
                     self._send_piece(stream)
         self._finish()
-        self._transport.counters.blobs_sent += 1
+        self._transport.counters["blobs_sent"] += 1
 
     def _begin(self) -> None:
-        answer = self._request("POST", self._url, expect={202})
-        self._position, self._unsure, self._resumed = 0, False, False
-        self._follow(answer)
-        least = answer.headers.get("OCI-Chunk-Min-Length", "")
-        if least.isdecimal():
-            self._piece = max(self._piece, int(least))
+        response = self._transport.send(self._start)
+        self._position, self._uncertain, self._resumed = 0, False, False
+        self._follow(response)
+        minimum = response.headers.get("OCI-Chunk-Min-Length", "")
+        if minimum.isdecimal():
+            self._piece = max(self._piece, int(minimum))
 
     def _send_piece(self, stream: BinaryIO) -> None:
         start, length = self._position, min(self._piece, self._descriptor.size - self._position)
-        self._unsure, self._ending = True, start + length
-        with _interrupt_put_off():
-            answer = self._request(
+        self._uncertain, self._piece_end = True, start + length
+        with _delayed_interrupt():
+            response = self._request(
                 "PATCH",
                 self._location,
                 expect={201, 202, 413, 416},
@@ -138,112 +133,128 @@ class Upload:
                     "Content-Type": "application/octet-stream",
                     "Content-Range": f"{start}-{start + length - 1}",
                 },
-                body=Body(length, self._blocks(stream, length)),
+                body=_Piece(stream, length, self._subject, self._transport.counters),
             )
-            if answer.status in {413, 416}:
-                self._take_smaller_pieces(answer)
-            self._follow(answer)
-            # Of all that it got: Amazon's registry goes on to name the end of the first piece in its Range.
+            if response.status in {413, 416}:
+                self._use_smaller_pieces(response)
+            self._follow(response)
+            # Do not read the Range header: Amazon's registry repeats the end of the first piece in it.
             self._position = start + length
             self._furthest = max(self._furthest, self._position)
-            self._unsure = False
+            self._uncertain = False
 
-    def _take_smaller_pieces(self, answer: Answer) -> None:
-        refusal = self._transport.refusal("PATCH", self._what, answer)
-        if self._piece <= _SMALL_PIECE:
-            if answer.status == 416:  # it stands elsewhere than it said
-                self._drop()
-                raise TransientError(refusal.message, next_step=refusal.next_step)
-            raise refusal
-        self._piece = _SMALL_PIECE
-        raise TransientError(f"{refusal.message}; going on with smaller requests", next_step=refusal.next_step)
+    def _use_smaller_pieces(self, response: Response) -> None:
+        error = self._transport.error_for("PATCH", self._subject, response)
+        if self._piece > _SMALL_PIECE:
+            self._piece = _SMALL_PIECE
+            raise TransientError(f"{error.message}; continuing with smaller requests", next_step=error.next_step)
+        if response.status == 413:
+            raise error
+        self._restart()  # 416: the registry is at another position than it reported
+        raise TransientError(error.message, next_step=error.next_step)
 
     def _ask_position(self) -> None:
-        """Where the registry stands; where it cannot say, or says what cannot be, the upload begins anew."""
-        low, high = self._position, self._ending
+        """Ask the registry for its position. Start again if it cannot answer, or if the position is impossible."""
+        low, high = self._position, self._piece_end
         try:
-            answer = self._request("GET", self._location, expect={200, 202, 204})
+            response = self._request("GET", self._location, expect={200, 202, 204})
         except TransientError:
             raise
         except EngineError as error:
-            logger.warning("%s; sending %s anew", error.message, self._what)
-            self._drop()
+            logger.warning("%s; uploading %s again", error.message, self._subject)
+            self._restart()
             return
-        ranged = re.fullmatch(r"(?:bytes=)?0-(\d+)", answer.headers.get("Range", ""))
-        # "0-0" is said of nothing and of one byte.
-        position = int(ranged[1]) + 1 if ranged and int(ranged[1]) else 0
+        end = re.fullmatch(r"(?:bytes=)?0-(\d+)", response.headers.get("Range", ""))
+        # Registries answer "0-0" for an empty upload and for one byte.
+        position = int(end[1]) + 1 if end and int(end[1]) else 0
         if not low <= position <= high:
             logger.warning(
-                "the registry has %d bytes of %s, of %d to %d; sending it anew", position, self._what, low, high
+                "the registry has %d bytes of %s, expected are %d to %d; uploading it again",
+                position,
+                self._subject,
+                low,
+                high,
             )
-            self._drop()
+            self._restart()
             return
-        self._follow(answer)
-        self._position, self._unsure, self._resumed = position, False, True
+        self._follow(response)
+        self._position, self._uncertain, self._resumed = position, False, True
         self._furthest = max(self._furthest, position)
 
     def _finish(self) -> None:
-        joint = "&" if "?" in self._location else "?"
-        url = f"{self._location}{joint}digest={urllib.parse.quote(self._descriptor.digest, safe='')}"
-        self._unsure = True
-        answer = self._request("PUT", url, expect={201, 204, 400, 404, 416}, body=b"", timeout=_FINISH_TIMEOUT)
-        if answer.status in {201, 204}:
+        separator = "&" if "?" in self._location else "?"
+        url = f"{self._location}{separator}digest={urllib.parse.quote(self._descriptor.digest, safe='')}"
+        self._uncertain = True
+        response = self._request("PUT", url, expect={201, 204, 400, 404, 416}, body=b"", timeout=_FINISH_TIMEOUT)
+        if response.status in {201, 204}:
             self._location = ""
             return
-        refusal = self._transport.refusal("PUT", self._what, answer)
-        if self._resumed:  # what was under way when the connection broke may have come in late
-            self._drop()
-            raise TransientError(f"{refusal.message}; sending it anew", next_step=refusal.next_step)
-        if b"DIGEST_INVALID" in answer.body:
+        error = self._transport.error_for("PUT", self._subject, response)
+        if self._resumed:  # bytes of the broken connection may have arrived after the registry reported its position
+            self._restart()
+            raise TransientError(f"{error.message}; uploading it again", next_step=error.next_step)
+        if b"DIGEST_INVALID" in response.body:
             raise EngineError(
-                f"{refusal.message}; what was sent is not {self._descriptor.digest}",
-                next_step="the file changed since it was described: make it anew",
+                f"{error.message}; the uploaded bytes do not have the digest {self._descriptor.digest}",
+                next_step=_FILE_CHANGED,
             )
-        raise refusal
+        raise error
 
-    def _request(self, method: str, url: str, **options: Any) -> Answer:
-        return self._transport.request(method, url, what=self._what, scope=self._scope, attempts=1, **options)
+    def _request(self, method: str, url: str, **options: Any) -> Response:
+        return self._transport.send(replace(self._start, method=method, url=url, **options))
 
-    def _follow(self, answer: Answer) -> None:
-        """Take the address of the next request; an answer without one leaves the last."""
-        location = answer.headers.get("Location", "") or self._location
+    def _follow(self, response: Response) -> None:
+        """Take the URL of the next request. A response without one keeps the last URL."""
+        location = response.headers.get("Location", "") or self._location
         if not location:
             raise EngineError(
-                f"the registry {self._transport.host} does not say where {self._what} is to go",
-                next_step="see the registry's configuration, and the proxies before it",
+                f"the registry {self._transport.host} does not say where to upload {self._subject}",
+                next_step="see the configuration of the registry and of the proxies in front of it",
             )
-        self._location = resolve(answer.url, location)
+        self._location = resolve_location(response.url, location)
 
-    def _drop(self) -> None:
+    def _restart(self) -> None:
         self._cancel()
         self._location = ""
         self._position = 0
 
     def _cancel(self) -> None:
         if self._location:
-            cancel(self._transport, self._location, scope=self._scope, what=self._what)
+            cancel(self._transport, self._location, self._start)
 
-    def _blocks(self, stream: BinaryIO, length: int) -> Iterator[bytes]:
-        while length:
-            block = _read(stream, min(length, _BLOCK))
-            if not block:
+
+class _Piece:
+    """The next `length` bytes of a stream, as a request body that is read while it is sent."""
+
+    def __init__(self, stream: BinaryIO, length: int, subject: str, counters: Counter[str]) -> None:
+        self._stream = stream
+        self._length = length
+        self._subject = subject
+        self._counters = counters
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[bytes]:
+        remaining = self._length
+        while remaining:
+            chunk = _read(self._stream, remaining)
+            if not chunk:
                 raise EngineError(
-                    f"{self._what} ends {length} bytes too soon of {self._descriptor.size} where it is read from",
-                    next_step="the file changed since it was described: make it anew",
+                    f"{self._subject} is {remaining} bytes shorter than described", next_step=_FILE_CHANGED
                 )
-            length -= len(block)
-            self._transport.counters.bytes_sent += len(block)
-            yield block
+            remaining -= len(chunk)
+            self._counters["bytes_sent"] += len(chunk)
+            yield chunk
 
 
-def cancel(transport: Transport, location: str, *, scope: str, what: str) -> None:
-    """Let a registry forget an upload; it does by itself after some days, if this fails."""
+def cancel(transport: Transport, location: str, start: Request) -> None:
+    """Cancel an upload that `start` began. If that fails, the registry removes the upload itself after some days."""
+    request = replace(start, method="DELETE", url=location, expect={200, 202, 204}, body=None, timeout=_CANCEL_TIMEOUT)
     try:
-        transport.request(
-            "DELETE", location, what=what, scope=scope, expect={200, 202, 204}, attempts=1, timeout=_CANCEL_TIMEOUT
-        )
+        transport.send(request)
     except PrewarmError as error:
-        logger.info("the upload of %s is left to the registry: %s", what, error.message)
+        logger.info("the upload of %s was not cancelled at the registry: %s", start.subject, error.message)
 
 
 def _skip(stream: BinaryIO, count: int) -> None:
@@ -251,44 +262,44 @@ def _skip(stream: BinaryIO, count: int) -> None:
         stream.seek(count)
         return
     while count:
-        block = _read(stream, min(count, _BLOCK))
-        if not block:
-            return  # too short: said when the piece is sent
-        count -= len(block)
+        chunk = _read(stream, count)
+        if not chunk:
+            return  # too short: sending the piece reports it
+        count -= len(chunk)
 
 
 def _read(stream: BinaryIO, count: int) -> bytes:
-    """Read from what is sent; an error of it must not be taken for one of the connection."""
+    """Read at most one chunk. An OSError of the file must not look like a broken connection, which is retried."""
     try:
-        return stream.read(count)
+        return stream.read(min(count, _CHUNK))
     except OSError as error:
-        raise from_os_error(error, "reading what is to be pushed") from error
+        raise from_os_error(error, "reading the data to upload") from error
 
 
 @contextlib.contextmanager
-def _interrupt_put_off() -> Iterator[None]:
-    """Put the first Ctrl-C off to the end of the block, at most a piece; a second one comes through.
+def _delayed_interrupt() -> Iterator[None]:
+    """Delay the first Ctrl-C until the end of the block; a second one interrupts at once.
 
-    A registry that got a part of a piece may stand elsewhere than the address it gave says. Docker's, at version 2,
-    then refuses to drop the upload.
+    After an incomplete piece, Docker's registry (version 2) refuses to cancel the upload.
     """
-    here = threading.current_thread() is threading.main_thread()
-    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    came: list[int] = []
+    interrupted = False
 
-    def note(number: int, _: object) -> None:
-        if came:
+    def delay(_number: int, _frame: object) -> None:
+        nonlocal interrupted
+        if interrupted:
             raise KeyboardInterrupt
-        came.append(number)
-        logger.warning("interrupted: the piece under way goes to its end, so that the registry can drop the upload")
-        logger.warning("interrupt once more to leave at once")
+        interrupted = True
+        logger.warning("interrupted: completing the current piece, so that the registry can cancel the upload")
+        logger.warning("interrupt again to stop at once")
 
-    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, delay)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if came:
+        if interrupted:
             raise KeyboardInterrupt

@@ -1,7 +1,7 @@
-"""The making of packages: regions compiled to shared libraries by AOTInductor, several at a time.
+"""Compile regions ahead of time into packages with AOTInductor, several at a time.
 
-PyTorch's `.pt2` is an archive that its loader unpacks into the system's temporary folder at every start, which fails
-where that folder forbids execution, as a container's tmpfs does by default. So it is unpacked once, here.
+PyTorch's loader unpacks a `.pt2` archive into the temporary folder at every start. This fails if that folder forbids
+execution, as a container's tmpfs does by default. So the archive is unpacked once, here.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ import traceback
 import zipfile
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from chatterbox_prewarm.errors import ModelError, as_prewarm_error, first_line
-from chatterbox_prewarm.model.regions.packages import LIBRARY
+from chatterbox_prewarm.model.regions.executors import LIBRARY
 from chatterbox_prewarm.model.regions.region import REGIONS
 from chatterbox_prewarm.system.json_subprocess import DEBUG, describe, die_with_parent, quiet_packages, rebuild
 from chatterbox_prewarm.system.process import PARENT
@@ -37,97 +36,88 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.model.regions.region import Region, Size
 
-_KERNELS = frozenset({".cubin", ".hsaco", ".spv"})
-#: A compiling process takes about a gigabyte, and on a GPU a context of its own.
-_MOST_WORKERS = 8
+    #: Shape, stride, dtype and device of a weight. It can be sent to another process.
+    Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, str]
+
+_KERNEL_SUFFIXES = frozenset({".cubin", ".hsaco", ".spv"})
+#: A compiling process needs about 1 GB of memory and, on a GPU, its own context.
+_MAX_WORKERS = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """All that a compiler needs to know of a weight; travels to another process."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-
-    def tensor(self) -> torch.Tensor:
-        """A tensor like it, of undefined content."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-
-
-def make_packages(
+def compile_packages(
     weights: Mapping[str, Sequence[torch.Tensor]], directory: Path, *, progress: Callable[[str], None]
 ) -> None:
     """Compile regions, several at a time.
 
     Args:
-        weights: of any instance of each region, by its name: their shapes and dtypes count, their values do not.
-        directory: where the packages go, a folder for each.
-        progress: called with a line for each package made.
+        weights: of any instance of each region, by the region's name. Only layouts and dtypes matter, not values.
+        directory: gets a folder for each package.
+        progress: called with a line for each finished package.
 
     Raises:
-        ModelError: a compiler failed, or was killed.
+        ModelError: a compiling process failed or was killed.
     """
     threads = max(int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") or len(os.sched_getaffinity(0))), 1)
-    # On a GPU one at a time: kernels are chosen by timing them, and must have it to themselves. Inductor's own pool
-    # compiles them side by side.
+    # On a GPU compile one region at a time: Inductor chooses kernels by timing them, which needs an idle GPU. Its own
+    # pool compiles the kernels in parallel.
     on_gpu = any(weight.is_cuda for tensors in weights.values() for weight in tensors)
-    workers = 1 if on_gpu else min(threads, len(weights), _MOST_WORKERS)
+    workers = 1 if on_gpu else min(threads, len(weights), _MAX_WORKERS)
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(threads // workers, 1))
     os.environ[PARENT] = str(os.getpid())
-    # Those of the most weights first: they have the most code, and the last to end should be a short one.
+    # Start with the regions that have the most weights. They have the most code, and the last one should be short.
     waiting = sorted(weights, key=lambda name: len(weights[name]))
     running: dict[Future[dict[str, Any] | None], str] = {}
-    context = multiprocessing.get_context("spawn")  # a fork would inherit a GPU's context, which cannot be used
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use the inherited GPU context
     with ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent) as pool:
         while waiting or running:
-            # Not all at once, or a failure would be told when nearly all others are done.
+            # Do not submit everything at once, or a failure would be reported only when most regions are done.
             while waiting and len(running) < workers:
                 name = waiting.pop()
-                layouts = [_layout(weight) for weight in weights[name]]
-                running[pool.submit(_make, name, layouts, directory / name)] = name
+                layouts = [
+                    (tuple(weight.shape), weight.stride(), weight.dtype, str(weight.device)) for weight in weights[name]
+                ]
+                running[pool.submit(_compile_in_child, name, layouts, directory / name)] = name
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
                 try:
-                    failed = future.result()
+                    failure = future.result()
                 except BrokenProcessPool as error:
                     raise ModelError(
-                        f"a compiling process was killed, while it made {name} or another region",
-                        next_step=f"if it was out of memory, give the machine more: {workers} run at a time, about a "
-                        "gigabyte each; TORCHINDUCTOR_COMPILE_THREADS=1 runs one",
+                        f"a compiling process was killed while it compiled {name} or another region",
+                        next_step=f"if memory ran out, provide more: {workers} process(es) with about 1 GB each; "
+                        "TORCHINDUCTOR_COMPILE_THREADS=1 runs only one process",
                     ) from error
-                if failed is not None:
-                    raise rebuild(failed)
+                if failure is not None:
+                    raise rebuild(failure)
                 progress(f"compiled {name}, {len(weights) - len(waiting) - len(running)} of {len(weights)}")
 
 
-def _layout(weight: torch.Tensor) -> _Layout:
-    return _Layout(shape=tuple(weight.shape), stride=weight.stride(), dtype=weight.dtype, device=str(weight.device))
-
-
-def _make(name: str, layouts: Sequence[_Layout], directory: Path) -> dict[str, Any] | None:
-    """In a process of the pool: make one package; returns the error, if there is one."""
+def _compile_in_child(name: str, layouts: Sequence[Layout], directory: Path) -> dict[str, Any] | None:
+    """Compile one package in a process of the pool and return the error, if any, as JSON-ready values."""
     quiet_packages()
     try:
-        make_package(REGIONS[name], [layout.tensor() for layout in layouts], directory)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the parent is to say it
+        weights = [
+            torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype, device in layouts
+        ]
+        compile_package(REGIONS[name], weights, directory)
+    except Exception as error:  # noqa: BLE001 - the parent process reports every error
         if os.environ.get(DEBUG):
             traceback.print_exc()
         return describe(as_prewarm_error(error))
     return None
 
 
-def make_package(region: Region, weights: Sequence[torch.Tensor], directory: Path) -> None:
-    """Compile a region for the device and the dtype of `weights`; takes tens of seconds.
+def compile_package(region: Region, weights: Sequence[torch.Tensor], directory: Path) -> None:
+    """Compile a region for the device and the dtype of `weights`. This takes tens of seconds.
 
     Args:
-        region: to compile.
-        weights: of any instance of it: their shapes and dtypes count, their values do not.
-        directory: where the package goes; made here.
+        region: the region to compile.
+        weights: of any instance of the region. Only layouts and dtypes matter, not values.
+        directory: of the package; created here.
 
     Raises:
         ModelError: the compiler failed.
+        OSError: the disk is full.
     """
     device, dtype = weights[0].device, weights[0].dtype
     inputs = tuple(given.example(device, dtype) for given in region.inputs)
@@ -144,28 +134,28 @@ def make_package(region: Region, weights: Sequence[torch.Tensor], directory: Pat
                     exported, package_path=str(archive), inductor_configs=_settings()
                 )
         except Exception as error:
-            if _is_full(error):
+            if _is_disk_full(error):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), scratch) from error
             raise ModelError(
                 f"the region {region.name} cannot be compiled: {first_line(error)}",
-                next_step="a C++ compiler (g++) is needed, and for a GPU CUDA's headers and libcuda.so (CUDA_HOME); "
+                next_step="install a C++ compiler (g++), and for a GPU CUDA's headers and libcuda.so (CUDA_HOME); "
                 "or bake with --profile eager",
             ) from error
         _unpack(archive, directory)
 
 
 def _settings() -> dict[str, Any]:
-    """Of Inductor, for packages."""
-    # As many threads as the process has been given, not as many as the bake had.
+    """Return Inductor's settings for packages."""
+    # Use the number of threads that the process has, not the number that the bake had.
     settings = {"cpp.dynamic_threads": True}
     if hasattr(torch._inductor.config.aot_inductor, "precompile_headers"):
-        # Torch 2.11 keeps compiled headers under a name in /tmp that others can foresee.
+        # Torch 2.11 stores precompiled headers in /tmp under a predictable name.
         settings["aot_inductor.precompile_headers"] = False
     return settings
 
 
-def _is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that a file system is full; compilers say so in words."""
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Return whether an error or one of its causes reports a full disk. Compilers report it only in their message."""
     while error is not None:
         if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
             return True
@@ -174,27 +164,27 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def _find_toolkit() -> None:
-    """Let the compiler of packages find CUDA's headers in torch's own wheels, when no toolkit is installed."""
+    """Make the compiler find CUDA's headers in the wheels that torch depends on, if no toolkit is installed."""
     installed = {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys() or shutil.which("nvcc")
     if installed or Path("/usr/local/cuda/include/cuda.h").exists():
         return
     packages = Path(sysconfig.get_paths()["purelib"])
-    for name in ("cuda_runtime", "cu13"):  # of CUDA 12's wheels, and of CUDA 13's
+    for name in ("cuda_runtime", "cu13"):  # the names in CUDA 12's and in CUDA 13's wheels
         if (packages / "nvidia" / name / "include" / "cuda.h").exists():
             os.environ["CUDA_HOME"] = str(packages / "nvidia" / name)
             break
-    # NVIDIA's wheel of the runtime lacks the headers in `crt`, which its own include; Triton's brings them along.
+    # NVIDIA's wheel of the runtime lacks the headers in `crt`, which its own headers include. Triton's wheel has them.
     headers = packages / "triton" / "backends" / "nvidia" / "include"
     if headers.is_dir():
         os.environ.setdefault("CUDA_INC_PATH", str(headers))
 
 
 def _find_driver(folder: Path, maps: str) -> None:
-    """Let the linker find the driver's library that this process runs on, which may have no name without a version.
+    """Make the linker find the driver's library, which may be installed only under a name with a version.
 
     Args:
-        folder: for a link with that name.
-        maps: of this process, as the kernel gives it in `/proc/self/maps`.
+        folder: gets a link `libcuda.so` to the library that this process has loaded.
+        maps: the content of `/proc/self/maps`.
     """
     mapped = (line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split(maxsplit=5)) == 6)
     for path in map(Path, mapped):
@@ -206,7 +196,7 @@ def _find_driver(folder: Path, maps: str) -> None:
 
 
 class _AsModule(torch.nn.Module):
-    """What `torch.export` takes, around what a region is."""
+    """A region as a module, because `torch.export` takes only modules."""
 
     def __init__(self, region: Region) -> None:
         super().__init__()
@@ -218,7 +208,7 @@ class _AsModule(torch.nn.Module):
 
 @contextlib.contextmanager
 def _quiet_compiler(log: Path) -> Iterator[None]:
-    """Keep a compiler's hundreds of remarks off the standard error of this process, unless it fails."""
+    """Write a compiler's output to `log`, and copy it to the standard error only if the compiler fails."""
     sys.stderr.flush()
     standard_error = os.dup(2)
     with log.open("wb") as stream:
@@ -236,28 +226,28 @@ def _quiet_compiler(log: Path) -> Iterator[None]:
 
 
 def _dynamic_shapes(region: Region, weights: int) -> tuple[dict[int, Any] | None, ...]:
-    """For each argument which of its dimensions differ between calls, in the terms of `torch.export`."""
+    """Return, for each argument, its variable dimensions in the format of `torch.export`."""
     lengths: dict[str, Any] = {}
 
     def dimension(size: Size) -> Any:
-        length = lengths.setdefault(size.name, torch.export.Dim(size.name, min=size.least, max=size.most))
+        length = lengths.setdefault(size.name, torch.export.Dim(size.name, min=size.minimum, max=size.maximum))
         if size.factor != 1:
             length = size.factor * length
         return length + size.offset if size.offset > 0 else length - -size.offset if size.offset else length
 
-    inputs = ({place: dimension(size) for place, size in given.dynamic.items()} or None for given in region.inputs)
+    inputs = ({index: dimension(size) for index, size in given.dynamic.items()} or None for given in region.inputs)
     return (*(None,) * weights, *inputs)
 
 
 def _unpack(archive: Path, directory: Path) -> None:
-    """Take the library and its kernels out of a `.pt2`."""
+    """Extract the library and its kernels from a `.pt2` archive."""
     directory.mkdir(parents=True)
     with zipfile.ZipFile(archive) as files:
         for name in files.namelist():
             path = PurePosixPath(name)
-            target = LIBRARY if path.suffix == ".so" else path.name if path.suffix in _KERNELS else None
+            target = LIBRARY if path.suffix == ".so" else path.name if path.suffix in _KERNEL_SUFFIXES else None
             if target is not None:
                 with files.open(name) as source, (directory / target).open("xb") as out:
                     shutil.copyfileobj(source, out)
-    if shutil.which("strip"):  # a sixth of a library is names that nobody looks up
+    if shutil.which("strip"):  # unused symbol names are a sixth of a library
         run_process(["strip", "--strip-unneeded", str(directory / LIBRARY)])

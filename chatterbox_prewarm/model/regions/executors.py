@@ -1,10 +1,13 @@
-"""How regions run: one executor for each profile, and one way to call what it made."""
+"""Executors: each profile has one, which makes a region callable with the weights of an instance."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from chatterbox_prewarm.errors import IntegrityError, ModelError, first_line
 from chatterbox_prewarm.model.regions.region import IN_GRAPHS
@@ -13,160 +16,178 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    import torch
-
-    from chatterbox_prewarm.model.regions.packages import Package
     from chatterbox_prewarm.model.regions.region import Region
     from chatterbox_prewarm.system.metrics import WarmupMetrics
 
+    #: Takes the inputs of a region and returns its outputs.
     BoundRegion = Callable[..., tuple[torch.Tensor, ...]]
+    #: Takes a region and the weights of an instance, which become the region's first arguments.
+    Executor = Callable[[Region, Sequence[torch.Tensor]], BoundRegion]
 
 logger = logging.getLogger(__name__)
 
-
-class Executor(Protocol):
-    """Makes a region callable over given weights."""
-
-    def __call__(self, region: Region, weights: Sequence[torch.Tensor]) -> BoundRegion:
-        """Bind `weights` as the region's first arguments; what is returned takes the inputs."""
+#: The shared library of an ahead-of-time package. A package is a folder with this file and, for a GPU, its kernels.
+LIBRARY = "region.so"
+#: The number of instances that a package loads on a GPU where its runtime tracks its calls. With one instance, each
+#: call would wait until the GPU has finished the previous call.
+_CONCURRENT_CALLS = 4
 
 
 def eager(region: Region, weights: Sequence[torch.Tensor]) -> BoundRegion:
-    """Run a region as it is written."""
+    """Run the region's Python function. This is the executor of the profile `eager`."""
     return _bind(region.function, weights)
 
 
-class Compiled:
-    """Regions through `torch.compile`, each compiled at its first call and shared by all its instances.
+def compiled_executor(metrics: WarmupMetrics, *, strict: bool = False) -> Executor:
+    """Make the executor of the profile `compiled`: `torch.compile` compiles each region at its first call.
 
-    A region that cannot be compiled runs as it is written, and counts as a miss: an image has no compiler.
+    A region that cannot be compiled runs in eager mode and counts as a miss, because an image has no compiler.
 
     Args:
-        metrics: where the seconds of first calls are added up.
-        strict: raise instead of running as written.
+        metrics: counts misses and adds up the seconds of first calls.
+        strict: raise a `ModelError` instead of running in eager mode.
     """
-
-    def __init__(self, metrics: WarmupMetrics, *, strict: bool = False) -> None:
-        self._metrics = metrics
-        self._strict = strict
-        self._compiled: dict[str, BoundRegion] = {}
-
-    def __call__(self, region: Region, weights: Sequence[torch.Tensor]) -> BoundRegion:
-        """As `Executor`."""
-        if region.name not in self._compiled:
-            self._compiled[region.name] = self._compile(region)
-        return _bind(self._compiled[region.name], weights)
-
-    def _compile(self, region: Region) -> BoundRegion:
-        import torch
-        from torch._dynamo import mark_dynamic
-        from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
-
-        # As many threads as the process has been given, not as many as the bake had.
-        settings: dict[str, str | int | bool] = {"cpp.dynamic_threads": True}
-        if hasattr(torch._inductor.config, "cpp_cache_precompile_headers"):
-            # Torch 2.11 would preprocess its headers in every process, to see whether a compiled one is still right.
-            settings["cpp_cache_precompile_headers"] = False
-        compiled: Any = torch.compile(region.function, fullgraph=True, dynamic=False, options=settings)
-        first = True
-
-        def call(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            nonlocal compiled, first
-            found: tuple[torch.Tensor, ...]
-            # Lengths that differ are symbols in every call: a later one may be of a class that is compiled apart, and
-            # would be compiled for its very length.
-            for tensor, given in zip(arguments[-len(region.inputs) :], region.inputs, strict=True):
-                for place in given.dynamic:
-                    mark_dynamic(tensor, place)
-            started = time.perf_counter()
-            try:
-                found = compiled(*arguments)
-            except (BackendCompilerFailed, FailOnRecompileLimitHit) as error:  # later calls may be of another class
-                if self._strict:
-                    raise ModelError(
-                        f"the region {region.name} cannot be compiled: {first_line(error)}",
-                        next_step="a compiler is needed where the cache misses; or start with --profile eager",
-                    ) from error
-                self._metrics.miss("inductor", f"{first_line(error)}; {region.name} runs as written")
-                compiled = region.function
-                found = compiled(*arguments)
-            if first:
-                first = False
-                self._metrics.add_seconds("compile", time.perf_counter() - started)
-            return found
-
-        return call
+    return _shared(lambda region: _compile(region, metrics, strict=strict))
 
 
-class AheadOfTime:
-    """Regions from baked packages; one that is missing or does not load runs as it is written, and counts as a miss.
+def ahead_of_time_executor(
+    directory: Path | None,
+    device: torch.device,
+    metrics: WarmupMetrics,
+    *,
+    in_graphs: bool = False,
+    strict: bool = False,
+) -> Executor:
+    """Make the executor of the profile `aot`: it loads a baked package for each region.
+
+    A region whose package is missing or cannot be loaded runs in eager mode and counts as a miss.
 
     Args:
-        directory: of the packages, or None when there is none that fits.
+        directory: contains the packages; None if no usable packages exist.
         device: of the model.
-        metrics: where hits and misses are counted, a hit when a package is first called.
-        in_graphs: T3's step will be captured as a CUDA graph. Where this torch cannot have packages in one, its regions
-            run as written: the graph spares them what a package would.
-        strict: raise instead of running as written.
+        metrics: counts misses, and a hit when a package is first called.
+        in_graphs: T3's step will be captured as a CUDA graph. If this torch cannot capture packages, the regions of the
+            step run in eager mode. The graph then saves the launch overhead that a package would save.
+        strict: raise an `IntegrityError` instead of running in eager mode.
     """
 
-    def __init__(
-        self,
-        directory: Path | None,
-        device: torch.device,
-        metrics: WarmupMetrics,
-        *,
-        in_graphs: bool = False,
-        strict: bool = False,
-    ) -> None:
-        self._directory = directory
-        self._device = device
-        self._metrics = metrics
-        self._in_graphs = in_graphs
-        self._strict = strict
-        self._packages: dict[str, BoundRegion] = {}
-
-    def __call__(self, region: Region, weights: Sequence[torch.Tensor]) -> BoundRegion:
-        """As `Executor`.
-
-        Raises:
-            IntegrityError: under `strict`, the package is missing or cannot be loaded.
-        """
-        if region.name not in self._packages:
-            self._packages[region.name] = self._load(region)
-        return _bind(self._packages[region.name], weights)
-
-    def _load(self, region: Region) -> BoundRegion:
-        from chatterbox_prewarm.model.regions.packages import Package, has_single_threaded_mode
-
-        if self._directory is None:
-            return region.function  # the family said why
-        if self._in_graphs and region.name in IN_GRAPHS and not has_single_threaded_mode():
-            logger.info("%s runs as written: this torch cannot have a package in a CUDA graph", region.name)
+    def load(region: Region) -> BoundRegion:
+        if directory is None:
+            return region.function  # the start has already logged the reason
+        if in_graphs and region.name in IN_GRAPHS and not has_single_threaded_mode():
+            logger.info("%s runs in eager mode: this torch cannot capture packages in a CUDA graph", region.name)
             return region.function
         try:
-            loaded = Package(self._directory / region.name, self._device)
+            package = load_package(directory / region.name, device)
         except IntegrityError as error:
-            if self._strict:
+            if strict:
                 raise
-            self._metrics.miss("aot", f"{error.message}; {region.name} runs as written")
+            metrics.miss("aot", f"{error.message}; {region.name} runs in eager mode")
             return region.function
-        return self._counted(loaded)
-
-    def _counted(self, package: Package) -> BoundRegion:
-        """A package that counts as a hit once."""
-        counted = False
+        called = False
 
         def call(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            nonlocal counted
-            if not counted:
-                counted = True
-                self._metrics.hit("aot")
+            nonlocal called
+            if not called:
+                called = True
+                metrics.hit("aot")
             return package(*arguments)
 
         return call
+
+    return _shared(load)
+
+
+def load_package(directory: Path, device: torch.device) -> BoundRegion:
+    """Load an ahead-of-time package and return a function of its weights and inputs.
+
+    The runner is the C++ class that the loader of PyTorch's `.pt2` archives uses internally. So neither
+    `torch._inductor` nor `torch._dynamo` is imported, and nothing is unpacked.
+
+    Args:
+        directory: of the package.
+        device: for which the package was compiled.
+
+    Raises:
+        IntegrityError: the library cannot be loaded.
+    """
+    library = str(directory / LIBRARY)
+    runners: Any = torch._C._aoti
+    try:
+        if device.type != "cuda":
+            runner = runners.AOTIModelContainerRunnerCpu(library, 1)
+        elif has_single_threaded_mode():
+            # Only one thread calls a model here. Without the runtime's tracking of threads, a call does not wait for
+            # the previous one, and a CUDA graph can capture it.
+            runner = runners.AOTIModelContainerRunnerCuda(library, 1, str(device), str(directory), True)
+        else:
+            runner = runners.AOTIModelContainerRunnerCuda(library, _CONCURRENT_CALLS, str(device), str(directory))
+    except (RuntimeError, OSError) as error:
+        raise IntegrityError(
+            f"{library} cannot be loaded: {first_line(error)}",
+            next_step="the file system must allow execution (no `noexec`); if it does, bake the warm state again",
+        ) from error
+    return lambda *arguments: tuple(runner.run(arguments))
+
+
+def has_single_threaded_mode() -> bool:
+    """Return whether this torch can run packages without tracking threads. Only then can a CUDA graph capture them."""
+    runner: Any = torch._C._aoti.AOTIModelContainerRunnerCuda
+    return "arg4: bool" in (inspect.getdoc(runner.__init__) or "")
+
+
+def _shared(make: Callable[[Region], BoundRegion]) -> Executor:
+    """Make an executor that calls `make` once for each region and shares the result between its instances."""
+    functions: dict[str, BoundRegion] = {}
+
+    def execute(region: Region, weights: Sequence[torch.Tensor]) -> BoundRegion:
+        if region.name not in functions:
+            functions[region.name] = make(region)
+        return _bind(functions[region.name], weights)
+
+    return execute
 
 
 def _bind(function: BoundRegion, weights: Sequence[torch.Tensor]) -> BoundRegion:
     bound = tuple(weights)
     return lambda *inputs: function(*bound, *inputs)
+
+
+def _compile(region: Region, metrics: WarmupMetrics, *, strict: bool) -> BoundRegion:
+    from torch._dynamo import mark_dynamic
+    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+
+    # Use the number of threads that the process has, not the number that the bake had.
+    settings: dict[str, str | int | bool] = {"cpp.dynamic_threads": True}
+    if hasattr(torch._inductor.config, "cpp_cache_precompile_headers"):
+        # Torch 2.11 would run the preprocessor in every process to check its precompiled headers.
+        settings["cpp_cache_precompile_headers"] = False
+    function: Any = torch.compile(region.function, fullgraph=True, dynamic=False, options=settings)
+    first = True
+
+    def call(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        nonlocal function, first
+        outputs: tuple[torch.Tensor, ...]
+        # Mark variable lengths as dynamic in every call: a later call may belong to a class of inputs that is compiled
+        # separately, and would then be compiled for one length only.
+        for tensor, given in zip(arguments[-len(region.inputs) :], region.inputs, strict=True):
+            for dimension in given.dynamic:
+                mark_dynamic(tensor, dimension)
+        started = time.perf_counter()
+        try:
+            outputs = function(*arguments)
+        except (BackendCompilerFailed, FailOnRecompileLimitHit) as error:  # also at a later call, for a new class
+            if strict:
+                raise ModelError(
+                    f"the region {region.name} cannot be compiled: {first_line(error)}",
+                    next_step="a cache miss needs a compiler; bake again, or start with --profile eager",
+                ) from error
+            metrics.miss("inductor", f"{first_line(error)}; {region.name} runs in eager mode")
+            function = region.function
+            outputs = function(*arguments)
+        if first:
+            first = False
+            metrics.add_seconds("compile", time.perf_counter() - started)
+        return outputs
+
+    return call

@@ -1,4 +1,4 @@
-"""S3Gen's flow with regions: speech tokens and a voice to a mel spectrogram, ten Euler steps, no host sync."""
+"""S3Gen's flow with regions: turns speech tokens and a voice into a mel spectrogram, without a host sync."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chatterbox_prewarm.model.regions.region import (
     FLOW_EULER,
     FLOW_RESNETS,
     FLOW_TRANSFORMER,
-    MOST_FRAMES,
+    MAX_FRAMES,
 )
 
 if TYPE_CHECKING:
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.model.regions.executors import BoundRegion, Executor
 
-#: Upstream's number for the models that were not distilled.
+#: Upstream's number of steps for models that were not distilled.
 EULER_STEPS = 10
 
 
 class Flow:
-    """Upstream's `CausalMaskedDiffWithXvec.inference` for one utterance.
+    """Computes the same as upstream's `CausalMaskedDiffWithXvec.inference`, for one utterance.
 
     Args:
-        flow: of upstream, whose weights are used where they lie.
-        executor: makes the regions.
+        flow: upstream's module; its weights are used in place.
+        executor: makes the regions callable.
     """
 
     def __init__(self, flow: Any, executor: Executor) -> None:
@@ -66,28 +66,28 @@ class Flow:
         noise: torch.Tensor | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> torch.Tensor:
-        """Make the mel spectrogram of speech tokens.
+        """Compute the mel spectrogram of speech tokens.
 
         Args:
             tokens: int64 (n,), each below 6561.
             voice: `prompt_token` (1, m), `prompt_feat` (1, 2m, 80) and `embedding` (1, 192) of the reference clip.
-            noise: (1, frames, 80), of the voice's clip and of the speech to come, as many frames as are needed or more;
-                None draws it from the generator of the device.
-            on_step: called before each Euler step; what it raises ends the work.
+            noise: (1, frames, 80), at least as many frames as the voice's clip and the speech have. None draws noise
+                from the generator of the device.
+            on_step: called before each Euler step; its exceptions end the computation.
 
         Returns:
-            (1, 80, 2n), 50 frames a second.
+            (1, 80, 2n), 50 frames per second.
 
         Raises:
-            BadInputError: the voice's clip and the speech are longer than one utterance may be.
+            BadInputError: the voice's clip and the speech have too many frames together.
         """
         flow = self._flow
         device, dtype = flow.encoder_proj.weight.device, flow.encoder_proj.weight.dtype
         prompt = voice["prompt_feat"].to(device, dtype)
-        if (frames := prompt.size(1) + 2 * tokens.numel()) > MOST_FRAMES:
+        if (frames := prompt.size(1) + 2 * tokens.numel()) > MAX_FRAMES:
             raise BadInputError(
-                f"voice and speech have {frames} mel frames, more than the {MOST_FRAMES} that one utterance may have",
-                next_step="split the text at sentences and send the parts one by one, or ask for fewer tokens",
+                f"the voice prompt and the speech have {frames} mel frames together; the limit is {MAX_FRAMES}",
+                next_step="split the text at sentences and send the parts separately, or request fewer tokens",
             )
         speaker = functional.normalize(voice["embedding"].to(device, dtype).reshape(1, -1), dim=1)
         sequence = torch.cat([voice["prompt_token"].to(device).long().reshape(1, -1), tokens[None]], dim=1)
@@ -98,7 +98,7 @@ class Flow:
         return mel[:, prompt.size(1) :].transpose(1, 2).contiguous()
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Embedded tokens (1, n, 512) to the mean of the mel spectrogram, (1, 2n, 80)."""
+        """Encode embedded tokens (1, n, 512) into the mean of the mel spectrogram (1, 2n, 80)."""
         encoder = self._flow.encoder
         x, distances = encoder.embed.pos_enc(encoder.embed.out(x))
         x = encoder.pre_lookahead_layer(x)
@@ -119,14 +119,15 @@ class Flow:
         noise: torch.Tensor | None,
         on_step: Callable[[], None] | None,
     ) -> torch.Tensor:
-        """Follow the flow from noise to the mel spectrogram; all of (1, frames, 80), `speaker` of (1, 80).
+        """Integrate the flow from noise to the mel spectrogram.
 
-        Only the first of the estimator's two rows sees mean, speaker and condition.
+        All tensors are (1, frames, 80), except `speaker`, which is (1, 80). Only the first of the estimator's two rows
+        gets mean, speaker and condition.
         """
         decoder = self._flow.decoder
         estimator = decoder.estimator
         if noise is None:
-            # Drawn in upstream's layout, so that one seed gives one noise.
+            # Draw in upstream's layout, so that a seed gives upstream's noise.
             noise = torch.randn_like(mean.transpose(1, 2).contiguous()).transpose(1, 2)
         mel = noise[:, : mean.size(1)].contiguous()
         times = torch.linspace(0, 1, EULER_STEPS + 1, device=mean.device, dtype=mean.dtype)
@@ -143,7 +144,7 @@ class Flow:
         return mel
 
     def _estimate(self, mel: torch.Tensor, known: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """The estimator up to its last transformer block, (2, frames, 256)."""
+        """Run the estimator up to its last transformer block: (2, frames, 256)."""
         x = torch.cat([mel.expand(2, -1, -1), known], dim=2)
         skipped = x
         last = len(self._stages) - 1
@@ -160,7 +161,7 @@ class Flow:
 
 
 def encoder_weights(layer: Any) -> list[torch.Tensor]:
-    """What `flow_blocks.encoder_layer` takes, from upstream's `ConformerEncoderLayer`."""
+    """Return the weight arguments of `flow_blocks.encoder_layer` for upstream's `ConformerEncoderLayer`."""
     attention, feed_forward = layer.self_attn, layer.feed_forward
     return [
         *_weights(layer.norm_mha, attention.linear_q, attention.linear_k, attention.linear_v),
@@ -170,7 +171,7 @@ def encoder_weights(layer: Any) -> list[torch.Tensor]:
 
 
 def transformer_weights(block: Any) -> list[torch.Tensor]:
-    """What `flow_blocks.transformer` takes, from upstream's `BasicTransformerBlock`."""
+    """Return the weight arguments of `flow_blocks.transformer` for upstream's `BasicTransformerBlock`."""
     attention, feed_forward = block.attn1, block.ff.net
     return [
         *_weights(block.norm1),
@@ -180,11 +181,11 @@ def transformer_weights(block: Any) -> list[torch.Tensor]:
 
 
 def resnet_weights(block: Any) -> list[torch.Tensor]:
-    """What `flow_blocks.resnet` takes, from upstream's `CausalResnetBlock1D`."""
+    """Return the weight arguments of `flow_blocks.resnet` for upstream's `CausalResnetBlock1D`."""
     first, second = block.block1.block, block.block2.block
     return _weights(block.mlp[1], first[0], first[2], second[0], second[2], block.res_conv)
 
 
 def _weights(*layers: Any) -> list[torch.Tensor]:
-    """Weight and bias of each layer."""
+    """Return the weight and the bias of each layer."""
     return [tensor.detach() for layer in layers for tensor in (layer.weight, layer.bias)]

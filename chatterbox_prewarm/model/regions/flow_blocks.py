@@ -1,8 +1,8 @@
-"""The regions of S3Gen's flow: the conformer encoder's layer, and the two blocks of the estimator.
+"""The regions of S3Gen's flow: the layer of the conformer encoder, and the blocks of the estimator.
 
-Upstream pads and masks for batches of utterances of different lengths; one utterance needs no mask, and none is here.
-The estimator's two rows are those of classifier-free guidance. Weights are leading arguments: one artifact serves all
-ten encoder layers, all 56 transformer blocks, and every checkpoint.
+Upstream pads and masks batches of utterances with different lengths. One utterance needs no mask. The estimator's two
+rows implement classifier-free guidance. Weights are the first arguments of every function, so one compiled artifact
+serves all ten encoder layers, all 56 transformer blocks and every checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ENCODER_HEADS = 8
 ENCODER_HEAD_SIZE = 64
 ESTIMATOR_HEADS = 8
 ESTIMATOR_HEAD_SIZE = 64
-#: Of the layer norms in the encoder's layers; all others have PyTorch's default.
+#: Epsilon of the layer norms in the encoder's layers. All other layer norms use PyTorch's default.
 _ENCODER_EPSILON = 1e-12
 _EPSILON = 1e-5
 
@@ -33,7 +33,7 @@ def encoder_layer(
     value_bias: Tensor,
     position_weight: Tensor,
     content_bias: Tensor,
-    place_bias: Tensor,
+    distance_bias: Tensor,
     output_weight: Tensor,
     output_bias: Tensor,
     feed_forward_norm_weight: Tensor,
@@ -45,16 +45,16 @@ def encoder_layer(
     x: Tensor,
     distances: Tensor,
 ) -> tuple[Tensor]:
-    """A conformer layer without convolution: attention with relative positions (arXiv:1901.02860), feed-forward.
+    """Run a conformer layer without convolution: attention with relative positions (arXiv:1901.02860), feed-forward.
 
-    The weights are those of upstream's `ConformerEncoderLayer`, in the order of `flow.encoder_weights`.
+    The weights belong to upstream's `ConformerEncoderLayer`; `flow.encoder_weights` defines their order.
 
     Args:
         x: (1, tokens, 512).
         distances: (1, 2 tokens - 1, 512), the embeddings of the distances from tokens - 1 down to 1 - tokens.
 
     Returns:
-        like `x`.
+        a tensor with the shape of `x`.
     """
     size = x.size(2)
     tokens = x.size(1)
@@ -62,15 +62,15 @@ def encoder_layer(
     query = functional.linear(y, query_weight, query_bias).view(1, tokens, ENCODER_HEADS, ENCODER_HEAD_SIZE)
     key = functional.linear(y, key_weight, key_bias).view(1, tokens, ENCODER_HEADS, ENCODER_HEAD_SIZE)
     value = functional.linear(y, value_weight, value_bias).view(1, tokens, ENCODER_HEADS, ENCODER_HEAD_SIZE)
-    places = functional.linear(distances, position_weight).view(1, -1, ENCODER_HEADS, ENCODER_HEAD_SIZE)
+    distance_keys = functional.linear(distances, position_weight).view(1, -1, ENCODER_HEADS, ENCODER_HEAD_SIZE)
     content = (query + content_bias).transpose(1, 2) @ key.permute(0, 2, 3, 1)
-    by_distance = (query + place_bias).transpose(1, 2) @ places.permute(0, 2, 3, 1)
-    # Row i is asked for the distances i - j: they stand from column tokens - 1 - i on. Upstream moves the rows by a
-    # padded view, whose guards torch.export of 2.6 cannot solve; a gather says the same.
+    by_distance = (query + distance_bias).transpose(1, 2) @ distance_keys.permute(0, 2, 3, 1)
+    # Row i needs the distances i - j, which begin at column tokens - 1 - i. Upstream shifts the rows by a padded view,
+    # whose guards torch.export of torch 2.6 cannot solve. A gather gives the same result.
     columns = torch.arange(tokens, device=x.device)
     index = (tokens - 1) - columns[:, None] + columns[None, :]
-    placed = by_distance.gather(3, index.expand(1, ENCODER_HEADS, tokens, tokens))
-    weights = torch.softmax((content + placed) / math.sqrt(ENCODER_HEAD_SIZE), dim=-1)
+    shifted = by_distance.gather(3, index.expand(1, ENCODER_HEADS, tokens, tokens))
+    weights = torch.softmax((content + shifted) / math.sqrt(ENCODER_HEAD_SIZE), dim=-1)
     attended = (weights @ value.transpose(1, 2)).transpose(1, 2).reshape(x.shape)
     x = x + functional.linear(attended, output_weight, output_bias)
     y = functional.layer_norm(x, (size,), feed_forward_norm_weight, feed_forward_norm_bias, _ENCODER_EPSILON)
@@ -94,16 +94,16 @@ def transformer(
     outer_bias: Tensor,
     x: Tensor,
 ) -> tuple[Tensor]:
-    """A transformer block of the estimator: self-attention and a feed-forward with GELU.
+    """Run a transformer block of the estimator: self-attention and a feed-forward with GELU.
 
-    The weights are those of upstream's `BasicTransformerBlock`, in the order of `flow.transformer_weights`.
+    The weights belong to upstream's `BasicTransformerBlock`; `flow.transformer_weights` defines their order.
 
     Args:
         query, key, value: (512, 256), 8 heads of 64.
         x: (2, frames, 256).
 
     Returns:
-        like `x`.
+        a tensor with the shape of `x`.
     """
     rows, frames, size = x.shape
     shape = (rows, frames, ESTIMATOR_HEADS, ESTIMATOR_HEAD_SIZE)
@@ -121,13 +121,13 @@ def transformer(
 
 
 def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A convolution over frames that sees no later one: (rows, frames, channels) in and out."""
+    """Convolve (rows, frames, channels) over frames; an output frame depends on no later input frame."""
     padded = functional.pad(x.transpose(1, 2), (weight.size(2) - 1, 0))
     return functional.conv1d(padded, weight, bias).transpose(1, 2)
 
 
 def _causal_block(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
-    """A causal convolution, a layer norm over channels, Mish."""
+    """Apply a causal convolution, a layer norm over channels, and Mish."""
     y = causal_convolution(x, weight, bias)
     return functional.mish(functional.layer_norm(y, (y.size(2),), norm_weight, norm_bias, _EPSILON))
 
@@ -148,9 +148,9 @@ def resnet(
     x: Tensor,
     time: Tensor,
 ) -> tuple[Tensor]:
-    """A residual block of the estimator: two causal blocks with the embedding of the time step between them.
+    """Run a residual block of the estimator: two causal blocks with the embedding of the time step between them.
 
-    The weights are those of upstream's `CausalResnetBlock1D`, in the order of `flow.resnet_weights`.
+    The weights belong to upstream's `CausalResnetBlock1D`; `flow.resnet_weights` defines their order.
 
     Args:
         x: (2, frames, channels); 320, 256 or 512 channels.
@@ -179,18 +179,18 @@ def euler(
     guidance: Tensor,
     length: Tensor,
 ) -> tuple[Tensor]:
-    """The estimator's last convolutions, then one step along the flow with classifier-free guidance.
+    """Run the estimator's last convolutions, then one Euler step with classifier-free guidance.
 
-    The weights are those of the estimator's last up-sampling, which samples nothing up, final block and projection.
+    The weights belong to the estimator's last up-sampling layer (which keeps the length), final block and projection.
 
     Args:
-        hidden: (2, frames, 256), of the last transformer block.
-        mel: (1, frames, 80), the mel spectrogram so far.
-        guidance: float32 (1,), how far the row with conditions is pushed away from the one without.
-        length: float32 (1,), of the step in time.
+        hidden: (2, frames, 256), the output of the last transformer block.
+        mel: (1, frames, 80), the mel spectrogram before the step.
+        guidance: float32 (1,), the strength of the guidance.
+        length: float32 (1,), the length of the step in time.
 
     Returns:
-        the mel spectrogram one step on.
+        (1, frames, 80), the mel spectrogram after the step.
     """
     y = causal_convolution(hidden, up_weight, up_bias)
     y = _causal_block(y, block_weight, block_bias, norm_weight, norm_bias)

@@ -1,4 +1,4 @@
-"""A function of limited sight over a signal that comes in pieces: what it gives for the whole, piece by piece."""
+"""Apply a function with limited context to a signal that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -10,38 +10,41 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class Windows:
-    """Runs a function on windows that overlap by as much as it sees, and keeps what no edge of a window has touched.
+class OverlappingWindows:
+    """Applies a function to overlapping windows of a signal.
+
+    The outputs together equal the output for the complete signal: each window overlaps its neighbours by the function's
+    context, and outputs that depend on the edge of a window are discarded.
 
     Args:
-        function: takes (..., units), gives (samples,), as many for each unit.
-        context: how many units to each side an output depends on.
+        function: takes (..., units) and returns (samples,), the same number of samples for each unit.
+        context: the number of units on each side that an output depends on.
     """
 
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], *, context: int) -> None:
         self._function = function
         self._context = context
-        self._held: torch.Tensor | None = None
-        self._done = 0  # of the units that are held
+        self._window: torch.Tensor | None = None
+        self._done = 0  # the number of units in the window whose output was returned
 
     def __call__(self, piece: torch.Tensor, *, last: bool) -> torch.Tensor:
-        """Take more of the signal.
+        """Process the next piece of the signal.
 
         Args:
-            piece: (..., units), which may be none.
-            last: that nothing follows; then all that is held back is given too.
+            piece: (..., units); may have 0 units.
+            last: no piece follows, so return the outputs of all remaining units.
 
         Returns:
-            (samples,), of the units that are now out of reach of what may follow.
+            (samples,), the outputs that later pieces cannot change.
         """
-        held = piece if self._held is None else torch.cat([self._held, piece], dim=-1)
-        ready = held.size(-1) - (0 if last else self._context)
+        window = piece if self._window is None else torch.cat([self._window, piece], dim=-1)
+        ready = window.size(-1) - (0 if last else self._context)
         if ready <= self._done:
-            self._held = held
+            self._window = window
             return piece.new_empty(0)
-        found = self._function(held.contiguous())
-        factor = found.numel() // held.size(-1)
-        fresh = found[factor * self._done : factor * ready]
+        output = self._function(window.contiguous())
+        factor = output.numel() // window.size(-1)
+        fresh = output[factor * self._done : factor * ready]
         begin = max(0, ready - self._context)
-        self._held, self._done = held[..., begin:], ready - begin
+        self._window, self._done = window[..., begin:], ready - begin
         return fresh

@@ -1,4 +1,4 @@
-"""A model with its regions bound: what a synthesis runs."""
+"""The pipeline of a model: its T3 decoder, flow and vocoder, each with its regions bound to the weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.flow import Flow
-from chatterbox_prewarm.model.regions.t3 import SpeechTokens
+from chatterbox_prewarm.model.regions.t3 import T3Decoder
 from chatterbox_prewarm.model.regions.vocoder import Vocoder
 
 if TYPE_CHECKING:
@@ -19,39 +19,40 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bound:
-    """The three stages of a synthesis over one model's weights."""
+class Pipeline:
+    """The three stages of a synthesis with one model's weights."""
 
-    speech_tokens: SpeechTokens
+    decoder: T3Decoder
     flow: Flow
     vocoder: Vocoder
 
 
-_BOUND: WeakKeyDictionary[ChatterboxTTS, Bound] = WeakKeyDictionary()
+_PIPELINES: WeakKeyDictionary[ChatterboxTTS, Pipeline] = WeakKeyDictionary()
 
 
-def bind(
+def bind_pipeline(
     model: ChatterboxTTS, executor: Executor, *, t3_dtype: torch.dtype | None = None, graphs: bool = False
-) -> Bound:
-    """Bind all regions to a model, for every synthesis with it from now on.
+) -> Pipeline:
+    """Bind all regions to a model's weights. Every later synthesis with the model uses this pipeline.
 
     Args:
-        model: as upstream makes it; nothing of it is changed.
-        executor: makes the regions.
+        model: upstream's model; it is not changed.
+        executor: makes the regions callable.
         t3_dtype: of T3's transformer; None keeps the checkpoint's.
         graphs: capture T3's step as a CUDA graph.
     """
-    _BOUND[model] = Bound(
-        speech_tokens=SpeechTokens(model.t3, executor, dtype=t3_dtype, graphs=graphs),
+    _PIPELINES[model] = Pipeline(
+        decoder=T3Decoder(model.t3, executor, dtype=t3_dtype, graphs=graphs),
         flow=Flow(model.s3gen.flow, executor),
         vocoder=Vocoder(model.s3gen, executor),
     )
-    return _BOUND[model]
+    return _PIPELINES[model]
 
 
-def bound(model: ChatterboxTTS) -> Bound:
-    """The regions bound to a model, as they are written when nobody bound others.
+def pipeline_of(model: ChatterboxTTS) -> Pipeline:
+    """Return the pipeline bound to a model; bind one in eager mode if there is no pipeline yet.
 
-    They hold the weights that the model had then: after a move or a load of others, `bind` anew.
+    A pipeline keeps the weights that the model had when it was bound. Call `bind_pipeline` again after the model was
+    moved to another device or has loaded other weights.
     """
-    return _BOUND.get(model) or bind(model, eager)
+    return _PIPELINES.get(model) or bind_pipeline(model, eager)

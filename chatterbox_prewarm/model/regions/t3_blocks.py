@@ -1,8 +1,8 @@
-"""The regions of T3: a transformer block for the prompt and for one token, and the sampling of a speech token.
+"""The regions of T3: a transformer block for the prompt, one for a single token, and the sampling of a speech token.
 
-T3 is a Llama of 30 equal blocks (16 heads of 64), run with two rows: with and without the text, for classifier-free
-guidance. Every function takes its weights as leading arguments, so one compiled artifact serves all blocks and every
-checkpoint. The mathematics is that of `transformers`' Llama and of upstream's sampling loop (`T3.inference`).
+T3 is a Llama of 30 equal blocks (16 heads of 64). It runs with two rows, with and without the text, for classifier-free
+guidance. Weights are the first arguments of every function, so one compiled artifact serves all blocks and every
+checkpoint. The mathematics follows Llama in `transformers` and upstream's sampling loop (`T3.inference`).
 """
 
 from __future__ import annotations
@@ -15,40 +15,41 @@ HEADS = 16
 HEAD_SIZE = 64
 RMS_EPSILON = 1e-5
 
-#: On a CPU PyTorch's exponential distribution gives 1e-38 where it should give 0, about once in 2^24 numbers, so in one
-#: of 2,000 draws among 8,194 tokens. Divided by it, any token that is not quite impossible beats all others; in
-#: `torch.multinomial` it does. The next smallest number is 2^-24.
-_LEAST_NOISE = 2.0**-25
+#: On a CPU, PyTorch's exponential distribution returns 1e-38 instead of 0 about once in 2^24 numbers, so in one
+#: of 2,000 draws among 8,194 tokens. A very unlikely token divided by this noise would win against all others, as it
+#: does in `torch.multinomial`. The next smallest number is 2^-24.
+_MIN_NOISE = 2.0**-25
 
-#: What `controls` holds, in this order; live values, never frozen into a compiled artifact or a graph.
+#: The order of the values in `controls`. They are arguments, so neither an artifact nor a graph fixes them.
 CONTROLS = ("temperature", "cfg_weight", "repetition_penalty", "min_p", "top_p")
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """Llama's normalisation: the root mean square over the last dimension, taken in float32."""
+    """Divide by the root mean square of the last dimension, computed in float32 (Llama's normalization)."""
     wide = x.float()
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + RMS_EPSILON)
     return weight * scaled.to(x.dtype)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary position embedding of (rows, heads, tokens, 64) by tables of (tokens, 64)."""
+    """Apply the rotary position embedding to (rows, heads, tokens, 64), with tables of (tokens, 64)."""
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat((-second, first), dim=-1) * sine
 
 
 def _project(x: Tensor, weight: Tensor) -> Tensor:
-    """A linear map to (rows, heads, tokens, 64)."""
+    """Apply a linear layer to (rows, tokens, 1024) and split the result into heads: (rows, heads, tokens, 64)."""
     rows, tokens, _ = x.shape
     return functional.linear(x, weight).view(rows, tokens, HEADS, HEAD_SIZE).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor) -> Tensor:
-    """Attention written out, for a GPU: PyTorch's kernels there want a mask's length aligned to 8 or 16.
+    """Compute attention for one query on a GPU.
 
-    A package would be compiled for such lengths alone. And with one query they have one block of threads for each head,
-    a quarter of a GPU. On a CPU PyTorch's kernel is the faster one, and asks for nothing. As there, all of it is in
-    float32: scores that are rounded to bfloat16 are wrong by percents once attention is peaked.
+    PyTorch's GPU kernels need a mask whose length is a multiple of 8 or 16, so a package would only support such
+    lengths. With one query they also use one thread block for each head, a quarter of a GPU. PyTorch's CPU kernel is
+    faster than this function and has no such limit. As in that kernel, everything is computed in float32: scores
+    rounded to bfloat16 are wrong by percents when attention is peaked.
     """
     scores = torch.matmul(q.float() * HEAD_SIZE**-0.5, k.float().transpose(2, 3))
     weights = torch.softmax(scores.masked_fill(~attn_mask, -torch.inf), dim=-1)
@@ -58,7 +59,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor) -> Tensor:
 def _after_attention(
     x: Tensor, attended: Tensor, output: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor
 ) -> Tensor:
-    """The output projection with its residual, then the gated feed-forward with its own."""
+    """Apply the output projection and the gated feed-forward, each with its residual connection."""
     x = x + functional.linear(attended.transpose(1, 2).reshape(x.shape), output)
     y = rms_norm(x, norm)
     return x + functional.linear(functional.silu(functional.linear(y, gate)) * functional.linear(y, up), down)
@@ -78,7 +79,7 @@ def prefill(
     cosine: Tensor,
     sine: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One block over a whole prompt.
+    """Run one transformer block over a complete prompt.
 
     Args:
         attention_norm, feed_forward_norm: (1024,).
@@ -89,7 +90,7 @@ def prefill(
         cosine, sine: (tokens, 64).
 
     Returns:
-        the block's output, like `x`, and the keys and values to cache, (tokens, 2, 16, 64) each.
+        the block's output, with the shape of `x`, and the keys and values to cache, (tokens, 2, 16, 64) each.
     """
     normed = rms_norm(x, attention_norm)
     q = rotate(_project(normed, query), cosine, sine)
@@ -117,17 +118,17 @@ def decode(
     keys: Tensor,
     values: Tensor,
 ) -> tuple[Tensor]:
-    """One block for one new token; the weights are as for `prefill`.
+    """Run one transformer block for one new token. The weights are those of `prefill`.
 
     Args:
         x: (2, 1, 1024).
-        cosines, sines: (positions, 64), at least as many as `keys` has places.
-        position: int64 (1,), the place of the token.
-        keys, values: (places, 2, 16, 64); written at `position`, read up to it. Places come first, so that a part of a
-            longer cache is contiguous.
+        cosines, sines: (n, 64), with n not smaller than the number of positions in the KV cache.
+        position: int64 (1,), the position of the token.
+        keys, values: (positions, 2, 16, 64), the KV cache. It is written at `position` and read up to it. Positions are
+            the first dimension, so that the beginning of a longer cache is contiguous.
 
     Returns:
-        the block's output, like `x`.
+        the block's output, with the shape of `x`.
     """
     normed = rms_norm(x, attention_norm)
     cosine, sine = cosines.index_select(0, position), sines.index_select(0, position)
@@ -155,23 +156,23 @@ def sample(
     used: Tensor,
     step: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw a speech token from the transformer's output, and embed it; upstream's steps in upstream's order.
+    """Draw a speech token from the transformer's output and embed it. The steps have upstream's order.
 
-    A draw is the largest of probability over exponential noise, as `torch.multinomial` draws one sample.
+    The drawn token has the largest quotient of probability and exponential noise, as in `torch.multinomial`.
 
     Args:
-        norm: (1024,), the weight of the last normalisation.
+        norm: (1024,), the weight of the last normalization.
         head: (8194, 1024).
-        tokens: (8194, 1024), the embedding of speech tokens.
-        positions: (4100, 1024), the embedding of their places.
-        x: (2, 1024), the last token's hidden state, with and without the text.
+        tokens: (8194, 1024), the embeddings of speech tokens.
+        positions: (4100, 1024), the embeddings of their positions.
+        x: (2, 1024), the hidden state of the last token, with and without the text.
         controls: float32 (5,), see `CONTROLS`.
-        noise: float32 (8194,), drawn from an exponential distribution of rate 1.
-        used: bool (8194,), the tokens that are in the sequence already, for the repetition penalty.
-        step: int64 (1,), the place of the new token among the speech tokens.
+        noise: float32 (8194,), from an exponential distribution with rate 1.
+        used: bool (8194,), the tokens that the sequence already contains, for the repetition penalty.
+        step: int64 (1,), the number of the new token among the speech tokens.
 
     Returns:
-        the token, int64 (1,); its embedding for both rows, (2, 1, 1024); `used` with the token.
+        the token, int64 (1,); its embedding for both rows, (2, 1, 1024); `used` including the token.
     """
     probabilities = _softmax_above_minimum(_penalized(norm, head, x, controls, used), controls)
     return _draw(probabilities, tokens, positions, noise, used, step)
@@ -188,21 +189,21 @@ def sample_nucleus(
     used: Tensor,
     step: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `sample`, with top-p: the least set of likely tokens whose probability reaches `top_p`.
+    """Draw a token like `sample`, with top-p: from the smallest set of tokens whose probability reaches `top_p`.
 
-    Apart, since it sorts, and with a `top_p` of 1 that changes nothing.
+    This is a separate region because it sorts, which is useless work if `top_p` is 1.
     """
     probabilities = _softmax_above_minimum(_penalized(norm, head, x, controls, used), controls)
     ordered, order = torch.sort(probabilities)
     dropped = ordered.cumsum(0) <= 1.0 - controls[4]
-    # The likeliest token stays whatever the sum's last digit says.
+    # Always keep the most likely token: rounding of the sum could drop it.
     dropped = dropped & (torch.arange(dropped.size(0), device=x.device) < dropped.size(0) - 1)
     kept = torch.zeros_like(probabilities).scatter(0, order, torch.where(dropped, 0.0, ordered))
     return _draw(kept / kept.sum(), tokens, positions, noise, used, step)
 
 
 def _penalized(norm: Tensor, head: Tensor, x: Tensor, controls: Tensor, used: Tensor) -> Tensor:
-    """Logits after guidance, repetition penalty and temperature, float32 (8194,)."""
+    """Compute the logits with guidance, repetition penalty and temperature: float32 (8194,)."""
     temperature, cfg_weight, penalty = controls[0], controls[1], controls[2]
     logits = functional.linear(rms_norm(x, norm), head).float()
     guided = logits[0] + cfg_weight * (logits[0] - logits[1])
@@ -211,7 +212,7 @@ def _penalized(norm: Tensor, head: Tensor, x: Tensor, controls: Tensor, used: Te
 
 
 def _softmax_above_minimum(logits: Tensor, controls: Tensor) -> Tensor:
-    """Probabilities, after tokens less likely than `min_p` times the likeliest are dropped."""
+    """Compute probabilities without tokens that are less likely than `min_p` times the most likely one."""
     probabilities = torch.softmax(logits, dim=0)
     kept = probabilities >= controls[3] * probabilities.max()
     return torch.softmax(torch.where(kept, logits, -torch.inf), dim=0)
@@ -220,8 +221,8 @@ def _softmax_above_minimum(logits: Tensor, controls: Tensor) -> Tensor:
 def _draw(
     probabilities: Tensor, tokens: Tensor, positions: Tensor, noise: Tensor, used: Tensor, step: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    token = torch.argmax(probabilities / noise.clamp(min=_LEAST_NOISE), dim=0, keepdim=True)
+    token = torch.argmax(probabilities / noise.clamp(min=_MIN_NOISE), dim=0, keepdim=True)
     used = used | (torch.arange(used.size(0), device=used.device) == token)
-    # A token's own place counts from the one after the start token's.
+    # Position 0 belongs to the start token.
     embedding = tokens.index_select(0, token) + positions.index_select(0, step + 1)
     return token, embedding[None].expand(2, 1, -1).contiguous(), used

@@ -1,4 +1,4 @@
-"""S3Gen's vocoder with regions: a mel spectrogram to a waveform."""
+"""S3Gen's vocoder with regions: turns a mel spectrogram into a waveform."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from chatterbox_prewarm.model.regions.overlap import Windows
+from chatterbox_prewarm.model.regions.overlap import OverlappingWindows
 from chatterbox_prewarm.model.regions.region import VOCODER_PITCH, VOCODER_TRUNK
 from chatterbox_prewarm.model.regions.vocoder_blocks import FFT_SIZE, pitch_weights, trunk_weights
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 _HOP = 4
 _TURN = 2 * math.pi
-_LOUDEST_BIN = 1e2  # upstream's clip of the magnitude
+_MAX_MAGNITUDE = 1e2  # upstream clips the magnitude at this value
 SAMPLES_PER_FRAME = 480
-#: How many mel frames to each side the pitch depends on: five convolutions of three.
+#: How many mel frames on each side the pitch depends on: five convolutions of three frames.
 _PITCH_CONTEXT = 5
-#: And the waveform: on 14.3 frames of the source, most of them for the residual blocks of the first stage and those of
-#: its source, and on 13.2 of the spectrogram.
+#: How many frames on each side the waveform depends on: 14.3 frames of the source, mostly because of the residual
+#: blocks of the first stage and of its source, and 13.2 frames of the spectrogram.
 _TRUNK_CONTEXT = 15
-#: How many mel frames a stream holds back until it knows what follows.
+#: How many mel frames a stream keeps until it knows the following frames.
 HELD_FRAMES = _PITCH_CONTEXT + _TRUNK_CONTEXT
 
 
 class Vocoder:
-    """Upstream's `HiFTGenerator.inference` for one utterance, and the fade-in that S3Gen adds.
+    """Computes the same as upstream's `HiFTGenerator.inference` for one utterance, with the fade-in that S3Gen adds.
 
     Args:
-        s3gen: of upstream, whose weights are used; weight norms are resolved into tensors of their own.
-        executor: makes the regions.
+        s3gen: upstream's module; its weight norms are applied once, into new tensors.
+        executor: makes the regions callable.
     """
 
     def __init__(self, s3gen: Any, executor: Executor) -> None:
@@ -45,54 +45,50 @@ class Vocoder:
 
     @torch.inference_mode()
     def __call__(self, mel: torch.Tensor) -> torch.Tensor:
-        """Make sound.
+        """Compute the waveform of an utterance. The noise comes from the global generators, as in upstream.
 
         Args:
             mel: (1, 80, frames).
 
         Returns:
-            (480 frames,), 24 kHz, within [-0.99, 0.99]; noise is drawn as upstream draws it.
+            (480 frames,), 24 kHz, within [-0.99, 0.99].
         """
         wave = self.sound(mel, Source(self._hift)(self.pitch(mel)))
         self.fade_in(wave, 0)
         return wave
 
     def pitch(self, mel: torch.Tensor) -> torch.Tensor:
-        """The fundamental frequency, (1, 80, frames) to (1, frames), Hz."""
+        """Predict the fundamental frequency in Hz, (1, frames), of a mel spectrogram, (1, 80, frames)."""
         return self._pitch(mel)[0]
 
     def sound(self, mel: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        """The waveform without the fade-in, from mel (1, 80, frames) and excitation (1, 480 frames)."""
+        """Compute the waveform (480 frames,) without fade-in from mel (1, 80, frames) and source (1, 480 frames)."""
         spectrum = torch.view_as_real(
             torch.stft(source, FFT_SIZE, _HOP, FFT_SIZE, window=self._window, return_complex=True)
         )
         magnitude, phase = self._trunk(mel, torch.cat([spectrum[..., 0], spectrum[..., 1]], dim=1))
-        wave = self._inverse(torch.polar(magnitude.clip(max=_LOUDEST_BIN), phase))
+        wave = self._inverse(torch.polar(magnitude.clip(max=_MAX_MAGNITUDE), phase))
         limit = self._hift.audio_limit
         return wave.clamp(-limit, limit)
 
     def fade_in(self, wave: torch.Tensor, begin: int) -> None:
-        """Apply S3Gen's fade-in to a part of the waveform, in place.
-
-        Args:
-            wave: (samples,).
-            begin: where in the utterance it begins.
-        """
+        """Apply S3Gen's fade-in in place to a part of the waveform, (samples,), that begins at sample `begin`."""
         fade = self._fade[begin : begin + wave.numel()]
         wave[: fade.numel()] *= fade
 
     def stream(self, generator: torch.Generator | None = None) -> VocoderStream:
-        """The same for one spectrogram that comes in pieces.
+        """Start the waveform of an utterance whose spectrogram arrives in pieces.
 
         Args:
-            generator: of the CPU, which noise is drawn from; None draws it as a call does.
+            generator: the CPU generator for the noise; None uses the global generators.
         """
         return VocoderStream(self, Source(self._hift, generator))
 
     def _inverse(self, spectrum: torch.Tensor) -> torch.Tensor:
-        """The inverse short-time Fourier transform, (1, 9, n) to 4 (n - 1) samples, without `torch.istft`'s host sync.
+        """Apply the inverse short-time Fourier transform to (1, 9, n): 4 (n - 1) samples.
 
-        `torch.istft` asks whether the windows cover every sample. A Hann window of four hops does.
+        `torch.istft` would need a host sync to check that the windows cover every sample. A Hann window of four hops
+        does.
         """
         frames = torch.fft.irfft(spectrum, n=FFT_SIZE, dim=1) * self._window[:, None]
         count = frames.size(2)
@@ -105,26 +101,26 @@ class Vocoder:
 
 
 class VocoderStream:
-    """The vocoder over a spectrogram that comes in pieces: the waveform of the whole, without a seam.
+    """Computes the waveform of a spectrogram that arrives in pieces. The result has no seams.
 
-    Pitch and waveform are made in windows that overlap by all that their convolutions see, and the phase of the
-    excitation goes on from piece to piece. So nothing has to be faded into one another.
+    Pitch and waveform are computed in windows that overlap by the context of their convolutions, and the phase of the
+    excitation continues from piece to piece. So no cross-fades are needed.
     """
 
     def __init__(self, vocoder: Vocoder, source: Source) -> None:
         self._vocoder = vocoder
         self._source = source
-        self._pitches = Windows(lambda mel: vocoder.pitch(mel)[0], context=_PITCH_CONTEXT)
-        self._sounds = Windows(self._sound, context=_TRUNK_CONTEXT)
+        self._pitches = OverlappingWindows(lambda mel: vocoder.pitch(mel)[0], context=_PITCH_CONTEXT)
+        self._sounds = OverlappingWindows(self._sound, context=_TRUNK_CONTEXT)
         self._waiting: torch.Tensor | None = None
-        self._made = 0
+        self._samples_done = 0
 
     @torch.inference_mode()
     def excite(self, mel: torch.Tensor, *, last: bool) -> torch.Tensor:
-        """Take more of the spectrogram, (1, 80, frames), and give what `sound` takes, for as many frames as can be.
+        """Add a piece of the spectrogram, (1, 80, frames), and compute the excitation of all frames that are ready.
 
         Returns:
-            (1, 80 + 480, frames): the spectrogram with the samples of its excitation below.
+            (1, 80 + 480, frames): the spectrogram, and below it the 480 samples of excitation of each frame.
         """
         waiting = mel if self._waiting is None else torch.cat([self._waiting, mel], dim=2)
         pitch = self._pitches(mel, last=last)
@@ -137,14 +133,10 @@ class VocoderStream:
 
     @torch.inference_mode()
     def sound(self, excited: torch.Tensor, *, last: bool) -> torch.Tensor:
-        """Take more of what `excite` gave.
-
-        Returns:
-            (samples,), those that nothing which may follow has a part in.
-        """
+        """Add a result of `excite` and compute the samples, (samples,), that later pieces cannot change."""
         wave = self._sounds(excited, last=last)
-        self._vocoder.fade_in(wave, self._made)
-        self._made += wave.numel()
+        self._vocoder.fade_in(wave, self._samples_done)
+        self._samples_done += wave.numel()
         return wave
 
     def _sound(self, excited: torch.Tensor) -> torch.Tensor:
@@ -153,14 +145,14 @@ class VocoderStream:
 
 
 class Source:
-    """The excitation of a voice: harmonics of the pitch where there is one, noise where there is none.
+    """Generates the excitation signal: harmonics of the pitch in voiced frames, noise in unvoiced ones.
 
-    Upstream draws the phases through `torch.distributions`, which checks its own constants on the host, and since
-    torch 2.11 imports the compiler to do so. They are drawn on the CPU on any device, as upstream's are.
+    Upstream draws the phases with `torch.distributions`, which checks constants on the host and, since torch 2.11,
+    imports the compiler for that. Here and in upstream they are drawn on the CPU, for any device.
 
     Args:
-        hift: of upstream.
-        generator: of the CPU; None draws from the generators that upstream draws from.
+        hift: upstream's module.
+        generator: the CPU generator; None uses the global generators, as upstream does.
     """
 
     def __init__(self, hift: Any, generator: torch.Generator | None = None) -> None:
@@ -170,7 +162,7 @@ class Source:
         self._phase: torch.Tensor | None = None
 
     def __call__(self, pitch: torch.Tensor) -> torch.Tensor:
-        """Go on from where the last call ended.
+        """Generate the excitation of the frames that follow the previous call's.
 
         Args:
             pitch: (1, frames), Hz.
@@ -195,7 +187,7 @@ class Source:
         if self._generator is None:
             noise = torch.randn_like(waves)
         else:
-            # Frame after frame, so that it is the same however many come at once.
+            # Draw frame by frame, so that the noise does not depend on the size of the pieces.
             shape = (pitch.size(1), harmonics.size(0), SAMPLES_PER_FRAME)
             noise = torch.randn(shape, generator=self._generator).to(waves.device)
             noise = noise.transpose(0, 1).reshape(waves.shape)

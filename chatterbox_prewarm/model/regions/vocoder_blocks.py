@@ -1,7 +1,6 @@
 """The regions of the vocoder (HiFT, arXiv:2309.09493): the pitch predictor, and the trunk between two transforms.
 
-Both run once for an utterance. Upstream recomputes the weight norm of 82 convolutions in every forward; here the
-weights come in as they are used.
+Upstream recomputes the weight norm of 82 convolutions in every forward pass. Here the weights are computed once.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Of upstream's S3Gen: three upsamplings, and beside each a residual block for the source and three for the signal.
+#: Upstream's sizes: three up-sampling stages, each with one residual block for the source and three for the signal.
 _STRIDES = (8, 5, 3)
 _SOURCE_STRIDES = (15, 3, 1)
 _KERNELS = (3, 7, 11)
 _SOURCE_KERNELS = (7, 7, 11)
 _DILATIONS = (1, 3, 5)
 _SLOPE = 0.1
-_DEFAULT_SLOPE = 0.01  # upstream leaves the last one at PyTorch's default
-_NO_DIVISION_BY_ZERO = 1e-9
+_DEFAULT_SLOPE = 0.01  # PyTorch's default, which upstream uses in the last activation
+_EPSILON = 1e-9
 _PITCH_LAYERS = 5
-#: Of the short-time Fourier transforms around the trunk.
+#: Size of the short-time Fourier transforms before and after the trunk.
 FFT_SIZE = 16
 BINS = FFT_SIZE // 2 + 1
 
@@ -34,8 +33,8 @@ def pitch(*arguments: Tensor) -> tuple[Tensor]:
     """Predict the fundamental frequency of each mel frame.
 
     Args:
-        *arguments: a weight and a bias for each of five convolutions and for the classifier, then the mel
-            spectrogram, (1, 80, frames).
+        *arguments: a weight and a bias for each of the five convolutions and for the classifier, then the mel
+            spectrogram (1, 80, frames).
 
     Returns:
         (1, frames), in Hz.
@@ -48,11 +47,11 @@ def pitch(*arguments: Tensor) -> tuple[Tensor]:
 
 
 def trunk(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn a mel spectrogram and the spectrum of its source signal into the spectrum of the speech.
+    """Compute the spectrum of the speech from the mel spectrogram and the spectrum of the source signal.
 
     Args:
-        *arguments: the weights in the order of `trunk_weights`, then the mel spectrogram, (1, 80, frames), and the
-            source's spectrum, real parts over imaginary ones, (1, 18, 120 frames + 1).
+        *arguments: the weights in the order of `trunk_weights`, then the mel spectrogram (1, 80, frames), then the
+            source's spectrum (1, 18, 120 frames + 1), with the real parts first.
 
     Returns:
         magnitude and phase of the speech, (1, 9, 120 frames + 1) each.
@@ -85,31 +84,31 @@ def _residual(x: Tensor, kernel: int, take: Iterator[Tensor]) -> Tensor:
 
 
 def _snake(x: Tensor, alpha: Tensor) -> Tensor:
-    """Snake (arXiv:2006.08195): x + sin(alpha x)^2 / alpha."""
+    """Apply the Snake activation (arXiv:2006.08195): x + sin(alpha x)^2 / alpha."""
     alpha = alpha[None, :, None]
-    return x + torch.sin(x * alpha).square() / (alpha + _NO_DIVISION_BY_ZERO)
+    return x + torch.sin(x * alpha).square() / (alpha + _EPSILON)
 
 
 def pitch_weights(predictor: Any) -> list[Tensor]:
-    """What `pitch` takes, from upstream's `ConvRNNF0Predictor`."""
+    """Return the weight arguments of `pitch` for upstream's `ConvRNNF0Predictor`."""
     layers = [*list(predictor.condnet)[::2], predictor.classifier]
     return [tensor for layer in layers for tensor in _pair(layer)]
 
 
 def trunk_weights(hift: Any) -> list[Tensor]:
-    """What `trunk` takes, from upstream's `HiFTGenerator`, weight norms resolved."""
-    found = _pair(hift.conv_pre)
+    """Return the weight arguments of `trunk` for upstream's `HiFTGenerator`, with weight norms applied."""
+    weights = _pair(hift.conv_pre)
     kernels = len(_KERNELS)
     for stage in range(len(_STRIDES)):
-        found += [*_pair(hift.ups[stage]), *_pair(hift.source_downs[stage])]
+        weights += [*_pair(hift.ups[stage]), *_pair(hift.source_downs[stage])]
         blocks = hift.resblocks[stage * kernels : (stage + 1) * kernels]
         for block in (hift.source_resblocks[stage], *blocks):
             layers = zip(block.activations1, block.convs1, block.activations2, block.convs2, strict=True)
             for first, convolution, second, other in layers:
-                found += [first.alpha.detach(), *_pair(convolution), second.alpha.detach(), *_pair(other)]
-    return [*found, *_pair(hift.conv_post)]
+                weights += [first.alpha.detach(), *_pair(convolution), second.alpha.detach(), *_pair(other)]
+    return [*weights, *_pair(hift.conv_post)]
 
 
 def _pair(layer: Any) -> list[Tensor]:
-    """Weight and bias; reading a parametrized weight computes it."""
+    """Return weight and bias. Reading a parametrized weight computes it."""
     return [layer.weight.detach().contiguous(), layer.bias.detach()]

@@ -1,4 +1,8 @@
-"""The English model: constructed without initialisation, its weights mapped from the files without a copy."""
+"""The English model: constructed without random initialization; the weights are mapped from the files without a copy.
+
+Filling 800 million parameters with random numbers takes 13 s of an upstream start. Non-persistent buffers and plain
+tensor attributes (position tables, windows, fades) are still computed; a meta device would lose them.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,22 @@ import ctypes
 import logging
 import mmap
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from chatterbox_prewarm.errors import BadInputError, ModelError, WeightsError
-from chatterbox_prewarm.model.lean_imports import import_chatterbox, paused_gc
+from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox, paused_gc
 from chatterbox_prewarm.weights.record import Synthetic, check_quickly, read_record
 from chatterbox_prewarm.weights.safetensors_header import read_safetensors_header
 from chatterbox_prewarm.weights.variants import ENGLISH
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from chatterbox.models.t3 import T3
@@ -27,32 +33,46 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Constants that upstream computes in the constructor and published files may lack (`S3Token2Wav`).
+#: Constants that upstream's constructor computes and that published files may lack (`S3Token2Wav`).
 _COMPUTED = frozenset({"tokenizer._mel_filters", "tokenizer.window"})
 _SHORT_LLAMA = "chatterbox_prewarm_{layers}_layers"
-#: `madvise(2)`, since Linux 5.14: map the pages now, reading what is not in the page cache, instead of one fault each.
+#: `madvise(2)`, since Linux 5.14: map all pages now instead of one page fault each, and read missing pages from disk.
 _MADV_POPULATE_READ = 22
+#: Names of functions, because transformers replaces the functions of torch.nn.init while it constructs a model. The set
+#: also contains the initializers that call the fills: a mode is off while one of its functions runs.
+_RANDOM_FILLS = frozenset(
+    {
+        "kaiming_normal_",
+        "kaiming_uniform_",
+        "normal_",
+        "orthogonal_",
+        "trunc_normal_",
+        "uniform_",
+        "xavier_normal_",
+        "xavier_uniform_",
+    }
+)
 
 
 def load(directory: Path, *, device: str = "cpu") -> ChatterboxTTS:
-    """Build `ChatterboxTTS` from a weights directory, equal tensor for tensor to `ChatterboxTTS.from_local`.
+    """Build `ChatterboxTTS` from a weights directory. All tensors equal those of `ChatterboxTTS.from_local`.
 
-    On a CPU the parameters are the mapped pages of the files themselves; on a GPU each file goes straight to the
-    device. The voice (`conds`) is left unset: it comes from the warm state, or is prepared by the caller.
+    On a CPU the parameters are mapped pages of the files. On a GPU each file is loaded directly to the device. The
+    voice (`conds`) is not set: it comes from the warm state, or from the caller.
 
     Args:
-        directory: holds the variant's files and `weights.json`.
-        device: a torch device as upstream takes it, a string such as "cpu" or "cuda".
+        directory: contains the variant's files and `weights.json`.
+        device: a torch device as a string, such as "cpu" or "cuda".
 
     Raises:
-        WeightsError: a file is missing, truncated, or has tensors of other names or shapes.
-        ModelError: the packages that make up the model cannot be imported.
+        WeightsError: a file is missing or truncated, or the names or shapes of its tensors are wrong.
+        ModelError: the model's packages cannot be imported.
     """
     record = read_record(directory)
     if record.variant != ENGLISH.name:
         raise WeightsError(
-            f"{directory} holds the variant {record.variant!r}, not {ENGLISH.name!r}",
-            next_step="name the directory of the English weights",
+            f"{directory} contains the variant {record.variant!r}, not {ENGLISH.name!r}",
+            next_step="give the directory of the English weights",
         )
     check_quickly(directory, record)
     check_device(device)
@@ -77,26 +97,26 @@ def check_device(device: str) -> None:
     """Refuse a device that this machine does not have.
 
     Raises:
-        BadInputError: no device of a kind that Chatterbox runs on, or no GPU of that number.
-        ModelError: a GPU is asked for and torch sees none.
+        BadInputError: Chatterbox does not run on this kind of device, or there is no GPU with this number.
+        ModelError: torch sees no GPU.
     """
     try:
-        found = torch.device(device)
+        parsed = torch.device(device)
     except RuntimeError:
-        found = None
-    if found is None or found.type not in {"cpu", "cuda"}:
+        parsed = None
+    if parsed is None or parsed.type not in {"cpu", "cuda"}:
         raise BadInputError(f"there is no device {device!r}", next_step="use --device cpu, cuda, or cuda:NUMBER")
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if parsed.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"the device {device!r} cannot be used: torch sees no GPU", next_step="use --device cpu")
-    if found.type == "cuda" and found.index is not None and found.index >= torch.cuda.device_count():
+    if parsed.type == "cuda" and parsed.index is not None and parsed.index >= torch.cuda.device_count():
         raise BadInputError(
             f"there is no device {device!r}: torch sees {torch.cuda.device_count()} GPU(s), numbered from 0",
-            next_step="name one of them",
+            next_step="use one of these numbers",
         )
 
 
 def read_ahead(directory: Path) -> None:
-    """Ask the kernel to read the tensor files into the page cache while imports keep this process busy."""
+    """Ask the kernel to read the tensor files into the page cache while this process imports packages."""
     for name in ENGLISH.safetensors:
         descriptor = os.open(directory / name, os.O_RDONLY)
         try:
@@ -106,10 +126,10 @@ def read_ahead(directory: Path) -> None:
 
 
 def populate(module: nn.Module) -> None:
-    """Map the pages of a module's parameters at once, so that its first forward does not fault them in one by one.
+    """Map all pages of a module's parameters at once, so that the first forward pass causes no page faults.
 
-    Page faults of 3 GB took 0.4 s of the first synthesis, and this takes 0.06 s. An older kernel refuses, and nothing
-    is lost.
+    The page faults of 3 GB took 0.4 s of the first synthesis; this call takes 0.06 s. An older kernel refuses it, which
+    does no harm.
     """
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -121,17 +141,15 @@ def populate(module: nn.Module) -> None:
 
 
 def construct(synthetic: Synthetic | None) -> tuple[T3, nn.Module, nn.Module]:
-    """Make T3, S3Gen and the voice encoder with parameters of undefined content.
+    """Construct T3, S3Gen and the voice encoder with uninitialized parameters.
 
     Args:
-        synthetic: for a shortened checkpoint, how many layers each stack keeps.
+        synthetic: the number of layers in each stack of a shortened checkpoint, or None.
     """
     from chatterbox.models.s3gen import S3Gen
     from chatterbox.models.voice_encoder import VoiceEncoder
 
-    from chatterbox_prewarm.model.uninitialized import Uninitialized
-
-    with Uninitialized():
+    with SkipRandomFills():
         t3 = make_t3(synthetic.t3_layers if synthetic else None)
         s3gen = S3Gen()
         ve = VoiceEncoder()
@@ -140,15 +158,31 @@ def construct(synthetic: Synthetic | None) -> tuple[T3, nn.Module, nn.Module]:
     return t3, s3gen, ve
 
 
+class SkipRandomFills(TorchFunctionMode):
+    """While active, in-place random fills return their tensor unchanged. Memory that is never written costs nothing."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Skip random fills, and call every other function."""
+        if getattr(func, "__name__", "") in _RANDOM_FILLS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def make_t3(layers: int | None, *, multilingual: bool = False) -> T3:
-    """Construct T3, with fewer transformer layers than published when `layers` is given."""
+    """Construct T3. `layers` shortens its transformer; None keeps the published number of layers."""
     from chatterbox.models.t3 import T3
     from chatterbox.models.t3.llama_configs import LLAMA_CONFIGS
     from chatterbox.models.t3.modules.t3_config import T3Config
 
     config = T3Config.multilingual() if multilingual else T3Config.english_only()
     if layers is not None:
-        # Upstream looks its transformer up by name, so a shorter one is an entry of that table.
+        # Upstream looks up the transformer's configuration by name, so add an entry for the shorter one.
         name = _SHORT_LLAMA.format(layers=layers)
         LLAMA_CONFIGS[name] = {**LLAMA_CONFIGS[config.llama_config_name], "num_hidden_layers": layers}
         config.llama_config_name = name
@@ -156,7 +190,7 @@ def make_t3(layers: int | None, *, multilingual: bool = False) -> T3:
 
 
 def shorten_s3gen(s3gen: nn.Module, blocks: int) -> None:
-    """Cut S3Gen's four deep stacks to `blocks` each; every kept layer has its published shape."""
+    """Shorten S3Gen's four deep stacks to `blocks` layers each. The remaining layers keep their published shapes."""
     encoder, estimator = s3gen.flow.encoder, s3gen.flow.decoder.estimator  # type: ignore[union-attr]
     encoder.encoders = encoder.encoders[:blocks]  # type: ignore[union-attr,index]
     encoder.up_encoders = encoder.up_encoders[:blocks]  # type: ignore[union-attr,index]
@@ -173,21 +207,21 @@ def _assign(
     may_lack: frozenset[str] = frozenset(),
     may_have_more: bool = False,
 ) -> None:
-    """Make the tensors of a file the module's own.
+    """Load a file's tensors as the module's parameters and buffers.
 
     Raises:
-        WeightsError: naming the first tensor that is missing, unexpected, or of another shape.
+        WeightsError: a tensor is missing, is unexpected or has a wrong shape. The message names the first one.
     """
     expected = module.state_dict()
-    found = read_safetensors_header(path)
+    header = read_safetensors_header(path)
     step = "check that the files belong to this variant with `chatterbox-prewarm weights verify`"
-    if missing := sorted(expected.keys() - found.keys() - may_lack):
+    if missing := sorted(expected.keys() - header.keys() - may_lack):
         raise WeightsError(f"{path} lacks {len(missing)} tensor(s), the first: {missing[0]}", next_step=step)
-    if extra := sorted(found.keys() - expected.keys()):
+    if extra := sorted(header.keys() - expected.keys()):
         if not may_have_more:
             raise WeightsError(f"{path} has {len(extra)} unknown tensor(s), the first: {extra[0]}", next_step=step)
-        logger.info("%s: %d tensors that the model has no place for are left out", path.name, len(extra))
-    for name, (_, shape) in found.items():
+        logger.info("%s: ignoring %d tensors that the model does not have", path.name, len(extra))
+    for name, (_, shape) in header.items():
         if name in expected and tuple(expected[name].shape) != shape:
             raise WeightsError(
                 f"{path}: {name} has shape {list(shape)}, the model needs {list(expected[name].shape)}", next_step=step
@@ -197,7 +231,7 @@ def _assign(
     except SafetensorError as error:
         raise WeightsError(f"{path} is not a safetensors file: {error}", next_step=step) from error
     module.load_state_dict(
-        # The cast is for half-precision files alone: upstream would copy them into float32 parameters too.
+        # The cast only affects half-precision files. Upstream also copies them into float32 parameters.
         {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items() if name in expected},
         strict=False,
         assign=True,

@@ -1,19 +1,20 @@
-"""Warming up for a load: how much of what comes after ready is worth doing before somebody asks for it.
+"""Adaptive warm-up: choose how much of the warm-up after readiness pays off for an expected load.
 
-A start is ready after one synthesis. What remains cold is what a request of another length meets first: kernels that
-convolutions choose by length, memory pools that grow, and the making of a voice. Each costs a request some tenths of a
-second, once. So a server that is asked once in a while needs none of it, and a busy one wants all of it done.
+A start is ready after one synthesis. Requests of other lengths then still meet cold parts: kernels that convolutions
+choose by length, memory pools that must grow, and the computation of a voice. Each cold part delays one request by some
+tenths of a second. So a server with few requests needs no further warm-up, and a busy one should warm up everything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.model.warmup.levels import switched_off
+from chatterbox_prewarm.model.warmup.settings import switched_off
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Requests a minute from which a level pays, and the speech tokens (25 a second) of the lengths that are then warmed.
+#: Minimum requests per minute for a level, the level, and the lengths to warm up, in speech tokens (25 per second).
 _PLANS = (
     (0.0, 1, ()),
     (1.0, 2, (50, 100, 200)),
@@ -33,11 +34,11 @@ _PLANS = (
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupStep:
-    """A piece of a warm-up that can be left and begun anew.
+    """A step of a warm-up that can be interrupted and repeated.
 
     Attributes:
         name: for the log.
-        run: does it; its argument is called in between and may raise to leave.
+        run: runs the step. Its argument is called regularly and may raise an exception to interrupt the step.
     """
 
     name: str
@@ -46,11 +47,11 @@ class WarmupStep:
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupPlan:
-    """What to warm up.
+    """The warm-up that an expected load needs.
 
     Attributes:
-        level: as in `ChatterboxWarmupStrategy`: 1 is what a start does anyhow, 2 adds lengths, 3 a voice and
-            the lengths that memory pools grow for.
+        level: 1 needs nothing after the start; 2 adds lengths; 3 adds a voice and the lengths for which memory pools
+            grow.
         tokens: the lengths, in speech tokens.
     """
 
@@ -58,22 +59,22 @@ class WarmupPlan:
     tokens: tuple[int, ...]
 
     def steps(self, synthesizer: Synthesizer) -> list[WarmupStep]:
-        """The plan as steps, shortest first."""
+        """Return the steps of the plan, shortest first."""
         steps = [
             WarmupStep(name=f"{count} speech tokens", run=functools.partial(_render, synthesizer, count))
             for count in self.tokens
         ]
         if self.level >= 3:
-            steps.append(WarmupStep(name="a voice from a clip", run=functools.partial(_make_voice, synthesizer)))
+            steps.append(WarmupStep(name="a voice from a clip", run=functools.partial(_compute_voice, synthesizer)))
         return steps
 
 
 class AdaptiveWarmup:
-    """Warms a model up for a load.
+    """Warms up a model for an expected load.
 
     Args:
-        synthesizer: the loaded model with its voices, as `Attached.synthesizer`.
-        metrics: where the phases are recorded, if anywhere.
+        synthesizer: the loaded model with its voices, such as `Attached.synthesizer`.
+        metrics: records the phases; optional.
     """
 
     def __init__(self, synthesizer: Synthesizer, *, metrics: WarmupMetrics | None = None) -> None:
@@ -85,20 +86,18 @@ class AdaptiveWarmup:
         """Choose level and lengths for a load.
 
         Raises:
-            BadInputError: the load is negative or no number.
+            BadInputError: the load is negative or NaN.
         """
         if not requests_per_minute >= 0:
-            raise BadInputError(f"{requests_per_minute} requests a minute", next_step="give 0 or more")
+            raise BadInputError(f"the load is {requests_per_minute} requests per minute", next_step="give 0 or more")
         _, level, tokens = max(plan for plan in _PLANS if plan[0] <= requests_per_minute)
         return WarmupPlan(level=level, tokens=tokens)
 
     def warm_up_for_workload(self, requests_per_minute: float) -> WarmupPlan:
-        """Do now what the load makes worth doing; returns what that was.
-
-        The model's random generators are left as they were.
+        """Run the warm-up for a load now and return its plan. The random generators keep their state.
 
         Raises:
-            BadInputError: as `plan_for`.
+            BadInputError: the load is negative or NaN.
         """
         plan = self.plan_for(requests_per_minute)
         if switched_off():
@@ -109,36 +108,30 @@ class AdaptiveWarmup:
         for step in plan.steps(self._synthesizer):
             logger.info("warm-up: %s", step.name)
             with preserved_generators(str(self._synthesizer.model.device)):
-                if self._metrics is None:
-                    step.run(_go_on)
-                else:
-                    with self._metrics.phase(f"warm-up of {step.name}"):
-                        step.run(_go_on)
+                phase = self._metrics.phase(f"warm-up of {step.name}") if self._metrics else contextlib.nullcontext()
+                with phase:
+                    step.run(lambda: None)
         return plan
 
 
-def _go_on() -> None:
-    """Never leave."""
-
-
 def _render(synthesizer: Synthesizer, count: int, on_step: Callable[[], None]) -> None:
-    """Make the sound of so many tokens, whatever they say."""
+    """Run flow and vocoder for `count` arbitrary tokens."""
     import torch
 
     from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-    from chatterbox_prewarm.model.regions.pipeline import bound
+    from chatterbox_prewarm.model.regions.pipeline import pipeline_of
 
-    stages = bound(synthesizer.model)
+    pipeline = pipeline_of(synthesizer.model)
     with torch.inference_mode():
         tokens = torch.arange(count, device=synthesizer.model.device)
-        mel = stages.flow(tokens, synthesizer.voice(DEFAULT_VOICE).gen, on_step=on_step)
-        stages.vocoder(mel)
+        mel = pipeline.flow(tokens, synthesizer.voice(DEFAULT_VOICE).gen, on_step=on_step)
+        pipeline.vocoder(mel)
 
 
-def _make_voice(synthesizer: Synthesizer, _on_step: Callable[[], None]) -> None:
-    """Make a voice as an upload does; it cannot be left halfway."""
+def _compute_voice(synthesizer: Synthesizer, _on_step: Callable[[], None]) -> None:
+    """Compute a voice, as for an upload. This step cannot be interrupted."""
+    from chatterbox_prewarm.model.reference_clip import reference_clip
     from chatterbox_prewarm.model.voices import prepare_voice
-    from chatterbox_prewarm.model.warmup.inputs import reference_clip
 
     with reference_clip() as clip:
         prepare_voice(synthesizer.model, clip)

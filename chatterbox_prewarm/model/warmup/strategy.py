@@ -1,6 +1,6 @@
-"""The warm-up itself: three levels, each exercising what the one before left cold.
+"""The warm-up: three levels, each of which runs parts that the previous level leaves cold.
 
-torch is imported in the methods: a strategy can be made before a warm state is prepared.
+The methods import torch, so that a strategy can be created before a warm state is prepared.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.warmup.inputs import CLIP_SAMPLE_RATE, TEXTS, reference_audio, reference_clip
-from chatterbox_prewarm.model.warmup.levels import LEVELS, check_levels, switched_off
+from chatterbox_prewarm.model.reference_clip import CLIP_SAMPLE_RATE, reference_audio, reference_clip
+from chatterbox_prewarm.model.warmup.settings import LEVELS, TEXTS, check_levels, switched_off
 from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 if TYPE_CHECKING:
@@ -24,31 +24,31 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Speech tokens of a warm-up synthesis: every kernel of a decode step and of S3Gen runs, and no time is wasted.
+#: Speech tokens of a warm-up synthesis. A few tokens run every kernel of a decode step and of S3Gen.
 WARMUP_TOKENS = 8
 
 
 class ChatterboxWarmupStrategy:
-    """Exercises a loaded Chatterbox model, so that whatever is made on first use is made now.
+    """Runs a loaded Chatterbox model, so that everything created on first use is created now.
 
-    Level 1 runs each model once: voice encoder, T3, S3Gen. Level 2 runs the kernels that real use needs: a voice
-    from a reference clip, whole syntheses of a short, a medium and a long text, the watermark. Level 3 touches
-    memory pools at the largest of the texts' shapes, after giving back what the levels before held in passing.
+    Level 1 runs each model once: voice encoder, T3, S3Gen. Level 2 runs the kernels that real use needs: a voice from a
+    reference clip, complete syntheses of a short, a medium and a long text, the watermark. Level 3 first releases
+    cached GPU memory, then grows the memory pools to the largest of the texts' shapes.
 
     Args:
-        levels: which of 1, 2 and 3 to run; they run in ascending order.
-        texts: what to synthesise at level 2, short to long.
+        levels: a selection of 1, 2 and 3; they run in ascending order.
+        texts: the texts to synthesize at level 2, from short to long.
         max_new_tokens: speech tokens of each synthesis.
         progress: called with one line before each step.
-        enabled: False, or CHATTERBOX_PREWARM_WARMUP=off in the environment, makes every method return at once.
-        metrics: where phases are recorded; a new log by default.
-        upstream: also run what the model's own `generate` runs; a `Synthesizer` does not need it.
+        enabled: if False, or if the environment has CHATTERBOX_PREWARM_WARMUP=off, every method returns immediately.
+        metrics: records phases; by default a new object.
+        upstream: also run the code of the model's own `generate`. A `Synthesizer` does not need it.
 
     Raises:
-        BadInputError: a level that does not exist.
+        BadInputError: a level does not exist.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - public API with optional keyword arguments
         self,
         *,
         levels: Sequence[int] = LEVELS,
@@ -68,10 +68,10 @@ class ChatterboxWarmupStrategy:
         self._progress = progress
 
     def perform_full_warmup(self, model: ChatterboxTTS) -> WarmupMetrics:
-        """Run all configured levels; the model's voice and the random generators are left as they were.
+        """Run all configured levels. The model's voice and the random generators keep their state.
 
         Returns:
-            the log, with the phases "warm-up level 1" to "warm-up level 3" as far as they ran.
+            the metrics, with one phase such as "warm-up level 1" for each level that ran.
         """
         if not self.enabled:
             self._progress("warm-up is switched off")
@@ -83,16 +83,16 @@ class ChatterboxWarmupStrategy:
             with preserved_generators(str(model.device)):
                 for level in self.levels:
                     with self.metrics.phase(f"warm-up level {level}"):
-                        if not self._fits(steps[level], model):
-                            self._progress(f"level {level}: out of memory; the warm-up ends below it")
+                        if not self._run_if_memory_suffices(steps[level], model):
+                            self._progress(f"level {level}: out of memory; the warm-up stops before this level")
                             self.levels = tuple(done for done in self.levels if done < level)
                             break
         finally:
             gc.collect()
         return self.metrics
 
-    def _fits(self, step: Callable[[ChatterboxTTS], None], model: ChatterboxTTS) -> bool:
-        """Run a level; False when the device has too little memory for it, which is then given back."""
+    def _run_if_memory_suffices(self, step: Callable[[ChatterboxTTS], None], model: ChatterboxTTS) -> bool:
+        """Run a level. If the device runs out of memory, free the memory and return False."""
         import torch
 
         try:
@@ -107,12 +107,12 @@ class ChatterboxWarmupStrategy:
         return False
 
     def warm_up_models(self, model: ChatterboxTTS) -> None:
-        """Level 1: run voice encoder, T3 and S3Gen once each, on the least input."""
+        """Run level 1: voice encoder, T3 and S3Gen once each, with a minimal input."""
         if not self.enabled:
             return
         import torch
 
-        from chatterbox_prewarm.model.regions.pipeline import bound
+        from chatterbox_prewarm.model.regions.pipeline import pipeline_of
 
         self._progress("level 1: voice encoder")
         with torch.inference_mode():
@@ -120,9 +120,9 @@ class ChatterboxWarmupStrategy:
             self._progress("level 1: S3Gen's reference embedding")
             reference = model.s3gen.embed_ref(reference_audio(1.0), CLIP_SAMPLE_RATE, device=model.device)
             self._progress("level 1: S3Gen")
-            stages = bound(model)
+            pipeline = pipeline_of(model)
             tokens = torch.arange(self.max_new_tokens, device=model.device)
-            stages.vocoder(stages.flow(tokens, reference))
+            pipeline.vocoder(pipeline.flow(tokens, reference))
             if self.upstream:
                 self._progress("level 1: upstream's own code")
                 self._run_upstream(model, tokens, reference)
@@ -130,7 +130,7 @@ class ChatterboxWarmupStrategy:
         self._synthesizer(model).speech_tokens(self.texts[0], max_new_tokens=self.max_new_tokens)
 
     def _run_upstream(self, model: ChatterboxTTS, tokens: torch.Tensor, reference: dict[str, Any]) -> None:
-        """What `model.generate` runs, which is not what a `Synthesizer` does."""
+        """Run the code of `model.generate`, which a `Synthesizer` does not use."""
         import torch
 
         hyper = model.t3.hp
@@ -142,7 +142,7 @@ class ChatterboxWarmupStrategy:
         model.s3gen.inference(speech_tokens=tokens[None], ref_dict=dict(reference))
 
     def warm_up_kernels(self, model: ChatterboxTTS) -> None:
-        """Level 2: make a voice from a clip, then synthesise each text with it, watermark included."""
+        """Run level 2: compute a voice from a clip, then synthesize each text with it, including the watermark."""
         if not self.enabled:
             return
         from chatterbox_prewarm.model.synthesis import Synthesizer
@@ -156,7 +156,7 @@ class ChatterboxWarmupStrategy:
             synthesizer.synthesize(text, seed=0, max_new_tokens=self.max_new_tokens)
 
     def warm_up_memory(self, model: ChatterboxTTS) -> None:
-        """Level 3: grow memory pools to the longest text's shapes, and settle them."""
+        """Run level 3: grow the memory pools to the shapes of the longest text."""
         if not self.enabled:
             return
         import torch
@@ -164,15 +164,15 @@ class ChatterboxWarmupStrategy:
         self._progress("level 3: memory pools at the largest shape")
         on_gpu = str(model.device).startswith("cuda")
         if on_gpu:
-            torch.cuda.empty_cache()  # what the levels before held in passing; what comes now stays
+            torch.cuda.empty_cache()  # release the memory of the earlier levels; the memory allocated from now on stays
         self._synthesizer(model).synthesize(max(self.texts, key=len), seed=0, max_new_tokens=4 * self.max_new_tokens)
         if on_gpu:
             torch.cuda.synchronize(model.device)
             peak = torch.cuda.max_memory_allocated(model.device)
-            self._progress(f"level 3: {peak / 2**20:.0f} MiB of GPU memory at the peak")
+            self._progress(f"level 3: peak GPU memory {peak / 2**20:.0f} MiB")
 
     def _synthesizer(self, model: ChatterboxTTS) -> Synthesizer:
-        """A synthesizer with the model's own voice, or with one of a generated clip."""
+        """Return a synthesizer with the model's own voice, or with a voice of a generated clip."""
         from chatterbox_prewarm.model.synthesis import Synthesizer
         from chatterbox_prewarm.model.voices import detached, prepare_voice
 

@@ -1,1 +1,1 @@
-"""The HTTP side of the server."""
+"""The HTTP server: routes, middleware and metrics."""

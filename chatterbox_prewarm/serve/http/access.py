@@ -1,203 +1,173 @@
-"""Who may ask: the token that a server can demand, and the other sites' pages that a browser must not act for.
+"""Access control: the bearer token that a server can require, and protection against cross-site requests.
 
-A browser sends what it knows of a server, a Basic password or the mere reach of a private address, with the requests
-that any other page makes. Forms of such a page could add voices or have texts spoken. So a request that changes
-something and shows no bearer token, which no browser adds by itself, must come from a page of this server.
+A browser adds credentials to requests that another site's page makes: a Basic password, or access to a private network.
+Such a page could add voices or request speech. Therefore a request that changes something must either contain a bearer
+token, which no browser adds by itself, or come from a page of this server.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import hmac
 import logging
 import os
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from chatterbox_prewarm.errors import BadInputError, from_os_error
-from chatterbox_prewarm.serve.http.speech_api import failure
+from chatterbox_prewarm.serve.http.error_responses import error_response
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Mapping, MutableMapping
     from pathlib import Path
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
-#: The token itself; an option for it would show it to everybody who lists processes.
+#: The variable with the token. There is no such option, because all users of a machine can read a command line.
 TOKEN = "CHATTERBOX_PREWARM_TOKEN"  # noqa: S105 - the variable's name
 TOKEN_FILE = f"{TOKEN}_FILE"
-#: What a kubelet asks, which sends no token.
+#: The paths that a kubelet requests. It sends no token.
 PROBES = frozenset({"/livez", "/startupz", "/readyz"})
 
 _KEY = "chatterbox_prewarm.authorized"
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _REALM = 'realm="chatterbox-prewarm"'
-_LONGEST = 4096
-#: 96 bits in base64; below that a token can be guessed by somebody who may try for long enough.
-_SHORTEST_STRONG = 16
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A token, and the state of its file when it was read."""
-
-    token: bytes = field(repr=False)
-    state: tuple[int, int, int] | None
+_MAX_LENGTH = 4096
+#: 96 bits in base64. A shorter token can be guessed in a feasible time.
+_MIN_STRONG_LENGTH = 16
 
 
 class Token:
-    """The token that is demanded now. One from a file is read again when the file changes; no text shows it."""
+    """The token that clients must send. A token from a file is read again when the file changes.
 
-    def __init__(self, seen: _Seen, path: Path | None = None) -> None:
+    The object keeps only a hash of the token, so no log line or traceback can reveal it.
+
+    Args:
+        path: the file with the token; white space around the token is ignored.
+        text: the token, if there is no file.
+
+    Raises:
+        BadInputError: the file cannot be read, or the token is empty or does not fit in an HTTP header.
+    """
+
+    def __init__(self, path: Path | None = None, *, text: str = "") -> None:
         self._path = path
-        self._seen = seen
-        self._complaint = ""
-
-    @classmethod
-    def from_text(cls, text: str, where: str) -> Token:
-        """The token `text`, which stands in `where`.
-
-        Raises:
-            BadInputError: it is empty, or no client could send it.
-        """
-        return cls(_Seen(_check(text.encode("utf-8", "surrogateescape").strip(), where), None))
-
-    @classmethod
-    def from_file(cls, path: Path) -> Token:
-        """The token that `path` holds, white space around it left out.
-
-        Raises:
-            BadInputError: the file cannot be read, or holds no token.
-        """
-        return cls(_read(path), path)
-
-    @property
-    def is_weak(self) -> bool:
-        """Whether it is so short that it can be guessed."""
-        return len(self._current()) < _SHORTEST_STRONG
-
-    def matches(self, given: bytes) -> bool:
-        """Whether `given` is the token, compared in a time that does not depend on where they differ."""
-        return hmac.compare_digest(given, self._current())
-
-    def _current(self) -> bytes:
-        """What the file holds; the last that could be used while it holds nothing that can."""
-        if self._path is None:
-            return self._seen.token
-        try:
-            if _state(self._path) != self._seen.state:
-                self._seen = _read(self._path)
-                logger.info("the token was read again: %s has changed", self._path)
-        except BadInputError as error:
-            if error.message != self._complaint:  # once, not for each request
-                logger.warning("the token stays what it was: %s", error.message)
-            self._complaint = error.message
+        self._version: tuple[int, int, int] | None = None
+        self._last_problem = ""
+        if path is None:
+            self._set(text.encode("utf-8", "surrogateescape"), TOKEN)
         else:
-            self._complaint = ""
-        return self._seen.token
+            self._read(path)
+
+    def matches(self, candidate: bytes) -> bool:
+        """Compare `candidate` with the token, in a time that does not depend on the position of a difference."""
+        self._refresh()
+        return hmac.compare_digest(hashlib.sha256(candidate).digest(), self._digest)
+
+    def _refresh(self) -> None:
+        """Read the file again if it has changed. Keeps the previous token while the file has no valid one."""
+        if self._path is None:
+            return
+        problem = ""
+        try:
+            if _version(self._path) != self._version:
+                self._read(self._path)
+                logger.info("read the token again: %s has changed", self._path)
+        except BadInputError as error:
+            problem = error.message
+            if problem != self._last_problem:  # log it once, not for each request
+                logger.warning("the previous token stays valid: %s", problem)
+        self._last_problem = problem
+
+    def _read(self, path: Path) -> None:
+        version = _version(path)  # before the content, so that a change between the two causes another read
+        try:
+            with path.open("rb") as stream:
+                content = stream.read(_MAX_LENGTH + 1)
+        except OSError as error:
+            raise from_os_error(error, "reading the token") from error
+        self._set(content, str(path))
+        self._version = version
+
+    def _set(self, content: bytes, source: str) -> None:
+        token = content.strip()
+        problem = (
+            "is empty"
+            if not token
+            else f"has more than {_MAX_LENGTH} characters"
+            if len(token) > _MAX_LENGTH
+            else "contains characters that no HTTP header can carry unchanged"
+            if not all(0x21 <= byte <= 0x7E for byte in token)
+            else None
+        )
+        if problem:
+            next_step = "create one from letters and digits: openssl rand -hex 32"
+            raise BadInputError(f"the token from {source} {problem}", next_step=next_step)
+        self._digest = hashlib.sha256(token).digest()
+        self.is_weak = len(token) < _MIN_STRONG_LENGTH
 
 
 def load_token(path: Path | None, environment: MutableMapping[str, str] | None = None) -> Token | None:
-    """The token that a server is to demand, from the file `path` or from the environment; None for none.
+    """Load the required token from the file `path` or from the environment. Returns None if there is no token.
 
-    The variable is taken out of the environment, so that the processes that are started later do not have it.
+    The variable is removed from the environment, so that child processes do not inherit it.
 
     Raises:
-        BadInputError: there is a token in both places, or an empty one, or one that no HTTP header could carry.
+        BadInputError: both sources have a token, or the token is empty or does not fit in an HTTP header.
     """
     environment = os.environ if environment is None else environment
     text = environment.pop(TOKEN, None)
     if path is not None and text is not None:
-        raise BadInputError(f"a token is given both by {TOKEN} and in a file ({path})", next_step="give only one")
-    if path is not None:
-        token = Token.from_file(path)
-    elif text is not None:
-        token = Token.from_text(text, TOKEN)
-    else:
+        raise BadInputError(f"{TOKEN} and a file ({path}) both contain a token", next_step="give only one of them")
+    if path is None and text is None:
         return None
+    token = Token(path, text=text or "")
     if token.is_weak:
-        logger.warning("the token has fewer than %d characters and can be guessed", _SHORTEST_STRONG)
+        logger.warning("the token has fewer than %d characters and can be guessed", _MIN_STRONG_LENGTH)
     return token
 
 
-def is_authorized(scope: Scope) -> bool:
-    """Whether a request may see everything: it showed the token, or none is demanded."""
-    return bool(scope.get(_KEY, True))
+def visible_status(scope: Scope, status: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of `status` that the client may see: without the token only `phase`, `attached` and `ready`."""
+    authorized = scope.get(_KEY, True)
+    return {name: value for name, value in status.items() if authorized or name in {"phase", "attached", "ready"}}
 
 
-def status_for(scope: Scope, body: dict[str, Any]) -> dict[str, Any]:
-    """Of a probe's `body` what the asker may see: without the token, only what its status says, and the phase."""
-    if is_authorized(scope):
-        return body
-    return {name: body[name] for name in ("phase", "attached", "ready") if name in body}
-
-
-class Access:
-    """ASGI middleware that lets a request through to `app` if it may be made.
+def check_access(app: ASGIApp, token: Token | None) -> ASGIApp:
+    """Wrap `app` in middleware that responds with 401 or 403 to requests without the necessary rights.
 
     Args:
         app: the application.
-        token: what is demanded of every request but the probes; None lets everybody in.
+        token: required by all requests except the probes; None accepts requests without a token.
     """
 
-    def __init__(self, app: ASGIApp, token: Token | None) -> None:
-        self._app = app
-        self._token = token
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401 or 403, or let the application answer."""
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
+            await app(scope, receive, send)
             return
         if scope["type"] != "http":
-            raise AssertionError(f"nothing here speaks {scope['type']}")
+            raise AssertionError(f"the server does not support {scope['type']}")
         headers = [(name.lower(), value) for name, value in scope["headers"]]
         scheme, secret = _credentials(headers)
-        known = self._token is None or (secret is not None and self._token.matches(secret))
-        scope[_KEY] = known
-        if not known and scope["path"] not in PROBES:
+        authorized = token is None or (secret is not None and token.matches(secret))
+        scope[_KEY] = authorized
+        if not authorized and scope["path"] not in PROBES:
             await _unauthorized(headers)(scope, receive, send)
-        elif scope["method"] not in _SAFE and not (known and scheme == b"bearer") and _is_foreign(headers):
-            message = "a page of another site asked for this in its user's name; show the token as a bearer token"
-            await failure(403, message, "cross_site")(scope, receive, send)
+        elif scope["method"] not in _SAFE and not (authorized and scheme == b"bearer") and _is_cross_site(headers):
+            message = "a page of another site sent this request; send the token as a bearer token"
+            await error_response(403, message, "cross_site")(scope, receive, send)
         else:
-            await self._app(scope, receive, send)
+            await app(scope, receive, send)
+
+    return middleware
 
 
-def _read(path: Path) -> _Seen:
-    state = _state(path)  # before its content: a file that changes in between is read once more
-    try:
-        with path.open("rb") as stream:
-            content = stream.read(_LONGEST + 1)
-    except OSError as error:
-        raise from_os_error(error, "reading the token") from error
-    return _Seen(_check(content.strip(), str(path)), state)
-
-
-def _check(token: bytes, where: str) -> bytes:
-    """Return `token` if a client can send it; what is wrong is said without showing it."""
-    wrong = (
-        "is empty"
-        if not token
-        else f"has more than {_LONGEST} characters"
-        if len(token) > _LONGEST
-        else "has characters that no HTTP header carries as they are"
-        if not all(0x21 <= byte <= 0x7E for byte in token)
-        else None
-    )
-    if wrong:
-        raise BadInputError(
-            f"the token of {where} {wrong}", next_step="make one of letters and digits: openssl rand -hex 32"
-        )
-    return token
-
-
-def _state(path: Path) -> tuple[int, int, int]:
-    """What differs when a file was written or, as in a secret of Kubernetes, another put in its place."""
+def _version(path: Path) -> tuple[int, int, int]:
+    """Return values that change when the file is written, or replaced as in a Kubernetes secret."""
     try:
         status = path.stat()
     except OSError as error:
@@ -206,7 +176,7 @@ def _state(path: Path) -> tuple[int, int, int]:
 
 
 def _credentials(headers: list[tuple[bytes, bytes]]) -> tuple[bytes, bytes | None]:
-    """The scheme of the one Authorization header, and the secret in it; a browser can send it as Basic's password."""
+    """Return the scheme and the secret of the only Authorization header. A browser sends the secret as a password."""
     values = [value for name, value in headers if name == b"authorization"]
     if len(values) != 1:
         return b"", None
@@ -223,35 +193,35 @@ def _credentials(headers: list[tuple[bytes, bytes]]) -> tuple[bytes, bytes | Non
     return scheme, None
 
 
-def _is_foreign(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether a browser says that a page of another site made this request.
+def _is_cross_site(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Check whether a page of another site made this request.
 
-    `Sec-Fetch-Site` says it plainly, but not on plain HTTP to other machines; `Origin` is compared with the host that
-    was asked for there, of which a proxy may have kept the original name. A page cannot set any of them for a request
-    that needs no consent. What sends neither is no browser.
+    Browsers send `Sec-Fetch-Site` to this machine or over HTTPS. Over plain HTTP to another machine they send only
+    `Origin`, which is compared with the requested host; a proxy may keep the original host in `X-Forwarded-Host`. A
+    page cannot set these headers without a CORS preflight. A client that sends neither header is not a browser.
     """
-    found = dict(headers)
-    site = found.get(b"sec-fetch-site")
+    by_name = dict(headers)
+    site = by_name.get(b"sec-fetch-site")
     if site is not None:
         return site not in {b"same-origin", b"none"}
-    origin = found.get(b"origin")
+    origin = by_name.get(b"origin")
     if origin is None:
         return False
-    asked = {found.get(name, b"").strip().lower() for name in (b"host", b"x-forwarded-host")}
+    hosts = {by_name.get(name, b"").strip().lower() for name in (b"host", b"x-forwarded-host")}
     try:
         netloc = urlsplit(origin.decode("ascii")).netloc.lower().encode()
-    except ValueError:  # not ASCII, or no URL
+    except ValueError:  # not ASCII, or not a URL
         return True
-    return not netloc or netloc not in asked
+    return not netloc or netloc not in hosts
 
 
 def _unauthorized(headers: list[tuple[bytes, bytes]]) -> ASGIApp:
-    response = failure(
-        401, "this server demands a token, and the request showed none or a wrong one", "invalid_api_key"
+    response = error_response(
+        401, "this server requires a token, and the request has no token or a wrong one", "invalid_api_key"
     )
     response.headers.append("WWW-Authenticate", f"Bearer {_REALM}")
-    # A browser asks its user for a password when it opens the page, and gives it to the page's parts when they are
-    # refused too. To a script's own request it would open its dialog over the page, which says itself what is wrong.
+    # The Basic challenge makes a browser ask for the password when it loads the page. A request from the page's own
+    # script must not open that dialog: the page shows the error itself.
     if dict(headers).get(b"sec-fetch-dest") != b"empty":
         response.headers.append("WWW-Authenticate", f'Basic {_REALM}, charset="UTF-8"')
     return response

@@ -1,4 +1,4 @@
-"""Which requests are taken on, and which of them are not answered yet."""
+"""The limit on requests in flight, and the refusal of new requests during a drain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.serve.http.speech_api import failure
+from chatterbox_prewarm.serve.http.error_responses import error_response
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 class Admission:
-    """The bound on requests at a time, and the end of taking any.
+    """Decides whether the server accepts a request, and counts the requests in flight.
 
     Args:
-        pool: speaks them.
-        limit: most requests at a time, those being spoken too.
+        pool: the workers.
+        limit: the maximum number of requests in flight, both queued and being processed.
 
     Attributes:
-        in_flight: how many there are.
-        draining: whether no more are taken on.
+        in_flight: the number of accepted requests that have no complete response yet.
+        draining: True when the server accepts no more requests.
     """
 
     def __init__(self, pool: Pool, *, limit: int) -> None:
@@ -36,23 +36,19 @@ class Admission:
         self.draining = False
 
     def refusal(self) -> Response | None:
-        """Why a request cannot be taken on now."""
+        """Return an error response if the server cannot accept a request now."""
         if self.draining:
-            return failure(503, "the server is shutting down", "draining")
+            return error_response(503, "the server is shutting down", "draining")
         if not self._pool.ready:
-            return failure(503, f"the server is not ready: {self._pool.leading.phase}", "not_ready")
+            return error_response(503, f"the server is not ready: {self._pool.leading.phase}", "not_ready")
         if self.in_flight >= self.limit:
-            return failure(
-                429,
-                f"{self.in_flight} requests are waiting already",
-                "queue_full",
-                retry_after=self._pool.retry_after,
-            )
+            message = f"the queue is full: {self.in_flight} requests are in flight"
+            return error_response(429, message, "queue_full", retry_after=self._pool.retry_after)
         return None
 
     @contextlib.contextmanager
-    def taken_on(self) -> Iterator[None]:
-        """Count a request until the block is left."""
+    def accepted(self) -> Iterator[None]:
+        """Count a request as in flight within the `with` block."""
         self.in_flight += 1
         try:
             yield
@@ -60,34 +56,26 @@ class Admission:
             self.in_flight -= 1
 
     async def drained(self, seconds: float) -> bool:
-        """Wait until all that was taken on is answered; False when that took too long."""
+        """Wait up to `seconds` for the requests in flight. Returns False if some remain."""
         deadline = asyncio.get_running_loop().time() + seconds
         while self.in_flight and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
         return not self.in_flight
 
 
-class CloseWhileDraining:
-    """ASGI middleware: has each answer of a draining server end its connection.
+def close_while_draining(app: ASGIApp, admission: Admission) -> ASGIApp:
+    """Wrap `app` in middleware that adds `Connection: close` to the responses of a draining server.
 
-    A client that keeps its connection would come back on it with the request that was refused, to a server that takes
-    none any more; on a new one it comes to another.
-
-    Args:
-        app: the application.
-        admission: knows whether the server drains.
+    A client with a kept-alive connection would retry a refused request on the same connection, and so reach this server
+    again. A new connection reaches another replica.
     """
 
-    def __init__(self, app: ASGIApp, admission: Admission) -> None:
-        self._app = app
-        self._admission = admission
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the application answer, adding a header to what it sends."""
-
-        async def closing(message: Message) -> None:
-            if message["type"] == "http.response.start" and self._admission.draining:
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and admission.draining:
                 message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
             await send(message)
 
-        await self._app(scope, receive, closing)
+        await app(scope, receive, send_closing)
+
+    return middleware

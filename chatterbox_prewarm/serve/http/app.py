@@ -1,54 +1,57 @@
-"""The HTTP side: which route is answered by what. Of the model, it knows the pool."""
+"""The routes of the server. They read the state of the model from the worker pool."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
-import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.serve.http.http_metrics import Measures
-from chatterbox_prewarm.serve.http.speech_api import failure
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from chatterbox_prewarm.serve.http import page
+from chatterbox_prewarm.serve.http.access import visible_status
+from chatterbox_prewarm.serve.http.error_responses import error_response
+from chatterbox_prewarm.serve.http.http_metrics import HttpMetrics
 from chatterbox_prewarm.serve.http.speech_route import SpeechRoute
 from chatterbox_prewarm.serve.http.voice_routes import VoiceRoutes
 
 if TYPE_CHECKING:
     from starlette.requests import Request
-    from starlette.responses import Response
     from starlette.types import ASGIApp
 
     from chatterbox_prewarm.serve.http.admission import Admission
+    from chatterbox_prewarm.serve.http.schemas import Models, Status
     from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
     from chatterbox_prewarm.serve.workers.pool import Pool
 
-#: What `/v1/models` calls the model.
+#: The id of the model in `/v1/models`.
 MODEL = "chatterbox"
 
 
 class App:
-    """The routes."""
+    """The handlers of all routes.
+
+    Args:
+        pool: the workers.
+        admission: decides whether the server accepts a request.
+        voices: the baked and the added voices.
+        max_characters: the length of the longest text that the server accepts.
+    """
 
     def __init__(self, pool: Pool, admission: Admission, voices: VoiceStore, *, max_characters: int) -> None:
-        from chatterbox_prewarm.serve.http.exposition import Exposition
-
         self._pool = pool
         self._admission = admission
         self._max_characters = max_characters
-        measures = Measures()
-        pool.on_part = measures.part
-        self._exposition = Exposition(pool, admission, measures)
-        self._speech = SpeechRoute(pool, admission, measures, max_characters=max_characters)
-        self._voices = VoiceRoutes(voices, admission, prepare=pool.prepare_voice, speak=self._speech.spoken)
+        self._http_metrics = HttpMetrics(pool, admission)
+        pool.on_part = self._http_metrics.count_part
+        self._speech = SpeechRoute(pool, admission, self._http_metrics, max_characters=max_characters)
+        self._voices = VoiceRoutes(voices, admission, prepare=pool.prepare_voice, speak=self._speech.respond)
 
     def asgi(self) -> ASGIApp:
-        """The ASGI application."""
-        from starlette.applications import Starlette
-        from starlette.exceptions import HTTPException
-        from starlette.routing import Route
-
-        from chatterbox_prewarm.serve.http import page
-
+        """Return the ASGI application."""
         return Starlette(
             routes=[
                 Route("/livez", self._livez),
@@ -61,12 +64,10 @@ class App:
                 Route("/openapi.json", self._openapi),
                 *page.routes(),
             ],
-            exception_handlers={HTTPException: _refused, Exception: _faulted},
+            exception_handlers={HTTPException: _route_not_found, Exception: _internal_error},
         )
 
     async def _livez(self, _: Request) -> Response:
-        from starlette.responses import PlainTextResponse
-
         return PlainTextResponse("ok\n")
 
     async def _startupz(self, request: Request) -> Response:
@@ -76,18 +77,13 @@ class App:
         return self._status(request, ok=self._pool.ready and not self._admission.draining)
 
     def _status(self, request: Request, *, ok: bool) -> Response:
-        from starlette.responses import JSONResponse
-
-        from chatterbox_prewarm.serve.http.access import status_for
-
         pool, leading = self._pool, self._pool.leading
-        body: dict[str, Any] = {
+        status: Status = {
             "phase": "draining" if self._admission.draining else leading.phase,
             "attached": pool.attached,
             "ready": pool.ready,
             "voices": sorted(leading.voices),
             "restarts": sum(worker.restarts for worker in pool.workers),
-            **leading.log,
             "workers": [
                 {
                     "device": worker.config.device,
@@ -97,52 +93,44 @@ class App:
                     "restarts": worker.restarts,
                     "reason": worker.reason,
                     "busy": worker.busy,
-                    **asdict(worker.usage),
+                    **asdict(worker.usage),  # type: ignore[typeddict-item]  # a test validates these fields
                 }
                 for worker in pool.workers
             ],
         }
-        return JSONResponse(status_for(request.scope, body), status_code=200 if ok else 503)
+        body = visible_status(request.scope, {**status, **leading.log})
+        return JSONResponse(body, status_code=200 if ok else 503)
 
     async def _metrics(self, _: Request) -> Response:
-        from starlette.responses import Response
-
-        return Response(self._exposition.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self._http_metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, _: Request) -> Response:
-        from starlette.responses import JSONResponse
-
-        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "resemble-ai"}
-        return JSONResponse({"object": "list", "data": [model]})
+        models: Models = {
+            "object": "list",
+            "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "resemble-ai"}],
+        }
+        return JSONResponse(models)
 
     async def _openapi(self, _: Request) -> Response:
-        from starlette.responses import Response
-
-        # In a thread: the first call imports pydantic and builds all schemas, which takes half a second.
-        described = await asyncio.to_thread(description, self._max_characters)
-        return Response(described, media_type="application/json")
+        # The import of pydantic and the derivation of the schemas take half a second, so they run in a thread.
+        return Response(await asyncio.to_thread(_openapi_body, self._max_characters), media_type="application/json")
 
 
-@functools.cache
-def description(max_characters: int) -> bytes:
-    """The body of `/openapi.json`."""
-    from chatterbox_prewarm.serve.http.openapi import document
-    from chatterbox_prewarm.version import __version__
+def _openapi_body(max_characters: int) -> bytes:
+    from chatterbox_prewarm.serve.http.openapi import encoded_document
 
-    return json.dumps(document(__version__, max_characters=max_characters)).encode()
+    return encoded_document(max_characters)
 
 
-async def _refused(_: Request, error: Exception) -> Response:
-    """What no route takes, in OpenAI's shape."""
-    from starlette.exceptions import HTTPException
-
+async def _route_not_found(_: Request, error: Exception) -> Response:
+    """Respond to an unknown path or an unsupported method."""
     if not isinstance(error, HTTPException):
         raise TypeError(error)
-    response = failure(error.status_code, f"{error.detail}: see /openapi.json for what there is", "no_such_route")
+    response = error_response(error.status_code, f"{error.detail}: /openapi.json lists all routes", "no_such_route")
     response.headers.update(error.headers or {})
     return response
 
 
-async def _faulted(_: Request, error: Exception) -> Response:
-    """A fault of this program, in the same; the server logs it besides."""
-    return failure(500, f"a fault of this server: {type(error).__name__}", "fault")
+async def _internal_error(_: Request, error: Exception) -> Response:
+    """Respond to an exception that no handler caught. uvicorn logs its traceback."""
+    return error_response(500, f"internal error of this server: {type(error).__name__}", "fault")

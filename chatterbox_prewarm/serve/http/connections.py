@@ -1,47 +1,52 @@
-"""The connections of the front: how long one may take, and how many there may be.
+"""Limits on connections: their number, and the time that each may take.
 
-uvicorn closes a connection that was silent for some seconds after an answer. It has no limit for a request's head that
-trickles in, none for a client that opens a connection and sends nothing, none for one that does not read its answer,
-and none on their number. Here are these limits, as a subclass of its protocol on h11, which itself bounds a head.
+uvicorn closes a connection that stays idle after a response. It has no limit for a request head that arrives slowly,
+for a client that connects and sends nothing, for a client that does not read its response, or for the number of
+connections. This module adds these limits in a subclass of uvicorn's h11 protocol. h11 itself limits the size of a
+request head.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 import resource
 import socket
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    import uvicorn
+    from starlette.types import ASGIApp
 
 logger = logging.getLogger(__name__)
 
-#: How many connections may wait to be accepted, and how many of them are accepted before the event loop turns to those
-#: that it has. For uvicorn both are `backlog`, so `listen` is to be called with the larger one again after its start.
-WAITING, AT_ONCE = 2048, 32
-
+#: The number of connections that the kernel queues until they are accepted.
+BACKLOG = 2048
+#: The number of connections accepted before the event loop serves the open ones again. uvicorn passes the same number
+#: to `listen`, so `server` calls `listen` again with `BACKLOG`.
+_ACCEPT_BATCH = 32
 _SWEEP_SECONDS = 1.0
-#: What h11 allows the head of a request.
+#: h11's limit on the head of a request.
 _HEAD_BYTES = 16 * 1024
-#: What the kernel may hold of an answer beyond what it has sent and waits to see acknowledged.
+#: The unsent response data that the kernel may buffer per connection.
 _UNSENT_BYTES = 64 * 1024
-#: Descriptors for what is no connection: the workers' sockets, files being read, and a turn's worth of accepted
-#: connections that are not counted yet.
+#: File descriptors for other uses: worker sockets, open files, and one batch of accepted connections.
 _RESERVE = 256
-_MOST_FILES = 1 << 20
+_MAX_FILES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bounds on connections; times in seconds, kept to within about one.
+    """Limits on connections. Times are in seconds and exact to about one second.
 
     Attributes:
-        connections: how many there may be. When more come, the one that has been idle for the longest is closed.
-        head_seconds: how long a connection may be without a request, since it was opened or since its last answer. The
-            head of a request must be complete by then.
-        body_seconds: how long the body of a request may take that is not answered yet.
-        send_seconds: how long a client may read nothing of what is being sent to it.
+        connections: the maximum number of connections. A further one closes the connection that is idle the longest.
+        head_seconds: time for the head of a request, from the connection's start or from the previous response.
+        body_seconds: time for the body of a request, until the response is complete.
+        send_seconds: time without progress while a response is being sent.
     """
 
     connections: int = 1000
@@ -51,137 +56,163 @@ class Limits:
 
 
 class Stage(enum.IntEnum):
-    """What a connection is at, in the order in which connections are given up for others."""
+    """The stage of a connection, in the order in which connections are closed to make room for new ones."""
 
-    IDLE = 0  # no request, or not all of its head; or a body that goes on after its answer
-    BODY = 1  # a request's head is complete, its body is not
-    SENDING = 2  # the answer is complete, and the client has not read it all
-    ANSWER = 3  # a request is being answered: never given up
-
-
-class Connection(Protocol):
-    """What `Connections` needs to know of one."""
-
-    transport: asyncio.Transport
-
-    @property
-    def stage(self) -> Stage:
-        """What it is at."""
+    IDLE = 0  # no complete request head, or a request body that continues after the response
+    BODY = 1  # the head of a request is complete, its body is not
+    SENDING = 2  # the response is complete, but the client has not read all of it
+    RESPONDING = 3  # the application works on the response: never closed to make room
 
 
-@dataclass
-class _Watched:
-    """When a connection came to its stage, and when it last sent something that was waiting to be sent."""
+class _Connection:
+    """The progress of one connection.
 
-    stage: Stage
-    since: float
-    pending: int
-    moved: float
+    Args:
+        protocol: uvicorn's `H11Protocol`. This class uses its attributes `transport` and `cycle`. The cycle is the
+            current or the last request; its `more_body` is True until the request body is complete, and its
+            `response_complete` tells whether the response is.
+        now: the time of the event loop.
+    """
+
+    def __init__(self, protocol: Any, now: float) -> None:
+        self._protocol = protocol
+        self.stage = Stage.IDLE
+        self.stage_began = now
+        self._pending_bytes = 0
+        self._progressed = now
+
+    def current_stage(self) -> Stage:
+        cycle = self._protocol.cycle
+        if cycle is not None and not cycle.response_complete:
+            return Stage.BODY if cycle.more_body else Stage.RESPONDING
+        return Stage.SENDING if self._protocol.transport.get_write_buffer_size() else Stage.IDLE
+
+    def update(self, now: float) -> None:
+        stage = self.current_stage()
+        if stage != self.stage:
+            self.stage, self.stage_began = stage, now
+        # The buffer grows until flow control stops the application. So a constant size means that no data is sent.
+        pending = self._protocol.transport.get_write_buffer_size()
+        if not pending or pending != self._pending_bytes:
+            self._pending_bytes, self._progressed = pending, now
+
+    def is_overdue(self, limits: Limits, now: float) -> bool:
+        if self._pending_bytes and now - self._progressed > limits.send_seconds:
+            return True
+        allowed = {Stage.IDLE: limits.head_seconds, Stage.BODY: limits.body_seconds}.get(self.stage)
+        return allowed is not None and now - self.stage_began > allowed
 
 
 class Connections:
-    """All connections of a server, those first that have gone without a complete request for the longest."""
+    """All connections of a server, ordered by the time of their last complete request head, oldest first."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._all: dict[Connection, _Watched] = {}
+        self._all: dict[Any, _Connection] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._given_up = 0
+        self._closed_for_room = 0
 
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self._all)
-
-    def add(self, connection: Connection) -> None:
-        """A connection was opened; closes another, or this one, if that is one too many."""
+    def add(self, protocol: Any) -> None:
+        """Register a new connection. If there are too many, close one that is not in use, or else the new one."""
         loop = asyncio.get_running_loop()
-        now = loop.time()
-        self._all[connection] = _Watched(Stage.IDLE, now, 0, now)
+        self._all[protocol] = _Connection(protocol, loop.time())
         if len(self._all) > self._limits.connections:
-            self._give_up_one(connection)
+            self._make_room(protocol)
         if self._timer is None:
             self._timer = loop.call_later(_SWEEP_SECONDS, self._sweep)
 
-    def remove(self, connection: Connection) -> None:
-        """A connection is closed."""
-        self._all.pop(connection, None)
+    def remove(self, protocol: Any) -> None:
+        """Forget a closed connection."""
+        self._all.pop(protocol, None)
 
-    def renew(self, connection: Connection) -> None:
-        """The head of a request is complete: the connection is useful, and the last to be given up."""
-        if (watched := self._all.pop(connection, None)) is not None:
-            watched.since = asyncio.get_running_loop().time()  # no sweep may see one that is answered at once
-            self._all[connection] = watched
+    def renew(self, protocol: Any) -> None:
+        """Record that a request head is complete. This makes the connection the last candidate for closing."""
+        if (connection := self._all.pop(protocol, None)) is not None:
+            # A request with a fast response may fall between two sweeps, so `update` might never see its stage.
+            connection.stage_began = asyncio.get_running_loop().time()
+            self._all[protocol] = connection
 
-    def _give_up_one(self, newcomer: Connection) -> None:
-        self._given_up += 1
+    def abort(self, protocol: Any) -> None:
+        """Close a connection without sending the remaining data, which could take forever if the client reads none."""
+        self.remove(protocol)
+        protocol.transport.abort()
+
+    def _make_room(self, newest: Any) -> None:
+        self._closed_for_room += 1
         for stage in (Stage.IDLE, Stage.BODY, Stage.SENDING):
-            for connection in self._all:
-                if connection is not newcomer and connection.stage == stage:
-                    self.abort(connection)
+            for protocol, connection in self._all.items():
+                if protocol is not newest and connection.current_stage() == stage:
+                    self.abort(protocol)
                     return
-        self.abort(newcomer)
-
-    def abort(self, connection: Connection) -> None:
-        """Close without sending what is left; a client that does not read would never let that end."""
-        self.remove(connection)
-        connection.transport.abort()
+        self.abort(newest)
 
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         now = loop.time()
-        for connection, watched in list(self._all.items()):
-            self._update(connection, watched, now)
-            if self._is_overdue(watched, now):
-                self.abort(connection)
-        if self._given_up:
-            logger.warning(
-                "%d connection(s) were closed: there may be no more than %d", self._given_up, self._limits.connections
-            )
-            self._given_up = 0
+        for protocol, connection in list(self._all.items()):
+            connection.update(now)
+            if connection.is_overdue(self._limits, now):
+                self.abort(protocol)
+        if self._closed_for_room:
+            logger.warning("closed %d connection(s): the limit is %d", self._closed_for_room, self._limits.connections)
+            self._closed_for_room = 0
         self._timer = loop.call_later(_SWEEP_SECONDS, self._sweep) if self._all else None
 
-    def _update(self, connection: Connection, watched: _Watched, now: float) -> None:
-        stage = connection.stage
-        if stage != watched.stage:
-            watched.stage, watched.since = stage, now
-        # What waits grows while the application sends, which is soon held up. So what stays the same is stuck.
-        pending = connection.transport.get_write_buffer_size()
-        if not pending or pending != watched.pending:
-            watched.pending, watched.moved = pending, now
 
-    def _is_overdue(self, watched: _Watched, now: float) -> bool:
-        if watched.pending and now - watched.moved > self._limits.send_seconds:
-            return True
-        allowed = {Stage.IDLE: self._limits.head_seconds, Stage.BODY: self._limits.body_seconds}.get(watched.stage)
-        return allowed is not None and now - watched.since > allowed
+def server(app: ASGIApp, listener: socket.socket, limits: Limits, **options: Any) -> uvicorn.Server:
+    """Create a uvicorn server for `app` that enforces `limits` and leaves signals to its caller.
+
+    Args:
+        app: the application.
+        listener: the socket that `serve` will receive.
+        limits: on connections.
+        **options: further options of `uvicorn.Config`.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Any:
+            yield
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            listener.listen(BACKLOG)
+
+    return Server(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            http=_http_protocol(limits),
+            ws="none",
+            backlog=_ACCEPT_BATCH,
+            log_config=None,
+            access_log=False,
+            **options,
+        )
+    )
 
 
-def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
-    """What uvicorn is to take as `http` to keep to `limits`, fitted to what this process may have open."""
+def _http_protocol(limits: Limits) -> type[asyncio.Protocol]:
+    """Return a protocol class for uvicorn's option `http`. The limit on open files may reduce `limits.connections`."""
     from h11 import LocalProtocolError
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    connections = Connections(_fitted(limits, raise_open_files()))
+    connections = Connections(_reduce_to(raise_open_files(), limits))
 
-    class BoundedProtocol(H11Protocol):
-        """uvicorn's protocol, watched.
-
-        Besides what `asyncio.Protocol` has it relies on `transport` and `cycle`: the request in hand or the last one,
-        with `more_body` while its body is not complete, and `response_complete`.
-        """
-
+    class LimitedProtocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            _hold_little(transport)
+            _limit_kernel_buffer(transport)
             connections.add(self)
 
         def data_received(self, data: bytes) -> None:
             before = self.cycle
-            # h11 measures a head that is not complete; one that came whole in a single large read would pass.
+            # h11 checks the size of incomplete heads only. In pieces, a large head is incomplete at first.
             for start in range(0, len(data), _HEAD_BYTES):
                 try:
                     super().data_received(data[start : start + _HEAD_BYTES])
-                except LocalProtocolError:  # a request's body went wrong when its answer had begun: too late for a 400
+                except LocalProtocolError:  # the request body is invalid, and it is too late for a 400 response
                     connections.abort(self)
                 if self.transport.is_closing():
                     return
@@ -192,21 +223,14 @@ def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
             connections.remove(self)
             super().connection_lost(exc)
 
-        @property
-        def stage(self) -> Stage:
-            cycle = self.cycle
-            if cycle is not None and not cycle.response_complete:
-                return Stage.BODY if cycle.more_body else Stage.ANSWER
-            return Stage.SENDING if self.transport.get_write_buffer_size() else Stage.IDLE
-
-    return cast("type[asyncio.Protocol]", BoundedProtocol)
+    return cast("type[asyncio.Protocol]", LimitedProtocol)
 
 
-def _hold_little(transport: asyncio.Transport) -> None:
-    """Have the kernel take only what it can send soon.
+def _limit_kernel_buffer(transport: asyncio.Transport) -> None:
+    """Make the kernel accept only data that it can send soon.
 
-    It would take up to 4 MB for a client that does not read, and after that nothing until a third of it was read, which
-    at the speed of speech takes half a minute: a slow client could not be told from one that is stuck.
+    Otherwise it would buffer up to 4 MB for a client that does not read, and accept no more until a third of the buffer
+    is free. At the data rate of speech that takes half a minute, so a slow client would look like a stuck one.
     """
     connection = transport.get_extra_info("socket")
     if connection is not None and connection.family in {socket.AF_INET, socket.AF_INET6}:
@@ -214,30 +238,24 @@ def _hold_little(transport: asyncio.Transport) -> None:
 
 
 def raise_open_files() -> int:
-    """Allow this process as many open files as it may allow itself; returns how many that are, a million at most."""
-    soft, hard = (_MOST_FILES if limit == resource.RLIM_INFINITY else limit for limit in _open_files())
-    wanted = min(hard, _MOST_FILES)  # programs that a process starts may go through all numbers up to the limit
+    """Raise this process's soft limit on open files to the hard limit, up to a million. Returns the new limit."""
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (_MAX_FILES if limit == resource.RLIM_INFINITY else limit for limit in (soft_limit, hard_limit))
+    wanted = min(hard, _MAX_FILES)  # some child processes loop over all file descriptors up to the limit
     if soft >= wanted:
         return soft
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, _open_files()[1]))
-    except (OSError, ValueError):  # as in some sandboxes
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard_limit))
+    except (OSError, ValueError):  # not permitted in some sandboxes
         return soft
     return wanted
 
 
-def _open_files() -> tuple[int, int]:
-    return resource.getrlimit(resource.RLIMIT_NOFILE)
-
-
-def _fitted(limits: Limits, open_files: int) -> Limits:
+def _reduce_to(open_files: int, limits: Limits) -> Limits:
     possible = max(1, open_files - _RESERVE)
     if limits.connections <= possible:
         return limits
     logger.warning(
-        "%d connections are more than %d open files leave room for; there may be %d",
-        limits.connections,
-        open_files,
-        possible,
+        "the limit of %d open files allows only %d connections, not %d", open_files, possible, limits.connections
     )
     return replace(limits, connections=possible)

@@ -1,9 +1,9 @@
-"""Uploaded clips, decoded in a process of their own that may use little and is gone afterwards.
+"""Decode uploaded audio clips in a sandboxed subprocess.
 
-What libsndfile and the decoders below it read here comes from strangers. So the process that runs them has bounds on
-memory, processor time and what it answers, can open no file once it has imported them, is given none of the server's
-environment, and dies with the server. It takes the clip on standard input and answers with a WAV file, or with its
-error as JSON, on standard output.
+libsndfile and its decoders process data from untrusted clients here. So they run in a separate process for each clip,
+which has limits on memory, CPU time and output size, cannot open files after its imports, does not get the server's
+environment, and ends with the server. It reads the clip from standard input. It writes a WAV file, or an error as JSON,
+to standard output.
 """
 
 from __future__ import annotations
@@ -33,56 +33,60 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Five minutes at 48 kHz: a clip sampled at a higher rate must be shorter.
+#: Five minutes at 48 kHz. A clip with a higher sampling rate must be shorter.
 MAX_SAMPLES = int(MAX_SECONDS) * 48_000
-_MAX_ANSWER = 2 * MAX_SAMPLES + 1024
+_MAX_OUTPUT = 2 * MAX_SAMPLES + 1024
 _MAX_CHANNELS = 2
 _CONVERT = "convert it: sox IN -r 24000 -c 1 OUT.wav"
 _WHAT = "the clip"
-#: What a Python process needs to find its packages; the rest of the environment may hold secrets.
-_PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV", "LANG")
+#: The variables that a Python process needs to find its packages. The rest of the environment may contain secrets.
+_INHERITED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV", "LANG")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeLimits:
-    """What decoding one clip may take.
+class UploadLimits:
+    """Limits on uploaded clips.
 
     Attributes:
-        clip_bytes: size of the clip as uploaded.
-        address_space: of the process that decodes, in bytes; five minutes at 48 kHz need 300 MB.
-        cpu_seconds: of that process, its start included.
-        wall_seconds: until it has answered.
+        concurrent: the number of uploads that are received or processed at a time. Each holds its clip in memory.
+            Further uploads get status 429. The server decodes one clip at a time.
+        receive_seconds: the time limit for receiving the form.
+        clip_bytes: the size of the uploaded clip.
+        address_space: memory of the decoding process in bytes. Five minutes at 48 kHz need 300 MB.
+        cpu_seconds: CPU time of the decoding process, including its start.
+        wall_seconds: the time limit for decoding.
     """
 
+    concurrent: int = 4
+    receive_seconds: float = 60.0
     clip_bytes: int = 20 << 20
     address_space: int = 512 << 20
     cpu_seconds: int = 20
     wall_seconds: float = 60.0
 
 
-async def decode(clip: bytes, limits: DecodeLimits | None = None) -> bytes:
-    """Decode a clip in a process of its own.
+async def decode(clip: bytes, limits: UploadLimits | None = None) -> bytes:
+    """Decode a clip in a subprocess.
 
     Args:
-        clip: a file in a format that libsndfile reads (WAV, FLAC, OGG, MP3), of one or two channels.
-        limits: what it may take.
+        clip: a file in a format that libsndfile reads (WAV, FLAC, OGG, MP3), with one or two channels.
+        limits: limits on the size of the clip, and on the resources of the subprocess.
 
     Returns:
-        a WAV file: mono, 16 bits, the clip's own sampling rate, at most `MAX_SAMPLES` long. A clip that was so before
-        keeps its samples to the last bit.
+        a WAV file: mono, 16 bits, with the sampling rate of the clip and at most `MAX_SAMPLES` samples. The samples of
+        a mono clip with 16 bits do not change.
 
     Raises:
-        BadInputError: no voice should be made of it, as for `clips.check_clip`, or decoding it takes more than the
-            limits allow.
-        PrewarmError: the process could not do its work, which is no fault of the clip.
+        BadInputError: the clip is not usable for a voice, as for `clips.check_clip`, or exceeds a limit.
+        PrewarmError: the subprocess failed for a reason other than the clip.
     """
-    limits = limits or DecodeLimits()
+    limits = limits or UploadLimits()
     if len(clip) > limits.clip_bytes:
         raise BadInputError(
             f"{_WHAT} has {len(clip)} bytes, more than the limit of {limits.clip_bytes}",
-            next_step="give 5 to 10 s of clean speech, as FLAC or MP3 if need be",
+            next_step="send 5 to 10 s of clean speech, if necessary as FLAC or MP3",
         )
-    # Started from the thread of the event loop: the kernel ends it with the thread that started it, not the process.
+    # Started from the event loop's thread, because the kernel ends a child with the thread that started it.
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "chatterbox_prewarm.serve.http.decode_clip"),
         *(str(limits.address_space), str(limits.cpu_seconds)),
@@ -90,10 +94,10 @@ async def decode(clip: bytes, limits: DecodeLimits | None = None) -> bytes:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env=_environment(),
-        start_new_session=True,  # an interrupt from the terminal is for the server
+        start_new_session=True,  # Ctrl-C in the terminal should reach only the server
     )
     try:
-        answer, complaints = await asyncio.wait_for(_converse(process, clip), limits.wall_seconds)
+        output, log = await asyncio.wait_for(_communicate(process, clip), limits.wall_seconds)
     except (asyncio.TimeoutError, TimeoutError) as error:
         raise BadInputError(
             f"{_WHAT} takes longer than {limits.wall_seconds:.0f} s to decode", next_step=_CONVERT
@@ -103,82 +107,81 @@ async def decode(clip: bytes, limits: DecodeLimits | None = None) -> bytes:
             process.kill()
         status = await process.wait()
     if status == 0:
-        return answer
-    raise _failure(status, answer, complaints)
+        return output
+    raise _failure(status, output, log)
 
 
 def _environment() -> dict[str, str]:
-    passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    # One thread: each of NumPy's would reserve address space, and a clip needs none of them.
-    return {**passed, PARENT: str(os.getpid()), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    # Each thread of NumPy's libraries would reserve address space, and decoding needs only one.
+    return {**inherited, PARENT: str(os.getpid()), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-async def _converse(process: asyncio.subprocess.Process, clip: bytes) -> tuple[bytes, bytes]:
-    """Hand the clip over; returns the answer and the end of what was said on standard error."""
+async def _communicate(process: asyncio.subprocess.Process, clip: bytes) -> tuple[bytes, bytes]:
+    """Send the clip to the process. Returns its output, and the end of its standard error."""
     if process.stdin is None or process.stdout is None or process.stderr is None:
-        raise AssertionError("all three are pipes")
-    answer, complaints, _, _ = await asyncio.gather(
-        _take(process.stdout, _MAX_ANSWER, process),
-        _tail(process.stderr),
-        _give(process.stdin, clip),
+        raise AssertionError("standard input, output and error must be pipes")
+    output, log, _, _ = await asyncio.gather(
+        _read_output(process.stdout, process),
+        _read_tail(process.stderr),
+        _write(process.stdin, clip),
         process.wait(),
     )
-    return answer, complaints
+    return output, log
 
 
-async def _give(stream: asyncio.StreamWriter, clip: bytes) -> None:
-    with contextlib.suppress(ConnectionError):  # it may refuse, or die, before it has read all
+async def _write(stream: asyncio.StreamWriter, clip: bytes) -> None:
+    with contextlib.suppress(ConnectionError):  # the process may exit before it has read the complete clip
         stream.write(clip)
         await stream.drain()
     stream.close()
 
 
-async def _take(stream: asyncio.StreamReader, limit: int, process: asyncio.subprocess.Process) -> bytes:
-    data = bytearray()
-    while part := await stream.read(1 << 16):
-        data += part
-        if len(data) > limit:
+async def _read_output(stream: asyncio.StreamReader, process: asyncio.subprocess.Process) -> bytes:
+    output = bytearray()
+    while chunk := await stream.read(1 << 16):
+        output += chunk
+        if len(output) > _MAX_OUTPUT:
             process.kill()
             return b""
-    return bytes(data)
+    return bytes(output)
 
 
-async def _tail(stream: asyncio.StreamReader, length: int = 2000) -> bytes:
-    data = b""
-    while part := await stream.read(1 << 12):
-        data = (data + part)[-length:]
-    return data
+async def _read_tail(stream: asyncio.StreamReader, length: int = 2000) -> bytes:
+    tail = b""
+    while chunk := await stream.read(1 << 12):
+        tail = (tail + chunk)[-length:]
+    return tail
 
 
-def _failure(status: int, answer: bytes, complaints: bytes) -> PrewarmError:
-    """What a process that gave no WAV file says, or its end does."""
+def _failure(status: int, output: bytes, log: bytes) -> PrewarmError:
+    """Return the error that the process reported, or one that explains its exit status."""
     with contextlib.suppress(ValueError, LookupError, TypeError):
-        return rebuild(json.loads(answer))
-    logger.warning("decoding a clip ended with status %d: %s", status, complaints.decode(errors="replace"))
+        return rebuild(json.loads(output))
+    logger.warning("decoding a clip ended with status %d: %s", status, log.decode(errors="replace"))
     if status in {-signal.SIGXCPU, -signal.SIGKILL}:
-        return BadInputError(f"{_WHAT} takes too long, or too much memory, to decode", next_step=_CONVERT)
+        return BadInputError(f"{_WHAT} takes too much time or memory to decode", next_step=_CONVERT)
     if status < 0:
         return BadInputError(f"{_WHAT} is not audio that can be read (the decoder crashed)", next_step=_CONVERT)
-    return PrewarmError("the decoder of clips does not run", next_step="see the server's log")
+    return PrewarmError("the decoding process failed to start", next_step="see the server's log")
 
 
 def main() -> None:
-    """The process: the clip on standard input, its bounds as arguments."""
+    """Run the subprocess. Its arguments are the limits on address space and CPU time."""
     die_with_parent()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _lower(resource.RLIMIT_AS, int(sys.argv[1]))
-    _lower(resource.RLIMIT_CPU, int(sys.argv[2]))
+    _lower_limit(resource.RLIMIT_AS, int(sys.argv[1]))
+    _lower_limit(resource.RLIMIT_CPU, int(sys.argv[2]))
     with claim_stdout() as out:
         try:
-            importlib.import_module("soundfile")  # with NumPy, before no file can be opened any more
+            importlib.import_module("soundfile")  # this also imports NumPy; afterwards no file can be opened
             clip = sys.stdin.buffer.read()
-            _lower(resource.RLIMIT_FSIZE, 0)
-            _lower(resource.RLIMIT_NOFILE, 0)
+            _lower_limit(resource.RLIMIT_FSIZE, 0)
+            _lower_limit(resource.RLIMIT_NOFILE, 0)
             wav = to_wav(clip)
         except MemoryError:
-            problem = BadInputError(f"{_WHAT} takes too much memory to decode", next_step=_CONVERT)
-            _fail(out, problem)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the server is to say it
+            _fail(out, BadInputError(f"{_WHAT} takes too much memory to decode", next_step=_CONVERT))
+        except Exception as error:  # noqa: BLE001 - the server reports every error to the client
             _fail(out, as_prewarm_error(error))
         else:
             out.buffer.write(wav)
@@ -190,31 +193,31 @@ def _fail(out: Any, error: PrewarmError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def _lower(kind: int, limit: int) -> None:
-    """Set a limit for good; a lower one that is in force already stays."""
+def _lower_limit(kind: int, limit: int) -> None:
+    """Set the soft and the hard limit, unless the hard limit is lower already."""
     _, hard = resource.getrlimit(kind)
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(kind, (limit, limit))
 
 
 def to_wav(clip: bytes) -> bytes:
-    """Decode a clip in this process; see `decode`.
+    """Decode a clip in this process. `decode` documents the result.
 
     Raises:
-        BadInputError: no voice should be made of it.
+        BadInputError: the clip is not usable for a voice.
     """
     samples, rate = read_clip(io.BytesIO(clip), what=_WHAT, channels=_MAX_CHANNELS, max_samples=MAX_SAMPLES)
-    data = io.BytesIO()
-    with wave.open(data, "wb") as file:
+    output = io.BytesIO()
+    with wave.open(output, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(rate)
         file.writeframes(_as_pcm(samples).tobytes())
-    return data.getvalue()
+    return output.getvalue()
 
 
 def _as_pcm(samples: NDArray[np.float32]) -> NDArray[np.int16]:
-    """16-bit little-endian samples, scaled as libsndfile does; a clip above full scale is made softer as a whole."""
+    """Convert to 16-bit little-endian samples, scaled as in libsndfile. A clip above full scale is made quieter."""
     import numpy as np
 
     peak = np.abs(samples).max()

@@ -1,49 +1,46 @@
-"""Server-sent events of a streamed sound, as OpenAI's API has them for speech.
+"""Server-sent events for streamed audio, in the format of OpenAI's speech API.
 
-Each is one `data:` line of JSON and an empty line. There is no `event:` line and no `[DONE]`: the type is in the JSON,
-and `speech.audio.done` or an error is the last event.
+Each event is one `data:` line of JSON and an empty line. There is no `event:` line and no `[DONE]`: the JSON contains
+the type, and the last event is `speech.audio.done` or an error.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chatterbox_prewarm.serve.http.schemas import ErrorFields, SpeechEvent, SpeechUsage
 
 MEDIA_TYPE = "text/event-stream"
 
 
-def delta(sound: bytes) -> bytes:
-    """The next bytes of the sound, in the format that was asked for; all of them in a row are the file."""
-    return _event({"type": "speech.audio.delta", "audio": base64.b64encode(sound).decode("ascii")})
+def delta(audio: bytes) -> bytes:
+    """Return an event with the next bytes of the audio file."""
+    return _event({"type": "speech.audio.delta", "audio": base64.b64encode(audio).decode("ascii")})
 
 
 def done(*, input_tokens: int, output_tokens: int) -> bytes:
-    """The sound is complete.
+    """Return the event that ends complete audio.
 
     Args:
-        input_tokens: characters of the text.
-        output_tokens: of the speech, 25 to a second of audio.
+        input_tokens: number of characters in the text.
+        output_tokens: number of speech tokens, 25 per second of audio.
     """
-    usage = {
-        "input_tokens": input_tokens,
-        "output_tokens": output_tokens,
-        "total_tokens": input_tokens + output_tokens,
-    }
+    total = input_tokens + output_tokens
+    usage: SpeechUsage = {"input_tokens": input_tokens, "output_tokens": output_tokens, "total_tokens": total}
     return _event({"type": "speech.audio.done", "usage": usage})
 
 
-def failed(error: dict[str, Any]) -> bytes:
-    """The sound ends here, incomplete, since something failed after the answer had begun.
+def failed(error: ErrorFields) -> bytes:
+    """Return the event that ends incomplete audio, when a failure occurs after the response has begun.
 
-    OpenAI's clients raise for an event that holds an `error`, whatever its type.
-
-    Args:
-        error: what an answer that fails at once holds under `error`: message, type, code and param.
+    OpenAI's clients raise an exception for each event that contains an `error`.
     """
     return _event({"type": "error", "error": error})
 
 
-def _event(fields: dict[str, Any]) -> bytes:
-    # Escaped to ASCII, since a reader may take other line ends than \n for the end of the event.
-    return b"data: " + json.dumps(fields, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n\n"
+def _event(event: SpeechEvent) -> bytes:
+    # Escaped to ASCII, because some readers treat other line separators than \n as the end of the event.
+    return b"data: " + json.dumps(event, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n\n"

@@ -1,70 +1,80 @@
-"""The API's description for programs, OpenAPI 3.1: every route, what it takes, and all that it may answer.
+"""The OpenAPI 3.1 document: every route, its request, and its responses.
 
-The schemas are those of the models that check the requests, so that the two cannot differ.
+The schemas are derived from `schemas` and `SpeechRequest`, the same types that build responses and check requests.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 from typing import TYPE_CHECKING, Any, get_args
 
-from pydantic.json_schema import models_json_schema
+from pydantic import ConfigDict, TypeAdapter, with_config
+from typing_extensions import is_typeddict
 
 from chatterbox_prewarm.model.text import MAX_CHARACTERS, VOICE_NAME
-from chatterbox_prewarm.serve.http import events
-from chatterbox_prewarm.serve.http import schemas as answers
+from chatterbox_prewarm.serve.http import events, schemas
 from chatterbox_prewarm.serve.http.encoding import MEDIA_TYPES
 from chatterbox_prewarm.serve.http.speech_request import SpeechRequest
+from chatterbox_prewarm.version import __version__
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
+    from pydantic.json_schema import JsonSchemaMode
 
-_MODELS: tuple[type[BaseModel], ...] = (
+#: The types that routes refer to by name. The schemas of nested types follow from them.
+_ROOTS: tuple[Any, ...] = (
     SpeechRequest,
-    answers.Error,
-    answers.Models,
-    answers.Status,
-    answers.Voice,
-    answers.VoiceDeleted,
-    answers.Voices,
-    *get_args(answers.SpeechEvent),
+    schemas.Error,
+    schemas.Models,
+    schemas.Status,
+    schemas.Voice,
+    schemas.VoiceDeleted,
+    schemas.Voices,
+    *get_args(schemas.SpeechEvent),
 )
-_REF = "#/components/schemas/{model}"
 _BINARY = {"type": "string", "format": "binary"}
-#: The answers that are errors in OpenAI's shape, by status.
+#: The error responses by status: the name of the component and its description.
 _ERRORS = {
-    400: ("BadRequest", "Something in the request cannot be used; `param` names the field."),
-    401: ("Unauthorized", "The server wants a bearer token, and there was none or a wrong one."),
-    403: ("Forbidden", "The voice is a baked one, or a page of another site asks."),
-    404: ("NotFound", "There is nothing of that name."),
-    408: ("Timeout", "The body did not arrive in time."),
-    409: ("Conflict", "The name is taken."),
-    413: ("TooLarge", "The body is larger than any request needs."),
-    422: ("NoSpeech", "The model made no sound of this text."),
-    429: ("TooManyRequests", "As many requests as the server takes are waiting already."),
-    500: ("Failed", "The server has a fault."),
-    503: ("Unavailable", "The server is starting or shutting down, has no worker with time, or no place for voices."),
-    507: ("NoRoom", "The disk is full, or there are as many voices as may be."),
+    400: ("BadRequest", "The request is invalid. `param` names the field."),
+    401: ("Unauthorized", "The server requires a bearer token, and the request has no valid one."),
+    403: ("Forbidden", "The voice is baked and cannot be deleted, or a page of another site sent the request."),
+    404: ("NotFound", "There is no voice with this name."),
+    408: ("Timeout", "The request body did not arrive in time."),
+    409: ("Conflict", "A voice with this name already exists."),
+    413: ("TooLarge", "The request body exceeds the size limit."),
+    422: ("NoSpeech", "The model generated no speech for this text."),
+    429: ("TooManyRequests", "The queue is full. Retry later."),
+    500: ("Failed", "The server has an internal error."),
+    503: ("Unavailable", "The server is starting or shutting down, no worker is free, or voices cannot be stored."),
+    507: ("NoRoom", "The disk is full, or the maximum number of voices is reached."),
 }
 _RETRIED = (429, 503)
+_TEXT = {"description": "Plain text.", "content": {"text/plain": {"schema": {"type": "string"}}}}
 
 
-def document(version: str, *, max_characters: int = MAX_CHARACTERS) -> dict[str, Any]:
-    """The description as JSON-ready values.
+@functools.cache
+def encoded_document(max_characters: int) -> bytes:
+    """Return the body of `/openapi.json`. Building it takes about half a second."""
+    return json.dumps(build_document(__version__, max_characters=max_characters)).encode()
+
+
+def build_document(version: str, *, max_characters: int = MAX_CHARACTERS) -> dict[str, Any]:
+    """Build the OpenAPI document from JSON-compatible values.
 
     Args:
-        version: of this program.
-        max_characters: the longest text that this server accepts.
+        version: the version of this program.
+        max_characters: the length of the longest text that this server accepts.
     """
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "chatterbox-prewarm",
             "version": version,
-            "description": "Speech from Chatterbox TTS, by OpenAI's API. Any other path gives 404 and any other method "
-            "405, both in the shape of `Error`.",
+            "description": "Speech from Chatterbox TTS with OpenAI's API. An unknown path returns 404 and an "
+            "unsupported method returns 405, both with an `Error` body.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
-        "security": [{}, {"bearer": []}],  # none, unless the server was started with a token
+        "security": [{}, {"bearer": []}],  # a server without a token accepts all requests
         "paths": {**_probes(), **_pages(), **_speech(), **_voices()},
         "components": {
             "schemas": _schemas(max_characters),
@@ -84,118 +94,103 @@ def document(version: str, *, max_characters: int = MAX_CHARACTERS) -> dict[str,
 
 
 def _schemas(max_characters: int) -> dict[str, Any]:
-    _, found = models_json_schema([(model, "validation") for model in _MODELS], ref_template=_REF)
-    schemas: dict[str, Any] = found["$defs"]
-    schemas["SpeechRequest"]["properties"]["input"]["maxLength"] = max_characters
-    said = {"oneOf": [_ref(model.__name__) for model in get_args(answers.SpeechEvent)]}
-    schemas["SpeechEvent"] = {
-        "description": "One server-sent event. The last is `speech.audio.done` or an error.",
+    for shape in filter(is_typeddict, vars(schemas).values()):
+        with_config(ConfigDict(use_attribute_docstrings=True))(shape)
+    mode: JsonSchemaMode = "validation"
+    roots = [(root, mode, TypeAdapter(root)) for root in _ROOTS]
+    _, derived = TypeAdapter.json_schemas(roots, ref_template="#/components/schemas/{model}")
+    components: dict[str, Any] = derived["$defs"]
+    components["SpeechRequest"]["properties"]["input"]["maxLength"] = max_characters
+    event = {"oneOf": [_ref(shape.__name__) for shape in get_args(schemas.SpeechEvent)]}
+    components["SpeechEvent"] = {
+        "description": "A server-sent event. The last event is `speech.audio.done` or an error.",
         "type": "object",
         "required": ["data"],
-        "properties": {"data": {"type": "string", "contentMediaType": "application/json", "contentSchema": said}},
+        "properties": {"data": {"type": "string", "contentMediaType": "application/json", "contentSchema": event}},
     }
-    return schemas
+    return components
 
 
 def _probes() -> dict[str, Any]:
-    status = _content("How far the start is.", "Status")
-    waiting = _content("Not yet, or no more.", "Status")
+    live = "Check that the server process runs. Never waits for the model."
+    states = {200: _json("The condition holds.", "Status"), 503: _json("The condition does not hold.", "Status")}
     return {
-        "/livez": _get("live", "Whether the server runs; it never waits for the model.", 200, _text(), probe=True),
-        "/startupz": _get(
-            "started", "Whether model and warm state are in place.", 200, status, {503: waiting}, probe=True
-        ),
-        "/readyz": _get("ready", "Whether a real synthesis passed.", 200, status, {503: waiting}, probe=True),
+        "/livez": {"get": _operation("live", live, {200: _TEXT})},
+        "/startupz": {"get": _operation("started", "Check that the model and the warm state are loaded.", states)},
+        "/readyz": {"get": _operation("ready", "Check that a first synthesis has succeeded.", states)},
     }
 
 
 def _pages() -> dict[str, Any]:
-    page = {"description": "A page for people.", "content": {"text/html": {"schema": {"type": "string"}}}}
-    own = {"description": "This document.", "content": {"application/json": {"schema": {"type": "object"}}}}
+    html = {"description": "An HTML page.", "content": {"text/html": {"schema": {"type": "string"}}}}
+    openapi = {"description": "This document.", "content": {"application/json": {"schema": {"type": "object"}}}}
+    page = "Show the start, the caches and the voices, and a form to speak a text."
     return {
-        "/": _get("page", "The start, the caches, the voices, and a box to type into.", 200, page),
-        "/metrics": _get("metrics", "Prometheus metrics.", 200, _text()),
-        "/openapi.json": _get("describe", "What is here.", 200, own),
-        "/v1/models": _get("list_models", "The model.", 200, _content("One model.", "Models")),
+        "/": {"get": _operation("page", page, {200: html})},
+        "/metrics": {"get": _operation("metrics", "Get the Prometheus metrics.", {200: _TEXT})},
+        "/openapi.json": {"get": _operation("describe", "Get this document.", {200: openapi})},
+        "/v1/models": {"get": _operation("list_models", "List the models.", {200: _json("The only model.", "Models")})},
     }
 
 
 def _speech() -> dict[str, Any]:
     media = {name: {"schema": _BINARY} for name in MEDIA_TYPES.values()}
-    sound = {
-        "description": "The sound in the format asked for, 24 kHz mono; in events if `stream_format` is sse.",
+    audio = {
+        "description": "Mono audio at 24 kHz in the requested format, or server-sent events if `stream_format` is sse.",
         "content": {**media, events.MEDIA_TYPE: {"schema": _ref("SpeechEvent")}},
     }
     body = {"required": True, "content": {"application/json": {"schema": _ref("SpeechRequest")}}}
-    answered = {200: sound, **_refusals(400, 403, 408, 413, 422, 429, 500, 503)}
-    return {"/v1/audio/speech": {"post": _operation("speak", "Speak a text.", answered, requestBody=body)}}
+    responses = {200: audio, **_errors(400, 403, 408, 413, 422, 429, 500, 503)}
+    return {"/v1/audio/speech": {"post": _operation("speak", "Speak a text.", responses, requestBody=body)}}
 
 
 def _voices() -> dict[str, Any]:
-    name = {"type": "string", "pattern": f"^{VOICE_NAME}$", "description": "What to call it."}
-    clip = {**_BINARY, "description": "5 to 10 s of clean speech: WAV, FLAC, Ogg or MP3, 16 kHz or more."}
+    name = {"type": "string", "pattern": f"^{VOICE_NAME}$", "description": "The name of the new voice."}
+    clip = {**_BINARY, "description": "5 to 10 s of clean speech as WAV, FLAC, Ogg or MP3, sampled at 16 kHz or more."}
     form = {"type": "object", "required": ["name", "file"], "properties": {"name": name, "file": clip}}
     body = {"required": True, "content": {"multipart/form-data": {"schema": form}}}
-    made = {201: _content("The voice.", "Voice"), **_refusals(400, 403, 408, 409, 413, 429, 500, 503, 507)}
-    gone = {200: _content("It is no more.", "VoiceDeleted"), **_refusals(400, 403, 404, 503)}
-    heard = {"description": "A sentence in that voice.", "content": {MEDIA_TYPES["wav"]: {"schema": _BINARY}}}
+    added = {201: _json("The new voice.", "Voice"), **_errors(400, 403, 408, 409, 413, 429, 500, 503, 507)}
+    deleted = {200: _json("The voice was deleted.", "VoiceDeleted"), **_errors(400, 403, 404, 503)}
+    found = {200: _json("The voice.", "Voice"), **_errors(400, 404)}
+    audio = {"description": "A sentence in this voice.", "content": {MEDIA_TYPES["wav"]: {"schema": _BINARY}}}
+    preview = {200: audio, **_errors(400, 404, 422, 429, 500, 503)}
     voice = {"parameters": [{"$ref": "#/components/parameters/voice"}]}
     return {
         "/v1/audio/voices": {
-            **_get("list_voices", "All voices.", 200, _content("All voices.", "Voices")),
-            "post": _operation("add_voice", "Make a voice of a clip.", made, requestBody=body),
+            "get": _operation("list_voices", "List all voices.", {200: _json("All voices.", "Voices")}),
+            "post": _operation("add_voice", "Add a voice from an audio clip.", added, requestBody=body),
         },
         "/v1/audio/voices/{name}": {
             **voice,
-            **_get("get_voice", "A voice.", 200, _content("The voice.", "Voice"), _refusals(400, 404)),
-            "delete": _operation("delete_voice", "Delete a voice that was added.", gone),
+            "get": _operation("get_voice", "Get a voice.", found),
+            "delete": _operation("delete_voice", "Delete an added voice.", deleted),
         },
-        "/v1/audio/voices/{name}/preview": {
-            **voice,
-            **_get("preview_voice", "Hear a voice.", 200, heard, _refusals(400, 404, 422, 429, 500, 503)),
-        },
+        "/v1/audio/voices/{name}/preview": {**voice, "get": _operation("preview_voice", "Preview a voice.", preview)},
     }
 
 
-def _get(
-    name: str,
-    summary: str,
-    status: int,
-    answer: dict[str, Any],
-    others: dict[int, dict[str, Any]] | None = None,
-    *,
-    probe: bool = False,
-) -> dict[str, Any]:
-    """A route's GET. A probe asks for no token."""
-    return {"get": _operation(name, summary, {status: answer, **(others or {})}, probe=probe)}
+def _operation(name: str, summary: str, responses: dict[int, dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    """Describe one operation. Probes need no token."""
+    if name in {"live", "started", "ready"}:
+        fields["security"] = []
+    else:
+        responses = {**responses, **_errors(401)}
+    ordered = {str(status): responses[status] for status in sorted(responses)}
+    return {"operationId": name, "summary": summary, **fields, "responses": ordered}
 
 
-def _operation(
-    name: str, summary: str, answered: dict[int, dict[str, Any]], *, probe: bool = False, **more: Any
-) -> dict[str, Any]:
-    if not probe:
-        answered = {**answered, **_refusals(401)}
-    responses = {str(status): answered[status] for status in sorted(answered)}
-    security: dict[str, Any] = {"security": []} if probe else {}
-    return {"operationId": name, "summary": summary, **security, **more, "responses": responses}
-
-
-def _refusals(*statuses: int) -> dict[int, dict[str, Any]]:
+def _errors(*statuses: int) -> dict[int, dict[str, Any]]:
     return {status: {"$ref": f"#/components/responses/{_ERRORS[status][0]}"} for status in statuses}
 
 
 def _error(status: int, description: str) -> dict[str, Any]:
-    retry = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
-    return {**_content(description, "Error"), **({"headers": retry} if status in _RETRIED else {})}
+    retry = {"Retry-After": {"description": "Seconds until a retry.", "schema": {"type": "integer"}}}
+    return {**_json(description, "Error"), **({"headers": retry} if status in _RETRIED else {})}
 
 
-def _content(description: str, schema: str) -> dict[str, Any]:
+def _json(description: str, schema: str) -> dict[str, Any]:
     return {"description": description, "content": {"application/json": {"schema": _ref(schema)}}}
 
 
-def _text() -> dict[str, Any]:
-    return {"description": "Text.", "content": {"text/plain": {"schema": {"type": "string"}}}}
-
-
 def _ref(schema: str) -> dict[str, str]:
-    return {"$ref": _REF.format(model=schema)}
+    return {"$ref": f"#/components/schemas/{schema}"}

@@ -1,6 +1,6 @@
-"""One log line for each request, and the id by which its client, this line and all others of it can be joined.
+"""One log line per request, and a request id that the client can match with all log lines of the request.
 
-A line never holds the text that was to be spoken, unless the server was told to log texts.
+A log line contains the text of a speech request only if the server was started with the option to log texts.
 """
 
 from __future__ import annotations
@@ -19,61 +19,58 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_KEY = "chatterbox_prewarm.notes"
+_KEY = "chatterbox_prewarm.log_fields"
 _HEADER = b"x-request-id"
 _ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
-#: Asked every few seconds for the life of a server.
+#: Kubernetes and Prometheus request these paths every few seconds, so they are logged at debug level.
 _QUIET = PROBES | {"/metrics"}
-_LONGEST_PATH = 200
-#: What nginx writes for a client that went away before it was answered; it is never sent.
+_MAX_PATH = 200
+#: The status that nginx logs for a client that disconnected before the response. It is never sent.
 _CLIENT_GONE = 499
 
 
-def note(scope: Scope, **fields: Any) -> None:
-    """Have the line of this request hold `fields` besides; None is left out.
+def add_log_fields(scope: Scope, **fields: Any) -> None:
+    """Add fields to the log line of this request. A value of None is left out.
 
-    By agreement: `characters`, `voice`, `format` and, whether it is logged or not, `text`.
+    The routes use `characters`, `voice`, `format` and `text`. Without `log_text`, the log omits `text`.
     """
     scope.get(_KEY, {}).update({name: value for name, value in fields.items() if value is not None})
 
 
-class RequestLog:
-    """ASGI middleware, the outermost: gives a request its id, and logs it once it was answered.
+def log_requests(app: ASGIApp, *, log_text: bool = False) -> ASGIApp:
+    """Wrap `app` in the outermost middleware, which assigns request ids and logs each request after its response.
 
     Args:
         app: the application.
-        log_text: log the text that was to be spoken as well.
+        log_text: True to log the text of speech requests.
     """
 
-    def __init__(self, app: ASGIApp, *, log_text: bool = False) -> None:
-        self._app = app
-        self._log_text = log_text
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the application answer, watching what it sends."""
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await app(scope, receive, send)
             return
-        request_id = _id_of(scope)
-        # Not reset at the end: each request is a task of its own, and uvicorn's report of a failure comes after us.
+        request_id = _request_id(scope)
+        # The id is not reset afterwards: each request has a task with a context, and uvicorn logs an exception later.
         REQUEST_ID.set(request_id)
-        notes: dict[str, Any] = {}
-        scope[_KEY] = notes
-        watch = _Watch(request_id, send)
+        fields: dict[str, Any] = {}
+        scope[_KEY] = fields
+        response = _LoggedResponse(request_id, send)
         try:
-            await self._app(scope, receive, watch.send)
+            await app(scope, receive, response.send)
         except Exception:
-            watch.status = watch.status or 500
+            response.status = response.status or 500
             raise
         finally:
-            if not self._log_text:
-                notes.pop("text", None)
+            if not log_text:
+                fields.pop("text", None)
             level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
-            logger.log(level, "request", extra={"fields": {**_route(scope), **watch.fields(), **notes}})
+            logger.log(level, "request", extra={"fields": {**_route(scope), **response.fields(), **fields}})
+
+    return middleware
 
 
-class _Watch:
-    """What was sent in answer to one request."""
+class _LoggedResponse:
+    """Passes on the messages of one response, and records its status, size and times."""
 
     def __init__(self, request_id: str, send: Send) -> None:
         self._id = request_id.encode()
@@ -85,7 +82,7 @@ class _Watch:
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
-        """Pass on a message of the answer."""
+        """Pass on a message, with the request id added to the headers."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", ()), (_HEADER, self._id)]
@@ -98,7 +95,7 @@ class _Watch:
         await self._send(message)
 
     def fields(self) -> dict[str, Any]:
-        """For the log: times in seconds, `first` that to the first byte of the body."""
+        """Return the log fields. Times are in seconds; `first` is the time to the first byte of the body."""
         fields = {
             "status": self.status or _CLIENT_GONE,
             "seconds": round(time.perf_counter() - self._started, 6),
@@ -111,8 +108,8 @@ class _Watch:
         return fields
 
 
-def _id_of(scope: Scope) -> str:
-    """The client's own id for this request if it is one that can be logged, else a new one."""
+def _request_id(scope: Scope) -> str:
+    """Return the client's request id if it is safe to log, or a new id."""
     for name, value in scope["headers"]:
         if name.lower() == _HEADER and _ID.fullmatch(value):
             return str(value.decode("ascii"))
@@ -120,6 +117,6 @@ def _id_of(scope: Scope) -> str:
 
 
 def _route(scope: Scope) -> dict[str, str]:
-    """Method and path; not the query, in which people put secrets."""
+    """Return method and path. The query string is left out because it may contain secrets."""
     path = scope["path"]
-    return {"method": scope["method"], "route": path if len(path) <= _LONGEST_PATH else f"{path[:_LONGEST_PATH]}..."}
+    return {"method": scope["method"], "route": path if len(path) <= _MAX_PATH else f"{path[:_MAX_PATH]}..."}

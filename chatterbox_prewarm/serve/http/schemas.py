@@ -1,145 +1,180 @@
-"""What the API's routes answer in JSON, as models: the source of the schemas in `openapi`."""
+"""The shapes of the API's JSON responses.
+
+The handlers build these dictionaries, mypy checks them, and `openapi` derives its schemas from the same types. They are
+typed dictionaries, not pydantic models, because the probes must be able to answer before pydantic is imported. The
+string below a field becomes its description in the OpenAPI document.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from typing_extensions import NotRequired, TypedDict  # pydantic needs this TypedDict before Python 3.12
 
 
-class ErrorFields(BaseModel):
-    """What went wrong."""
+class ErrorFields(TypedDict):
+    """Details of an error."""
 
-    message: str = Field(description="For people, with what to do next.")
+    message: str
+    """A message for people. It ends with what to do next."""
     type: Literal["invalid_request_error", "server_error"]
-    code: str | None = Field(description="For programs.")
-    param: str | None = Field(description="The field of the request that it is about.")
+    code: str | None
+    """A code for programs."""
+    param: str | None
+    """The request field that caused the error."""
 
 
-class Error(BaseModel):
-    """An error in the shape of OpenAI's API."""
+class Error(TypedDict):
+    """An error in the format of OpenAI's API."""
 
     error: ErrorFields
 
 
-class Phase(BaseModel):
-    """A phase of a worker's start; times are seconds since exec."""
+class Phase(TypedDict):
+    """A phase of a worker's start. Times are in seconds since exec."""
 
     name: str
     start: float
     seconds: float
 
 
-class Worker(BaseModel):
-    """One process that holds the model, on one device."""
+class Worker(TypedDict):
+    """A process that holds the model on one device. The memory figures date from the worker's last response."""
 
     device: str
     phase: str
     attached: bool
     ready: bool
     restarts: int
-    reason: str | None = Field(default=None, description="Why its last start failed; null once one did not.")
+    reason: str | None
+    """The reason why the last start failed; null after a successful start."""
     busy: bool
-    rss_bytes: int = Field(description="Memory of its process, as of its last answer; so are the others.")
-    vram_bytes: int = Field(description="Memory of its device that its allocator holds.")
+    rss_bytes: int
+    """Resident memory of the process."""
+    vram_bytes: int
+    """Device memory held by the allocator."""
     vram_peak_bytes: int
-    hooks: int = Field(description="Hooks on the model's modules; constant unless something leaks.")
-    voices: int = Field(description="Added voices that it holds.")
+    """Peak device memory in use."""
+    hooks: int
+    """Number of hooks on the model's modules. A growing number indicates a leak."""
+    voices: int
+    """Number of added voices in memory."""
     voice_bytes: int
+    """Memory used by the added voices."""
 
 
-class Status(BaseModel):
-    """How far the start is and what it found. Before a worker has reported, its figures are missing."""
+class Status(TypedDict):
+    """Progress and results of the start. The optional fields are missing until a worker has reported them."""
 
-    phase: str = Field(description="`ready`, or what is being done, for people.")
-    attached: bool = Field(description="Model and warm state are in place.")
-    ready: bool = Field(description="A real synthesis passed.")
+    phase: str
+    """`ready`, or the current activity in words."""
+    attached: bool
+    """True when the model and the warm state are loaded."""
+    ready: bool
+    """True when a first synthesis has succeeded."""
     voices: list[str]
-    restarts: int = Field(description="How many workers died and were replaced.")
-    phases: list[Phase] = []
-    marks: dict[str, float] = Field(default={}, description="Seconds since exec at which a moment was reached.")
-    loaded: dict[str, int] = Field(default={}, description="Baked artifacts in place for use on demand, by family.")
-    hits: dict[str, int] = Field(default={}, description="Baked artifacts that were used, by family.")
-    misses: dict[str, int] = Field(default={}, description="Artifacts rebuilt or left out, by family.")
-    reasons: list[str] = Field(default=[], description="Of the misses.")
-    profile: str | None = None
-    state: str | None = Field(default=None, description="The key of the warm state.")
-    timers: dict[str, float] = {}
-    workers: list[Worker] = []
+    restarts: int
+    """Number of workers that died and were replaced."""
+    workers: list[Worker]
+    phases: NotRequired[list[Phase]]
+    marks: NotRequired[dict[str, float]]
+    """Seconds since exec at which `attached` and `ready` were reached."""
+    loaded: NotRequired[dict[str, int]]
+    """Number of baked artifacts made available, by cache family."""
+    hits: NotRequired[dict[str, int]]
+    """Number of baked artifacts used, by cache family."""
+    misses: NotRequired[dict[str, int]]
+    """Number of artifacts rebuilt or skipped, by cache family."""
+    reasons: NotRequired[list[str]]
+    """The reasons for the misses."""
+    profile: NotRequired[str | None]
+    state: NotRequired[str | None]
+    """The key of the warm state."""
+    timers: NotRequired[dict[str, float]]
 
 
-class Model(BaseModel):
-    """A model as OpenAI's API lists it."""
+class Model(TypedDict):
+    """A model in the format of OpenAI's API."""
 
     id: str
     object: Literal["model"]
-    created: int = Field(description="Unix time.")
+    created: int
+    """Unix time."""
     owned_by: str
 
 
-class Models(BaseModel):
-    """The models there are: one."""
+class Models(TypedDict):
+    """The list of models. It has one entry."""
 
     object: Literal["list"]
     data: list[Model]
 
 
-class Voice(BaseModel):
+class Voice(TypedDict):
     """A voice."""
 
-    id: str = Field(description="Its name.")
+    id: str
+    """The name of the voice."""
     object: Literal["voice"]
-    baked: bool = Field(description="Part of the image, and read-only.")
+    baked: bool
+    """True when the voice is part of the image and cannot be deleted."""
     bytes: int
-    created: int | None = Field(description="Unix time; null of a baked one.")
-    digest: str | None = Field(default=None, description="SHA-256 of an added one's file.")
-    usable: bool = Field(default=True, description="Whether this server can speak with it.")
-    reason: str | None = Field(default=None, description="Why not.")
+    created: int | None
+    """Unix time; null for a baked voice."""
+    digest: str | None
+    """SHA-256 of the file of an added voice."""
+    usable: bool
+    """True when this server can speak with the voice."""
+    reason: str | None
+    """The reason why the voice is not usable."""
 
 
-class Voices(BaseModel):
-    """All voices."""
+class Voices(TypedDict):
+    """The list of voices."""
 
     object: Literal["list"]
     data: list[Voice]
 
 
-class VoiceDeleted(BaseModel):
-    """A voice that is no more, as OpenAI's API says it of other objects."""
+class VoiceDeleted(TypedDict):
+    """Confirmation of a deleted voice, in the format of OpenAI's API."""
 
     id: str
     object: Literal["voice.deleted"]
     deleted: Literal[True]
 
 
-class SpeechAudioDelta(BaseModel):
-    """More of the sound."""
+class SpeechAudioDelta(TypedDict):
+    """The next part of the audio."""
 
     type: Literal["speech.audio.delta"]
-    audio: str = Field(description="Bytes of the file, base64.")
+    audio: str
+    """Bytes of the audio file, in base64."""
 
 
-class SpeechUsage(BaseModel):
-    """What was read and spoken."""
+class SpeechUsage(TypedDict):
+    """The amount of text read and speech generated."""
 
-    input_tokens: int = Field(description="Characters of the text: the model's own tokens are not counted.")
-    output_tokens: int = Field(description="Speech tokens, 25 to a second.")
+    input_tokens: int
+    """Number of characters in the text. The server does not count the model's text tokens."""
+    output_tokens: int
+    """Number of speech tokens, 25 per second of audio."""
     total_tokens: int
 
 
-class SpeechAudioDone(BaseModel):
-    """The sound is complete."""
+class SpeechAudioDone(TypedDict):
+    """The end of the audio."""
 
     type: Literal["speech.audio.done"]
     usage: SpeechUsage
 
 
-class SpeechFailed(BaseModel):
-    """The sound ends here, incomplete."""
+class SpeechFailed(TypedDict):
+    """An error that ends the audio before it is complete."""
 
     type: Literal["error"]
     error: ErrorFields
 
 
-#: One server-sent event of a streamed sound.
+#: One server-sent event of streamed audio.
 SpeechEvent = SpeechAudioDelta | SpeechAudioDone | SpeechFailed

@@ -1,16 +1,17 @@
-"""The body of `POST /v1/audio/speech`: OpenAI's fields and ours, from bytes to a checked order.
+"""The body of `POST /v1/audio/speech`: parse JSON with OpenAI's fields and our own into checked `SpeechOptions`.
 
-Where a choice had to be made, the clients decided it. The default format is OpenAI's, mp3, since they store what comes
-under that name. `model` and `instructions` have no effect, as OpenAI's own models that take no instructions ignore
-them; nor have unknown fields, which clients of other servers send. A known field that is wrong is refused.
+The behaviour of existing clients decided the open questions. The default format is mp3 as in OpenAI's API, because
+clients save the response with that file name. `model` and `instructions` have no effect, as in OpenAI's models without
+instructions. Unknown fields have no effect either, because clients of other servers send them. A known field with an
+invalid value is an error.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
 import reprlib
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
 from pydantic_core import from_json
@@ -18,24 +19,28 @@ from pydantic_core import from_json
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.text import MAX_CHARACTERS, VOICE_NAME, check_text, check_voice_name, decode_text
-from chatterbox_prewarm.serve.http.speech_api import BadFieldError
-from chatterbox_prewarm.serve.workers.speech_options import SpeechOrder
+from chatterbox_prewarm.serve.http.error_responses import RequestError
+from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 from chatterbox_prewarm.system.limits import LEAST_LOOK_AHEAD, LEAST_TOKENS, MAX_SEED, MOST_TOKENS, SAMPLING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
 _EXAMPLE = 'send {"input": "Hello."}'
-_MOST_NAMED = 8
+_MAX_LOGGED = 8
+#: The fields that have the same name and meaning in `SpeechOptions`.
+_SAME_IN_OPTIONS = {
+    *("stream_format", "seed", "max_new_tokens", "temperature", "cfg_weight", "exaggeration", "look_ahead"),
+}
 
-# Checked after the types, by the functions that check them everywhere; the schema is to tell it all the same.
+# `parse_speech_options` checks these limits with the functions that all callers use. Here they are only documentation.
 _Text = Annotated[StrictStr, Field(json_schema_extra={"minLength": 1, "maxLength": MAX_CHARACTERS})]
 _VoiceName = Annotated[StrictStr, Field(json_schema_extra={"pattern": f"^{VOICE_NAME}$"})]
 
 
-def _whole(low: int, high: int) -> Any:
+def _integer(low: int, high: int) -> Any:
     return Field(strict=True, ge=low, le=high)
 
 
@@ -45,99 +50,89 @@ def _number(name: str) -> Any:
 
 
 class VoiceReference(BaseModel):
-    """A voice as OpenAI's API refers to one that a user made."""
+    """A reference to a custom voice, in the format of OpenAI's API."""
 
-    id: _VoiceName = Field(description="Its name.")
+    id: _VoiceName = Field(description="The name of the voice.")
 
 
 class SpeechRequest(BaseModel):
-    """What to say and how. A field that is null counts as left out; one that is not known is ignored."""
+    """The text to speak and the settings. A null field is treated as missing, and unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    input: _Text = Field(description="The text. A long one is spoken in parts, sentence by sentence.")
-    model: StrictStr | None = Field(default=None, description="Any; the server has one model.")
+    input: _Text = Field(description="The text. A long text is spoken in parts, sentence by sentence.")
+    model: StrictStr | None = Field(default=None, description="Any name. The server has only one model.")
     voice: _VoiceName | VoiceReference | None = Field(
-        default=None, description=f"The name of a voice, alone or as `id` of an object; `{DEFAULT_VOICE}` if left out."
+        default=None, description=f"The name of a voice, or an object with the name as `id`. Default: {DEFAULT_VOICE}."
     )
     response_format: Literal["mp3", "opus", "flac", "wav", "pcm"] | None = Field(
         default=None,
-        description="mp3 if left out. All are mono at 24 kHz; pcm is signed 16-bit little-endian without a header.",
+        description="Default: mp3. All formats are mono at 24 kHz. pcm is signed 16-bit little-endian, without a "
+        "header.",
     )
     stream_format: Literal["audio", "sse"] | None = Field(
         default=None,
-        description="audio: the bytes of the sound as they are made. sse: the same in server-sent events. "
-        "Left out: mp3, opus and pcm as they are made, too; wav and flac when they are complete, since their headers "
-        "hold the length.",
+        description="audio: stream the bytes of the file. sse: stream the same bytes in server-sent events. Default: "
+        "stream mp3, opus and pcm, and send wav and flac as complete files, with the length in the header.",
     )
     speed: Annotated[float, Field(strict=True, ge=1, le=1)] | None = Field(
-        default=None, description="1; the model has no other."
+        default=None, description="Must be 1. The model has no other speed."
     )
-    instructions: StrictStr | None = Field(default=None, description="Ignored: the model takes none.")
-    seed: Annotated[int, _whole(0, MAX_SEED)] | None = Field(
-        default=None, description="Makes the sound repeatable on the same machine."
+    instructions: StrictStr | None = Field(default=None, description="Ignored. The model takes no instructions.")
+    seed: Annotated[int, _integer(0, MAX_SEED)] | None = Field(
+        default=None, description="Makes the speech repeatable on the same machine. Default: random."
     )
-    max_new_tokens: Annotated[int, _whole(LEAST_TOKENS, MOST_TOKENS)] | None = Field(
-        default=None, description="Most speech tokens of each part, 25 to a second; at most what the server allows."
+    max_new_tokens: Annotated[int, _integer(LEAST_TOKENS, MOST_TOKENS)] | None = Field(
+        default=None,
+        description="Limit on the speech tokens of each part, 25 per second. Default and maximum: the server's limit.",
     )
     temperature: Annotated[float, _number("temperature")] | None = Field(
-        default=None, description="How freely speech is drawn; 0.8 if left out."
+        default=None, description="Randomness of the speech. Default: 0.8."
     )
     cfg_weight: Annotated[float, _number("cfg_weight")] | None = Field(
-        default=None, description="How closely speech keeps to the text; 0.5 if left out."
+        default=None, description="Strength of the guidance by the text. Default: 0.5."
     )
     exaggeration: Annotated[float, _number("exaggeration")] | None = Field(
-        default=None, description="How expressive speech is; the voice's own if left out."
+        default=None, description="Expressiveness of the speech. Default: stored with the voice."
     )
-    look_ahead: Annotated[int, _whole(LEAST_LOOK_AHEAD, MOST_TOKENS)] | None = Field(
+    look_ahead: Annotated[int, _integer(LEAST_LOOK_AHEAD, MOST_TOKENS)] | None = Field(
         default=None,
-        description="How many tokens after a chunk its sound waits for: sound comes earlier, in another rendition. "
-        "Left out, it waits for all.",
+        description="Number of tokens after a chunk that must exist before its audio is computed. A small number gives "
+        "earlier audio that differs from the default, which waits for all tokens.",
     )
 
 
-def parse_order(body: bytes, *, limit: int = MAX_CHARACTERS) -> SpeechOrder:
-    """Check a body and return what it asks for.
+def parse_speech_options(body: bytes, *, limit: int = MAX_CHARACTERS) -> SpeechOptions:
+    """Parse and check a request body.
 
     Args:
         body: JSON in UTF-8.
-        limit: most characters of the text.
+        limit: the maximum number of characters in the text.
 
     Raises:
-        BadFieldError: naming the field.
-        BadInputError: the body is no JSON object.
+        RequestError: a field is invalid. The error names it.
+        BadInputError: the body is not a JSON object.
     """
-    fields = _fields(body)
+    fields = _parse_object(body)
+    check_input = functools.partial(check_text, limit=limit)
     try:
         request = SpeechRequest.model_validate(fields)
     except ValidationError as error:
-        raise _refusal(error, limit) from None
+        _raise_for(error, check_input)
     unknown = fields.keys() - SpeechRequest.model_fields.keys()
     if unknown:
-        logger.info("ignored %d unknown field(s): %s", len(unknown), reprlib.repr(sorted(unknown)[:_MOST_NAMED]))
+        logger.info("ignored %d unknown field(s): %s", len(unknown), reprlib.repr(sorted(unknown)[:_MAX_LOGGED]))
     voice = request.voice.id if isinstance(request.voice, VoiceReference) else request.voice
-    with _about("input"):
-        text = check_text(request.input, limit=limit)
-    with _about("voice"):
-        voice = DEFAULT_VOICE if voice is None else check_voice_name(voice)
-    return SpeechOrder(
-        text=text,
-        voice=voice,
-        format=request.response_format or "mp3",
-        stream_format=request.stream_format,
-        seed=request.seed,
-        max_new_tokens=request.max_new_tokens,
-        temperature=request.temperature,
-        cfg_weight=request.cfg_weight,
-        exaggeration=request.exaggeration,
-        look_ahead=request.look_ahead,
-    )
+    text = _check_field("input", request.input, check_input)
+    voice = DEFAULT_VOICE if voice is None else _check_field("voice", voice, check_voice_name)
+    settings = request.model_dump(include=_SAME_IN_OPTIONS)
+    return SpeechOptions(text=text, voice=voice, format=request.response_format or "mp3", **settings)
 
 
-def _fields(body: bytes) -> dict[str, Any]:
+def _parse_object(body: bytes) -> dict[str, Any]:
     text = decode_text(body)
     try:
-        # Nesting is bounded, and so are the digits of a number.
+        # This parser limits the depth of nesting and the number of digits.
         fields = from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise BadInputError(f"the body is not JSON: {error}", next_step=_EXAMPLE) from None
@@ -146,44 +141,39 @@ def _fields(body: bytes) -> dict[str, Any]:
     return fields
 
 
-def _refusal(error: ValidationError, limit: int) -> BadInputError:
-    """The first of pydantic's complaints in this project's words."""
+def _raise_for(error: ValidationError, check_input: Callable[[Any], str]) -> NoReturn:
+    """Raise a `RequestError` for the first problem that pydantic found."""
     first = error.errors(include_url=False, include_context=False)[0]
     param, value = str(first["loc"][0]), first["input"]
     if param == "input":
         if first["type"] == "missing":
-            return BadFieldError("the body has no field 'input'", param=param, next_step=_EXAMPLE)
-        try:
-            with _about(param):
-                check_text(value, limit=limit)
-        except BadInputError as found:
-            return found
-    return BadFieldError(f"{param!r} is {reprlib.repr(value)}", param=param, next_step=_STEPS[param])
+            raise RequestError("the body has no field 'input'", param=param, next_step=_EXAMPLE) from None
+        _check_field(param, value, check_input)
+    raise RequestError(f"{param!r} is {reprlib.repr(value)}", param=param, next_step=_NEXT_STEPS[param]) from None
 
 
-@contextlib.contextmanager
-def _about(param: str) -> Iterator[None]:
-    """Add to a refusal which field it is about."""
+def _check_field(param: str, value: Any, check: Callable[[Any], str]) -> str:
+    """Return `check(value)`, with the name of the field added to its error."""
     try:
-        yield
+        return check(value)
     except BadInputError as error:
-        raise BadFieldError(f"{param!r}: {error.message}", param=param, next_step=error.next_step) from None
+        raise RequestError(f"{param!r}: {error.message}", param=param, next_step=error.next_step) from None
 
 
-def _from_to(kind: str, bounds: tuple[float, float]) -> str:
-    return f"give {kind} from {bounds[0]} to {bounds[1]}, or leave it out"
+def _range(kind: str, bounds: tuple[float, float]) -> str:
+    return f"send {kind} from {bounds[0]} to {bounds[1]}, or leave the field out"
 
 
-_STEPS = {
+_NEXT_STEPS = {
     "input": "send a string",
-    "model": "give a string, or leave it out",
-    "voice": 'name a voice, as a string or as {"id": NAME}, or leave it out',
-    "response_format": "ask for mp3, opus, flac, wav or pcm",
-    "stream_format": "ask for audio or sse, or leave it out",
-    "speed": "leave it out; the speed cannot be changed",
-    "instructions": "give a string, or leave it out; it has no effect",
-    "seed": _from_to("a whole number", (0, MAX_SEED)),
-    "max_new_tokens": _from_to("a whole number", (LEAST_TOKENS, MOST_TOKENS)),
-    "look_ahead": _from_to("a whole number", (LEAST_LOOK_AHEAD, MOST_TOKENS)),
-    **{name: _from_to("a number", SAMPLING[name]) for name in ("temperature", "cfg_weight", "exaggeration")},
+    "model": "send a string, or leave the field out",
+    "voice": 'send the name of a voice, as a string or as {"id": NAME}, or leave the field out',
+    "response_format": "send mp3, opus, flac, wav or pcm",
+    "stream_format": "send audio or sse, or leave the field out",
+    "speed": "leave the field out; the speed cannot be changed",
+    "instructions": "send a string, or leave the field out; it has no effect",
+    "seed": _range("an integer", (0, MAX_SEED)),
+    "max_new_tokens": _range("an integer", (LEAST_TOKENS, MOST_TOKENS)),
+    "look_ahead": _range("an integer", (LEAST_LOOK_AHEAD, MOST_TOKENS)),
+    **{name: _range("a number", SAMPLING[name]) for name in ("temperature", "cfg_weight", "exaggeration")},
 }

@@ -1,168 +1,159 @@
-"""`POST /v1/audio/speech`: a request's way from its body to the sound, whole, in chunks, or as events.
+"""`POST /v1/audio/speech`: from the request body to the speech as one file, as a stream, or as server-sent events.
 
-An ASGI application of its own, not a handler that returns a response: a request counts as long as its sound is being
-made, and when its client goes away, be it before the first byte, its worker is freed.
+`SpeechRoute` is an ASGI application, not a handler that returns a response, for two reasons: a request stays in flight
+until its audio is complete, and a disconnected client frees its worker even before the first byte of the response.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from chatterbox_prewarm.errors import PrewarmError
-from chatterbox_prewarm.serve.http.request_log import note
-from chatterbox_prewarm.serve.http.speech_api import error_fields, failure, failure_of, read_body
+from chatterbox_prewarm.serve.http import events
+from chatterbox_prewarm.serve.http.encoding import encoder
+from chatterbox_prewarm.serve.http.error_responses import RequestError, error_fields, response_for
+from chatterbox_prewarm.serve.http.request_log import add_log_fields
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
+    from typing import TypeVar
 
-    from starlette.requests import Request
-    from starlette.responses import Response
-    from starlette.types import Message, Receive, Scope, Send
+    from prometheus_client import Counter
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from chatterbox_prewarm.serve.http.admission import Admission
-    from chatterbox_prewarm.serve.http.http_metrics import Measures
+    from chatterbox_prewarm.serve.http.http_metrics import HttpMetrics
     from chatterbox_prewarm.serve.workers.messages import Chunk
     from chatterbox_prewarm.serve.workers.pool import Pool
-    from chatterbox_prewarm.serve.workers.speech_options import SpeechOrder
+    from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
+
+    T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 _BODY_SECONDS = 10.0
+_BODY_BYTES = 1 << 20
 
 
 class SpeechRoute:
-    """The endpoint.
+    """The ASGI application of the route.
 
     Args:
-        pool: speaks.
-        admission: says whether it may.
-        measures: of what was spoken.
-        max_characters: longest text that is taken.
+        pool: the workers.
+        admission: decides whether the server accepts a request.
+        http_metrics: counts requests, and measures the time to the first chunk.
+        max_characters: the length of the longest text that the server accepts.
     """
 
-    def __init__(self, pool: Pool, admission: Admission, measures: Measures, *, max_characters: int) -> None:
+    def __init__(self, pool: Pool, admission: Admission, http_metrics: HttpMetrics, *, max_characters: int) -> None:
         self._pool = pool
         self._admission = admission
-        self._measures = measures
+        self._http_metrics = http_metrics
         self._max_characters = max_characters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request whose body is an order."""
-        from starlette.requests import ClientDisconnect, Request
-
-        answer = _Answer(scope, receive, send)
+        """Respond to a request with `SpeechRequest` as its body."""
+        stream = _ResponseStream(scope, receive, send, self._http_metrics.responses)
         try:
             if (refusal := self._admission.refusal()) is not None:
-                await answer.send(refusal)
+                await stream.send(refusal)
                 return
-            # A body that trickles in is not in flight yet: it holds no place in the queue and no drain back.
-            body = await asyncio.wait_for(read_body(Request(scope, receive)), _BODY_SECONDS)
-            parse_order = await asyncio.to_thread(_parser)
-            await self._answer(parse_order(body, limit=self._max_characters), answer)
+            # The request is not in flight yet, so a slow body does not occupy the queue or delay a drain.
+            body = await read_body(Request(scope, receive))
+            parse_speech_options = await asyncio.to_thread(_import_parser)
+            await self._respond(parse_speech_options(body, limit=self._max_characters), stream)
         except PrewarmError as error:
-            await answer.send(failure_of(error))
-        except (asyncio.TimeoutError, TimeoutError):
-            await answer.send(failure(408, f"the body did not arrive within {_BODY_SECONDS:.0f} s", "timeout"))
+            await stream.send(response_for(error))
         except ClientDisconnect:
-            logger.info("a client went away before its request was complete")
-        finally:
-            self._count(answer)
+            logger.info("the client disconnected before its request was complete")
 
-    async def spoken(self, order: SpeechOrder, _: Request) -> Response:
-        """An answer that speaks an order, for a route that makes its own."""
-        from starlette.responses import Response
+    def respond(self, options: SpeechOptions) -> ASGIApp:
+        """Return a response with the speech for `options`, for other routes."""
 
-        route = self
+        async def response(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._respond(options, _ResponseStream(scope, receive, send, self._http_metrics.responses))
 
-        class Spoken(Response):
-            async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-                answer = _Answer(scope, receive, send)
-                try:
-                    await route._answer(order, answer)
-                finally:
-                    route._count(answer)
+        return response
 
-        return Spoken()
-
-    async def _answer(self, order: SpeechOrder, answer: _Answer) -> None:
-        """Speak an order, or say why not."""
-        answer.note(order)
-        # Asked again when there was a body to wait for, since much may have changed meanwhile.
+    async def _respond(self, options: SpeechOptions, stream: _ResponseStream) -> None:
+        text = options.text
+        add_log_fields(stream.scope, text=text, characters=len(text), voice=options.voice, format=options.format)
+        # Checked again, because the server may have started to drain while the body arrived.
         if (refusal := self._admission.refusal()) is not None:
-            await answer.send(refusal)
+            await stream.send(refusal)
             return
         try:
-            with self._admission.taken_on():
-                await self._while_connected(order, answer)
+            with self._admission.accepted():
+                await self._speak_while_connected(options, stream)
         except PrewarmError as error:
-            if not answer.status:
-                await answer.send(failure_of(error, retry_after=self._pool.retry_after))
+            if not stream.status:
+                await stream.send(response_for(error, retry_after=self._pool.retry_after))
             else:
-                # The status is out. Leaving the answer unfinished closes the connection, by which a client notices.
-                logger.error("a stream ended early: %s", error.message)  # noqa: TRY400 - no fault of this program
+                # Too late for an error status. uvicorn closes the connection of the incomplete response, so the client
+                # notices the failure.
+                logger.error("a stream ended early: %s", error.message)  # noqa: TRY400 - not a bug of this program
 
-    def _count(self, answer: _Answer) -> None:
-        if answer.status:
-            self._measures.answers.labels(str(answer.status)).inc()
-
-    async def _while_connected(self, order: SpeechOrder, answer: _Answer) -> None:
-        """Deliver the sound as long as somebody listens."""
-        work = asyncio.create_task(self._deliver(order, answer))
-        gone = asyncio.create_task(answer.disconnected())
+    async def _speak_while_connected(self, options: SpeechOptions, stream: _ResponseStream) -> None:
+        speech = asyncio.create_task(self._speak(options, stream))
+        disconnect = asyncio.create_task(stream.disconnected())
         try:
-            await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                logger.info("a client went away while it was spoken for")
-                self._measures.abandoned.inc()
+            await asyncio.wait([speech, disconnect], return_when=asyncio.FIRST_COMPLETED)
+            if not speech.done():
+                logger.info("the client disconnected before its speech was complete")
+                self._http_metrics.abandoned.inc()
         finally:
-            work.cancel()
-            gone.cancel()
+            speech.cancel()
+            disconnect.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await work
+                await speech
 
-    async def _deliver(self, order: SpeechOrder, answer: _Answer) -> None:
+    async def _speak(self, options: SpeechOptions, stream: _ResponseStream) -> None:
         started = time.monotonic()
-        # Formats whose header holds the length are worth waiting for, unless somebody asks for the bytes as they come.
-        whole = order.stream_format is None and order.format in {"wav", "flac"}
-        async with contextlib.aclosing(self._pool.speak(order, whole=whole)) as chunks:
-            timed = self._timed(chunks, started)
-            if order.stream_format == "sse":
-                await self._events(order, timed, answer)
-            elif whole:
-                await self._whole(order, timed, answer)
+        # The headers of WAV and FLAC contain the length, so these formats are streamed only on request.
+        one_shot = options.stream_format is None and options.format in {"wav", "flac"}
+        if one_shot:
+            options = replace(options, chunk_tokens=None)
+        async with contextlib.aclosing(self._pool.speak(options)) as generated:
+            chunks = self._measured(generated, started)
+            if options.stream_format == "sse":
+                await self._send_events(options, chunks, stream)
+            elif one_shot:
+                await self._send_file(options, chunks, stream)
             else:
-                await self._stream(order, timed, answer)
+                await self._send_stream(options, chunks, stream)
 
-    async def _timed(self, chunks: AsyncGenerator[Chunk], started: float) -> AsyncIterator[Chunk]:
-        """The chunks, with the time to the first taken."""
+    async def _measured(self, chunks: AsyncGenerator[Chunk], started: float) -> AsyncIterator[Chunk]:
+        """Pass on the chunks, and record the time to the first one."""
         first = True
         async for chunk in chunks:
             if first:
-                self._measures.first_chunk.observe(time.monotonic() - started)
+                self._http_metrics.first_chunk.observe(time.monotonic() - started)
                 first = False
             yield chunk
 
-    async def _whole(self, order: SpeechOrder, chunks: AsyncIterator[Chunk], answer: _Answer) -> None:
-        from starlette.responses import Response
+    async def _send_file(self, options: SpeechOptions, chunks: AsyncIterator[Chunk], stream: _ResponseStream) -> None:
+        media_type, parts = await encoded(options.format, chunks, one_shot=True)
+        audio = b"".join([data async for data in parts])
+        await stream.send(Response(audio, media_type=media_type))
 
-        media_type, parts = await encoded(order.format, chunks, whole=True)
-        sound = b"".join([data async for data in parts])
-        await answer.send(Response(sound, media_type=media_type))
-
-    async def _stream(self, order: SpeechOrder, chunks: AsyncIterator[Chunk], answer: _Answer) -> None:
-        media_type, parts = await encoded(order.format, chunks)
+    async def _send_stream(self, options: SpeechOptions, chunks: AsyncIterator[Chunk], stream: _ResponseStream) -> None:
+        media_type, parts = await encoded(options.format, chunks)
         async for data in parts:
-            await answer.start(media_type)  # not before there is something, so that what fails until then has a status
-            await answer.write(data)
-        await answer.end()
+            # Started only with the first audio, so that an earlier failure gets an error status.
+            await stream.start(media_type)
+            await stream.write(data)
+        await stream.end()
 
-    async def _events(self, order: SpeechOrder, chunks: AsyncIterator[Chunk], answer: _Answer) -> None:
-        from chatterbox_prewarm.serve.http import events
-
+    async def _send_events(self, options: SpeechOptions, chunks: AsyncIterator[Chunk], stream: _ResponseStream) -> None:
         tokens = 0
 
         async def counted() -> AsyncIterator[Chunk]:
@@ -172,90 +163,116 @@ class SpeechRoute:
                 yield chunk
 
         try:
-            _, parts = await encoded(order.format, counted())
+            _, parts = await encoded(options.format, counted())
             async for data in parts:
-                await answer.start(events.MEDIA_TYPE)
-                await answer.write(events.delta(data))
-            await answer.write(events.done(input_tokens=len(order.text), output_tokens=tokens))
+                await stream.start(events.MEDIA_TYPE)
+                await stream.write(events.delta(data))
+            await stream.write(events.done(input_tokens=len(options.text), output_tokens=tokens))
         except PrewarmError as error:
-            if not answer.status:
+            if not stream.status:
                 raise
-            logger.error("a stream of events ended early: %s", error.message)  # noqa: TRY400 - the client is told
-            await answer.write(events.failed(error_fields(error)))
-        await answer.end()
+            logger.error("a stream of events ended early: %s", error.message)  # noqa: TRY400 - not a bug
+            await stream.write(events.failed(error_fields(error)))
+        await stream.end()
 
 
-def _parser() -> Callable[..., SpeechOrder]:
-    """The parser of bodies, imported at the first request: to be alive takes no pydantic."""
-    from chatterbox_prewarm.serve.http.speech_request import parse_order
+async def read_body(request: Request) -> bytes:
+    """Read a request body of limited size within a limited time.
 
-    return parse_order
+    Raises:
+        RequestError: the body is too large (status 413) or too slow (status 408).
+    """
+
+    async def read() -> bytes:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > _BODY_BYTES:
+                message = f"the body is larger than {_BODY_BYTES} bytes"
+                raise RequestError(message, next_step="send a shorter text", status=413, code="too_large")
+        return bytes(body)
+
+    try:
+        return await asyncio.wait_for(read(), _BODY_SECONDS)
+    except (asyncio.TimeoutError, TimeoutError) as error:
+        message = f"the body did not arrive within {_BODY_SECONDS:.0f} s"
+        raise RequestError(message, next_step="send it again", status=408, code="timeout") from error
 
 
-async def encoded(name: str, chunks: AsyncIterator[Chunk], *, whole: bool = False) -> tuple[str, AsyncIterator[bytes]]:
-    """The media type of a format, and the sound in it as it comes; encoded in a thread, where that takes time.
+def _import_parser() -> Callable[..., SpeechOptions]:
+    """Import the parser of request bodies. The first request does this, so that pydantic does not delay the probes."""
+    from chatterbox_prewarm.serve.http.speech_request import parse_speech_options
+
+    return parse_speech_options
+
+
+async def encoded(
+    audio_format: str, chunks: AsyncIterator[Chunk], *, one_shot: bool = False
+) -> tuple[str, AsyncIterator[bytes]]:
+    """Encode chunks of speech. libsndfile runs in a thread, so that it does not block the event loop.
 
     Args:
-        name: of the format.
-        chunks: of the sound.
-        whole: as for `encoder`.
-    """
-    from chatterbox_prewarm.serve.http.encoding import encoder
+        audio_format: a key of `encoding.MEDIA_TYPES`.
+        chunks: the speech.
+        one_shot: see `encoding.encoder`.
 
-    quick = name in {"pcm", "wav"}
-    encoding = encoder(name, whole=whole) if quick else await asyncio.to_thread(encoder, name, whole=whole)
+    Returns:
+        the media type, and an iterator over the parts of the audio file.
+    """
+
+    async def run(function: Callable[..., T], *arguments: object) -> T:
+        if audio_format in {"pcm", "wav"}:
+            return function(*arguments)
+        return await asyncio.to_thread(function, *arguments)
+
+    encoding = await run(functools.partial(encoder, audio_format, one_shot=one_shot))
 
     async def parts() -> AsyncIterator[bytes]:
         async for chunk in chunks:
-            data = encoding.encode(chunk.pcm) if quick else await asyncio.to_thread(encoding.encode, chunk.pcm)
-            if data:
+            if data := await run(encoding.encode, chunk.pcm):
                 yield data
-        if rest := encoding.finish() if quick else await asyncio.to_thread(encoding.finish):
+        if rest := await run(encoding.finish):
             yield rest
 
     return encoding.media_type, parts()
 
 
-class _Answer:
-    """One HTTP answer."""
+class _ResponseStream:
+    """One HTTP response, sent at once or in parts, and counted by its status. The status is 0 before the start."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._scope = scope
+    def __init__(self, scope: Scope, receive: Receive, send: Send, responses: Counter) -> None:
+        self.scope = scope
         self._receive = receive
         self._send = send
-        self.status = 0  # none yet
-
-    def note(self, order: SpeechOrder) -> None:
-        """Have the log say what was asked for."""
-        note(self._scope, text=order.text, characters=len(order.text), voice=order.voice, format=order.format)
+        self._responses = responses
+        self.status = 0
 
     async def send(self, response: Response) -> None:
-        """Give a whole answer."""
-        self.status = response.status_code
-        await response(self._scope, self._receive, self._send)
+        """Send a complete response."""
+        self._set_status(response.status_code)
+        await response(self.scope, self._receive, self._send)
 
     async def start(self, media_type: str) -> None:
-        """Begin one in chunks, unless it has begun."""
+        """Send status 200 and the headers, unless this has been done before."""
         if self.status:
             return
-        self.status = 200
+        self._set_status(200)
         headers = [(b"content-type", media_type.encode()), (b"cache-control", b"no-store")]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, data: bytes) -> None:
-        """Add to it; waits when the client is slower than the model."""
-        await self._send(self._body(data, more=True))
+        """Send a part of the body. Waits if the client reads more slowly than the model speaks."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
-        """Finish it."""
-        await self._send(self._body(b"", more=False))
+        """Complete the response."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def disconnected(self) -> None:
-        """Return when the client is gone."""
+        """Return when the client has disconnected."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    @staticmethod
-    def _body(data: bytes, *, more: bool) -> Message:
-        message: dict[str, Any] = {"type": "http.response.body", "body": data, "more_body": more}
-        return message
+    def _set_status(self, status: int) -> None:
+        self.status = status
+        self._responses.labels(str(status)).inc()

@@ -1,12 +1,11 @@
-"""A voice as it is uploaded: a form with a name and a clip, read with a bound on all of it.
+"""Read an uploaded voice: a multipart form with a name and an audio clip, limited in size and time.
 
-Of a form that is too large, too slow or broken nothing is kept, and no part of one ever goes to a disk.
+The form stays in memory: no part of it is written to disk, and nothing remains of a form that is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from python_multipart.exceptions import FormParserError
@@ -15,7 +14,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.text import check_voice_name
-from chatterbox_prewarm.serve.voices.voice_errors import SlowUploadError, UploadTooLargeError
+from chatterbox_prewarm.serve.http.error_responses import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -23,108 +22,106 @@ if TYPE_CHECKING:
     from starlette.datastructures import FormData, Headers
     from starlette.requests import Request
 
-#: What a form may have besides its clip: boundaries, headers, and the fields that OpenAI's clients send.
+#: Bytes of a form in addition to its clip: boundaries, headers, and the other fields that OpenAI's clients send.
 _FORM_BYTES = 1 << 16
 _MAX_FIELDS = 8
-#: The clip's field as most servers name it, and as OpenAI's API does.
+#: The names of the clip's field: the usual one, and the one in OpenAI's API.
 _CLIP_FIELDS = ("file", "audio_sample")
-_HOW = "send a form with name and file: curl -F name=NAME -F file=@CLIP URL"
+_EXAMPLE = "send a form with name and file: curl -F name=NAME -F file=@CLIP URL"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Upload:
-    """A voice to be: its name, which can name one, and the bytes of a clip."""
-
-    name: str
-    clip: bytes
-
-
-async def read_upload(request: Request, *, clip_bytes: int, seconds: float) -> Upload:
+async def read_upload(request: Request, *, clip_bytes: int, seconds: float) -> tuple[str, bytes]:
     """Read the form of `POST /v1/audio/voices`.
 
     Args:
-        request: its body is read as it comes.
-        clip_bytes: the most that the clip may have.
-        seconds: until all of the form must be there.
+        request: its body is read as a stream.
+        clip_bytes: the maximum size of the clip.
+        seconds: the time limit for the complete form.
+
+    Returns:
+        the name, which is a valid voice name, and the content of the clip.
 
     Raises:
-        UploadTooLargeError: the body has more bytes than such a form can.
-        SlowUploadError: it did not arrive in time.
-        BadInputError: it is no such form.
-        starlette.requests.ClientDisconnect: the client went away.
+        RequestError: the body is too large (status 413) or too slow (status 408).
+        BadInputError: the body is not such a form.
+        starlette.requests.ClientDisconnect: the client disconnected.
     """
     limit = clip_bytes + _FORM_BYTES
-    announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and len(announced) < 20 and int(announced) > limit:
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and len(length) < 20 and int(length) > limit:
         raise _too_large(limit)
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise BadInputError("the body is no multipart form", next_step=_HOW)
-    parser = _Form(request.headers, _bounded(request, limit), limit)
+        raise BadInputError("the body is not a multipart form", next_step=_EXAMPLE)
+    parser = _FormParser(request.headers, _limited(request, limit), limit)
     try:
         form = await asyncio.wait_for(parser.parse(), seconds)
-        if not parser.is_whole:
-            raise BadInputError("the form ends before its last boundary", next_step=_HOW)
-        return await _upload_of(form)
+        if not parser.is_complete:
+            raise BadInputError("the form ends before its last boundary", next_step=_EXAMPLE)
+        return await _name_and_clip(form)
     except (asyncio.TimeoutError, TimeoutError) as error:
-        raise SlowUploadError(
-            f"the upload did not arrive within {seconds:.0f} s", next_step="send a smaller clip, or over a faster line"
+        raise RequestError(
+            f"the upload did not arrive within {seconds:.0f} s",
+            next_step="send a smaller clip, or use a faster connection",
+            status=408,
+            code="timeout",
         ) from error
     except (MultiPartException, FormParserError) as error:
-        raise BadInputError(f"the form cannot be read: {error}", next_step=_HOW) from error
+        raise BadInputError(f"the form is invalid: {error}", next_step=_EXAMPLE) from error
     finally:
         parser.close()
 
 
-class _Form(MultiPartParser):
-    """Starlette's parser, which would put a large file on the disk and takes a form without an end for a whole one."""
+class _FormParser(MultiPartParser):
+    """Starlette's form parser, changed to keep large files in memory and to detect a form without an end."""
 
     def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], limit: int) -> None:
         super().__init__(headers, stream, max_files=1, max_fields=_MAX_FIELDS, max_part_size=_FORM_BYTES)
         self.spool_max_size = limit + 1
-        self.is_whole = False
+        self.is_complete = False
 
     def on_end(self) -> None:
-        self.is_whole = True
+        self.is_complete = True
 
     def close(self) -> None:
         for file in self._files_to_close_on_error:
             file.close()
 
 
-async def _bounded(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    """The body, up to more bytes than it may have."""
+async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     total = 0
-    async for part in request.stream():
-        total += len(part)
+    async for chunk in request.stream():
+        total += len(chunk)
         if total > limit:
             raise _too_large(limit)
-        yield part
+        yield chunk
 
 
-async def _upload_of(form: FormData) -> Upload:
-    """What the fields say; others than ours are of no interest."""
-    name = _one(form, ("name",))
+async def _name_and_clip(form: FormData) -> tuple[str, bytes]:
+    """Return the checked fields of the form. Unknown fields are ignored."""
+    name = _only_value(form, ("name",))
     if not isinstance(name, str):
-        raise BadInputError("the form has no field 'name'", next_step=_HOW)
+        raise BadInputError("the form has no field 'name'", next_step=_EXAMPLE)
     check_voice_name(name)
-    clip = _one(form, _CLIP_FIELDS)
+    clip = _only_value(form, _CLIP_FIELDS)
     if not isinstance(clip, UploadFile):
-        raise BadInputError("the form has no file in its field 'file'", next_step=_HOW)
-    data = await clip.read()
-    if not data:
-        raise BadInputError("the clip is empty", next_step="give 5 to 10 s of clean speech")
-    return Upload(name=name, clip=data)
+        raise BadInputError("the form has no file in its field 'file'", next_step=_EXAMPLE)
+    content = await clip.read()
+    if not content:
+        raise BadInputError("the clip is empty", next_step="send 5 to 10 s of clean speech")
+    return name, content
 
 
-def _one(form: FormData, names: tuple[str, ...]) -> Any:
+def _only_value(form: FormData, names: tuple[str, ...]) -> Any:
     values = [value for name in names for value in form.getlist(name)]
     if len(values) > 1:
-        raise BadInputError(f"the form has more than one {' or '.join(map(repr, names))}", next_step=_HOW)
+        raise BadInputError(f"the form has more than one {' or '.join(map(repr, names))}", next_step=_EXAMPLE)
     return values[0] if values else None
 
 
-def _too_large(limit: int) -> UploadTooLargeError:
-    return UploadTooLargeError(
+def _too_large(limit: int) -> RequestError:
+    return RequestError(
         f"the upload is larger than {limit} bytes",
-        next_step="give 5 to 10 s of clean speech, as FLAC or MP3 if need be",
+        next_step="send 5 to 10 s of clean speech, if necessary as FLAC or MP3",
+        status=413,
+        code="too_large",
     )

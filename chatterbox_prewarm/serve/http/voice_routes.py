@@ -1,59 +1,45 @@
-"""The voices over HTTP: list, add from a clip, look at, delete, hear."""
+"""The routes of voices: list, add from a clip, show, delete and preview."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
 from chatterbox_prewarm.errors import PrewarmError
-from chatterbox_prewarm.serve.http.decode_clip import DecodeLimits, decode
-from chatterbox_prewarm.serve.http.speech_api import failure, failure_of
-from chatterbox_prewarm.serve.voices.voice_errors import VoiceError
+from chatterbox_prewarm.serve.http.decode_clip import UploadLimits, decode
+from chatterbox_prewarm.serve.http.error_responses import error_response, response_for
+from chatterbox_prewarm.serve.http.upload import read_upload
+from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
 
     from starlette.requests import Request
-    from starlette.responses import Response
-    from starlette.routing import Route
+    from starlette.types import ASGIApp
 
     from chatterbox_prewarm.serve.http.admission import Admission
-    from chatterbox_prewarm.serve.http.upload import Upload
+    from chatterbox_prewarm.serve.http.schemas import Voice, VoiceDeleted, Voices
     from chatterbox_prewarm.serve.voices.voice_store import VoiceEntry, VoiceStore
-    from chatterbox_prewarm.serve.workers.speech_options import SpeechOrder
 
 PATH = "/v1/audio/voices"
 PREVIEW_TEXT = "Hello, this is how I sound."
-#: The same sound at every call, so that two voices differ by themselves alone. 25 tokens are a second.
+#: A fixed seed, so that two previews differ only in the voice. 25 tokens are a second.
 _PREVIEW_SEED, _PREVIEW_TOKENS = 0, 150
-
-
-@dataclass(frozen=True, kw_only=True)
-class UploadLimits:
-    """What clips sent by clients may take.
-
-    Attributes:
-        at_once: uploads that are received, decoded or computed; each holds its clip in memory. More are told to wait.
-        seconds: until a form must have arrived.
-        decode: limits of one clip; clips are decoded one after the other.
-    """
-
-    at_once: int = 4
-    seconds: float = 60.0
-    decode: DecodeLimits = field(default_factory=DecodeLimits)
 
 
 class VoiceRoutes:
     """The handlers of `/v1/audio/voices`.
 
     Args:
-        store: of all voices.
-        admission: says whether an upload is taken on.
-        prepare: makes a voice's file of a WAV file, in a worker; raises `PrewarmError`.
-        speak: answers an order with its sound, or with the error; the request is the one to answer.
-        limits: of uploads.
+        store: the baked and the added voices.
+        admission: decides whether the server accepts an upload.
+        prepare: makes the file of a voice from a WAV file, in a worker. Raises `PrewarmError`.
+        speak: returns the response with the speech for some options, or with an error.
+        limits: limits on uploads.
     """
 
     def __init__(
@@ -62,7 +48,7 @@ class VoiceRoutes:
         admission: Admission,
         *,
         prepare: Callable[[bytes], Awaitable[bytes]],
-        speak: Callable[[SpeechOrder, Request], Awaitable[Response]],
+        speak: Callable[[SpeechOptions], ASGIApp],
         limits: UploadLimits | None = None,
     ) -> None:
         self._store = store
@@ -74,109 +60,89 @@ class VoiceRoutes:
         self._decoding = asyncio.Semaphore(1)
 
     def routes(self) -> list[Route]:
-        """The routes of an application."""
-        from starlette.routing import Route
-
+        """Return the routes for a Starlette application."""
         return [
-            # One for each path, so that a method which is not there is told of all that are.
-            Route(PATH, self._all, methods=["GET", "POST"]),
-            Route(PATH + "/{name}", self._one, methods=["GET", "DELETE"]),
+            # One route per path, so that the response to an unsupported method lists all methods of the path.
+            Route(PATH, self._list_or_add, methods=["GET", "POST"]),
+            Route(PATH + "/{name}", self._show_or_delete, methods=["GET", "DELETE"]),
             Route(PATH + "/{name}/preview", self._preview, methods=["GET"]),
         ]
 
-    async def _all(self, request: Request) -> Response:
-        return await (self._add(request) if request.method == "POST" else self._list(request))
-
-    async def _one(self, request: Request) -> Response:
-        return await (self._delete(request) if request.method == "DELETE" else self._show(request))
-
-    async def _list(self, _: Request) -> Response:
-        from starlette.responses import JSONResponse
-
+    async def _list_or_add(self, request: Request) -> Response:
+        if request.method == "POST":
+            return await self._add(request)
         entries = await asyncio.to_thread(self._store.entries)
-        return JSONResponse({"object": "list", "data": [entry.to_dict() for entry in entries]})
+        voices: Voices = {"object": "list", "data": [voice_body(entry) for entry in entries]}
+        return JSONResponse(voices)
 
-    async def _show(self, request: Request) -> Response:
-        from starlette.responses import JSONResponse
-
-        try:
-            entry = await asyncio.to_thread(self._store.get, request.path_params["name"])
-        except PrewarmError as error:
-            return refusal(error)
-        return JSONResponse(entry.to_dict())
-
-    async def _delete(self, request: Request) -> Response:
-        from starlette.responses import JSONResponse
-
+    async def _show_or_delete(self, request: Request) -> Response:
         name = request.path_params["name"]
         try:
+            if request.method != "DELETE":
+                return JSONResponse(voice_body(await asyncio.to_thread(self._store.get, name)))
             await asyncio.to_thread(self._store.delete, name)
         except PrewarmError as error:
-            return refusal(error)
-        return JSONResponse({"id": name, "object": "voice.deleted", "deleted": True})
+            return response_for(error)
+        deleted: VoiceDeleted = {"id": name, "object": "voice.deleted", "deleted": True}
+        return JSONResponse(deleted)
 
-    async def _preview(self, request: Request) -> Response:
-        from chatterbox_prewarm.serve.workers.speech_options import SpeechOrder
-
+    async def _preview(self, request: Request) -> ASGIApp:
         name = request.path_params["name"]
         try:
             await asyncio.to_thread(self._store.digest, name)
         except PrewarmError as error:
-            return refusal(error)
-        order = SpeechOrder(
-            text=PREVIEW_TEXT, voice=name, format="wav", seed=_PREVIEW_SEED, max_new_tokens=_PREVIEW_TOKENS
+            return response_for(error)
+        return self._speak(
+            SpeechOptions(
+                text=PREVIEW_TEXT, voice=name, format="wav", seed=_PREVIEW_SEED, max_new_tokens=_PREVIEW_TOKENS
+            )
         )
-        return await self._speak(order, request)
 
     async def _add(self, request: Request) -> Response:
-        from starlette.requests import ClientDisconnect
-        from starlette.responses import JSONResponse, Response
-
-        from chatterbox_prewarm.serve.http.upload import read_upload
-
         limits = self._limits
-        if (refused := self._admission.refusal()) is not None:
-            return refused
-        if self._uploads >= limits.at_once:
-            return failure(429, f"{self._uploads} voices are being added already", "too_many_uploads")
-        try:
-            with self._counted():
-                upload = await read_upload(request, clip_bytes=limits.decode.clip_bytes, seconds=limits.seconds)
-                # As with speech: what trickles in is not in flight yet, and much may have changed meanwhile.
-                if (refused := self._admission.refusal()) is not None:
-                    return refused
-                with self._admission.taken_on():
-                    entry = await self._make(upload)
-        except PrewarmError as error:
-            return refusal(error)
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
-        return JSONResponse(entry.to_dict(), status_code=201)
-
-    async def _make(self, upload: Upload) -> VoiceEntry:
-        """Make a voice of an upload and keep it; of the clip as it came nothing is kept.
-
-        Raises:
-            PrewarmError: the clip or the name cannot be used, or no worker could make it.
-        """
-        # Again when it is added; now, since decoding and computing take seconds.
-        await asyncio.to_thread(self._store.check_free, upload.name)
-        async with self._decoding:
-            wav = await decode(upload.clip, self._limits.decode)
-        data = await self._prepare(wav)
-        return await asyncio.to_thread(self._store.add, upload.name, data)
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
+        if (refusal := self._admission.refusal()) is not None:
+            return refusal
+        if self._uploads >= limits.concurrent:
+            return error_response(429, f"the server is adding {self._uploads} voices already", "too_many_uploads")
         self._uploads += 1
         try:
-            yield
+            name, clip = await read_upload(request, clip_bytes=limits.clip_bytes, seconds=limits.receive_seconds)
+            # The upload was not in flight until now, and the server may have started to drain since the first check.
+            if (refusal := self._admission.refusal()) is not None:
+                return refusal
+            with self._admission.accepted():
+                entry = await self._add_voice(name, clip)
+        except PrewarmError as error:
+            return response_for(error)
+        except ClientDisconnect:
+            return Response(status_code=499)  # only for the log: the client is gone
         finally:
             self._uploads -= 1
+        return JSONResponse(voice_body(entry), status_code=201)
+
+    async def _add_voice(self, name: str, clip: bytes) -> VoiceEntry:
+        """Make a voice from a clip and store it. The clip itself is not stored.
+
+        Raises:
+            PrewarmError: the clip or the name is invalid, or no worker could make the voice.
+        """
+        # `add` checks the name again. This early check saves the seconds of decoding and computing.
+        await asyncio.to_thread(self._store.check_free, name)
+        async with self._decoding:
+            wav = await decode(clip, self._limits)
+        voice_file = await self._prepare(wav)
+        return await asyncio.to_thread(self._store.add, name, voice_file)
 
 
-def refusal(error: PrewarmError) -> Response:
-    """The answer that an error gives, with the status that says what kind it is."""
-    if isinstance(error, VoiceError):
-        return failure(error.status, str(error), error.code)
-    return failure_of(error)
+def voice_body(entry: VoiceEntry) -> Voice:
+    """Return the JSON object for a voice."""
+    return {
+        "id": entry.name,
+        "object": "voice",
+        "baked": entry.baked,
+        "bytes": entry.size,
+        "created": entry.created,
+        "digest": entry.digest,
+        "usable": entry.problem is None,
+        "reason": entry.problem,
+    }

@@ -1,1 +1,1 @@
-"""Voices that users add at run time."""
+"""Voices that users add while the server runs."""

@@ -1,65 +1,43 @@
-"""What is refused about voices, with the HTTP status that says so."""
+"""Errors about voices, with the HTTP status and the error code of the response."""
 
 from __future__ import annotations
 
 from chatterbox_prewarm.errors import BadInputError
 
+_STATUS = {
+    "voice_unusable": 400,
+    "voice_is_baked": 403,
+    "voice_not_found": 404,
+    "voice_exists": 409,
+    "voices_unavailable": 503,
+    "voices_full": 507,
+}
+
 
 class VoiceError(BadInputError):
-    """Base of what is refused about voices.
+    """A voice cannot be used, added or deleted.
 
     Attributes:
-        status: the HTTP status of the answer.
-        code: the answer's, for programs.
+        code: "voice_is_baked", "voice_exists", "voices_full" (the disk is full or the limit is reached),
+            "voices_unavailable" (the directory is missing or not writable), or the code of a subclass.
+        status: HTTP status of the response.
     """
 
-    status = 400
-    code = "invalid_request"
+    def __init__(self, message: str, *, next_step: str, code: str) -> None:
+        super().__init__(message, next_step=next_step)
+        self.code = code
+        self.status = _STATUS[code]
 
 
 class UnusableVoiceError(VoiceError):
-    """A file is no voice that this server can speak with."""
+    """A file is not a voice for the model of this server."""
 
-    code = "voice_unusable"
+    def __init__(self, message: str, *, next_step: str) -> None:
+        super().__init__(message, next_step=next_step, code="voice_unusable")
 
 
 class UnknownVoiceError(VoiceError):
-    """There is no voice of that name."""
+    """No voice has this name."""
 
-    status, code = 404, "voice_not_found"
-
-
-class VoiceExistsError(VoiceError):
-    """There is a voice of that name already."""
-
-    status, code = 409, "voice_exists"
-
-
-class BakedVoiceError(VoiceError):
-    """The voice is part of the image, or made at start, and cannot be deleted."""
-
-    status, code = 403, "voice_is_baked"
-
-
-class StoreFullError(VoiceError):
-    """There is no room for another voice: on the disk, or by the limit on their number."""
-
-    status, code = 507, "voices_full"
-
-
-class StoreUnavailableError(VoiceError):
-    """Voices cannot be added or deleted here: there is no directory, or it cannot be written."""
-
-    status, code = 503, "voices_unavailable"
-
-
-class UploadTooLargeError(VoiceError):
-    """An upload has more bytes than a clip may have."""
-
-    status, code = 413, "too_large"
-
-
-class SlowUploadError(VoiceError):
-    """An upload did not arrive in time."""
-
-    status, code = 408, "timeout"
+    def __init__(self, message: str, *, next_step: str) -> None:
+        super().__init__(message, next_step=next_step, code="voice_not_found")

@@ -1,7 +1,7 @@
-"""The file of an added voice: conditionals as safetensors, and in their metadata what they were made of.
+"""The file of an added voice: conditionals as safetensors, with metadata about their origin.
 
-Everything that can be said without torch is checked here, by the front before it lists a voice and by a worker before
-it loads one. A file may have been made by another version, for another checkpoint, or by somebody else.
+Every check that does not need torch is here. The front runs it before it lists a voice, and a worker before it loads
+one: another version of this package may have written the file, for another checkpoint, or anyone with access.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import os
 import re
 import stat
-from dataclasses import asdict, dataclass
+import time
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.serve.voices.voice_errors import UnusableVoiceError
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 SUFFIX = ".safetensors"
-#: The longest reference that S3Gen takes, ten seconds, makes 170 kB.
+#: S3Gen's longest reference, 10 s, makes a file of 170 kB.
 MAX_BYTES = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DIGITS = re.compile(r"[0-9]{1,12}")
-#: Dtype of each tensor, and how long each dimension may be. S3Gen hears 10 s at 25 tokens a second, T3 150 tokens.
+#: Dtype and allowed dimensions of each tensor. S3Gen takes 10 s at 25 tokens per second, T3 takes 150 tokens.
 _TENSORS: dict[str, tuple[str, tuple[range, ...]]] = {
     "t3.speaker_emb": ("F32", (range(1, 2), range(256, 257))),
     "t3.cond_prompt_speech_tokens": ("I64", (range(1, 2), range(1, 151))),
@@ -37,126 +37,117 @@ _TENSORS: dict[str, tuple[str, tuple[range, ...]]] = {
     "gen.prompt_feat": ("F32", (range(1, 2), range(2, 504), range(80, 81))),
     "gen.embedding": ("F32", (range(1, 2), range(192, 193))),
 }
+_ADD_AGAIN = "delete it and add the voice again"
 
 
-@dataclass(frozen=True, kw_only=True)
-class VoiceMetadata:
-    """What the metadata of a voice's file say.
+def make_metadata(*, variant: str, weights: str, clip_sha256: str) -> dict[str, str]:
+    """Return the safetensors metadata of a voice that is created now.
 
-    Attributes:
-        variant: of the model, as `models.Variant.name`.
-        weights: the checkpoint's set digest, as `weights.WeightsRecord.set_digest`.
-        created: seconds since the epoch.
-        clip_sha256: of the WAV file that the conditionals were computed from, in hexadecimal.
-        schema: of the file.
+    Args:
+        variant: name of the model variant.
+        weights: set digest of the checkpoint.
+        clip_sha256: SHA-256 of the WAV file that the conditionals were computed from, in hexadecimal.
     """
-
-    variant: str
-    weights: str
-    created: int
-    clip_sha256: str
-    schema: int = SCHEMA
-
-    def to_strings(self) -> dict[str, str]:
-        """As safetensors keeps metadata."""
-        return {name: str(value) for name, value in asdict(self).items()}
+    return {
+        "variant": variant,
+        "weights": weights,
+        "created": str(int(time.time())),  # seconds since the epoch
+        "clip_sha256": clip_sha256,
+        "schema": str(SCHEMA),
+    }
 
 
 def read_file(directory: Path, name: str) -> bytes:
-    """Read the file of a voice; follows no link and waits for nothing.
+    """Read the file of a voice. This follows no link and does not block on a pipe.
 
     Args:
-        directory: of the voices.
-        name: one that `text.check_voice_name` has passed.
+        directory: directory of the added voices.
+        name: a name that `text.check_voice_name` has accepted.
+
+    Returns:
+        the content; of a file that is too large, the first `MAX_BYTES` + 1 bytes, which `check_bytes` refuses.
 
     Raises:
-        UnusableVoiceError: it is no regular file, or larger than any voice.
-        OSError: as the system says; `FileNotFoundError` when there is none.
+        UnusableVoiceError: it is not a regular file.
+        OSError: the file cannot be read.
     """
-    descriptor = os.open(directory / f"{name}{SUFFIX}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as stream:  # noqa: PTH123 - a descriptor
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise UnusableVoiceError("it is no regular file", next_step="delete it")
-        data = stream.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise UnusableVoiceError(f"it is larger than {MAX_BYTES} bytes", next_step="delete it")
-    return data
+    path = directory / f"{name}{SUFFIX}"
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise UnusableVoiceError("it is not a regular file", next_step="delete it")
+    # The flags protect against a link or pipe that replaces the file after the check.
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:  # noqa: PTH123
+        return stream.read(MAX_BYTES + 1)
 
 
-def check_bytes(data: bytes, *, variant: str, weights: str) -> VoiceMetadata:
-    """Check a voice's file as far as that can be done without torch.
+def check_bytes(data: bytes, *, variant: str, weights: str) -> int:
+    """Check the content of a voice's file without torch.
 
     Args:
-        data: all of the file.
-        variant: of the model that is to speak with it.
-        weights: the set digest of its checkpoint.
+        data: the whole file.
+        variant: name of the model variant that will speak with it.
+        weights: set digest of the checkpoint.
+
+    Returns:
+        when the voice was created, in seconds since the epoch.
 
     Raises:
-        UnusableVoiceError: it is broken, or was made for something else.
+        UnusableVoiceError: the file is damaged, or was made for another model.
     """
     if len(data) > MAX_BYTES:
         raise UnusableVoiceError(f"it is larger than {MAX_BYTES} bytes", next_step="delete it")
     try:
-        shapes, strings, promised = parse_safetensors_header(io.BytesIO(data), len(data))
+        shapes, metadata, size = parse_safetensors_header(io.BytesIO(data), len(data))
     except ValueError as error:
+        raise UnusableVoiceError(f"it is not a safetensors file: {str(error)[:200]}", next_step=_ADD_AGAIN) from error
+    if size != len(data):
         raise UnusableVoiceError(
-            f"it is no safetensors file: {str(error)[:200]}", next_step="delete it and add the voice again"
-        ) from error
-    if promised != len(data):
-        raise UnusableVoiceError(
-            f"its header promises {promised} bytes, {len(data)} are there",
-            next_step="delete it and add the voice again",
+            f"it has {len(data)} bytes, but its header describes {size} bytes", next_step=_ADD_AGAIN
         )
-    metadata = _read_metadata(strings)
-    for what, made, ours in (("variant", metadata.variant, variant), ("checkpoint", metadata.weights, weights)):
-        if made != ours:
-            raise UnusableVoiceError(
-                f"it was made for the {what} {made[:64]!r}, this server has {ours!r}",
-                next_step="add the voice again from its clip, under another name or after deleting this one",
-            )
+    created = _check_metadata(metadata, variant=variant, weights=weights)
     _check_shapes(shapes)
-    return metadata
+    return created
 
 
 def digest_of(data: bytes) -> str:
-    """What tells a voice from another of the same name: SHA-256 in hexadecimal."""
+    """Return the SHA-256 of a voice's file in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
-def _read_metadata(strings: Mapping[str, str]) -> VoiceMetadata:
-    schema = strings.get("schema", "none")
+def _check_metadata(metadata: Mapping[str, str], *, variant: str, weights: str) -> int:
+    schema = metadata.get("schema", "none")
     if schema != str(SCHEMA):
         raise UnusableVoiceError(
             f"its schema is {schema[:20]!r}, this version reads {SCHEMA}",
-            next_step="add the voice again from its clip, or run the version that made it",
+            next_step="add the voice again from its clip, or use the version that made it",
         )
-    created, clip = strings.get("created", ""), strings.get("clip_sha256", "")
+    created, clip = metadata.get("created", ""), metadata.get("clip_sha256", "")
     if not _DIGITS.fullmatch(created) or not _SHA256.fullmatch(clip):
-        raise UnusableVoiceError("its metadata are incomplete", next_step="delete it and add the voice again")
-    return VoiceMetadata(
-        variant=strings.get("variant", ""),
-        weights=strings.get("weights", ""),
-        created=int(created),
-        clip_sha256=clip,
-    )
+        raise UnusableVoiceError("its metadata are incomplete", next_step=_ADD_AGAIN)
+    for label, actual, expected in (
+        ("variant", metadata.get("variant", ""), variant),
+        ("checkpoint", metadata.get("weights", ""), weights),
+    ):
+        if actual != expected:
+            raise UnusableVoiceError(
+                f"it was made for the {label} {actual[:64]!r}, this server has {expected!r}",
+                next_step="add the voice again from its clip, under another name or after deleting this one",
+            )
+    return int(created)
 
 
 def _check_shapes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Refuse tensors that upstream's code would stumble over."""
-    problem = None
+    """Refuse tensors that would raise errors inside upstream's code."""
     if set(shapes) != set(_TENSORS):
-        problem = f"it holds the tensors {', '.join(sorted(shapes))[:200]}"
-    else:
-        for name, (dtype, dimensions) in _TENSORS.items():
-            found = shapes[name]
-            fits = len(found[1]) == len(dimensions) and all(map(range.__contains__, dimensions, found[1]))
-            if found[0] != dtype or not fits:
-                problem = f"its tensor {name} is {found[0]} of shape {found[1]}"
-                break
-        else:
-            rows, tokens = shapes["gen.prompt_feat"][1][1], shapes["gen.prompt_token"][1][1]
-            if rows - 2 * tokens not in {0, 1}:
-                problem = f"it has {rows} frames for {tokens} speech tokens"
-    if problem:
-        raise UnusableVoiceError(f"{problem}, not what a voice holds", next_step="delete it and add the voice again")
+        raise _unexpected(f"it contains the tensors {', '.join(sorted(shapes))[:200]}")
+    for name, (expected_dtype, dimensions) in _TENSORS.items():
+        dtype, shape = shapes[name]
+        fits = len(shape) == len(dimensions) and all(map(range.__contains__, dimensions, shape))
+        if dtype != expected_dtype or not fits:
+            raise _unexpected(f"its tensor {name} is {dtype} of shape {shape}")
+    frames, tokens = shapes["gen.prompt_feat"][1][1], shapes["gen.prompt_token"][1][1]
+    if frames - 2 * tokens not in {0, 1}:
+        raise _unexpected(f"it has {frames} frames for {tokens} speech tokens")
+
+
+def _unexpected(problem: str) -> UnusableVoiceError:
+    return UnusableVoiceError(f"{problem}, unlike a voice of this version", next_step=_ADD_AGAIN)

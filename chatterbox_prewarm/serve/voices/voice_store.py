@@ -1,7 +1,7 @@
-"""Added voices: one file each in a directory that outlives the container, and that several replicas may share.
+"""Added voices: one file each, in a directory that outlives the container and that several replicas may share.
 
-The directory is the only truth. Nothing about it is remembered that a look at it does not confirm, so what another
-replica adds or deletes is seen at once. Imports no torch; its calls touch the disk and so belong in a thread.
+The store caches nothing that it does not check against the directory on each call, so it notices at once what another
+replica adds or deletes. It imports no torch. Its methods use the disk, so call them in a thread.
 """
 
 from __future__ import annotations
@@ -10,51 +10,42 @@ import contextlib
 import errno
 import logging
 import os
-import secrets
-import stat
+import re
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.text import ANY, check_voice_name
-from chatterbox_prewarm.serve.voices.durable_files import publish, sync
-from chatterbox_prewarm.serve.voices.voice_errors import (
-    BakedVoiceError,
-    StoreFullError,
-    StoreUnavailableError,
-    UnknownVoiceError,
-    UnusableVoiceError,
-    VoiceError,
-    VoiceExistsError,
-)
+from chatterbox_prewarm.serve.voices.voice_errors import UnknownVoiceError, UnusableVoiceError, VoiceError
 from chatterbox_prewarm.serve.voices.voice_file import SUFFIX, check_bytes, digest_of, read_file
+from chatterbox_prewarm.system.atomic_files import atomic_file, flush
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_PART = ".part"
-#: What a process that was killed left half written is removed when it is so old that nobody writes it any more.
+#: Names that `atomic_file` gives to temporary files.
+_TEMPORARY = re.compile(rf"\..+{re.escape(SUFFIX)}\.[0-9a-f]+")
+#: A temporary file is removed when it is so old that no process can still be writing it.
 _STALE_SECONDS = 3600.0
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_NAMES_TOLD = 20
+_MAX_NAMES_SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class VoiceEntry:
-    """A voice.
+    """A voice of the server.
 
     Attributes:
-        name: what a request calls it.
-        baked: whether it came with the server, which holds it in memory for good.
-        size: in bytes: of a baked voice's tensors, of an added one's file.
-        created: seconds since the epoch; None where that is not known.
-        digest: SHA-256 of an added voice's file; another voice under the same name has another.
-        problem: why no speech can be made with it; None where it can.
+        name: its name in requests.
+        baked: whether it is part of the server and always in memory.
+        size: in bytes: of a baked voice's tensors, of an added voice's file.
+        created: seconds since the epoch; None if unknown.
+        digest: SHA-256 of an added voice's file, in hexadecimal.
+        problem: why it cannot be used; None if it can.
     """
 
     name: str
@@ -64,33 +55,18 @@ class VoiceEntry:
     digest: str | None = None
     problem: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As the API shows it."""
-        return {
-            "id": self.name,
-            "object": "voice",
-            "baked": self.baked,
-            "bytes": self.size,
-            "created": self.created,
-            "digest": self.digest,
-            "usable": self.problem is None,
-            "reason": self.problem,
-        }
-
 
 class VoiceStore:
-    """The voices of a server: those baked into it, and those in its directory.
+    """The voices of a server: baked voices, and added voices in a directory.
 
     Args:
-        directory: of the added ones. It need not exist; then none can be added.
-        baked: names of the voices that every worker has in memory, and the bytes that each takes there.
-        variant: of the model that the server speaks with.
-        weights: the set digest of its checkpoint.
-        max_voices: how many may be added. Replicas that add at the same time may exceed it by one each.
-        aliases: other names of voices, for clients that have names of their own; `text.ANY` is all that no voice has.
-
-    Attributes:
-        baked: as above; to be set when the workers have told, since until then nobody knows. `default` always counts.
+        directory: the directory of the added voices. If it does not exist, no voice can be added.
+        baked: names of the baked voices, and the bytes that each takes in a worker's memory. Set the attribute `baked`
+            when the first worker has reported its voices; "default" always counts as baked.
+        variant: name of the model variant.
+        weights: set digest of the checkpoint.
+        max_voices: maximum number of added voices. Replicas that add at the same time may exceed it by one each.
+        aliases: alternative names of voices; the alias `text.ANY` matches every name without a voice.
     """
 
     def __init__(
@@ -108,39 +84,38 @@ class VoiceStore:
         self._variant, self._weights = variant, weights
         self._max_voices = max_voices
         self._aliases = aliases or {}
-        #: By name: what the file looked like when it was read, and what was found. A file is written once.
-        self._read: dict[str, tuple[tuple[int, ...], VoiceEntry]] = {}
+        #: For each name the identity of the file that was read last, and the result. A file is never modified.
+        self._cache: dict[str, tuple[tuple[int, ...], VoiceEntry]] = {}
 
     def entries(self) -> list[VoiceEntry]:
-        """All voices by name, those that cannot be used included; one whose name a baked voice has is left out."""
-        found = {name: VoiceEntry(name=name, baked=True, size=size) for name, size in self.baked.items()}
+        """Return all voices by name, including unusable ones. A baked voice hides a file of the same name."""
+        entries = {name: VoiceEntry(name=name, baked=True, size=size) for name, size in self.baked.items()}
         for name in sorted(self._names())[: self._max_voices]:
             if not self._is_baked(name):
-                with contextlib.suppress(UnknownVoiceError):  # deleted meanwhile
-                    found[name] = self._look(name)
-        for name in set(self._read) - set(found):
-            self._read.pop(name, None)
-        return sorted(found.values(), key=lambda entry: entry.name)
+                with contextlib.suppress(UnknownVoiceError):  # another process has just deleted it
+                    entries[name] = self._added(name)
+        for name in set(self._cache) - set(entries):
+            self._cache.pop(name, None)  # another thread may have removed it
+        return sorted(entries.values(), key=lambda entry: entry.name)
 
     def get(self, name: str) -> VoiceEntry:
-        """A voice, which may be one that cannot be used.
+        """Return a voice, even if it is unusable.
 
         Raises:
-            UnknownVoiceError: there is none.
-            BadInputError: the name cannot name a voice.
+            UnknownVoiceError: no voice has this name.
+            BadInputError: the name is not a valid voice name.
         """
         check_voice_name(name)
         if self._is_baked(name):
             return VoiceEntry(name=name, baked=True, size=self.baked.get(name, 0))
-        return self._look(name)
+        return self._added(name)
 
     def digest(self, name: str) -> str | None:
-        """Which file an added voice is; None for a baked one.
+        """Return the digest of an added voice's file; None for a baked voice.
 
         Raises:
-            UnknownVoiceError: there is no such voice.
-            UnusableVoiceError: it cannot be used.
-            BadInputError: the name cannot name a voice.
+            UnusableVoiceError: the voice cannot be used.
+            UnknownVoiceError, BadInputError: as for `get`.
         """
         entry = self.get(name)
         if entry.problem:
@@ -150,183 +125,162 @@ class VoiceStore:
         return entry.digest
 
     def resolve(self, name: str) -> tuple[str, str | None]:
-        """The voice that a request means, and its `digest`. A voice goes before an alias of its name.
+        """Return the voice that a request means, and its `digest`. A voice takes precedence over an alias.
 
         Raises:
-            UnknownVoiceError, UnusableVoiceError, BadInputError: as `digest`.
+            UnknownVoiceError, UnusableVoiceError, BadInputError: as for `digest`.
         """
         try:
             return name, self.digest(name)
         except UnknownVoiceError:
-            meant = self._aliases.get(name, self._aliases.get(ANY))
-            if meant is None:
+            target = self._aliases.get(name, self._aliases.get(ANY))
+            if target is None:
                 raise
-            return meant, self.digest(meant)
+            return target, self.digest(target)
 
     def check_free(self, name: str) -> None:
-        """Refuse a voice that could not be added, before it is made.
-
-        Raises:
-            VoiceExistsError, StoreFullError, StoreUnavailableError: see `add`.
-            BadInputError: the name cannot name a voice.
-        """
+        """Check that a voice can be added, before it is computed. The errors are those of `add`."""
         check_voice_name(name)
         if self._is_baked(name):
-            raise VoiceExistsError(f"the voice {name!r} is baked into this server", next_step="choose another name")
+            raise _exists(f"the voice {name!r} is baked into this server", "choose another name")
         if not self._directory.is_dir():
-            raise StoreUnavailableError(
+            raise VoiceError(
                 f"voices cannot be added: there is no directory {self._directory}",
                 next_step="mount a writable volume there, or name another directory with --voices-dir",
+                code="voices_unavailable",
             )
         names = self._names()
-        if name in names or os.path.lexists(self._directory / f"{name}{SUFFIX}"):
-            raise _exists(name)
+        if name in names or os.path.lexists(self._path(name)):
+            raise _exists(f"there is already a voice {name!r}")
         if len(names) >= self._max_voices:
-            raise StoreFullError(
+            raise VoiceError(
                 f"there are {len(names)} added voices, and {self._max_voices} is the limit",
-                next_step="delete some that nobody uses, or raise --max-voices",
+                next_step="delete voices that are not used, or raise --max-voices",
+                code="voices_full",
             )
 
     def add(self, name: str, data: bytes) -> VoiceEntry:
-        """Keep a voice for good. Of several calls with one name, in whatever process, one succeeds.
+        """Add a voice permanently. If several processes add the same name, one of them succeeds.
 
-        When this returns, the file is on the disk. A process that is killed meanwhile has added all of it or nothing.
+        The file is on the disk when this returns. A process that is killed adds all of the file or nothing.
 
         Args:
             name: see `text.check_voice_name`.
-            data: the file, as `worker_voices.voice_bytes` made it.
+            data: the file, as `worker_voices.voice_bytes` returned it.
 
         Raises:
-            VoiceExistsError: there is a voice of that name, added or baked.
-            StoreFullError: the disk is full, or as many voices are there as may be.
-            StoreUnavailableError: the directory is missing or cannot be written.
-            UnusableVoiceError: `data` is no voice for this server's model.
-            BadInputError: the name cannot name a voice.
+            VoiceError: the name is taken ("voice_exists"), the disk or the limit is full ("voices_full"), or the
+                directory is missing or not writable ("voices_unavailable").
+            UnusableVoiceError: `data` is not a voice for this server's model.
+            BadInputError: the name is not a valid voice name.
         """
         self.check_free(name)
         check_bytes(data, variant=self._variant, weights=self._weights)
-        self._sweep()
-        part = self._directory / f".{name}.{os.getpid()}-{secrets.token_hex(8)}{_PART}"
+        self._remove_stale_files()
         try:
-            publish(data, part, self._directory / f"{name}{SUFFIX}")
+            with atomic_file(self._path(name), mode=0o644, durable=True, exclusive=True) as temporary:
+                temporary.write_bytes(data)
         except FileExistsError:
-            raise _exists(name) from None
+            raise _exists(f"there is already a voice {name!r}") from None
         except OSError as error:
-            raise self._refusal(error, f"the voice {name!r} could not be added") from error
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+            raise self._write_error(error, f"the voice {name!r} could not be added") from error
         logger.info("added the voice %s", name)
-        return self._look(name)
+        return self._added(name)
 
     def delete(self, name: str) -> None:
-        """Remove an added voice, also one that cannot be used.
+        """Delete an added voice, even if it is unusable.
 
         Raises:
-            BakedVoiceError: it came with the server.
-            UnknownVoiceError: there is none.
-            StoreUnavailableError: the directory cannot be written.
-            BadInputError: the name cannot name a voice.
+            VoiceError: the voice is baked ("voice_is_baked"), or the directory is not writable ("voices_unavailable").
+            UnknownVoiceError, BadInputError: as for `get`.
         """
         check_voice_name(name)
         if self._is_baked(name):
-            raise BakedVoiceError(
+            raise VoiceError(
                 f"the voice {name!r} is baked into this server and cannot be deleted",
                 next_step="bake the state without it",
+                code="voice_is_baked",
             )
         try:
-            (self._directory / f"{name}{SUFFIX}").unlink()
-            sync(self._directory)
+            self._path(name).unlink()
+            flush(self._directory)
         except (FileNotFoundError, NotADirectoryError):
             raise self._unknown(name) from None
         except OSError as error:
-            raise self._refusal(error, f"the voice {name!r} could not be deleted") from error
-        self._read.pop(name, None)
+            raise self._write_error(error, f"the voice {name!r} could not be deleted") from error
+        self._cache.pop(name, None)
         logger.info("deleted the voice %s", name)
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}{SUFFIX}"
 
     def _is_baked(self, name: str) -> bool:
         return name == DEFAULT_VOICE or name in self.baked
 
     def _names(self) -> set[str]:
-        """Names of the files that may be voices; none where there is no directory."""
+        """Return the names of all files that may be voices."""
+        names = set()
         try:
-            with os.scandir(self._directory) as found:
-                return set(_voices_among(entry.name for entry in found))
-        except (FileNotFoundError, NotADirectoryError):
-            return set()
+            for file in os.listdir(self._directory):  # noqa: PTH208 - names are enough
+                if file.endswith(SUFFIX):
+                    with contextlib.suppress(BadInputError):
+                        names.add(check_voice_name(file.removesuffix(SUFFIX)))
         except OSError as error:
-            logger.warning("the voices in %s cannot be listed: %s", self._directory, error.strerror)
-            return set()
+            if error.errno not in {errno.ENOENT, errno.ENOTDIR}:
+                logger.warning("the voices in %s cannot be listed: %s", self._directory, error.strerror)
+        return names
 
-    def _look(self, name: str) -> VoiceEntry:
-        """What the directory has under this name.
+    def _added(self, name: str) -> VoiceEntry:
+        """Return an added voice, from the cache if its file is still the same.
 
         Raises:
-            UnknownVoiceError: nothing.
+            UnknownVoiceError: there is no such file.
         """
         try:
-            seen = os.lstat(self._directory / f"{name}{SUFFIX}")
+            status = os.lstat(self._path(name))
         except OSError:
             raise self._unknown(name) from None
-        mark = (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
-        known = self._read.get(name)
-        if known is not None and known[0] == mark:
-            return known[1]
-        entry = self._inspect(name, seen)
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        cached = self._cache.get(name)
+        if cached is not None and cached[0] == identity:
+            return cached[1]
+        entry = self._inspect(name, status.st_size)
         if entry.problem:
             logger.warning("the voice %s in %s cannot be used: %s", name, self._directory, entry.problem)
-        self._read[name] = (mark, entry)
+        self._cache[name] = (identity, entry)
         return entry
 
-    def _inspect(self, name: str, seen: os.stat_result) -> VoiceEntry:
+    def _inspect(self, name: str, size: int) -> VoiceEntry:
+        """Read and check the file of a voice."""
         try:
-            if not stat.S_ISREG(seen.st_mode):
-                raise UnusableVoiceError("it is no regular file", next_step="delete it")  # noqa: TRY301 - one way out
             data = read_file(self._directory, name)
-            metadata = check_bytes(data, variant=self._variant, weights=self._weights)
+            created = check_bytes(data, variant=self._variant, weights=self._weights)
         except FileNotFoundError:
             raise self._unknown(name) from None
-        except UnusableVoiceError as error:
-            return VoiceEntry(name=name, baked=False, size=seen.st_size, problem=error.message)
-        except OSError as error:
-            problem = f"it cannot be read: {error.strerror}"
-            return VoiceEntry(name=name, baked=False, size=seen.st_size, problem=problem)
-        return VoiceEntry(name=name, baked=False, size=len(data), created=metadata.created, digest=digest_of(data))
+        except (UnusableVoiceError, OSError) as error:
+            problem = f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else error.message
+            return VoiceEntry(name=name, baked=False, size=size, problem=problem)
+        return VoiceEntry(name=name, baked=False, size=len(data), created=created, digest=digest_of(data))
 
     def _unknown(self, name: str) -> UnknownVoiceError:
         names = sorted({*self.baked, *self._names()})
-        told = ", ".join(names[:_NAMES_TOLD]) + (" and others" if len(names) > _NAMES_TOLD else "")
-        return UnknownVoiceError(f"there is no voice {name!r}", next_step=f"choose one of: {told}")
+        shown = ", ".join(names[:_MAX_NAMES_SHOWN]) + (" and others" if len(names) > _MAX_NAMES_SHOWN else "")
+        return UnknownVoiceError(f"there is no voice {name!r}", next_step=f"choose one of: {shown}")
 
-    def _refusal(self, error: OSError, what: str) -> VoiceError:
-        if error.errno in _FULL:
-            return StoreFullError(
-                f"{what}: {error.strerror} in {self._directory}", next_step="free some space on that file system"
-            )
-        return StoreUnavailableError(
-            f"{what}: {error.strerror} in {self._directory}",
-            next_step="give the server a directory that it may write, on a file system with hard links (--voices-dir)",
-        )
+    def _write_error(self, error: OSError, message: str) -> VoiceError:
+        next_step = "give the server a writable directory on a file system with hard links (--voices-dir)"
+        code = "voices_unavailable"
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            next_step, code = "free some space on that file system", "voices_full"
+        return VoiceError(f"{message}: {error.strerror} in {self._directory}", next_step=next_step, code=code)
 
-    def _sweep(self) -> None:
-        """Remove what killed processes left half written."""
-        with contextlib.suppress(OSError), os.scandir(self._directory) as found:
-            for entry in found:
-                if entry.name.startswith(".") and entry.name.endswith(_PART):
-                    with contextlib.suppress(OSError):
-                        if time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_SECONDS:
-                            os.unlink(entry.path)  # noqa: PTH108 - an entry of scandir
+    def _remove_stale_files(self) -> None:
+        """Remove temporary files of processes that were killed while they added a voice."""
+        with contextlib.suppress(OSError):
+            for path in self._directory.iterdir():
+                if _TEMPORARY.fullmatch(path.name) and time.time() - path.lstat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
 
 
-def _voices_among(files: Iterator[str]) -> Iterator[str]:
-    """The names of voices among names of files; others are none of ours."""
-    for file in files:
-        if file.endswith(SUFFIX):
-            with contextlib.suppress(BadInputError):
-                yield check_voice_name(file.removesuffix(SUFFIX))
-
-
-def _exists(name: str) -> VoiceExistsError:
-    return VoiceExistsError(
-        f"there is a voice {name!r} already", next_step="choose another name, or delete that one first"
-    )
+def _exists(message: str, next_step: str = "choose another name, or delete that voice first") -> VoiceError:
+    return VoiceError(message, next_step=next_step, code="voice_exists")

@@ -1,22 +1,22 @@
-// Requests to the server this page came from, and its refusals in words.
+// Requests to the server of this page, and the display of its errors.
 
 import { element } from "./dom.js";
 
-/** The address of `path`, relative to this page; without the name and password that the page's own may have. */
+/** Return the URL of `path`, relative to this page, without the user name and password of the page's URL. */
 export function address(path) {
   return new URL(path, location.origin + location.pathname);
 }
 
-/** An answer that is an error, in the shape of OpenAI's API as far as it has it. */
+/** An error response. `error` is the object in OpenAI's format, or undefined if the body has another format. */
 export class Refusal extends Error {
   constructor(answer, error) {
-    super(error?.message ?? `The server answered ${answer.status} without a word.`);
+    super(error?.message ?? `The server responded with status ${answer.status} and no message.`);
     const wait = answer.headers.get("retry-after");
     this.details = [
       `HTTP ${answer.status}`,
       error?.code,
-      answer.status === 401 && "load the page again to be asked for the token",
-      wait && `try again in ${wait} s`,
+      answer.status === 401 && "reload the page to enter the token",
+      wait && `retry in ${wait} s`,
       answer.headers.get("x-request-id") && `request ${answer.headers.get("x-request-id")}`,
     ].filter(Boolean);
   }
@@ -24,7 +24,7 @@ export class Refusal extends Error {
 
 /**
  * Fetch `path`, relative to this page.
- * Throws a Refusal for an answer that is an error, an AbortError when `options.signal` says so.
+ * Throws a Refusal for an error response, and an AbortError when `options.signal` is aborted.
  */
 export async function ask(path, options = {}) {
   let answer;
@@ -32,14 +32,14 @@ export async function ask(path, options = {}) {
     answer = await fetch(address(path), { cache: "no-store", ...options });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("The server cannot be reached.", { cause: error });
+    throw new Error("The server is not reachable.", { cause: error });
   }
   if (answer.ok) return answer;
   const body = await answer.json().catch(() => null);
   throw new Refusal(answer, body?.error);
 }
 
-/** Show what went wrong in `place`; nothing when there is no error. */
+/** Show an error in the element `place`, or clear the element if `error` is null. */
 export function showError(place, error) {
   if (!error) return place.replaceChildren();
   const details = (error.details ?? []).join(" · ");

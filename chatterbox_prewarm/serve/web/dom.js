@@ -1,8 +1,8 @@
-// Elements without markup in strings, and numbers as people read them.
+// Functions to create and fill elements, and to format numbers.
 
 export const byId = (id) => document.getElementById(id);
 
-/** Make an element. Attributes of undefined or false are left out; those named "on…" are listeners. */
+/** Create an element. Attributes that are undefined or false are omitted. Names with "on…" add listeners. */
 export function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -14,12 +14,12 @@ export function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-/** Put text into an element unless it is there already: a live region is read out whenever it changes. */
+/** Set the text of an element if it differs. Screen readers announce each change of a live region. */
 export function say(target, text) {
   if (target.textContent !== text) target.textContent = text;
 }
 
-/** Fill a list of facts with [name, value] pairs; those without a value are left out. */
+/** Fill a definition list with [name, value] pairs. Pairs without a value are omitted. */
 export function facts(list, pairs) {
   const known = pairs.filter(([, value]) => value !== undefined && value !== "");
   list.replaceChildren(

@@ -1,4 +1,4 @@
-// The page's clock: ask /startupz again and again, and show what it says.
+// Request /startupz regularly, and show its response.
 
 import { address } from "./api.js";
 import { byId, say } from "./dom.js";
@@ -6,22 +6,22 @@ import { setReady, wireSpeak } from "./speak.js";
 import { showCaches, showFacts, showWaterfall, showWorkers } from "./startup.js";
 import { refreshVoices, wireVoices } from "./voices.js";
 
-const WHILE_STARTING = 1000; // milliseconds between two questions
+const WHILE_STARTING = 1000; // milliseconds between two requests
 const ONCE_READY = 5000;
 const PATIENCE = 4000;
 
 let latest = {};
-let seen = null; // when the server last answered
+let seen = null; // the time of the latest response
 let voicesShown = null;
 let timer = 0;
 let asking = false;
 
 async function poll() {
   clearTimeout(timer);
-  if (asking || document.hidden) return; // asked again when somebody looks
+  if (asking || document.hidden) return; // the visibilitychange listener polls again when the page is visible
   asking = true;
   try {
-    // 503 is an answer too: it is what the probe says until the state is attached.
+    // Status 503 also has a body. The probe returns it until the warm state is attached.
     const answer = await fetch(address("startupz"), { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
     latest = await answer.json();
     seen = new Date();
@@ -44,8 +44,8 @@ function show() {
   showWorkers(latest);
   setReady(Boolean(latest.ready), latest.phase);
   const every = latest.ready ? ONCE_READY : WHILE_STARTING;
-  say(byId("updated"), `As of ${seen.toLocaleTimeString("en-GB")}, asked every ${every / 1000} s.`);
-  // The voices are known once the model is in place; their list is fetched whenever it changes.
+  say(byId("updated"), `Updated at ${seen.toLocaleTimeString("en-GB")}, every ${every / 1000} s.`);
+  // The server knows its voices once the model is loaded. The list is fetched when their names change.
   const voices = JSON.stringify(latest.attached ? (latest.voices ?? []) : []);
   if (latest.attached && voices !== voicesShown) {
     voicesShown = voices;
@@ -57,16 +57,16 @@ function headline() {
   if (latest.phase === "draining") return "shutting down";
   if (latest.ready) return "ready";
   if (latest.attached) return `not ready: ${latest.phase}`;
-  if (latest.phase === "worker gone") return "not ready: the worker is gone, another is being started";
+  if (latest.phase === "worker gone") return "not ready: the worker ended, and the server starts a new one";
   return latest.phase === "starting" ? "starting" : `starting: ${latest.phase}`;
 }
 
 function showLost() {
   latest = { ...latest, ready: false };
   voicesShown = null;
-  say(byId("state"), seen ? `no answer since ${seen.toLocaleTimeString("en-GB")}` : "no answer");
+  say(byId("state"), seen ? `no response since ${seen.toLocaleTimeString("en-GB")}` : "no response");
   byId("state").className = "state bad";
-  setReady(false, "it does not answer");
+  setReady(false, "it does not respond");
 }
 
 document.addEventListener("visibilitychange", poll);

@@ -1,16 +1,16 @@
-// Sound as it arrives: 16-bit little-endian mono PCM at 24 kHz, played at once and kept for a WAV file.
+// Play 16-bit little-endian mono PCM at 24 kHz while it arrives, and collect it for a WAV file.
 
 export const SAMPLE_RATE = 24_000;
 
-/** Playback begins this much after a chunk came, so that the next one need not be there to the millisecond. */
+/** Seconds between the arrival of a chunk and its playback. The delay tolerates small delays of the next chunk. */
 const LEAD = 0.06;
 
-/** Plays chunks of samples one after the other, without a seam. */
+/** Plays chunks of samples without gaps. */
 export class Player {
   constructor() {
     this.context = new AudioContext({ sampleRate: SAMPLE_RATE });
-    this.frame = 0; // where the next chunk begins, in samples of the context's clock
-    this.pauses = 0; // how often the sound ran out before the next chunk came
+    this.frame = 0; // the start of the next chunk, in samples of the context's clock
+    this.pauses = 0; // how often playback ended before the next chunk arrived
   }
 
   /** @param {Float32Array} samples within [-1, 1] */
@@ -28,7 +28,7 @@ export class Player {
     this.frame += samples.length;
   }
 
-  /** Wait until all that was given has been heard. */
+  /** Wait until playback has ended. */
   async finished() {
     const left = this.frame / SAMPLE_RATE - this.context.currentTime;
     await new Promise((resolve) => { setTimeout(resolve, 1000 * Math.max(0, left)); });
@@ -40,7 +40,7 @@ export class Player {
   }
 }
 
-/** Whole samples out of bytes that come in pieces of any length. */
+/** Collects bytes that arrive in chunks of any length, and converts them to samples. */
 export class Samples {
   constructor() {
     this.pieces = [];
@@ -48,7 +48,7 @@ export class Samples {
     this.rest = new Uint8Array(0);
   }
 
-  /** Take bytes in; returns the samples that are whole by now as floats within [-1, 1]. */
+  /** Add bytes. Returns the new complete samples as floats within [-1, 1]. */
   add(bytes) {
     const joined = new Uint8Array(this.rest.length + bytes.length);
     joined.set(this.rest);
@@ -66,7 +66,7 @@ export class Samples {
     return this.length / SAMPLE_RATE;
   }
 
-  /** All of it as a WAV file. */
+  /** Return all samples as a WAV file. */
   wav() {
     const bytes = 2 * this.length;
     const header = new DataView(new ArrayBuffer(44));
@@ -74,13 +74,13 @@ export class Samples {
     write(0, "RIFF");
     header.setUint32(4, 36 + bytes, true);
     write(8, "WAVEfmt ");
-    header.setUint32(16, 16, true); // length of what follows
+    header.setUint32(16, 16, true); // size of the format fields
     header.setUint16(20, 1, true); // PCM
     header.setUint16(22, 1, true); // channels
     header.setUint32(24, SAMPLE_RATE, true);
-    header.setUint32(28, 2 * SAMPLE_RATE, true); // bytes a second
-    header.setUint16(32, 2, true); // bytes a sample
-    header.setUint16(34, 16, true); // bits a sample
+    header.setUint32(28, 2 * SAMPLE_RATE, true); // bytes per second
+    header.setUint16(32, 2, true); // bytes per sample
+    header.setUint16(34, 16, true); // bits per sample
     write(36, "data");
     header.setUint32(40, bytes, true);
     return new Blob([header, ...this.pieces], { type: "audio/wav" });

@@ -1,4 +1,4 @@
-// The box to type into and hear: one request at a time, played while it arrives.
+// The form to speak a text: one request at a time, played while it arrives.
 
 import { ask, showError } from "./api.js";
 import { byId, facts, say, seconds } from "./dom.js";
@@ -7,17 +7,17 @@ import { Player, Samples } from "./sound.js";
 const NUMBERS = ["exaggeration", "cfg_weight", "temperature", "look_ahead"];
 
 let ready = false;
-let running = null; // the AbortController of the request that is being spoken
+let running = null; // the AbortController of the current request
 let phase = "";
 
-/** Tell the form whether the server can speak, and what it does if not. */
+/** Enable or disable the form. `phaseNow` is the activity of a server that is not ready. */
 export function setReady(isReady, phaseNow) {
   ready = isReady;
   phase = phaseNow;
   update();
 }
 
-/** Offer these voices, and keep the one that is chosen. */
+/** Show these voices in the form, and keep the selected one. */
 export function setVoices(names) {
   const select = byId("voice");
   const chosen = select.value;
@@ -45,7 +45,7 @@ function update(text) {
   else if (running === null && byId("speak-state").textContent.startsWith("The server is not ready")) say(byId("speak-state"), "");
 }
 
-/** The fields as the API has them. A seed that was left out is drawn here, so that the sound can be had again. */
+/** Return the request body. A missing seed is drawn here, so that the page can show it. */
 function order() {
   const drawn = crypto.getRandomValues(new Uint32Array(1))[0];
   const fields = {
@@ -64,7 +64,7 @@ async function speak() {
   running = new AbortController();
   showError(byId("speak-error"), null);
   byId("player").pause();
-  update("Waiting for the first sound …");
+  update("Waiting for the first audio …");
   let player = null;
   const samples = new Samples();
   const times = { began: performance.now(), first: null, last: null };
@@ -78,9 +78,9 @@ async function speak() {
       signal: running.signal,
     });
     await receive(answer.body.getReader(), player, samples, times);
-    if (samples.length === 0) throw new Error("The server sent no sound.");
+    if (samples.length === 0) throw new Error("The server sent no audio.");
     show(fields, player, samples, times);
-    update("All is here; playing to the end.");
+    update("All audio has arrived and is playing.");
     await Promise.race([player.finished(), aborted(running.signal)]);
   } catch (error) {
     if (error.name === "AbortError") outcome = "Stopped.";
@@ -100,15 +100,15 @@ async function receive(reader, player, samples, times) {
     times.first ??= times.last;
     const fresh = samples.add(value);
     if (fresh.length) player.play(fresh);
-    update(`Playing: ${seconds(samples.seconds)} s have come.`);
+    update(`Playing. ${seconds(samples.seconds)} s have arrived.`);
   }
 }
 
 function explain(error) {
-  throw error.name === "AbortError" ? error : new Error("The connection ended before the sound did.", { cause: error });
+  throw error.name === "AbortError" ? error : new Error("The connection closed before the audio was complete.", { cause: error });
 }
 
-/** Rejects when the signal says so; the sound that plays out is stopped by the same button as the request. */
+/** Return a promise that rejects when the signal is aborted, also during playback after the request. */
 function aborted(signal) {
   return new Promise((_, reject) => {
     signal.addEventListener("abort", () => reject(new DOMException("stopped", "AbortError")));
@@ -116,15 +116,15 @@ function aborted(signal) {
 }
 
 function brokenOff(samples, error) {
-  return new Error(`${error.message} ${seconds(samples.seconds)} s of it came.`);
+  return new Error(`${error.message} ${seconds(samples.seconds)} s of audio arrived.`);
 }
 
 function show(fields, player, samples, times) {
   const took = (times.last - times.began) / 1000;
   facts(byId("figures"), [
     ["first chunk", `${seconds((times.first - times.began) / 1000)} s`],
-    ["all", `${seconds(took)} s`],
-    ["sound", `${seconds(samples.seconds)} s`],
+    ["total time", `${seconds(took)} s`],
+    ["audio", `${seconds(samples.seconds)} s`],
     ["real-time factor", seconds(took / samples.seconds)],
     ["pauses", player.pauses],
     ["seed", fields.seed],

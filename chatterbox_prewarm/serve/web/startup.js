@@ -1,11 +1,11 @@
-// What /startupz says: the waterfall of the start, the baked caches, the workers.
+// The content of /startupz: the waterfall of the start, the baked caches and the workers.
 
 import { byId, count, element, facts, seconds, size } from "./dom.js";
 
 const MARKS = ["attached", "ready"];
-const MOST_REASONS = 6; // of one family
+const MOST_REASONS = 6; // shown per cache family
 
-/** When the list of phases last grew, by this page's clock: how long the present phase has run cannot be known better. */
+/** The time at which the list of phases last grew. It gives an estimate of the duration of the current phase. */
 let grown = { length: -1, at: 0 };
 
 export function showFacts(status) {
@@ -18,7 +18,7 @@ export function showFacts(status) {
   ]);
 }
 
-/** Rows in the order of time: phases with a bar each, and the moments that were reached. */
+/** Show the phases as bars and the marks as points, ordered by time. */
 export function showWaterfall(status) {
   const phases = status.phases ?? [];
   const marks = Object.entries(status.marks ?? {}).filter(([name]) => MARKS.includes(name));
@@ -30,7 +30,7 @@ export function showWaterfall(status) {
 
   const rows = [
     ...phases.map((phase) => ({ ...phase, at: phase.start })),
-    // A moment comes after the phases that began before it, the one that it ends included.
+    // A mark comes after all phases that began before it, including the phase that it ends.
     ...marks.map(([name, at]) => ({ name, at, mark: true })),
   ].sort((a, b) => a.at - b.at);
   if (running) rows.push({ name: status.phase, at: last, running: true, start: last, seconds: soFar });
@@ -48,8 +48,8 @@ export function showWaterfall(status) {
   const restarts = status.restarts ?? 0;
   const times = restarts === 1 ? "1 restart" : `${count(restarts)} restarts`;
   byId("start-note").textContent = rows.length
-    ? `Seconds since the process was executed${restarts ? `; the last start, after ${times}` : ""}.`
-    : "Nothing is known of it yet.";
+    ? `Seconds since exec${restarts ? `, for the latest start after ${times}` : ""}.`
+    : "The server has not reported its start yet.";
 }
 
 function waterfallRow(row, end, lines) {
@@ -66,7 +66,7 @@ function waterfallRow(row, end, lines) {
   );
 }
 
-/** An element placed by fractions of the axis. */
+/** Create an element at a position of the axis. Position and width are fractions of its length. */
 function placed(tag, name, left, width = null, text = "") {
   const made = element(tag, { class: name }, text);
   made.style.left = `${100 * left}%`;
@@ -74,7 +74,7 @@ function placed(tag, name, left, width = null, text = "") {
   return made;
 }
 
-/** Zero and round numbers up to `end`, at most five of them, none so near to the end that its label would not fit. */
+/** Return at most five round numbers from zero to `end`, without those at the end whose label would not fit. */
 function ticksUpTo(end) {
   const rough = end / 4;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -104,14 +104,14 @@ export function showCaches(status) {
   const total = Object.values(misses).reduce((sum, value) => sum + value, 0);
   byId("caches-note").textContent =
     families.length === 0
-      ? "Nothing is counted yet."
+      ? "The server has not reported its caches yet."
       : total === 0
-        ? "No miss: nothing was compiled, computed or fetched that had been baked."
-        : `${count(total)} ${total === 1 ? "miss" : "misses"}: rebuilt or left out.`;
+        ? "No misses. The server used all baked artifacts that it needed."
+        : `${count(total)} ${total === 1 ? "miss" : "misses"}: artifacts rebuilt or skipped.`;
   byId("reasons").replaceChildren(...families.flatMap((family) => reasonsOf(family, status.reasons ?? [])));
 }
 
-/** The reasons for a family's misses, each once; of many the first few. */
+/** List the first few distinct reasons for a family's misses. */
 function reasonsOf(family, all) {
   const times = new Map();
   for (const reason of all.filter((text) => text.startsWith(`${family}: `))) {
@@ -122,7 +122,7 @@ function reasonsOf(family, all) {
     return element("li", {}, element("b", {}, family), ` ${text}${number > 1 ? ` (${count(number)} times)` : ""}`);
   });
   const left = times.size - shown.length;
-  if (left > 0) shown.push(element("li", {}, element("b", {}, family), ` ${count(left)} more, which /startupz names`));
+  if (left > 0) shown.push(element("li", {}, element("b", {}, family), ` ${count(left)} more reasons: see /startupz`));
   return shown;
 }
 

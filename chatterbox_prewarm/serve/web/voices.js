@@ -1,13 +1,13 @@
-// The voices: which there are, how they sound, one more from a clip, one less.
+// The voices: list, preview, add and delete.
 
 import { ask, showError } from "./api.js";
 import { byId, element, say, size } from "./dom.js";
 import { setVoices } from "./speak.js";
 
-let shown = ""; // the list that is shown, as JSON
-let known = []; // the names that /startupz gave last
+let shown = ""; // the list in the table, as JSON
+let known = []; // the names in the latest response of /startupz
 
-/** Fetch the list and show it; `names` are those of /startupz, offered where the server does not give the list. */
+/** Fetch and show the list. `names` from /startupz are used in the form if the server does not return the list. */
 export async function refreshVoices(names = known) {
   known = names;
   let voices = [];
@@ -21,7 +21,7 @@ export async function refreshVoices(names = known) {
   }
   setVoices(voices.filter((voice) => voice.usable).map((voice) => voice.id));
   const described = JSON.stringify(voices);
-  if (described === shown) return; // the keyboard's place in the table is kept
+  if (described === shown) return; // keeps the keyboard focus in the table
   shown = described;
   byId("voices").hidden = voices.length === 0;
   byId("voices").tBodies[0].replaceChildren(...voices.map(row));

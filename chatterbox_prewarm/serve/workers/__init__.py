@@ -1,1 +1,1 @@
-"""Worker processes: one loaded model each."""
+"""Worker processes with one loaded model each, and the code that starts, feeds and replaces them."""

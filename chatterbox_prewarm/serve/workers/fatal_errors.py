@@ -1,23 +1,24 @@
-"""Errors after which a worker's process can do no more work."""
+"""Recognize errors after which a worker process must be replaced."""
 
 from __future__ import annotations
 
 import sys
 
+#: How CUDA and PyTorch's CPU allocator report such errors. The last one is oneDNN's message when memory runs out.
+_FATAL_MESSAGES = ("CUDA error", "can't allocate memory", "could not create a")
 
-def is_broken(error: BaseException) -> bool:
-    """Whether an error leaves this process without use.
 
-    A fault of a CUDA kernel stays with its context, so that every later call fails too. After a failed allocation the
-    allocator's pools are in pieces, which a fresh process is not. What an error was raised from is looked at as well.
+def is_fatal(error: BaseException) -> bool:
+    """Return whether this error, or an error that caused it, makes the process unusable.
+
+    A CUDA kernel fault stays in the CUDA context and makes every later call fail. A failed allocation leaves the
+    allocator's memory fragmented, which a new process repairs.
     """
-    if error.__cause__ is not None and is_broken(error.__cause__):
+    if error.__cause__ is not None and is_fatal(error.__cause__):
         return True
     if isinstance(error, MemoryError):
         return True
-    torch = sys.modules.get("torch")  # whose errors there are none of before it is imported
+    torch = sys.modules.get("torch")  # before torch is imported, it cannot have raised an error
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    # The last is what oneDNN says, PyTorch's library for CPUs, when it gets no memory.
-    signs = ("CUDA error", "can't allocate memory", "could not create a")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _FATAL_MESSAGES)

@@ -1,7 +1,7 @@
-"""How log lines look, in front and worker alike: as text for people or JSON for a collector, one line for each record.
+"""Log formats of the front and the workers: text for people or JSON for a log collector, one line for each record.
 
-What a client sent may be part of a message. Whatever could begin a new line or steer a terminal is escaped, so that
-nobody can write lines of a log that the server did not write.
+A message may contain text from a client. Characters that start a new line or control a terminal are escaped, so that a
+client cannot forge log lines.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import time
 from typing import Any
 
 FORMATS = ("text", "json")
-#: Of the request that is being worked on; a line that is logged meanwhile carries it.
+#: Id of the current request. Each log line of the request contains it.
 REQUEST_ID: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
 
-#: C0 and C1 controls, DEL, and Unicode's separators of lines and paragraphs and changes of direction.
+#: C0 and C1 controls, DEL, and Unicode's line and paragraph separators and direction marks.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _PLAIN = re.compile(r"[^\s\"=\\]+")
 
 
 def install(log_format: str, *, process: str, level: int | None = None) -> None:
-    """Have this process write its log to standard error in `log_format`.
+    """Make this process write its log to standard error.
 
     Args:
         log_format: one of `FORMATS`.
-        process: what this process is, as in "front" or "worker cuda:0".
-        level: the least that is written; None leaves it as it is.
+        process: name of this process, such as "front" or "worker cuda:0".
+        level: lowest level that is logged; None keeps the current level.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines(process) if log_format == "json" else TextLines(process))
@@ -37,7 +37,7 @@ def install(log_format: str, *, process: str, level: int | None = None) -> None:
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """What a record holds besides its message: `extra={"fields": ...}` of the call, and the request it belongs to."""
+    """Return the fields of a record: `extra={"fields": ...}` of the logging call, and the id of the current request."""
     fields = dict(getattr(record, "fields", {}))
     request_id = REQUEST_ID.get()
     if request_id is not None:
@@ -46,14 +46,14 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class TextLines(logging.Formatter):
-    """`time process LEVEL message name=value ...`; a traceback follows on lines of its own, indented."""
+    """Format a record as `time process LEVEL message name=value ...`. A traceback follows on indented lines."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        """One record as a line of text."""
+        """Format a record as text."""
         words = [self.formatTime(record), self._process, record.levelname, escape(record.getMessage())]
         words += [f"{name}={_value(value)}" for name, value in fields_of(record).items()]
         lines = [" ".join(words)]
@@ -62,15 +62,11 @@ class TextLines(logging.Formatter):
         return "\n".join(lines)
 
 
-class JsonLines(logging.Formatter):
-    """One JSON object a line: time (ISO 8601, UTC), level, process, message, the fields, and a traceback, if any."""
-
-    def __init__(self, process: str) -> None:
-        super().__init__()
-        self._process = process
+class JsonLines(TextLines):
+    """Format a record as a JSON object: time (ISO 8601, UTC), level, process, message, fields, and any traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One record as a line of JSON."""
+        """Format a record as JSON."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",
@@ -81,12 +77,12 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info and record.exc_info[0] is not None:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)  # ASCII only, so that no character can end a line
+        return json.dumps(line, default=str)  # ASCII only, so no character can end the line
 
 
 def escape(text: str) -> str:
-    """`text` without characters that end a line or steer a terminal; these as Python writes them."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    """Replace characters that end a line or control a terminal by Python's escape sequences."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def _value(value: object) -> str:

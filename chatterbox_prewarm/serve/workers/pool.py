@@ -1,6 +1,6 @@
-"""All workers, one for each device: who of those that wait is served next, and what happens when a worker dies.
+"""Distribute requests to the workers, and repeat a request when its worker dies.
 
-A long text waits in the line part by part, so that a short one behind it is not held up by more than a part.
+A long text is queued part by part, so that a short text behind it waits for one part at most.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import contextlib
 import logging
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import ModelError
-from chatterbox_prewarm.serve.workers.backlog import Backlog
-from chatterbox_prewarm.serve.workers.messages import PartOrder
 from chatterbox_prewarm.serve.workers.sentence_split import split
-from chatterbox_prewarm.serve.workers.supervisor import Supervisor, WorkerGoneError
+from chatterbox_prewarm.serve.workers.supervisor import Supervisor
+from chatterbox_prewarm.serve.workers.worker_client import WorkerGoneError
 from chatterbox_prewarm.system.limits import MAX_SEED
 
 if TYPE_CHECKING:
@@ -27,93 +26,90 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.errors import PrewarmError
     from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
     from chatterbox_prewarm.serve.workers.messages import Chunk
-    from chatterbox_prewarm.serve.workers.spawn import Spawned
-    from chatterbox_prewarm.serve.workers.speech_options import SpeechOrder
-    from chatterbox_prewarm.serve.workers.worker import WorkerConfig
+    from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
+    from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
-#: How often a part is spoken anew, when its worker died.
+#: How often a part is sent to another worker after its worker died.
 _RETRIES = 1
-#: Speech tokens to a chunk of a stream, a second of audio.
-_CHUNK_TOKENS = 25
-#: Weight of the latest part in the mean time that one takes.
-_RECENT = 0.2
+#: A new part starts only while fewer chunks than this wait for the client: 20 s of a stream. That covers the gap
+#: between two parts, and limits the memory that a client which does not read can use.
+_BUFFERED_CHUNKS = 20
+#: Weight of the latest part in the moving average of the time per part.
+_AVERAGE_WEIGHT = 0.2
+_BYTES_PER_SECOND = 48_000  # 16-bit samples at 24 kHz
 
 
 class BusyError(ModelError):
-    """No worker had time for a request before its deadline."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolConfig:
-    """How long a part may wait for a worker, and a worker may be silent (seconds)."""
-
-    wait_seconds: float
-    hang_seconds: float
+    """No worker was free before the deadline of a request."""
 
 
 class Pool:
-    """Workers and the line before them.
+    """The workers and the queue of parts that wait for one.
 
     Args:
-        config: limits.
-        workers: configuration and first process of each, as `spawn` returned it.
-        voices: those that were added, if any can be; it is told which are baked.
+        workers: configuration and first process of each worker, as `spawn_all` returned them.
+        wait_seconds: how long a part may wait for a worker.
+        hang_seconds: how long a worker may send no message before it is replaced.
+        voices: the store of added voices, if there is one. The pool tells it which voices are baked.
+
+    Attributes:
+        on_part: called after each part with the worker's seconds and the seconds of audio.
     """
 
     def __init__(
         self,
-        config: PoolConfig,
-        workers: Sequence[tuple[WorkerConfig, Spawned]],
+        workers: Sequence[tuple[WorkerConfig, WorkerProcess]],
         *,
+        wait_seconds: float,
+        hang_seconds: float,
         voices: VoiceStore | None = None,
     ) -> None:
         self.workers = [
-            Supervisor(worker, first, hang_seconds=config.hang_seconds, on_change=self._changed)
-            for worker, first in workers
+            Supervisor(config, first, hang_seconds=hang_seconds, on_change=self._worker_changed)
+            for config, first in workers
         ]
-        self._config = config
-        self._voices = voices
-        #: Called with a worker's seconds and those of the audio, for each part that was spoken.
         self.on_part: Callable[[float, float], None] = lambda *_: None
-        self._line: collections.deque[asyncio.Future[Supervisor]] = collections.deque()
+        self._wait_seconds = wait_seconds
+        self._voices = voices
+        self._queue: collections.deque[asyncio.Future[Supervisor]] = collections.deque()
         self._part_seconds = 1.0
 
     @property
     def attached(self) -> bool:
-        """Whether a worker has model and warm state in place."""
+        """True if a worker has loaded the model and the warm state."""
         return any(worker.attached for worker in self.workers)
 
     @property
     def ready(self) -> bool:
-        """Whether a worker can speak."""
+        """True if a worker can speak."""
         return any(worker.ready for worker in self.workers)
 
     @property
     def leading(self) -> Supervisor:
-        """The worker that is furthest: whose phases are those of the start."""
+        """The worker whose start has progressed most. Its phases are shown as the phases of the start."""
         return max(self.workers, key=lambda worker: (worker.ready, worker.attached, not worker.failure))
 
     @property
     def failure(self) -> PrewarmError | None:
-        """Why there will be no worker any more."""
+        """Why all workers failed permanently; None while one of them has not."""
         failures = [worker.failure for worker in self.workers]
         return failures[0] if all(failures) else None
 
     @property
     def waiting(self) -> int:
-        """How many parts wait for a worker."""
-        return len(self._line)
+        """Number of parts that wait for a worker."""
+        return len(self._queue)
 
     @property
     def retry_after(self) -> int:
-        """In how many seconds the line is likely to have moved by one for each worker."""
-        able = sum(worker.ready for worker in self.workers) or 1
-        return min(120, max(1, math.ceil(self._part_seconds * (1 + len(self._line) / able))))
+        """Seconds after which a refused request should be sent again."""
+        ready = sum(worker.ready for worker in self.workers) or 1
+        return min(120, max(1, math.ceil(self._part_seconds * (1 + len(self._queue) / ready))))
 
     async def run(self) -> None:
-        """Keep the workers alive until `close`; returns early when none is left, with `failure` set."""
+        """Keep the workers alive until `close`. Returns early, with `failure` set, when all have failed."""
         runs = [asyncio.create_task(worker.run()) for worker in self.workers]
         try:
             await asyncio.gather(*runs)
@@ -122,7 +118,7 @@ class Pool:
                 run.cancel()
 
     def close(self) -> None:
-        """From here on, a worker that ends is not replaced."""
+        """Stop replacing workers that end."""
         for worker in self.workers:
             worker.close()
 
@@ -130,96 +126,106 @@ class Pool:
         """End all workers."""
         await asyncio.gather(*(worker.stop() for worker in self.workers))
 
-    async def speak(self, order: SpeechOrder, *, whole: bool = False) -> AsyncGenerator[Chunk]:
-        """Speak a text, part by part in order.
+    async def speak(self, options: SpeechOptions) -> AsyncGenerator[Chunk]:
+        """Speak a text and yield its audio in order.
 
-        It is made ahead of whoever takes the chunks, by some parts at most. Closing the generator ends the work.
-
-        Args:
-            order: what to say, and how; without a seed, one is drawn.
-            whole: make one chunk of each part.
+        The workers run ahead of the caller by a limited amount. Closing the generator stops the work. Without a seed, a
+        random one is used.
 
         Raises:
-            BusyError: no worker had time before the deadline.
-            WorkerGoneError: a part's worker ended, and so did the next.
-            PrewarmError: what the worker said of this request.
+            BusyError: no worker was free before the deadline.
+            WorkerGoneError: the worker of a part ended, and so did the worker of its retry.
+            PrewarmError: the error that a worker reported for this request.
         """
-        backlog = Backlog()
-        maker = asyncio.create_task(self._make(order, backlog, whole=whole))
+        buffer: asyncio.Queue[Chunk | None] = asyncio.Queue()
+        has_room = asyncio.Event()
+        producer = asyncio.create_task(self._produce(options, buffer, has_room))
+        producer.add_done_callback(lambda _: buffer.put_nowait(None))
         try:
-            async for chunk in backlog.chunks():
+            while True:
+                if buffer.qsize() < _BUFFERED_CHUNKS:
+                    has_room.set()
+                chunk = await buffer.get()
+                if chunk is None:
+                    break
                 yield chunk
+            await producer
         finally:
-            maker.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await maker
+            producer.cancel()
+            await asyncio.gather(producer, return_exceptions=True)
 
     async def prepare_voice(self, clip: bytes) -> bytes:
-        """Make a voice of a reference clip, a WAV file; returns a safetensors file. Errors as `speak`."""
-        voice: bytes = await self._retried(lambda worker: worker.prepare_voice(clip))
+        """Compute a voice from a reference clip.
+
+        Args:
+            clip: a WAV file.
+
+        Returns:
+            the voice as a safetensors file.
+
+        Raises:
+            BusyError, WorkerGoneError, PrewarmError: as for `speak`.
+        """
+        voice: bytes = await self._with_retry(lambda worker: worker.prepare_voice(clip))
         return voice
 
-    async def _make(self, order: SpeechOrder, backlog: Backlog, *, whole: bool) -> None:
-        seed = order.seed if order.seed is not None else random.SystemRandom().getrandbits(31)
-        most = self.workers[0].config.max_new_tokens
-        try:
-            # In a thread: the splitter is imported at its first use, and voices are on a volume.
-            parts = await asyncio.to_thread(split, order.text)
-            voice, digest = order.voice, None
-            if self._voices:
-                voice, digest = await asyncio.to_thread(self._voices.resolve, voice)
-            silent: ModelError | None = None
-            for number, text in enumerate(parts):
-                await backlog.room()
-                part = PartOrder(
-                    text=text,
-                    voice=voice,
-                    voice_digest=digest,
-                    # Of its own, or every part would begin with the same breath.
-                    seed=(seed + number) % (MAX_SEED + 1),
-                    max_new_tokens=min(order.max_new_tokens or most, most),
-                    temperature=order.temperature,
-                    cfg_weight=order.cfg_weight,
-                    exaggeration=order.exaggeration,
-                    look_ahead=order.look_ahead,
-                    chunk_tokens=None if whole else _CHUNK_TOKENS,
-                )
-                try:
-                    await self._speak_part(part, backlog)
-                except (BusyError, WorkerGoneError):
-                    raise
-                except ModelError as error:
-                    # A row of dots, say. The rest of a text is not to suffer for it.
-                    logger.warning("part %d of %d is left out: %s", number + 1, len(parts), error.message)
-                    silent = error
-            if silent is not None and not backlog.given:
-                raise silent  # noqa: TRY301 - there was nothing else
-            backlog.end()
-        except Exception as error:  # noqa: BLE001 - whatever it is, who takes the chunks is to hear it
-            backlog.fail(error)
+    async def _produce(
+        self, options: SpeechOptions, buffer: asyncio.Queue[Chunk | None], has_room: asyncio.Event
+    ) -> None:
+        """Speak all parts of a text into a buffer."""
+        seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(31)
+        # In threads, because the first split imports the splitter and the store reads a volume.
+        texts = await asyncio.to_thread(split, options.text)
+        voice, digest = options.voice, None
+        if self._voices:
+            voice, digest = await asyncio.to_thread(self._voices.resolve, voice)
+        spoken, skipped_error = False, None
 
-    async def _speak_part(self, part: PartOrder, backlog: Backlog) -> None:
-        """Have one part spoken; what a worker that died has given of it is not given again."""
-        given = 0
+        def put(chunk: Chunk) -> None:
+            nonlocal spoken
+            spoken = True
+            buffer.put_nowait(chunk)
 
-        async def take(worker: Supervisor) -> None:
-            nonlocal given
+        for number, text in enumerate(texts):
+            if buffer.qsize() >= _BUFFERED_CHUNKS:
+                has_room.clear()
+                await has_room.wait()
+            # Each part has another seed, or all of them would begin with the same breath.
+            part_seed = (seed + number) % (MAX_SEED + 1)
+            part = replace(options, text=text, voice=voice, voice_digest=digest, seed=part_seed)
+            try:
+                await self._speak_part(part, put)
+            except (BusyError, WorkerGoneError):
+                raise
+            except ModelError as error:
+                # For example a row of dots. The other parts of the text can still be spoken.
+                logger.warning("part %d of %d is left out: %s", number + 1, len(texts), error.message)
+                skipped_error = error
+        if skipped_error is not None and not spoken:
+            raise skipped_error
+
+    async def _speak_part(self, part: SpeechOptions, put: Callable[[Chunk], None]) -> None:
+        """Speak a part and `put` its chunks. A retry leaves out the audio that the dead worker had sent."""
+        sent = 0
+
+        async def speak(worker: Supervisor) -> None:
+            nonlocal sent
             position = 0
             async with contextlib.aclosing(worker.speak(part)) as chunks:
                 async for chunk in chunks:
-                    fresh = chunk.pcm[max(0, given - position) :]
+                    new = chunk.pcm[max(0, sent - position) :]
                     position += len(chunk.pcm)
-                    if fresh:
-                        backlog.put(replace(chunk, pcm=fresh))
-                    given = max(given, position)
+                    if new:
+                        put(replace(chunk, pcm=new))
+                    sent = max(sent, position)
                     if chunk.seconds is not None:
-                        self._part_seconds += _RECENT * (chunk.seconds - self._part_seconds)
-                        self.on_part(chunk.seconds, position / 48_000)  # 16-bit samples at 24 kHz
+                        self._part_seconds += _AVERAGE_WEIGHT * (chunk.seconds - self._part_seconds)
+                        self.on_part(chunk.seconds, position / _BYTES_PER_SECOND)
 
-        await self._retried(take)
+        await self._with_retry(speak)
 
-    async def _retried(self, call: Callable[[Supervisor], Awaitable[Any]]) -> Any:
-        """Make a call to the next free worker, and once more to another when that one dies of it."""
+    async def _with_retry(self, call: Callable[[Supervisor], Awaitable[Any]]) -> Any:
+        """Call the next free worker. If it dies during the call, retry with another worker."""
         for attempt in range(1 + _RETRIES):
             worker = await self._free_worker()
             try:
@@ -227,47 +233,47 @@ class Pool:
             except WorkerGoneError as error:
                 if attempt == _RETRIES:
                     raise
-                logger.warning("%s; once more with the next worker", error.message)
+                logger.warning("%s; retrying with the next worker", error.message)
         raise AssertionError("the loop returns or raises")
 
     async def _free_worker(self) -> Supervisor:
-        """Wait in line for a worker, which is then taken.
+        """Wait in the queue for a worker, and return it reserved.
 
         Raises:
-            BusyError: none was free in time, or none will be.
+            BusyError: no worker was free in time.
+            WorkerGoneError: no worker is left.
         """
-        place: asyncio.Future[Supervisor] = asyncio.get_running_loop().create_future()
-        self._line.append(place)
+        waiter: asyncio.Future[Supervisor] = asyncio.get_running_loop().create_future()
+        self._queue.append(waiter)
         self._assign()
         try:
-            await asyncio.wait([place], timeout=self._config.wait_seconds)
+            await asyncio.wait([waiter], timeout=self._wait_seconds)
         except asyncio.CancelledError:
-            if place in self._line:
-                self._line.remove(place)
-            elif place.exception() is None:
-                place.result().release()
+            if waiter in self._queue:
+                self._queue.remove(waiter)
+            elif waiter.exception() is None:
+                waiter.result().release()
             raise
-        if not place.done():
-            self._line.remove(place)
+        if not waiter.done():
+            self._queue.remove(waiter)
             raise BusyError(
-                f"no worker was free within {self._config.wait_seconds:.0f} s",
+                f"no worker was free within {self._wait_seconds:.0f} s",
                 next_step="try again later, or give the server more devices",
             )
-        return place.result()
+        return waiter.result()
 
-    def _changed(self) -> None:
-        """A worker became free or ready, or is gone."""
+    def _worker_changed(self) -> None:
         if self._voices is not None and self.leading.voices:
             self._voices.baked = self.leading.voices
         self._assign()
 
     def _assign(self) -> None:
-        """Give free workers to those at the head of the line."""
+        """Give free workers to the parts at the head of the queue."""
         for worker in self.workers:
-            if worker.free and self._line:
-                worker.take()
-                self._line.popleft().set_result(worker)
+            if worker.free and self._queue:
+                worker.reserve()
+                self._queue.popleft().set_result(worker)
         if all(worker.ended for worker in self.workers):
-            what = "no worker is left" if self.failure else "the server is shutting down, and its worker ended"
-            while self._line:
-                self._line.popleft().set_exception(WorkerGoneError(what, next_step="ask another server"))
+            message = "no worker is left" if self.failure else "the server is shutting down, and its worker ended"
+            while self._queue:
+                self._queue.popleft().set_exception(WorkerGoneError(message, next_step="use another server"))

@@ -1,7 +1,7 @@
-"""A long text in parts, each short enough to be spoken at once and long enough to be spoken well.
+"""Split a long text into parts: short enough for one synthesis, and long enough to sound natural.
 
-Where sentences end is found by sentencex, by the rules of English and the marks of other scripts: it knows
-abbreviations, decimals and quotations, and leaves two sentences together where it is in doubt.
+The sentencex package finds the ends of sentences, with the rules of English and the punctuation of other scripts. It
+knows abbreviations, decimals and quotations, and does not split where it is in doubt.
 """
 
 from __future__ import annotations
@@ -9,81 +9,83 @@ from __future__ import annotations
 import bisect
 import re
 
-#: About twenty seconds of speech, half of what the model can draw at once.
+#: Characters of about 20 s of speech. The model can speak twice as much at once.
 LIMIT = 280
-#: Where a clause ends: Latin marks before a space only, since they also stand in numbers, and the end of a line.
+#: The end of a clause. Latin punctuation counts only before white space, because numbers contain it too.
 _CLAUSE = r"""[,;:،؛–-]["'”’)\]]*(?=\s)|[，、；：—…][”’」』）]*|(?=\n)"""  # noqa: RUF001
-#: The number of an item at the beginning of its line: a sentence to sentencex, and yet it belongs to what follows.
-_ITEM = re.compile(r"\s*\(?\d{1,3}[.)]")
+#: The number of a list item. sentencex takes it for a sentence, but it belongs to the text after it.
+_ITEM_NUMBER = re.compile(r"\s*\(?\d{1,3}[.)]")
 
 
 def split(text: str, *, limit: int = LIMIT) -> list[str]:
-    """Cut a text into parts, in order, with all that is visible in it.
+    """Split a text into parts that contain all its visible characters in order.
 
-    A part is as many whole sentences as fit. A sentence that is too long by itself is cut after a clause, else at white
-    space, else anywhere between two characters as a reader sees them, which may consist of several code points.
+    A part contains as many sentences as the limit allows. A sentence that is longer than the limit is split after a
+    clause, otherwise at white space, otherwise between two grapheme clusters (characters as a reader sees them, which
+    may consist of several code points).
 
     Args:
-        text: any; one within the limit comes back as it is.
-        limit: most code points of a part.
+        text: any text. A text within the limit is returned unchanged.
+        limit: maximum length of a part, in code points.
 
     Returns:
-        Parts without white space around them, none of them empty.
+        parts that are not empty, without white space at their ends.
     """
     if len(text) <= limit:
         return [text]
     import regex
 
-    seen = [match.end() for match in regex.finditer(r"\X", text)]
-    between = set(seen)
-    levels = [
-        [end for end in ends if end in between]
+    cluster_ends = [match.end() for match in regex.finditer(r"\X", text)]
+    allowed = set(cluster_ends)
+    candidates = [
+        [end for end in ends if end in allowed]
         for ends in (
             _sentence_ends(text),
             [match.end() for match in regex.finditer(_CLAUSE, text)],
             [match.start() for match in regex.finditer(r"\s+", text)],
-            seen,
+            cluster_ends,
         )
     ]
     parts = []
-    start = _beginning(text, 0, between)
+    start = _next_start(text, 0, allowed)
     while start < len(text):
         end = len(text)
         if len(text[start:].rstrip()) > limit:
-            end = next((end for ends in levels if (end := _last(ends, start, start + limit))), start + limit)
+            end = next((end for ends in candidates if (end := _last_end(ends, start, start + limit))), start + limit)
         part = text[start:end].rstrip()
         if part:
             parts.append(part)
-        start = _beginning(text, end, between)
+        start = _next_start(text, end, allowed)
     return parts
 
 
 def _sentence_ends(text: str) -> list[int]:
-    """Where sentences end, without the white space after them."""
+    """Return the positions where sentences end, without the white space after them."""
     import sentencex
 
     ends, position = [], 0
     for sentence in sentencex.segment("en", text):
         stripped = sentence.strip()
-        found = text.find(stripped, position)
-        if stripped and found >= 0:
-            position = found + len(stripped)
+        index = text.find(stripped, position)
+        if stripped and index >= 0:
+            position = index + len(stripped)
             line = text.rfind("\n", 0, position) + 1
-            ends.append(len(text[:line].rstrip()) if _ITEM.fullmatch(text[line:position]) else position)
+            is_item_number = _ITEM_NUMBER.fullmatch(text[line:position])
+            ends.append(len(text[:line].rstrip()) if is_item_number else position)
     return sorted(ends)
 
 
-def _beginning(text: str, start: int, between: set[int]) -> int:
-    """Where the next part begins: after white space, unless a mark combines with it."""
-    position = start
+def _next_start(text: str, end: int, allowed: set[int]) -> int:
+    """Return where the next part starts: after the white space, unless a mark combines with that white space."""
+    position = end
     while position < len(text) and text[position].isspace():
         position += 1
-    while position > start and position not in between and position < len(text):
+    while position > end and position not in allowed and position < len(text):
         position -= 1
     return position
 
 
-def _last(ends: list[int], start: int, most: int) -> int:
-    """The last of `ends`, which ascend, beyond `start` and not beyond `most`; 0 if there is none."""
-    index = bisect.bisect_right(ends, most)
+def _last_end(ends: list[int], start: int, limit: int) -> int:
+    """Return the last of the ascending `ends` that is after `start` and not after `limit`; 0 if no such end exists."""
+    index = bisect.bisect_right(ends, limit)
     return ends[index - 1] if index and ends[index - 1] > start else 0

@@ -1,43 +1,52 @@
-"""What a request asks for, checked: the words that front and worker use for it. Imports nothing heavy."""
+"""Options of one speech request, as the server passes them from the request body to the worker. Imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+
+#: Speech tokens in each chunk of a stream: one second of audio.
+_CHUNK_TOKENS = 25
+_SAMPLING = ("temperature", "cfg_weight", "exaggeration")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeechOrder:
-    """A request for speech. None leaves a choice to the server or the model.
+class SpeechOptions:
+    """The text and the settings of a request. None lets the server or the model choose.
+
+    The front receives one object for each request and splits its text. Each worker receives a copy with one part of the
+    text and with `seed` and `voice_digest` filled in.
 
     Attributes:
-        text: what to say, of the whole request or of one part of it.
-        voice: the name of a voice; whether there is one, its worker knows.
+        text: the text of the request, or one part of it.
+        voice: the name of a voice. The voice store and the worker check whether it exists.
+        seed: makes the audio repeatable on the same machine.
+        max_new_tokens: upper bound on the speech tokens of each part; 25 tokens are one second of audio.
+        temperature, cfg_weight, exaggeration: see `model.sampling.Sampling`.
+        look_ahead: number of tokens after a chunk that must exist before its audio is computed. None waits for all
+            tokens and gives the same audio as a one-shot synthesis.
         format: "wav", "pcm", "flac", "opus" or "mp3".
-        stream_format: "audio" or "sse" for a sound that is sent as it is made. With None so are mp3, opus and pcm; wav
-            and flac are sent when complete.
-        seed: makes the sound repeatable on the same machine.
-        max_new_tokens: bound on the speech tokens, 25 to a second of audio.
-        temperature, cfg_weight, exaggeration: how tokens are drawn, see `synthesis.Sampling`.
-        look_ahead: how many tokens after a chunk its sound waits for; None for all, which gives the one-shot sound.
+        stream_format: "audio" or "sse" streams the audio. None streams mp3, opus and pcm, and sends wav and flac
+            when they are complete.
+        voice_digest: SHA-256 of an added voice's file in hexadecimal; None for a baked voice.
+        chunk_tokens: speech tokens in each chunk of audio; None uses long chunks, for a caller that needs all audio
+            at once.
     """
 
     text: str
-    voice: str
-    format: str
-    stream_format: str | None = None
+    voice: str = DEFAULT_VOICE
     seed: int | None = None
     max_new_tokens: int | None = None
     temperature: float | None = None
     cfg_weight: float | None = None
     exaggeration: float | None = None
     look_ahead: int | None = None
+    format: str = "pcm"
+    stream_format: str | None = None
+    voice_digest: str | None = None
+    chunk_tokens: int | None = _CHUNK_TOKENS
 
-    def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` takes, fit for JSON; what is None is left out."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> SpeechOrder:
-        """The order that `to_dict` was called on."""
-        return cls(**fields)
+    def sampling(self) -> dict[str, float]:
+        """Return the sampling settings that the request sets, as arguments for `model.sampling.Sampling`."""
+        return {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}

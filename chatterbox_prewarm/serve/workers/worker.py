@@ -1,13 +1,12 @@
-"""The worker process: prepare, attach, one real synthesis, then one request after the other until told to stop.
+"""The worker process: load the model, run one synthesis, then handle one request at a time until the front stops it.
 
-Started by the front with a socket as its file descriptor `fd` and one JSON argument. It reports every phase, so that
-the front can answer probes while this process is busy importing.
+The front starts it with a socket and a JSON configuration. The worker reports each phase of its start, so that the
+front can answer probes while this process imports packages and loads weights.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -16,97 +15,65 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bake.save import REFERENCE_TOKENS
 from chatterbox_prewarm.errors import ModelError, PrewarmError, as_prewarm_error, first_line
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.warmup.adaptive import AdaptiveWarmup
-from chatterbox_prewarm.model.warmup.inputs import SHORT_TEXT
-from chatterbox_prewarm.model.warmup.levels import switched_off
-from chatterbox_prewarm.serve.workers import frames, log_lines
-from chatterbox_prewarm.serve.workers.fatal_errors import is_broken
-from chatterbox_prewarm.serve.workers.inbox import Inbox, LeftError
-from chatterbox_prewarm.serve.workers.messages import PROGRESS_SECONDS, PartOrder, Usage
+from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT, switched_off
+from chatterbox_prewarm.proof.probes import status_field
+from chatterbox_prewarm.serve.workers import log_lines, messages
+from chatterbox_prewarm.serve.workers.fatal_errors import is_fatal
+from chatterbox_prewarm.serve.workers.messages import PROGRESS_SECONDS, PreemptedError, RequestQueue, Usage
+from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
+from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
 from chatterbox_prewarm.start.attach import attach
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.system.json_subprocess import DEBUG, claim_stdout, describe, die_with_parent
 from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 if TYPE_CHECKING:
-    from chatterbox_prewarm.model.synthesis import Synthesizer
     from chatterbox_prewarm.model.warmup.adaptive import WarmupStep
     from chatterbox_prewarm.serve.workers.worker_voices import VoiceCache
     from chatterbox_prewarm.start.attach import Attached
+    from chatterbox_prewarm.state.manifest import Reference
 
 logger = logging.getLogger(__name__)
 
-#: A worker counts as idle, and warms up what is left, when no request came for so long.
+#: After this many seconds without a request, a worker is idle and continues its warm-up.
 _IDLE_SECONDS = 2.0
-#: A voice is made in a few long steps that cannot report: 1 to 8 s on a CPU. For so long the process is believed.
+#: The computation of a voice cannot report progress in between. It takes 1 to 8 s on a CPU; the worker reports progress
+#: for it until this timeout.
 _VOICE_SECONDS = 60.0
-#: Chunks where nobody waits for them, ten seconds each: a vocoder at work on more would say nothing for too long.
-_WHOLE_TOKENS = 250
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerConfig:
-    """What a worker needs to know; travels as JSON.
-
-    `fd` is its end of the socket pair. `origin` is when the start began, in seconds since boot: for the first worker
-    the moment the front was executed, since that is the clock a user waits by; None for a replacement.
-    `requests_per_minute` is the load to warm up for, beyond what is needed to be ready, while idle; `skipped` names the
-    steps of that which a worker before this one died of.
-    """
-
-    fd: int = -1
-    origin: float | None = None
-    warm: str
-    weights: str
-    cache: str
-    policy: str
-    profile: str | None
-    key: str | None
-    signature: str | None
-    expect_digest: str | None
-    device: str
-    voices: dict[str, str]
-    voice_directory: str | None = None
-    threads: int | None
-    max_new_tokens: int
-    requests_per_minute: float = 0.0
-    skipped: tuple[str, ...] = ()
-    log_format: str = "text"
-
-    def to_argument(self) -> str:
-        """The configuration as a command-line argument."""
-        return json.dumps(asdict(self))
+#: Chunk size when the caller needs all audio at once: 10 s of audio. The vocoder reports no progress within a chunk, so
+#: chunks must not be longer.
+_LONG_CHUNK_TOKENS = 250
 
 
 def main() -> None:
-    """Run a worker to its end; a failure before ready is reported to the front and ends with its exit code."""
-    die_with_parent()  # a front that was killed must not leave a model behind
+    """Run a worker. If its start fails, report the error to the front and exit with the exit code of the error."""
+    die_with_parent()  # if the front is killed, the worker must not stay in memory
     claim_stdout().close()
-    config = WorkerConfig(**json.loads(sys.argv[1]))
+    config = WorkerConfig.from_argument(sys.argv[1])
     log_lines.install(config.log_format, process=f"worker {config.device}", level=logging.INFO)
     with socket.socket(fileno=config.fd) as connection:
         worker = Worker(config, connection)
         threading.Thread(target=worker.report_alive, name="alive", daemon=True).start()
         try:
             worker.start()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the front is to say it
+        except Exception as error:  # noqa: BLE001 - the front reports every error
             if os.environ.get(DEBUG):
                 traceback.print_exc()
-            found = as_prewarm_error(error)
-            worker.send({"type": "failed", "passing": is_broken(error), **describe(found)})
-            sys.exit(found.exit_code)
+            failure = as_prewarm_error(error)
+            worker.send({"type": "failed", "transient": is_fatal(error), **describe(failure)})
+            sys.exit(failure.exit_code)
         worker.serve()
 
 
 class Worker:
-    """A model, its voices, and the connection to the front."""
+    """A model with its voices, and the connection to the front."""
 
     def __init__(self, config: WorkerConfig, connection: socket.socket) -> None:
         self._config = config
@@ -116,220 +83,201 @@ class Worker:
             on_phase=lambda name: self.send({"type": "phase", "name": name, "metrics": self._metrics.to_dict()}),
         )
         self._attached: Attached | None = None
-        self._added: VoiceCache | None = None
-        self._reported = 0.0
-        self._sending = threading.Lock()
-        self._steps: list[WarmupStep] = []
-        #: A request whose work cannot report by itself, and until when it is believed to be at work.
-        self._vouched = (0, 0.0)
+        self._added_voices: VoiceCache | None = None
+        self._progress_sent = 0.0
+        self._send_lock = threading.Lock()
+        self._warmup_steps: list[WarmupStep] = []
+        #: Id of a request whose work cannot report progress, and until when the worker reports it instead.
+        self._opaque_work = (0, 0.0)
 
     def start(self) -> None:
-        """Become ready: prepare, attach, and one real synthesis.
+        """Load the model and its warm state, then run one synthesis.
 
         Raises:
             PrewarmError: the model cannot be loaded, or the policy forbids a cold start.
         """
         config = self._config
         plan = AdaptiveWarmup.plan_for(config.requests_per_minute)
-        prepared = prepare(
-            Path(config.warm),
-            Path(config.weights),
-            cache=Path(config.cache),
-            device=config.device,
-            policy=config.policy,
-            profile=config.profile,
-            metrics=self._metrics,
-            key=Path(config.key) if config.key else None,
-            signature=Path(config.signature) if config.signature else None,
-            expected_digest=config.expect_digest,
-        )
-        attached = self._attached = attach(
-            prepared,
-            threads=config.threads,
-            voices={name: Path(clip) for name, clip in config.voices.items()},
-        )
+        prepared = prepare(config.start, metrics=self._metrics)
+        attached = self._attached = attach(prepared, threads=config.threads, voices=config.voices)
         from chatterbox_prewarm.serve.workers.worker_voices import VoiceCache, voice_sizes
 
         if config.voice_directory is not None:
-            self._added = VoiceCache(attached, Path(config.voice_directory))
+            self._added_voices = VoiceCache(attached, config.voice_directory)
         sizes = voice_sizes(attached.synthesizer)
         self.send({"type": "attached", "voices": sizes, "metrics": self._metrics.to_dict()})
-        reference = prepared.manifest.reference if prepared.manifest else None
         with self._metrics.phase("first synthesis"):
-            attached.synthesizer.synthesize(
-                reference.text if reference else SHORT_TEXT,
-                voice=reference.voice if reference else DEFAULT_VOICE,
-                seed=reference.seed if reference else 0,
-                max_new_tokens=reference.max_new_tokens if reference else REFERENCE_TOKENS,
-            )
+            _first_synthesis(attached, prepared.state.manifest.reference if prepared.state else None)
         self._metrics.mark("ready")
         if not switched_off():
-            self._steps = [step for step in plan.steps(attached.synthesizer) if step.name not in config.skipped]
+            self._warmup_steps = [step for step in plan.steps(attached.synthesizer) if step.name not in config.skipped]
         self.send({"type": "ready", **self._report()})
 
     def serve(self) -> None:
-        """Answer requests until the front closes or says stop; between them, warm up what is left."""
-        inbox = Inbox(self._connection)
+        """Handle requests until the front closes the connection or sends `stop`. Warm up while idle."""
+        requests = RequestQueue(self._connection)
         while True:
             try:
-                message = inbox.take(_IDLE_SECONDS if self._steps else None)
+                message = requests.get(_IDLE_SECONDS if self._warmup_steps else None)
             except queue.Empty:
-                if self._warm_up(self._steps[0], inbox):
-                    del self._steps[0]
+                if self._warm_up(self._warmup_steps[0], requests):
+                    del self._warmup_steps[0]
                 continue
             if message is None or message[0]["type"] == "stop":
                 return
-            self._answer(inbox, *message)
+            self._handle(requests, *message)
 
     def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
-        """Send a message to the front; from any thread."""
-        with self._sending:
-            self._connection.sendall(frames.encode(header, payload))
+        """Send a message to the front. Any thread may call this."""
+        with self._send_lock:
+            self._connection.sendall(messages.encode(header, payload))
 
     def report_alive(self) -> None:
         """Tell the front every second that this process runs, until the connection is closed."""
         with contextlib.suppress(OSError):
             while True:
-                number, until = self._vouched
+                request_id, until = self._opaque_work
                 if time.monotonic() < until:
-                    self.send({"type": "progress", "id": number})
+                    self.send({"type": "progress", "id": request_id})
                 else:
                     self.send({"type": "alive"})
                 time.sleep(PROGRESS_SECONDS)
 
-    def _answer(self, inbox: Inbox, header: dict[str, Any], payload: bytes) -> None:
-        """Do what a message asks for, and say how it went.
+    def _handle(self, requests: RequestQueue, header: dict[str, Any], payload: bytes) -> None:
+        """Handle a request and send its answer or its error.
 
         Raises:
-            SystemExit: the process can do no more work, as after a fault of the device.
+            SystemExit: the process can do no more work, for example after a fault of the GPU.
         """
-        number = header["id"]
+        request_id = header["id"]
         log_lines.REQUEST_ID.set(header["request"])
         try:
             if header["type"] == "speak":
-                self._speak(inbox, number, PartOrder(**header["part"]))
+                self._speak(requests, request_id, SpeechOptions(**header["options"]))
             else:
-                self._prepare_voice(number, payload)
+                self._prepare_voice(request_id, payload)
         except PrewarmError as error:
-            self.send({"type": "error", "id": number, "broken": False, **describe(error)})
+            self.send({"type": "error", "id": request_id, "fatal": False, **describe(error)})
         except Exception as error:
-            logger.exception("request %d failed", number)
-            broken = is_broken(error)
-            what = f"the worker's device failed: {first_line(error)}" if broken else f"a fault: {type(error).__name__}"
-            kind = ModelError if broken else PrewarmError
-            fault = kind(what, next_step="try again; if it stays so, see the server's log")
-            self.send({"type": "error", "id": number, "broken": broken, **describe(fault)})
-            if broken:
-                sys.exit(fault.exit_code)
+            logger.exception("request %d failed", request_id)
+            fatal = is_fatal(error)
+            failure = (ModelError if fatal else PrewarmError)(
+                f"the worker's device failed: {first_line(error)}" if fatal else f"a fault: {type(error).__name__}",
+                next_step="try again; if the error stays, see the server's log",
+            )
+            self.send({"type": "error", "id": request_id, "fatal": fatal, **describe(failure)})
+            if fatal:
+                sys.exit(failure.exit_code)
 
-    def _speak(self, inbox: Inbox, number: int, part: PartOrder) -> None:
+    def _speak(self, requests: RequestQueue, request_id: int, options: SpeechOptions) -> None:
         from chatterbox_prewarm.model.sampling import Sampling
         from chatterbox_prewarm.model.streaming import generate_stream
 
-        fields = {
-            name: value
-            for name in ("temperature", "cfg_weight", "exaggeration")
-            if (value := getattr(part, name)) is not None
-        }
-        bound = min(part.max_new_tokens, self._config.max_new_tokens)
+        synthesizer = self._loaded.synthesizer
+        if options.voice_digest is not None and self._added_voices is not None:
+            synthesizer = self._added_voices.synthesizer(options.voice, options.voice_digest)
+        limit = self._config.max_new_tokens
         started = time.monotonic()
         stream = generate_stream(
-            self._synthesizer(part),
-            part.text,
-            voice=part.voice,
-            seed=part.seed,
-            max_new_tokens=bound,
-            sampling=Sampling(**fields),
-            chunk_tokens=part.chunk_tokens or _WHOLE_TOKENS,
-            look_ahead=part.look_ahead,
-            stopped=lambda: self._wanted_no_more(inbox, number),
+            synthesizer,
+            options.text,
+            voice=options.voice,
+            seed=options.seed,
+            max_new_tokens=min(options.max_new_tokens or limit, limit),
+            sampling=Sampling(**options.sampling()),
+            chunk_tokens=options.chunk_tokens or _LONG_CHUNK_TOKENS,
+            look_ahead=options.look_ahead,
+            stopped=lambda: self._is_cancelled(requests, request_id),
         )
         finished = False
         for chunk in stream:
             finished = chunk.is_last
-            header = {"type": "audio", "id": number, "tokens": int(chunk.tokens.size), "last": finished}
+            header = {"type": "audio", "id": request_id, "tokens": int(chunk.tokens.size), "last": finished}
             if finished:
                 header |= {"seconds": time.monotonic() - started, **self._report()}
             self.send(header, chunk.pcm.astype("<i2").tobytes())
         if not finished:
-            self.send({"type": "cancelled", "id": number})
+            self.send({"type": "cancelled", "id": request_id})
 
-    def _synthesizer(self, part: PartOrder) -> Synthesizer:
-        """What speaks with a part's voice."""
-        if self._attached is None:
-            raise AssertionError("requests come after start")
-        if part.voice_digest is None or self._added is None:
-            return self._attached.synthesizer
-        return self._added.synthesizer(part.voice, part.voice_digest)
+    def _is_cancelled(self, requests: RequestQueue, request_id: int) -> bool:
+        """Return whether the front cancelled a request, and send `progress` every second."""
+        if time.monotonic() - self._progress_sent > PROGRESS_SECONDS:
+            self._progress_sent = time.monotonic()
+            self.send({"type": "progress", "id": request_id})
+        return requests.is_cancelled(request_id)
 
-    def _prepare_voice(self, number: int, clip: bytes) -> None:
+    def _prepare_voice(self, request_id: int, clip: bytes) -> None:
         from chatterbox_prewarm.serve.workers.worker_voices import voice_bytes
 
-        if self._attached is None:
-            raise AssertionError("requests come after start")
-        self._vouched = (number, time.monotonic() + _VOICE_SECONDS)
+        self._opaque_work = (request_id, time.monotonic() + _VOICE_SECONDS)
         try:
-            voice = voice_bytes(self._attached, clip)
+            voice = voice_bytes(self._loaded, clip)
         finally:
-            self._vouched = (0, 0.0)
-        self.send({"type": "voice", "id": number}, voice)
+            self._opaque_work = (0, 0.0)
+        self.send({"type": "voice", "id": request_id}, voice)
 
-    def _wanted_no_more(self, inbox: Inbox, number: int) -> bool:
-        """Whether a request was called off; on the way, tell the front that this process does not hang."""
-        if time.monotonic() - self._reported > PROGRESS_SECONDS:
-            self._reported = time.monotonic()
-            self.send({"type": "progress", "id": number})
-        return inbox.cancelled(number)
-
-    def _warm_up(self, step: WarmupStep, inbox: Inbox) -> bool:
-        """Take a step of the warm-up, or give it up; False when a request came before it was done.
+    def _warm_up(self, step: WarmupStep, requests: RequestQueue) -> bool:
+        """Run a step of the idle warm-up. Return False when a request preempted it, True when it need not run again.
 
         Raises:
-            SystemExit: it left this process without use. The front knows the step, and has the next worker skip it.
+            SystemExit: the step made this process unusable. The front knows the step, and the next worker skips it.
         """
         started = time.monotonic()
         self.send({"type": "warming", "step": step.name})
         try:
-            step.run(inbox.leave_for_others)
-        except LeftError:
+            step.run(requests.check_preempted)
+        except PreemptedError:
             self.send({"type": "warming", "step": None})
             return False
         except Exception as error:
-            if is_broken(error):
-                logger.exception("the warm-up of %s broke this worker", step.name)
+            if is_fatal(error):
+                logger.exception("the warm-up of %s made this worker unusable", step.name)
                 sys.exit(ModelError.exit_code)
-            logger.exception("the warm-up of %s is given up", step.name)
+            logger.exception("the warm-up of %s failed and is skipped", step.name)
             self.send({"type": "warming", "step": None})
             return True
         self._metrics.add_seconds(f"warm-up of {step.name}", time.monotonic() - started)
         self.send({"type": "warmed", **self._report()})
         return True
 
-    def _report(self) -> dict[str, Any]:
-        """The log and counters of this process, and what it holds."""
-        return {"metrics": self._metrics.to_dict(), "usage": asdict(self._usage())}
+    @property
+    def _loaded(self) -> Attached:
+        if self._attached is None:
+            raise AssertionError("a request arrived before the start was complete")
+        return self._attached
 
-    def _usage(self) -> Usage:
+    def _report(self) -> dict[str, Any]:
+        """Return the event log, the counters and the resource usage of this process, for a message header."""
         import torch
 
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         device = self._config.device
         on_gpu = device.startswith("cuda")
-        return Usage(
-            rss_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
+        usage = Usage(
+            rss_bytes=1024 * (status_field(os.getpid(), "VmRSS") or 0),
             vram_bytes=torch.cuda.memory_reserved(device) if on_gpu else 0,
             vram_peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else 0,
-            hooks=self._hooks(),
-            voices=self._added.voices if self._added else 0,
-            voice_bytes=self._added.size if self._added else 0,
+            hooks=_count_hooks(self._attached) if self._attached else 0,
+            voices=self._added_voices.voices if self._added_voices else 0,
+            voice_bytes=self._added_voices.size if self._added_voices else 0,
         )
+        return {"metrics": self._metrics.to_dict(), "usage": asdict(usage)}
 
-    def _hooks(self) -> int:
-        if self._attached is None:
-            return 0
-        model = self._attached.synthesizer.model
-        modules = (module for part in (model.t3, model.s3gen, model.ve) for module in part.modules())
-        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+
+def _first_synthesis(attached: Attached, reference: Reference | None) -> None:
+    """Speak the reference text of the warm state, or a short text when there is no warm state."""
+    attached.synthesizer.synthesize(
+        reference.text if reference else SHORT_TEXT,
+        voice=reference.voice if reference else DEFAULT_VOICE,
+        seed=reference.seed if reference else 0,
+        max_new_tokens=reference.max_new_tokens if reference else REFERENCE_TOKENS,
+    )
+
+
+def _count_hooks(attached: Attached) -> int:
+    """Count the hooks on all modules of the model."""
+    model = attached.synthesizer.model
+    modules = (module for part in (model.t3, model.s3gen, model.ve) for module in part.modules())
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
 
 
 if __name__ == "__main__":

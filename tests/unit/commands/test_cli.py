@@ -1,4 +1,4 @@
-"""The command line: what runs without torch, what the documents promise of it, and how it ends."""
+"""Test the command line: what runs without torch, its documentation, and its exit codes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     import click
 
-#: Runs the command line where only the base dependencies can be imported.
-_WITHOUT_MODEL = """
+#: A program that runs the command line with only the base dependencies.
+_BASE_INSTALLATION = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
@@ -34,9 +34,10 @@ main()
 """
 
 
-def _without_model(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    program = _WITHOUT_MODEL
-    if arguments[0] == "verify":  # which looks for that package's sources and imports nothing of it
+def run_base_installation(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `chatterbox-prewarm ARGUMENTS` with only the base dependencies."""
+    program = _BASE_INSTALLATION
+    if arguments[0] == "verify":  # it looks for the sources of that package without importing it
         program = program.replace('"chatterbox", ', "")
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
@@ -49,32 +50,33 @@ def _without_model(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
+    """Write a small warm state."""
     make_state(tmp_path / "warm", {"numba": {"index.nbi": b"index"}})
     return tmp_path / "warm"
 
 
 def test_inspect_and_pack_need_no_model_packages(state: Path, tmp_path: Path) -> None:
-    shown = _without_model("inspect", "--warm", state)
+    shown = run_base_installation("inspect", "--warm", state)
     assert shown.returncode == 0, shown.stderr
     assert "numba" in shown.stdout
-    packed = _without_model("pack", "--warm", state, "--output", tmp_path / "layer.tar.gz")
+    packed = run_base_installation("pack", "--warm", state, "--output", tmp_path / "layer.tar.gz")
     assert packed.returncode == 0, packed.stderr
     assert (tmp_path / "layer.tar.gz").stat().st_size > 0
 
 
-def test_a_command_that_needs_the_model_says_how_to_get_it(tmp_path: Path) -> None:
-    refused = _without_model("weights", "synthesize", tmp_path / "w", "--size", "mini")
+def test_a_command_that_needs_the_model_names_the_extra(tmp_path: Path) -> None:
+    refused = run_base_installation("weights", "synthesize", tmp_path / "w", "--size", "mini")
     assert refused.returncode == 15
     assert "chatterbox-prewarm[model]" in refused.stderr
 
 
 def test_verify_and_the_proof_of_an_image_need_no_model_packages(state: Path, tmp_path: Path) -> None:
-    verified = _without_model("verify", "--warm", state, "--weights", tmp_path)
+    verified = run_base_installation("verify", "--warm", state, "--weights", tmp_path)
     assert verified.returncode == 0, verified.stderr
     assert "numba: 1 file(s) intact, fits this machine" in verified.stdout
-    refused = _without_model("prove", "--image", "no such image")
+    refused = run_base_installation("prove", "--image", "no such image")
     assert refused.returncode == 14, refused.stderr
-    fetched = _without_model("weights", "fetch", tmp_path / "weights", "--revision", "main")
+    fetched = run_base_installation("weights", "fetch", tmp_path / "weights", "--revision", "main")
     assert fetched.returncode == 16, fetched.stderr
 
 
@@ -83,10 +85,10 @@ def test_verify_and_the_proof_of_an_image_need_no_model_packages(state: Path, tm
     [
         (errors.IntegrityError("changed", next_step="bake"), 12),
         (OSError(28, "No space left on device"), 16),
-        (ValueError("unheard of"), 70),
+        (ValueError("a bug"), 70),
     ],
 )
-def test_a_program_without_a_command_line_ends_like_one(
+def test_a_program_without_a_command_line_exits_with_the_same_codes(
     error: Exception, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended, errors.exit_with_code():
@@ -102,15 +104,16 @@ def test_the_public_names_can_be_imported_before_torch() -> None:
 
 
 def _commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
-    found = {}
+    """Return every command and group below `group` by its full name."""
+    commands = {}
     for name, command in group.commands.items():
-        found[f"{prefix}{name}"] = command
+        commands[f"{prefix}{name}"] = command
         if hasattr(command, "commands"):
-            found |= _commands(command, f"{prefix}{name} ")  # type: ignore[arg-type]
-    return found
+            commands |= _commands(command, f"{prefix}{name} ")  # type: ignore[arg-type]
+    return commands
 
 
-def test_the_readme_lists_every_command_and_no_other() -> None:
+def test_the_readme_lists_all_commands() -> None:
     readme = (ROOT / "README.md").read_text()
     table = readme[readme.index("| command |") : readme.index("Every option of `serve`")]
     listed = {name for row in table.splitlines() if row for name in _commands_of(row)}
@@ -119,15 +122,15 @@ def test_the_readme_lists_every_command_and_no_other() -> None:
 
 
 def _commands_of(row: str) -> set[str]:
-    """The commands of a row; the first word of a group's row stands for all of the row's."""
-    named = re.findall(r"`([a-z0-9 -]+)`", row.split("|")[1])
-    if not named:
+    """Return the commands in a row of the table. In the row of a group, only the first command has the group's name."""
+    names = re.findall(r"`([a-z0-9 -]+)`", row.split("|")[1])
+    if not names:
         return set()
-    group, _, first = named[0].rpartition(" ")
-    return {f"{group} {name}".strip() for name in (first, *named[1:])}
+    group, _, first = names[0].rpartition(" ")
+    return {f"{group} {name}".strip() for name in (first, *names[1:])}
 
 
-def test_every_option_of_serve_can_be_set_in_the_environment_and_help_says_so() -> None:
+def test_the_help_of_serve_names_the_environment_variable_of_every_option() -> None:
     serve = _commands(cli)["serve"]
     shown = run_cli("serve", "--help").stdout
     assert len(serve.params) >= 12
@@ -148,22 +151,22 @@ def test_every_exit_code_is_in_the_help_and_in_the_readme() -> None:
 
 def test_the_variables_of_the_kubernetes_manifests_are_options_of_serve() -> None:
     files = [path for path in (ROOT / "k8s").rglob("kustomization.yaml") if path.parent.name != "bake"]
-    named = {name for path in files for name in re.findall(r"- (CHATTERBOX_PREWARM_\w+)=", path.read_text())}
-    assert named
-    assert named <= {str(option.envvar) for option in _commands(cli)["serve"].params}
+    variables = {name for path in files for name in re.findall(r"- (CHATTERBOX_PREWARM_\w+)=", path.read_text())}
+    assert variables
+    assert variables <= {str(option.envvar) for option in _commands(cli)["serve"].params}
 
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--version"], 0), (["nonsense"], 2), (["serve", "--port", "0"], 2), (["inspect", "--warm", "/nowhere"], 12)],
+    [(["--version"], 0), (["unknown"], 2), (["serve", "--port", "0"], 2), (["inspect", "--warm", "/nowhere"], 12)],
 )
-def test_the_exit_code_tells_what_happened(arguments: list[str], code: int) -> None:
+def test_the_exit_code_depends_on_the_kind_of_error(arguments: list[str], code: int) -> None:
     done = run_cli(*arguments)
     assert done.returncode == code
     assert "Traceback" not in done.stderr
 
 
-def test_the_evidence_of_an_earlier_proof_does_not_outlive_a_failed_one(state: Path, tmp_path: Path) -> None:
+def test_a_failed_proof_removes_the_evidence_of_an_earlier_one(state: Path, tmp_path: Path) -> None:
     evidence = tmp_path / "evidence.json"
     evidence.write_text('{"passed": true}')
     (state / "manifest.json").unlink()
@@ -172,22 +175,22 @@ def test_the_evidence_of_an_earlier_proof_does_not_outlive_a_failed_one(state: P
     assert not evidence.exists()
 
 
-def test_a_result_that_cannot_be_written_is_said_before_the_work(state: Path) -> None:
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(state: Path) -> None:
     refused = run_cli("prove", "--warm", state, "--evidence", "/proc/nowhere/evidence.json")
     assert refused.returncode == 16
     assert "next:" in refused.stderr
 
 
-def test_graphs_are_refused_where_there_are_none(tmp_path: Path) -> None:
+def test_graphs_are_refused_on_a_cpu(tmp_path: Path) -> None:
     refused = run_cli("bake", "--graphs", "--warm", tmp_path / "warm", "--weights", tmp_path)
     assert refused.returncode == 16
-    assert "no CUDA graphs" in refused.stderr
+    assert "does not support CUDA graphs" in refused.stderr
     execution = default_execution("cuda:1")
     assert (execution.profile, execution.graphs) == ("aot", True)
     assert not default_execution("cuda", graphs=False).graphs
     assert not default_execution("cpu").graphs
 
 
-def test_debug_shows_a_traceback_and_nothing_else_does(tmp_path: Path) -> None:
+def test_a_traceback_is_shown_only_with_debug(tmp_path: Path) -> None:
     assert "Traceback" in run_cli("--debug", "inspect", "--warm", tmp_path).stderr
     assert "Traceback" not in run_cli("inspect", "--warm", tmp_path).stderr

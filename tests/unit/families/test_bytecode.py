@@ -1,4 +1,4 @@
-"""The pack of bytecode: what goes in comes out, Python takes it from there, and what does not fit is a miss."""
+"""Test the bytecode pack: round trip, imports from it, and misses for stale entries."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from types import CodeType
 
 import pytest
 
-from chatterbox_prewarm.families.bytecode import BytecodeFamily, Pack, bytecode, is_packed, write_pack
+from chatterbox_prewarm.families.bytecode import BytecodeFamily, bytecode, is_packed, read_pack, write_pack
 from tests.helpers.children import call
 
-#: Small modules of the standard library that nothing else here imports.
+#: Small modules of the standard library that no other code in these tests imports.
 MODULES = ["colorsys", "sched", "stringprep"]
 
 
@@ -30,27 +30,27 @@ def source(name: str) -> str:
     return spec.origin
 
 
-def test_a_pack_gives_back_what_was_put_in(tmp_path: Path) -> None:
+def test_pack_returns_the_written_modules(tmp_path: Path) -> None:
     modules = {"/lib/b.py": b"second", "/lib/a.py": b"first", "/lib/empty.py": b"", "/lib/ü.py": bytes(range(256))}
     write_pack(tmp_path / "pack", modules)
-    pack = Pack(tmp_path / "pack")
+    pack = read_pack(tmp_path / "pack")
     assert len(pack) == 4
-    assert {path: pack.get(path) for path in modules} == modules
-    assert pack.get("/lib/c.py") is None
+    assert {path: bytes(pack[path]) for path in modules} == modules
+    assert "/lib/c.py" not in pack
 
 
-def test_equal_modules_give_equal_bytes_in_whatever_order(tmp_path: Path) -> None:
+def test_order_of_modules_does_not_change_the_bytes(tmp_path: Path) -> None:
     write_pack(tmp_path / "one", {"/a.py": b"1", "/b.py": b"2"})
     write_pack(tmp_path / "two", {"/b.py": b"2", "/a.py": b"1"})
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-def test_an_empty_pack_can_be_opened(tmp_path: Path) -> None:
+def test_empty_pack_can_be_read(tmp_path: Path) -> None:
     write_pack(tmp_path / "pack", {})
-    assert len(Pack(tmp_path / "pack")) == 0
+    assert len(read_pack(tmp_path / "pack")) == 0
 
 
-def test_bytecode_is_what_python_writes_itself() -> None:
+def test_bytecode_has_the_header_that_python_writes() -> None:
     content = bytecode(source("colorsys"))
     status = Path(source("colorsys")).stat()
     assert content[:4] == importlib.util.MAGIC_NUMBER
@@ -61,7 +61,7 @@ def test_bytecode_is_what_python_writes_itself() -> None:
     assert code.co_filename == source("colorsys")
 
 
-def test_a_start_needs_what_it_has_imported_but_not_our_own_modules() -> None:
+def test_start_sources_are_the_imported_modules_without_our_own() -> None:
     importlib.import_module("colorsys")
     importlib.import_module("chatterbox_prewarm.model.text")
     sources = BytecodeFamily().start_sources()
@@ -70,7 +70,7 @@ def test_a_start_needs_what_it_has_imported_but_not_our_own_modules() -> None:
     assert __file__ not in sources
 
 
-def test_installed_and_standard_modules_belong_into_a_pack_and_others_do_not() -> None:
+def test_only_installed_and_standard_modules_are_packed() -> None:
     paths = sysconfig.get_paths()
     assert is_packed("colorsys", f"{paths['stdlib']}/colorsys.py")
     assert is_packed("librosa.filters", f"{paths['purelib']}/librosa/filters.py")
@@ -79,7 +79,7 @@ def test_installed_and_standard_modules_belong_into_a_pack_and_others_do_not() -
     assert not is_packed("generated", "/tmp/generated.py")
 
 
-def test_imports_are_served_from_the_pack_and_counted(tmp_path: Path, modules: dict[str, bytes]) -> None:
+def test_imports_use_the_pack_and_are_counted(tmp_path: Path, modules: dict[str, bytes]) -> None:
     write_pack(tmp_path / "pack", modules)
     seen = call("import_from_pack", pack=str(tmp_path / "pack"), imports=MODULES)
     assert seen["metrics"]["hits"] == {"bytecode": len(MODULES)}
@@ -88,7 +88,7 @@ def test_imports_are_served_from_the_pack_and_counted(tmp_path: Path, modules: d
     assert "rgb_to_hsv" in seen["public"]["colorsys"]
 
 
-def test_it_is_the_packs_code_that_runs(tmp_path: Path, modules: dict[str, bytes]) -> None:
+def test_code_from_the_pack_runs(tmp_path: Path, modules: dict[str, bytes]) -> None:
     content = modules[source("colorsys")]
     other = marshal.dumps(compile("from_the_pack = True", source("colorsys"), "exec"))
     write_pack(tmp_path / "pack", {**modules, source("colorsys"): content[:16] + other})
@@ -97,9 +97,7 @@ def test_it_is_the_packs_code_that_runs(tmp_path: Path, modules: dict[str, bytes
 
 
 @pytest.mark.parametrize("position", [0, 8, 12], ids=["another Python", "another time", "another size"])
-def test_an_entry_that_does_not_fit_its_source_is_a_miss_and_not_a_hit(
-    tmp_path: Path, modules: dict[str, bytes], position: int
-) -> None:
+def test_stale_entry_is_a_miss(tmp_path: Path, modules: dict[str, bytes], position: int) -> None:
     stale = bytearray(modules[source("colorsys")])
     stale[position] ^= 1
     write_pack(tmp_path / "pack", {**modules, source("colorsys"): bytes(stale)})
@@ -110,13 +108,13 @@ def test_an_entry_that_does_not_fit_its_source_is_a_miss_and_not_a_hit(
     assert "rgb_to_hsv" in seen["public"]["colorsys"]
 
 
-def test_a_module_that_the_pack_lacks_is_a_miss_whether_or_not_python_has_it_cached(
+def test_module_missing_in_the_pack_is_a_miss_even_if_python_has_cached_it(
     tmp_path: Path, modules: dict[str, bytes]
 ) -> None:
     del modules[source("stringprep")]
     write_pack(tmp_path / "pack", modules)
     prefix = {"PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
-    for _ in range(2):  # the second process finds what the first has written
+    for _ in range(2):  # the second process finds the bytecode written by the first
         seen = call("import_from_pack", env=prefix, pack=str(tmp_path / "pack"), imports=MODULES)
         assert seen["metrics"]["hits"] == {"bytecode": 2}
         assert seen["metrics"]["misses"]["bytecode"] == 1
@@ -126,7 +124,7 @@ def test_a_module_that_the_pack_lacks_is_a_miss_whether_or_not_python_has_it_cac
         assert "in_table_a1" in seen["public"]["stringprep"]
 
 
-def test_without_a_pack_imports_are_noted_and_nothing_is_counted() -> None:
+def test_imports_without_a_pack_are_recorded_but_not_counted() -> None:
     seen = call("import_from_pack", pack="", imports=MODULES)
     assert set(seen["imported"]) == {source(name) for name in MODULES}
     assert (seen["metrics"]["hits"], seen["metrics"]["misses"]) == ({}, {})

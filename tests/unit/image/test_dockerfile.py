@@ -1,10 +1,8 @@
-"""The Dockerfile's variants for other builders."""
+"""Variants of the Dockerfile for other builders, and the packages that its stages copy."""
 
 from __future__ import annotations
 
-import ast
 import re
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,14 +10,11 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.image.dockerfile import for_cdi, for_classic
 from tests.conftest import ROOT, run_cli
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 TEXT = (ROOT / "Dockerfile").read_text()
 STAGE = re.compile(r"^FROM \S+ AS (\S+)$", re.MULTILINE)
 
 
-def test_with_cdi_the_step_that_bakes_has_the_gpus_and_nothing_else_changes() -> None:
+def test_the_variant_for_cdi_only_adds_the_gpus_to_the_bake_step() -> None:
     lines = for_cdi(TEXT).splitlines()
     assert lines[0] == "# syntax=docker/dockerfile:1-labs"
     changed = [(old, new) for old, new in zip(TEXT.splitlines(), lines[1:], strict=True) if old != new]
@@ -28,10 +23,10 @@ def test_with_cdi_the_step_that_bakes_has_the_gpus_and_nothing_else_changes() ->
     assert "/build/bake.py" in "".join(lines[lines.index(new) : lines.index(new) + 5])
 
 
-def test_the_classic_builder_gets_no_mount_and_only_the_stages_that_the_target_stands_on() -> None:
-    found = for_classic(TEXT, {"WEIGHTS": "synthetic"}, "runtime")
-    assert "--mount" not in found
-    assert STAGE.findall(found) == [
+def test_the_variant_for_the_classic_builder_has_no_mounts_and_only_the_stages_that_the_target_needs() -> None:
+    variant = for_classic(TEXT, {"WEIGHTS": "synthetic"}, "runtime")
+    assert "--mount" not in variant
+    assert STAGE.findall(variant) == [
         "base",
         "installed",
         "packages",
@@ -42,10 +37,10 @@ def test_the_classic_builder_gets_no_mount_and_only_the_stages_that_the_target_s
         "cold",
         "runtime",
     ]
-    bake = found[found.index("AS bake") : found.index("AS cold")]
-    copied = "COPY --from=weights /opt/chatterbox-prewarm/weights /opt/chatterbox-prewarm/weights\nRUN echo"
-    assert copied in bake, "what was bound is copied before the step"
-    assert STAGE.findall(for_classic(TEXT, {}, "runtime"))[4] == "weights-hub", "as the Dockerfile has it by default"
+    bake = variant[variant.index("AS bake") : variant.index("AS cold")]
+    copy_before_run = "COPY --from=weights /opt/chatterbox-prewarm/weights /opt/chatterbox-prewarm/weights\nRUN echo"
+    assert copy_before_run in bake, "a bound folder is copied before the step"
+    assert STAGE.findall(for_classic(TEXT, {}, "runtime"))[4] == "weights-hub", "the default of the Dockerfile"
     assert STAGE.findall(for_classic(TEXT, {"DEPS": "other/image:1"}, "runtime")) == [
         *("deps", "weights-hub", "weights", "bake", "cold", "runtime"),
     ]
@@ -54,49 +49,32 @@ def test_the_classic_builder_gets_no_mount_and_only_the_stages_that_the_target_s
     ]
 
 
-def test_every_step_of_the_classic_variant_still_runs_something() -> None:
+def test_no_step_of_the_variant_for_the_classic_builder_is_empty() -> None:
     for line in for_classic(TEXT, {}, "runtime").splitlines():
         assert not re.fullmatch(r"RUN\s*\\?", line)
 
 
-def copied(stage: str) -> set[Path]:
-    """The Python files of ours that a stage copies; whole folders are taken apart."""
-    text = TEXT[TEXT.index(f" AS {stage}\n") :].replace("\\\n", " ")
-    text = text[: text.find("\nFROM ")]
-    named = [word for line in text.splitlines() if line.startswith("COPY ") for word in line.split()[1:-1]]
-    paths = [ROOT / word for word in named if not word.startswith("--")]
-    return {file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])}
-
-
-def imports(tree: ast.AST) -> set[str]:
-    """Modules of ours that a file imports when it runs, at its top or in a function; not for types alone."""
-    found: set[str] = set()
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
-        elif isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
-        found |= imports(node)
-    return {name for name in found if name.split(".")[0] == "chatterbox_prewarm"}
-
-
 @pytest.mark.parametrize(
     ("stage", "unused"),
-    [("weights-hub", {"chatterbox_prewarm.model.synthetic"}), ("weights-synthetic", set()), ("bake", set())],
+    [("weights-hub", {"model"}), ("weights-synthetic", set()), ("bake", set())],
 )
-def test_a_stage_that_copies_some_modules_copies_what_they_import(stage: str, unused: set[str]) -> None:
-    files = copied(stage)
+def test_a_stage_copies_every_package_that_its_program_uses(stage: str, unused: set[str]) -> None:
+    """`build/fetch.py` uses the package `model` only for synthetic weights."""
+    text = TEXT[TEXT.index(f" AS {stage}\n") :]
+    text = text[: text.index("\nFROM ")]
+    packages = set(re.findall(r"^COPY chatterbox_prewarm/(\w+) /build/", text, re.MULTILINE))
+    (program,) = re.findall(r"^COPY (build/\w+\.py) ", text, re.MULTILINE)
+    files = [
+        ROOT / program,
+        *(file for name in packages for file in (ROOT / "chatterbox_prewarm" / name).rglob("*.py")),
+    ]
     assert len(files) > 5
     for file in files:
-        for name in imports(ast.parse(file.read_text())) - unused:
-            path = ROOT / name.replace(".", "/")
-            needed = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-            assert not needed.is_file() or needed in files, f"{file.name} imports {name}, which {stage} does not copy"
+        used = set(re.findall(r"\bchatterbox_prewarm\.(\w+)", file.read_text()))
+        assert used <= packages | unused | {"errors", "version"}, f"the stage {stage} lacks a package for {file}"
 
 
-def test_a_stage_or_a_step_that_is_not_there_is_said() -> None:
+def test_a_missing_stage_or_step_is_reported() -> None:
     with pytest.raises(BadInputError, match="no stage 'nowhere'"):
         for_classic(TEXT, {}, "nowhere")
     with pytest.raises(BadInputError, match="no step that runs"):

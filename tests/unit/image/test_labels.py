@@ -1,4 +1,4 @@
-"""An image's labels: what they say, that they are read back as they were written, and how small they are."""
+"""Labels of an image: their values, the round trip through JSON, and their size."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError, EngineError
-from chatterbox_prewarm.image.labels import STATES, label_of, labels_of, read_states
-from chatterbox_prewarm.state.folder import key_of
+from chatterbox_prewarm.image.labels import STATES, image_labels, read_states, state_label
 from chatterbox_prewarm.state.manifest import SCHEMA_VERSION, Measurements
+from chatterbox_prewarm.state.state import state_key
 from chatterbox_prewarm.system.fingerprint import read_fingerprint
 from chatterbox_prewarm.version import __version__
 from tests.helpers.states import MEASURED, make_manifest, make_state_for
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 H100 = {"arch": "x86_64", "gpu": "NVIDIA H100", "compute_capability": "9.0", "driver": "550.54.15"}
 L4 = {"arch": "x86_64", "gpu": "NVIDIA L4", "compute_capability": "8.9", "driver": "550.54.15"}
-#: The labels of DESIGN.md.
+#: The documented labels of a state's properties.
 NAMES = {
     f"io.chatterbox-prewarm.{name}"
     for name in ("schema", "variant", "profile", "gpu", "compute-capability", "driver", "torch", "set-digest")
@@ -32,8 +32,8 @@ NAMES = {
 
 
 @pytest.fixture
-def three(tmp_path: Path) -> list[Manifest]:
-    """For an H100, an L4, and a CPU."""
+def manifests(tmp_path: Path) -> list[Manifest]:
+    """Manifests of states for an H100, an L4, and a CPU."""
     return [
         make_state_for(tmp_path / "h100", H100, code=b"1"),
         make_state_for(tmp_path / "l4", L4, code=b"22"),
@@ -41,8 +41,8 @@ def three(tmp_path: Path) -> list[Manifest]:
     ]
 
 
-def test_the_labels_of_one_state_say_what_it_is_for(three: list[Manifest]) -> None:
-    labels = labels_of(three[:1], base_name="registry.example.com/speech:1", base_digest="sha256:" + "a" * 64)
+def test_each_property_of_a_state_has_a_label(manifests: list[Manifest]) -> None:
+    labels = image_labels(manifests[:1], base_name="registry.example.com/speech:1", base_digest="sha256:" + "a" * 64)
     assert labels.pop(STATES)
     assert labels == {
         "io.chatterbox-prewarm.schema": str(SCHEMA_VERSION),
@@ -52,7 +52,7 @@ def test_the_labels_of_one_state_say_what_it_is_for(three: list[Manifest]) -> No
         "io.chatterbox-prewarm.compute-capability": "9.0",
         "io.chatterbox-prewarm.driver": "550.54.15",
         "io.chatterbox-prewarm.torch": "2.6.0",
-        "io.chatterbox-prewarm.set-digest": three[0].set_digest,
+        "io.chatterbox-prewarm.set-digest": manifests[0].set_digest,
         "org.opencontainers.image.title": "chatterbox-prewarm",
         "org.opencontainers.image.description": "Chatterbox TTS with its warm state baked in",
         "org.opencontainers.image.version": __version__,
@@ -63,24 +63,24 @@ def test_the_labels_of_one_state_say_what_it_is_for(three: list[Manifest]) -> No
     }
 
 
-def test_the_values_of_several_are_joined_in_the_order_of_their_keys_each_once(three: list[Manifest]) -> None:
-    labels = labels_of(three)
+def test_values_of_several_states_are_joined_once_each_in_the_order_of_the_keys(manifests: list[Manifest]) -> None:
+    labels = image_labels(manifests)
     assert labels.keys() >= NAMES
-    of = {name.rpartition(".")[2]: labels[name] for name in NAMES}
-    assert of["gpu"] == "none, NVIDIA H100, NVIDIA L4"
-    assert of["compute-capability"] == "none, 9.0, 8.9"
-    assert of["driver"] == "none, 550.54.15"
-    assert of["profile"] == "eager, aot"
-    assert of["set-digest"] == ", ".join(three[index].set_digest for index in (2, 0, 1))
-    assert labels_of(three[::-1]) == labels
+    values = {name.rpartition(".")[2]: labels[name] for name in NAMES}
+    assert values["gpu"] == "none, NVIDIA H100, NVIDIA L4"
+    assert values["compute-capability"] == "none, 9.0, 8.9"
+    assert values["driver"] == "none, 550.54.15"
+    assert values["profile"] == "eager, aot"
+    assert values["set-digest"] == ", ".join(manifests[index].set_digest for index in (2, 0, 1))
+    assert image_labels(manifests[::-1]) == labels
 
 
-def test_what_is_written_is_read_back(three: list[Manifest]) -> None:
-    states = read_states(labels_of(three))
-    assert [state.key for state in states] == sorted(map(key_of, three))
+def test_labels_round_trip(manifests: list[Manifest]) -> None:
+    states = read_states(image_labels(manifests))
+    assert [state.key for state in states] == sorted(map(state_key, manifests))
     by_key = {state.key: state for state in states}
-    for manifest in three:
-        state = by_key[key_of(manifest)]
+    for manifest in manifests:
+        state = by_key[state_key(manifest)]
         assert (state.set_digest, state.variant) == (manifest.set_digest, manifest.variant)
         assert (state.profile, state.device) == (manifest.execution.profile, manifest.reference.device)
         assert {family.name: (family.size, dict(family.requires)) for family in state.families} == {
@@ -88,24 +88,27 @@ def test_what_is_written_is_read_back(three: list[Manifest]) -> None:
         }
 
 
-def test_what_a_state_was_made_of_is_its_weights_and_parameters_not_its_bytes(three: list[Manifest]) -> None:
-    made = label_of(three[0]).made_of
-    assert label_of(replace(three[0], set_digest="9" * 64, created="2030-01-01T00:00:00+00:00")).made_of == made
-    assert label_of(replace(three[0], weights=replace(three[0].weights, set_digest="9" * 64))).made_of != made
-    voice = replace(three[0].provenance, parameters={**three[0].provenance.parameters, "voice:fox": "sha256:1"})
-    assert label_of(replace(three[0], provenance=voice)).made_of != made
-    labels = labels_of(three[:1])
+def test_the_inputs_digest_covers_weights_and_parameters_but_not_the_files(manifests: list[Manifest]) -> None:
+    digest = state_label(manifests[0]).inputs_digest
+    rebaked = replace(manifests[0], set_digest="9" * 64, created="2030-01-01T00:00:00+00:00")
+    assert state_label(rebaked).inputs_digest == digest
+    other_weights = replace(manifests[0], weights=replace(manifests[0].weights, set_digest="9" * 64))
+    assert state_label(other_weights).inputs_digest != digest
+    provenance = manifests[0].provenance
+    with_voice = replace(provenance, parameters={**provenance.parameters, "voice:fox": "sha256:1"})
+    assert state_label(replace(manifests[0], provenance=with_voice)).inputs_digest != digest
+    labels = image_labels(manifests[:1])
     (state,) = read_states(labels)
-    assert state.made_of == made
+    assert state.inputs_digest == digest
     older = json.loads(labels[STATES])
     del older["states"][0]["made_of"]
-    assert read_states({STATES: json.dumps(older)}) == (replace(state, made_of=""),)
+    assert read_states({STATES: json.dumps(older)}) == (replace(state, inputs_digest=""),)
 
 
-def test_what_the_bake_measured_is_read_back_as_far_as_this_version_knows_it(three: list[Manifest]) -> None:
-    labels = labels_of(three[:1])
+def test_measurements_round_trip_and_unknown_ones_are_ignored(manifests: list[Manifest]) -> None:
+    labels = image_labels(manifests[:1])
     (state,) = read_states(labels)
-    assert state.measured == three[0].measured == MEASURED
+    assert state.measured == manifests[0].measured == MEASURED
     raw = json.loads(labels[STATES])
     raw["states"][0]["measured"]["watts"] = "many"
     assert read_states({STATES: json.dumps(raw)}) == (state,)
@@ -113,21 +116,21 @@ def test_what_the_bake_measured_is_read_back_as_far_as_this_version_knows_it(thr
     assert read_states({STATES: json.dumps(raw)}) == (replace(state, measured=Measurements()),)
 
 
-def test_facts_of_single_files_are_left_out_since_those_are_in_the_image(three: list[Manifest]) -> None:
-    numba = replace(three[0].families[0], requires={"arch": "x86_64", "source:/x.py": "6 bytes"})
-    (state,) = read_states(labels_of([replace(three[0], families=(numba,))]))
+def test_facts_of_source_files_are_left_out_because_the_image_contains_the_files(manifests: list[Manifest]) -> None:
+    numba = replace(manifests[0].families[0], requires={"arch": "x86_64", "source:/x.py": "6 bytes"})
+    (state,) = read_states(image_labels([replace(manifests[0], families=(numba,))]))
     assert state.families[0].requires == {"arch": "x86_64"}
 
 
-def test_the_label_of_a_state_that_depends_on_everything_stays_small() -> None:
-    """With this machine's facts, whose lists of CPU features are the longest of all."""
+def test_the_label_of_a_state_that_depends_on_every_fact_is_below_8000_characters() -> None:
+    """Uses the facts of this machine, because its lists of CPU features are the longest values."""
     facts = {**read_fingerprint().fields(), "weights": "1" * 64, "variant": "english", "regions": "2" * 64}
     names = ("bytecode", "numba", "signal", "conditionals", "aot")
     software = {name: value for name, value in facts.items() if name not in {"cpu_features", "instruction_set"}}
     families = [
         replace(make_family(name), requires=software if name != "aot" else {**software, **facts}) for name in names
     ]
-    labels = labels_of([make_manifest(families)])
+    labels = image_labels([make_manifest(families)])
     assert len(labels[STATES]) < 8000
 
 
@@ -137,11 +140,11 @@ def make_family(name: str) -> Any:
     return FamilyEntry(name=name, requires={}, files=(), seconds_spent=0.0, seconds_saved=0.0)
 
 
-def test_an_image_cannot_hold_two_states_of_one_key_or_none(three: list[Manifest]) -> None:
+def test_two_states_with_one_key_and_an_image_without_states_are_refused(manifests: list[Manifest]) -> None:
     with pytest.raises(BadInputError, match="two of the states"):
-        labels_of([three[0], replace(three[0], created="2030-01-01T00:00:00+00:00")])
+        image_labels([manifests[0], replace(manifests[0], created="2030-01-01T00:00:00+00:00")])
     with pytest.raises(BadInputError, match="without a warm state"):
-        labels_of([])
+        image_labels([])
 
 
 def test_an_image_without_the_label_is_refused_with_a_next_step() -> None:
@@ -150,30 +153,30 @@ def test_an_image_without_the_label_is_refused_with_a_next_step() -> None:
     assert caught.value.exit_code == 14
 
 
-def edited(three: list[Manifest], change: Callable[[dict[str, Any]], object]) -> dict[str, str]:
-    labels = labels_of(three)
+def edited_labels(manifests: list[Manifest], change: Callable[[dict[str, Any]], object]) -> dict[str, str]:
+    labels = image_labels(manifests)
     raw = json.loads(labels[STATES])
     change(raw)
     return {**labels, STATES: json.dumps(raw)}
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
-        (lambda raw: raw.update(schema=2, states="anything"), "is of schema 2; this version reads up to 1"),
+        (lambda raw: raw.update(schema=2, states="anything"), "has schema 2, but this version reads schemas up to 1"),
         (lambda raw: raw.update(schema="1"), "malformed"),
         (lambda raw: raw.update(schema=True), "malformed"),
         (lambda raw: raw.pop("schema"), "malformed"),
-        (lambda raw: raw.update(states=[]), "of no state"),
-        (lambda raw: raw["states"].append(raw["states"][0]), "one twice"),
+        (lambda raw: raw.update(states=[]), "describes no state"),
+        (lambda raw: raw["states"].append(raw["states"][0]), "the same state twice"),
         (lambda raw: raw["states"].append("x"), "malformed"),
-        (lambda raw: raw["states"][0].update(key=1), "1 is no text"),
+        (lambda raw: raw["states"][0].update(key=1), "1 is not text"),
         (lambda raw: raw["states"][0].pop("device"), "device"),
-        (lambda raw: raw["states"][0].update(set_digest="x"), "no set digest"),
+        (lambda raw: raw["states"][0].update(set_digest="x"), "not a set digest"),
         (lambda raw: raw["states"][0].update(families=[]), "malformed"),
-        (lambda raw: raw["states"][0]["families"]["numba"].update(bytes=-1), "the bytes of numba are -1"),
-        (lambda raw: raw["states"][0]["families"]["numba"].update(bytes=True), "the bytes of numba are True"),
-        (lambda raw: raw["states"][0]["families"]["numba"].update(requires={"arch": None}), "None is no text"),
+        (lambda raw: raw["states"][0]["families"]["numba"].update(bytes=-1), "the size of numba is -1 bytes"),
+        (lambda raw: raw["states"][0]["families"]["numba"].update(bytes=True), "the size of numba is True bytes"),
+        (lambda raw: raw["states"][0]["families"]["numba"].update(requires={"arch": None}), "None is not text"),
         (lambda raw: raw["states"][0].update(measured=[]), "malformed"),
         (lambda raw: raw["states"][0]["measured"].update(resident_bytes=True), "resident_bytes is True"),
         (lambda raw: raw["states"][0]["measured"].update(cold_seconds=-1), "cold_seconds is -1"),
@@ -181,14 +184,14 @@ def edited(three: list[Manifest], change: Callable[[dict[str, Any]], object]) ->
         (lambda raw: raw["states"][0]["measured"].update(device_bytes=10**30), "device_bytes is 1000"),
     ],
 )
-def test_a_label_that_is_malformed_or_newer_is_refused(
-    three: list[Manifest], change: Callable[[dict[str, Any]], object], says: str
+def test_a_malformed_or_newer_label_is_refused(
+    manifests: list[Manifest], change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
-    with pytest.raises(EngineError, match=says):
-        read_states(edited(three, change))
+    with pytest.raises(EngineError, match=message):
+        read_states(edited_labels(manifests, change))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "1", "[" * 100_000, '"x"', "null"])
-def test_a_label_that_is_no_object_is_refused(text: str) -> None:
+def test_a_label_that_is_not_a_json_object_is_refused(text: str) -> None:
     with pytest.raises(EngineError, match="malformed"):
         read_states({STATES: text})

@@ -1,4 +1,4 @@
-"""`prewarm.toml`: what a matrix of bakes means, and what is refused."""
+"""`prewarm.toml`: the bakes of a matrix, the builds on one machine, and invalid files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError
-from chatterbox_prewarm.image.build_request import Request
-from chatterbox_prewarm.image.matrix import read
-from chatterbox_prewarm.image.matrix_builds import series
+from chatterbox_prewarm.image.build_request import BuildRequest
+from chatterbox_prewarm.image.matrix import read_matrix, select_builds
 from tests.conftest import ROOT, run_cli
 
 IMAGE = """
@@ -37,8 +36,8 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_every_combination_is_a_bake_in_the_order_of_the_file(tmp_path: Path) -> None:
-    matrix = read(write(tmp_path, MATRIX))
+def test_each_combination_is_a_bake_in_the_order_of_the_file(tmp_path: Path) -> None:
+    matrix = read_matrix(write(tmp_path, MATRIX))
     assert (matrix.base, matrix.target) == ("registry.example.com/speech:cold", "registry.example.com/speech:1")
     assert [(bake.gpu, bake.profile, bake.device) for bake in matrix.bakes] == [
         ("NVIDIA H100 80GB HBM3", "aot", "cuda"),
@@ -56,43 +55,43 @@ def test_the_bakes_are_listed_with_their_numbers(tmp_path: Path) -> None:
     listed = run_cli("publish", "--list", "--matrix", write(tmp_path, MATRIX))
     assert listed.returncode == 0, listed.stderr
     assert listed.stdout.splitlines()[1] == "1: english, NVIDIA H100 80GB HBM3, compiled, float32, fox"
-    assert listed.stdout.splitlines()[4] == "4: english, CPU, eager, bfloat16, no more voices"
+    assert listed.stdout.splitlines()[4] == "4: english, CPU, eager, bfloat16, no added voices"
     refused = run_cli("publish", "--matrix", tmp_path / "prewarm.toml", "--index", "5")
     assert refused.returncode == 16
     assert "has 5 bakes" in refused.stderr
 
 
 @pytest.mark.parametrize(
-    ("text", "word"),
+    ("text", "message"),
     [
         ("image = ", "not TOML"),
         ("[[bake]]", r"\[image\]"),
         (IMAGE, r"no table \[\[bake\]\]"),
         (f"bake = 1{IMAGE}", r"no table \[\[bake\]\]"),
-        (f"{IMAGE}tag = 'x'\n[[bake]]", "just `base` and `target`"),
-        (f"{IMAGE}[[bake]]\ngpu = 'L4'", "the key 'gpu'"),
-        (f"{IMAGE}[[bake]]\nvariants = ['klingon']", "'klingon'; there are: english"),
-        (f"{IMAGE}[[bake]]\nprofiles = 'aot'", "no list of texts"),
-        (f"{IMAGE}[[bake]]\ngpus = [1]", "no list of texts"),
-        (f"{IMAGE}[[bake]]\nlevels = 1", "no text"),
-        (f"{IMAGE}[[bake]]\nvoices = ['fox.wav']", "no table of names and clips"),
+        (f"{IMAGE}tag = 'x'\n[[bake]]", "exactly the keys `base` and `target`"),
+        (f"{IMAGE}[[bake]]\ngpu = 'L4'", "the unknown key 'gpu'"),
+        (f"{IMAGE}[[bake]]\nvariants = ['klingon']", "'klingon'; choose from: english"),
+        (f"{IMAGE}[[bake]]\nprofiles = 'aot'", "must be a list of texts"),
+        (f"{IMAGE}[[bake]]\ngpus = [1]", "must be a list of texts"),
+        (f"{IMAGE}[[bake]]\nlevels = 1", "must be text"),
+        (f"{IMAGE}[[bake]]\nvoices = ['fox.wav']", "must be a table of names and clips"),
         (f"{IMAGE}[[bake]]\nvoices = {{ 'a/b' = 'fox.wav' }}", "a/b"),
-        (f"{IMAGE}[[bake]]\n[[bake]]", "two of its bakes"),
-        (f"{IMAGE}[[bake]]\n[more]", "a table 'more'"),
-        ("[image]\nbase = 1\ntarget = ''\n[[bake]]", "names of images"),
+        (f"{IMAGE}[[bake]]\n[[bake]]", "two of its bakes have the same variant, GPU and profile"),
+        (f"{IMAGE}[[bake]]\n[more]", "an unknown table 'more'"),
+        ("[image]\nbase = 1\ntarget = ''\n[[bake]]", "must be names of images"),
     ],
 )
-def test_what_is_no_matrix_is_refused(text: str, word: str, tmp_path: Path) -> None:
-    with pytest.raises(BadInputError, match=word):
-        read(write(tmp_path, text))
+def test_an_invalid_matrix_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match=message):
+        read_matrix(write(tmp_path, text))
 
 
-def test_a_matrix_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_matrix_is_reported(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="No such file"):
-        read(tmp_path / "prewarm.toml")
+        read_matrix(tmp_path / "prewarm.toml")
 
 
-def template(**fields: Any) -> Request:
+def template(**fields: Any) -> BuildRequest:
     settings: dict[str, Any] = {
         "checkout": Path(),
         "tag": "",
@@ -110,48 +109,48 @@ def template(**fields: Any) -> Request:
         "replacing": False,
         "rebake": False,
     }
-    return Request(**{**settings, **fields})
+    return BuildRequest(**{**settings, **fields})
 
 
-def test_of_a_matrix_a_machine_builds_what_it_has_the_gpu_for_and_says_what_is_left(tmp_path: Path) -> None:
-    matrix = read(write(tmp_path, MATRIX))
-    found = series(matrix, template(), gpu="NVIDIA L4")
-    assert [request.tag for request in found.requests] == [
+def test_a_machine_builds_the_bakes_for_its_gpu_and_for_the_cpu_and_reports_the_others(tmp_path: Path) -> None:
+    matrix = read_matrix(write(tmp_path, MATRIX))
+    requests, skipped = select_builds(matrix, template(), gpu="NVIDIA L4")
+    assert [request.tag for request in requests] == [
         "registry.example.com/speech:1-english-nvidia-l4-aot-float32",
         "registry.example.com/speech:1-english-nvidia-l4-compiled-float32",
         "registry.example.com/speech:1-english-cpu-eager-bfloat16",
     ]
-    first, _, last = found.requests
+    first, _, last = requests
     assert (first.device, first.profile, first.voices) == ("cuda", "aot", {"fox": tmp_path / "clips" / "fox.wav"})
     assert (last.device, last.t3_dtype, last.levels, last.voices) == ("cpu", "bfloat16", "1", {})
     assert first.warm == Path("out/english-nvidia-l4-aot-float32")
     assert first.arguments == {"STACK": "torch-2.6", "VARIANT": "english"}
-    assert found.left == (
+    assert skipped == [
         "0: english, NVIDIA H100 80GB HBM3, aot, float32: this machine has the GPU NVIDIA L4",
         "1: english, NVIDIA H100 80GB HBM3, compiled, float32: this machine has the GPU NVIDIA L4",
-    )
+    ]
 
 
-def test_without_a_gpu_the_bakes_for_one_are_left_unless_they_are_to_do_without(tmp_path: Path) -> None:
-    matrix = read(write(tmp_path, MATRIX))
-    found = series(matrix, template(tag="127.0.0.1:5000/speech"), gpu="absent")
-    assert [request.tag for request in found.requests] == ["127.0.0.1:5000/speech:english-cpu-eager-bfloat16"]
-    assert len(found.left) == 4
-    assert all(line.endswith(": this machine has no GPU") for line in found.left)
-    without = series(matrix, template(route="no-gpu"), gpu="absent")
-    assert [request.device for request in without.requests] == ["cuda"] * 4
-    assert without.left == ("4: english, CPU, eager, bfloat16: --route no-gpu is for images for a GPU",)
-    only = read(write(tmp_path, f'{IMAGE}[[bake]]\ngpus = ["NVIDIA L4"]\n'))
-    with pytest.raises(FingerprintMismatchError, match="none of the bakes can be made here: 0: english, NVIDIA L4"):
-        series(only, template(), gpu="absent")
+def test_a_machine_without_a_gpu_skips_the_bakes_for_gpus_unless_the_route_needs_none(tmp_path: Path) -> None:
+    matrix = read_matrix(write(tmp_path, MATRIX))
+    requests, skipped = select_builds(matrix, template(tag="127.0.0.1:5000/speech"), gpu="absent")
+    assert [request.tag for request in requests] == ["127.0.0.1:5000/speech:english-cpu-eager-bfloat16"]
+    assert len(skipped) == 4
+    assert all(line.endswith(": this machine has no GPU") for line in skipped)
+    requests, skipped = select_builds(matrix, template(route="no-gpu"), gpu="absent")
+    assert [request.device for request in requests] == ["cuda"] * 4
+    assert skipped == ["4: english, CPU, eager, bfloat16: --route no-gpu is only for images for a GPU"]
+    l4_only = read_matrix(write(tmp_path, f'{IMAGE}[[bake]]\ngpus = ["NVIDIA L4"]\n'))
+    with pytest.raises(FingerprintMismatchError, match="can do no bake of the matrix: 0: english, NVIDIA L4"):
+        select_builds(l4_only, template(), gpu="absent")
 
 
-def test_what_a_matrix_says_itself_is_not_said_beside_it(tmp_path: Path) -> None:
+def test_options_that_the_matrix_sets_are_refused_together_with_it(tmp_path: Path) -> None:
     matrix = write(tmp_path, MATRIX)
     for option, value in (("--profile", "eager"), ("--voice", "fox=fox.wav"), ("--evidence", str(tmp_path / "e.json"))):
         refused = run_cli("build", "--matrix", matrix, option, value, "--checkout", ROOT)
         assert refused.returncode == 2, refused.stderr
-        assert f"{option} does not go with --matrix" in refused.stderr
+        assert f"{option} cannot be used with --matrix" in refused.stderr
     missing = run_cli("build", "--checkout", ROOT)
     assert missing.returncode == 2
     assert "--tag" in missing.stderr

@@ -1,4 +1,4 @@
-"""Whether a node would hit, from an image's labels and the node's facts alone."""
+"""The prediction whether a node would hit, from an image's labels and the node's facts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click.testing
 import pytest
 
-from chatterbox_prewarm.commands.nodes import report_verdict
+from chatterbox_prewarm.commands.nodes import report_node_fit
 from chatterbox_prewarm.errors import EngineError, FingerprintMismatchError
 from chatterbox_prewarm.families.registry import applicable
 from chatterbox_prewarm.image import oci
 from chatterbox_prewarm.image.compose import platform_of, resolve
-from chatterbox_prewarm.image.labels import STATES, labels_of
-from chatterbox_prewarm.image.node_fit import judge, judge_reference
+from chatterbox_prewarm.image.labels import STATES, image_labels
+from chatterbox_prewarm.image.node_fit import compare_with_node
 from chatterbox_prewarm.image.oci import Descriptor, Document, Image
 from chatterbox_prewarm.system.fingerprint import ABSENT
 from tests.helpers.states import make_state_for
@@ -37,7 +37,7 @@ L4 = {"arch": "x86_64", "gpu": "NVIDIA L4", "compute_capability": "8.9", "driver
 
 
 def complete(manifest: Manifest) -> Manifest:
-    """With all the other families that a start would use, which depend on software alone."""
+    """Add the other families that a start would use, which depend only on software."""
     names = [name for name in applicable("aot", "cuda") if manifest.family(name) is None]
     more = [replace(manifest.families[0], name=name, requires={"torch": "2.6.0"}, files=()) for name in names]
     return replace(manifest, families=(*manifest.families, *more))
@@ -45,9 +45,9 @@ def complete(manifest: Manifest) -> Manifest:
 
 @pytest.fixture
 def labels(tmp_path: Path) -> dict[str, str]:
-    """Of an image with states for an H100 and an L4, whose software is of no host's concern."""
+    """Labels of an image with states for an H100 and an L4, which also require facts of software."""
     software = {"torch": "2.6.0", "site_packages": "/opt/venv", "weights": "1" * 64, "regions": "2" * 64, "cache": "/c"}
-    return labels_of(
+    return image_labels(
         [
             complete(make_state_for(tmp_path / "states" / facts["gpu"][-2:], {**facts, **software}))
             for facts in (H100, L4)
@@ -67,96 +67,100 @@ def image_of(labels: Mapping[str, str], *env: str, architecture: str = "amd64") 
     )
 
 
-def test_a_node_like_the_bakes_would_hit_family_by_family(labels: dict[str, str]) -> None:
-    verdict = judge(image_of(labels), {**CPU, **L4})
-    verdict.require_hit()
-    assert verdict.hits
-    best, *families, other = verdict.lines()
-    assert best.startswith("state cuda-nvidia-l4-cc8.9-driver550.54.15-torch2.6.0-aot-")
-    assert best.endswith(": would hit")
+def test_a_node_like_that_of_the_bake_hits_with_every_family(labels: dict[str, str]) -> None:
+    node_fit = compare_with_node(image_of(labels), {**CPU, **L4})
+    node_fit.require_hit()
+    assert node_fit.hits
+    selected, *families, other = node_fit.lines()
+    assert selected.startswith("state cuda-nvidia-l4-cc8.9-driver550.54.15-torch2.6.0-aot-")
+    assert selected.endswith(": would hit")
     assert sorted(families) == sorted(f"  {name}: fits" for name in applicable("aot", "cuda"))
-    assert "not taken: aot (" in other
+    assert "not used: aot (" in other
     assert "GPU: baked with NVIDIA H100, here NVIDIA L4" in other
 
 
-def test_another_driver_is_named_for_the_nearest_state(labels: dict[str, str]) -> None:
-    verdict = judge(image_of(labels), {**CPU, **L4, "driver": "570.1"})
+def test_a_different_driver_is_named_for_the_nearest_state(labels: dict[str, str]) -> None:
+    node_fit = compare_with_node(image_of(labels), {**CPU, **L4, "driver": "570.1"})
     with pytest.raises(FingerprintMismatchError) as caught:
-        verdict.require_hit()
+        node_fit.require_hit()
     assert caught.value.exit_code == 11
     words = "GPU driver: baked with 550.54.15, here 570.1"
     assert "the nearest state, cuda-nvidia-l4-" in caught.value.message
     assert f"aot ({words})" in caught.value.message
-    assert f"  aot: {words}" in verdict.lines()
-    assert "  numba: fits" in verdict.lines()
+    assert f"  aot: {words}" in node_fit.lines()
+    assert "  numba: fits" in node_fit.lines()
 
 
-def test_another_gpu_or_none_would_miss(labels: dict[str, str]) -> None:
+def test_a_node_with_another_gpu_or_without_one_would_miss(labels: dict[str, str]) -> None:
     a100 = {**CPU, "gpu": "NVIDIA A100", "compute_capability": "8.0", "driver": "550.54.15"}
     for host in (a100, {**CPU, **NO_GPU}):
         with pytest.raises(FingerprintMismatchError, match=f"GPU: baked with NVIDIA .*, here {host['gpu']}"):
-            judge(image_of(labels), host).require_hit()
+            compare_with_node(image_of(labels), host).require_hit()
 
 
 def test_the_nearest_state_is_the_one_with_the_fewest_differences(labels: dict[str, str]) -> None:
     near = {**CPU, **L4, "driver": "1"}
-    assert judge(image_of(labels), near).fits[0].name.startswith("cuda-nvidia-l4-")
-    assert judge(image_of(labels), {**near, **H100, "driver": "1"}).fits[0].name.startswith("cuda-nvidia-h100-")
+    assert compare_with_node(image_of(labels), near).states[0].name.startswith("cuda-nvidia-l4-")
+    assert (
+        compare_with_node(image_of(labels), {**near, **H100, "driver": "1"})
+        .states[0]
+        .name.startswith("cuda-nvidia-h100-")
+    )
 
 
-def test_the_device_is_the_hosts_or_the_images_or_the_states_own(labels: dict[str, str]) -> None:
+def test_the_device_is_that_of_the_host_then_of_the_image_then_of_the_state(labels: dict[str, str]) -> None:
     host = {**CPU, **L4}
-    assert judge(image_of(labels), host).hits
-    assert judge(image_of(labels, "CHATTERBOX_PREWARM_DEVICE=cuda:0"), host).hits
-    on_cpu = judge(image_of(labels, "CHATTERBOX_PREWARM_DEVICE=cpu"), host)
+    assert compare_with_node(image_of(labels), host).hits
+    assert compare_with_node(image_of(labels, "CHATTERBOX_PREWARM_DEVICE=cuda:0"), host).hits
+    on_cpu = compare_with_node(image_of(labels, "CHATTERBOX_PREWARM_DEVICE=cpu"), host)
     assert not on_cpu.hits
     assert "  device: baked for cuda, here cpu" in on_cpu.lines()
-    assert judge(image_of(labels, "CHATTERBOX_PREWARM_DEVICE=cpu"), {**host, "device": "cuda"}).hits
+    assert compare_with_node(image_of(labels, "CHATTERBOX_PREWARM_DEVICE=cpu"), {**host, "device": "cuda"}).hits
 
 
-def test_a_fact_that_this_version_cannot_compare_is_no_hit(labels: dict[str, str]) -> None:
+def test_a_fact_that_this_version_cannot_compare_counts_as_a_miss(labels: dict[str, str]) -> None:
     raw = json.loads(labels[STATES])
     for state in raw["states"]:
         state["families"]["aot"]["requires"]["gpu_memory"] = "24 GB"
     with pytest.raises(FingerprintMismatchError, match="gpu_memory: baked with 24 GB, which this version cannot"):
-        judge(image_of({STATES: json.dumps(raw)}), {**CPU, **L4}).require_hit()
+        compare_with_node(image_of({STATES: json.dumps(raw)}), {**CPU, **L4}).require_hit()
 
 
-def test_a_family_of_a_newer_version_is_compared_too(labels: dict[str, str]) -> None:
+def test_a_family_of_a_newer_version_is_compared(labels: dict[str, str]) -> None:
     raw = json.loads(labels[STATES])
     for state in raw["states"]:
         state["families"]["future"] = {"bytes": 1, "requires": {"driver": "1"}}
     with pytest.raises(FingerprintMismatchError, match=r"future \(GPU driver: baked with 1, here 550"):
-        judge(image_of({STATES: json.dumps(raw)}), {**CPU, **L4}).require_hit()
+        compare_with_node(image_of({STATES: json.dumps(raw)}), {**CPU, **L4}).require_hit()
 
 
-def test_a_state_without_what_the_image_asks_for_would_miss(tmp_path: Path) -> None:
-    """Every start would count a miss for each family that the state has not."""
+def test_a_state_without_a_family_that_the_image_uses_would_miss(tmp_path: Path) -> None:
+    """A start counts a miss for each family that the state does not have."""
     manifest = make_state_for(tmp_path / "state", {"arch": "x86_64"}, device="cpu", profile="eager")
     host = {**CPU, **NO_GPU}
-    verdict = judge(image_of(labels_of([manifest]), "CHATTERBOX_PREWARM_PROFILE=aot"), host)
-    assert "  aot: not in the state" in verdict.lines()
+    node_fit = compare_with_node(image_of(image_labels([manifest]), "CHATTERBOX_PREWARM_PROFILE=aot"), host)
+    assert "  aot: not in the state" in node_fit.lines()
     with pytest.raises(FingerprintMismatchError, match=r"aot \(not in the state\)"):
-        verdict.require_hit()
+        node_fit.require_hit()
 
 
-def test_the_command_line_prints_the_verdict_and_ends_with_11_for_a_miss(labels: dict[str, str]) -> None:
+def test_the_command_prints_the_prediction_and_exits_with_11_for_a_miss(labels: dict[str, str]) -> None:
     @click.command()
     @click.argument("driver")
-    def why(driver: str) -> None:
-        report_verdict(judge(image_of(labels), {**CPU, **L4, "driver": driver}))
+    def check(driver: str) -> None:
+        report_node_fit(compare_with_node(image_of(labels), {**CPU, **L4, "driver": driver}))
 
     runner = click.testing.CliRunner()
-    hit = runner.invoke(why, ["550.54.15"])
+    hit = runner.invoke(check, ["550.54.15"])
     assert hit.exit_code == 0
     assert "would hit" in hit.output
-    missed = runner.invoke(why, ["570.1"])
+    missed = runner.invoke(check, ["570.1"])
     assert isinstance(missed.exception, FingerprintMismatchError)
     assert "would miss" in missed.output
 
 
 class Memory:
-    """A store that keeps everything in memory, and counts the blobs that are read."""
+    """A store in memory that records which blobs are read."""
 
     def __init__(self) -> None:
         self.manifests: dict[str, Document] = {}
@@ -199,16 +203,16 @@ def index(store: Memory, *entries: tuple[Descriptor, dict[str, str] | None]) -> 
     store.put_manifest(document, "latest")
 
 
-def test_an_image_is_judged_by_its_configuration_alone(labels: dict[str, str]) -> None:
+def test_only_the_configuration_of_an_image_is_read(labels: dict[str, str]) -> None:
     store = Memory()
     store.add(image_of(labels), "latest")
-    assert judge_reference(store, "latest", {**CPU, **L4}).hits
+    assert compare_with_node(resolve(store, "latest", platform=platform_of("x86_64")), {**CPU, **L4}).hits
     assert len(store.opened) == 1
 
 
-@pytest.mark.parametrize(("arch", "found"), [("x86_64", "amd64"), ("aarch64", "arm64")])
-def test_of_an_index_the_image_for_the_hosts_architecture_is_read(
-    labels: dict[str, str], arch: str, found: str
+@pytest.mark.parametrize(("arch", "platform"), [("x86_64", "amd64"), ("aarch64", "arm64")])
+def test_the_image_for_the_architecture_of_the_host_is_chosen_from_an_index(
+    labels: dict[str, str], arch: str, platform: str
 ) -> None:
     store = Memory()
     amd, arm = (store.add(image_of(labels, architecture=name)) for name in ("amd64", "arm64"))
@@ -218,10 +222,10 @@ def test_of_an_index_the_image_for_the_hosts_architecture_is_read(
         (amd, {"os": "linux", "architecture": "amd64"}),
         (arm, {"os": "linux", "architecture": "arm64", "variant": "v8"}),
     )
-    assert resolve(store, "latest", platform=platform_of(arch)).platform == f"linux/{found}"
+    assert resolve(store, "latest", platform=platform_of(arch)).platform == f"linux/{platform}"
 
 
-def test_an_index_without_the_hosts_platform_names_those_that_it_has(labels: dict[str, str]) -> None:
+def test_an_index_without_the_platform_of_the_host_is_refused_with_the_platforms_it_has(labels: dict[str, str]) -> None:
     store = Memory()
     entry = store.add(image_of(labels))
     index(store, (entry, {"os": "linux", "architecture": "amd64"}))
@@ -231,12 +235,12 @@ def test_an_index_without_the_hosts_platform_names_those_that_it_has(labels: dic
     assert resolve(store, "latest", platform="linux/amd64").labels == labels
 
 
-def test_what_is_no_image_is_refused(labels: dict[str, str]) -> None:
+def test_a_manifest_that_is_not_an_image_or_has_a_huge_configuration_is_refused(labels: dict[str, str]) -> None:
     store = Memory()
     store.put_manifest(Document(media_type="application/octet-stream", raw=b"{}"), "latest")
-    with pytest.raises(EngineError, match="is no image, but of the media type"):
+    with pytest.raises(EngineError, match="is not an image; its media type is"):
         resolve(store, "latest", platform="linux/amd64")
     store.add(image_of({**labels, "large": "x" * (oci.MAX_DOCUMENT + 1)}), "latest")
-    with pytest.raises(EngineError, match="more than 4194304"):
+    with pytest.raises(EngineError, match="the limit is 4194304"):
         resolve(store, "latest", platform="linux/amd64")
     assert store.opened == []

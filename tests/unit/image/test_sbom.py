@@ -1,4 +1,4 @@
-"""The bill of materials: valid, complete, and the same bytes for the same image."""
+"""The bill of materials is valid, complete and deterministic."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Version: 1:3.134
 """
 
 
-def record(directory: Path, repository: str = "someone/voice", revision: str = REVISION) -> None:
+def write_record(directory: Path, repository: str = "someone/voice", revision: str = REVISION) -> None:
     files = [vars(FileEntry(path="ve.safetensors", size=3, sha256="6" * 64))]
     raw = {"schema": 1, "variant": "english", "repository": repository, "revision": revision, "synthetic": None}
     directory.mkdir(exist_ok=True)
@@ -50,7 +50,7 @@ def record(directory: Path, repository: str = "someone/voice", revision: str = R
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """The files of an image, as far as they are listed."""
+    """The files of an image that are listed, next to a warm state and weights."""
     root = tmp_path / "image"
     packages = root / "opt/venv/lib/python3.11/site-packages"
     for folder, headers in {
@@ -68,7 +68,7 @@ def image(tmp_path: Path) -> Path:
     (root / "etc").mkdir()
     (root / "etc/os-release").write_text('ID=debian\nVERSION_ID="12"\n')
     make_state(tmp_path / "warm", {"numba": {"librosa/filters.nbc": b"machine code"}, "signal": {"constants": b"c"}})
-    record(tmp_path / "weights")
+    write_record(tmp_path / "weights")
     return root
 
 
@@ -80,13 +80,13 @@ def make(tmp_path: Path, root: Path) -> dict[str, Any]:
 
 
 def components(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """All components by their references, however deep."""
-    found, rest = {}, list(document["components"])
-    while rest:
-        component = rest.pop()
-        found[component["bom-ref"]] = component
-        rest += component.get("components", [])
-    return found
+    """Return all components, also nested ones, by their references."""
+    by_reference, queue = {}, list(document["components"])
+    while queue:
+        component = queue.pop()
+        by_reference[component["bom-ref"]] = component
+        queue += component.get("components", [])
+    return by_reference
 
 
 def licenses(component: dict[str, Any]) -> list[str]:
@@ -96,7 +96,7 @@ def licenses(component: dict[str, Any]) -> list[str]:
     ]
 
 
-def test_every_package_of_an_image_is_listed_with_version_licence_and_address(tmp_path: Path, image: Path) -> None:
+def test_every_package_of_an_image_is_listed_with_version_licence_and_purl(tmp_path: Path, image: Path) -> None:
     found = components(make(tmp_path, image))
     python = {name: found[f"pkg:pypi/{name}"] for name in ("some-package@1.2", "named@2", "classified@3", "wordy@4")}
     assert [licenses(component) for component in python.values()] == [
@@ -115,7 +115,7 @@ def test_every_package_of_an_image_is_listed_with_version_licence_and_address(tm
     assert len([reference for reference in found if reference.startswith("pkg:pypi/")]) == len(python)
 
 
-def test_weights_and_state_are_listed_file_by_file_with_their_digests(tmp_path: Path, image: Path) -> None:
+def test_every_file_of_weights_and_state_is_listed_with_its_digest(tmp_path: Path, image: Path) -> None:
     found = components(make(tmp_path, image))
     assert found["weights"]["purl"] == f"pkg:huggingface/someone/voice@{REVISION}"
     for reference, digest in {
@@ -130,41 +130,43 @@ def test_weights_and_state_are_listed_file_by_file_with_their_digests(tmp_path: 
     assert properties["io.chatterbox-prewarm:base-image"] == PROVENANCE.base_image
 
 
-def test_weights_without_an_owner_have_no_address_on_the_hub(tmp_path: Path, image: Path) -> None:
-    record(tmp_path / "weights", "own", "unversioned")
+def test_weights_without_an_owner_have_no_purl(tmp_path: Path, image: Path) -> None:
+    write_record(tmp_path / "weights", "own", "unversioned")
     weights = components(make(tmp_path, image))["weights"]
     assert (weights["name"], weights["version"], "purl" in weights) == ("own", "unversioned", False)
 
 
-def test_the_same_image_gives_the_same_bytes_and_another_one_another_serial_number(tmp_path: Path, image: Path) -> None:
+def test_the_document_is_deterministic_and_another_image_has_another_serial_number(tmp_path: Path, image: Path) -> None:
     first = make(tmp_path, image)
     moved = image.rename(tmp_path / "moved")
     assert make(tmp_path, moved) == first
     assert make_sbom(tmp_path / "warm", tmp_path / "weights", root=moved) == make_sbom(
         tmp_path / "warm", tmp_path / "weights", root=moved
     )
-    record(tmp_path / "weights", revision="e" * 40)
+    write_record(tmp_path / "weights", revision="e" * 40)
     assert make(tmp_path, moved)["serialNumber"] != first["serialNumber"]
 
 
-def test_the_only_time_is_that_of_the_builder(tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_timestamp_comes_from_source_date_epoch(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
     assert "timestamp" not in make(tmp_path, image)["metadata"]
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     assert make(tmp_path, image)["metadata"]["timestamp"].startswith("2023-11-14T22:13:20")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
-    with pytest.raises(BadInputError, match="is 'yesterday', which is no time"):
+    with pytest.raises(BadInputError, match="is 'yesterday', which is not a time"):
         make(tmp_path, image)
 
 
 @pytest.mark.usefixtures("image")
-def test_this_machine_is_listed_as_it_is(tmp_path: Path) -> None:
+def test_the_packages_of_this_machine_are_listed(tmp_path: Path) -> None:
     found = components(make(tmp_path, Path("/")))
     version = metadata.version("pytest")
     assert found[f"pkg:pypi/pytest@{version}"]["version"] == version
 
 
-def test_a_system_without_a_list_of_packages_is_said(
+def test_a_system_without_a_list_of_packages_is_reported(
     tmp_path: Path, image: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (image / "var/lib/dpkg/status").unlink()
@@ -174,21 +176,21 @@ def test_a_system_without_a_list_of_packages_is_said(
     assert "no system package is listed" in caplog.text
 
 
-def test_what_is_missing_is_named(tmp_path: Path, image: Path) -> None:
+def test_a_missing_environment_state_or_checkpoint_is_reported(tmp_path: Path, image: Path) -> None:
     with pytest.raises(BadInputError, match="there is no Python environment"):
         make(tmp_path, image / "opt")
-    with pytest.raises(IntegrityError, match="holds no manifest"):
+    with pytest.raises(IntegrityError, match=r"has no manifest\.json"):
         make_sbom(tmp_path / "weights", tmp_path / "weights", root=image)
     with pytest.raises(WeightsError, match="no weights directory"):
         make_sbom(tmp_path / "warm", tmp_path / "nowhere", root=image)
 
 
-def test_all_states_of_a_folder_are_listed(tmp_path: Path) -> None:
+def test_every_state_of_a_folder_is_listed(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / "states").mkdir(exist_ok=True)
         make_state(tmp_path / "states" / name, {"signal": {"constants": name.encode()}})
-    record(tmp_path / "weights")
-    found = json.loads(make_sbom(tmp_path / "states", tmp_path / "weights"))
-    listed = {entry["name"]: entry for entry in found["components"] if entry["name"].startswith("warm-state")}
+    write_record(tmp_path / "weights")
+    document = json.loads(make_sbom(tmp_path / "states", tmp_path / "weights"))
+    listed = {entry["name"]: entry for entry in document["components"] if entry["name"].startswith("warm-state")}
     assert set(listed) == {"warm-state/one", "warm-state/two"}
     assert len({entry["version"] for entry in listed.values()}) == 2

@@ -1,4 +1,4 @@
-"""The choice of what to warm up for a load."""
+"""Test the plan of the adaptive warm-up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.warmup.adaptive import AdaptiveWarmup
 
 
-def test_more_load_warms_more() -> None:
+def test_higher_load_gives_a_larger_plan() -> None:
     plans = [AdaptiveWarmup.plan_for(load) for load in (0, 0.9, 1, 9.9, 10, 1000)]
     assert [plan.level for plan in plans] == [1, 1, 2, 2, 3, 3]
     assert plans[0].tokens == ()
@@ -18,6 +18,6 @@ def test_more_load_warms_more() -> None:
 
 
 @pytest.mark.parametrize("load", [-1, math.nan])
-def test_no_load_at_all_is_refused(load: float) -> None:
-    with pytest.raises(BadInputError, match="requests a minute"):
+def test_invalid_load_is_refused(load: float) -> None:
+    with pytest.raises(BadInputError, match="requests per minute"):
         AdaptiveWarmup.plan_for(load)

@@ -1,4 +1,4 @@
-"""What comes from outside: texts to speak and names of voices."""
+"""Test the checks of texts and voice names."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from chatterbox_prewarm.model.text import MAX_CHARACTERS, check_text, check_voic
 @pytest.mark.parametrize(
     "text", ["Hello.", "x", "Grüße, 世界! 👋", "two\nlines\tand a tab\r\n", "  spaced  ", "x" * MAX_CHARACTERS]
 )
-def test_a_text_that_can_be_spoken_is_returned_as_it_is(text: str) -> None:
+def test_valid_text_is_returned_unchanged(text: str) -> None:
     assert check_text(text) == text
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "reason"),
     [
         ("", "is empty"),
         (" \t\r\n\u00a0\u2003", "is empty"),
@@ -35,15 +35,15 @@ def test_a_text_that_can_be_spoken_is_returned_as_it_is(text: str) -> None:
         (["a"], "list, not a string"),
     ],
 )
-def test_a_text_that_cannot_be_spoken_is_refused_in_words(text: object, says: str) -> None:
-    with pytest.raises(BadInputError, match=says) as caught:
+def test_invalid_text_is_refused_with_a_reason(text: object, reason: str) -> None:
+    with pytest.raises(BadInputError, match=reason) as caught:
         check_text(text)
     assert caught.value.exit_code == 16
     assert caught.value.next_step
-    assert len(str(caught.value)) < 300  # never the text itself
+    assert len(str(caught.value)) < 300  # the message does not contain the complete text
 
 
-def test_the_limit_can_be_set() -> None:
+def test_limit_can_be_set() -> None:
     assert check_text("12345", limit=5) == "12345"
     with pytest.raises(BadInputError, match="more than the limit of 4"):
         check_text("12345", limit=4)
@@ -56,14 +56,14 @@ def test_utf_8_is_decoded() -> None:
 @pytest.mark.parametrize(
     ("data", "position"), [(b"caf\xe9", 3), (b"\xff\xfeH\x00", 0), (b"ok \xed\xa0\x80", 3), (b"cut \xe2\x82", 4)]
 )
-def test_what_is_not_utf_8_is_refused_with_the_position(data: bytes, position: int) -> None:
+def test_invalid_utf_8_is_refused_with_its_position(data: bytes, position: int) -> None:
     with pytest.raises(BadInputError, match=f"at byte {position}\n") as caught:
         decode_text(data)
     assert caught.value.exit_code == 16
 
 
 @pytest.mark.parametrize("name", ["default", "a", "7", "Anna-2_b", "x" * 64])
-def test_a_name_that_can_be_a_file_is_a_voices(name: str) -> None:
+def test_valid_voice_name_is_accepted(name: str) -> None:
     assert check_voice_name(name) == name
 
 
@@ -89,7 +89,7 @@ def test_a_name_that_can_be_a_file_is_a_voices(name: str) -> None:
         "a%2e",
     ],
 )
-def test_a_name_that_cannot_be_a_file_is_refused(name: str) -> None:
+def test_invalid_voice_name_is_refused(name: str) -> None:
     with pytest.raises(BadInputError, match="cannot name a voice") as caught:
         check_voice_name(name)
     assert caught.value.exit_code == 16

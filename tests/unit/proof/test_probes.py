@@ -1,4 +1,4 @@
-"""The probes see what a warm process must not do, as an attempt, and nothing else."""
+"""Test that the probes report every forbidden action of a warm process, even if it fails, and nothing else."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def observe(tmp_path: Path, action: str) -> dict[str, Any]:
+    """Do one action in another process, and return the report of the probes."""
     warm = tmp_path / "warm"
     warm.mkdir()
     (warm / "kept").write_text("baked")
@@ -40,51 +41,51 @@ def test_reading_the_state_and_writing_elsewhere_are_not_reported(tmp_path: Path
         ("chmod the root", "os.chmod "),
     ],
 )
-def test_a_change_of_the_state_is_seen(tmp_path: Path, action: str, event: str) -> None:
-    seen = observe(tmp_path, action)
-    assert len(seen["writes"]) == 1
-    assert seen["writes"][0].startswith(event)
-    assert (seen["network"], seen["programs"]) == ([], [])
+def test_every_change_of_the_state_is_reported(tmp_path: Path, action: str, event: str) -> None:
+    report = observe(tmp_path, action)
+    assert len(report["writes"]) == 1
+    assert report["writes"][0].startswith(event)
+    assert (report["network"], report["programs"]) == ([], [])
 
 
 @pytest.mark.parametrize("action", ["getaddrinfo", "gethostbyname", "connect"])
-def test_a_reach_for_the_network_is_seen(tmp_path: Path, action: str) -> None:
-    seen = observe(tmp_path, action)
-    assert len(seen["network"]) == 1
-    assert "127.0.0.1" in seen["network"][0]
-    assert (seen["writes"], seen["programs"]) == ([], [])
+def test_every_network_attempt_is_reported(tmp_path: Path, action: str) -> None:
+    report = observe(tmp_path, action)
+    assert len(report["network"]) == 1
+    assert "127.0.0.1" in report["network"][0]
+    assert (report["writes"], report["programs"]) == ([], [])
 
 
 @pytest.mark.parametrize("action", ["Popen", "Popen with bytes", "Popen of a shell", "os.system"])
-def test_a_compiler_that_is_started_is_seen_even_when_it_does_not_exist(tmp_path: Path, action: str) -> None:
-    seen = observe(tmp_path, action)
-    assert len(seen["programs"]) == 1
-    assert probes.names_a_compiler(seen["programs"][0])
-    assert (seen["network"], seen["writes"]) == ([], [])
+def test_the_start_of_a_compiler_is_reported_even_if_it_does_not_exist(tmp_path: Path, action: str) -> None:
+    report = observe(tmp_path, action)
+    assert len(report["programs"]) == 1
+    assert probes.names_a_compiler(report["programs"][0])
+    assert (report["network"], report["writes"]) == ([], [])
 
 
 @pytest.mark.parametrize(
     "name", ["gcc", "x86_64-linux-gnu-gcc", "gcc-12", "g++", "ptxas-blackwell", "ninja", "cc1plus"]
 )
-def test_compilers_are_known_by_their_names(name: str) -> None:
+def test_compilers_are_recognized_by_their_names(name: str) -> None:
     assert probes.COMPILER.fullmatch(name)
 
 
 @pytest.mark.parametrize("name", ["lscpu", "gccfoo", "ldconfig", "python3", "bash", "asd"])
-def test_other_programs_are_no_compilers(name: str) -> None:
+def test_other_programs_are_not_compilers(name: str) -> None:
     assert not probes.COMPILER.fullmatch(name)
 
 
 def test_a_folder_with_a_similar_name_is_not_the_state(tmp_path: Path) -> None:
-    seen = probes.Probes(warm=f"{tmp_path}/warm/")
-    seen("open", (f"{tmp_path}/warmer/file", "w", os.O_WRONLY))
-    seen("open", (f"{tmp_path}/warm.new", "w", os.O_WRONLY))
-    assert seen.writes == []
-    seen("open", (os.fsencode(f"{tmp_path}/warm/file"), None, os.O_RDWR))
-    assert len(seen.writes) == 1
+    observer = probes.Probes(warm=f"{tmp_path}/warm/")
+    observer("open", (f"{tmp_path}/warmer/file", "w", os.O_WRONLY))
+    observer("open", (f"{tmp_path}/warm.new", "w", os.O_WRONLY))
+    assert observer.writes == []
+    observer("open", (os.fsencode(f"{tmp_path}/warm/file"), None, os.O_RDWR))
+    assert len(observer.writes) == 1
 
 
-def test_whether_a_folder_can_be_written_is_found_out_without_a_trace(tmp_path: Path) -> None:
+def test_can_write_leaves_no_file_behind(tmp_path: Path) -> None:
     assert probes.can_write(tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert not probes.can_write(tmp_path / "missing")
@@ -103,7 +104,7 @@ def test_a_listing_shows_new_and_changed_files(tmp_path: Path) -> None:
     assert {path for path in after if after[path] != before.get(path)} == {str(changed), str(tmp_path / "new")}
 
 
-def test_the_kernels_counters_are_whole_numbers_that_never_fall() -> None:
+def test_the_packet_counters_of_the_kernel_never_decrease() -> None:
     first, second = probes.outgoing_packets(), probes.outgoing_packets()
     names = {"Tcp ActiveOpens", "Udp OutDatagrams", "Ip OutNoRoutes", "Udp6OutDatagrams", "Ip6OutNoRoutes"}
     assert set(first) == names

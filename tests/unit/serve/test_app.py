@@ -1,4 +1,4 @@
-"""All routes together, over HTTP, with a stand-in for the worker's process: who is taken on, and when nobody is."""
+"""The complete application over HTTP with a simulated worker process: admission, drain, metrics and status."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ from typing import TYPE_CHECKING
 
 import pytest
 import uvicorn
+from pydantic import TypeAdapter
 
-from chatterbox_prewarm.serve.http import encoding
-from chatterbox_prewarm.serve.http.admission import Admission, CloseWhileDraining
-from chatterbox_prewarm.serve.http.app import App, description
+from chatterbox_prewarm.serve.http import encoding, speech_route
+from chatterbox_prewarm.serve.http.admission import Admission, close_while_draining
+from chatterbox_prewarm.serve.http.app import App
+from chatterbox_prewarm.serve.http.openapi import encoded_document
 from chatterbox_prewarm.serve.http.schemas import Status
 from chatterbox_prewarm.serve.http.speech_route import encoded
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
 from chatterbox_prewarm.serve.workers.messages import Chunk
-from chatterbox_prewarm.serve.workers.pool import Pool, PoolConfig
+from chatterbox_prewarm.serve.workers.pool import Pool
 from tests.helpers.added_voices import VARIANT, WEIGHTS, sound_file, tone
-from tests.helpers.http_server import ask, connect
+from tests.helpers.http_server import connect, request
 from tests.helpers.stand_in_worker import CONFIG, start
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
-    Answer = tuple[http.client.HTTPResponse, bytes]
+    Response = tuple[http.client.HTTPResponse, bytes]
 
 SPEECH, VOICES = "/v1/audio/speech", "/v1/audio/voices"
-ORDER = json.dumps({"input": "Hello.", "response_format": "pcm", "seed": 1})
+BODY = json.dumps({"input": "Hello.", "response_format": "pcm", "seed": 1})
 FORM = (
     b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\nann\r\n'
     b'--b\r\nContent-Disposition: form-data; name="file"; filename="c"\r\n\r\n'
@@ -46,15 +48,15 @@ FORM = (
 
 
 class Server:
-    """The application on a port, with a worker that plays a part."""
+    """The application on a port, with a worker process that plays the given part."""
 
-    def __init__(self, directory: Path, part: str, limit: int) -> None:
-        self.pool = Pool(PoolConfig(wait_seconds=20, hang_seconds=20), [(CONFIG, start(part)(CONFIG))])
+    def __init__(self, directory: Path, part: str, *, limit: int, wait_seconds: float) -> None:
+        self.pool = Pool([(CONFIG, start(part)(CONFIG))], wait_seconds=wait_seconds, hang_seconds=20)
         self.admission = Admission(self.pool, limit=limit)
         store = VoiceStore(directory, baked={}, variant=VARIANT, weights=WEIGHTS)
         app = App(self.pool, self.admission, store, max_characters=500).asgi()
         config = uvicorn.Config(
-            CloseWhileDraining(app, self.admission), lifespan="off", log_config=None, access_log=False
+            close_while_draining(app, self.admission), lifespan="off", log_config=None, access_log=False
         )
         self._server = uvicorn.Server(config)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -74,19 +76,19 @@ class Server:
         self._listener.close()
         assert not self._thread.is_alive()
 
-    def speak(self) -> Answer:
-        return ask(self.port, "POST", SPEECH, body=ORDER)
+    def speak(self) -> Response:
+        return request(self.port, "POST", SPEECH, body=BODY)
 
-    def upload(self) -> Answer:
-        return ask(self.port, "POST", VOICES, {"Content-Type": "multipart/form-data; boundary=b"}, FORM)
+    def upload(self) -> Response:
+        return request(self.port, "POST", VOICES, {"Content-Type": "multipart/form-data; boundary=b"}, FORM)
 
     def metric(self, name: str) -> float:
-        text = ask(self.port, "GET", "/metrics")[1].decode()
-        found = re.search(rf"^chatterbox_prewarm_{name} (\S+)$", text, re.MULTILINE)
-        assert found, text
-        return float(found[1])
+        text = request(self.port, "GET", "/metrics")[1].decode()
+        match = re.search(rf"^chatterbox_prewarm_{name} (\S+)$", text, re.MULTILINE)
+        assert match, text
+        return float(match[1])
 
-    def until(self, condition: Callable[[], object]) -> None:
+    def wait_until(self, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + 20
         while not condition():
             assert time.monotonic() < deadline
@@ -95,30 +97,30 @@ class Server:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Starts a server; returns when its worker is ready, if it ever will be."""
+    """Return a function that starts a server and waits for its worker, unless the worker never becomes ready."""
     servers: list[Server] = []
 
-    def begin(part: str, *, limit: int = 32) -> Server:
-        servers.append(Server(tmp_path, part, limit))
+    def start_server(part: str, *, limit: int = 32, wait_seconds: float = 20) -> Server:
+        servers.append(Server(tmp_path, part, limit=limit, wait_seconds=wait_seconds))
         if part in {"ready", "slow", "stuck"}:
-            servers[-1].until(lambda: servers[-1].pool.ready)
+            servers[-1].wait_until(lambda: servers[-1].pool.ready)
         return servers[-1]
 
-    yield begin
+    yield start_server
     for server in servers:
         server.close()
 
 
-def refused(answer: Answer, status: int, code: str) -> None:
-    response, body = answer
+def assert_refused(result: Response, status: int, code: str) -> None:
+    response, body = result
     assert (response.status, json.loads(body)["error"]["code"]) == (status, code)
     assert int(response.headers["Retry-After"]) >= 1
 
 
-def test_before_a_worker_is_ready_neither_speech_nor_an_upload_is_taken_on(serve: Callable[..., Server]) -> None:
+def test_requests_are_refused_before_a_worker_is_ready(serve: Callable[..., Server]) -> None:
     server = serve("silent")
-    refused(server.speak(), 503, "not_ready")
-    refused(server.upload(), 503, "not_ready")
+    assert_refused(server.speak(), 503, "not_ready")
+    assert_refused(server.upload(), 503, "not_ready")
 
 
 def test_an_upload_is_refused_before_its_body_is_read(serve: Callable[..., Server]) -> None:
@@ -128,88 +130,99 @@ def test_an_upload_is_refused_before_its_body_is_read(serve: Callable[..., Serve
         assert upload.recv(100).startswith(b"HTTP/1.1 503")
 
 
-def test_an_upload_takes_a_place_in_the_queue(serve: Callable[..., Server]) -> None:
+def test_an_upload_counts_toward_the_queue_limit(serve: Callable[..., Server]) -> None:
     server = serve("slow", limit=1)
     assert server.metric("queue_limit") == 1
     with ThreadPoolExecutor() as clients:
         first = clients.submit(server.upload)
-        server.until(lambda: server.metric("requests_in_flight") == 1)
-        refused(server.speak(), 429, "queue_full")
-        refused(server.upload(), 429, "queue_full")
+        server.wait_until(lambda: server.metric("requests_in_flight") == 1)
+        assert_refused(server.speak(), 429, "queue_full")
+        assert_refused(server.upload(), 429, "queue_full")
         assert first.result()[0].status == 201
     assert server.metric("requests_in_flight") == 0
     assert server.speak()[1] == b"Hello."
 
 
-def test_a_drain_waits_for_an_upload_and_refuses_the_next(serve: Callable[..., Server]) -> None:
+def test_a_request_that_waits_too_long_for_a_worker_is_refused(serve: Callable[..., Server]) -> None:
+    server = serve("slow", wait_seconds=0.2)
+    with ThreadPoolExecutor() as clients:
+        first = clients.submit(server.speak)
+        server.wait_until(lambda: server.pool.workers[0].busy)
+        assert_refused(server.speak(), 503, "busy")
+        assert first.result()[1] == b"Hello."
+
+
+def test_a_drain_waits_for_an_upload_and_refuses_new_ones(serve: Callable[..., Server]) -> None:
     server = serve("slow")
     with ThreadPoolExecutor() as clients:
         first = clients.submit(server.upload)
-        server.until(lambda: server.metric("requests_in_flight") == 1)
+        server.wait_until(lambda: server.metric("requests_in_flight") == 1)
         server.admission.draining = True
-        refused(server.upload(), 503, "draining")
+        assert_refused(server.upload(), 503, "draining")
         assert asyncio.run(server.admission.drained(20))
         assert first.result()[0].status == 201
 
 
-def test_a_draining_server_keeps_no_connection(serve: Callable[..., Server]) -> None:
+def test_a_draining_server_closes_connections_after_the_response(serve: Callable[..., Server]) -> None:
     server = serve("ready")
     client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     seen = []
     for draining in (False, True):
         server.admission.draining = draining
-        client.request("POST", SPEECH, ORDER)
-        answer = client.getresponse()
-        answer.read()
-        seen.append((answer.status, answer.headers["Connection"], client.sock is None))
+        client.request("POST", SPEECH, BODY)
+        response = client.getresponse()
+        response.read()
+        seen.append((response.status, response.headers["Connection"], client.sock is None))
     client.close()
     assert seen == [(200, None, False), (503, "close", True)]
-    probe = ask(server.port, "GET", "/livez")[0]
+    probe = request(server.port, "GET", "/livez")[0]
     assert (probe.status, probe.headers["Connection"]) == (200, "close")
 
 
-def test_a_worker_that_died_in_a_drain_ends_its_request_at_once(serve: Callable[..., Server]) -> None:
+def test_a_worker_that_dies_during_a_drain_fails_its_requests_at_once(serve: Callable[..., Server]) -> None:
     server = serve("stuck")
     with ThreadPoolExecutor() as clients:
         requests = [clients.submit(server.speak) for _ in range(2)]
-        server.until(lambda: server.metric("requests_in_flight") == 2)
-        server.until(lambda: server.pool.waiting == 1)
+        server.wait_until(lambda: server.metric("requests_in_flight") == 2)
+        server.wait_until(lambda: server.pool.waiting == 1)
         server.admission.draining = True
         server.pool.close()
         os.kill(server.pool.workers[0].pid, signal.SIGKILL)
-        began = time.monotonic()
-        for request in requests:
-            refused(request.result(), 503, "worker_gone")
-        assert time.monotonic() - began < 10
+        started = time.monotonic()
+        for pending in requests:
+            assert_refused(pending.result(), 503, "worker_gone")
+        assert time.monotonic() - started < 10
 
 
-def test_why_a_worker_failed_its_start_is_shown(serve: Callable[..., Server]) -> None:
+def test_startupz_shows_the_reason_of_a_failed_worker(serve: Callable[..., Server]) -> None:
     server = serve("weights")
-    server.until(lambda: server.pool.failure)
-    answer, body = ask(server.port, "GET", "/startupz")
-    (worker,) = Status.model_validate_json(body).workers
-    assert (answer.status, worker.phase, worker.reason) == (503, "failed", "the weights are gone")
+    server.wait_until(lambda: server.pool.failure)
+    response, body = request(server.port, "GET", "/startupz")
+    (worker,) = TypeAdapter(Status).validate_json(body, strict=True)["workers"]
+    assert (response.status, worker["phase"], worker["reason"]) == (503, "failed", "the weights are gone")
 
 
-def test_the_description_is_built_once(serve: Callable[..., Server]) -> None:
+def test_the_openapi_document_is_built_once(serve: Callable[..., Server]) -> None:
     server = serve("silent")
-    first, second = (ask(server.port, "GET", "/openapi.json") for _ in range(2))
-    assert first[1] == second[1] == description(500)
-    assert description(500) is description(500)
+    first, second = (request(server.port, "GET", "/openapi.json") for _ in range(2))
+    assert first[1] == second[1] == encoded_document(500)
+    assert encoded_document(500) is encoded_document(500)
     assert first[0].headers["Content-Type"] == "application/json"
     assert json.loads(first[1])["components"]["schemas"]["SpeechRequest"]["properties"]["input"]["maxLength"] == 500
 
 
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("name", ["flac", "mp3", "opus"])
-def test_sound_is_encoded_outside_the_event_loop(name: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("one_shot", [True, False])
+@pytest.mark.parametrize("audio_format", ["flac", "mp3", "opus"])
+def test_libsndfile_runs_outside_the_event_loop(
+    audio_format: str, one_shot: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = encoding.encoder
     threads: set[int] = set()
 
     class Watched:
-        def __init__(self, audio_format: str, *, whole: bool) -> None:
+        def __init__(self, audio_format: str, *, one_shot: bool) -> None:
             threads.add(threading.get_ident())
-            self._real = real(audio_format, whole=whole)
+            self._real = real(audio_format, one_shot=one_shot)
             self.media_type = self._real.media_type
 
         def encode(self, pcm: bytes) -> bytes:
@@ -220,16 +233,16 @@ def test_sound_is_encoded_outside_the_event_loop(name: str, whole: bool, monkeyp
             threads.add(threading.get_ident())
             return self._real.finish()
 
-    monkeypatch.setattr(encoding, "encoder", Watched)
+    monkeypatch.setattr(speech_route, "encoder", Watched)
 
     async def chunks() -> AsyncIterator[Chunk]:
         for _ in range(3):
             yield Chunk(pcm=bytes(48_000), tokens=25)
 
-    async def sound() -> bytes:
-        _, parts = await encoded(name, chunks(), whole=whole)
+    async def encode_all() -> bytes:
+        _, parts = await encoded(audio_format, chunks(), one_shot=one_shot)
         return b"".join([part async for part in parts])
 
-    assert len(asyncio.run(sound())) > 100
+    assert len(asyncio.run(encode_all())) > 100
     assert threads
     assert threading.get_ident() not in threads

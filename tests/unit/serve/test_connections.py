@@ -1,4 +1,4 @@
-"""Clients that hold connections and do nothing good with them, and what is left for the others meanwhile."""
+"""Limits on slow, idle and hostile connections, and service for other clients at the same time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from chatterbox_prewarm.serve.http import connections
 from chatterbox_prewarm.serve.http.connections import Limits, raise_open_files
 from tests.conftest import ROOT
-from tests.helpers.http_server import answer, ask, connect, serving
+from tests.helpers.http_server import connect, request, respond, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,17 +26,21 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 HEAD = b"GET / HTTP/1.1\r\nHost: x\r\n"
-WHOLE = HEAD + b"\r\n"
+REQUEST = HEAD + b"\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
 
 
 @pytest.fixture(autouse=True)
-def quick_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+def frequent_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "_SWEEP_SECONDS", 0.05)
 
 
 class App:
-    """Answers by path: `/` at once, `/slow` after `release`, `/read` after the body, `/endless` and `/large` a lot."""
+    """An application whose response depends on the path.
+
+    `/slow` waits for `release`, `/read` waits for the request body, `/endless` and `/large` send much data, and all
+    other paths respond at once.
+    """
 
     def __init__(self, size: int = 32 << 20) -> None:
         self.size = size
@@ -51,20 +55,20 @@ class App:
                 self.running.release()
                 while not self.release.is_set():
                     await asyncio.sleep(0.02)
-                await answer(send)
+                await respond(send)
             case "/read":
                 self.running.release()
                 while (message := await receive()).get("more_body"):
                     pass
                 self.ended.set()
                 if message["type"] == "http.request":
-                    await answer(send)
+                    await respond(send)
             case "/endless":
                 await self._endless(receive, send)
             case "/large":
-                await answer(send, b"x" * self.size)
+                await respond(send, b"x" * self.size)
             case _:
-                await answer(send)
+                await respond(send)
 
     async def _endless(self, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -78,7 +82,7 @@ class App:
 
 
 def closed_after(connection: socket.socket, seconds: float) -> float | None:
-    """How long it took until the server closed; None if it did not within `seconds`. What it sent is read."""
+    """Read until the server closes the connection. Returns the time, or None after `seconds`."""
     started = time.monotonic()
     while (left := started + seconds - time.monotonic()) > 0:
         if not select.select([connection], [], [], left)[0]:
@@ -90,8 +94,8 @@ def closed_after(connection: socket.socket, seconds: float) -> float | None:
     return None
 
 
-def answered(connection: socket.socket) -> bool:
-    """Whether the next answer is `ok`, read to its end."""
+def has_response(connection: socket.socket) -> bool:
+    """Read one response. Returns True if it is `ok`."""
     received = b""
     while not received.endswith(b"\r\n\r\nok"):
         chunk = connection.recv(4096)
@@ -101,7 +105,7 @@ def answered(connection: socket.socket) -> bool:
     return received.startswith(b"HTTP/1.1 200")
 
 
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -110,74 +114,74 @@ def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
 
 @contextlib.contextmanager
 def opened(port: int, *sent: bytes) -> Iterator[list[socket.socket]]:
-    """Connections that have sent one of `sent` each."""
+    """Open one connection for each of `sent`, and send it."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(connect(port, data)) for data in sent]
 
 
-def test_a_head_that_trickles_in_is_not_waited_for() -> None:
+def test_a_slow_request_head_closes_the_connection() -> None:
     with serving(App(), Limits(head_seconds=0.6)) as port, opened(port, *[HEAD] * 20) as slow:
         started = time.monotonic()
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):  # noqa: PT012 - it fails when the server closes
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):  # noqa: PT012 - fails when the server closes the connection
             while time.monotonic() < started + 5:
                 for connection in slow:
                     connection.sendall(b"X")
-                assert ask(port, "GET", "/")[0].status == 200
+                assert request(port, "GET", "/")[0].status == 200
                 time.sleep(0.05)
         assert 0.5 < time.monotonic() - started < 3
         assert all(closed_after(connection, 1) is not None for connection in slow)
 
 
-@pytest.mark.parametrize("sent", [b"", HEAD, WHOLE, WHOLE + HEAD])
-def test_a_connection_without_a_request_is_closed(sent: bytes) -> None:
+@pytest.mark.parametrize("sent", [b"", HEAD, REQUEST, REQUEST + HEAD])
+def test_a_connection_without_a_complete_request_is_closed(sent: bytes) -> None:
     with serving(App(), Limits(head_seconds=0.5)) as port, opened(port, sent) as (connection,):
         took = closed_after(connection, 5)
         assert took is not None
         assert 0.3 < took < 3
 
 
-def test_a_connection_that_is_used_again_and_again_stays_open() -> None:
+def test_a_connection_in_regular_use_stays_open() -> None:
     with serving(App(), Limits(head_seconds=0.5)) as port, opened(port, b"") as (connection,):
         for _ in range(12):
-            connection.sendall(WHOLE)
-            assert answered(connection)
+            connection.sendall(REQUEST)
+            assert has_response(connection)
             time.sleep(0.1)
 
 
-def test_a_request_that_is_being_answered_may_take_its_time() -> None:
+def test_a_slow_application_does_not_close_the_connection() -> None:
     app = App()
-    slow = WHOLE.replace(b"/", b"/slow", 1)
+    slow = REQUEST.replace(b"/", b"/slow", 1)
     limits = Limits(head_seconds=0.3, body_seconds=0.3, send_seconds=0.3)
     with serving(app, limits) as port, opened(port, slow) as (connection,):
         assert app.running.acquire(timeout=5)
         assert closed_after(connection, 1.0) is None
         app.release.set()
-        assert answered(connection)
+        assert has_response(connection)
 
 
-def test_a_body_that_does_not_end_is_not_waited_for() -> None:
+def test_an_incomplete_body_closes_the_connection() -> None:
     app = App()
     read = POST.replace(b"/", b"/read", 1)
     with serving(app, Limits(head_seconds=0.2, body_seconds=0.6)) as port, opened(port, read) as (connection,):
         took = closed_after(connection, 5)
         assert took is not None
         assert 0.4 < took < 3
-        assert app.ended.wait(5), "the application heard of it"
+        assert app.ended.wait(5), "the application must notice the disconnect"
 
 
 @pytest.mark.parametrize("path", [b"/", b"/read"])
-def test_chunks_without_end_are_cut_off_whether_they_are_read_or_not(path: bytes) -> None:
+def test_an_endless_chunked_body_closes_the_connection_whether_it_is_read_or_not(path: bytes) -> None:
     head = b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     with serving(App(), Limits(head_seconds=0.5, body_seconds=0.8)) as port, opened(port, head) as (connection,):
         started = time.monotonic()
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):  # noqa: PT012 - it fails when the server closes
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):  # noqa: PT012 - fails when the server closes the connection
             while time.monotonic() < started + 5:
                 connection.sendall(b"4\r\nabcd\r\n")
                 time.sleep(0.01)
         assert time.monotonic() - started < 3
 
 
-def test_a_client_that_ends_its_body_too_early_is_gone() -> None:
+def test_a_body_that_ends_early_closes_the_connection() -> None:
     app = App()
     with serving(app) as port, opened(port, POST.replace(b"/", b"/read", 1) + b'{"in') as (connection,):
         connection.shutdown(socket.SHUT_WR)
@@ -186,7 +190,7 @@ def test_a_client_that_ends_its_body_too_early_is_gone() -> None:
 
 
 @pytest.mark.parametrize(
-    "request_",
+    "invalid_request",
     [
         HEAD + b"X: " + b"a" * 100_000 + b"\r\n\r\n",
         HEAD + b"".join(b"X-%d: a\r\n" % number for number in range(10_000)) + b"\r\n",
@@ -199,42 +203,42 @@ def test_a_client_that_ends_its_body_too_early_is_gone() -> None:
     ],
     ids=["long header", "many headers", "long path", "nonsense", "no host", "negative length", "two lengths", "nul"],
 )
-def test_what_is_no_request_is_refused_and_the_connection_closed(request_: bytes) -> None:
+def test_an_invalid_request_closes_the_connection(invalid_request: bytes) -> None:
     with serving(App()) as port, opened(port, b"") as (connection,):
         with contextlib.suppress(ConnectionError):
-            connection.sendall(request_)
+            connection.sendall(invalid_request)
         assert closed_after(connection, 5) is not None
-        assert ask(port, "GET", "/")[0].status == 200
+        assert request(port, "GET", "/")[0].status == 200
 
 
-def test_a_bad_chunk_amid_an_answer_ends_that_connection_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_invalid_chunk_during_a_response_closes_only_that_connection(caplog: pytest.LogCaptureFixture) -> None:
     head = b"POST /endless HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     with serving(App()) as port, opened(port, head) as (connection,):
         assert connection.recv(15) == b"HTTP/1.1 200 OK"
         connection.sendall(b"nonsense\r\n")
         assert closed_after(connection, 5) is not None
-        assert ask(port, "GET", "/")[0].status == 200
+        assert request(port, "GET", "/")[0].status == 200
     assert "Traceback" not in caplog.text
 
 
-def test_more_connections_than_there_may_be_close_the_longest_idle() -> None:
+def test_too_many_connections_close_those_idle_the_longest() -> None:
     app = App()
-    slow = WHOLE.replace(b"/", b"/slow", 1)
+    slow = REQUEST.replace(b"/", b"/slow", 1)
     with serving(app, Limits(connections=20)) as port, opened(port, slow, slow, *[b""] * 18) as first:
         assert app.running.acquire(timeout=5)
         assert app.running.acquire(timeout=5)
-        for connection in (first[19], first[2]):  # by then all are accepted, and these two were of use a moment ago
-            connection.sendall(WHOLE)
-            assert answered(connection)
+        for connection in (first[19], first[2]):  # now all are accepted, and these two were used last
+            connection.sendall(REQUEST)
+            assert has_response(connection)
         with opened(port, *[b""] * 10):
             assert all(closed_after(connection, 5) is not None for connection in first[3:13])
             assert not select.select([*first[:3], *first[13:]], [], [], 0.2)[0]
-            assert ask(port, "GET", "/")[0].status == 200
+            assert request(port, "GET", "/")[0].status == 200
         app.release.set()
-        assert all(answered(connection) for connection in first[:2])
+        assert all(has_response(connection) for connection in first[:2])
 
 
-def test_bodies_that_do_not_come_keep_nobody_out() -> None:
+def test_connections_with_missing_bodies_are_closed_for_new_ones() -> None:
     app = App()
     body = POST.replace(b"/", b"/read", 1)
     with (
@@ -244,48 +248,47 @@ def test_bodies_that_do_not_come_keep_nobody_out() -> None:
     ):
         assert all(app.running.acquire(timeout=5) for _ in held)
         for number in range(3):
-            assert ask(port, "GET", "/")[0].status == 200
+            assert request(port, "GET", "/")[0].status == 200
             assert closed_after(held[number], 5) is not None
             assert not select.select(held[number + 1 :], [], [], 0.1)[0]
-            more = stack.enter_context(connect(port, body))
+            held.append(stack.enter_context(connect(port, body)))
             assert app.running.acquire(timeout=5)
-            held.append(more)
 
 
-def test_when_all_are_being_answered_the_newcomer_is_closed() -> None:
+def test_a_new_connection_is_closed_when_all_others_wait_for_the_application() -> None:
     app = App()
-    with serving(app, Limits(connections=5)) as port, opened(port, *[WHOLE.replace(b"/", b"/slow", 1)] * 5) as busy:
+    with serving(app, Limits(connections=5)) as port, opened(port, *[REQUEST.replace(b"/", b"/slow", 1)] * 5) as busy:
         assert all(app.running.acquire(timeout=5) for _ in busy)
         with opened(port, b"") as (connection,):
             assert closed_after(connection, 5) is not None
         app.release.set()
-        assert all(answered(connection) for connection in busy)
-        assert ask(port, "GET", "/")[0].status == 200
+        assert all(has_response(connection) for connection in busy)
+        assert request(port, "GET", "/")[0].status == 200
 
 
-def test_an_answer_that_nobody_reads_is_held_up_and_then_given_up() -> None:
+def test_a_stream_that_the_client_does_not_read_is_paused_and_then_closed() -> None:
     app = App()
     with serving(app, Limits(send_seconds=0.6)) as port, small_reader(port, "/endless"):
-        assert until(lambda: app.sent > 0)
-        assert app.ended.wait(5), "a send that made no progress went on"
-        print(f"{app.sent} bytes were taken")
-        assert app.sent < 1 << 20, "64 KiB here, 64 KiB in the kernel, and what the client's own kernel takes"
+        assert wait_until(lambda: app.sent > 0)
+        assert app.ended.wait(5), "the application must notice the closed connection"
+        print(f"{app.sent} bytes were sent")
+        assert app.sent < 1 << 20, "64 KiB in this process, 64 KiB in its kernel, and the buffer of the client's kernel"
 
 
-def test_a_large_answer_that_nobody_reads_is_given_up_as_well() -> None:
+def test_a_large_response_that_the_client_does_not_read_is_closed() -> None:
     with serving(App(), Limits(send_seconds=0.6, head_seconds=0.2)) as port, small_reader(port, "/large") as connection:
         time.sleep(1.5)
-        assert _readable(connection) < 32 << 20
+        assert read_remaining(connection) < 32 << 20
 
 
-def test_a_client_that_reads_slowly_gets_its_answer() -> None:
+def test_a_slow_reader_gets_the_complete_response() -> None:
     app = App(2 << 20)
     limits = Limits(send_seconds=0.5, head_seconds=0.2)
     with serving(app, limits) as port, small_reader(port, "/large") as connection:
         total, started = 0, time.monotonic()
         while total < app.size:
             chunk = connection.recv(16_384)
-            assert chunk, f"cut off after {total} bytes"
+            assert chunk, f"closed after {total} bytes"
             total += len(chunk)
             time.sleep(0.02)
         assert time.monotonic() - started > 1.5
@@ -293,7 +296,7 @@ def test_a_client_that_reads_slowly_gets_its_answer() -> None:
 
 @contextlib.contextmanager
 def small_reader(port: int, path: str) -> Iterator[socket.socket]:
-    """A client with a small buffer, which has asked and reads nothing."""
+    """Send a request with a small receive buffer, and read no response."""
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
         connection.settimeout(20)
@@ -302,7 +305,7 @@ def small_reader(port: int, path: str) -> Iterator[socket.socket]:
         yield connection
 
 
-def _readable(connection: socket.socket) -> int:
+def read_remaining(connection: socket.socket) -> int:
     total = 0
     with contextlib.suppress(ConnectionResetError):
         while chunk := connection.recv(1 << 20):
@@ -310,7 +313,7 @@ def _readable(connection: socket.socket) -> int:
     return total
 
 
-def test_what_is_relied_on_of_uvicorn_is_there() -> None:
+def test_uvicorn_has_the_internals_that_the_limits_use() -> None:
     from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
     fields = set(RequestResponseCycle.__init__.__code__.co_names)
@@ -320,25 +323,24 @@ def test_what_is_relied_on_of_uvicorn_is_there() -> None:
         assert name in vars(H11Protocol)
 
 
-def test_no_more_connections_are_allowed_than_there_can_be_open_files(caplog: pytest.LogCaptureFixture) -> None:
-    fitted = connections._fitted(Limits(connections=1000), 1024)
-    assert fitted == Limits(connections=768)
+def test_the_limit_on_open_files_reduces_the_limit_on_connections(caplog: pytest.LogCaptureFixture) -> None:
+    assert connections._reduce_to(1024, Limits(connections=1000)) == Limits(connections=768)
     assert "1024 open files" in caplog.text
-    assert connections._fitted(Limits(connections=1000), 4096) == Limits(connections=1000)
+    assert connections._reduce_to(4096, Limits(connections=1000)) == Limits(connections=1000)
 
 
-def test_the_soft_limit_of_open_files_is_raised() -> None:
+def test_the_soft_limit_on_open_files_is_raised() -> None:
     program = (
-        "import resource; from chatterbox_prewarm.serve.http.connections import raise_open_files as up\n"
+        "import resource; from chatterbox_prewarm.serve.http.connections import raise_open_files\n"
         "limit = lambda: resource.getrlimit(resource.RLIMIT_NOFILE)\n"
-        "hard = limit()[1]; resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)); up()\n"
+        "hard = limit()[1]; resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)); raise_open_files()\n"
         "print(limit() == (min(hard, 1 << 20), hard))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "True\n", done.stderr
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert completed.stdout == "True\n", completed.stderr
 
 
-#: Opens connections, says so, and when told to counts those that are still open.
+#: A program that opens connections, prints a line, and after a line of input counts the connections still open.
 _CROWD = """
 import select, socket, sys
 held = []
@@ -360,10 +362,10 @@ print(sum(map(is_open, held)), flush=True)
 
 
 @pytest.mark.parametrize(("allowed", "crowd"), [(1000, 2500), (1000, 10_000), (12_000, 10_000)])
-def test_probes_are_answered_whatever_number_of_idle_connections_there_is(allowed: int, crowd: int) -> None:
+def test_probes_get_responses_despite_thousands_of_idle_connections(allowed: int, crowd: int) -> None:
     crowd = min(crowd, raise_open_files() - 300)
     if allowed >= crowd < 2000:
-        pytest.skip(f"this machine allows {crowd} open files only")
+        pytest.skip(f"this machine allows only {crowd} open files")
     limits = json.dumps({"connections": allowed, "head_seconds": 120.0})
     with (
         subprocess.Popen(
@@ -374,7 +376,7 @@ def test_probes_are_answered_whatever_number_of_idle_connections_there_is(allowe
         stack.callback(server.terminate)
         assert server.stdout is not None
         port = int(server.stdout.readline())
-        assert ask(port, "GET", "/")[0].status == 200
+        assert request(port, "GET", "/")[0].status == 200
         clients = stack.enter_context(
             subprocess.Popen(
                 [sys.executable, "-c", _CROWD, str(port), str(crowd)],
@@ -387,26 +389,26 @@ def test_probes_are_answered_whatever_number_of_idle_connections_there_is(allowe
         assert clients.stdin is not None
         times: list[float] = []
         opening = True
-        seen = 0
-        while opening or seen < 20:
+        probes_afterwards = 0
+        while opening or probes_afterwards < 20:
             started = time.monotonic()
-            assert ask(port, "GET", "/")[0].status == 200
+            assert request(port, "GET", "/")[0].status == 200
             times.append(time.monotonic() - started)
             opening = opening and not select.select([clients.stdout], [], [], 0)[0]
-            seen += not opening
+            probes_afterwards += not opening
             time.sleep(0.02)
         assert clients.stdout.readline() == "open\n"
         clients.stdin.write("\n")
         clients.stdin.flush()
         left = int(clients.stdout.readline())
     times.sort()
-    middle, worst = times[len(times) // 2], times[-1]
-    print(f"{crowd} connections of {allowed}: {left} left; probes {middle * 1e3:.0f} ms, at worst {worst * 1e3:.0f} ms")
+    median, worst = times[len(times) // 2], times[-1]
+    print(f"{crowd} connections, {allowed} allowed, {left} open; probes: median {median:.3f} s, maximum {worst:.3f} s")
     assert left == crowd if allowed > crowd else allowed - 20 <= left <= allowed
-    assert worst < 2.0  # 100 ms is aimed at; a busy machine with two cores is no place to insist on it
+    assert worst < 2.0  # the goal is 0.1 s, but the machine of the tests can be busy
 
 
-def test_the_bound_is_on_what_is_open_now() -> None:
+def test_closed_connections_do_not_count_toward_the_limit() -> None:
     with serving(App(), Limits(connections=5)) as port:
         for _ in range(20):
-            assert ask(port, "GET", "/")[0].status == 200
+            assert request(port, "GET", "/")[0].status == 200

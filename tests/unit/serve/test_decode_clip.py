@@ -1,4 +1,4 @@
-"""Uploaded clips, decoded for real in processes of their own: sound comes back, and what is hostile does no harm."""
+"""Decoding of uploaded clips in real subprocesses, including hostile clips."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 import soundfile
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.serve.http.decode_clip import DecodeLimits, decode
+from chatterbox_prewarm.serve.http.decode_clip import UploadLimits, decode
 from tests.helpers.added_voices import children, sound_file, tone
 
 if TYPE_CHECKING:
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 
 
 def decoded(clip: bytes, **limits: Any) -> tuple[NDArray[np.int16], int]:
-    """Samples and sampling rate of what a clip is decoded to."""
-    wav = asyncio.run(decode(clip, DecodeLimits(**limits)))
+    """Decode a clip. Returns the samples and the sampling rate."""
+    wav = asyncio.run(decode(clip, UploadLimits(**limits)))
     with soundfile.SoundFile(io.BytesIO(wav)) as file:
         assert (file.format, file.subtype, file.channels) == ("WAV", "PCM_16", 1)
         return file.read(dtype="int16"), file.samplerate
 
 
-def test_sixteen_bits_and_one_channel_are_kept_to_the_last_bit() -> None:
+def test_the_samples_of_a_mono_clip_with_16_bits_do_not_change() -> None:
     samples = np.random.default_rng(0).integers(-32768, 32768, 48_000).astype(np.int16)
     for kind in ("WAV", "FLAC", "AIFF"):
-        found, rate = decoded(sound_file(samples, 22_050, kind))
+        samples_out, rate = decoded(sound_file(samples, 22_050, kind))
         assert rate == 22_050
-        assert np.array_equal(found, samples)
+        assert np.array_equal(samples_out, samples)
 
 
 @pytest.mark.parametrize(
@@ -58,34 +58,34 @@ def test_sixteen_bits_and_one_channel_are_kept_to_the_last_bit() -> None:
         ("CAF", "PCM_16", 192_000),
     ],
 )
-def test_common_formats_give_their_sound(kind: str, subtype: str, rate: int) -> None:
-    found, found_rate = decoded(sound_file(tone(rate=rate), rate, kind, subtype))
-    assert found_rate == rate
-    assert abs(len(found) / rate - 2.0) < 0.1
-    loudest = np.abs(np.fft.rfft(found * np.hanning(len(found)))).argmax() * rate / len(found)
-    assert abs(loudest - 200) < 2
-    assert 0.15 < np.sqrt(np.mean((found / 32768) ** 2)) < 0.25
+def test_common_formats_are_decoded(kind: str, subtype: str, rate: int) -> None:
+    samples, decoded_rate = decoded(sound_file(tone(rate=rate), rate, kind, subtype))
+    assert decoded_rate == rate
+    assert abs(len(samples) / rate - 2.0) < 0.1
+    loudest_hz = np.abs(np.fft.rfft(samples * np.hanning(len(samples)))).argmax() * rate / len(samples)
+    assert abs(loudest_hz - 200) < 2
+    assert 0.15 < np.sqrt(np.mean((samples / 32768) ** 2)) < 0.25
 
 
-def test_two_channels_are_mixed() -> None:
+def test_two_channels_are_mixed_to_mono() -> None:
     samples = np.stack([tone(), np.zeros(48_000)], axis=1)
     assert np.abs(decoded(sound_file(samples, subtype="FLOAT"))[0] - tone() * 16384).max() <= 1
 
 
-def test_a_clip_above_full_scale_is_made_softer_as_a_whole() -> None:
-    found, _ = decoded(sound_file(tone() * 1e4, subtype="FLOAT"))
-    assert np.abs(found - tone() / np.abs(tone()).max() * 32768).max() <= 1
+def test_a_clip_above_full_scale_is_scaled_down() -> None:
+    samples, _ = decoded(sound_file(tone() * 1e4, subtype="FLOAT"))
+    assert np.abs(samples - tone() / np.abs(tone()).max() * 32768).max() <= 1
 
 
 def with_rate(rate: int) -> bytes:
-    """A WAV file whose header says another sampling rate than it has."""
+    """Return a WAV file with a wrong sampling rate in its header."""
     data = bytearray(sound_file(tone()))
     data[24:28] = struct.pack("<I", rate)
     return bytes(data)
 
 
 def with_length(length: int) -> bytes:
-    """A WAV file of half a second whose header promises another length, in bytes."""
+    """Return a WAV file of half a second with a wrong length in its header, in bytes."""
     data = bytearray(sound_file(tone(0.5)))
     data[40:44] = struct.pack("<I", length)
     data[4:8] = struct.pack("<I", (length + 36) % 2**32)
@@ -93,7 +93,7 @@ def with_length(length: int) -> bytes:
 
 
 def without_length() -> bytes:
-    """FLAC as a program writes it into a pipe: nobody has gone back to fill in how long it is."""
+    """Return a FLAC file without a length in its header. An encoder that writes to a pipe makes such files."""
     data = bytearray(sound_file(tone(), kind="FLAC"))
     data[21] &= 0xF0
     data[22:26] = bytes(4)
@@ -101,7 +101,7 @@ def without_length() -> bytes:
 
 
 def silence(hours: float, rate: int, kind: str, subtype: str) -> bytes:
-    """A clip bomb: hours in a few bytes."""
+    """Return hours of silence, which is a small file in a compressed format."""
     data = io.BytesIO()
     with soundfile.SoundFile(data, "w", rate, 1, subtype, format=kind) as file:
         for _ in range(int(hours * 60)):
@@ -109,8 +109,8 @@ def silence(hours: float, rate: int, kind: str, subtype: str) -> bytes:
     return data.getvalue()
 
 
-#: Made when they are used: some are large.
-REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
+#: Functions that make a clip, because some clips are large, and a pattern for the error message.
+UNUSABLE: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "not audio that can be read"),
     "one byte": (lambda: b"x", "not audio that can be read"),
     "text": (lambda: b"This is a text about a fox. " * 1000, "not audio that can be read"),
@@ -129,11 +129,17 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "6 channels": (lambda: sound_file(tone(channels=6), kind="FLAC"), "has 6 channels; at most 2"),
     "silence": (lambda: sound_file(np.zeros(48_000, np.float32)), "is silent"),
     "two channels that cancel": (lambda: sound_file(np.stack([tone(), -tone()], axis=1), subtype="FLOAT"), "is silent"),
-    "not a number": (lambda: sound_file(np.full(48_000, np.nan, np.float32), subtype="FLOAT"), "no numbers"),
-    "infinite": (lambda: sound_file(np.append(tone(), np.float32(np.inf)), subtype="FLOAT"), "no numbers"),
+    "not a number": (
+        lambda: sound_file(np.full(48_000, np.nan, np.float32), subtype="FLOAT"),
+        "contains NaN or infinity",
+    ),
+    "infinite": (
+        lambda: sound_file(np.append(tone(), np.float32(np.inf)), subtype="FLOAT"),
+        "contains NaN or infinity",
+    ),
     "too large to add": (
         lambda: sound_file(np.full((48_000, 2), [3e38, 3e38], np.float32), subtype="FLOAT"),
-        "no numbers",
+        "contains NaN or infinity",
     ),
     "FLAC from a pipe": (without_length, "does not say how long it is"),
     "cut FLAC": (lambda: sound_file(tone(), kind="FLAC")[:600], "can be read|s long"),
@@ -145,12 +151,12 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_what_gives_no_voice_is_refused_in_the_words_of_a_bake(kind: str) -> None:
-    make, word = REFUSED[kind]
-    clip = make()
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_an_unusable_clip_is_refused_with_the_same_message_as_in_a_bake(kind: str) -> None:
+    make_clip, pattern = UNUSABLE[kind]
+    clip = make_clip()
     before = children()
-    with pytest.raises(BadInputError, match=word) as caught:
+    with pytest.raises(BadInputError, match=pattern) as caught:
         asyncio.run(decode(clip))
     assert caught.value.message.startswith("the clip ")
     assert "object at" not in caught.value.message
@@ -167,7 +173,7 @@ def test_an_executable_is_refused() -> None:
     ("kind", "subtype", "hours"),
     [("FLAC", "PCM_16", 2.0), ("OGG", "OPUS", 0.2), ("OGG", "VORBIS", 0.2), ("MP3", "MPEG_LAYER_III", 0.2)],
 )
-def test_a_clip_bomb_is_refused_unread(kind: str, subtype: str, hours: float) -> None:
+def test_hours_of_silence_are_refused_without_decoding(kind: str, subtype: str, hours: float) -> None:
     clip = silence(hours, 16_000, kind, subtype)
     assert len(clip) < hours * 4e6
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -177,23 +183,23 @@ def test_a_clip_bomb_is_refused_unread(kind: str, subtype: str, hours: float) ->
     assert after.ru_utime - before.ru_utime < 5
 
 
-def test_a_clip_has_limits_on_bytes_time_and_memory() -> None:
+def test_decoding_has_limits_on_bytes_time_and_memory() -> None:
     before = children()
     clip = sound_file(tone(250), kind="FLAC")
     assert len(decoded(clip)[0]) == 250 * 24_000
     with pytest.raises(BadInputError, match=f"has {len(clip)} bytes, more than the limit of 1000"):
-        asyncio.run(decode(clip, DecodeLimits(clip_bytes=1000)))
+        asyncio.run(decode(clip, UploadLimits(clip_bytes=1000)))
     with pytest.raises(BadInputError, match="longer than 0 s"):
-        asyncio.run(decode(clip, DecodeLimits(wall_seconds=0.02)))
+        asyncio.run(decode(clip, UploadLimits(wall_seconds=0.02)))
     with pytest.raises(BadInputError, match="too much memory"):
-        asyncio.run(decode(clip, DecodeLimits(address_space=140 << 20)))
+        asyncio.run(decode(clip, UploadLimits(address_space=140 << 20)))
     assert children() == before
 
 
-def test_the_process_is_ended_when_nobody_waits_for_it_any_more() -> None:
+def test_a_cancelled_decode_ends_its_process() -> None:
     before = children()
 
-    async def give_up() -> None:
+    async def cancel() -> None:
         decoding = asyncio.create_task(decode(sound_file(tone(250), kind="FLAC")))
         while children() == before:
             await asyncio.sleep(0.005)
@@ -201,7 +207,7 @@ def test_the_process_is_ended_when_nobody_waits_for_it_any_more() -> None:
         with pytest.raises(asyncio.CancelledError):
             await decoding
 
-    asyncio.run(give_up())
+    asyncio.run(cancel())
     assert children() == before
 
 
@@ -219,15 +225,15 @@ asyncio.run(main())
 """
 
 
-def test_the_process_dies_with_its_server_and_has_none_of_its_secrets() -> None:
-    secret = {"CHATTERBOX_PREWARM_TOKEN": "do not tell"}
+def test_the_process_ends_with_its_server_and_does_not_get_its_secrets() -> None:
+    secret = {"CHATTERBOX_PREWARM_TOKEN": "secret-of-the-server"}
     with subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, env=os.environ | secret) as server:
         assert server.stdout is not None
         child = Path(f"/proc/{int(server.stdout.readline())}")
         deadline = time.monotonic() + 20
         while b"decode_clip" not in (child / "cmdline").read_bytes():
             assert time.monotonic() < deadline
-        assert b"do not tell" not in (child / "environ").read_bytes()
+        assert b"secret-of-the-server" not in (child / "environ").read_bytes()
         while "soundfile" not in (child / "maps").read_text():
             assert time.monotonic() < deadline
         limits = (child / "limits").read_text()
@@ -238,8 +244,8 @@ def test_the_process_dies_with_its_server_and_has_none_of_its_secrets() -> None:
         assert time.monotonic() < deadline
 
 
-def test_damaged_clips_end_with_sound_or_with_a_refusal() -> None:
-    """A few of each format; some thousands were tried by hand."""
+def test_damaged_clips_give_audio_or_an_error() -> None:
+    """Try a few damaged clips of each format."""
     random = np.random.default_rng(0)
 
     async def try_all() -> None:

@@ -1,4 +1,4 @@
-"""What becomes of calls when a `ChatterboxServer` is closed, with a stand-in for the worker's process."""
+"""A `ChatterboxServer` that is closed before or during calls. A stand-in replaces the worker process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import httpx
 import pytest
 
 from chatterbox_prewarm import ChatterboxServer
+from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.serve import embedded
 from chatterbox_prewarm.serve.embedded import ClosedError
+from chatterbox_prewarm.system.limits import MAX_SEED
 from tests.conftest import ROOT
 from tests.helpers.stand_in_worker import start
 
@@ -22,26 +24,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
-    from chatterbox_prewarm.serve.workers.spawn import Spawned
-    from chatterbox_prewarm.serve.workers.worker import WorkerConfig
+    from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, WorkerProcess
 
 
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ChatterboxServer]:
-    """Constructs a server whose worker plays a part."""
+def make_server(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ChatterboxServer]:
+    """A function that creates a server whose worker has the given behaviour."""
 
-    def construct(part: str) -> ChatterboxServer:
-        def spawn_all(configs: Sequence[WorkerConfig]) -> list[tuple[WorkerConfig, Spawned]]:
-            return [(config, start(part)(config)) for config in configs]
+    def make(behaviour: str) -> ChatterboxServer:
+        def spawn_all(configs: Sequence[WorkerConfig]) -> list[tuple[WorkerConfig, WorkerProcess]]:
+            return [(config, start(behaviour)(config)) for config in configs]
 
         monkeypatch.setattr(embedded, "spawn_all", spawn_all)
         return ChatterboxServer()
 
-    return construct
+    return make
 
 
-def test_closing_ends_the_calls_of_other_threads(make: Callable[[str], ChatterboxServer]) -> None:
-    server = make("stuck")
+def test_close_ends_the_calls_of_other_threads(make_server: Callable[[str], ChatterboxServer]) -> None:
+    server = make_server("stuck")
     with ThreadPoolExecutor(4) as threads:
         calls: list[Future[Any]] = [threads.submit(server.generate, "Hello.", seed=1) for _ in range(3)]
         calls.append(threads.submit(lambda: list(server.generate_stream("Hello."))))
@@ -53,11 +54,11 @@ def test_closing_ends_the_calls_of_other_threads(make: Callable[[str], Chatterbo
         server.close()
         for call in calls:
             assert isinstance(call.exception(5), ClosedError)
-        assert time.monotonic() - began < 15, "the worker is given five seconds"
+        assert time.monotonic() - began < 15, "the worker has five seconds to stop"
 
 
-def test_what_is_asked_of_a_closed_server_is_refused(make: Callable[[str], ChatterboxServer]) -> None:
-    server = make("ready")
+def test_a_closed_server_refuses_every_call(make_server: Callable[[str], ChatterboxServer]) -> None:
+    server = make_server("ready")
     assert server.generate("Hello.").data == b"Hello."
     stream = server.generate_stream("Hello.")
     assert next(stream).data == b"Hello."
@@ -74,15 +75,29 @@ def test_what_is_asked_of_a_closed_server_is_refused(make: Callable[[str], Chatt
     assert server.voices == ["default"]
 
 
-def test_the_example_for_fastapi_refuses_a_text_before_it_answers(make: Callable[[str], ChatterboxServer]) -> None:
-    server = make("ready")
-    try:
+def test_invalid_options_are_refused_before_a_worker_sees_them(
+    make_server: Callable[[str], ChatterboxServer],
+) -> None:
+    with make_server("stuck") as server:
+        for options in ({"seed": -1}, {"seed": MAX_SEED + 1}, {"voice": "../x"}):
+            with pytest.raises(BadInputError):
+                server.generate("Hello.", **options)
+        with pytest.raises(BadInputError, match="empty"):
+            server.generate_stream(" ")
+        with pytest.raises(TypeError, match="speed"):
+            server.generate("Hello.", speed=2)
+
+
+def test_the_fastapi_example_refuses_an_empty_text_before_it_responds(
+    make_server: Callable[[str], ChatterboxServer],
+) -> None:
+    with make_server("ready") as server:
         example = runpy.run_path(str(ROOT / "docs" / "examples" / "fastapi_app.py"))
         app = example["app"]
         app.state.speech = server
 
         async def get(route: str, text: str) -> httpx.Response:
-            transport = httpx.ASGITransport(app)  # without the lifespan, which would make a server of its own
+            transport = httpx.ASGITransport(app)  # it does not run the lifespan, which would create another server
             async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
                 return await client.get(route, params={"text": text})
 
@@ -90,12 +105,10 @@ def test_the_example_for_fastapi_refuses_a_text_before_it_answers(make: Callable
             assert asyncio.run(get(route, "Hello.")).content.endswith(b"Hello.")
             refused = asyncio.run(get(route, ""))
             assert (refused.status_code, "empty" in refused.json()["detail"]) == (400, True)
-    finally:
-        server.close()
 
 
-def test_two_threads_may_close_it(make: Callable[[str], ChatterboxServer]) -> None:
-    server = make("ready")
+def test_several_threads_may_close_a_server(make_server: Callable[[str], ChatterboxServer]) -> None:
+    server = make_server("ready")
     threads = [threading.Thread(target=server.close) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -105,9 +118,9 @@ def test_two_threads_may_close_it(make: Callable[[str], ChatterboxServer]) -> No
     assert not server._thread.is_alive()
 
 
-def test_a_stream_that_is_left_after_the_close_says_nothing(make: Callable[[str], ChatterboxServer]) -> None:
-    server = make("ready")
+def test_closing_a_stream_of_a_closed_server_raises_no_error(make_server: Callable[[str], ChatterboxServer]) -> None:
+    server = make_server("ready")
     stream = server.generate_stream("Hello.")
-    next(stream)
+    assert next(stream).data == b"Hello."
     server.close()
     stream.close()

@@ -1,4 +1,4 @@
-"""The API's description: valid, complete, and one with the code that checks requests."""
+"""The OpenAPI document is valid and complete, and agrees with the code that checks requests."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from chatterbox_prewarm.serve.http.encoding import MEDIA_TYPES
 
 pytest.importorskip("pydantic")
 
-from chatterbox_prewarm.serve.http import events, speech_api
-from chatterbox_prewarm.serve.http import schemas as answers
-from chatterbox_prewarm.serve.http.openapi import document
-from chatterbox_prewarm.serve.http.speech_request import SpeechRequest, parse_order
+from pydantic import TypeAdapter
+
+from chatterbox_prewarm.serve.http import error_responses, events, schemas
+from chatterbox_prewarm.serve.http.openapi import build_document
+from chatterbox_prewarm.serve.http.speech_request import SpeechRequest, parse_speech_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,12 +40,12 @@ PROBES = {"/livez", "/startupz", "/readyz"}
 
 
 @pytest.fixture(scope="module")
-def described() -> dict[str, Any]:
-    return document("1.2.3")
+def document() -> dict[str, Any]:
+    return build_document("1.2.3")
 
 
-def operations(described: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for path, item in described["paths"].items():
+def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, item in document["paths"].items():
         for method in item.keys() - {"parameters"}:
             yield path, method, item[method]
 
@@ -60,39 +61,39 @@ def refs(value: Any) -> Iterator[str]:
             yield from refs(child)
 
 
-def test_it_is_valid(described: dict[str, Any]) -> None:
+def test_the_document_is_valid(document: dict[str, Any]) -> None:
     validator = pytest.importorskip("openapi_spec_validator")
-    validator.OpenAPIV31SpecValidator(described).validate()
+    validator.OpenAPIV31SpecValidator(document).validate()
 
 
-def test_it_is_json(described: dict[str, Any]) -> None:
-    assert json.loads(json.dumps(described, allow_nan=False)) == described
-    assert described["openapi"].startswith("3.1")
-    assert described["info"]["version"] == "1.2.3"
+def test_the_document_is_json(document: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert document["openapi"].startswith("3.1")
+    assert document["info"]["version"] == "1.2.3"
 
 
-def test_it_has_every_route(described: dict[str, Any]) -> None:
-    assert {path: set(item) - {"parameters"} for path, item in described["paths"].items()} == ROUTES
+def test_the_document_has_all_routes(document: dict[str, Any]) -> None:
+    assert {path: set(item) - {"parameters"} for path, item in document["paths"].items()} == ROUTES
 
 
-def test_every_reference_leads_somewhere_and_nothing_is_left_over(described: dict[str, Any]) -> None:
-    used = set(refs(described))
+def test_all_references_resolve_and_all_components_are_used(document: dict[str, Any]) -> None:
+    used = set(refs(document))
     for ref in used:
-        value: Any = described
+        value: Any = document
         for key in ref.removeprefix("#/").split("/"):
             value = value[key]
-    there = {
+    components = {
         f"#/components/{kind}/{name}"
         for kind in ("schemas", "responses", "parameters")
-        for name in described["components"][kind]
+        for name in document["components"][kind]
     }
-    assert there == used
+    assert components == used
 
 
-def test_every_operation_is_complete(described: dict[str, Any]) -> None:
-    names = [operation["operationId"] for *_, operation in operations(described)]
+def test_all_operations_are_complete(document: dict[str, Any]) -> None:
+    names = [operation["operationId"] for *_, operation in operations(document)]
     assert len(names) == len(set(names))
-    for path, method, operation in operations(described):
+    for path, method, operation in operations(document):
         assert operation["summary"]
         assert any(status.startswith("2") for status in operation["responses"])
         assert all(re.fullmatch("[2-5][0-9]{2}", status) for status in operation["responses"])
@@ -101,35 +102,35 @@ def test_every_operation_is_complete(described: dict[str, Any]) -> None:
         assert ("requestBody" in operation) == (method == "post")
         if "requestBody" in operation:
             assert {"400", "408", "413", "429", "503"} <= operation["responses"].keys()
-        parameters = described["paths"][path].get("parameters", [])
+        parameters = document["paths"][path].get("parameters", [])
         assert [parameter["$ref"] for parameter in parameters] == (
             ["#/components/parameters/voice"] if "{name}" in path else []
         )
 
 
-def test_a_token_is_optional(described: dict[str, Any]) -> None:
-    assert described["security"] == [{}, {"bearer": []}]
-    assert described["components"]["securitySchemes"]["bearer"] == {"type": "http", "scheme": "bearer"}
+def test_a_token_is_optional(document: dict[str, Any]) -> None:
+    assert document["security"] == [{}, {"bearer": []}]
+    assert document["components"]["securitySchemes"]["bearer"] == {"type": "http", "scheme": "bearer"}
 
 
-def test_speech_is_described_in_each_format(described: dict[str, Any]) -> None:
-    operation = described["paths"]["/v1/audio/speech"]["post"]
+def test_the_speech_route_lists_all_formats(document: dict[str, Any]) -> None:
+    operation = document["paths"]["/v1/audio/speech"]["post"]
     assert operation["responses"]["200"]["content"].keys() == {*MEDIA_TYPES.values(), events.MEDIA_TYPE}
     assert operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/SpeechRequest")
 
 
-def test_its_fields_are_the_models(described: dict[str, Any]) -> None:
-    schema = described["components"]["schemas"]["SpeechRequest"]
+def test_the_request_schema_has_the_fields_of_the_model(document: dict[str, Any]) -> None:
+    schema = document["components"]["schemas"]["SpeechRequest"]
     assert schema["properties"].keys() == SpeechRequest.model_fields.keys()
     assert schema["required"] == ["input"]
     assert all(field.get("description") for field in schema["properties"].values())
     assert schema["properties"]["input"]["maxLength"] == MAX_CHARACTERS
 
 
-def test_the_limit_of_this_server_is_described() -> None:
-    schema = document("1", max_characters=500)["components"]["schemas"]["SpeechRequest"]
+def test_the_text_limit_of_the_server_is_in_the_schema() -> None:
+    schema = build_document("1", max_characters=500)["components"]["schemas"]["SpeechRequest"]
     assert schema["properties"]["input"]["maxLength"] == 500
-    assert document("1")["components"]["schemas"]["SpeechRequest"]["properties"]["input"]["maxLength"] == 4096
+    assert build_document("1")["components"]["schemas"]["SpeechRequest"]["properties"]["input"]["maxLength"] == 4096
 
 
 @pytest.mark.parametrize(
@@ -173,23 +174,23 @@ def test_the_limit_of_this_server_is_described() -> None:
     ],
     ids=str,
 )
-def test_what_the_schema_allows_is_taken_and_nothing_else(fields: dict[str, Any], described: dict[str, Any]) -> None:
+def test_the_server_accepts_exactly_what_the_schema_allows(fields: dict[str, Any], document: dict[str, Any]) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     body = {"input": "Hello.", **fields}
-    schema = {"$ref": "#/components/schemas/SpeechRequest", "components": described["components"]}
+    schema = {"$ref": "#/components/schemas/SpeechRequest", "components": document["components"]}
     try:
-        parse_order(json.dumps(body).encode())
-        taken = True
+        parse_speech_options(json.dumps(body).encode())
+        accepted = True
     except BadInputError:
-        taken = False
-    assert jsonschema.Draft202012Validator(schema).is_valid(body) == taken
+        accepted = False
+    assert jsonschema.Draft202012Validator(schema).is_valid(body) == accepted
 
 
-def test_errors_and_events_are_as_described() -> None:
-    error = speech_api.BadFieldError("no", param="seed", next_step="yes")
-    fields = speech_api.error_fields(error)
-    assert answers.Error.model_validate({"error": fields}).error.param == "seed"
+def test_errors_and_events_match_their_schemas() -> None:
+    error = error_responses.RequestError("no", param="seed", next_step="yes")
+    fields = error_responses.error_fields(error)
+    assert TypeAdapter(schemas.Error).validate_python({"error": fields})["error"]["param"] == "seed"
     stream = events.delta(b"ab") + events.done(input_tokens=1, output_tokens=2) + events.failed(fields)
-    kinds = [json.loads(block.removeprefix("data: ")) for block in stream.decode().split("\n\n")[:-1]]
-    for fields, kind in zip(kinds, get_args(answers.SpeechEvent), strict=True):
-        assert kind.model_validate(fields).model_dump() == fields
+    sent = [json.loads(block.removeprefix("data: ")) for block in stream.decode().split("\n\n")[:-1]]
+    for event, shape in zip(sent, get_args(schemas.SpeechEvent), strict=True):
+        assert TypeAdapter(shape).validate_python(event, strict=True) == event

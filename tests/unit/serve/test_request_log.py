@@ -1,4 +1,4 @@
-"""What a log tells of requests, and what it does not."""
+"""Log lines of requests: their fields, their request id, and protection against forged lines and leaked texts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_prewarm.serve.http.request_log import RequestLog, note
+from chatterbox_prewarm.serve.http.request_log import add_log_fields, log_requests
 from chatterbox_prewarm.serve.workers import log_lines
 from chatterbox_prewarm.serve.workers.log_lines import REQUEST_ID, JsonLines, TextLines
-from tests.helpers.http_server import answer, ask, connect, serving
+from tests.helpers.http_server import connect, request, respond, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,10 +27,12 @@ logger = logging.getLogger("chatterbox_prewarm.test")
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """Speaks, fails, or waits until its client has gone, by path."""
+    """Speak, fail, or wait for the client to disconnect, depending on the path."""
     match scope["path"]:
         case "/v1/audio/speech":
-            note(scope, text=TEXT, characters=len(TEXT), voice="fox", format="wav", device="cuda:0", seed=None)
+            add_log_fields(
+                scope, text=TEXT, characters=len(TEXT), voice="fox", format="wav", device="cuda:0", seed=None
+            )
             logger.info("speaking")
             await send({"type": "http.response.start", "status": 200, "headers": []})
             for size in (0, 40, 60):
@@ -38,20 +40,20 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
                 await send({"type": "http.response.body", "body": b"x" * size, "more_body": True})
             await send({"type": "http.response.body"})
         case "/fails":
-            raise RuntimeError("a fault")
+            raise RuntimeError("an exception")
         case "/fails/late":
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": b"x", "more_body": True})
-            raise RuntimeError("a late fault")
+            raise RuntimeError("a late exception")
         case "/gone":
             while (await receive())["type"] != "http.disconnect":
                 pass
         case _:
-            await answer(send)
+            await respond(send)
 
 
-class Collected(logging.Handler):
-    """Log lines as they would be written, in the task that logs them."""
+class LogCollector(logging.Handler):
+    """Formats log records in the task that logs them, and keeps the lines."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()
@@ -66,8 +68,8 @@ class Collected(logging.Handler):
 
 
 @contextlib.contextmanager
-def collected(formatter: logging.Formatter, level: int = logging.INFO) -> Iterator[Collected]:
-    handler = Collected(formatter)
+def collect_log(formatter: logging.Formatter, level: int = logging.INFO) -> Iterator[LogCollector]:
+    handler = LogCollector(formatter)
     root = logging.getLogger()
     before = root.level
     root.addHandler(handler)
@@ -79,10 +81,10 @@ def collected(formatter: logging.Formatter, level: int = logging.INFO) -> Iterat
         root.setLevel(before)
 
 
-def test_each_request_leaves_one_line_with_what_is_known_of_it_and_without_its_text() -> None:
-    with collected(JsonLines("front")) as log, serving(RequestLog(app)) as port:
-        answered, _ = ask(port, "POST", "/v1/audio/speech?key=secret", {"X-Request-Id": "abc-1"})
-        assert answered.headers["x-request-id"] == "abc-1"
+def test_each_request_logs_one_line_with_its_fields_and_without_its_text() -> None:
+    with collect_log(JsonLines("front")) as log, serving(log_requests(app)) as port:
+        response, _ = request(port, "POST", "/v1/audio/speech?key=secret", {"X-Request-Id": "abc-1"})
+        assert response.headers["x-request-id"] == "abc-1"
     (line,) = log.parsed("request")
     assert {name: line[name] for name in ("method", "route", "status", "bytes")} == {
         "method": "POST",
@@ -98,20 +100,20 @@ def test_each_request_leaves_one_line_with_what_is_known_of_it_and_without_its_t
     assert line["time"].endswith("Z")
     assert "seed" not in line
     assert "cut" not in line
-    whole = "\n".join(log.lines)
-    assert "Nemo" not in whole
-    assert "secret" not in whole
+    all_lines = "\n".join(log.lines)
+    assert "Nemo" not in all_lines
+    assert "secret" not in all_lines
 
 
-def test_the_text_is_logged_if_it_was_asked_for() -> None:
-    with collected(JsonLines("front")) as log, serving(RequestLog(app, log_text=True)) as port:
-        ask(port, "POST", "/v1/audio/speech")
+def test_the_text_is_logged_with_the_option_log_text() -> None:
+    with collect_log(JsonLines("front")) as log, serving(log_requests(app, log_text=True)) as port:
+        request(port, "POST", "/v1/audio/speech")
     assert log.parsed("request")[0]["text"] == TEXT
 
 
-def test_what_is_logged_meanwhile_carries_the_requests_id() -> None:
-    with collected(JsonLines("front")) as log, serving(RequestLog(app)) as port:
-        ids = [ask(port, "POST", "/v1/audio/speech")[0].headers["x-request-id"] for _ in range(3)]
+def test_other_log_lines_during_a_request_have_its_id() -> None:
+    with collect_log(JsonLines("front")) as log, serving(log_requests(app)) as port:
+        ids = [request(port, "POST", "/v1/audio/speech")[0].headers["x-request-id"] for _ in range(3)]
     assert len(set(ids)) == 3
     assert [line["request_id"] for line in log.parsed("speaking")] == ids
     assert [line["request_id"] for line in log.parsed("request")] == ids
@@ -121,79 +123,79 @@ def test_what_is_logged_meanwhile_carries_the_requests_id() -> None:
 @pytest.mark.parametrize(
     "value", [b"", b"a b", b"x" * 129, b"a\xff", b"\xc5\xbe", b"-a", b'a"', b"<script>", b"a\x1b[31m", b"a;b"]
 )
-def test_an_id_that_cannot_be_logged_is_replaced(value: bytes) -> None:
-    with collected(JsonLines("front")) as log, serving(RequestLog(app)) as port:
+def test_an_unsafe_request_id_is_replaced(value: bytes) -> None:
+    with collect_log(JsonLines("front")) as log, serving(log_requests(app)) as port:
         head = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: " + value + b"\r\n\r\n"
         with connect(port, head) as connection:
             received = connection.recv(4096)
     if b" 400 " in received.partition(b"\r\n")[0]:
-        assert not log.parsed("request"), "h11 refuses it itself"
+        assert not log.parsed("request"), "h11 has refused the request"
         return
     (line,) = log.parsed("request")
     assert line["request_id"].encode() != value
     assert f"x-request-id: {line['request_id']}\r\n".encode() in received
 
 
-def test_probes_and_scrapes_are_logged_for_debugging_only() -> None:
+def test_probes_and_scrapes_are_logged_only_at_debug_level() -> None:
     paths = ("/livez", "/startupz", "/readyz", "/metrics", "/v1/models")
-    for level, wanted in ((logging.INFO, ["/v1/models"]), (logging.DEBUG, list(paths))):
-        with collected(JsonLines("front"), level) as log, serving(RequestLog(app)) as port:
+    for level, expected in ((logging.INFO, ["/v1/models"]), (logging.DEBUG, list(paths))):
+        with collect_log(JsonLines("front"), level) as log, serving(log_requests(app)) as port:
             for path in paths:
-                assert "x-request-id" in ask(port, "GET", path)[0].headers
-        assert [line["route"] for line in log.parsed("request")] == wanted
+                assert "x-request-id" in request(port, "GET", path)[0].headers
+        assert [line["route"] for line in log.parsed("request")] == expected
 
 
-def test_a_fault_is_logged_with_its_id_and_as_what_was_answered() -> None:
-    with collected(JsonLines("front")) as log, serving(RequestLog(app)) as port:
-        assert ask(port, "GET", "/fails", {"X-Request-Id": "it"})[0].status == 500
+def test_an_exception_is_logged_with_the_request_id_and_the_sent_status() -> None:
+    with collect_log(JsonLines("front")) as log, serving(log_requests(app)) as port:
+        assert request(port, "GET", "/fails", {"X-Request-Id": "it"})[0].status == 500
         with connect(port, b"GET /fails/late HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
             while connection.recv(4096):
                 pass
     first, late = log.parsed("request")
     assert first["status"] == 500
     assert (late["status"], late["cut"]) == (200, True)
-    faults = [json.loads(line) for line in log.lines if "a fault" in line]
-    assert [line["request_id"] for line in faults] == ["it"]
-    assert "RuntimeError: a fault" in faults[0]["traceback"]
+    exceptions = [json.loads(line) for line in log.lines if "an exception" in line]
+    assert [line["request_id"] for line in exceptions] == ["it"]
+    assert "RuntimeError: an exception" in exceptions[0]["traceback"]
 
 
-def test_a_client_that_went_away_is_logged_as_such() -> None:
-    with collected(JsonLines("front")) as log, serving(RequestLog(app)) as port:
+def test_a_disconnected_client_is_logged_with_status_499() -> None:
+    with collect_log(JsonLines("front")) as log, serving(log_requests(app)) as port:
         connect(port, b"GET /gone HTTP/1.1\r\nHost: x\r\n\r\n").close()
-        ask(port, "GET", "/")
+        request(port, "GET", "/")
     assert sorted((line["route"], line["status"]) for line in log.parsed("request")) == [("/", 200), ("/gone", 499)]
 
 
 FORGED = "a\n2026-01-01 00:00:00,000 front INFO forged\r\x1b[2K\u2028b\x85c\x00"
 
 
-def written(formatter: logging.Formatter, **fields: Any) -> str:
+def formatted(formatter: logging.Formatter, **fields: Any) -> str:
     record = logging.LogRecord("x", logging.INFO, __file__, 1, "said %s", (FORGED,), None)
     record.fields = fields
     return formatter.format(record)
 
 
-def test_nobody_can_forge_a_line() -> None:
-    line = written(TextLines("front"), route=FORGED, voice="f ox", seconds=1.23456, status=200)
+def test_a_message_or_field_cannot_forge_a_log_line() -> None:
+    line = formatted(TextLines("front"), route=FORGED, voice="f ox", seconds=1.23456, status=200)
     assert line.isprintable(), repr(line)
     assert line.endswith('voice="f ox" seconds=1.235 status=200')
-    parsed = json.loads(written(JsonLines("front"), route=FORGED))
-    assert "\n" not in written(JsonLines("front"), route=FORGED)
+    parsed = json.loads(formatted(JsonLines("front"), route=FORGED))
+    assert "\n" not in formatted(JsonLines("front"), route=FORGED)
     assert parsed["message"] == f"said {FORGED}"
     assert parsed["route"] == FORGED
 
 
-def test_a_path_that_would_begin_a_line_does_not() -> None:
-    with collected(TextLines("front")) as log, serving(RequestLog(app)) as port:
-        ask(port, "GET", "/a%0A2026-01-01%20front%20INFO%20forged%1B%5B2K")
-        ask(port, "GET", "/" + "a" * 5000)
+def test_a_path_cannot_forge_a_log_line() -> None:
+    with collect_log(TextLines("front")) as log, serving(log_requests(app)) as port:
+        request(port, "GET", "/a%0A2026-01-01%20front%20INFO%20forged%1B%5B2K")
+        request(port, "GET", "/" + "a" * 5000)
     lines = [line for line in log.lines if " request " in line]
     assert len(lines) == 2
     assert all(line.isprintable() and len(line) < 600 for line in lines)
     assert r'route="/a\n2026-01-01 front INFO forged\u001b[2K"' in lines[0]
 
 
-def test_a_traceback_stands_on_lines_of_its_own_that_no_message_can_end() -> None:
+def test_a_traceback_is_indented_and_escaped() -> None:
     try:
         int(FORGED)
     except ValueError:
@@ -206,7 +208,7 @@ def test_a_traceback_stands_on_lines_of_its_own_that_no_message_can_end() -> Non
 
 
 @pytest.mark.parametrize("log_format", log_lines.FORMATS)
-def test_a_process_writes_its_log_in_the_format_asked_for(log_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_logs_in_the_configured_format(log_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     root = logging.getLogger()
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)

@@ -1,5 +1,5 @@
-# ruff: noqa: RUF001 - of several scripts
-"""Long texts in parts: nothing lost, nothing too long, and cut where a reader would pause."""
+# ruff: noqa: RUF001 - texts in several scripts
+"""Splitting long texts: no character is lost, no part is too long, and cuts are where a reader would pause."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ regex = pytest.importorskip("regex")
 pytest.importorskip("sentencex")
 
 
-def visible(text: str) -> str:
+def visible_characters(text: str) -> str:
     return "".join(text.split())
 
 
@@ -24,9 +24,9 @@ def graphemes(text: str) -> list[str]:
 
 
 def check(text: str, limit: int = LIMIT) -> list[str]:
-    """Split, and see that every rule that holds of all texts holds of this one."""
+    """Split a text, check the rules that apply to every text, and return the parts."""
     parts = split(text, limit=limit)
-    assert visible("".join(parts)) == visible(text)
+    assert visible_characters("".join(parts)) == visible_characters(text)
     assert all(0 < len(part) <= limit for part in parts)
     for part in parts if len(text) > limit else ():
         clusters = regex.findall(r"\X", part)
@@ -38,11 +38,11 @@ def check(text: str, limit: int = LIMIT) -> list[str]:
 
 
 @pytest.mark.parametrize("text", ["Hi.", "x" * LIMIT, "One. Two!\nThree?  ", "  spaced  ", "。" * LIMIT])
-def test_a_text_within_the_limit_comes_back_whole(text: str) -> None:
+def test_a_text_within_the_limit_is_not_changed(text: str) -> None:
     assert check(text) == [text]
 
 
-def test_short_sentences_are_packed_and_order_is_kept() -> None:
+def test_short_sentences_are_combined_in_order() -> None:
     sentences = [f"This is sentence number {number}, and it is short." for number in range(40)]
     parts = check(" ".join(sentences))
     assert " ".join(parts) == " ".join(sentences)
@@ -60,13 +60,13 @@ def test_short_sentences_are_packed_and_order_is_kept() -> None:
         "J. R. R. Tolkien wrote it, etc. and so on and so forth until the very end.",
     ],
 )
-def test_an_abbreviation_or_a_number_ends_no_sentence(sentence: str) -> None:
+def test_abbreviations_and_numbers_do_not_end_a_sentence(sentence: str) -> None:
     parts = check(f"{sentence} " * 20, limit=len(sentence) + 10)
     assert parts == [sentence] * 20
 
 
 @pytest.mark.parametrize(
-    ("sentence", "joint"),
+    ("sentence", "separator"),
     [
         ("这是一个句子，它有一个逗号。", ""),
         ("これは文です。", ""),
@@ -79,8 +79,8 @@ def test_an_abbreviation_or_a_number_ends_no_sentence(sentence: str) -> None:
         ("Αυτή είναι μια πρόταση.", " "),
     ],
 )
-def test_sentences_of_other_scripts_end_too(sentence: str, joint: str) -> None:
-    text = joint.join([sentence] * 60)
+def test_sentences_in_other_scripts_are_recognized(sentence: str, separator: str) -> None:
+    text = separator.join([sentence] * 60)
     for part in check(text):
         assert part.endswith(sentence)
         assert part.startswith(sentence)
@@ -105,18 +105,18 @@ def test_a_long_clause_is_cut_at_a_space() -> None:
     assert all(len(part) > LIMIT - 5 for part in parts[:-1])
 
 
-def test_a_text_without_a_space_is_cut_anywhere() -> None:
+def test_a_text_without_white_space_is_cut_at_the_limit() -> None:
     parts = check("a" * MAX_CHARACTERS)
     assert [len(part) for part in parts] == [LIMIT] * (MAX_CHARACTERS // LIMIT) + [MAX_CHARACTERS % LIMIT]
 
 
-def test_the_number_of_an_item_goes_with_it() -> None:
+def test_the_number_of_a_list_item_stays_with_its_text() -> None:
     text = "\n".join(f"{number}. An item of a list that has no full stop" for number in range(1, 40))
     assert all(part[0].isdigit() for part in check(text, limit=80))
     assert all(part[0].isdigit() for part in check(text))
 
 
-def test_lines_are_a_place_to_cut() -> None:
+def test_texts_are_cut_at_line_ends() -> None:
     lines = [f"a line without a full stop, number {number}" for number in range(30)]
     parts = check("\n".join(lines))
     assert [line for part in parts for line in part.split("\n")] == lines
@@ -144,18 +144,18 @@ def test_lines_are_a_place_to_cut() -> None:
     ],
 )
 @pytest.mark.parametrize("limit", [LIMIT, 13, 11])
-def test_what_a_reader_sees_as_one_character_stays_whole(cluster: str, limit: int) -> None:
+def test_a_grapheme_cluster_is_not_cut(cluster: str, limit: int) -> None:
     check(cluster * 200, limit=limit)
     check(f"a{cluster}b " * 100, limit=limit)
 
 
-def test_a_character_longer_than_the_limit_is_cut_all_the_same() -> None:
+def test_a_grapheme_cluster_longer_than_the_limit_is_cut() -> None:
     parts = check("a" + "\u0301" * 1000)
     assert len(parts) == 4
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_whatever_the_text_nothing_is_lost(seed: int) -> None:
+def test_no_character_of_a_random_text_is_lost(seed: int) -> None:
     draw = random.Random(seed)
     pieces = [
         *("Hello", "Mr.", "U.S.", "3.14", "...", "?!", "!", ".", "。", "！", ",", "，", ";", ":", "—", "-"),
@@ -170,16 +170,16 @@ def test_whatever_the_text_nothing_is_lost(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_whatever_the_characters_nothing_is_lost(seed: int) -> None:
-    """Of all planes; texts with surrogates or control characters never come so far."""
+def test_no_character_of_any_unicode_plane_is_lost(seed: int) -> None:
+    # Texts with surrogates or control characters are refused before they are split.
     draw = random.Random(seed)
     for _ in range(20):
         points = [draw.randrange(0x20, draw.choice([0x7F, 0x500, 0x3000, 0x10000, 0x110000])) for _ in range(600)]
         check("".join(chr(point) for point in points if not 0xD800 <= point < 0xE000))
 
 
-def test_the_longest_text_is_split_at_once() -> None:
-    """Also one that is made to be slow."""
+def test_the_longest_texts_are_split_within_a_second() -> None:
+    # These texts were chosen to be slow.
     for text in (
         "Mr. " * 1024,
         '"' * 4096,

@@ -1,10 +1,11 @@
-"""The body of a request for speech: what is taken, and in which words the rest is refused."""
+"""Parsing of speech requests: accepted fields, and error messages for invalid ones."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import Any, get_args
 
 import pytest
@@ -12,27 +13,27 @@ import pytest
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.text import MAX_CHARACTERS
 from chatterbox_prewarm.serve.http.encoding import MEDIA_TYPES
-from chatterbox_prewarm.serve.http.speech_api import BadFieldError, BodyTooLargeError, error_fields
-from chatterbox_prewarm.serve.workers.speech_options import SpeechOrder
-from chatterbox_prewarm.serve.workers.supervisor import WorkerGoneError
+from chatterbox_prewarm.serve.http.error_responses import RequestError, error_fields
+from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
+from chatterbox_prewarm.serve.workers.worker_client import WorkerGoneError
 from chatterbox_prewarm.system.limits import MAX_SEED, SAMPLING
 
 pytest.importorskip("pydantic")
 
 from chatterbox_prewarm.serve.http import speech_request
-from chatterbox_prewarm.serve.http.speech_request import SpeechRequest, parse_order
+from chatterbox_prewarm.serve.http.speech_request import SpeechRequest, parse_speech_options
 
 
-def parse(**fields: Any) -> SpeechOrder:
-    return parse_order(json.dumps({"input": "Hello.", **fields}).encode())
+def parse(**fields: Any) -> SpeechOptions:
+    return parse_speech_options(json.dumps({"input": "Hello.", **fields}).encode())
 
 
-def test_a_text_is_enough() -> None:
-    assert parse_order(b'{"input": "Hello."}') == SpeechOrder(text="Hello.", voice="default", format="mp3")
+def test_a_request_needs_only_a_text() -> None:
+    assert parse_speech_options(b'{"input": "Hello."}') == SpeechOptions(text="Hello.", voice="default", format="mp3")
 
 
-def test_every_field_arrives() -> None:
-    ours = {
+def test_all_fields_become_options() -> None:
+    settings = {
         "seed": 7,
         "max_new_tokens": 100,
         "temperature": 0.7,
@@ -40,8 +41,8 @@ def test_every_field_arrives() -> None:
         "exaggeration": 1.5,
         "look_ahead": 10,
     }
-    order = parse(voice="fox", response_format="opus", stream_format="sse", speed=1, model="tts-1", **ours)
-    assert order == SpeechOrder(
+    options = parse(voice="fox", response_format="opus", stream_format="sse", speed=1, model="tts-1", **settings)
+    assert options == SpeechOptions(
         text="Hello.",
         voice="fox",
         format="opus",
@@ -55,16 +56,16 @@ def test_every_field_arrives() -> None:
     )
 
 
-def test_what_openais_client_sends_is_taken() -> None:
+def test_requests_of_openais_client_are_accepted() -> None:
     assert parse(model="gpt-4o-mini-tts", voice="fox", instructions="Cheerfully.", speed=1.0).voice == "fox"
     assert parse(voice={"id": "fox"}).voice == "fox"
 
 
-def test_a_null_is_a_field_left_out() -> None:
+def test_a_null_field_is_treated_as_missing() -> None:
     assert parse(**dict.fromkeys(SpeechRequest.model_fields.keys() - {"input"})) == parse()
 
 
-def test_an_unknown_field_is_ignored_and_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_field_is_ignored_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         assert parse(lang_code="en", streaming_chunk_size=5) == parse()
     assert "lang_code" in caplog.text
@@ -72,26 +73,26 @@ def test_an_unknown_field_is_ignored_and_said(caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize("audio_format", MEDIA_TYPES)
-def test_every_format_can_be_asked_for(audio_format: str) -> None:
+def test_all_formats_are_accepted(audio_format: str) -> None:
     assert parse(response_format=audio_format).format == audio_format
 
 
-def test_the_formats_are_those_that_can_be_encoded() -> None:
+def test_the_formats_of_the_request_match_those_of_the_encoder() -> None:
     literal, _ = get_args(SpeechRequest.model_fields["response_format"].annotation)
     assert get_args(literal) == tuple(MEDIA_TYPES)
 
 
-def test_every_field_has_words_for_its_refusal() -> None:
-    assert speech_request._STEPS.keys() == SpeechRequest.model_fields.keys()
+def test_all_fields_have_a_next_step_for_their_error() -> None:
+    assert speech_request._NEXT_STEPS.keys() == SpeechRequest.model_fields.keys()
 
 
-def test_the_limit_of_the_text_is_openais_unless_it_is_set() -> None:
+def test_the_default_text_limit_is_openais() -> None:
     assert MAX_CHARACTERS == 4096
     assert parse(input="x" * 4096).text == "x" * 4096
     body = json.dumps({"input": "x" * 5000}).encode()
-    assert len(parse_order(body, limit=5000).text) == 5000
-    with pytest.raises(BadFieldError, match="5000 characters, more than the limit of 4999") as caught:
-        parse_order(body, limit=4999)
+    assert len(parse_speech_options(body, limit=5000).text) == 5000
+    with pytest.raises(RequestError, match="5000 characters, more than the limit of 4999") as caught:
+        parse_speech_options(body, limit=4999)
     assert caught.value.param == "input"
 
 
@@ -104,11 +105,11 @@ def test_the_limit_of_the_text_is_openais_unless_it_is_set() -> None:
         *((name, *SAMPLING[name]) for name in ("temperature", "cfg_weight", "exaggeration")),
     ],
 )
-def test_bounds_are_taken_and_what_is_beyond_is_refused(name: str, low: float, high: float) -> None:
+def test_values_at_the_bounds_are_accepted_and_values_beyond_are_refused(name: str, low: float, high: float) -> None:
     assert getattr(parse(**{name: low}), name) == low
     assert getattr(parse(**{name: high}), name) == high
     for value in (low - 1, high + 1, -(10**30), 10**300, 10**400, "1", True, [1], {"a": 1}):
-        with pytest.raises(BadFieldError) as caught:
+        with pytest.raises(RequestError) as caught:
             parse(**{name: value})
         assert caught.value.param == name
         assert repr(name) in caught.value.message
@@ -116,7 +117,7 @@ def test_bounds_are_taken_and_what_is_beyond_is_refused(name: str, low: float, h
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "says"),
+    ("fields", "param", "message"),
     [
         ({"input": ""}, "input", "'input': the text is empty"),
         ({"input": " \n\u200b"}, "input", "empty"),
@@ -146,8 +147,8 @@ def test_bounds_are_taken_and_what_is_beyond_is_refused(name: str, low: float, h
         ({"temperature": "x" * 100_000}, "temperature", "'temperature' is 'x"),
     ],
 )
-def test_a_field_that_is_wrong_is_named(fields: dict[str, Any], param: str, says: str) -> None:
-    with pytest.raises(BadFieldError, match=says) as caught:
+def test_an_invalid_field_is_named(fields: dict[str, Any], param: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
         parse(**fields)
     assert caught.value.param == param
     assert caught.value.next_step
@@ -162,13 +163,13 @@ def test_a_field_that_is_wrong_is_named(fields: dict[str, Any], param: str, says
 
 @pytest.mark.parametrize("body", [b"{}", b'{"text": "Hello."}', b'{"Input": "Hello."}'])
 def test_a_body_without_a_text_is_refused(body: bytes) -> None:
-    with pytest.raises(BadFieldError, match="no field 'input'") as caught:
-        parse_order(body)
+    with pytest.raises(RequestError, match="no field 'input'") as caught:
+        parse_speech_options(body)
     assert caught.value.param == "input"
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "message"),
     [
         (b"", "not JSON"),
         (b"not json", "not JSON"),
@@ -192,20 +193,18 @@ def test_a_body_without_a_text_is_refused(body: bytes) -> None:
         (b"null", "not a JSON object"),
     ],
 )
-def test_what_is_no_json_object_is_refused(body: bytes, says: str) -> None:
-    with pytest.raises(BadInputError, match=says) as caught:
-        parse_order(body)
+def test_a_body_that_is_not_a_json_object_is_refused(body: bytes, message: str) -> None:
+    with pytest.raises(BadInputError, match=message) as caught:
+        parse_speech_options(body)
     assert len(str(caught.value)) < 300
 
 
-def test_an_order_goes_through_json() -> None:
-    for order in (parse(), parse(voice="fox", stream_format="audio", seed=0, temperature=0.5, cfg_weight=0)):
-        fields = order.to_dict()
-        assert None not in fields.values()
-        assert SpeechOrder.from_dict(json.loads(json.dumps(fields))) == order
+def test_options_survive_the_way_to_the_worker_as_json() -> None:
+    for options in (parse(), parse(voice="fox", stream_format="audio", seed=0, temperature=0.5, cfg_weight=0)):
+        assert SpeechOptions(**json.loads(json.dumps(asdict(options)))) == options
 
 
-def test_an_error_tells_its_kind_and_code() -> None:
+def test_an_error_has_a_type_and_a_code() -> None:
     gone = WorkerGoneError("the worker ended", next_step="again")
     assert error_fields(gone) == {
         "message": "the worker ended",
@@ -213,15 +212,15 @@ def test_an_error_tells_its_kind_and_code() -> None:
         "code": "worker_gone",
         "param": None,
     }
-    large = error_fields(BodyTooLargeError("the body is larger", next_step="less"))
+    large = error_fields(RequestError("too large", next_step="less", status=413, code="too_large"))
     assert (large["type"], large["code"]) == ("invalid_request_error", "too_large")
     assert error_fields(BadInputError("no voice 'x'", next_step="another"))["param"] is None
 
 
-def test_the_front_gets_an_order_without_torch_or_numpy() -> None:
+def test_parsing_a_request_imports_no_torch_or_numpy() -> None:
     program = (
-        "import sys; from chatterbox_prewarm.serve.http.speech_request import parse_order\n"
-        'parse_order(b\'{"input": "Hello."}\')\n'
+        "import sys; from chatterbox_prewarm.serve.http.speech_request import parse_speech_options\n"
+        'parse_speech_options(b\'{"input": "Hello."}\')\n'
         "assert not {'numpy', 'soundfile', 'torch'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,8 +1,8 @@
-"""Added voices on the disk: whole or not there, one winner for each name, and no file breaks a server."""
+"""The voice store: complete files only, one winner for each name, and no file that breaks a server."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import pickle
 import signal
@@ -17,19 +17,12 @@ import pytest
 from safetensors.numpy import load
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.serve.voices.voice_errors import (
-    BakedVoiceError,
-    StoreFullError,
-    StoreUnavailableError,
-    UnknownVoiceError,
-    UnusableVoiceError,
-    VoiceExistsError,
-)
-from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
+from chatterbox_prewarm.serve.voices.voice_errors import UnknownVoiceError, UnusableVoiceError, VoiceError
+from chatterbox_prewarm.serve.voices.voice_store import VoiceEntry, VoiceStore
 from tests.helpers.added_voices import VARIANT, WEIGHTS, tensors, voice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
@@ -42,20 +35,26 @@ def store(tmp_path: Path) -> VoiceStore:
     return open_store(tmp_path)
 
 
-def listed(store: VoiceStore) -> dict[str, str | None]:
-    """Added voices, and why they cannot be used."""
+@contextlib.contextmanager
+def refused(code: str, status: int, match: str | None = None) -> Iterator[None]:
+    """Expect a `VoiceError` with this code, status and text."""
+    with pytest.raises(VoiceError, match=match) as caught:
+        yield
+    assert (caught.value.code, caught.value.status) == (code, status)
+
+
+def problems(store: VoiceStore) -> dict[str, str | None]:
+    """Return the added voices, and why each cannot be used."""
     return {entry.name: entry.problem for entry in store.entries() if not entry.baked}
 
 
-def holds(path: Path, seed: int) -> bool:
-    """Whether a file has the tensors of `voice(seed)`; the order of its metadata differs from process to process."""
-    found, made = load(path.read_bytes()), tensors(seed)
-    return found.keys() == made.keys() and all(np.array_equal(found[name], made[name]) for name in made)
+def has_tensors(path: Path, seed: int) -> bool:
+    """Return whether a file has the tensors of `voice(seed)`; the order of the metadata differs between processes."""
+    actual, expected = load(path.read_bytes()), tensors(seed)
+    return actual.keys() == expected.keys() and all(np.array_equal(actual[name], expected[name]) for name in expected)
 
 
-def test_an_added_voice_is_there_for_every_server_of_the_directory_until_it_is_deleted(
-    store: VoiceStore, tmp_path: Path
-) -> None:
+def test_all_servers_of_a_directory_see_an_added_voice_until_it_is_deleted(store: VoiceStore, tmp_path: Path) -> None:
     other = open_store(tmp_path)
     added = store.add("Ann-1", voice())
     assert other.get("Ann-1") == added == store.get("Ann-1")
@@ -63,20 +62,19 @@ def test_an_added_voice_is_there_for_every_server_of_the_directory_until_it_is_d
     assert added.size == (tmp_path / "Ann-1.safetensors").stat().st_size == len(voice())
     assert [entry.name for entry in other.entries()] == ["Ann-1", "default", "fox"]
     store.delete("Ann-1")
-    assert listed(other) == {}
+    assert problems(other) == {}
     with pytest.raises(UnknownVoiceError, match=r"no voice 'Ann-1'(.|\n)*choose one of: default, fox"):
         other.get("Ann-1")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_voice_is_shown_as_the_api_has_it(store: VoiceStore) -> None:
+def test_an_entry_has_the_size_of_a_baked_voice_and_the_creation_time_of_an_added_one(store: VoiceStore) -> None:
     added = store.add("ann", voice())
-    shown = {"id": "fox", "object": "voice", "baked": True, "bytes": 20, "created": None}
-    assert store.get("fox").to_dict() == {**shown, "digest": None, "usable": True, "reason": None}
-    assert json.loads(json.dumps(added.to_dict()))["created"] == 1_700_000_000
+    assert store.get("fox") == VoiceEntry(name="fox", baked=True, size=20)
+    assert added.created == 1_700_000_000
 
 
-def test_another_voice_under_the_same_name_has_another_digest(store: VoiceStore, tmp_path: Path) -> None:
+def test_a_new_voice_with_the_name_of_a_deleted_one_has_another_digest(store: VoiceStore, tmp_path: Path) -> None:
     other = open_store(tmp_path)
     first = store.add("ann", voice(1)).digest
     assert other.digest("ann") == first
@@ -86,8 +84,8 @@ def test_another_voice_under_the_same_name_has_another_digest(store: VoiceStore,
     assert store.digest("default") is store.digest("fox") is None
 
 
-def test_an_alias_is_the_voice_it_names_unless_there_is_one_of_its_name(store: VoiceStore, tmp_path: Path) -> None:
-    named = open_store(tmp_path, aliases={"alloy": "fox", "echo": "ann", "lost": "nobody"})
+def test_an_alias_resolves_to_its_voice_unless_a_voice_has_its_name(store: VoiceStore, tmp_path: Path) -> None:
+    named = open_store(tmp_path, aliases={"alloy": "fox", "echo": "ann", "lost": "missing"})
     assert named.resolve("alloy") == ("fox", None)
     assert named.resolve("default") == ("default", None)
     with pytest.raises(UnknownVoiceError, match="no voice 'ann'"):
@@ -106,7 +104,7 @@ def test_an_alias_is_the_voice_it_names_unless_there_is_one_of_its_name(store: V
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a.b", "a" * 65, "-a", "é", "a\0", "a\n", None, 5])
-def test_what_cannot_name_a_voice_reaches_no_file(store: VoiceStore, tmp_path: Path, name: Any) -> None:
+def test_invalid_names_are_refused_before_any_file_is_touched(store: VoiceStore, tmp_path: Path, name: Any) -> None:
     for call in (store.get, store.digest, store.delete, store.check_free, lambda name: store.add(name, voice())):
         with pytest.raises(BadInputError, match="cannot name a voice"):
             call(name)
@@ -116,54 +114,52 @@ def test_what_cannot_name_a_voice_reaches_no_file(store: VoiceStore, tmp_path: P
 @pytest.mark.parametrize("name", ["default", "fox"])
 def test_a_baked_voice_is_read_only_and_hides_a_file_of_its_name(store: VoiceStore, tmp_path: Path, name: str) -> None:
     (tmp_path / f"{name}.safetensors").write_bytes(voice())
-    with pytest.raises(VoiceExistsError, match="baked") as exists:
+    with refused("voice_exists", 409, "baked"):
         store.add(name, voice())
-    with pytest.raises(BakedVoiceError, match="cannot be deleted") as baked:
+    with refused("voice_is_baked", 403, "cannot be deleted"):
         store.delete(name)
-    assert (exists.value.status, baked.value.status) == (409, 403)
     assert store.get(name).baked
-    assert listed(store) == {}
+    assert problems(store) == {}
     assert (tmp_path / f"{name}.safetensors").exists()
 
 
-def test_the_built_in_voice_counts_as_baked_before_any_worker_has_told(tmp_path: Path) -> None:
+def test_the_default_voice_counts_as_baked_before_a_worker_reports_its_voices(tmp_path: Path) -> None:
     store = VoiceStore(tmp_path, baked={}, variant=VARIANT, weights=WEIGHTS)
-    with pytest.raises(VoiceExistsError):
+    with refused("voice_exists", 409):
         store.add("default", voice())
     store.baked = {"default": 1, "ann": 2}
-    with pytest.raises(VoiceExistsError):
+    with refused("voice_exists", 409):
         store.add("ann", voice())
 
 
-def test_a_name_that_is_taken_is_refused_and_its_voice_stays(store: VoiceStore) -> None:
+def test_adding_an_existing_name_is_refused_and_changes_nothing(store: VoiceStore) -> None:
     first = store.add("ann", voice(1))
-    with pytest.raises(VoiceExistsError, match="already") as caught:
+    with refused("voice_exists", 409, "already"):
         store.add("ann", voice(2))
-    assert caught.value.status == 409
     assert store.get("ann") == first
 
 
 _ADD_ALL = """
 import sys
 from pathlib import Path
-from chatterbox_prewarm.serve.voices.voice_errors import VoiceExistsError
+from chatterbox_prewarm.serve.voices.voice_errors import VoiceError
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
 from tests.helpers.added_voices import VARIANT, WEIGHTS, voice
 store = VoiceStore(Path(sys.argv[1]), baked={}, variant=VARIANT, weights=WEIGHTS)
 data = voice(int(sys.argv[2]))
-store.check_free = lambda name: None  # what they see before they write is no protection
-print("there", flush=True)
+store.check_free = lambda name: None  # so that only the write itself protects an existing file
+print("ready", flush=True)
 sys.stdin.readline()
 for number in range(60):
     try:
         store.add(f"v{number}", data)
         print(number)
-    except VoiceExistsError:
-        pass
+    except VoiceError as error:
+        assert error.code == "voice_exists"
 """
 
 
-def test_of_replicas_that_add_the_same_name_at_once_one_wins(tmp_path: Path) -> None:
+def test_one_replica_wins_when_several_add_the_same_name_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _ADD_ALL, str(tmp_path)]
     replicas = [
         subprocess.Popen([*command, str(seed)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -171,7 +167,7 @@ def test_of_replicas_that_add_the_same_name_at_once_one_wins(tmp_path: Path) -> 
     ]
     for replica in replicas:
         assert replica.stdout is not None
-        assert replica.stdout.readline() == "there\n"
+        assert replica.stdout.readline() == "ready\n"
     for replica in replicas:
         assert replica.stdin is not None
         replica.stdin.write("\n")
@@ -180,7 +176,7 @@ def test_of_replicas_that_add_the_same_name_at_once_one_wins(tmp_path: Path) -> 
     assert sorted(number for numbers in won for number in numbers) == list(range(60))
     for seed, numbers in enumerate(won):
         for number in numbers:
-            assert holds(tmp_path / f"v{number}.safetensors", seed)
+            assert has_tensors(tmp_path / f"v{number}.safetensors", seed)
     assert len(list(tmp_path.iterdir())) == 60
 
 
@@ -200,15 +196,15 @@ while True:
 """
 
 
-def test_a_server_killed_at_any_moment_leaves_whole_voices_alone(store: VoiceStore, tmp_path: Path) -> None:
-    wrong: list[dict[str, str | None]] = []
+def test_a_killed_server_leaves_only_complete_voices(store: VoiceStore, tmp_path: Path) -> None:
+    broken: list[dict[str, str | None]] = []
     done = threading.Event()
 
     def watch() -> None:
         other = open_store(tmp_path)
         while not done.is_set():
-            if any((found := listed(other)).values()):
-                wrong.append(found)
+            if any((listing := problems(other)).values()):
+                broken.append(listing)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -223,71 +219,64 @@ def test_a_server_killed_at_any_moment_leaves_whole_voices_alone(store: VoiceSto
     finally:
         done.set()
         watcher.join()
-    assert wrong == []
-    assert set(listed(store).values()) <= {None}
-    assert all(holds(tmp_path / f"{name}.safetensors", 0) for name in listed(store))
+    assert broken == []
+    assert set(problems(store).values()) <= {None}
+    assert all(has_tensors(tmp_path / f"{name}.safetensors", 0) for name in problems(store))
 
 
-def test_what_a_killed_server_left_half_written_is_no_voice_and_goes_when_it_is_old(
-    store: VoiceStore, tmp_path: Path
-) -> None:
-    fresh, old = tmp_path / ".ann.1-aa.part", tmp_path / ".ann.2-bb.part"
+def test_old_temporary_files_of_killed_servers_are_removed(store: VoiceStore, tmp_path: Path) -> None:
+    fresh, old = tmp_path / ".ann.safetensors.aa", tmp_path / ".ann.safetensors.bb"
     for path in (fresh, old):
         path.write_bytes(voice()[:100])
     os.utime(old, (time.time() - 7200,) * 2)
-    assert listed(store) == {}
+    assert problems(store) == {}
     store.add("ann", voice())
     assert fresh.exists(), "another replica may be writing it"
     assert not old.exists()
 
 
-def test_without_a_directory_there_are_the_baked_voices_alone_and_adding_says_what_to_do(tmp_path: Path) -> None:
+def test_without_a_directory_only_baked_voices_exist_and_adding_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for place in (tmp_path / "nowhere", tmp_path / "file", tmp_path / "file" / "below"):
-        store = open_store(place)
+    for directory in (tmp_path / "nowhere", tmp_path / "file", tmp_path / "file" / "below"):
+        store = open_store(directory)
         assert [entry.name for entry in store.entries()] == ["default", "fox"]
         with pytest.raises(UnknownVoiceError):
             store.delete("ann")
-        with pytest.raises(StoreUnavailableError, match="no directory") as caught:
+        with refused("voices_unavailable", 503, r"no directory(.|\n)*--voices-dir"):
             store.add("ann", voice())
-        assert caught.value.status == 503
-        assert "--voices-dir" in caught.value.next_step
     (tmp_path / "nowhere").mkdir()
     assert open_store(tmp_path / "nowhere").add("ann", voice()).problem is None
 
 
-def test_a_full_disk_is_said_and_nothing_is_left_behind(small_disk: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_no_file_behind(small_disk: Path) -> None:
     store = open_store(small_disk)
     kept = store.add("ann", voice())
-    with pytest.raises(StoreFullError, match="No space left") as caught:
+    with refused("voices_full", 507, "No space left"):
         store.add("bob", voice(1))
-    assert caught.value.status == 507
     assert [path.name for path in small_disk.iterdir()] == ["ann.safetensors"]
     assert store.get("ann") == kept
     store.delete("ann")
     assert store.add("bob", voice(1)).problem is None
 
 
-def test_a_read_only_directory_is_said_and_its_voices_can_be_used(small_disk: Path) -> None:
+def test_a_read_only_directory_is_reported_and_its_voices_stay_usable(small_disk: Path) -> None:
     open_store(small_disk).add("ann", voice())
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     store = open_store(small_disk)
-    assert listed(store) == {"ann": None}
+    assert problems(store) == {"ann": None}
     for call in (lambda: store.add("bob", voice()), lambda: store.delete("ann")):
-        with pytest.raises(StoreUnavailableError, match="Read-only file system") as caught:
+        with refused("voices_unavailable", 503, "Read-only file system"):
             call()
-        assert caught.value.status == 503
 
 
-def test_their_number_is_bounded(tmp_path: Path) -> None:
+def test_the_number_of_voices_is_limited(tmp_path: Path) -> None:
     store = open_store(tmp_path, max_voices=2)
     for name in ("ann", "bob"):
         store.add(name, voice())
-    with pytest.raises(StoreFullError, match="2 is the limit") as caught:
+    with refused("voices_full", 507, "2 is the limit"):
         store.add("cem", voice())
-    assert caught.value.status == 507
     (tmp_path / "cem.safetensors").write_bytes(voice())
-    assert sorted(listed(store)) == ["ann", "bob"]
+    assert sorted(problems(store)) == ["ann", "bob"]
 
 
 def _write(data: bytes) -> Callable[[Path], Any]:
@@ -295,14 +284,14 @@ def _write(data: bytes) -> Callable[[Path], Any]:
 
 
 @pytest.mark.parametrize(
-    ("make", "word"),
+    ("write", "problem"),
     [
-        (_write(b""), "no safetensors file"),
-        (_write(b"hello, world, this is text"), "no safetensors file"),
-        (_write(pickle.dumps(list(range(100)))), "no safetensors file"),
-        (_write(voice()[:-1]), "promises"),
-        (_write(voice()[:50]), "no safetensors file"),
-        (_write(voice() + b"x"), "promises"),
+        (_write(b""), "not a safetensors file"),
+        (_write(b"hello, world, this is text"), "not a safetensors file"),
+        (_write(pickle.dumps(list(range(100)))), "not a safetensors file"),
+        (_write(voice()[:-1]), "its header describes"),
+        (_write(voice()[:50]), "not a safetensors file"),
+        (_write(voice() + b"x"), "its header describes"),
         (_write(bytes(2 << 20)), "larger than"),
         (_write(voice(weights="sha256:" + "3" * 64)), "made for the checkpoint 'sha256:333"),
         (_write(voice(variant="turbo")), "made for the variant 'turbo'"),
@@ -310,53 +299,56 @@ def _write(data: bytes) -> Callable[[Path], Any]:
         (_write(voice(created="-1")), "incomplete"),
         (_write(voice(created="x" * 999)), "incomplete"),
         (_write(voice(clip_sha256="")), "incomplete"),
-        (_write(voice(without="gen.embedding")), "it holds the tensors"),
-        (_write(voice(instead={"more": np.zeros(1)})), "it holds the tensors"),
+        (_write(voice(without="gen.embedding")), "it contains the tensors"),
+        (_write(voice(instead={"more": np.zeros(1)})), "it contains the tensors"),
         (_write(voice(instead={"gen.embedding": np.zeros((1, 192))})), "gen.embedding is F64"),
         (_write(voice(instead={"gen.embedding": np.zeros((1, 191), np.float32)})), "gen.embedding"),
         (_write(voice(instead={"gen.prompt_token": np.zeros((1, 0), np.int64)})), "gen.prompt_token"),
         (_write(voice(instead={"gen.prompt_token": np.zeros((1, 74), np.int64)})), "150 frames for 74"),
-        (lambda path: path.mkdir(), "no regular file"),
-        (lambda path: path.symlink_to("/etc/passwd"), "no regular file"),
-        (os.mkfifo, "no regular file"),
+        (lambda path: path.mkdir(), "not a regular file"),
+        (lambda path: path.symlink_to("/etc/passwd"), "not a regular file"),
+        (os.mkfifo, "not a regular file"),
     ],
 )
-def test_a_file_that_is_no_voice_of_this_model_is_listed_with_the_reason(
-    store: VoiceStore, tmp_path: Path, make: Callable[[Path], Any], word: str
+def test_an_unusable_file_is_listed_with_the_reason(
+    store: VoiceStore, tmp_path: Path, write: Callable[[Path], Any], problem: str
 ) -> None:
     good = store.add("good", voice())
-    make(tmp_path / "bad.safetensors")
-    assert word in (listed(store)["bad"] or "")
-    entry = store.get("bad").to_dict()
-    assert (entry["usable"], entry["digest"]) == (False, None)
+    write(tmp_path / "bad.safetensors")
+    assert problem in (problems(store)["bad"] or "")
+    assert store.get("bad").digest is None
     with pytest.raises(UnusableVoiceError, match="the voice 'bad' cannot be used"):
         store.digest("bad")
-    with pytest.raises(VoiceExistsError):
+    with refused("voice_exists", 409):
         store.add("bad", voice())
     assert store.get("good") == good
     if not (tmp_path / "bad.safetensors").is_dir():
         store.delete("bad")
-        assert listed(store) == {"good": None}
+        assert problems(store) == {"good": None}
 
 
-def test_files_that_are_none_of_ours_are_left_alone(store: VoiceStore, tmp_path: Path) -> None:
+def test_other_files_in_the_directory_are_ignored(store: VoiceStore, tmp_path: Path) -> None:
     for name in ("lost+found", "notes.txt", "a b.safetensors", ".safetensors", "..safetensors", "x.safetensors.bak"):
         (tmp_path / name).write_bytes(voice())
     before = sorted(tmp_path.iterdir())
-    assert listed(store) == {}
+    assert problems(store) == {}
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_what_is_no_voice_of_this_model_is_not_added(store: VoiceStore, tmp_path: Path) -> None:
+def test_unusable_data_is_not_added(store: VoiceStore, tmp_path: Path) -> None:
     for data in (b"", b"text", voice()[:-1], voice(weights="other")):
         with pytest.raises(UnusableVoiceError):
             store.add("ann", data)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_front_imports_nothing_heavy_for_its_voices() -> None:
-    code = (
-        "import sys; import chatterbox_prewarm.serve.voices.voice_store, chatterbox_prewarm.serve.http.voice_routes;"
-        "print(sorted({'torch', 'numpy', 'soundfile', 'starlette', 'pydantic', 'safetensors'} & set(sys.modules)))"
-    )
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("voices.voice_store", {"torch", "numpy", "soundfile", "starlette", "pydantic", "safetensors"}),
+        ("http.voice_routes", {"torch", "numpy", "soundfile", "pydantic", "safetensors"}),
+    ],
+)
+def test_the_front_imports_no_heavy_package_for_its_voices(module: str, heavy: set[str]) -> None:
+    code = f"import sys; import chatterbox_prewarm.serve.{module}; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

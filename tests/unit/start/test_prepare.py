@@ -1,4 +1,4 @@
-"""`prepare`, without torch: what is used, what is left out and why, and what ends a start."""
+"""Test which families `prepare` uses, why it leaves out others, and which errors end a start."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 from chatterbox_prewarm import errors
 from chatterbox_prewarm.errors import WeightsError
 from chatterbox_prewarm.families.bytecode import PACK_NAME, bytecode, write_pack
-from chatterbox_prewarm.start.prepared import POLICIES
-from chatterbox_prewarm.state.manifest import read_manifest, write_manifest
+from chatterbox_prewarm.start.options import POLICIES
+from chatterbox_prewarm.state.manifest_file import write_manifest
+from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.digests import scan, set_digest
 from chatterbox_prewarm.system.json_subprocess import parse_report
 from tests.helpers.children import TIMEOUT, call, start
@@ -28,7 +29,7 @@ ALL = ["bytecode", "numba", "signal", "conditionals"]
 
 
 def build(tmp_path: Path, requires: Mapping[str, Mapping[str, str]] | None = None, skip: str = "") -> Path:
-    """A warm state whose pack of bytecode is real and whose other families hold made-up files."""
+    """Write a warm state with real bytecode; its other families have made-up files. The family `skip` is missing."""
     spec = importlib.util.find_spec("colorsys")
     assert spec is not None
     assert spec.origin is not None
@@ -45,48 +46,51 @@ def build(tmp_path: Path, requires: Mapping[str, Mapping[str, str]] | None = Non
 
 
 def prepare(tmp_path: Path, policy: str = "fallback", **options: Any) -> dict[str, Any]:
-    places = {name: str(tmp_path / name) for name in ("warm", "weights", "cache")}
+    """Run `prepare` in another process, and return its report."""
+    paths = {name: str(tmp_path / name) for name in ("warm", "weights", "cache")}
     record_weights(tmp_path / "weights")
-    return call("prepare", policy=policy, **{**places, **options})
+    return call("prepare", policy=policy, **{**paths, **options})
 
 
-def misses(seen: dict[str, Any]) -> dict[str, int]:
-    counted: dict[str, int] = seen["metrics"]["misses"]
-    return {name: count for name, count in counted.items() if name != "bytecode"}
+def misses(report: dict[str, Any]) -> dict[str, int]:
+    """Return the misses of each family except `bytecode`, which depend on the imports of the test process."""
+    counts: dict[str, int] = report["metrics"]["misses"]
+    return {name: count for name, count in counts.items() if name != "bytecode"}
 
 
-def reasons(seen: dict[str, Any], family: str) -> list[str]:
-    return [reason for reason in seen["metrics"]["reasons"] if reason.startswith(f"{family}: ")]
+def reasons(report: dict[str, Any], family: str) -> list[str]:
+    """Return the reasons for the misses of a family."""
+    return [reason for reason in report["metrics"]["reasons"] if reason.startswith(f"{family}: ")]
 
 
 @pytest.mark.parametrize("policy", ["require", "fallback"])
-def test_a_state_that_fits_is_used_as_a_whole(tmp_path: Path, policy: str) -> None:
+def test_all_families_of_a_fitting_state_are_used(tmp_path: Path, policy: str) -> None:
     build(tmp_path)
-    seen = prepare(tmp_path, policy, imports=["colorsys"])
-    assert sorted(seen["usable"]) == sorted(ALL)
-    assert seen["has_manifest"]
-    assert seen["heavy"] == []
-    assert misses(seen) == {}
-    assert seen["metrics"]["hits"] == {"bytecode": 1}
+    report = prepare(tmp_path, policy, imports=["colorsys"])
+    assert sorted(report["usable"]) == sorted(ALL)
+    assert report["has_manifest"]
+    assert report["heavy"] == []
+    assert misses(report) == {}
+    assert report["metrics"]["hits"] == {"bytecode": 1}
     cache = tmp_path / "cache"
     assert (cache / "numba" / "librosa" / "filters.nbc").read_bytes() == b"machine code"
-    assert seen["environment"] == {
+    assert report["environment"] == {
         "NUMBA_CACHE_DIR": str(cache / "numba"),
         "NUMBA_CPU_NAME": "generic",
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(cache / "hub"),
     }
-    assert "prepare" in [phase["name"] for phase in seen["metrics"]["phases"]]
+    assert "prepare" in [phase["name"] for phase in report["metrics"]["phases"]]
 
 
-def test_a_state_is_never_written_to(tmp_path: Path) -> None:
+def test_a_start_never_writes_into_the_state(tmp_path: Path) -> None:
     warm = build(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in warm.rglob("*")}
     prepare(tmp_path, "require")
     assert {path: path.stat().st_mtime_ns for path in warm.rglob("*")} == before
 
 
-def test_a_seeded_cache_that_was_tampered_with_is_seeded_again(tmp_path: Path) -> None:
+def test_a_changed_file_in_the_cache_is_replaced(tmp_path: Path) -> None:
     build(tmp_path)
     prepare(tmp_path)
     seeded = tmp_path / "cache" / "numba" / "librosa" / "filters.nbc"
@@ -95,7 +99,7 @@ def test_a_seeded_cache_that_was_tampered_with_is_seeded_again(tmp_path: Path) -
     assert seeded.read_bytes() == b"machine code"
 
 
-def test_a_cache_that_others_could_write_is_closed_to_them(tmp_path: Path) -> None:
+def test_a_cache_that_others_can_write_is_emptied_and_made_private(tmp_path: Path) -> None:
     build(tmp_path)
     numba = tmp_path / "cache" / "numba"
     (numba / "planted").mkdir(parents=True)
@@ -110,16 +114,16 @@ def test_a_cache_that_others_could_write_is_closed_to_them(tmp_path: Path) -> No
     assert not (numba / "planted" / "index.nbi").exists()
 
 
-def test_what_numba_is_writing_in_another_process_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_that_numba_writes_in_another_process_is_kept(tmp_path: Path) -> None:
     build(tmp_path)
     writing = tmp_path / "cache" / "numba" / "librosa" / "other.nbi.tmp.0123456789abcdef"
     writing.parent.mkdir(parents=True)
-    writing.write_bytes(b"half of it")
+    writing.write_bytes(b"incomplete")
     prepare(tmp_path)
     assert writing.exists()
 
 
-def test_several_processes_start_from_one_cache_at_once(tmp_path: Path) -> None:
+def test_several_processes_can_fill_the_same_cache_at_once(tmp_path: Path) -> None:
     files = {f"librosa/{number}.nbc": bytes([number]) * 2_000_000 for number in range(10)}
     make_state(tmp_path / "warm", {"numba": files})
     arguments = {"warm": str(tmp_path / "warm"), "cache": str(tmp_path / "cache"), "times": 5}
@@ -130,91 +134,95 @@ def test_several_processes_start_from_one_cache_at_once(tmp_path: Path) -> None:
     assert {str(path.relative_to(seeded)) for path in seeded.rglob("*.*")} == set(files)
 
 
-def test_off_ignores_a_state_whatever_it_is_like(tmp_path: Path) -> None:
+def test_the_policy_off_ignores_any_state(tmp_path: Path) -> None:
     warm = build(tmp_path, {"numba": {"arch": "another"}})
     (warm / "extra").write_text("x")
-    seen = prepare(tmp_path, "off")
-    assert (seen["usable"], seen["has_manifest"], set(misses(seen))) == ([], False, {"numba", "signal", "conditionals"})
+    report = prepare(tmp_path, "off")
+    assert (report["usable"], report["has_manifest"], set(misses(report))) == (
+        [],
+        False,
+        {"numba", "signal", "conditionals"},
+    )
     assert list((tmp_path / "cache" / "numba").iterdir()) == []
 
 
-def corrupt(warm: Path) -> None:
+def damage_code(warm: Path) -> None:
     (warm / "numba" / "librosa" / "filters.nbc").write_bytes(b"machine c0de")
 
 
-def test_a_corrupt_family_ends_a_start_under_require(tmp_path: Path) -> None:
-    corrupt(build(tmp_path))
+def test_a_damaged_family_ends_a_start_under_require(tmp_path: Path) -> None:
+    damage_code(build(tmp_path))
     with pytest.raises(errors.IntegrityError, match=r"family numba .* numba/librosa/filters\.nbc: sha256") as caught:
         prepare(tmp_path, "require")
     assert caught.value.exit_code == 12
     assert not (tmp_path / "cache" / "numba").exists()
 
 
-def test_a_corrupt_family_is_left_out_and_never_read_under_fallback(tmp_path: Path) -> None:
-    corrupt(build(tmp_path))
-    seen = prepare(tmp_path, "fallback")
-    assert "numba" not in seen["usable"]
-    assert len(seen["usable"]) == 3
-    assert misses(seen) == {"numba": 1}
-    (reason,) = reasons(seen, "numba")
-    assert "not as baked: numba/librosa/filters.nbc: sha256" in reason
+def test_a_damaged_family_is_left_out_and_never_read_under_fallback(tmp_path: Path) -> None:
+    damage_code(build(tmp_path))
+    report = prepare(tmp_path, "fallback")
+    assert "numba" not in report["usable"]
+    assert len(report["usable"]) == 3
+    assert misses(report) == {"numba": 1}
+    (reason,) = reasons(report, "numba")
+    assert "not read, its files differ from the manifest: numba/librosa/filters.nbc: sha256" in reason
     assert list((tmp_path / "cache" / "numba").iterdir()) == []
 
 
-def test_a_missing_file_leaves_its_family_out(tmp_path: Path) -> None:
+def test_a_family_with_a_missing_file_is_left_out(tmp_path: Path) -> None:
     (build(tmp_path) / "bytecode" / PACK_NAME).unlink()
-    seen = prepare(tmp_path, imports=["colorsys"])
-    assert sorted(seen["usable"]) == ["conditionals", "numba", "signal"]
-    assert seen["metrics"]["hits"] == {}
-    assert "No such file" in reasons(seen, "bytecode")[0]
+    report = prepare(tmp_path, imports=["colorsys"])
+    assert sorted(report["usable"]) == ["conditionals", "numba", "signal"]
+    assert report["metrics"]["hits"] == {}
+    assert "No such file" in reasons(report, "bytecode")[0]
 
 
-MISFIT = {"signal": {**FITTING, "torchaudio": "0.0.1"}}
+DOES_NOT_FIT = {"signal": {**FITTING, "torchaudio": "0.0.1"}}
 
 
-def test_a_misfit_ends_a_start_under_require(tmp_path: Path) -> None:
-    build(tmp_path, MISFIT)
+def test_a_family_that_does_not_fit_ends_a_start_under_require(tmp_path: Path) -> None:
+    build(tmp_path, DOES_NOT_FIT)
     with pytest.raises(errors.FingerprintMismatchError, match=r"family signal .* torchaudio: baked with 0\.0\.1, here"):
         prepare(tmp_path, "require")
 
 
-def test_a_misfit_is_left_out_under_fallback_naming_the_field_and_both_values(tmp_path: Path) -> None:
+def test_a_family_that_does_not_fit_is_left_out_under_fallback_with_both_values(tmp_path: Path) -> None:
     build(tmp_path, {"signal": {"arch": "m68k"}})
-    seen = prepare(tmp_path, "fallback")
-    assert sorted(seen["usable"]) == ["bytecode", "conditionals", "numba"]
-    assert misses(seen) == {"signal": 1}
+    report = prepare(tmp_path, "fallback")
+    assert sorted(report["usable"]) == ["bytecode", "conditionals", "numba"]
+    assert misses(report) == {"signal": 1}
     here = FITTING["arch"]
-    assert reasons(seen, "signal") == [f"signal: left out: processor architecture: baked with m68k, here {here}"]
+    assert reasons(report, "signal") == [f"signal: left out: processor architecture: baked with m68k, here {here}"]
 
 
-def test_a_voice_of_other_weights_is_left_out(tmp_path: Path) -> None:
+def test_voices_baked_with_other_weights_are_left_out(tmp_path: Path) -> None:
     build(tmp_path, {"conditionals": {"weights": "f" * 64}})
     (reason,) = reasons(prepare(tmp_path), "conditionals")
     assert f"weights: baked with {'f' * 64}, here {record_weights(tmp_path / 'weights')}" in reason
 
 
 @pytest.mark.parametrize("policy", ["require", "fallback", "off"])
-def test_no_start_can_do_without_weights(tmp_path: Path, policy: str) -> None:
+def test_missing_weights_end_a_start_under_every_policy(tmp_path: Path, policy: str) -> None:
     build(tmp_path)
     with pytest.raises(WeightsError, match="no weights directory"):
         call("prepare", policy=policy, warm=str(tmp_path / "warm"), weights="/nowhere", cache=str(tmp_path / "cache"))
 
 
-def test_a_changed_source_file_leaves_out_the_family_that_depends_on_it(tmp_path: Path) -> None:
+def test_a_family_is_left_out_if_a_source_file_it_depends_on_changed(tmp_path: Path) -> None:
     source = tmp_path / "filters.py"
     source.write_text("x = 1\n")
     stamp = f"6 bytes, modified at {source.stat().st_mtime!r}"
     build(tmp_path, {"numba": {f"source:{source}": stamp}})
     assert "numba" in prepare(tmp_path)["usable"]
     os.utime(source, (1, 1))
-    seen = prepare(tmp_path)
-    assert "numba" not in seen["usable"]
-    assert f"source file {source}: baked with {stamp}, here 6 bytes, modified at 1.0" in reasons(seen, "numba")[0]
+    report = prepare(tmp_path)
+    assert "numba" not in report["usable"]
+    assert f"source file {source}: baked with {stamp}, here 6 bytes, modified at 1.0" in reasons(report, "numba")[0]
 
 
-def test_a_family_that_was_not_baked_or_is_unknown_is_a_miss(tmp_path: Path) -> None:
+def test_a_missing_family_and_an_unknown_family_are_misses(tmp_path: Path) -> None:
     warm = build(tmp_path, skip="signal")
-    manifest = read_manifest(warm)
+    manifest = State.read(warm).manifest
     (warm / "conditionals").rename(warm / "future")
     renamed = tuple(
         replace(entry, name="future", files=scan(warm, below="future")) if entry.name == "conditionals" else entry
@@ -222,9 +230,9 @@ def test_a_family_that_was_not_baked_or_is_unknown_is_a_miss(tmp_path: Path) -> 
     )
     manifest = replace(manifest, families=renamed)
     write_manifest(replace(manifest, set_digest=set_digest(manifest.files)), warm)
-    seen = prepare(tmp_path)
-    assert sorted(seen["usable"]) == ["bytecode", "numba"]
-    assert misses(seen) == {"signal": 1, "future": 1, "conditionals": 1}
+    report = prepare(tmp_path)
+    assert sorted(report["usable"]) == ["bytecode", "numba"]
+    assert misses(report) == {"signal": 1, "future": 1, "conditionals": 1}
 
 
 def remove_manifest(warm: Path) -> None:
@@ -239,58 +247,56 @@ def make_newer(warm: Path) -> None:
 
 
 UNUSABLE: list[tuple[Callable[[Path], object], str]] = [
-    (remove_manifest, "holds no manifest.json"),
-    (make_newer, "is of schema 99"),
+    (remove_manifest, "has no manifest.json"),
+    (make_newer, "has schema 99"),
     (lambda warm: (warm / "numba" / "extra.nbi").write_text("x"), "does not list, the first: numba/extra.nbi"),
     (lambda warm: (warm / "link").symlink_to("/etc"), "is a link or a special file"),
     (lambda warm: (warm / "numba").chmod(0o777), "can be written by other users"),
 ]
 
 
-@pytest.mark.parametrize(("damage", "says"), UNUSABLE)
-def test_a_state_that_is_unusable_as_a_whole_ends_a_start_under_require(
-    tmp_path: Path, damage: Callable[[Path], object], says: str
+@pytest.mark.parametrize(("damage", "message"), UNUSABLE)
+def test_an_unusable_state_ends_a_start_under_require(
+    tmp_path: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(build(tmp_path))
-    with pytest.raises(errors.IntegrityError, match=says) as caught:
+    with pytest.raises(errors.IntegrityError, match=message) as caught:
         prepare(tmp_path, "require")
     assert caught.value.exit_code == 12
 
 
-@pytest.mark.parametrize(("damage", "says"), UNUSABLE)
-def test_a_state_that_is_unusable_as_a_whole_is_ignored_under_fallback(
-    tmp_path: Path, damage: Callable[[Path], object], says: str
+@pytest.mark.parametrize(("damage", "message"), UNUSABLE)
+def test_an_unusable_state_is_ignored_under_fallback(
+    tmp_path: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(build(tmp_path))
-    seen = prepare(tmp_path, "fallback")
-    assert (seen["usable"], seen["has_manifest"]) == ([], False)
-    assert misses(seen) == {"all": 1}
-    assert says in reasons(seen, "all")[0]
-    assert "NUMBA_CACHE_DIR" in seen["environment"]  # a cold start still has its cache
+    report = prepare(tmp_path, "fallback")
+    assert (report["usable"], report["has_manifest"]) == ([], False)
+    assert misses(report) == {"all": 1}
+    assert message in reasons(report, "all")[0]
+    assert "NUMBA_CACHE_DIR" in report["environment"]  # a cold start uses the cache too
     assert list((tmp_path / "cache" / "numba").iterdir()) == []
 
 
-def test_no_state_at_all_is_a_cold_start(tmp_path: Path) -> None:
-    seen = prepare(tmp_path)
-    assert (seen["usable"], misses(seen)) == ([], {"all": 1})
+def test_a_start_without_a_state_is_cold(tmp_path: Path) -> None:
+    report = prepare(tmp_path)
+    assert (report["usable"], misses(report)) == ([], {"all": 1})
 
 
 @pytest.mark.parametrize(
-    ("policy", "place"),
+    ("policy", "cache"),
     [("require", "file"), ("fallback", "file"), ("off", "file"), ("fallback", "file/below"), ("off", "/proc/cache")],
 )
-def test_a_cache_that_cannot_be_written_is_bad_input_under_every_policy(
-    tmp_path: Path, policy: str, place: str
-) -> None:
+def test_a_cache_that_cannot_be_written_is_refused_under_every_policy(tmp_path: Path, policy: str, cache: str) -> None:
     build(tmp_path)
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("not a directory")
     with pytest.raises(errors.BadInputError, match="cannot be written") as caught:
-        prepare(tmp_path, policy, cache=str(tmp_path / place))
+        prepare(tmp_path, policy, cache=str(tmp_path / cache))
     assert caught.value.exit_code == 16
     assert "emptyDir" in caught.value.next_step
 
 
-def test_an_unknown_policy_is_bad_input(tmp_path: Path) -> None:
+def test_an_unknown_policy_is_refused(tmp_path: Path) -> None:
     with pytest.raises(errors.BadInputError, match="no policy 'maybe'") as caught:
         prepare(tmp_path, "maybe")
     assert all(policy in caught.value.next_step for policy in POLICIES)

@@ -1,4 +1,4 @@
-"""A node's facts: written without anything heavy, read with care."""
+"""Test that the facts of a node are read without importing heavy packages, and that invalid files are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from chatterbox_prewarm.commands.nodes import facts
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.state.node_facts import host_facts, read_host_facts, to_json
+from chatterbox_prewarm.state.node_facts import node_facts, node_facts_to_json, read_node_facts
 from chatterbox_prewarm.system.fingerprint import MACHINE, read_fingerprint
 from tests.helpers.children import call
 
@@ -18,55 +18,58 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_the_facts_are_the_machines_own_and_need_nothing_heavy() -> None:
-    seen = call("host_facts")
-    assert seen["heavy"] == []
+def test_the_facts_are_those_of_the_fingerprint_and_no_heavy_package_is_imported() -> None:
+    report = call("read_facts")
+    assert report["heavy"] == []
     fields = read_fingerprint().fields()
-    assert seen["facts"] == {name: fields[name] for name in MACHINE}
+    assert report["facts"] == {name: fields[name] for name in MACHINE}
 
 
 def test_the_device_is_a_fact_only_if_it_is_given() -> None:
-    assert "device" not in host_facts()
-    assert host_facts("cuda:1")["device"] == "cuda"
+    assert "device" not in node_facts()
+    assert node_facts("cuda:1")["device"] == "cuda"
 
 
-def test_the_command_prints_json_or_writes_a_file_that_is_read_back(tmp_path: Path) -> None:
+def test_the_command_prints_json_or_writes_a_file_that_can_be_read(tmp_path: Path) -> None:
     runner = click.testing.CliRunner()
     printed = runner.invoke(facts, ["--device", "cpu"])
     assert printed.exit_code == 0, printed.output
-    assert json.loads(printed.output) == host_facts("cpu")
+    assert json.loads(printed.output) == node_facts("cpu")
     written = runner.invoke(facts, ["--output", str(tmp_path / "node.json")])
     assert written.exit_code == 0, written.output
-    assert read_host_facts(tmp_path / "node.json") == host_facts()
+    assert read_node_facts(tmp_path / "node.json") == node_facts()
     assert isinstance(runner.invoke(facts, ["--output", str(tmp_path)]).exception, BadInputError)
 
 
-def test_what_this_version_does_not_know_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "node.json").write_text(to_json({**host_facts(), "kernel": "6.1"}))
-    assert read_host_facts(tmp_path / "node.json") == host_facts()
+def test_unknown_facts_are_ignored(tmp_path: Path) -> None:
+    (tmp_path / "node.json").write_text(node_facts_to_json({**node_facts(), "kernel": "6.1"}))
+    assert read_node_facts(tmp_path / "node.json") == node_facts()
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("{ not JSON", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
-        ("[]", "holds no facts of a host, but a list"),
+        ("[]", "holds a list instead of the facts of a node"),
         ("{}", "lacks 'arch', the processor architecture"),
-        (to_json({name: value for name, value in host_facts().items() if name != "driver"}), "lacks 'driver'"),
-        (json.dumps({**host_facts(), "gpu": None}), "'gpu' is None, no text"),
-        (json.dumps({**host_facts(), "device": 1}), "'device' is 1, no text"),
+        (
+            node_facts_to_json({name: value for name, value in node_facts().items() if name != "driver"}),
+            "lacks 'driver'",
+        ),
+        (json.dumps({**node_facts(), "gpu": None}), "'gpu' is None, which is not a string"),
+        (json.dumps({**node_facts(), "device": 1}), "'device' is 1, which is not a string"),
     ],
 )
-def test_a_file_that_holds_no_facts_is_bad_input(tmp_path: Path, text: str | bytes, says: str) -> None:
+def test_a_file_without_valid_facts_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
     path = tmp_path / "node.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(BadInputError, match=says) as caught:
-        read_host_facts(path)
+    with pytest.raises(BadInputError, match=message) as caught:
+        read_node_facts(path)
     assert "facts --output" in caught.value.next_step
 
 
-def test_a_file_that_is_not_there_is_bad_input(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="No such file"):
-        read_host_facts(tmp_path / "node.json")
+        read_node_facts(tmp_path / "node.json")

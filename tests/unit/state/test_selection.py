@@ -1,4 +1,4 @@
-"""Which of several states a machine takes: by fit, then by what is compiled; a broken one hurts nobody."""
+"""Test which of several states a machine uses, and that a damaged state does not affect the others."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, IntegrityError
-from chatterbox_prewarm.state.folder import key_of
-from chatterbox_prewarm.state.manifest import Manifest, read_manifest
-from chatterbox_prewarm.state.selection import Choice, choose
+from chatterbox_prewarm.state.selection import Request, Selection, select_state, state_path, states_in
+from chatterbox_prewarm.state.signature import Trust
+from chatterbox_prewarm.state.state import State
 from tests.conftest import run_cli
 from tests.helpers.children import call
-from tests.helpers.states import FITTING, make_state_for, record_weights, rewrite
+from tests.helpers.states import FITTING, make_state, make_state_for, record_weights, rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,187 +27,267 @@ A100 = {"arch": "x86_64", "gpu": "NVIDIA A100", "compute_capability": "8.0"}
 
 @pytest.fixture
 def warm(tmp_path: Path) -> Path:
-    """States for an H100 and for an L4, and one that lost its manifest."""
-    for name, facts in (("h100", H100), ("l4", L4), ("lost", A100)):
+    """Write a state for an H100, one for an L4, and one whose manifest is missing."""
+    for name, facts in (("h100", H100), ("l4", L4), ("incomplete", A100)):
         make_state_for(tmp_path / "warm" / name, facts)
-    (tmp_path / "warm" / "lost" / "manifest.json").unlink()
+    (tmp_path / "warm" / "incomplete" / "manifest.json").unlink()
     return tmp_path / "warm"
 
 
-def take(warm: Path, facts: Mapping[str, str], device: str = "cuda", **options: Any) -> Choice:
-    return choose(warm, lambda _: {**facts, "device": device}, device=device, **options)
+def select(folder: Path, facts: Mapping[str, str], device: str = "cuda", **request: Any) -> Selection:
+    """Select a state for a machine with these facts."""
+    return select_state(folder, lambda _: {**facts, "device": device}, Request(device=device, **request))
 
 
 def damage(state: Path) -> None:
     (state / "extra").write_text("x")
 
 
+# ---- the states of a folder
+
+
+def test_a_state_is_the_only_state_of_its_own_folder(tmp_path: Path) -> None:
+    warm = tmp_path / "warm"
+    make_state(warm, {"numba": {"index.nbi": b"index"}})
+    assert states_in(warm) == {"warm": warm}
+    assert state_path(warm) == state_path(warm, "warm") == warm
+
+
+def test_all_visible_folders_next_to_a_state_are_states(tmp_path: Path) -> None:
+    make_state_for(tmp_path / "warm" / "b", H100)
+    for name in ("a", ".b.staging-1"):
+        (tmp_path / "warm" / name).mkdir()
+    (tmp_path / "warm" / "README").write_text("x")
+    assert list(states_in(tmp_path / "warm")) == ["a", "b"]
+
+
+def test_a_folder_without_a_manifest_has_no_states(tmp_path: Path) -> None:
+    (tmp_path / "warm" / "numba").mkdir(parents=True)
+    assert states_in(tmp_path / "warm") == states_in(tmp_path / "nowhere") == states_in(tmp_path / "warm" / "x") == {}
+    assert state_path(tmp_path / "warm") == tmp_path / "warm"  # reading it as a state gives the error message
+
+
+def test_one_of_several_states_must_be_named_and_the_names_are_listed(tmp_path: Path) -> None:
+    for name in ("h100", "l4"):
+        make_state_for(tmp_path / "warm" / name, H100)
+    assert state_path(tmp_path / "warm", "l4") == tmp_path / "warm" / "l4"
+    with pytest.raises(BadInputError, match=r"holds 2 states: h100, l4") as caught:
+        state_path(tmp_path / "warm")
+    assert "--state" in caught.value.next_step
+    with pytest.raises(BadInputError, match=r"no state 'a100'; it has: h100, l4"):
+        state_path(tmp_path / "warm", "a100")
+
+
+# ---- the selection
+
+
 @pytest.mark.parametrize(("facts", "name"), [(H100, "h100"), (L4, "l4")])
-def test_a_machine_takes_the_state_that_was_baked_for_it(
+def test_a_machine_uses_the_state_that_was_baked_for_it(
     warm: Path, facts: Mapping[str, str], name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    chosen = take(warm, facts, strict=True)
-    assert (chosen.path, chosen.manifest, chosen.fits) == (warm / name, read_manifest(warm / name), True)
-    taken, other, lost = [record.getMessage() for record in caplog.records]
-    assert chosen.remarks == (taken, other, lost)
-    assert taken == f"the state {name} is taken"
+    selection = select(warm, facts, strict=True)
+    assert selection.state == State.read(warm / name)
+    used, other, incomplete = [record.getMessage() for record in caplog.records]
+    assert selection.remarks == (used, other, incomplete)
+    assert used == f"the state {name} is used"
     assert f"here {facts['gpu']}" in other
     assert "compute capability: baked with" in other
-    assert lost.startswith("the state lost is left out: ")
-    assert "holds no manifest.json" in lost
+    assert incomplete.startswith("the state incomplete is left out: ")
+    assert "has no manifest.json" in incomplete
+    assert selection.unusable == (incomplete,)
 
 
-def test_the_files_of_a_state_that_is_not_taken_are_never_looked_at(warm: Path) -> None:
+def test_a_selection_contains_the_compatibility_of_its_state(warm: Path) -> None:
+    fitting = select(warm, H100).compatibility
+    assert (fitting.name, fitting.fits) == ("h100", True)
+    assert fitting.differences == {"numba": [], "aot": []}
+    assert "signal" in fitting.missing
+    assert fitting == State.read(warm / "h100").compatibility({**H100, "device": "cuda"}, device="cuda")
+    named = select(warm, H100, name="l4").compatibility
+    assert (named.name, named.fits) == ("l4", False)
+    assert any("NVIDIA L4" in sentence for sentence in named.differences["aot"])
+    single = select(warm / "l4", H100).compatibility
+    assert single == named
+
+
+def test_the_files_of_other_states_are_not_read(warm: Path) -> None:
     (warm / "l4" / "aot" / "region.so").unlink()
     damage(warm / "l4")
-    chosen = take(warm, H100, strict=True)
-    assert chosen.path == warm / "h100"
-    assert not any("extra" in remark for remark in chosen.remarks)
+    selection = select(warm, H100, strict=True)
+    assert selection.state.path == warm / "h100"
+    assert not any("extra" in remark for remark in selection.remarks)
 
 
-def test_the_best_that_is_not_broken_is_taken(warm: Path) -> None:
+def test_the_best_undamaged_state_is_used(warm: Path) -> None:
     make_state_for(warm / "h100-eager", {**H100}, profile="eager")
     damage(warm / "h100")
-    chosen = take(warm, H100, strict=True)
-    assert (chosen.path.name, chosen.fits) == ("h100-eager", True)
-    assert any("h100 is left out: " in words and "first: extra" in words for words in chosen.broken)
+    selection = select(warm, H100, strict=True)
+    assert (selection.state.path.name, selection.compatibility.fits) == ("h100-eager", True)
+    assert any("h100 is left out: " in line and "first: extra" in line for line in selection.unusable)
 
 
-def test_a_link_is_no_state(warm: Path, tmp_path: Path) -> None:
+def test_a_link_is_not_a_state(warm: Path, tmp_path: Path) -> None:
     (warm / "h100").rename(tmp_path / "elsewhere")
     (warm / "h100").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(FingerprintMismatchError, match=r"h100 is a link"):
-        take(warm, H100, strict=True)
+        select(warm, H100, strict=True)
 
 
-def test_where_none_fits_each_difference_is_named(warm: Path) -> None:
+def test_if_no_state_fits_every_difference_is_named(warm: Path) -> None:
     with pytest.raises(FingerprintMismatchError) as caught:
-        take(warm, A100, strict=True)
+        select(warm, A100, strict=True)
     assert caught.value.exit_code == 11
-    for words in (
+    for part in (
         "h100: aot (GPU compute capability: baked with 9.0, here 8.0; GPU: baked with NVIDIA H100, here NVIDIA A100)",
         "l4: aot (GPU compute capability: baked with 8.9, here 8.0; GPU: baked with NVIDIA L4, here NVIDIA A100)",
-        "lost: ",
+        "incomplete: ",
     ):
-        assert words in caught.value.message
+        assert part in caught.value.message
 
 
-def test_where_none_fits_the_one_that_fits_most_is_taken_by_a_start_that_may_go_on(warm: Path) -> None:
+def test_without_strict_the_state_with_most_fitting_families_is_used(warm: Path) -> None:
     rewrite(warm / "h100", lambda raw: raw["families"][0]["requires"].update(arch="m68k"))
-    chosen = take(warm, A100)
-    assert (chosen.path.name, chosen.fits) == ("l4", False)
-    assert chosen.remarks[0].startswith("the state l4 is taken, which fits in part: aot (GPU compute capability: ")
-    assert len(chosen.broken) == 1
+    selection = select(warm, A100)
+    assert (selection.state.path.name, selection.compatibility.fits) == ("l4", False)
+    assert selection.remarks[0].startswith("the state l4 is used, but only a part fits: aot (GPU compute capability: ")
+    assert len(selection.unusable) == 1
 
 
-def test_states_that_are_all_broken_are_an_integrity_error(warm: Path) -> None:
+def test_if_all_states_are_damaged_the_error_names_each(warm: Path) -> None:
     for name in ("h100", "l4"):
         damage(warm / name)
     with pytest.raises(IntegrityError, match=r"no state of .*h100 is left out.*l4 is left out.*") as caught:
-        take(warm, H100)
-    assert "lost is left out" in caught.value.message
+        select(warm, H100)
+    assert "incomplete is left out" in caught.value.message
 
 
 def test_a_folder_of_states_that_others_can_write_is_refused(warm: Path) -> None:
     warm.chmod(0o777)
     with pytest.raises(IntegrityError, match="can be written by other users"):
-        take(warm, H100)
+        select(warm, H100)
 
 
-def shape(profile: str = "aot", device: str = "cuda", code: bytes = b"code") -> dict[str, Any]:
+def test_only_the_selected_state_must_match_the_trusted_digest(warm: Path) -> None:
+    digests = {name: f"sha256:{State.read(warm / name).manifest_digest}" for name in ("h100", "l4")}
+    selection = select(warm, H100, trust=Trust(expected_digest=digests["h100"]))
+    assert selection.state.path == warm / "h100"
+    assert digests["h100"] in selection.state.trusted_by[0]
+    with pytest.raises(IntegrityError, match=f"expected was {digests['l4']}"):
+        select(warm, H100, trust=Trust(expected_digest=digests["l4"]))
+
+
+def settings(profile: str = "aot", device: str = "cuda", code: bytes = b"code") -> dict[str, Any]:
+    """Return arguments of `make_state_for`."""
     return {"profile": profile, "device": device, "code": code}
 
 
 @pytest.mark.parametrize(
-    ("states", "asked", "name", "why"),
+    ("states", "profile", "name", "reason"),
     [
-        ({"a": shape("eager"), "b": shape("aot")}, None, "b", "the other has more that is compiled"),
-        ({"a": shape(code=b"1"), "b": shape(code=b"22")}, None, "b", "the other has more that is compiled"),
-        ({"b": shape(), "a": shape()}, None, "a", "the other's name comes first"),
-        ({"a": shape("aot"), "b": shape("eager")}, "eager", "b", "it has another profile than asked for"),
-        ({"a": shape(device="cpu"), "b": shape("eager")}, None, "b", "device: baked for cpu, here cuda"),
+        (
+            {"a": settings("eager"), "b": settings("aot")},
+            None,
+            "b",
+            "the other state has more compiled code that fits",
+        ),
+        (
+            {"a": settings(code=b"1"), "b": settings(code=b"22")},
+            None,
+            "b",
+            "the other state has more compiled code that fits",
+        ),
+        ({"b": settings(), "a": settings()}, None, "a", "the name of the other state comes first"),
+        (
+            {"a": settings("aot"), "b": settings("eager")},
+            "eager",
+            "b",
+            "it has another profile than requested",
+        ),
+        ({"a": settings(device="cpu"), "b": settings("eager")}, None, "b", "device: baked for cpu, here cuda"),
     ],
 )
-def test_among_those_that_fit_the_order_is_stated(
-    tmp_path: Path, states: dict[str, dict[str, Any]], asked: str | None, name: str, why: str
+def test_states_that_fit_are_ranked_and_the_reason_is_given(
+    tmp_path: Path, states: dict[str, dict[str, Any]], profile: str | None, name: str, reason: str
 ) -> None:
-    for key, settings in states.items():
-        make_state_for(tmp_path / "warm" / key, H100, **settings)
-    chosen = take(tmp_path / "warm", H100, profile=asked, strict=True)
-    assert chosen.path.name == name
-    assert chosen.remarks[0] == f"the state {name} is taken"
-    assert why in chosen.remarks[1]
+    for key, arguments in states.items():
+        make_state_for(tmp_path / "warm" / key, H100, **arguments)
+    selection = select(tmp_path / "warm", H100, profile=profile, strict=True)
+    assert selection.state.path.name == name
+    assert selection.remarks[0] == f"the state {name} is used"
+    assert reason in selection.remarks[1]
 
 
-def test_without_a_device_each_state_is_judged_for_its_own(tmp_path: Path) -> None:
+def test_without_a_device_each_state_is_compared_for_the_device_it_was_baked_for(tmp_path: Path) -> None:
     make_state_for(tmp_path / "warm" / "cpu", {"arch": "x86_64"}, device="cpu")
     make_state_for(tmp_path / "warm" / "gpu", H100)
 
-    def facts(manifest: Manifest) -> dict[str, str]:
-        return {"arch": "x86_64", "device": manifest.reference.device}
+    def facts(state: State) -> dict[str, str]:
+        return {"arch": "x86_64", "device": state.manifest.reference.device}
 
-    assert choose(tmp_path / "warm", facts, strict=True).path.name == "cpu"
+    assert select_state(tmp_path / "warm", facts, Request(strict=True)).state.path.name == "cpu"
 
 
-def test_a_state_that_is_named_is_taken_whether_it_fits_or_not(warm: Path) -> None:
-    assert take(warm, H100, name="l4", strict=True).path == warm / "l4"
+def test_a_named_state_is_used_even_if_it_does_not_fit(warm: Path) -> None:
+    assert select(warm, H100, name="l4", strict=True).state.path == warm / "l4"
     with pytest.raises(BadInputError, match="no state 'a100'"):
-        take(warm, H100, name="a100")
+        select(warm, H100, name="a100")
 
 
 # ---- a start
 
 
 def prepare(tmp_path: Path, policy: str) -> dict[str, Any]:
+    """Run `prepare` in another process, and return its report."""
     record_weights(tmp_path / "weights")
     warm, weights, cache = (str(tmp_path / name) for name in ("warm", "weights", "cache"))
     return call("prepare", policy=policy, warm=warm, weights=weights, cache=cache)
 
 
-def both(tmp_path: Path, other: Mapping[str, str]) -> Path:
-    """A state for this machine that compiles nothing, and one for another."""
+def make_two_states(tmp_path: Path, other: Mapping[str, str]) -> Path:
+    """Write a state for this machine without compiled code, and a compiled one for a machine with the facts `other`."""
     make_state_for(tmp_path / "warm" / "here", FITTING, device="cpu", profile="eager")
     make_state_for(tmp_path / "warm" / "other", other, device="cpu", profile="aot")
     return tmp_path / "warm"
 
 
 @pytest.mark.parametrize("policy", ["require", "fallback"])
-@pytest.mark.parametrize("hurt", [damage, lambda state: (state / "manifest.json").unlink()])
-def test_a_start_uses_the_state_that_fits_and_a_broken_one_counts_no_miss(
-    tmp_path: Path, policy: str, hurt: Callable[[Path], object]
+@pytest.mark.parametrize("damage_state", [damage, lambda state: (state / "manifest.json").unlink()])
+def test_a_start_uses_the_fitting_state_and_a_damaged_one_is_not_a_miss(
+    tmp_path: Path, policy: str, damage_state: Callable[[Path], object]
 ) -> None:
-    warm = both(tmp_path, FITTING)
-    hurt(warm / "other")
-    seen = prepare(tmp_path, policy)
-    assert seen["usable"] == ["numba"]
-    assert seen["metrics"]["state"] == key_of(read_manifest(warm / "here"))
-    assert not {"states", "all", "numba"} & set(seen["metrics"]["misses"])
+    warm = make_two_states(tmp_path, FITTING)
+    damage_state(warm / "other")
+    report = prepare(tmp_path, policy)
+    assert report["usable"] == ["numba"]
+    assert report["metrics"]["state"] == State.read(warm / "here").key
+    assert not {"states", "all", "numba"} & set(report["metrics"]["misses"])
     assert (tmp_path / "cache" / "numba" / "librosa" / "filters.nbi").read_bytes() == b"index"
 
 
-def test_a_start_that_needs_a_fit_ends_with_11_where_none_fits(tmp_path: Path) -> None:
-    warm = both(tmp_path, {"arch": "m68k"})
+def test_a_strict_start_exits_with_11_if_no_state_fits(tmp_path: Path) -> None:
+    warm = make_two_states(tmp_path, {"arch": "m68k"})
     rewrite(warm / "here", lambda raw: raw["families"][0]["requires"].update(arch="vax"))
     with pytest.raises(FingerprintMismatchError, match=r"here: numba \(.*vax.* \| other: numba \(.*m68k"):
         prepare(tmp_path, "require")
 
 
-def test_a_start_that_goes_on_without_a_fit_counts_what_is_left_out_and_what_is_broken(tmp_path: Path) -> None:
-    warm = both(tmp_path, FITTING)
+def test_under_fallback_a_start_counts_unfitting_families_and_damaged_states(tmp_path: Path) -> None:
+    warm = make_two_states(tmp_path, FITTING)
     rewrite(warm / "here", lambda raw: raw["families"][0]["requires"].update(arch="vax"))
     damage(warm / "other")
-    seen = prepare(tmp_path, "fallback")
-    misses = seen["metrics"]["misses"]
-    assert (seen["usable"], misses["numba"], misses["states"]) == ([], 1, 1)
+    report = prepare(tmp_path, "fallback")
+    misses = report["metrics"]["misses"]
+    assert (report["usable"], misses["numba"], misses["states"]) == ([], 1, 1)
 
 
-def test_a_start_without_any_whole_state_is_cold(tmp_path: Path) -> None:
-    warm = both(tmp_path, FITTING)
+def test_a_start_is_cold_if_all_states_are_damaged(tmp_path: Path) -> None:
+    warm = make_two_states(tmp_path, FITTING)
     for name in ("here", "other"):
         damage(warm / name)
-    seen = prepare(tmp_path, "fallback")
-    assert (seen["has_manifest"], seen["metrics"]["misses"], seen["metrics"]["state"]) == (False, {"all": 1}, "")
+    report = prepare(tmp_path, "fallback")
+    metrics = report["metrics"]
+    assert (report["has_manifest"], metrics["misses"], metrics["state"]) == (False, {"all": 1}, "")
     with pytest.raises(IntegrityError, match="other is left out"):
         prepare(tmp_path, "require")
 
@@ -215,49 +295,49 @@ def test_a_start_without_any_whole_state_is_cold(tmp_path: Path) -> None:
 # ---- the command line
 
 
-def test_pack_wants_the_name_of_one_of_several_and_gives_it_a_folder_of_its_own(warm: Path, tmp_path: Path) -> None:
+def test_pack_needs_the_name_of_one_of_several_states_and_uses_its_key_as_folder(warm: Path, tmp_path: Path) -> None:
     refused = run_cli("pack", "--warm", warm, "--output", tmp_path / "layer.tar.gz")
     assert refused.returncode == 16
-    assert "h100, l4, lost" in refused.stderr
+    assert "h100, incomplete, l4" in refused.stderr
     packed = run_cli("pack", "--warm", warm, "--state", "l4", "--output", tmp_path / "layer.tar.gz")
     assert packed.returncode == 0, packed.stderr
-    key = key_of(read_manifest(warm / "l4"))
+    key = State.read(warm / "l4").key
     with tarfile.open(tmp_path / "layer.tar.gz") as layer:
         assert f"opt/chatterbox-prewarm/warm/{key}/manifest.json" in layer.getnames()
-        tar = {entry.name: entry.mode for entry in layer}
-    assert tar["opt/chatterbox-prewarm/warm"] == 0o755
+        modes = {entry.name: entry.mode for entry in layer}
+    assert modes["opt/chatterbox-prewarm/warm"] == 0o755
 
 
-def test_inspect_lists_several_and_shows_one(warm: Path) -> None:
+def test_inspect_lists_several_states_and_shows_a_named_one(warm: Path) -> None:
     listed = run_cli("inspect", "--warm", warm)
     assert listed.returncode == 0, listed.stderr
-    h100, l4, lost = listed.stdout.splitlines()
+    h100, incomplete, l4 = listed.stdout.splitlines()
     assert h100.startswith("h100: cuda-nvidia-h100-cc9.0-")
     assert l4.startswith("l4: cuda-nvidia-l4-")
-    assert lost.startswith("lost: cannot be used: ")
+    assert incomplete.startswith("incomplete: cannot be used: ")
     shown = run_cli("inspect", "--warm", warm, "--state", "l4")
-    assert f"  key {key_of(read_manifest(warm / 'l4'))}" in shown.stdout
+    assert f"  key {State.read(warm / 'l4').key}" in shown.stdout
     assert run_cli("inspect", "--warm", warm, "--json").returncode == 16
 
 
-def test_verify_checks_the_state_that_a_start_here_would_take(tmp_path: Path) -> None:
-    warm = both(tmp_path, {"arch": "m68k"})
+def test_verify_checks_the_state_that_a_start_here_uses(tmp_path: Path) -> None:
+    warm = make_two_states(tmp_path, {"arch": "m68k"})
     record_weights(tmp_path / "weights")
-    places = ("--warm", warm, "--weights", tmp_path / "weights", "--cache", tmp_path / "cache")
-    verified = run_cli("verify", *places)
+    options = ("--warm", warm, "--weights", tmp_path / "weights", "--cache", tmp_path / "cache")
+    verified = run_cli("verify", *options)
     assert verified.returncode == 0, verified.stderr
     lines = verified.stdout.splitlines()
-    assert lines[0] == "the state here is taken"
+    assert lines[0] == "the state here is used"
     assert lines[1].startswith("the state other is left out: numba (processor architecture: baked with m68k, here ")
     assert "numba: 1 file(s) intact, fits this machine" in lines
-    refused = run_cli("verify", *places, "--state", "other")
+    refused = run_cli("verify", *options, "--state", "other")
     assert refused.returncode == 11
     damage(warm / "other")
-    assert run_cli("verify", *places).returncode == 0
-    assert run_cli("verify", *places, "--state", "other").returncode == 12
+    assert run_cli("verify", *options).returncode == 0
+    assert run_cli("verify", *options, "--state", "other").returncode == 12
 
 
-def test_a_proof_where_no_state_fits_says_so_before_it_sets_a_process_apart(warm: Path, tmp_path: Path) -> None:
+def test_prove_refuses_states_that_do_not_fit_before_it_isolates_a_process(warm: Path, tmp_path: Path) -> None:
     record_weights(tmp_path / "weights")
     refused = run_cli("prove", "--warm", warm, "--weights", tmp_path / "weights")
     assert refused.returncode == 11, refused.stderr

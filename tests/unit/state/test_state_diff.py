@@ -1,11 +1,11 @@
-"""The difference of two states, word for word."""
+"""Test the text that describes the differences of two states."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.state.manifest import read_manifest
+from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.state.state_diff import differences
 from tests.conftest import run_cli
 from tests.helpers.states import make_state, make_state_for, rewrite
@@ -43,8 +43,8 @@ reference: pcm_sha256: 111111111111111111111111111111111111111111111111111111111
 """
 
 
-def two(tmp_path: Path) -> tuple[Path, Path]:
-    """Two states that differ in everything that counts."""
+def make_two_states(tmp_path: Path) -> tuple[Path, Path]:
+    """Write two states that differ in every compared property."""
     one, other = tmp_path / "one", tmp_path / "other"
     fitting = {"arch": "x86_64"}
     make_state(
@@ -70,24 +70,24 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
     return one, other
 
 
-def test_everything_that_differs_is_said_in_order_and_always_the_same(tmp_path: Path) -> None:
-    one, other = two(tmp_path)
+def test_every_difference_is_listed_in_a_fixed_order(tmp_path: Path) -> None:
+    one, other = make_two_states(tmp_path)
     shown = run_cli("inspect", "--diff", one, other)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout == GOLDEN
-    assert "\n".join(differences(read_manifest(one), read_manifest(other))) + "\n" == GOLDEN
+    assert "\n".join(differences(State.read(one).manifest, State.read(other).manifest)) + "\n" == GOLDEN
 
 
-def test_states_that_hold_the_same_have_no_difference_whenever_they_were_baked(tmp_path: Path) -> None:
-    one, _ = two(tmp_path)
-    manifest = read_manifest(one)
+def test_the_time_version_and_levels_of_a_bake_are_not_differences(tmp_path: Path) -> None:
+    one, _ = make_two_states(tmp_path)
+    manifest = State.read(one).manifest
     later = replace(manifest, created="2030-01-01T00:00:00+00:00", tool="chatterbox-prewarm 9", levels=(1,))
     assert differences(manifest, later) == []
     shown = run_cli("inspect", "--diff", one, one)
     assert (shown.returncode, shown.stdout) == (0, "no difference\n")
 
 
-def test_a_folder_of_several_has_no_difference_of_its_own(tmp_path: Path) -> None:
+def test_a_folder_of_several_states_cannot_be_compared(tmp_path: Path) -> None:
     for name in ("a", "b"):
         make_state_for(tmp_path / "warm" / name, {"arch": name})
     refused = run_cli("inspect", "--diff", tmp_path / "warm", tmp_path / "warm" / "a")

@@ -1,120 +1,101 @@
-"""How a folder is written: by one process at a time, nothing left of a killed one, and in place all at once."""
+"""Test that files and folders appear at their path completely or not at all."""
 
 from __future__ import annotations
 
-import time
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.system.atomic_files import put_in_place, seal, staging_folder
-from chatterbox_prewarm.system.locks import exclusive_lock, share_lock
-from chatterbox_prewarm.system.process import PARENT
-from tests.helpers.children import start
+from chatterbox_prewarm.system.atomic_files import atomic_file, put_in_place, seal, staging_folder, write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from subprocess import Popen
 
 
-def wait_for(path: Path, process: Popen[str]) -> None:
-    """Wait until another process has made a file."""
-    for _ in range(600):
-        if path.exists():
-            return
-        assert process.poll() is None, "the process ended too early"
-        time.sleep(0.05)
-    raise AssertionError(f"{path} never appeared")
+# ---- files
 
 
-def test_a_second_process_in_the_same_place_is_refused_and_told_who_is_there(tmp_path: Path) -> None:
-    warm = tmp_path / "warm"
-    with start("hold_staging", {"warm": str(warm)}) as other:
-        try:
-            wait_for(tmp_path / "busy", other)
-            with (
-                pytest.raises(BadInputError, match=rf"another process \({other.pid}\) is writing") as caught,
-                exclusive_lock(warm),
-            ):
-                pass
-            assert caught.value.exit_code == 16
-            with exclusive_lock(tmp_path / "elsewhere"):
-                pass
-        finally:
-            other.kill()
+def test_a_file_appears_only_when_the_block_has_ended(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with atomic_file(path) as temporary:
+        assert temporary.parent == tmp_path  # a rename works only within a file system
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_place_that_others_share_is_nobodys_alone(tmp_path: Path) -> None:
-    place = tmp_path / "bake"
-    with start("share_place", {"place": str(place)}) as one:
-        try:
-            wait_for(tmp_path / "busy", one)
-            (tmp_path / "busy").unlink()
-            with start("share_place", {"place": str(place)}) as two:
-                try:
-                    wait_for(tmp_path / "busy", two)
-                finally:
-                    two.kill()
-            with pytest.raises(BadInputError, match=f"another process uses {tmp_path}"), exclusive_lock(place):
-                pass
-        finally:
-            one.kill()
-            one.wait()
-    with exclusive_lock(place):
-        pass
+@pytest.mark.parametrize("written", [True, False])
+def test_an_error_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path: Path, written: bool) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail() -> None:
+        with atomic_file(path) as temporary:
+            if written:
+                temporary.write_text("incomplete")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_place_that_somebody_holds_is_not_shared_but_by_those_whom_the_holder_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = tmp_path / "warm"
-    with start("hold_staging", {"warm": str(place)}) as holder:
-        try:
-            wait_for(tmp_path / "busy", holder)
-            with pytest.raises(BadInputError, match=rf"another process \({holder.pid}\) is writing"):
-                share_lock(place)
-            monkeypatch.setenv(PARENT, str(holder.pid))
-            share_lock(place)
-        finally:
-            holder.kill()
-            holder.wait()
-    with exclusive_lock(place):
-        pass
+def test_a_target_that_cannot_be_replaced_leaves_no_temporary_file(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    with pytest.raises(OSError, match="folder"):
+        write_whole(tmp_path / "folder", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    with pytest.raises(FileNotFoundError):
+        write_whole(tmp_path / "missing" / "file", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_what_a_killed_bake_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    warm = tmp_path / "warm"
-    with start("hold_staging", {"warm": str(warm)}) as other:
-        try:
-            wait_for(tmp_path / "busy", other)
-        finally:
-            other.kill()
-    (leftover,) = tmp_path.glob(".warm.staging-*")
-    assert (leftover / "family" / "half").read_text() == "half of it"
-    with exclusive_lock(warm), staging_folder(warm) as staging:
-        assert not leftover.exists()
-        assert list(tmp_path.glob(".warm.staging-*")) == [staging]
-    assert not warm.exists()
-    assert list(tmp_path.glob(".warm.staging-*")) == []
+@pytest.mark.parametrize("durable", [False, True])
+def test_the_mode_of_a_file_is_set_before_it_appears(tmp_path: Path, durable: bool) -> None:
+    path = tmp_path / "file"
+    write_whole(path, "Grüße\n", mode=0o440, durable=durable)
+    assert path.stat().st_mode & 0o777 == 0o440
+    assert path.read_bytes() == "Grüße\n".encode()
+    write_whole(path, "new", mode=0o604, durable=durable)  # a read-only file is replaced too
+    assert (path.stat().st_mode & 0o777, path.read_text()) == (0o604, "new")
 
 
-def test_the_staging_of_another_target_is_left_alone(tmp_path: Path) -> None:
+def test_without_a_mode_a_file_keeps_the_permissions_of_the_block(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "file") as temporary:
+        temporary.write_text("text")
+        temporary.chmod(0o640)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    before = os.umask(0o027)
+    try:
+        write_whole(tmp_path / "other", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "other").stat().st_mode & 0o777 == 0o640
+
+
+# ---- folders
+
+
+def test_the_staging_folder_of_another_target_is_kept(tmp_path: Path) -> None:
     with staging_folder(tmp_path / "warm") as one, staging_folder(tmp_path / "warm2") as two:
         assert one.is_dir()
         assert two.is_dir()
 
 
-def test_the_lock_is_free_again_after_a_bake_that_failed(tmp_path: Path) -> None:
-    warm = tmp_path / "warm"
-    with pytest.raises(FileExistsError), exclusive_lock(warm), staging_folder(warm) as staging:
-        staging.mkdir()
-    assert not staging.exists()
-    with exclusive_lock(warm):
-        pass
+def test_the_old_state_is_restored_if_a_process_was_killed_before_the_new_one_had_its_name(tmp_path: Path) -> None:
+    warm, old = tmp_path / "warm", tmp_path / ".warm.staging-old-7"
+    old.mkdir()
+    (old / "manifest.json").write_text("old")
+    with staging_folder(warm):
+        assert (warm / "manifest.json").read_text() == "old"
+    assert list(tmp_path.glob(".warm.*")) == []
 
 
-def test_a_first_state_gets_its_name(tmp_path: Path) -> None:
+def test_a_first_state_is_renamed_to_its_target(tmp_path: Path) -> None:
     warm = tmp_path / "warm"
     with staging_folder(warm) as staging:
         (staging / "manifest.json").write_text("new")
@@ -132,12 +113,12 @@ def test_an_older_state_is_exchanged_for_the_new_one_and_removed(tmp_path: Path)
         (staging / "manifest.json").write_text("new")
         seal(staging)
         put_in_place(staging, warm)
-        assert (staging / "numba" / "old").read_text() == "old"  # exchanged in one step, not deleted before
+        assert (staging / "numba" / "old").read_text() == "old"  # both were renamed in one step
     assert [path.name for path in warm.iterdir()] == ["manifest.json"]
     assert list(tmp_path.glob(".warm.*")) == []
 
 
-def test_a_sealed_state_can_be_written_by_nobody(tmp_path: Path) -> None:
+def test_a_sealed_state_is_read_only(tmp_path: Path) -> None:
     state = tmp_path / "state"
     (state / "numba" / "deep").mkdir(parents=True)
     (state / "numba" / "deep" / "file").write_text("x")

@@ -1,4 +1,4 @@
-"""Fingerprints: read without torch, compared field by field, explained to a person."""
+"""Test that fingerprints are read without torch, and that every difference is explained."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_prewarm.state.compatibility import current_facts
 from chatterbox_prewarm.system.fingerprint import ABSENT, Fingerprint, explain, package_digest, read_fingerprint
 from tests.helpers.children import call
 
@@ -19,10 +18,10 @@ if TYPE_CHECKING:
 FIELDS = list(Fingerprint.__dataclass_fields__)
 
 
-def test_reading_this_machine_imports_nothing_heavy() -> None:
-    seen = call("fingerprint")
-    assert seen["heavy"] == []
-    fields = seen["fields"]
+def test_reading_the_fingerprint_imports_no_heavy_package() -> None:
+    report = call("fingerprint")
+    assert report["heavy"] == []
+    fields = report["fields"]
     assert set(fields) == set(FIELDS)
     assert fields["arch"] == platform.machine()
     assert platform.python_version() in fields["python"]
@@ -30,12 +29,12 @@ def test_reading_this_machine_imports_nothing_heavy() -> None:
     assert all(isinstance(value, str) for value in fields.values())
 
 
-def test_reading_twice_gives_the_same() -> None:
+def test_two_readings_are_equal() -> None:
     assert call("fingerprint")["fields"] == call("fingerprint")["fields"]
 
 
 class ManyGpus:
-    """What NVML would say of a machine with three GPUs, two kinds of them; this machine may have none."""
+    """Answer like NVML on a machine with three GPUs of two models, because the machine of this test may have no GPU."""
 
     NVMLError = RuntimeError
     _GPUS = ("GPU-a1", "NVIDIA L4", 8, 9), ("GPU-b1", "NVIDIA L4", 8, 9), ("GPU-c1", "NVIDIA H200", 9, 0)
@@ -70,19 +69,19 @@ class ManyGpus:
         ("2", "cuda:nonsense", "NVIDIA H200", "9.0"),
     ],
 )
-def test_the_gpu_is_the_one_that_torch_would_take(
+def test_the_gpu_is_the_one_that_torch_selects(
     visible: str | None, device: str, gpu: str, capability: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", ManyGpus())
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = read_fingerprint(device)
-    assert (found.gpu, found.compute_capability, found.driver) == (gpu, capability, "570.1")
+    fingerprint = read_fingerprint(device)
+    assert (fingerprint.gpu, fingerprint.compute_capability, fingerprint.driver) == (gpu, capability, "570.1")
 
 
 @pytest.mark.parametrize(
-    ("field", "words"),
+    ("field", "description"),
     [
         ("arch", "processor architecture"),
         ("cpu_model", "CPU model"),
@@ -95,7 +94,7 @@ def test_the_gpu_is_the_one_that_torch_would_take(
         ("compute_capability", "GPU compute capability"),
         ("driver", "GPU driver"),
         ("python", "Python"),
-        ("site_packages", "place of the Python packages"),
+        ("site_packages", "path of the Python packages"),
         ("torch", "torch"),
         ("torchaudio", "torchaudio"),
         ("transformers", "transformers"),
@@ -108,18 +107,18 @@ def test_the_gpu_is_the_one_that_torch_would_take(
         ("source:/lib/filters.py", "source file /lib/filters.py"),
     ],
 )
-def test_a_difference_is_one_sentence_with_the_field_and_both_values(field: str, words: str) -> None:
-    recorded, current = {"same": "x", field: "before"}, {"same": "x", field: "after", "unasked": "y"}
-    assert explain(recorded, current) == [f"{words}: baked with before, here after"]
+def test_a_difference_is_a_sentence_with_the_field_and_both_values(field: str, description: str) -> None:
+    recorded, current = {"same": "x", field: "before"}, {"same": "x", field: "after", "other": "y"}
+    assert explain(recorded, current) == [f"{description}: baked with before, here after"]
 
 
-def test_every_field_has_been_given_words_or_is_a_packages_own_name() -> None:
-    named = {explain({name: "a"}, {})[0].partition(":")[0] for name in FIELDS}
-    assert len(named) == len(FIELDS)
-    assert not any("_" in words for words in named)
+def test_every_field_has_a_description_or_is_the_name_of_a_package() -> None:
+    descriptions = {explain({name: "a"}, {})[0].partition(":")[0] for name in FIELDS}
+    assert len(descriptions) == len(FIELDS)
+    assert not any("_" in description for description in descriptions)
 
 
-def test_a_fact_that_is_gone_counts_as_absent() -> None:
+def test_a_missing_fact_counts_as_absent() -> None:
     assert explain({"gpu": "NVIDIA H200"}, {}) == [f"GPU: baked with NVIDIA H200, here {ABSENT}"]
     assert explain({"gpu": ABSENT}, {}) == []
 
@@ -131,22 +130,7 @@ def test_a_long_value_is_shortened_but_compared_in_full() -> None:
     assert len(sentence) < 260
 
 
-def test_a_source_file_is_compared_by_size_and_time(tmp_path: Path) -> None:
-    source = tmp_path / "filters.py"
-    source.write_text("x = 1\n")
-    key = f"source:{source}"
-    before = current_facts([key, "arch", "gpu"], {"arch": "x86_64"})
-    assert before["arch"] == "x86_64"
-    assert before["gpu"] == ABSENT
-    assert before[key].startswith("6 bytes, modified at ")
-    source.write_text("x = 10\n")
-    after = current_facts([key], {})
-    assert explain({key: before[key]}, after) == [f"source file {source}: baked with {before[key]}, here {after[key]}"]
-    source.unlink()
-    assert current_facts([key], {}) == {key: ABSENT}
-
-
-def test_the_digest_of_a_package_changes_with_any_source_and_with_nothing_else(
+def test_the_digest_of_a_package_depends_only_on_its_python_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "probe_package"
@@ -162,7 +146,7 @@ def test_the_digest_of_a_package_changes_with_any_source_and_with_nothing_else(
 
     first = digest()
     assert len(first) == 64
-    (package / "notes.txt").write_text("not a source")
+    (package / "notes.txt").write_text("not Python")
     assert digest() == first
     (package / "inner" / "deep.py").write_text("x = 2\n")
     second = digest()
@@ -174,4 +158,4 @@ def test_the_digest_of_a_package_changes_with_any_source_and_with_nothing_else(
 
 def test_a_package_that_is_not_installed_is_absent() -> None:
     assert package_digest("no_such_package_anywhere") == ABSENT
-    assert package_digest("colorsys") == ABSENT  # a single module is no package
+    assert package_digest("colorsys") == ABSENT  # a module is not a package

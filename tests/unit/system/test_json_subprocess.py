@@ -1,14 +1,15 @@
-"""Processes that this project starts: they report whatever went wrong, and none outlives the one that started it."""
+"""Test that child processes report their result or their error, and that they end with their parent."""
 
 from __future__ import annotations
 
+import json
 import signal
 from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_prewarm.errors import PrewarmError
-from chatterbox_prewarm.system.json_subprocess import DEBUG
+from chatterbox_prewarm import errors
+from chatterbox_prewarm.system.json_subprocess import DEBUG, parse_report
 from chatterbox_prewarm.system.process import PARENT
 from tests.helpers.children import TIMEOUT, call, start
 
@@ -16,20 +17,59 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_a_process_whose_parent_was_gone_before_it_looked_ends_itself() -> None:
-    with start("fingerprint", {}, {PARENT: "4194305"}) as orphan:  # above the largest process number
+def test_a_process_whose_parent_ended_before_it_started_kills_itself() -> None:
+    with start("fingerprint", {}, {PARENT: "4194305"}) as orphan:  # larger than any process id
         output, _ = orphan.communicate(timeout=TIMEOUT)
     assert orphan.returncode == -signal.SIGKILL
     assert output == ""
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_a_fault_of_the_program_is_reported_as_one_with_a_traceback_on_request_alone(
+def test_a_bug_is_reported_with_exit_code_70_and_a_traceback_only_in_debug_mode(
     debug: bool,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(PrewarmError, match="a fault of this program: KeyError") as caught:
-        call("probed", env={DEBUG: "1"} if debug else {}, warm=str(tmp_path), action="unheard of")
+    with pytest.raises(errors.PrewarmError, match="a bug of this program: KeyError") as caught:
+        call("probed", env={DEBUG: "1"} if debug else {}, warm=str(tmp_path), action="unknown")
     assert caught.value.exit_code == 70
     assert ("Traceback" in capfd.readouterr().err) == debug
+
+
+def test_a_report_is_returned_unchanged() -> None:
+    report = {"audio": {"samples": 960}, "network": [], "text": "Grüße"}
+    assert parse_report(json.dumps(report), 0) == report
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (10, errors.WeightsError),
+        (11, errors.FingerprintMismatchError),
+        (12, errors.IntegrityError),
+        (13, errors.NotWarmError),
+        (14, errors.EngineError),
+        (15, errors.ModelError),
+        (16, errors.BadInputError),
+        (70, errors.PrewarmError),
+        (99, errors.PrewarmError),
+    ],
+)
+def test_a_reported_error_is_raised_with_its_class(code: int, kind: type[errors.PrewarmError]) -> None:
+    report = json.dumps({"error": "it failed", "next_step": "fix it", "exit_code": code})
+    with pytest.raises(kind) as caught:
+        parse_report(report, 0)
+    assert type(caught.value) is kind
+    assert caught.value.message == "it failed"
+    assert caught.value.next_step == "fix it"
+
+
+@pytest.mark.parametrize(("output", "status"), [("", 0), ("", 1), ('{"half":', -9), ("{}", 1)])
+def test_a_process_without_a_report_is_a_model_error(output: str, status: int) -> None:
+    with pytest.raises(errors.ModelError, match=f"ended with status {status} "):
+        parse_report(output, status)
+
+
+def test_an_invalid_report_is_a_model_error() -> None:
+    with pytest.raises(errors.ModelError, match="invalid JSON"):
+        parse_report('{"half":', 0)

@@ -1,4 +1,4 @@
-"""The event log: counters, reasons, phases and timers."""
+"""Test the event log: counters, reasons, phases and timers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_miss_with_a_reason_is_logged(caplog: pytest.LogCaptureFixture) -> Non
     assert "miss in numba: compiled f" in caplog.text
 
 
-def test_phases_are_recorded_in_the_order_in_which_they_end_also_when_they_raise() -> None:
+def test_phases_are_recorded_in_the_order_in_which_they_end_even_after_an_error() -> None:
     metrics = WarmupMetrics(origin=0.0)
     with metrics.phase("outer"), metrics.phase("inner"):
         pass
@@ -51,25 +51,25 @@ def test_a_timer_adds_up() -> None:
     assert metrics.timers == {"compile": 2.5}
 
 
-def test_the_log_is_json_and_holds_everything() -> None:
+def test_the_log_can_be_written_as_json_with_every_field() -> None:
     metrics = WarmupMetrics(origin=0.0)
     with metrics.phase("prepare"):
         metrics.hit("numba")
-    metrics.miss("signal", "gone")
+    metrics.miss("signal", "not found")
     metrics.add_seconds("numba load", 0.25)
     assert metrics.mark("attached") == metrics.marks["attached"]
     log = json.loads(json.dumps(metrics.to_dict()))
     assert set(log) == {"phases", "marks", "loaded", "hits", "misses", "reasons", "profile", "state", "timers"}
     assert log["hits"] == {"numba": 1}
     assert log["misses"] == {"signal": 1}
-    assert log["reasons"] == ["signal: gone"]
+    assert log["reasons"] == ["signal: not found"]
     assert log["timers"] == {"numba load": 0.25}
     assert [phase["name"] for phase in log["phases"]] == ["prepare"]
     assert list(log["marks"]) == ["attached"]
 
 
-def test_the_clock_is_shared_with_child_processes_whatever_their_name(tmp_path: Path) -> None:
-    program = tmp_path / "a ) 1 2 (b"  # the kernel's record holds the name, unquoted
+def test_the_clock_is_shared_with_child_processes_with_any_name(tmp_path: Path) -> None:
+    program = tmp_path / "a ) 1 2 (b"  # /proc/PID/stat contains the name without quotes
     program.symlink_to(shutil.which("sleep") or "sleep")
     with subprocess.Popen([str(program), "30"]) as child:
         started = exec_time(child.pid)

@@ -1,4 +1,4 @@
-"""Commands, and what is not interrupted half way."""
+"""Test that commands run to their end, and that interrupts can be deferred."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import threading
 
 import pytest
 
-from chatterbox_prewarm.system.process import run, undisturbed
+from chatterbox_prewarm.errors import EngineError
+from chatterbox_prewarm.system.process import deferred_interrupts, run
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_waits_for_what_is_not_to_be_disturbed(sent: signal.Signals) -> None:
+def test_an_interrupt_waits_for_the_end_of_the_outermost_block(sent: signal.Signals) -> None:
     done: list[str] = []
 
     def end(*_: object) -> None:
         raise SystemExit(143)
 
     def work() -> None:
-        with undisturbed():
+        with deferred_interrupts():
             os.kill(os.getpid(), sent)
-            with undisturbed():
+            with deferred_interrupts():
                 os.kill(os.getpid(), sent)
                 done.append("inner")
             done.append("outer")
@@ -38,37 +39,45 @@ def test_an_interruption_waits_for_what_is_not_to_be_disturbed(sent: signal.Sign
         signal.signal(sent, before)
 
 
-def test_what_fails_undisturbed_fails_as_it_is() -> None:
+def test_an_error_in_the_block_is_passed_on() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ValueError, match="its own"), undisturbed():
-        raise ValueError("its own")
+    with pytest.raises(ValueError, match="an error"), deferred_interrupts():
+        raise ValueError("an error")
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_terminal_does_not_reach_what_is_started_undisturbed() -> None:
+def test_commands_started_in_the_block_have_their_own_session() -> None:
     command = [sys.executable, "-c", "import os; print(os.getsid(0) == os.getpid())"]
     assert run(command).stdout == "False\n"
-    with undisturbed():
+    with deferred_interrupts():
         assert run(command).stdout == "True\n"
 
 
-def test_another_thread_may_be_undisturbed_as_well() -> None:
-    seen: list[str] = []
+def test_interrupts_can_be_deferred_in_another_thread() -> None:
+    results: list[str] = []
 
     def work() -> None:
-        with undisturbed():
-            seen.append("worked")
+        with deferred_interrupts():
+            results.append("worked")
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == ["worked"]
+    assert results == ["worked"]
 
 
-def test_what_a_command_prints_goes_to_files_as_it_is() -> None:
-    program = "import sys; sys.stdout.buffer.write(b'\\xff\\r\\n'); sys.stderr.write('said')"
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as said:
-        run([sys.executable, "-c", program], stdout=output, stderr=said)
-        for stream in (output, said):
+def test_output_is_written_to_files_without_changes() -> None:
+    program = "import sys; sys.stdout.buffer.write(b'\\xff\\r\\n'); sys.stderr.write('text')"
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        run([sys.executable, "-c", program], stdout=output, stderr=errors)
+        for stream in (output, errors):
             stream.seek(0)
-        assert (output.read(), said.read()) == (b"\xff\r\n", b"said")
+        assert (output.read(), errors.read()) == (b"\xff\r\n", b"text")
+
+
+def test_a_missing_program_and_a_timeout_are_errors_that_name_the_program() -> None:
+    with pytest.raises(EngineError, match="the program 'no-such-program' is not installed") as caught:
+        run(["no-such-program"])
+    assert caught.value.exit_code == 14
+    with pytest.raises(EngineError, match="'sleep' did not end within 0 s"):
+        run(["sleep", "60"], timeout=0.1)

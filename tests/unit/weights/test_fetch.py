@@ -1,4 +1,4 @@
-"""Downloads from a real hub on the loopback interface: complete, interrupted, wrong, and not there at all."""
+"""Test downloads from a hub on the loopback interface that interrupts transfers and sends wrong content."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 LARGE, SMALL = "t3_cfg.safetensors", "tokenizer.json"
-#: The client hands on what it receives in pieces of 10 MiB; a transfer that breaks earlier has nothing to resume from.
-PIECE = 10 * 1024 * 1024
-TENSORS: bytes = save({"a": np.arange((PIECE + (1 << 20)) // 4, dtype=np.int32)})
+#: The client writes to disk in chunks of 10 MiB. A transfer that breaks earlier starts again from the beginning.
+CHUNK = 10 * 1024 * 1024
+TENSORS: bytes = save({"a": np.arange((CHUNK + (1 << 20)) // 4, dtype=np.int32)})
 
 
 @pytest.fixture
@@ -36,6 +36,7 @@ def hub() -> Iterator[Hub]:
 
 
 def arguments(directory: Path, revision: str = REVISION) -> dict[str, Any]:
+    """Return the arguments of the program `fetch` in `tests.helpers.children`."""
     return {
         "directory": str(directory),
         "repository": "someone/voice",
@@ -60,64 +61,65 @@ def environment(endpoint: str, home: Path) -> dict[str, str]:
 
 
 def fetch(hub: Hub, home: Path, revision: str = REVISION) -> dict[str, Any]:
+    """Fetch the weights in another process, and return its report."""
     return call("fetch", env=environment(hub.endpoint, home), **arguments(home / "weights", revision))
 
 
 def test_a_download_is_complete_verified_and_recorded(hub: Hub, tmp_path: Path) -> None:
-    found = fetch(hub, tmp_path)
-    assert found["revision"] == REVISION
-    assert found["files"] == {name: hashlib.sha256(content).hexdigest() for name, content in hub.files.items()}
+    report = fetch(hub, tmp_path)
+    assert report["revision"] == REVISION
+    assert report["files"] == {name: hashlib.sha256(content).hexdigest() for name, content in hub.files.items()}
     weights = tmp_path / "weights"
     record = read_record(weights)
     assert (record.repository, record.revision, record.synthetic) == ("someone/voice", REVISION, None)
-    assert {entry.path: entry.sha256 for entry in record.files} == found["files"]
+    assert {entry.path: entry.sha256 for entry in record.files} == report["files"]
     check_quickly(weights, record)
     assert verify_files(record.files, weights) == []
-    assert hub.of("GET", LARGE) == [None]
+    assert hub.ranges("GET", LARGE) == [None]
 
 
-def test_a_second_download_fetches_no_content_again(hub: Hub, tmp_path: Path) -> None:
+def test_a_second_download_transfers_no_content(hub: Hub, tmp_path: Path) -> None:
     first = fetch(hub, tmp_path)
     hub.requests.clear()
     assert fetch(hub, tmp_path) == first
     assert [request for request in hub.requests if request[0] == "GET"] == []
-    assert hub.of("HEAD", LARGE)  # the announced digest is compared again
+    assert hub.ranges("HEAD", LARGE)  # the announced digest is compared again
 
 
-def test_a_broken_transfer_is_resumed_where_it_broke(hub: Hub, tmp_path: Path) -> None:
-    hub.cut[LARGE] = PIECE + 1000
-    found = fetch(hub, tmp_path)
-    assert hub.of("GET", LARGE) == [None, f"bytes={PIECE}-"]
-    assert found["files"][LARGE] == hashlib.sha256(TENSORS).hexdigest()
+def test_an_interrupted_transfer_is_resumed(hub: Hub, tmp_path: Path) -> None:
+    hub.cut[LARGE] = CHUNK + 1000
+    report = fetch(hub, tmp_path)
+    assert hub.ranges("GET", LARGE) == [None, f"bytes={CHUNK}-"]
+    assert report["files"][LARGE] == hashlib.sha256(TENSORS).hexdigest()
     assert (tmp_path / "weights" / LARGE).read_bytes() == TENSORS
 
 
 def test_a_killed_download_leaves_no_record_and_the_next_one_completes_it(hub: Hub, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
-    fetch(hub, tmp_path)  # an older record must not vouch for a download that is in the making
+    fetch(hub, tmp_path)  # the next download must remove the record of this one
     (weights / LARGE).unlink()
     hub.requests.clear()
-    hub.hold[LARGE] = PIECE + 1000
+    hub.hold[LARGE] = CHUNK + 1000
     with start("fetch", arguments(weights), environment(hub.endpoint, tmp_path)) as process:
         assert hub.holding.wait(30)
         process.kill()
     assert not (weights / "weights.json").exists()
     assert not (weights / LARGE).exists()
-    with pytest.raises(WeightsError, match="the download never finished"):
+    with pytest.raises(WeightsError, match="the download did not finish"):
         read_record(weights)
     hub.hold.clear()
     assert fetch(hub, tmp_path)["files"][LARGE] == hashlib.sha256(TENSORS).hexdigest()
-    assert hub.of("GET", SMALL) == []  # what was complete is kept
-    assert list(weights.rglob("*.incomplete")) == []  # gigabytes that nobody would use again
+    assert hub.ranges("GET", SMALL) == []  # it was complete
+    assert list(weights.rglob("*.incomplete")) == []  # no later download uses them
 
 
-def altered(content: bytes) -> bytes:
+def flipped(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
 @pytest.mark.parametrize("name", [SMALL, LARGE])
-def test_other_content_than_announced_is_refused_and_removed(hub: Hub, tmp_path: Path, name: str) -> None:
-    hub.sent[name] = altered(hub.files[name])
+def test_content_with_another_digest_than_announced_is_refused_and_removed(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.sent[name] = flipped(hub.files[name])
     weights = tmp_path / "weights"
     with pytest.raises(WeightsError, match=f"{name} of someone/voice: the hub announced digest") as caught:
         fetch(hub, tmp_path)
@@ -128,31 +130,31 @@ def test_other_content_than_announced_is_refused_and_removed(hub: Hub, tmp_path:
     assert name in fetch(hub, tmp_path)["files"]
 
 
-def test_a_file_that_was_changed_on_disk_is_found_and_fetched_again(hub: Hub, tmp_path: Path) -> None:
+def test_a_file_that_was_changed_on_disk_is_fetched_again(hub: Hub, tmp_path: Path) -> None:
     fetch(hub, tmp_path)
     changed = tmp_path / "weights" / SMALL
-    changed.write_bytes(altered(changed.read_bytes()))
+    changed.write_bytes(flipped(changed.read_bytes()))
     fetch(hub, tmp_path)
     assert changed.read_bytes() == hub.files[SMALL]
-    assert hub.of("GET", LARGE) == [None]
+    assert hub.ranges("GET", LARGE) == [None]
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_a_checkpoint_of_ones_own_is_not_replaced(hub: Hub, tmp_path: Path, recorded: bool) -> None:
-    mine = tmp_path / "weights"
-    mine.mkdir()
+def test_a_checkpoint_of_the_user_is_not_replaced(hub: Hub, tmp_path: Path, recorded: bool) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
     for name in ENGLISH.files:
-        (mine / name).write_bytes(TENSORS[:-4] + b"mine" if name in ENGLISH.safetensors else b"a fine-tune")
+        (weights / name).write_bytes(TENSORS[:-4] + b"user" if name in ENGLISH.safetensors else b"a fine-tune")
     if recorded:
-        record(mine, variant=ENGLISH, repository="own", revision="unversioned")
-    before = {path: path.read_bytes() for path in mine.iterdir()}
+        record(weights, variant=ENGLISH, repository="own", revision="unversioned")
+    before = {path: path.read_bytes() for path in weights.iterdir()}
     with pytest.raises(BadInputError, match=f"{SMALL} is not of someone/voice") as caught:
         fetch(hub, tmp_path)
     assert caught.value.exit_code == 16
-    assert {path: path.read_bytes() for path in mine.iterdir()} == before
+    assert {path: path.read_bytes() for path in weights.iterdir()} == before
 
 
-def test_a_hub_that_cannot_be_reached_leaves_a_complete_checkpoint_as_it_is(hub: Hub, tmp_path: Path) -> None:
+def test_a_failed_download_keeps_a_complete_checkpoint(hub: Hub, tmp_path: Path) -> None:
     fetch(hub, tmp_path)
     hub.files.clear()
     with pytest.raises(WeightsError, match="could not be fetched"):
@@ -168,14 +170,14 @@ def test_a_file_of_another_size_than_announced_is_refused(hub: Hub, tmp_path: Pa
     assert not (tmp_path / "weights" / "weights.json").exists()
 
 
-def test_a_pickle_on_the_hub_is_refused_although_its_digest_is_right(hub: Hub, tmp_path: Path) -> None:
+def test_a_pickle_on_the_hub_is_refused_although_its_digest_is_correct(hub: Hub, tmp_path: Path) -> None:
     hub.files[LARGE] = b"PK\x03\x04" + bytes(2000)
     with pytest.raises(WeightsError, match="is a pickle"):
         fetch(hub, tmp_path)
     assert not (tmp_path / "weights" / "weights.json").exists()
 
 
-def test_a_file_that_the_hub_lacks_is_named(hub: Hub, tmp_path: Path) -> None:
+def test_a_file_that_is_missing_on_the_hub_is_named(hub: Hub, tmp_path: Path) -> None:
     del hub.files[LARGE]
     with pytest.raises(
         WeightsError, match=f"{LARGE} of someone/voice at {REVISION[:12]} could not be fetched"
@@ -189,16 +191,16 @@ def test_a_file_that_the_hub_lacks_is_named(hub: Hub, tmp_path: Path) -> None:
 def test_a_hub_that_cannot_be_reached_is_a_weights_error(tmp_path: Path) -> None:
     with socket.socket() as unused:  # bound, but not listening
         unused.bind(("127.0.0.1", 0))
-        nobody = Hub(repository="someone/voice", revision=REVISION, files={})
-        nobody.endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        unreachable = Hub(repository="someone/voice", revision=REVISION, files={})
+        unreachable.endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(WeightsError, match="could not be fetched") as caught:
-            fetch(nobody, tmp_path)
+            fetch(unreachable, tmp_path)
     assert caught.value.exit_code == 10
     assert "network" in caught.value.next_step
     assert not (tmp_path / "weights" / "weights.json").exists()
 
 
-def test_the_offline_mode_is_a_weights_error(hub: Hub, tmp_path: Path) -> None:
+def test_a_download_in_offline_mode_is_a_weights_error(hub: Hub, tmp_path: Path) -> None:
     offline = {**environment(hub.endpoint, tmp_path), "HF_HUB_OFFLINE": "1"}
     with pytest.raises(WeightsError, match="could not be fetched"):
         call("fetch", env=offline, **arguments(tmp_path / "weights"))
@@ -214,9 +216,9 @@ def test_a_revision_that_can_move_is_refused_before_any_request(hub: Hub, tmp_pa
     assert not (tmp_path / "weights").exists()
 
 
-def test_a_place_that_cannot_be_written_is_bad_input(hub: Hub, tmp_path: Path) -> None:
-    (tmp_path / "weights").write_text("a file in the way")
-    with pytest.raises(BadInputError, match="making the weights directory") as caught:
+def test_a_directory_that_cannot_be_written_is_refused(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "weights").write_text("not a directory")
+    with pytest.raises(BadInputError, match="creating the weights directory") as caught:
         fetch(hub, tmp_path)
     assert caught.value.exit_code == 16
     assert hub.requests == []

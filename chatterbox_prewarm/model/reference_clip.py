@@ -1,4 +1,4 @@
-"""Inputs for a warm-up: texts of three lengths, and reference audio that needs no file to be shipped."""
+"""A generated reference clip, so that no audio file has to be shipped."""
 
 from __future__ import annotations
 
@@ -13,26 +13,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SHORT_TEXT = "Hello, world."
-MEDIUM_TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not seem to mind it at all."
-LONG_TEXT = (
-    "A container that has to compile before it can speak keeps its listener waiting. This one did its compiling when "
-    "the image was built, so that what remains to be done at its start is to read, to check, and to begin. "
-    "Everything else was finished long before anybody asked, on a machine just like the one that it is running on now."
-)
-TEXTS = (SHORT_TEXT, MEDIUM_TEXT, LONG_TEXT)
-
 CLIP_SAMPLE_RATE = 24_000
 CLIP_SECONDS = 3.0
 
 
 def reference_audio(seconds: float = CLIP_SECONDS, sample_rate: int = CLIP_SAMPLE_RATE) -> NDArray[np.float32]:
-    """Generate a speech-like tone: a gliding 120 Hz voice with harmonics, beating at the rate of syllables.
-
-    Deterministic, so that everything derived from it is.
+    """Generate a speech-like tone: a 120 Hz voice with harmonics, changing pitch, and syllables. It is deterministic.
 
     Returns:
-        float32 of shape (seconds * sample_rate,), within [-0.5, 0.5].
+        float32 (seconds * sample_rate,) within [-0.5, 0.5].
     """
     import numpy as np
 
@@ -49,7 +38,7 @@ def reference_audio(seconds: float = CLIP_SECONDS, sample_rate: int = CLIP_SAMPL
 
 @contextlib.contextmanager
 def reference_clip(seconds: float = CLIP_SECONDS) -> Iterator[Path]:
-    """The generated audio as a WAV file in a temporary folder of this process alone, removed afterwards."""
+    """Write the generated audio to a WAV file in a private temporary folder, and remove it when the block ends."""
     import soundfile
 
     with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-") as folder:

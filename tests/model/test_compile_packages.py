@@ -1,4 +1,4 @@
-"""The making of packages: what cannot be compiled is named, a killed compiler is said, and nothing is left running."""
+"""Test the compilation of packages: errors name the region and the cause, and no process keeps running."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
-from chatterbox_prewarm.model.regions.compile_packages import _find_driver, make_packages
+from chatterbox_prewarm.model.regions.compile_packages import _find_driver, compile_packages
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.flow import Flow
 
@@ -32,37 +32,35 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "2")
 
 
-def test_a_region_that_cannot_be_compiled_is_named(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_error_names_the_region_that_cannot_be_compiled(tmp_path: Path) -> None:
+    lines: list[str] = []
     with pytest.raises(ModelError, match="region vocoder_pitch cannot be compiled") as caught:
-        make_packages({"vocoder_pitch": [torch.zeros(3, 3)]}, tmp_path, progress=said.append)
+        compile_packages({"vocoder_pitch": [torch.zeros(3, 3)]}, tmp_path, progress=lines.append)
     assert "g++" in caught.value.next_step
-    assert said == []
+    assert lines == []
     assert list(tmp_path.iterdir()) == []
     assert multiprocessing.active_children() == []
 
 
-def test_a_disk_that_is_full_is_not_a_missing_compiler(
+def test_full_disk_is_not_reported_as_a_missing_compiler(
     small_disk: Path, tmp_path: Path, attached: Attached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: dict[str, Sequence[torch.Tensor]] = {}
+    weights_of: dict[str, Sequence[torch.Tensor]] = {}
 
-    def note(region: Region, weights: Sequence[torch.Tensor]) -> BoundRegion:
-        found[region.name] = weights
+    def record_weights(region: Region, weights: Sequence[torch.Tensor]) -> BoundRegion:
+        weights_of[region.name] = weights
         return eager(region, weights)
 
-    Flow(attached.synthesizer.model.s3gen.flow, note)
+    Flow(attached.synthesizer.model.s3gen.flow, record_weights)
     monkeypatch.setenv("TMPDIR", str(small_disk))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(small_disk / "inductor"))
     with pytest.raises(BadInputError, match="No space left on device") as caught:
-        make_packages({"flow_euler": found["flow_euler"]}, tmp_path / "packages", progress=lambda _: None)
+        compile_packages({"flow_euler": weights_of["flow_euler"]}, tmp_path / "packages", progress=lambda _: None)
     assert "free some space" in caught.value.next_step
     assert not (tmp_path / "packages").exists()
 
 
-def test_the_linker_finds_the_drivers_library_by_the_one_in_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_linker_finds_the_loaded_library_of_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIBRARY_PATH", "/elsewhere")
     _find_driver(tmp_path, "7f00-7f01 r--p 00000000 08:01 12 /usr/lib/libc.so.6\n7f02-7f03 rw-p 00000000 00:00 0\n")
     assert list(tmp_path.iterdir()) == []
@@ -71,7 +69,7 @@ def test_the_linker_finds_the_drivers_library_by_the_one_in_use(
     assert os.environ["LIBRARY_PATH"] == f"{tmp_path}{os.pathsep}/elsewhere"
 
 
-def test_a_compiler_that_is_killed_is_said(tmp_path: Path) -> None:
+def test_killed_compiler_is_reported(tmp_path: Path) -> None:
     def kill() -> None:
         for _ in range(600):
             if workers := multiprocessing.active_children():
@@ -83,7 +81,7 @@ def test_a_compiler_that_is_killed_is_said(tmp_path: Path) -> None:
     killer.start()
     weights = [torch.zeros(512, 80, 3), torch.zeros(512), *[torch.zeros(512, 512, 3), torch.zeros(512)] * 4]
     with pytest.raises(ModelError, match="was killed") as caught:
-        make_packages(
+        compile_packages(
             {"vocoder_pitch": [*weights, torch.zeros(1, 512), torch.zeros(1)]}, tmp_path, progress=lambda _: None
         )
     killer.join()

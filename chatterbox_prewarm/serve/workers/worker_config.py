@@ -1,0 +1,150 @@
+"""The configuration of worker processes, one for each device, and how to start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.start.options import StartOptions
+from chatterbox_prewarm.state.signature import Trust
+from chatterbox_prewarm.system.fingerprint import visible_gpus
+from chatterbox_prewarm.system.process import PARENT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    #: A worker process and the front's end of the socket pair.
+    WorkerProcess = tuple[subprocess.Popen[bytes], socket.socket]
+
+#: Device name that starts one worker on each GPU.
+ALL_GPUS = "cuda:all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """Configuration of a worker; the front passes it as a JSON argument.
+
+    Attributes:
+        start: which warm state, weights and device the worker uses.
+        voices: names and reference clips of voices to compute at start unless they are baked.
+        threads: torch threads; None uses the cores of the machine, divided among the workers on a CPU.
+        max_new_tokens: upper bound on the speech tokens of each part of a text; 25 tokens are one second of audio.
+        requests_per_minute: expected load. It decides how much the worker warms up while it is idle, see
+            `AdaptiveWarmup`.
+        skipped: names of idle warm-up steps that ended a previous worker.
+        voice_directory: directory of added voices.
+        log_format: one of `log_lines.FORMATS`.
+        fd: file descriptor of the worker's end of the socket pair.
+        origin: when the start began, in seconds since boot. For the first worker it is the time when the front was
+            executed, because a user waits from then on. None for a replacement.
+    """
+
+    start: StartOptions
+    voices: Mapping[str, Path] = field(default_factory=dict)
+    threads: int | None = None
+    max_new_tokens: int = 1000
+    requests_per_minute: float = 0.0
+    skipped: tuple[str, ...] = ()
+    voice_directory: Path | None = None
+    log_format: str = "text"
+    fd: int = -1
+    origin: float | None = None
+
+    @property
+    def device(self) -> str:
+        """The torch device."""
+        return self.start.device
+
+    def to_argument(self) -> str:
+        """Return the configuration as a command-line argument."""
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def from_argument(cls, argument: str) -> WorkerConfig:
+        """Parse the argument that `to_argument` returned."""
+        fields = json.loads(argument)
+        start = fields["start"]
+        start["trust"] = Trust(**_with_paths(start["trust"], "key", "signature"))
+        fields["start"] = StartOptions(**_with_paths(start, "warm", "weights", "cache"))
+        fields["voices"] = {name: Path(clip) for name, clip in fields["voices"].items()}
+        fields["skipped"] = tuple(fields["skipped"])
+        return cls(**_with_paths(fields, "voice_directory"))
+
+
+def _with_paths(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    return fields | {name: Path(fields[name]) for name in names if fields[name] is not None}
+
+
+def parse_devices(text: str) -> list[str]:
+    """Parse a comma-separated list of devices. A device that is named twice gets two workers.
+
+    Raises:
+        BadInputError: the list is empty, or it names all GPUs on a machine that has no GPU.
+    """
+    devices: list[str] = []
+    for name in filter(None, (part.strip() for part in text.split(","))):
+        if name != ALL_GPUS:
+            devices.append(name)
+        elif count := visible_gpus():
+            devices += [f"cuda:{number}" for number in range(count)]
+        else:
+            raise BadInputError("this machine has no GPU", next_step="give --device cpu, or use a machine with a GPU")
+    if not devices:
+        raise BadInputError(f"{text!r} names no device", next_step="give --device cpu, cuda, cuda:0,cuda:1 or cuda:all")
+    return devices
+
+
+def for_devices(devices: Sequence[str], worker: WorkerConfig) -> list[WorkerConfig]:
+    """Return one configuration for each device. Workers on the CPU divide its cores unless `threads` is set."""
+    on_cpu = sum(device.startswith("cpu") for device in devices)
+    share = max(1, len(os.sched_getaffinity(0)) // on_cpu) if on_cpu > 1 else None
+    return [
+        replace(
+            worker,
+            start=replace(worker.start, device=device),
+            threads=worker.threads or (share if device.startswith("cpu") else None),
+        )
+        for device in devices
+    ]
+
+
+def spawn(config: WorkerConfig) -> WorkerProcess:
+    """Start a worker process.
+
+    Raises:
+        OSError: the process could not be started.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        config = replace(config, fd=theirs.fileno())
+        process = subprocess.Popen(
+            [sys.executable, "-m", "chatterbox_prewarm.serve.workers.worker", config.to_argument()],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, PARENT: str(os.getpid())},
+            start_new_session=True,  # an interrupt from the terminal must reach only the front, which drains
+        )
+    return process, ours
+
+
+def spawn_all(configs: Sequence[WorkerConfig]) -> list[tuple[WorkerConfig, WorkerProcess]]:
+    """Start a worker process for each configuration.
+
+    Raises:
+        OSError: a process could not be started. The other processes are terminated.
+    """
+    started: list[tuple[WorkerConfig, WorkerProcess]] = []
+    try:
+        for config in configs:
+            started.append((config, spawn(config)))  # noqa: PERF401 - the except clause needs the partial list
+    except OSError:
+        for _, (process, _) in started:
+            process.terminate()
+        raise
+    return started

@@ -1,0 +1,97 @@
+"""Test that one process at a time writes a path, and that a shared path cannot be written."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.system.atomic_files import staging_folder
+from chatterbox_prewarm.system.locks import exclusive_lock, share_lock
+from chatterbox_prewarm.system.process import PARENT
+from tests.helpers.children import start
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from subprocess import Popen
+
+
+@contextmanager
+def running(program: str, path: Path) -> Iterator[Popen[str]]:
+    """Run a program of `tests.helpers.children` until the block ends, and wait until it has its lock."""
+    ready = path.with_name("locked")
+    ready.unlink(missing_ok=True)
+    with start(program, {"path": str(path)}) as process:
+        try:
+            for _ in range(600):
+                if ready.exists():
+                    break
+                assert process.poll() is None, "the process ended too early"
+                time.sleep(0.05)
+            else:
+                raise AssertionError(f"{ready} never appeared")
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_a_locked_path_is_refused_with_the_process_that_holds_it(tmp_path: Path) -> None:
+    warm = tmp_path / "warm"
+    with running("hold_lock", warm) as holder:
+        with (
+            pytest.raises(BadInputError, match=rf"another process \({holder.pid}\) is writing") as caught,
+            exclusive_lock(warm),
+        ):
+            pass
+        assert caught.value.exit_code == 16
+        with exclusive_lock(tmp_path / "elsewhere"):
+            pass
+
+
+def test_several_processes_can_share_a_path_and_none_of_them_excludes_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "bake"
+    with running("share_lock", path):
+        with running("share_lock", path):
+            pass
+        with pytest.raises(BadInputError, match=f"another process uses {tmp_path}"), exclusive_lock(path):
+            pass
+    with exclusive_lock(path):
+        pass
+
+
+def test_only_children_of_the_holder_can_use_a_locked_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "warm"
+    with running("hold_lock", path) as holder:
+        with pytest.raises(BadInputError, match=rf"another process \({holder.pid}\) is writing"):
+            share_lock(path)
+        monkeypatch.setenv(PARENT, str(holder.pid))
+        share_lock(path)
+    with exclusive_lock(path):
+        pass
+
+
+def test_the_next_bake_removes_the_staging_folder_of_a_killed_one(tmp_path: Path) -> None:
+    warm = tmp_path / "warm"
+    with running("hold_lock", warm):
+        pass
+    (leftover,) = tmp_path.glob(".warm.staging-*")
+    assert (leftover / "family" / "file").read_text() == "incomplete"
+    with exclusive_lock(warm), staging_folder(warm) as staging:
+        assert not leftover.exists()
+        assert list(tmp_path.glob(".warm.staging-*")) == [staging]
+    assert not warm.exists()
+    assert list(tmp_path.glob(".warm.staging-*")) == []
+
+
+def test_the_lock_is_free_after_a_bake_that_failed(tmp_path: Path) -> None:
+    warm = tmp_path / "warm"
+    with pytest.raises(FileExistsError), exclusive_lock(warm), staging_folder(warm) as staging:
+        staging.mkdir()
+    assert not staging.exists()
+    with exclusive_lock(warm):
+        pass
