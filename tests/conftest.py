@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 
+#: Test files that build images and run containers.
+_CONTAINER_FILES = tuple(
+    f"tests/image/test_{name}.py" for name in ("build", "full_disk", "image", "pod", "podman", "routes")
+)
+
 # A shell ignores SIGINT in the processes that it starts in the background, and the tests' subprocesses inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,7 +48,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduli
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark container tests before `-m` selects; run them first, because they take longest."""
+    """Mark the container tests before `-m` selects tests, and run them first, because they take longest."""
     for item in items:
         if _uses_containers(item.nodeid):
             item.add_marker(pytest.mark.containers)
@@ -53,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _uses_containers(nodeid: str) -> bool:
-    return nodeid.startswith("tests/image/")
+    return nodeid.startswith(_CONTAINER_FILES)
 
 
 def build_once(path: Path, build: Callable[[Path], None]) -> Path:

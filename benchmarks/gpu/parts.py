@@ -138,7 +138,7 @@ def _locations(plan: Plan, name: str) -> dict[str, Any]:
 
 
 def _settled(plan: Plan, state: Path | None, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Fill the page cache, then measure. As part of the step, the reading is skipped with a recorded step."""
+    """Fill the page cache, then measure. A recorded step skips both."""
     settle(plan.weights, state)
     return measure()
 

@@ -37,14 +37,14 @@ class AppendOptions:
     """Options of `append` and `send`.
 
     Attributes:
-        platform: Platform of the base, if it is an index. Default: that of the states.
-        device: Device that a start uses. Default: that of the states, unless the base sets one.
-        settings: More changes to the configuration; they take precedence over the changes for the states.
-        replacing: Replace an existing tag or archive.
-        expected: The digest that the tag must have, or "" if it must not exist. None disables the check.
-        evidence: Evidence of a proof of the states, attached before the tag is set. Ignored for an archive.
-        insecure: For both registries, see `Repository`.
-        say: Called with one line of progress for each blob that is sent.
+        platform: platform of the base, if it is an index. Default: the platform of the states.
+        device: device that a start uses. Default: the device of the states, unless the base sets one.
+        settings: more changes to the configuration; they take precedence over the changes for the states.
+        replacing: replace an existing tag or archive.
+        expected: the digest that the tag must have, or "" if it must not exist. None disables the check.
+        evidence: evidence of a proof of the states, attached before the tag is set. Ignored for an archive.
+        insecure: for both registries, see `Repository`.
+        say: called with one line of progress for each blob that is sent.
     """
 
     platform: str = ""
@@ -74,33 +74,33 @@ class TagMovedError(EngineError):
 
 
 def append(
-    base: ImageReference, target: ImageReference, addition: StateLayers, options: AppendOptions = _DEFAULTS
+    base: ImageReference, target: ImageReference, states: StateLayers, options: AppendOptions = _DEFAULTS
 ) -> AppendResult:
     """Add states, and optionally weights and signatures, to a base image, and store the result as a new image.
 
     Args:
-        base: The base image.
-        target: Reference of the new image; a missing layout or archive is created.
-        addition: The states and their layers.
-        options: See `AppendOptions`.
+        base: the base image.
+        target: reference of the new image; a missing layout or archive is created.
+        states: the states and their layers.
+        options: see `AppendOptions`.
 
     Raises:
-        BadInputError: The base does not suit the states, the tag exists, or a label in `settings` is reserved.
-        EngineError: The base cannot be read, or the target cannot be written; the tag is unchanged then.
+        BadInputError: the base does not suit the states, the tag exists, or a label in `settings` is reserved.
+        EngineError: the base cannot be read, or the target cannot be written; the tag is unchanged then.
     """
     if reserved := sorted(name for name in options.settings.labels if name.startswith(PREFIX)):
         raise BadInputError(
             f"the label {reserved[0]} is reserved: it describes the image's content", next_step="choose another name"
         )
     with open_store(base, insecure=options.insecure) as (source, name):
-        base_image = resolve(source, name, platform=options.platform or addition.platform)
+        base_image = resolve(source, name, platform=options.platform or states.platform)
         digest = "" if base.kind == "docker-archive" else source.read_manifest(name).digest
-        change = change_for(base_image, addition, name=str(base), digest=digest, device=options.device)
-        image = add_layers(base_image, addition.layers, change.overlaid(options.settings), created=addition.created)
+        change = change_for(base_image, states, name=str(base), digest=digest, device=options.device)
+        image = add_layers(base_image, states.layers, change.overlaid(options.settings), created=states.created)
         if target.kind == "docker-archive":
-            return _save(image, source, addition.layers, target, replacing=options.replacing)
+            return _save(image, source, states.layers, target, replacing=options.replacing)
         with open_store(target, insecure=options.insecure) as (store, tag):
-            return send(image, source, addition.layers, store, tag, options)
+            return send(image, source, states.layers, store, tag, options)
 
 
 def _save(
@@ -129,17 +129,17 @@ def send(
     """Store an image: first the blobs that the target lacks, then manifest and evidence, and the tag last.
 
     Args:
-        image: The image.
-        source: Has the layers of its base.
-        layers: The new layers.
-        target: The store to write to.
-        reference: The tag of the image.
+        image: the image.
+        source: has the layers of its base.
+        layers: the new layers.
+        target: the store to write to.
+        reference: the tag of the image.
         options: `replacing`, `expected`, `evidence` and `say` are used.
 
     Raises:
-        BadInputError: The tag exists.
-        EngineError: The source or the target failed; the tag is unchanged.
-        TagMovedError: The tag does not have the expected digest.
+        BadInputError: the tag exists.
+        EngineError: the source or the target failed; the tag is unchanged.
+        TagMovedError: the tag does not have the expected digest.
     """
     check = partial(check_tag, target, reference, replacing=options.replacing, expected=options.expected)
     check()
@@ -173,14 +173,14 @@ def check_tag(target: Store, reference: str, *, replacing: bool, expected: str |
     """Check that a tag may be set.
 
     Args:
-        target: The store of the tag.
-        reference: The tag.
-        replacing: The tag may exist.
-        expected: The digest that the tag must have, or "" if it must not exist; then `replacing` has no effect.
+        target: the store of the tag.
+        reference: the tag.
+        replacing: the tag may exist.
+        expected: the digest that the tag must have, or "" if it must not exist; then `replacing` has no effect.
 
     Raises:
-        BadInputError: The tag exists, or names an index: one image must not replace the images of several platforms.
-        TagMovedError: The tag does not have the expected digest.
+        BadInputError: the tag exists, or names an index: one image must not replace the images of several platforms.
+        TagMovedError: the tag does not have the expected digest.
     """
     if expected is None and not replacing:
         if target.has_manifest(reference):

@@ -23,25 +23,23 @@ def attach_evidence(store: Store, reference: str, evidence: Path) -> str:
     """Attach the evidence of a proof to an image.
 
     Args:
-        store: Has the image.
-        reference: Tag or digest of the image.
-        evidence: The file that `prove` wrote.
+        store: has the image.
+        reference: tag or digest of the image.
+        evidence: the file that `prove` wrote.
 
     Returns:
-        The digest of the referrer's manifest.
+        the digest of the referrer's manifest.
 
     Raises:
-        BadInputError: The file is not evidence, or the store is read-only.
-        NotWarmError: The proof did not pass.
-        IntegrityError: The proof is for a state that the image does not have.
-        EngineError: The image cannot be read, or the store cannot be written.
+        BadInputError: the file is not evidence, or the store is read-only.
+        NotWarmError: the proof did not pass.
+        IntegrityError: the proof is for a state that the image does not have.
+        EngineError: the image cannot be read, or the store cannot be written.
     """
     raw = _read_evidence(evidence)
     subject = store.read_manifest(reference)
     if subject.media_type in INDEXES:
-        raise EngineError(
-            f"{reference} is an index of several images", next_step="name the proven image by its digest"
-        )
+        raise EngineError(f"{reference} is an index of several images", next_step="name the proven image by its digest")
     states = read_states(resolve(store, reference).labels)
     set_digest = json.loads(raw)["set_digest"]
     if set_digest not in {state.set_digest for state in states}:

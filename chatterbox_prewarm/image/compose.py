@@ -60,12 +60,12 @@ def resolve(store: Store, reference: str, *, platform: str = "") -> Image:
     """Read the manifest and the configuration of an image; an index is searched for the platform.
 
     Args:
-        store: Has the image.
-        reference: Its tag or digest.
-        platform: "os/architecture". Default: that of this machine.
+        store: has the image.
+        reference: its tag or digest.
+        platform: "os/architecture". Default: the platform of this machine.
 
     Raises:
-        EngineError: The image does not exist, is malformed, or is for another platform.
+        EngineError: the image does not exist, is malformed, or is for another platform.
     """
     platform = platform or platform_of(this_machine.machine())
     document = store.read_manifest(reference)
@@ -95,10 +95,10 @@ def add_layers(base: Image, layers: Sequence[Layer], change: Change, *, created:
     """Return an image with `layers` on top of `base`.
 
     Args:
-        base: The base image.
-        layers: The new layers, lowest first.
-        change: Changes to the configuration.
-        created: The creation time of the image (RFC 3339). It is not the current time, so that equal inputs give equal
+        base: the base image.
+        layers: the new layers, lowest first.
+        change: changes to the configuration.
+        created: the creation time of the image (RFC 3339). It is not the current time, so that equal inputs give equal
             images.
     """
     config = dict(base.config)
@@ -136,7 +136,8 @@ def _choose(entries: Sequence[Descriptor], platform: str, reference: str) -> Des
         return chosen[0]
     known = ", ".join(sorted({entry.platform or "(no platform)" for entry in images})) or "(no images)"
     raise EngineError(
-        f"{reference} has no image for {platform}, only for: {known}", next_step="choose another platform with --platform"
+        f"{reference} has no image for {platform}, only for: {known}",
+        next_step="choose another platform with --platform",
     )
 
 

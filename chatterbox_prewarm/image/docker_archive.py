@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import tarfile
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from chatterbox_prewarm.errors import BadInputError, EngineError, from_os_error
 from chatterbox_prewarm.image.oci import (
@@ -46,26 +47,21 @@ class Archive:
     usually compressed. Both kinds are read without a change.
 
     Args:
-        path: The archive.
+        path: the archive.
 
     Raises:
-        EngineError: It is not an uncompressed archive of `docker save`.
+        EngineError: it is not an uncompressed archive of `docker save`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        #: One per image.
         self._manifests: list[Document] = []
         self._tags: dict[str, Document] = {}
         #: Digest -> the bytes of a configuration, or the member name of a layer.
         self._blobs: dict[str, bytes | str] = {}
         try:
             with tarfile.open(path, "r:") as tar:
-                entries = json.loads(_read_document(tar, "manifest.json"))
-                if not isinstance(entries, list) or not entries:
-                    raise TypeError("its manifest.json lists no images")
-                for entry in entries:
-                    self._add_image(tar, entry)
+                self._read_images(tar)
         except (OSError, tarfile.TarError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise EngineError(
                 f"{path} is not an archive of `docker save`: {error!r}", next_step="save the image again, uncompressed"
@@ -101,30 +97,35 @@ class Archive:
 
     def put_blob(self, descriptor: Descriptor, open_stream: OpenStream) -> None:  # noqa: ARG002
         """Raise BadInputError: `save_archive` writes an archive as a whole."""
-        raise self._read_only()
+        self._refuse_change()
 
     def put_manifest(self, document: Document, reference: str) -> None:  # noqa: ARG002
         """Raise BadInputError: `save_archive` writes an archive as a whole."""
-        raise self._read_only()
+        self._refuse_change()
 
-    def _add_image(self, tar: tarfile.TarFile, entry: Mapping[str, Any]) -> None:
-        config = _read_document(tar, entry["Config"])
-        diff_ids = json.loads(config)["rootfs"]["diff_ids"]
-        layers = [_describe_layer(tar, name, diff_id) for diff_id, name in zip(diff_ids, entry["Layers"], strict=True)]
-        described = Descriptor(media_type=OCI_CONFIG, digest=digest_of(config), size=len(config))
-        manifest = image_manifest(described, layers)
-        self._manifests.append(manifest)
-        self._tags.update(dict.fromkeys(entry.get("RepoTags") or (), manifest))
-        self._blobs[described.digest] = config
-        self._blobs.update((layer.digest, name) for layer, name in zip(layers, entry["Layers"], strict=True))
+    def _read_images(self, tar: tarfile.TarFile) -> None:
+        entries = json.loads(_read_document(tar, "manifest.json"))
+        if not isinstance(entries, list) or not entries:
+            raise TypeError("its manifest.json lists no images")
+        for entry in entries:
+            names = entry["Layers"]
+            raw_config = _read_document(tar, entry["Config"])
+            diff_ids = json.loads(raw_config)["rootfs"]["diff_ids"]
+            layers = [_describe_layer(tar, name, diff_id) for name, diff_id in zip(names, diff_ids, strict=True)]
+            config = Descriptor(media_type=OCI_CONFIG, digest=digest_of(raw_config), size=len(raw_config))
+            manifest = image_manifest(config, layers)
+            self._manifests.append(manifest)
+            self._tags.update(dict.fromkeys(entry.get("RepoTags") or (), manifest))
+            self._blobs[config.digest] = raw_config
+            self._blobs.update((layer.digest, name) for layer, name in zip(layers, names, strict=True))
 
     def _find(self, reference: str) -> Document | None:
         if not reference and len(self._manifests) == 1:
             return self._manifests[0]
         return self._tags.get(reference)
 
-    def _read_only(self) -> BadInputError:
-        return BadInputError(
+    def _refuse_change(self) -> None:
+        raise BadInputError(
             f"the Docker archive {self.path} cannot be changed",
             next_step="name a registry, or a layout as oci:PATH:TAG",
         )
@@ -151,7 +152,7 @@ def _describe_layer(tar: tarfile.TarFile, name: str, diff_id: str) -> Descriptor
         raise LookupError(name)
     with stream:
         head = stream.read(max(map(len, _MAGIC)))
-        size = stream.seek(0, 2)
+        size = stream.seek(0, os.SEEK_END)
         media_type = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), OCI_LAYER)
         if media_type == OCI_LAYER:
             digest = diff_id
@@ -170,14 +171,14 @@ def write_archive(image: Image, tag: str, blobs: Mapping[str, OpenStream], targe
     """Write an image for `docker load` as a stream.
 
     Args:
-        image: The image.
+        image: the image.
         tag: "name:tag" of the image in the archive.
-        blobs: Digest -> opens the layer. Omit a layer if the engine has it, with the same layers below it: the engine
+        blobs: digest -> opens the layer. Omit a layer if the engine has it, with the same layers below it: the engine
             then does not read it from the archive.
-        target: A stream for writing.
+        target: a stream for writing.
 
     Raises:
-        EngineError: A layer differs from its descriptor.
+        EngineError: a layer differs from its descriptor.
     """
     _, descriptor, config = to_documents(image)
     layers = [_member_name(layer.digest) for layer in image.layers]
@@ -201,8 +202,8 @@ def save_archive(image: Image, tag: str, blobs: Mapping[str, OpenStream], path: 
     """Write an image to an archive file atomically.
 
     Raises:
-        EngineError: See `write_archive`.
-        BadInputError: The file cannot be written.
+        EngineError: see `write_archive`.
+        BadInputError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

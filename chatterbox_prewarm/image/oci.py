@@ -5,9 +5,10 @@ This module reads no disk and no network; a `Store` does.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
@@ -90,7 +91,7 @@ class Image:
 
     @property
     def labels(self) -> dict[str, str]:
-        """The labels."""
+        """The labels of the configuration."""
         return dict((self.config.get("config") or {}).get("Labels") or {})
 
     @property
@@ -114,7 +115,7 @@ class Store(Protocol):
         """Read a manifest or an index by tag or digest, and verify its digest.
 
         Raises:
-            EngineError: It does not exist.
+            EngineError: it does not exist.
         """
 
     def has_manifest(self, reference: str) -> bool:
@@ -130,14 +131,14 @@ class Store(Protocol):
         """Store a blob, and verify its digest and size.
 
         Raises:
-            BadInputError: The store is read-only.
+            BadInputError: the store is read-only.
         """
 
     def put_manifest(self, document: Document, reference: str) -> None:
         """Store a manifest or an index under a tag, or under its own digest.
 
         Raises:
-            BadInputError: The store is read-only.
+            BadInputError: the store is read-only.
         """
 
 
@@ -155,32 +156,26 @@ def read_index(document: Document) -> tuple[Descriptor, ...]:
     """Parse the entries of an index.
 
     Raises:
-        EngineError: It is not an index.
+        EngineError: the index is malformed.
     """
-    raw = _parse(document.raw, "an image index")
-    try:
-        return tuple(_descriptor(entry) for entry in raw["manifests"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _malformed("an image index", error) from error
+    with _parsing("an image index"):
+        return tuple(map(_descriptor, json.loads(document.raw)["manifests"]))
 
 
 def read_image(document: Document, config: bytes) -> Image:
     """Parse an image from its manifest and its configuration.
 
     Raises:
-        EngineError: They are malformed, or do not belong together.
+        EngineError: they are malformed, or do not belong together.
     """
-    manifest = _parse(document.raw, "an image manifest")
-    parsed = _parse(config, "an image configuration")
-    try:
+    with _parsing("an image"):
+        manifest = json.loads(document.raw)
         image = Image(
-            config=parsed,
-            layers=tuple(_descriptor(entry) for entry in manifest["layers"]),
+            config=json.loads(config),
+            layers=tuple(map(_descriptor, manifest["layers"])),
             annotations=dict(manifest.get("annotations") or {}),
         )
         counts = len(image.layers), len(image.diff_ids)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _malformed("an image", error) from error
     if counts[0] != counts[1]:
         raise EngineError(
             f"the image has {counts[0]} layers in its manifest and {counts[1]} in its configuration",
@@ -193,12 +188,10 @@ def config_descriptor(document: Document) -> Descriptor:
     """Parse the descriptor of an image's configuration from its manifest.
 
     Raises:
-        EngineError: The manifest is malformed.
+        EngineError: the manifest is malformed.
     """
-    try:
-        return _descriptor(_parse(document.raw, "an image manifest")["config"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _malformed("an image manifest", error) from error
+    with _parsing("an image manifest"):
+        return _descriptor(json.loads(document.raw)["config"])
 
 
 def to_documents(image: Image) -> tuple[Document, Descriptor, bytes]:
@@ -249,15 +242,12 @@ def _platform(raw: Mapping[str, Any]) -> str:
     return "/".join(str(raw[key]) for key in ("os", "architecture", "variant") if raw.get(key))
 
 
-def _parse(raw: bytes, what: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _parsing(what: str) -> Iterator[None]:
+    """Translate the errors of parsing a JSON document whose content is not trusted."""
     try:
-        parsed = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise _malformed(what, error) from error
-    if not isinstance(parsed, dict):
-        raise _malformed(what, TypeError(f"it is a {type(parsed).__name__}"))
-    return parsed
-
-
-def _malformed(what: str, error: Exception) -> EngineError:
-    return EngineError(f"this is not {what}: {error!r}", next_step="check the reference, or build the image again")
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise EngineError(
+            f"this is not {what}: {error!r}", next_step="check the reference, or build the image again"
+        ) from error

@@ -30,17 +30,17 @@ class Layout:
     """A layout as a `Store`.
 
     Args:
-        path: Its folder; the first write creates it.
+        path: its folder; the first write creates it.
 
     Raises:
-        EngineError: The folder has other content.
+        EngineError: the folder has other content.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.exists() and not (path / "oci-layout").is_file():
-            if any(child.name != ".lock" for child in path.iterdir()):
-                raise EngineError(f"{path} is not an OCI image layout", next_step="name an empty or a new folder")
+        other = path.exists() and not (path / "oci-layout").is_file()
+        if other and any(child.name != ".lock" for child in path.iterdir()):
+            raise EngineError(f"{path} is not an OCI image layout", next_step="name an empty or a new folder")
 
     def read_manifest(self, reference: str) -> Document:
         """See `Store.read_manifest`. If a layout has only one image and no tags, every tag finds it."""
@@ -107,8 +107,12 @@ class Layout:
         entry = descriptor.to_json()
         if reference != document.digest:
             entry["annotations"] = {_TAG: reference}
-        with _writing(self.path), _locked(self.path):
-            entries = [_without_tag(other) if _tag(other) == reference else other for other in self._entries()]
+        with _writing(self.path), (self.path / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time reads and writes the index
+            entries = self._entries()
+            for existing in entries:
+                if _tag(existing) == reference:
+                    del existing["annotations"]
             entries.append(entry)
             tagged = {other["digest"] for other in entries if _tag(other)}
             unique = {
@@ -153,10 +157,6 @@ def _tag(entry: dict[str, Any]) -> str | None:
     return str(tag) if tag is not None else None
 
 
-def _without_tag(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if name != "annotations"}
-
-
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     """Create the layout's folder, and translate errors of the file system."""
@@ -165,11 +165,3 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise from_os_error(error, f"writing the layout {path}") from error
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let only one process at a time read and write the index."""
-    with (path / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

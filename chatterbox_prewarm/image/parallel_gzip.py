@@ -28,7 +28,7 @@ def gzip_chunks(chunks: Iterable[bytes], level: int) -> Iterator[bytes]:
     """Yield the gzip members of a content that comes in chunks of any size. About 20 members are in memory at most.
 
     Args:
-        chunks: The content.
+        chunks: the content.
         level: zlib's compression level, 0 to 9.
     """
     threads = min(os.cpu_count() or 1, _MAX_THREADS)

@@ -1,7 +1,7 @@
 """Publish: bake, prove and append in one container on a node with the GPU, without an engine, e.g. in a Kubernetes Job.
 
 Retries are safe: nothing is named in the registry before the proof passes, and the tag is set last, after the evidence
-is attached. Several publishers can add states to one image at once: each retries when another one moved the tag.
+is attached. Several publishers can add states to one image at once: each retries if the tag has moved.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class PublishOptions:
     """Options of `publish`.
 
     Attributes:
-        weights: Directory of the checkpoint.
-        warm: Directory that the state is written to. The evidence is written next to it, also if the proof fails.
-        cache: The cache directory.
-        insecure: For the registries, see `Repository`.
-        say: Called with one line of progress for each step.
+        weights: directory of the checkpoint.
+        warm: directory that the state is written to. The evidence is written next to it, also if the proof fails.
+        cache: the cache directory.
+        insecure: for the registries, see `Repository`.
+        say: called with one line of progress for each step.
     """
 
     weights: Path
@@ -71,22 +71,21 @@ def publish(planned: Bake, base: str, target: str, options: PublishOptions) -> A
     accumulate in one image.
 
     Args:
-        planned: The bake; its GPU must be this node's.
-        base: The image without states. This process runs in the same image with compilers.
-        target: Tag of the resulting image, in a registry or a layout.
-        options: See `PublishOptions`.
+        planned: the bake; its GPU must be this node's.
+        base: the image without states. This process runs in the same image with compilers.
+        target: tag of the resulting image, in a registry or a layout.
+        options: see `PublishOptions`.
 
     Returns:
-        What was sent, or None if the image had the state already.
+        the blobs and bytes that were sent, or None if the image had the state already.
 
     Raises:
-        FingerprintMismatchError: This node has another GPU.
+        FingerprintMismatchError: this node has another GPU.
         BadInputError: `target` is not a tag that can be set, or its image has another state for this machine and
             software.
-        NotWarmError: The fresh process had cache misses; nothing was sent.
-        PrewarmError: See `bake`, `prove_here` and `append`.
+        NotWarmError: the fresh process had cache misses; nothing was sent.
+        PrewarmError: see `bake`, `prove_here` and `append`.
     """
-    say = options.say
     base_reference, target_reference = parse(base), parse(target)
     if target_reference.digest or target_reference.kind == "docker-archive":
         raise BadInputError(
@@ -100,8 +99,20 @@ def publish(planned: Bake, base: str, target: str, options: PublishOptions) -> A
             next_step="run it on a node with that GPU: nodeSelector nvidia.com/gpu.product",
         )
     _check_images(base_reference, target_reference, insecure=options.insecure)
-    evidence_path = default_evidence(options.warm)
-    evidence_path.unlink(missing_ok=True)  # the evidence of an older proof must not be attached
+    evidence = _bake_and_prove(planned, options)
+    append_options = AppendOptions(evidence=evidence, insecure=options.insecure, say=options.say)
+    with pack_states([options.warm]) as states:
+        result = add_to_image(base_reference, target_reference, states, append_options)
+    if result is None:
+        options.say(f"{target} has this state already, from an earlier attempt: nothing is sent")
+    return result
+
+
+def _bake_and_prove(planned: Bake, options: PublishOptions) -> Path:
+    """Bake a state and prove it; return the path of the evidence."""
+    say = options.say
+    path = default_evidence(options.warm)
+    path.unlink(missing_ok=True)  # the evidence of an older proof must not be attached
     say(f"bake: {planned.variant}, {planned.gpu or 'CPU'}, {planned.profile}")
     bake_options = BakeOptions(
         weights=options.weights,
@@ -120,14 +131,9 @@ def publish(planned: Bake, base: str, target: str, options: PublishOptions) -> A
     except EngineError as error:  # pods usually cannot create namespaces
         say(f"{error.message}; the process runs without isolation, and its counters still count")
         evidence = prove_here(proof, options.cache, isolated=False)
-    write_whole(evidence_path, evidence.to_json())
-    require_passed(evidence, evidence_path)
-    append_options = AppendOptions(evidence=evidence_path, insecure=options.insecure, say=say)
-    with pack_states([options.warm]) as addition:
-        result = add_to_image(base_reference, target_reference, addition, append_options)
-    if result is None:
-        say(f"{target} has this state already, from an earlier attempt: nothing is sent")
-    return result
+    write_whole(path, evidence.to_json())
+    require_passed(evidence, path)
+    return path
 
 
 def _check_images(base: ImageReference, target: ImageReference, *, insecure: bool | None) -> None:
@@ -139,18 +145,18 @@ def _check_images(base: ImageReference, target: ImageReference, *, insecure: boo
 
 
 def add_to_image(
-    base: ImageReference, target: ImageReference, addition: StateLayers, options: AppendOptions
+    base: ImageReference, target: ImageReference, states: StateLayers, options: AppendOptions
 ) -> AppendResult | None:
     """Add a state to the image that has the tag now, or to the base if no image has it.
 
     Returns:
-        What was sent, or None if the image had the state already.
+        the blobs and bytes that were sent, or None if the image had the state already.
 
     Raises:
-        BadInputError: The image has another state for the same machine and software.
-        EngineError: Other publishers moved the tag on every attempt.
+        BadInputError: the image has another state for the same machine and software.
+        EngineError: other publishers moved the tag on every attempt.
     """
-    (state,) = map(state_label, addition.manifests)
+    (state,) = map(state_label, states.manifests)
     result: AppendResult | None = None
     for _ in range(_ATTEMPTS):
         with open_store(target, insecure=options.insecure) as (store, tag):
@@ -161,7 +167,7 @@ def add_to_image(
             return result
         try:
             current = target.at(digest) if digest else base
-            result = append(current, target, addition, replace(options, expected=digest))
+            result = append(current, target, states, replace(options, expected=digest))
         except TagMovedError as error:
             options.say(f"{error.message}; trying again")
         time.sleep(_SETTLE_SECONDS)
@@ -181,7 +187,7 @@ def _check_same(state: StateLabel, existing: StateLabel, target: ImageReference)
     """Check that two states with the same key have the same weights, voices and levels, which the key does not cover.
 
     Raises:
-        BadInputError: They differ.
+        BadInputError: they differ.
     """
     if existing.inputs_digest:
         same = state.inputs_digest == existing.inputs_digest

@@ -37,11 +37,11 @@ class ImageReference:
     """Names an image, as a source or as a target.
 
     Attributes:
-        kind: A repository in a registry, an OCI layout in a folder, or a tar of `docker save`.
-        host: Host of the registry, with the port if there is one. Default: "docker.io".
-        repository: Path of the repository; "library/NAME" for Docker Hub's official images.
-        path: Path of the layout or the archive.
-        tag: The tag, or empty.
+        kind: a repository in a registry, an OCI layout in a folder, or a tar of `docker save`.
+        host: host of the registry, with the port if there is one. Default: "docker.io".
+        repository: path of the repository; "library/NAME" for Docker Hub's official images.
+        path: path of the layout or the archive.
+        tag: the tag, or empty.
         digest: "sha256:…", or empty. It takes precedence over the tag.
     """
 
@@ -88,7 +88,7 @@ def parse(text: str) -> ImageReference:
     """Parse an image reference. One to a registry may start with "docker://", as in skopeo.
 
     Raises:
-        BadInputError: The reference is malformed; the message says what is expected.
+        BadInputError: the reference is malformed; the message shows the syntax.
     """
     transport, colon, rest = text.partition(":")
     if colon and transport == "oci":

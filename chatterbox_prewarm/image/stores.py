@@ -20,11 +20,11 @@ def open_store(reference: ImageReference, *, insecure: bool | None = None) -> It
     """Yield the store of an image, and the image's tag or digest in it.
 
     Args:
-        reference: Names the image.
-        insecure: For a registry, see `Repository`.
+        reference: names the image.
+        insecure: for a registry, see `Repository`.
 
     Raises:
-        EngineError: The layout or the archive is malformed.
+        EngineError: the layout or the archive is malformed.
     """
     if reference.kind == "registry":
         from chatterbox_prewarm.image.registry.client import Repository

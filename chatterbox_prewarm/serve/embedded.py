@@ -66,7 +66,7 @@ class ChatterboxServer:
         PrewarmError: a worker could not start; the class depends on the cause.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the public API: keywords are easier to use than several options objects
         self,
         *,
         warm: Path = WARM,

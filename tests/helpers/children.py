@@ -37,7 +37,7 @@ def start(program: str, arguments: Mapping[str, Any], env: Mapping[str, str] | N
 
 
 def call(program: str, *, env: Mapping[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
-    """Run a program of this file to its end and return its report, or raise the error that it reported."""
+    """Run a program of this file, and return its report or raise the error that it reported."""
     with start(program, arguments, env) as process:
         try:
             output, _ = process.communicate(timeout=TIMEOUT)
@@ -177,7 +177,7 @@ def fetch(*, directory: str, repository: str, files: list[str], tensors: list[st
     return {"revision": found.revision, "files": {entry.path: entry.sha256 for entry in found.files}}
 
 
-def seed_numba(*, warm: str, cache: str, times: int) -> dict[str, Any]:
+def fill_numba_cache(*, warm: str, cache: str, times: int) -> dict[str, Any]:
     """Empty and fill the Numba cache several times, as repeated starts do."""
     from chatterbox_prewarm.families.numba_cache import NumbaFamily
     from chatterbox_prewarm.system.metrics import WarmupMetrics
@@ -185,7 +185,7 @@ def seed_numba(*, warm: str, cache: str, times: int) -> dict[str, Any]:
     for _ in range(times):
         NumbaFamily().prepare(None, Path(cache), WarmupMetrics())
         NumbaFamily().prepare(Path(warm) / "numba", Path(cache), WarmupMetrics())
-    return {"seeded": times}
+    return {"filled": times}
 
 
 def hold_lock(*, path: str) -> dict[str, Any]:
@@ -223,7 +223,7 @@ PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
         import_from_pack,
         probed,
         fetch,
-        seed_numba,
+        fill_numba_cache,
         hold_lock,
         share_lock,
     )

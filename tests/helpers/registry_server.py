@@ -62,10 +62,10 @@ def serve(
     """Run a registry until the end of the block.
 
     Args:
-        root: Folder for its configuration, log and storage.
-        auth: The "auth" section of its configuration.
-        storage: Another storage folder.
-        tls: Its certificate and key. Default: plain HTTP.
+        root: folder for its configuration, log and storage.
+        auth: the "auth" section of its configuration.
+        storage: another storage folder.
+        tls: its certificate and key. Default: plain HTTP.
     """
     if shutil.which(PROGRAM) is None:
         pytest.skip(f"{PROGRAM} is missing (Debian: apt-get install docker-registry)")
@@ -118,10 +118,10 @@ class Tokens:
     """A token server, and the requests that it received.
 
     Attributes:
-        requests: The Authorization header and the parameters of each request.
-        lifetime: Lifetime of the tokens in seconds.
-        denied: Repositories that no token covers.
-        identity: The identity token that it accepts instead of a password.
+        requests: the Authorization header and the parameters of each request.
+        lifetime: lifetime of the tokens in seconds.
+        denied: repositories that no token covers.
+        identity: the identity token that it accepts instead of a password.
     """
 
     key: Path
@@ -234,18 +234,18 @@ class Fault:
 
     Attributes:
         method: HTTP method of the requests.
-        path: Substring of their path.
-        larger_than: They have more bytes in the body.
-        skip: Number of matching requests that pass first.
-        times: Number of requests with the fault.
-        status: Status that the proxy answers instead of the registry, unless it is 0.
-        headers: Headers of that response.
-        body: Body of that response.
-        cut: Close the connection after this many bytes of the request body, or for GET of the response body.
-        deliver: With `cut`, what the registry gets of the request: "nothing", "part" (as a broken connection) or
-            "piece" (the part as a complete request, as if the registry keeps partial pieces).
-        lose_response: Do not return the registry's response.
-        delay: Seconds to wait before the request is forwarded.
+        path: substring of their path.
+        larger_than: they have more bytes in the body.
+        skip: number of matching requests that pass first.
+        times: number of requests with the fault.
+        status: status that the proxy answers instead of the registry, unless it is 0.
+        headers: headers of that response.
+        body: body of that response.
+        cut: close the connection after this many bytes of the request body, or for GET of the response body.
+        deliver: with `cut`, the part of the request that reaches the registry: "nothing", "part" (as a broken
+            connection) or "piece" (the part as a complete request, as if the registry keeps partial pieces).
+        lose_response: do not return the registry's response.
+        delay: seconds to wait before the request is forwarded.
     """
 
     method: str
@@ -267,12 +267,12 @@ class Proxy:
     """A proxy in front of a registry.
 
     Attributes:
-        target: Address of the registry.
-        address: Address of the proxy.
-        faults: Faults to inject.
-        requests: Method, path without the query, and headers of each request, in order.
-        received: Bytes of the request bodies, by method.
-        redirects: Upload URL that the client has -> URL at which the registry continues that upload.
+        target: address of the registry.
+        address: address of the proxy.
+        faults: faults to inject.
+        requests: method, path without the query, and headers of each request, in order.
+        received: bytes of the request bodies, by method.
+        redirects: upload URL that the client has -> URL at which the registry continues that upload.
     """
 
     target: str

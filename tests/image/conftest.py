@@ -1,4 +1,4 @@
-"""What image tests need: an engine that answers, a client that it can build with, and the Dockerfile's base image."""
+"""Fixtures with container engines: Docker with the base image, the image of the Dockerfile, and podman."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 BASE = "debian:bookworm-slim"
 TAG = "chatterbox-prewarm-test:warm"
-#: One level of the warm-up: the others take minutes, and their bakes are tested without an image.
+#: Only level 1 of the warm-up: the other levels take minutes, and tests/model covers them.
 SYNTHETIC = ("--build-arg", "WEIGHTS=synthetic", "--build-arg", "SIZE=mini", "--build-arg", "LEVELS=1")
 
 
 @pytest.fixture(scope="session")
 def docker() -> str:
-    """The client's program; skips, saying what is missing."""
+    """Return the name of the Docker client; skip the test where the client, the engine or the base image is missing."""
     program = client()
     if shutil.which(program) is None:
         pytest.skip(f"there is no Docker client {program!r} (Debian: apt-get install docker.io)")
@@ -43,13 +43,13 @@ def docker() -> str:
 
 @pytest.fixture(scope="session")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the build reads, so that a test can change a file."""
+    """Copy the build context, so that a test can change a file."""
     return copy_context(ROOT, tmp_path_factory.mktemp("context") / "copy")
 
 
 @pytest.fixture(scope="session")
 def image(docker: str, context: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The Dockerfile's image, with a mini checkpoint of random weights; the name that Docker has it by."""
+    """Build the image of the Dockerfile with a mini checkpoint of random weights; yield its tag."""
     pip = tmp_path_factory.mktemp("secrets") / "pip.conf"
     pip.write_text("[global]\ntimeout = 47\n")
     build(context, TAG, [*SYNTHETIC, "--secret", f"id=pip,src={pip}"])
@@ -59,11 +59,11 @@ def image(docker: str, context: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @contextlib.contextmanager
 def small_file_system(folder: Path, size: str) -> Iterator[None]:
-    """A file system of a size, in a new folder; skips where none can be mounted."""
+    """Mount a file system of this size on a new folder; skip the test where nothing can be mounted."""
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode != 0:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
+        pytest.skip(f"mounting a small file system needs root: {mounted.stderr.decode().strip()}")
     try:
         yield
     finally:
@@ -72,12 +72,12 @@ def small_file_system(folder: Path, size: str) -> Iterator[None]:
 
 @pytest.fixture
 def small_engine(docker: str, tmp_path: Path, socket_dir: Path) -> Iterator[str]:
-    """A Docker engine of its own with 200 MB for images; its address."""
+    """Start a separate Docker engine with 200 MB for images; yield its address."""
     if (program := shutil.which("dockerd", path="/usr/sbin:/usr/bin:/usr/local/bin")) is None:
         pytest.skip("there is no dockerd to start (Debian: apt-get install docker.io)")
     data, run = tmp_path / "data", socket_dir / "run"
     address = f"unix://{run}/docker.sock"
-    # In a network of its own: an engine that starts without a bridge removes that of the one that runs already.
+    # In a new network namespace: an engine that starts without a bridge removes the bridge of the running engine.
     command = ["unshare", "--net", program, "--data-root", data, "--exec-root", run / "exec", "--pidfile", run / "pid"]
     command += ["--host", address, "--bridge", "none", "--iptables=false", "--ip-masq=false"]
     run.mkdir()
@@ -101,22 +101,22 @@ def small_engine(docker: str, tmp_path: Path, socket_dir: Path) -> Iterator[str]
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """Where podman keeps everything during these tests."""
+    """The directories where podman stores everything during these tests."""
 
     root: Path
     driver: str
 
     def spooled(self) -> list[str]:
-        """What lies where podman puts files on their way."""
+        """Return the temporary files that podman has not removed."""
         return sorted(path.name for path in (self.root.parent / "tmp").iterdir() if path.name != "buildah-cache")
 
     def layers(self) -> int:
-        """How many layers there are, of all images."""
+        """Return the number of layers of all images."""
         return len(json.loads((self.root / f"{self.driver}-layers" / "layers.json").read_text()))
 
 
 def copy_programs(root: Path, *programs: str) -> None:
-    """Copy programs of this machine, and the libraries that they need, to where an image is to have them."""
+    """Copy programs of this machine and their libraries to the root directory of an image."""
     for program in programs:
         found = shutil.which(program, path="/usr/bin:/bin")
         assert found is not None
@@ -129,11 +129,11 @@ def copy_programs(root: Path, *programs: str) -> None:
 
 @contextlib.contextmanager
 def podman_storage(folder: Path) -> Iterator[Storage]:
-    """Storage of its own in a folder, that leaves a user's alone; podman uses it, also that of other processes."""
+    """Let podman, also in subprocesses, store everything in this folder instead of the user's storage."""
     if shutil.which("podman") is None:
         pytest.skip("there is no podman (Debian: apt-get install podman)")
     if os.geteuid() != 0:
-        pytest.skip("storage of its own needs root, here")
+        pytest.skip("separate storage for podman needs root")
     root, driver = folder / "graph", "overlay"
     runtime = next((name for name in ("runc", "crun") if shutil.which(name)), "runc")
     (folder / "tmp").mkdir(parents=True)
@@ -142,7 +142,7 @@ def podman_storage(folder: Path) -> Iterator[Storage]:
         f'tmp_dir="{folder}/libpod"\n[containers]\ndefault_ulimits=["nofile=1024:1024","nproc=4096:4096"]\n'
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(folder / "tmp"))  # where podman spools, and keeps what builds mount as caches
+        patch.setenv("TMPDIR", str(folder / "tmp"))  # for temporary files and the cache mounts of builds
         patch.setenv("CONTAINERS_CONF", str(folder / "containers.conf"))
         patch.setenv("CONTAINERS_STORAGE_CONF", str(folder / "storage.conf"))
         try:
@@ -166,13 +166,13 @@ def podman_storage(folder: Path) -> Iterator[Storage]:
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
-    """Where podman keeps everything during the tests of a module."""
-    with podman_storage(tmp_path_factory.mktemp("podman")) as made:
-        yield made
+    """Give podman new storage for the tests of a module."""
+    with podman_storage(tmp_path_factory.mktemp("podman")) as new_storage:
+        yield new_storage
 
 
 @pytest.fixture
 def small_storage(tmp_path: Path) -> Iterator[Storage]:
-    """The same on a file system of 100 MB, for one test."""
-    with small_file_system(tmp_path / "podman", "100m"), podman_storage(tmp_path / "podman" / "all") as made:
-        yield made
+    """Give podman new storage on a file system of 100 MB for one test."""
+    with small_file_system(tmp_path / "podman", "100m"), podman_storage(tmp_path / "podman" / "all") as new_storage:
+        yield new_storage

@@ -16,7 +16,7 @@ import pytest
 from chatterbox_prewarm.image.attest import EVIDENCE_TYPE
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import read_states
-from chatterbox_prewarm.image.oci import OCI_INDEX, Document, digest_of, dump
+from chatterbox_prewarm.image.oci import digest_of, image_index
 from chatterbox_prewarm.image.oci_layout import Layout
 from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.image.stores import open_store
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from chatterbox_prewarm.image.oci import Descriptor, Image, Store
+    from chatterbox_prewarm.image.oci import Descriptor, Image
     from tests.helpers.registry_server import Registry
 
 LABELS = {"io.chatterbox-prewarm.torch": "torch-2.6", "io.chatterbox-prewarm.variant": "english"}
@@ -73,17 +73,13 @@ def read(reference: str) -> Image:
         return resolve(store, name, platform="linux/amd64")
 
 
-def put_index(store: Store, tag: str, entries: list[dict[str, Any]]) -> None:
-    raw = dump({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries})
-    store.put_manifest(Document(media_type=OCI_INDEX, raw=raw), tag)
-
-
 @contextlib.contextmanager
 def read_layer(layout: Layout, descriptor: Descriptor) -> Iterator[tarfile.TarFile]:
     with layout.open_blob(descriptor) as stream, tarfile.open(fileobj=stream) as tar:
         yield tar
 
 
+@pytest.mark.programs
 def test_a_state_becomes_the_same_layer_in_a_registry_and_in_layouts(
     layout: Layout, registry: Registry, h100: Path, tmp_path: Path
 ) -> None:
@@ -101,6 +97,7 @@ def test_a_state_becomes_the_same_layer_in_a_registry_and_in_layouts(
     assert images[0].diff_ids[-1] in packed.stdout
 
 
+@pytest.mark.programs
 def test_skopeo_reads_an_appended_image(layout: Layout, registry: Registry, h100: Path, tmp_path: Path) -> None:
     if shutil.which("skopeo") is None:
         pytest.skip("skopeo is missing (Debian: apt-get install skopeo)")
@@ -115,6 +112,7 @@ def test_skopeo_reads_an_appended_image(layout: Layout, registry: Registry, h100
     assert read(f"oci:{tmp_path / 'copy'}:warm").config == read(target).config
 
 
+@pytest.mark.containers
 def test_an_engine_loads_an_appended_archive(docker: str, layout: Layout, h100: Path, tmp_path: Path) -> None:
     tag = "chatterbox-prewarm-test:appended"
     archive = tmp_path / "image.tar"
@@ -152,6 +150,7 @@ def test_an_archive_can_be_a_base(layout: Layout, h100: Path, l4: Path, tmp_path
             assert digest_of(gzip.decompress(stream.read())) == diff_id
 
 
+@pytest.mark.programs
 def test_adding_a_gpu_type_to_a_published_image_sends_only_its_layer(
     layout: Layout, registry: Registry, h100: Path, l4: Path
 ) -> None:
@@ -179,6 +178,7 @@ def test_adding_a_state_removes_the_label_of_the_proof(layout: Layout, h100: Pat
     assert labels["own"] == "1"
 
 
+@pytest.mark.programs
 def test_layers_of_another_repository_are_mounted_and_not_sent(registry: Registry, h100: Path) -> None:
     base = f"{registry.address}/base:1"
     with open_store(parse(base)) as (store, _):
@@ -233,7 +233,7 @@ def test_a_signature_of_another_state_is_refused_and_nothing_is_sent(layout: Lay
 def test_the_base_for_the_platform_of_the_state_is_chosen_from_an_index(layout: Layout, h100: Path) -> None:
     entries = make_bases(layout, "amd64", "arm64", Labels=LABELS)
     for name, listed in (("both", entries), ("arm", entries[1:])):
-        put_index(layout, name, listed)
+        layout.put_manifest(image_index(listed), name)
     to = ("--to", f"oci:{layout.path}:warm", "--warm", h100)
     assert run_cli("append", "--base", f"oci:{layout.path}:both", *to).returncode == 0
     assert read(f"oci:{layout.path}:warm").platform == "linux/amd64"
@@ -242,9 +242,10 @@ def test_the_base_for_the_platform_of_the_state_is_chosen_from_an_index(layout: 
     assert "only for: linux/arm64" in refused.stderr
 
 
+@pytest.mark.programs
 def test_an_index_is_not_replaced_by_an_image_for_one_platform(layout: Layout, registry: Registry, h100: Path) -> None:
     with open_store(parse(f"{registry.address}/speech:both")) as (store, name):
-        put_index(store, name, make_bases(store, "amd64", "arm64", Labels=LABELS))
+        store.put_manifest(image_index(make_bases(store, "amd64", "arm64", Labels=LABELS)), name)
         before = store.read_manifest(name)
         target = ("--to", f"{registry.address}/speech:both", "--warm", h100, "--replace")
         for base in (f"oci:{layout.path}:base", f"{registry.address}/speech:both"):
@@ -309,6 +310,7 @@ def test_an_invalid_setting_is_refused(arguments: tuple[str, ...], expected: str
     assert not layout.has_manifest("warm")
 
 
+@pytest.mark.programs
 def test_a_damaged_state_or_a_missing_base_is_refused_and_nothing_is_sent(
     layout: Layout, registry: Registry, h100: Path
 ) -> None:
@@ -322,6 +324,7 @@ def test_a_damaged_state_or_a_missing_base_is_refused_and_nothing_is_sent(
     assert list(registry.storage.rglob("data")) == []
 
 
+@pytest.mark.programs
 def test_an_existing_tag_is_only_replaced_on_request(layout: Layout, registry: Registry, h100: Path, l4: Path) -> None:
     target = f"{registry.address}/speech:warm"
     run_cli("append", "--base", f"oci:{layout.path}:base", "--to", target, "--warm", h100)
@@ -335,6 +338,7 @@ def test_an_existing_tag_is_only_replaced_on_request(layout: Layout, registry: R
     assert read(target) != before
 
 
+@pytest.mark.programs
 def test_the_labels_of_an_image_show_whether_its_states_fit_a_node(
     layout: Layout, registry: Registry, h100: Path, tmp_path: Path
 ) -> None:
@@ -373,6 +377,7 @@ def test_options_for_the_manifest_are_refused_for_an_image(
     assert "next:" in refused.stderr
 
 
+@pytest.mark.programs
 def test_evidence_is_only_attached_to_the_image_that_it_proves(
     layout: Layout, registry: Registry, h100: Path, tmp_path: Path
 ) -> None:
@@ -405,6 +410,7 @@ def test_a_registry_that_is_down_is_reported(layout: Layout, h100: Path) -> None
     assert "127.0.0.1:9" in refused.stderr
 
 
+@pytest.mark.programs
 def test_the_benchmark_counts_the_blobs_that_an_append_sends(h100: Path, tmp_path: Path) -> None:
     if shutil.which("docker-registry") is None:
         pytest.skip("docker-registry is missing (Debian: apt-get install docker-registry)")

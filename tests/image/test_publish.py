@@ -15,7 +15,7 @@ from chatterbox_prewarm.errors import BadInputError, IntegrityError
 from chatterbox_prewarm.image.append import AppendOptions, TagMovedError, append
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import read_states
-from chatterbox_prewarm.image.oci import OCI_INDEX, Document, dump
+from chatterbox_prewarm.image.oci import image_index
 from chatterbox_prewarm.image.oci_layout import Layout
 from chatterbox_prewarm.image.publish import add_to_image
 from chatterbox_prewarm.image.references import parse
@@ -98,8 +98,7 @@ def test_a_missing_base_is_reported_before_the_bake(layout: Layout, tmp_path: Pa
 
 
 def test_a_target_for_several_platforms_is_refused_before_the_bake(layout: Layout, tmp_path: Path) -> None:
-    index = dump({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []})
-    layout.put_manifest(Document(media_type=OCI_INDEX, raw=index), "warm")
+    layout.put_manifest(image_index([]), "warm")
     matrix = write_matrix(layout, tmp_path, 'profiles = ["eager"]')
     refused = run_cli("publish", "--matrix", matrix, "--index", "0", "--warm", tmp_path / "warm")
     assert refused.returncode == 16, refused.stderr
@@ -107,30 +106,39 @@ def test_a_target_for_several_platforms_is_refused_before_the_bake(layout: Layou
     assert not (tmp_path / "warm").exists()
 
 
+def test_an_archive_as_the_target_is_refused_before_the_bake(layout: Layout, tmp_path: Path) -> None:
+    matrix = write_matrix(layout, tmp_path, 'profiles = ["eager"]')
+    matrix.write_text(matrix.read_text().replace(f"oci:{layout.path}:warm", f"docker-archive:{tmp_path}/image.tar:a:1"))
+    refused = run_cli("publish", "--matrix", matrix, "--index", "0", "--warm", tmp_path / "warm")
+    assert refused.returncode == 16, refused.stderr
+    assert "is not a tag that states can be added to" in refused.stderr
+    assert not (tmp_path / "warm").exists()
+
+
 def test_a_tag_that_moved_during_the_append_is_not_replaced(layout: Layout, tmp_path: Path) -> None:
     make_state_for(tmp_path / "l4", {**L4, "torch": f"{STACK}.0"})
     base, target = parse(f"oci:{layout.path}:cold"), parse(f"oci:{layout.path}:warm")
-    with pack_states([tmp_path / "l4"]) as addition:
-        first = append(base, target, addition)
+    with pack_states([tmp_path / "l4"]) as states:
+        first = append(base, target, states)
         with pytest.raises(TagMovedError, match="has moved from sha256:0000"):
-            append(base, target, addition, AppendOptions(expected=f"sha256:{'0' * 64}"))
+            append(base, target, states, AppendOptions(expected=f"sha256:{'0' * 64}"))
         with pytest.raises(TagMovedError, match="has moved from nothing"):
-            append(base, target, addition, AppendOptions(expected=""))
+            append(base, target, states, AppendOptions(expected=""))
         assert layout.read_manifest("warm").digest == first.document.digest
-        append(base, target, addition, AppendOptions(expected=first.document.digest))
+        append(base, target, states, AppendOptions(expected=first.document.digest))
         with pytest.raises(BadInputError, match="already"):
-            append(base, target, addition)
+            append(base, target, states)
 
 
 def test_evidence_is_attached_before_the_tag_is_set(layout: Layout, tmp_path: Path) -> None:
     make_state_for(tmp_path / "l4", {**L4, "torch": f"{STACK}.0"})
     base, target = parse(f"oci:{layout.path}:cold"), parse(f"oci:{layout.path}:warm")
-    with pack_states([tmp_path / "l4"]) as addition:
+    with pack_states([tmp_path / "l4"]) as states:
         other = write_evidence(tmp_path / "l4", set_digest="0" * 64)
         with pytest.raises(IntegrityError, match="does not have"):
-            add_to_image(base, target, addition, AppendOptions(evidence=other))
+            add_to_image(base, target, states, AppendOptions(evidence=other))
         assert not layout.has_manifest("warm"), "no tag is set without evidence"
-        published = add_to_image(base, target, addition, AppendOptions(evidence=write_evidence(tmp_path / "l4")))
+        published = add_to_image(base, target, states, AppendOptions(evidence=write_evidence(tmp_path / "l4")))
     assert published is not None
     assert layout.read_manifest("warm").digest == published.document.digest
     (listed,) = json.loads(layout.read_manifest(published.document.digest.replace(":", "-")).raw)["manifests"]
@@ -148,8 +156,8 @@ def test_another_state_for_the_same_machine_is_refused(layout: Layout, tmp_path:
     rewrite(tmp_path / "other voice", lambda raw: raw["provenance"]["parameters"].update({"voice:fox": "sha256:1"}))
 
     def add(name: str) -> AppendResult | None:
-        with pack_states([tmp_path / name]) as addition:
-            return add_to_image(base, target, addition, AppendOptions(evidence=write_evidence(tmp_path / name)))
+        with pack_states([tmp_path / name]) as states:
+            return add_to_image(base, target, states, AppendOptions(evidence=write_evidence(tmp_path / name)))
 
     assert add("first") is not None
     before = layout.read_manifest("warm").digest
@@ -172,8 +180,8 @@ def test_concurrent_publishers_all_add_their_state_to_one_image(layout: Layout, 
         "from chatterbox_prewarm.image.references import parse\n"
         "from chatterbox_prewarm.proof.checks import default_evidence\n"
         "state, base, target = Path(sys.argv[1]), parse(sys.argv[2]), parse(sys.argv[3])\n"
-        "with pack_states([state]) as addition:\n"
-        "    add_to_image(base, target, addition, AppendOptions(evidence=default_evidence(state)))\n"
+        "with pack_states([state]) as states:\n"
+        "    add_to_image(base, target, states, AppendOptions(evidence=default_evidence(state)))\n"
     )
     gpus = [f"NVIDIA L{number}" for number in range(4)]
     with contextlib.ExitStack() as stack:

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+pytestmark = pytest.mark.programs
+
 MB = 1 << 20
 #: Seconds; short, so that retries do not make the tests slow.
 RETRY_DELAYS = (0.05, 0.1, 0.1)

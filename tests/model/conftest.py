@@ -45,24 +45,24 @@ def baked(mini: Path, clip: Path, shared_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def baked_aot(mini: Path, shared_dir: Path) -> Path:
+def compiler() -> None:
+    """Skip the test where there is no C++ compiler."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no C++ compiler (Debian: apt-get install g++)")
+
+
+@pytest.fixture(scope="session")
+def baked_aot(mini: Path, shared_dir: Path, compiler: None) -> Path:  # noqa: ARG001 - may skip
     """Bake ahead-of-time packages: the default profile."""
-    _skip_without_compiler()
     return _bake(mini, shared_dir / "baked-aot", "--levels", "1")
 
 
 @pytest.fixture(scope="session")
-def baked_compiled(mini: Path, shared_dir: Path) -> Path:
+def baked_compiled(mini: Path, shared_dir: Path, compiler: None) -> Path:  # noqa: ARG001 - may skip
     """Bake Inductor's cache. It works only with its cache path: the directory `cache` next to the state."""
-    _skip_without_compiler()
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         pytest.skip("torch.compile needs Python's headers (Debian: apt-get install python3-dev)")
     return _bake(mini, shared_dir / "baked-compiled", "--profile", "compiled", "--levels", "1")
-
-
-def _skip_without_compiler() -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("there is no C++ compiler (Debian: apt-get install g++)")
 
 
 def _bake(weights: Path, directory: Path, *arguments: str) -> Path:

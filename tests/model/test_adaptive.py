@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 
 from chatterbox_prewarm import AdaptiveWarmup, WarmupMetrics
@@ -12,8 +13,6 @@ from tests.helpers.serving import SENTENCE, Server
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
     from chatterbox_prewarm.start.attach import Attached
 
@@ -38,6 +37,7 @@ def test_environment_variable_switches_the_warm_up_off(attached: Attached, monke
     assert metrics.phases == []
 
 
+@pytest.mark.slow
 def test_server_is_ready_before_the_warm_up_and_warms_up_while_idle(baked: Path, mini: Path, tmp_path: Path) -> None:
     server = Server(
         tmp_path / "log",

@@ -42,6 +42,7 @@ def test_error_names_the_region_that_cannot_be_compiled(tmp_path: Path) -> None:
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.usefixtures("compiler")
 def test_full_disk_is_not_reported_as_a_missing_compiler(
     small_disk: Path, tmp_path: Path, attached: Attached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +70,7 @@ def test_linker_finds_the_loaded_library_of_the_driver(tmp_path: Path, monkeypat
     assert os.environ["LIBRARY_PATH"] == f"{tmp_path}{os.pathsep}/elsewhere"
 
 
+@pytest.mark.usefixtures("compiler")
 def test_killed_compiler_is_reported(tmp_path: Path) -> None:
     def kill() -> None:
         for _ in range(600):

@@ -53,8 +53,8 @@ def test_its_audio_equals_the_models_audio(server: ChatterboxServer, attached: A
 
 
 def test_it_streams_and_closing_a_stream_frees_the_worker(server: ChatterboxServer) -> None:
-    complete = server.generate(TEXT, seed=1, max_new_tokens=80)
-    chunks = list(server.generate_stream(TEXT, seed=1, max_new_tokens=80))
+    complete = server.generate(TEXT, seed=1, max_new_tokens=50)
+    chunks = list(server.generate_stream(TEXT, seed=1, max_new_tokens=50))
     assert len(chunks) > 1
     joined = np.concatenate([chunk.pcm for chunk in chunks]).astype(float)
     assert np.sum((joined - complete.pcm) ** 2) < 1e-8 * np.sum(joined**2)
@@ -67,19 +67,19 @@ def test_it_streams_and_closing_a_stream_frees_the_worker(server: ChatterboxServ
 
 
 def test_each_thread_gets_the_answer_to_its_own_call(server: ChatterboxServer) -> None:
-    expected = [server.generate(TEXT, seed=seed, max_new_tokens=20).data for seed in range(4)]
+    expected = [server.generate(TEXT, seed=seed, max_new_tokens=20).data for seed in range(2)]
     answers: dict[int, bytes] = {}
 
     def speak(seed: int) -> None:
         answers[seed] = server.generate(TEXT, seed=seed, max_new_tokens=20).data
 
-    threads = [threading.Thread(target=speak, args=(seed,)) for seed in range(4)]
+    threads = [threading.Thread(target=speak, args=(seed,)) for seed in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [answers[seed] for seed in range(4)] == expected
-    assert len(set(expected)) == 4
+    assert [answers[seed] for seed in range(2)] == expected
+    assert len(set(expected)) == 2
 
 
 def test_a_dead_worker_is_replaced(server: ChatterboxServer) -> None:

@@ -26,8 +26,8 @@ CHECKS = (
 EXAMPLES = 5
 SECONDS = 900
 
-# 503 is valid: at that moment no worker is ready. Every other 5xx status is a bug. The server must refuse each request
-# that violates the document.
+# 503 is valid: at that moment no worker is ready. Every other 5xx status is a bug. The server must refuse requests
+# that do not match the document.
 CONFIG = f"""
 continue-on-failure = true
 max-failures = 20

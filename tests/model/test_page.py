@@ -148,7 +148,7 @@ def page(states: tuple[Page, list[str]]) -> Iterator[Page]:
     page.wait_ready()
     page.wait(lambda: page.all("#voice option"))
     yield page
-    # Chromium draws the controls of an audio element with data URLs of its own.
+    # Chromium draws the controls of an audio element with images from data URLs.
     allowed = (page.origin, f"blob:{page.origin}", "data:")
     assert {url for url in page.requested() if not url.startswith(allowed)} == set()
     assert page.complaints() == []

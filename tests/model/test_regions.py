@@ -251,6 +251,7 @@ def signal_to_noise(signal: torch.Tensor, other: torch.Tensor) -> float:
     return float(10 * torch.log10(signal.square().sum() / (signal - other).square().sum()))
 
 
+@pytest.mark.slow
 def test_comparison_with_upstream_detects_differences(attached: Attached, model: ChatterboxTTS) -> None:
     text = "Hello, world."
     synthesizer = attached.synthesizer

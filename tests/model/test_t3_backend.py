@@ -1,4 +1,4 @@
-"""Test the persistent backend: 50 calls build one wrapper and leave no hook behind."""
+"""Test the persistent backend: repeated calls build one wrapper and leave no hook behind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chatterbox.models.t3.modules.cond_enc import T3Cond
 from chatterbox_prewarm.model.t3_backend import PersistentT3, keep_backend
 from chatterbox_prewarm.model.variants.english import make_t3
 
-CALLS = 50
+CALLS = 12
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_upstream_builds_a_wrapper_for_every_call(english_t3: T3, builds: list[i
     assert builds == [3]
 
 
-def test_fifty_calls_build_one_wrapper(english_t3: T3, builds: list[int]) -> None:
+def test_repeated_calls_build_one_wrapper(english_t3: T3, builds: list[int]) -> None:
     expected = _speak(english_t3)
     hooks = _hooks(english_t3)
     builds[0] = 0

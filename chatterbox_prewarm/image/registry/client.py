@@ -19,7 +19,6 @@ from chatterbox_prewarm.image.registry.transport import Request, Transport
 from chatterbox_prewarm.image.registry.uploads import PIECE, Upload, cancel
 
 if TYPE_CHECKING:
-    from collections import Counter
     from collections.abc import Collection, Sequence
 
     from chatterbox_prewarm.image.oci import Descriptor, OpenStream
@@ -38,11 +37,14 @@ class Repository:
     refuses the request.
 
     Args:
-        reference: Registry and repository; its tag and digest are ignored.
-        insecure: Use plain HTTP (True) or HTTPS (False). By default plain HTTP only to this machine, as Docker does.
+        reference: registry and repository; its tag and digest are ignored.
+        insecure: use plain HTTP (True) or HTTPS (False). By default plain HTTP only to this machine, as Docker does.
             Passwords are never sent over plain HTTP to another machine.
-        retry_delays: Seconds before each retry.
-        piece: Bytes of a blob per upload request; memory use does not depend on it.
+        retry_delays: seconds before each retry.
+        piece: bytes of a blob per upload request; memory use does not depend on it.
+
+    Attributes:
+        counters: requests and bytes so far; see `Transport`.
 
     Raises:
         BadInputError: `reference` is not in a registry.
@@ -64,6 +66,7 @@ class Repository:
         self._name = reference.repository
         self._piece = piece
         self._transport = Transport(reference, insecure=insecure, retry_delays=retry_delays)
+        self.counters = self._transport.counters
 
     def __enter__(self) -> Repository:
         return self
@@ -71,18 +74,13 @@ class Repository:
     def __exit__(self, *_: object) -> None:
         self._transport.close()
 
-    @property
-    def counters(self) -> Counter[str]:
-        """Requests and bytes so far; see `Transport`."""
-        return self._transport.counters
-
     def read_manifest(self, reference: str) -> Document:
         """Read a manifest or an index by tag or digest, and verify its bytes.
 
         The expected digest is `reference`, or the one that the registry reports for a tag.
 
         Raises:
-            EngineError: It does not exist, is damaged, or has an unknown media type.
+            EngineError: it does not exist, is damaged, or has an unknown media type.
             BadInputError: `reference` is neither a tag nor a digest.
         """
         request = self._manifest_request("GET", reference, {200})
@@ -108,7 +106,7 @@ class Repository:
         """Store a manifest or an index under a tag, or under its own digest.
 
         Raises:
-            EngineError: The registry lacks a blob that the manifest names.
+            EngineError: the registry lacks a blob that the manifest names.
             BadInputError: `reference` is neither a tag nor the document's digest.
         """
         if is_digest(reference) and reference != document.digest:
@@ -129,7 +127,7 @@ class Repository:
         """Delete a manifest and all its tags; the registry's garbage collection deletes the blobs.
 
         Returns:
-            Whether it is deleted; False if the registry does not allow deletion.
+            True if it is deleted, False if the registry does not allow deletion.
 
         Raises:
             BadInputError: `digest` is not a digest.
@@ -146,7 +144,7 @@ class Repository:
         """Return whether the blob is stored already.
 
         Raises:
-            EngineError: The stored blob has another size.
+            EngineError: the stored blob has another size.
         """
         request = self._blob_request("HEAD", descriptor.digest, descriptor, {200, 404})
         response = self._send(request)
@@ -164,7 +162,7 @@ class Repository:
         Digest and size are checked at the end, so a reader that stops earlier has unverified bytes.
 
         Raises:
-            EngineError: From a read: the blob does not exist, is damaged, or its connection breaks too often.
+            EngineError: from a read: the blob does not exist, is damaged, or its connection breaks too often.
         """
         request = self._blob_request("GET", descriptor.digest, descriptor, {200})
         return chunk_stream(download(self._transport, request, descriptor))
@@ -173,13 +171,13 @@ class Repository:
         """Upload a blob unless the registry has it. A failed or interrupted upload is cancelled at the registry.
 
         Raises:
-            EngineError: The bytes differ from the descriptor.
+            EngineError: the bytes differ from the descriptor.
         """
         if self.has_blob(descriptor):
             return
         Upload(
-            self._transport,
-            self._blob_request("POST", "uploads/", descriptor, {202}),
+            transport=self._transport,
+            start=self._blob_request("POST", "uploads/", descriptor, {202}),
             descriptor=descriptor,
             open_stream=open_stream,
             is_stored=lambda: self.has_blob(descriptor),
@@ -190,11 +188,11 @@ class Repository:
         """Ask the registry to take a blob from another of its repositories, without an upload.
 
         Args:
-            descriptor: Describes the blob.
-            source_repository: The `repository` of the other `ImageReference`.
+            descriptor: describes the blob.
+            source_repository: the `repository` of the other `ImageReference`.
 
         Returns:
-            Whether the blob is stored now. A registry may not support this, not have the blob, or not allow this user
+            True if the blob is stored now. A registry may not support this, not have the blob, or not allow this user
             to read it. If it refuses the push as well, `put_blob` raises the error.
         """
         if self.has_blob(descriptor):
@@ -261,7 +259,7 @@ def _media_type(response: Response, subject: str) -> str:
     """Return the media type of a manifest: the Content-Type header, or the document's own if the header is generic.
 
     Raises:
-        EngineError: The two differ (such a document can be read in two ways), or the media type is unknown.
+        EngineError: the two differ (such a document can be read in two ways), or the media type is unknown.
     """
     header = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     try:

@@ -28,7 +28,7 @@ def download(transport: Transport, request: Request, descriptor: Descriptor) -> 
     `descriptor.size` bytes has the right ones.
 
     Raises:
-        EngineError: The download broke too often, or the bytes differ from the descriptor.
+        EngineError: the download broke too often, or the bytes differ from the descriptor.
     """
     wait_before_retry = retry_policy(
         transport.retry_delays, f"downloading {request.subject} ({descriptor.size} bytes)", min_progress=_CHUNK

@@ -37,9 +37,9 @@ class Login:
     """Computes the Authorization header for one registry.
 
     Args:
-        host: The registry, as given to `docker login`.
-        base: Base URL of its API, e.g. "https://HOST".
-        fetch_token: Sends a request to a token server.
+        host: the registry, as given to `docker login`.
+        base: base URL of its API, e.g. "https://HOST".
+        fetch_token: sends a request to a token server.
     """
 
     def __init__(self, host: str, base: str, fetch_token: FetchToken) -> None:
@@ -56,7 +56,7 @@ class Login:
         """Return the Authorization header for a scope. It is empty until the registry sends a challenge.
 
         Raises:
-            EngineError: A token has expired and cannot be renewed.
+            EngineError: a token has expired and cannot be renewed.
         """
         if self._basic:
             return self._basic
@@ -69,7 +69,7 @@ class Login:
         """Log in as the WWW-Authenticate header of a 401 requires, for the next call of `authorization`.
 
         Raises:
-            EngineError: There is no login, the registry refuses it, or it wants an unsupported scheme.
+            EngineError: there is no login, the registry refuses it, or it wants an unsupported scheme.
         """
         challenges = parse_challenges(header)
         for scheme, parameters in challenges:
@@ -191,7 +191,7 @@ def read_docker_credentials(host: str) -> Mapping[str, str]:
         "username", and "password" or "identitytoken"; empty without a login.
 
     Raises:
-        EngineError: The configuration cannot be read, or its credential helper is missing or fails.
+        EngineError: the configuration cannot be read, or its credential helper is missing or fails.
     """
     import docker.auth
     import docker.errors

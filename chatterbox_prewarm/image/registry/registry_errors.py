@@ -34,7 +34,7 @@ class TransientError(EngineError):
     """A failure that a retry may fix: a broken connection or a busy registry.
 
     Attributes:
-        retry_after: Seconds that the registry asks to wait, or 0.
+        retry_after: seconds that the registry asks to wait, or 0.
     """
 
     def __init__(self, message: str, *, next_step: str, retry_after: float = 0.0) -> None:
@@ -43,14 +43,9 @@ class TransientError(EngineError):
 
 
 def status_error(host: str, problem: str, status: int, headers: Mapping[str, str], body: bytes) -> EngineError:
-    """Return the error for an unexpected HTTP status. The login handles 401 and 403.
+    """Return the error for a response with an unexpected HTTP status. The login handles 401 and 403.
 
-    Args:
-        host: The registry.
-        problem: The start of the message: the registry, the status and the request.
-        status: HTTP status of the response.
-        headers: Headers of the response.
-        body: Body of the response.
+    `problem` is the start of the message: the registry, the status and the request.
     """
     quote = quote_error(body)
     message = problem + (f": {quote}" if quote else "")
@@ -78,10 +73,10 @@ def network_error(error: Exception, url: str, *, host: str, reached: bool) -> En
     """Return the error for a request that got no response, or only a part of one.
 
     Args:
-        error: What requests or urllib3 raised.
-        url: The URL of the request.
-        host: The registry.
-        reached: Whether the registry has answered before. If it has, it may be restarting, so the error is transient.
+        error: what requests or urllib3 raised.
+        url: the URL of the request.
+        host: the registry.
+        reached: whether the registry has answered before. If it has, it may be restarting, so the error is transient.
             If not, the address is wrong or the registry is down, and a retry does not help.
     """
     chain = tuple(_causes(error))
@@ -123,7 +118,7 @@ def resolve_location(base: str, location: str) -> str:
     """Return the absolute URL of a Location header.
 
     Raises:
-        EngineError: The URL is invalid, or not HTTP.
+        EngineError: the URL is invalid, or not HTTP.
     """
     try:
         url = urllib.parse.urljoin(base, location)

@@ -32,9 +32,9 @@ def retry_policy(
     no attempt is left.
 
     Args:
-        delays: Seconds before each retry.
-        doing: The operation, for messages, e.g. "GET manifest 1.0 of example/voice".
-        min_progress: Bytes since the last failure that reset the count. A connection that always breaks still
+        delays: seconds before each retry.
+        doing: the operation, for messages, e.g. "GET manifest 1.0 of example/voice".
+        min_progress: bytes since the last failure that reset the count. A connection that always breaks still
             transfers some bytes, so a download needs more than one.
     """
     failures, last_position = 0, 0

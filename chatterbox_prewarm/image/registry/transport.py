@@ -51,13 +51,13 @@ class Request:
 
     Attributes:
         method: HTTP method. GET and HEAD follow redirects.
-        url: Absolute URL, or a path at the registry.
-        subject: The resource, for messages, e.g. "manifest 1.0 of example/voice".
-        scope: Scope of the token, e.g. "repository:NAME:pull".
-        expect: Statuses that are returned. Any other status is an error; so is 401 if a login may still help.
-        headers: Additional headers.
-        body: Bytes, or an iterable with a length, which can be sent only once.
-        timeout: Seconds without any data.
+        url: absolute URL, or a path at the registry.
+        subject: the resource, for messages, e.g. "manifest 1.0 of example/voice".
+        scope: scope of the token, e.g. "repository:NAME:pull".
+        expect: statuses that are returned. Any other status is an error; so is 401 if a login may still help.
+        headers: additional headers.
+        body: bytes, or an iterable with a length, which can be sent only once.
+        timeout: seconds without any data.
     """
 
     method: str
@@ -84,9 +84,9 @@ class Transport:
     """Sends requests to one registry. Use each instance from one thread at a time.
 
     Args:
-        reference: Names the registry.
-        insecure: Use plain HTTP (True) or HTTPS (False). By default plain HTTP only to this machine, as Docker does.
-        retry_delays: Seconds before each retry, for the callers of `retry_policy`.
+        reference: names the registry.
+        insecure: use plain HTTP (True) or HTTPS (False). By default plain HTTP only to this machine, as Docker does.
+        retry_delays: seconds before each retry, for the callers of `retry_policy`.
 
     Attributes:
         counters: "requests" (including those for tokens, and retries), "blobs_sent", "bytes_sent" and
@@ -102,7 +102,7 @@ class Transport:
         self._reached = False
         self._login = Login(reference.host, self._base, self._fetch_token)
         self._session = requests.Session()
-        # requests would otherwise send the login of ~/.netrc instead of ours.
+        # Otherwise requests replaces our Authorization header with a login from ~/.netrc.
         self._session.trust_env = False
         # requests parses the Location header and reads the body of a redirect even if it must not follow it.
         self._session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]  # noqa: ARG005
@@ -117,17 +117,17 @@ class Transport:
         """Send a request and read the whole response, at most MAX_DOCUMENT bytes.
 
         Raises:
-            TransientError: The request failed, but a retry may succeed.
-            EngineError: The registry refuses the request, or cannot be reached.
+            TransientError: the request failed, but a retry may succeed.
+            EngineError: the registry refuses the request, or cannot be reached.
         """
         with self.open_stream(request) as response:
-            return self._complete(response, MAX_DOCUMENT, request.subject)
+            return self._read_response(response, MAX_DOCUMENT, request.subject)
 
     def open_stream(self, request: Request) -> requests.Response:
         """Send a request and return the open response. The caller reads it with `read` and closes it.
 
         Raises:
-            TransientError, EngineError: See `send`.
+            TransientError, EngineError: see `send`.
         """
         url = urllib.parse.urljoin(self._base, request.url)
         challenged = False
@@ -146,7 +146,7 @@ class Transport:
                 if status in _REDIRECTS and request.method in {"GET", "HEAD"} and location is not None:
                     url = resolve_location(url, location)
                     continue
-                complete = self._complete(response, _MAX_BODY, request.subject)
+                complete = self._read_response(response, _MAX_BODY, request.subject)
             if not login_may_help:
                 raise self.error_for(request.method, request.subject, complete)
             self._login.handle_challenge(complete.headers.get("WWW-Authenticate", ""), request.scope)
@@ -162,7 +162,7 @@ class Transport:
         """Read at most `size` bytes of an open response, and decompress them if `decode` is set.
 
         Raises:
-            TransientError: The connection broke.
+            TransientError: the connection broke.
         """
         try:
             content: bytes = response.raw.read(size, decode_content=decode)
@@ -208,8 +208,8 @@ class Transport:
         self._reached = True
         return response
 
-    def _complete(self, response: requests.Response, limit: int, subject: str) -> Response:
-        """Read the body of a response."""
+    def _read_response(self, response: requests.Response, limit: int, subject: str) -> Response:
+        """Read the rest of a response, at most `limit` bytes."""
         body = self.read(response, limit + 1, decode=True)
         if len(body) > limit:
             raise EngineError(
@@ -223,7 +223,7 @@ class Transport:
         """Send a request to the token server, for `Login`. It follows no redirects."""
         subject = "the login token"
         with self._exchange(method, url, headers, data, _TIMEOUT) as response:
-            complete = self._complete(response, _MAX_BODY, subject)
+            complete = self._read_response(response, _MAX_BODY, subject)
         if complete.status in TRANSIENT_STATUSES:
             raise self.error_for(method, subject, complete)
         return complete.status, complete.body

@@ -12,7 +12,7 @@ import re
 import signal
 import threading
 import urllib.parse
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from chatterbox_prewarm.errors import EngineError, PrewarmError, from_os_error
@@ -37,54 +37,46 @@ _FINISH_TIMEOUT, _CANCEL_TIMEOUT = 600.0, 5.0
 _FILE_CHANGED = "the file changed after it was described: create it again"
 
 
+@dataclass(kw_only=True)
 class Upload:
     """The upload of one blob.
 
-    Args:
-        transport: Sends the requests.
-        start: The POST request that starts an upload.
-        descriptor: Describes the blob.
-        open_stream: Opens the blob at its first byte; called for each attempt.
-        is_stored: Asks the registry whether it has the blob.
-        piece: Bytes per request.
+    Attributes:
+        transport: sends the requests.
+        start: the POST request that starts an upload.
+        descriptor: describes the blob.
+        open_stream: opens the blob at its first byte; called for each attempt.
+        is_stored: asks the registry whether it has the blob.
+        piece: bytes per request.
     """
 
-    def __init__(
-        self,
-        transport: Transport,
-        start: Request,
-        *,
-        descriptor: Descriptor,
-        open_stream: OpenStream,
-        is_stored: Callable[[], bool],
-        piece: int = PIECE,
-    ) -> None:
-        self._transport = transport
-        self._start = start
-        self._subject = start.subject
-        self._descriptor = descriptor
-        self._open_stream = open_stream
-        self._is_stored = is_stored
-        self._piece = piece
-        #: URL of the next request; empty if no upload is in progress.
-        self._location = ""
-        #: Bytes that the registry has.
-        self._position = 0
-        #: End of the piece that is being sent.
-        self._piece_end = 0
-        #: A request got no response, so the registry may have up to `_piece_end` bytes.
-        self._uncertain = False
-        self._resumed = False
-        self._furthest = 0
+    transport: Transport
+    start: Request
+    descriptor: Descriptor
+    open_stream: OpenStream
+    is_stored: Callable[[], bool]
+    piece: int = PIECE
+    #: URL of the next request; empty if no upload is in progress.
+    _location: str = field(default="", init=False)
+    #: Bytes that the registry has.
+    _position: int = field(default=0, init=False)
+    #: End of the piece that is being sent.
+    _piece_end: int = field(default=0, init=False)
+    #: A request got no response, so the registry may have up to `_piece_end` bytes.
+    _uncertain: bool = field(default=False, init=False)
+    #: The registry reported its position after a broken connection.
+    _resumed: bool = field(default=False, init=False)
+    #: The highest position so far; a restart does not reset it.
+    _furthest: int = field(default=0, init=False)
 
     def run(self) -> None:
         """Upload the blob. Cancel the upload at the registry if it fails or is interrupted.
 
         Raises:
-            EngineError: The registry cannot be reached or refuses, or the bytes differ from the descriptor.
+            EngineError: the registry cannot be reached or refuses, or the bytes differ from the descriptor.
         """
         wait_before_retry = retry_policy(
-            self._transport.retry_delays, f"uploading {self._subject} ({self._descriptor.size} bytes)"
+            self.transport.retry_delays, f"uploading {self.start.subject} ({self.descriptor.size} bytes)"
         )
         is_retry = False
         try:
@@ -102,27 +94,27 @@ class Upload:
         if self._location and self._uncertain:
             self._ask_position()
         if not self._location:
-            if is_retry and self._is_stored():
+            if is_retry and self.is_stored():
                 return  # only the response to the last request was lost
             self._begin()
-        if self._position < self._descriptor.size:
-            with self._open_stream() as stream:
+        if self._position < self.descriptor.size:
+            with self.open_stream() as stream:
                 _skip(stream, self._position)
-                while self._position < self._descriptor.size:
+                while self._position < self.descriptor.size:
                     self._send_piece(stream)
         self._finish()
-        self._transport.counters["blobs_sent"] += 1
+        self.transport.counters["blobs_sent"] += 1
 
     def _begin(self) -> None:
-        response = self._transport.send(self._start)
+        response = self.transport.send(self.start)
         self._position, self._uncertain, self._resumed = 0, False, False
         self._follow(response)
         minimum = response.headers.get("OCI-Chunk-Min-Length", "")
         if minimum.isdecimal():
-            self._piece = max(self._piece, int(minimum))
+            self.piece = max(self.piece, int(minimum))
 
     def _send_piece(self, stream: BinaryIO) -> None:
-        start, length = self._position, min(self._piece, self._descriptor.size - self._position)
+        start, length = self._position, min(self.piece, self.descriptor.size - self._position)
         self._uncertain, self._piece_end = True, start + length
         with _delayed_interrupt():
             response = self._request(
@@ -133,7 +125,7 @@ class Upload:
                     "Content-Type": "application/octet-stream",
                     "Content-Range": f"{start}-{start + length - 1}",
                 },
-                body=_Piece(stream, length, self._subject, self._transport.counters),
+                body=_Piece(stream=stream, length=length, subject=self.start.subject, counters=self.transport.counters),
             )
             if response.status in {413, 416}:
                 self._use_smaller_pieces(response)
@@ -144,9 +136,9 @@ class Upload:
             self._uncertain = False
 
     def _use_smaller_pieces(self, response: Response) -> None:
-        error = self._transport.error_for("PATCH", self._subject, response)
-        if self._piece > _SMALL_PIECE:
-            self._piece = _SMALL_PIECE
+        error = self.transport.error_for("PATCH", self.start.subject, response)
+        if self.piece > _SMALL_PIECE:
+            self.piece = _SMALL_PIECE
             raise TransientError(f"{error.message}; continuing with smaller requests", next_step=error.next_step)
         if response.status == 413:
             raise error
@@ -161,54 +153,48 @@ class Upload:
         except TransientError:
             raise
         except EngineError as error:
-            logger.warning("%s; uploading %s again", error.message, self._subject)
-            self._restart()
-            return
-        end = re.fullmatch(r"(?:bytes=)?0-(\d+)", response.headers.get("Range", ""))
-        # Registries answer "0-0" for an empty upload and for one byte.
-        position = int(end[1]) + 1 if end and int(end[1]) else 0
-        if not low <= position <= high:
-            logger.warning(
-                "the registry has %d bytes of %s, expected are %d to %d; uploading it again",
-                position,
-                self._subject,
-                low,
-                high,
-            )
-            self._restart()
-            return
-        self._follow(response)
-        self._position, self._uncertain, self._resumed = position, False, True
-        self._furthest = max(self._furthest, position)
+            problem = error.message
+        else:
+            end = re.fullmatch(r"(?:bytes=)?0-(\d+)", response.headers.get("Range", ""))
+            # Registries answer "0-0" for an empty upload and for one byte.
+            position = int(end[1]) + 1 if end and int(end[1]) else 0
+            if low <= position <= high:
+                self._follow(response)
+                self._position, self._uncertain, self._resumed = position, False, True
+                self._furthest = max(self._furthest, position)
+                return
+            problem = f"the registry has {position} bytes instead of {low} to {high}"
+        logger.warning("%s; uploading %s again", problem, self.start.subject)
+        self._restart()
 
     def _finish(self) -> None:
         separator = "&" if "?" in self._location else "?"
-        url = f"{self._location}{separator}digest={urllib.parse.quote(self._descriptor.digest, safe='')}"
+        url = f"{self._location}{separator}digest={urllib.parse.quote(self.descriptor.digest, safe='')}"
         self._uncertain = True
         response = self._request("PUT", url, expect={201, 204, 400, 404, 416}, body=b"", timeout=_FINISH_TIMEOUT)
         if response.status in {201, 204}:
             self._location = ""
             return
-        error = self._transport.error_for("PUT", self._subject, response)
+        error = self.transport.error_for("PUT", self.start.subject, response)
         if self._resumed:  # bytes of the broken connection may have arrived after the registry reported its position
             self._restart()
             raise TransientError(f"{error.message}; uploading it again", next_step=error.next_step)
         if b"DIGEST_INVALID" in response.body:
             raise EngineError(
-                f"{error.message}; the uploaded bytes do not have the digest {self._descriptor.digest}",
+                f"{error.message}; the uploaded bytes do not have the digest {self.descriptor.digest}",
                 next_step=_FILE_CHANGED,
             )
         raise error
 
     def _request(self, method: str, url: str, **options: Any) -> Response:
-        return self._transport.send(replace(self._start, method=method, url=url, **options))
+        return self.transport.send(replace(self.start, method=method, url=url, **options))
 
     def _follow(self, response: Response) -> None:
         """Take the URL of the next request. A response without one keeps the last URL."""
         location = response.headers.get("Location", "") or self._location
         if not location:
             raise EngineError(
-                f"the registry {self._transport.host} does not say where to upload {self._subject}",
+                f"the registry {self.transport.host} does not say where to upload {self.start.subject}",
                 next_step="see the configuration of the registry and of the proxies in front of it",
             )
         self._location = resolve_location(response.url, location)
@@ -220,31 +206,31 @@ class Upload:
 
     def _cancel(self) -> None:
         if self._location:
-            cancel(self._transport, self._location, self._start)
+            cancel(self.transport, self._location, self.start)
 
 
+@dataclass(kw_only=True, eq=False)
 class _Piece:
     """The next `length` bytes of a stream, as a request body that is read while it is sent."""
 
-    def __init__(self, stream: BinaryIO, length: int, subject: str, counters: Counter[str]) -> None:
-        self._stream = stream
-        self._length = length
-        self._subject = subject
-        self._counters = counters
+    stream: BinaryIO
+    length: int
+    subject: str
+    counters: Counter[str]
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def __iter__(self) -> Iterator[bytes]:
-        remaining = self._length
+        remaining = self.length
         while remaining:
-            chunk = _read(self._stream, remaining)
+            chunk = _read(self.stream, remaining)
             if not chunk:
                 raise EngineError(
-                    f"{self._subject} is {remaining} bytes shorter than described", next_step=_FILE_CHANGED
+                    f"{self.subject} is {remaining} bytes shorter than described", next_step=_FILE_CHANGED
                 )
             remaining -= len(chunk)
-            self._counters["bytes_sent"] += len(chunk)
+            self.counters["bytes_sent"] += len(chunk)
             yield chunk
 
 
@@ -282,8 +268,8 @@ def _delayed_interrupt() -> Iterator[None]:
 
     After an incomplete piece, Docker's registry (version 2) refuses to cancel the upload.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     interrupted = False

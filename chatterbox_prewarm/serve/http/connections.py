@@ -45,7 +45,7 @@ class Limits:
     Attributes:
         connections: the maximum number of connections. A further one closes the connection that is idle the longest.
         head_seconds: time for the head of a request, from the connection's start or from the previous response.
-        body_seconds: time for the body of a request, until the response is complete.
+        body_seconds: time for the body of a request that has no complete response yet.
         send_seconds: time without progress while a response is being sent.
     """
 
@@ -69,8 +69,8 @@ class _Connection:
 
     Args:
         protocol: uvicorn's `H11Protocol`. This class uses its attributes `transport` and `cycle`. The cycle is the
-            current or the last request; its `more_body` is True until the request body is complete, and its
-            `response_complete` tells whether the response is.
+            current or the last request. Its `more_body` is True until the request body is complete. Its
+            `response_complete` is True once the application has sent the complete response.
         now: the time of the event loop.
     """
 

@@ -122,7 +122,7 @@ function reasonsOf(family, all) {
     return element("li", {}, element("b", {}, family), ` ${text}${number > 1 ? ` (${count(number)} times)` : ""}`);
   });
   const left = times.size - shown.length;
-  if (left > 0) shown.push(element("li", {}, element("b", {}, family), ` ${count(left)} more reasons: see /startupz`));
+  if (left > 0) shown.push(element("li", {}, element("b", {}, family), ` ${count(left)} more: see /startupz`));
   return shown;
 }
 

@@ -21,7 +21,6 @@ from chatterbox_prewarm.image.docker_archive import Archive, save_archive
 from chatterbox_prewarm.image.layer import Layer, pack, weight_layers
 from chatterbox_prewarm.image.oci import (
     OCI_CONFIG,
-    OCI_INDEX,
     OCI_LAYER,
     OCI_LAYER_GZIP,
     OCI_LAYER_ZSTD,
@@ -29,6 +28,7 @@ from chatterbox_prewarm.image.oci import (
     Document,
     digest_of,
     dump,
+    image_index,
     to_documents,
 )
 from chatterbox_prewarm.image.oci_layout import Layout
@@ -197,8 +197,7 @@ def test_an_existing_tag_is_only_replaced_on_request(layer: Layer, layout: Layou
 def test_the_image_for_the_platform_is_chosen_from_an_index(layout: Layout) -> None:
     entries = make_bases(layout, "amd64", "arm64")
     attestation = {**entries[0], "platform": {"os": "unknown", "architecture": "unknown"}}
-    index = dump({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [attestation, *entries]})
-    layout.put_manifest(Document(media_type=OCI_INDEX, raw=index), "both")
+    layout.put_manifest(image_index([attestation, *entries]), "both")
     assert resolve(layout, "both", platform="linux/arm64").platform == "linux/arm64"
     assert resolve(layout, "both", platform="linux/amd64/v3").platform == "linux/amd64"
     with pytest.raises(EngineError, match="only for: linux/amd64, linux/arm64"):
@@ -279,6 +278,14 @@ def test_an_archive_is_read_back_unchanged(layer: Layer, layout: Layout, tmp_pat
     assert send(image, archive, [layer], target, "warm").blobs_sent == 3
     with pytest.raises(EngineError, match="choose one that it has: some/name:tag"):
         archive.read_manifest("other:tag")
+
+
+def test_an_archive_is_read_only(layout: Layout, tmp_path: Path) -> None:
+    base = make_base(layout, "base")
+    path = tmp_path / "image.tar"
+    save_archive(base, "some:tag", {base.layers[0].digest: lambda: layout.open_blob(base.layers[0])}, path)
+    with pytest.raises(BadInputError, match="cannot be changed"):
+        Archive(path).put_manifest(layout.read_manifest("base"), "some:tag")
 
 
 def test_compressed_layers_of_an_archive_are_read_back_unchanged(layer: Layer, layout: Layout, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ TENSORS: bytes = save({"a": np.arange((CHUNK + (1 << 20)) // 4, dtype=np.int32)}
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
+    """Serve a hub with a small and a large file."""
     files = {SMALL: b'{"version": "1.0"}', LARGE: TENSORS}
     with serve(Hub(repository="someone/voice", revision=REVISION, files=files)) as running:
         yield running
@@ -47,6 +48,7 @@ def arguments(directory: Path, revision: str = REVISION) -> dict[str, Any]:
 
 
 def environment(endpoint: str, home: Path) -> dict[str, str]:
+    """Return the settings of the client of the hub."""
     return {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home / "hub-home"),
@@ -114,6 +116,7 @@ def test_a_killed_download_leaves_no_record_and_the_next_one_completes_it(hub: H
 
 
 def flipped(content: bytes) -> bytes:
+    """Flip a bit of the last byte."""
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
