@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
     from typing import TypeVar
 
-    from prometheus_client import Counter
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from chatterbox_prewarm.serve.http.admission import Admission
@@ -62,7 +61,7 @@ class SpeechRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to a request with `SpeechRequest` as its body."""
-        stream = _ResponseStream(scope, receive, send, self._http_metrics.responses)
+        stream = _ResponseStream(scope, receive, send)
         try:
             if (refusal := self._admission.refusal()) is not None:
                 await stream.send(refusal)
@@ -75,14 +74,25 @@ class SpeechRoute:
             await stream.send(response_for(error))
         except ClientDisconnect:
             logger.info("the client disconnected before its request was complete")
+        finally:
+            self._count(stream)
 
     def respond(self, options: SpeechOptions) -> ASGIApp:
         """Return a response with the speech for `options`, for other routes."""
 
         async def response(scope: Scope, receive: Receive, send: Send) -> None:
-            await self._respond(options, _ResponseStream(scope, receive, send, self._http_metrics.responses))
+            stream = _ResponseStream(scope, receive, send)
+            try:
+                await self._respond(options, stream)
+            finally:
+                self._count(stream)
 
         return response
+
+    def _count(self, stream: _ResponseStream) -> None:
+        """Count a response that has ended, by its status."""
+        if stream.status:
+            self._http_metrics.responses.labels(str(stream.status)).inc()
 
     async def _respond(self, options: SpeechOptions, stream: _ResponseStream) -> None:
         text = options.text
@@ -238,25 +248,24 @@ async def encoded(
 
 
 class _ResponseStream:
-    """One HTTP response, sent at once or in parts, and counted by its status. The status is 0 before the start."""
+    """One HTTP response, sent at once or in parts. Its status is 0 before the start."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, responses: Counter) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
         self._receive = receive
         self._send = send
-        self._responses = responses
         self.status = 0
 
     async def send(self, response: Response) -> None:
         """Send a complete response."""
-        self._set_status(response.status_code)
+        self.status = response.status_code
         await response(self.scope, self._receive, self._send)
 
     async def start(self, media_type: str) -> None:
         """Send status 200 and the headers, unless this has been done before."""
         if self.status:
             return
-        self._set_status(200)
+        self.status = 200
         headers = [(b"content-type", media_type.encode()), (b"cache-control", b"no-store")]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
@@ -272,7 +281,3 @@ class _ResponseStream:
         """Return when the client has disconnected."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
-
-    def _set_status(self, status: int) -> None:
-        self.status = status
-        self._responses.labels(str(status)).inc()
