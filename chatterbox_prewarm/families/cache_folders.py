@@ -10,14 +10,14 @@ import errno
 import fcntl
 import os
 import shutil
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chatterbox_prewarm.system.atomic_files import atomic_file
 from chatterbox_prewarm.system.digests import hash_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 #: File descriptors of the locks that this process holds until it ends, by folder.
 _HELD: dict[Path, int] = {}
@@ -89,8 +89,5 @@ def _copy_changed_files(source: Path, target: Path) -> None:
         if path.is_dir():
             destination.mkdir(parents=True, exist_ok=True)
         elif not destination.is_file() or hash_file(destination) != hash_file(path):
-            # A random name: processes in different containers can have the same process id.
-            descriptor, temporary = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(path.read_bytes())
-            Path(temporary).replace(destination)
+            with atomic_file(destination, mode=0o600) as temporary:
+                shutil.copyfile(path, temporary)

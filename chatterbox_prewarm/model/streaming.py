@@ -30,7 +30,7 @@ from chatterbox_prewarm.model.regions.region import MAX_FRAMES
 from chatterbox_prewarm.model.regions.vocoder import HELD_FRAMES, SAMPLES_PER_FRAME
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
 from chatterbox_prewarm.model.synthesis import Synthesizer, as_pcm, chosen_seed, preserved_generators, seed_everything
-from chatterbox_prewarm.system.limits import LEAST_LOOK_AHEAD, MAX_SEED
+from chatterbox_prewarm.system.limits import MAX_SEED, MIN_LOOK_AHEAD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -126,10 +126,10 @@ def generate_stream(  # noqa: PLR0913 - public API with optional keyword argumen
     synthesizer = source if isinstance(source, Synthesizer) else source.synthesizer
     if chunk_tokens < 1:
         raise BadInputError(f"a chunk of {chunk_tokens} tokens", next_step="give 1 or more; 25 tokens are one second")
-    if look_ahead is not None and look_ahead < LEAST_LOOK_AHEAD:
+    if look_ahead is not None and look_ahead < MIN_LOOK_AHEAD:
         raise BadInputError(
             f"a look ahead of {look_ahead} tokens",
-            next_step=f"give {LEAST_LOOK_AHEAD} or more, or None to wait for all tokens",
+            next_step=f"give {MIN_LOOK_AHEAD} or more, or None to wait for all tokens",
         )
     stream = _Stream(synthesizer, synthesizer.voice(voice), chunk_tokens, look_ahead, stopped or (lambda: False))
     blocks = synthesizer.token_blocks(text, voice=voice, max_new_tokens=max_new_tokens, sampling=sampling)

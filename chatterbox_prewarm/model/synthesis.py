@@ -20,7 +20,7 @@ from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.regions.pipeline import pipeline_of
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
 from chatterbox_prewarm.model.text import check_text
-from chatterbox_prewarm.system.limits import LEAST_TOKENS, MAX_SEED
+from chatterbox_prewarm.system.limits import MAX_SEED, MIN_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping
@@ -182,7 +182,7 @@ class Synthesizer:
         """
         # Start and stop token are the first ids after the codebook. Upstream drops both.
         usable: torch.Tensor = tokens[tokens < self.model.t3.hp.start_speech_token]
-        if usable.numel() < LEAST_TOKENS:
+        if usable.numel() < MIN_TOKENS:
             raise ModelError(
                 f"the model returned {usable.numel()} usable speech tokens for this text, too few for audio",
                 next_step="try again, or use another text",

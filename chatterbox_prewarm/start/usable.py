@@ -94,7 +94,7 @@ def possible_execution(
         except BadInputError as error:
             if strict:
                 raise
-            metrics.miss("inductor", f"{error.message}; the model runs uncompiled")
+            metrics.miss("inductor", f"{error.message}; the model runs in eager mode")
             return replace(wanted, profile="eager")
     required = set(applicable(wanted.profile, options.device)).intersection(_REQUIRED_BY[wanted.profile])
     if required <= folders.keys():
@@ -107,5 +107,5 @@ def possible_execution(
         )
     if options.profile is not None and wanted.profile == "compiled":
         return wanted
-    logger.warning("no compiled code for the profile %s is usable; the model runs uncompiled", wanted.profile)
+    logger.warning("no compiled code for the profile %s is usable; the model runs in eager mode", wanted.profile)
     return replace(wanted, profile="eager")

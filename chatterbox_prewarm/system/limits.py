@@ -7,11 +7,11 @@ from types import MappingProxyType
 #: The largest seed that NumPy's generator accepts.
 MAX_SEED = 2**32 - 1
 #: S3Gen's convolutions look three tokens ahead.
-LEAST_TOKENS = 3
+MIN_TOKENS = 3
 #: The flow's encoder has a convolution over the next three tokens, so a stream must look at least that far ahead.
-LEAST_LOOK_AHEAD = 3
+MIN_LOOK_AHEAD = 3
 #: The size of T3's position table for speech tokens.
-MOST_TOKENS = 4096
+MAX_TOKENS = 4096
 #: Minimum and maximum of each field of `model.sampling.Sampling`.
 SAMPLING = MappingProxyType(
     {

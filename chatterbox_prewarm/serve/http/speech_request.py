@@ -21,7 +21,7 @@ from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.text import MAX_CHARACTERS, VOICE_NAME, check_text, check_voice_name, decode_text
 from chatterbox_prewarm.serve.http.error_responses import RequestError
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
-from chatterbox_prewarm.system.limits import LEAST_LOOK_AHEAD, LEAST_TOKENS, MAX_SEED, MOST_TOKENS, SAMPLING
+from chatterbox_prewarm.system.limits import MAX_SEED, MAX_TOKENS, MIN_LOOK_AHEAD, MIN_TOKENS, SAMPLING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +82,7 @@ class SpeechRequest(BaseModel):
     seed: Annotated[int, _integer(0, MAX_SEED)] | None = Field(
         default=None, description="Makes the speech repeatable on the same machine. Default: random."
     )
-    max_new_tokens: Annotated[int, _integer(LEAST_TOKENS, MOST_TOKENS)] | None = Field(
+    max_new_tokens: Annotated[int, _integer(MIN_TOKENS, MAX_TOKENS)] | None = Field(
         default=None,
         description="Limit on the speech tokens of each part, 25 per second. Default and maximum: the server's limit.",
     )
@@ -95,7 +95,7 @@ class SpeechRequest(BaseModel):
     exaggeration: Annotated[float, _number("exaggeration")] | None = Field(
         default=None, description="Expressiveness of the speech. Default: stored with the voice."
     )
-    look_ahead: Annotated[int, _integer(LEAST_LOOK_AHEAD, MOST_TOKENS)] | None = Field(
+    look_ahead: Annotated[int, _integer(MIN_LOOK_AHEAD, MAX_TOKENS)] | None = Field(
         default=None,
         description="Number of tokens after a chunk that must exist before its audio is computed. A small number gives "
         "earlier audio that differs from the default, which waits for all tokens.",
@@ -173,7 +173,7 @@ _NEXT_STEPS = {
     "speed": "leave the field out; the speed cannot be changed",
     "instructions": "send a string, or leave the field out; it has no effect",
     "seed": _range("an integer", (0, MAX_SEED)),
-    "max_new_tokens": _range("an integer", (LEAST_TOKENS, MOST_TOKENS)),
-    "look_ahead": _range("an integer", (LEAST_LOOK_AHEAD, MOST_TOKENS)),
+    "max_new_tokens": _range("an integer", (MIN_TOKENS, MAX_TOKENS)),
+    "look_ahead": _range("an integer", (MIN_LOOK_AHEAD, MAX_TOKENS)),
     **{name: _range("a number", SAMPLING[name]) for name in ("temperature", "cfg_weight", "exaggeration")},
 }
