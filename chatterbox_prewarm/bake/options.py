@@ -1,4 +1,4 @@
-"""The options of a bake. They travel to its child processes as JSON."""
+"""The options of a bake. A bake passes them to its child processes as JSON."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class BakeOptions:
 
     Attributes:
         weights: the directory of a complete checkpoint.
-        warm: the directory of the new state. The folder that contains it holds the state while it is being made.
+        warm: the directory of the new state. While the bake runs, the state is in a hidden directory next to it.
         cache: the cache directory, with the same path as at run time. A bake empties the caches in it.
         device: the device of the warm-up.
-        execution: how the model runs; by default the best way for the device.
+        execution: how the model runs; None for the default of the device.
         levels: the levels of the warm-up.
         voices: names and reference clips of voices to bake in addition to the built-in voice.
         families: the cache families to bake.
@@ -42,7 +42,7 @@ class BakeOptions:
 
     @property
     def how(self) -> Execution:
-        """How the model runs."""
+        """The execution: `execution`, or the default of the device."""
         return self.execution or default_execution(self.device)
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from chatterbox_prewarm.system.metrics import exec_time, now
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-#: Short enough to see a front process that stalls, long enough to leave the cores to the worker.
+#: Seconds between probes. Short enough to see a front process that stalls, and long enough to leave the worker its cores.
 _POLL_SECONDS = 0.1
 
 
@@ -32,7 +32,7 @@ class MeasuredServer:
     Attributes:
         target: address of the server.
         livez_first: time of the first 200 from `/livez`, known when the server is ready.
-        livez_worst: longest probe of `/livez` after the first 200, in seconds.
+        livez_worst: highest latency of `/livez` after the first 200, in seconds.
         livez_failed: number of probes that failed after the first 200.
     """
 
@@ -81,7 +81,7 @@ class MeasuredServer:
         """Request speech; return the WAV file and the seconds until it was complete.
 
         Raises:
-            ModelError: the server returned another status than 200.
+            ModelError: the status of the response was not 200.
         """
         started = time.monotonic()
         with contextlib.closing(self.target.connect(timeout=300)) as connection:

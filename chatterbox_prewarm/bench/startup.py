@@ -1,7 +1,7 @@
 """`bench startup`: start each system in fresh processes and compare the medians of one run.
 
-A start with a hot page cache that still read more than `_HOT_LIMIT` bytes from storage is left out of the medians. The
-report marks it with `apart`.
+A start with a hot page cache that still read more than `_HOT_LIMIT` bytes from storage is not part of the medians. In
+the report, its field `apart` is true.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def benchmark_warmup_effectiveness(  # noqa: PLR0913 - the public API: keywords 
         warm: warm state that was baked for it.
         rounds: fresh processes of each system with a hot page cache. The systems alternate.
         cold_pages: add a round in which the page cache is dropped before each start.
-        systems: any of `SYSTEMS`.
+        systems: names from `SYSTEMS`.
         device: device of all systems. The state must be baked for it.
         say: called with one line for each start.
-        hello: WAV file to which the first sentence of the warm server is written.
+        hello: path of a WAV file for the first sentence of the warm server; None to write no file.
 
     Returns:
         the report: machine, all runs, medians and ratios.

@@ -95,7 +95,7 @@ def numbers(text: str) -> list[int]:
     """Parse positive integers that are separated by commas.
 
     Raises:
-        BadInputError: the text has another form.
+        BadInputError: the text is not such a list.
     """
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):

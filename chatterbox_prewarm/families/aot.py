@@ -1,7 +1,8 @@
 """Family `aot`: ahead-of-time packages of the regions, loaded from the warm state without a copy.
 
 Compiling them takes minutes and loading them takes milliseconds. A package depends on the machine's instruction set or
-GPU, on torch and on the sources of the regions. It does not depend on the weights, so one set serves every checkpoint.
+GPU, on torch and on the sources of the regions. It does not depend on the weights, so one set works with every
+checkpoint.
 """
 
 from __future__ import annotations

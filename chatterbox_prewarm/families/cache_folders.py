@@ -1,4 +1,4 @@
-"""Folders in which a library caches code: filled from the warm state, and cleared of all other files.
+"""Fill a library's folder of cached code from the warm state, and remove all other files from it.
 
 Such a folder must be writable, and the library executes the files that it reads there. So the folder belongs to this
 user only, and a start removes the files of an earlier process, unless another process still uses the folder.
@@ -24,13 +24,14 @@ _HELD: dict[Path, int] = {}
 
 
 def seed(target: Path, source: Path | None, *, in_use: Callable[[Path], bool] | None = None) -> None:
-    """Make `target` contain exactly the files of `source`. Several processes may do so at the same time.
+    """Make `target` contain exactly the files of `source`. Several processes may call this for one folder at once.
 
     Args:
         target: created if it is missing.
         source: a verified folder of the warm state. None leaves `target` empty.
-        in_use: returns whether another process may be writing a file, by its name. If names do not show this, give
-            None: each process then holds a lock until it ends, and removes files only if no other process holds one.
+        in_use: returns whether another process may be writing the file at a path, as its name shows. Such a file is not
+            removed. None if names do not show this: each process then holds a lock until it ends, and removes files
+            only if no other process holds one.
 
     Raises:
         PermissionError: `target` belongs to another user.
@@ -55,7 +56,7 @@ def seed(target: Path, source: Path | None, *, in_use: Callable[[Path], bool] | 
 
 
 def _lock(lock: int, *, wait: bool) -> bool:
-    """Take an exclusive lock and return True; if it is not free and `wait` is false, take a shared one instead."""
+    """Take an exclusive lock and return True. If it is not free and `wait` is false, share it and return False."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

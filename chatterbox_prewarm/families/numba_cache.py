@@ -1,9 +1,9 @@
 """Family `numba`: the machine code that Numba compiles from librosa's functions.
 
-Every synthesis uses librosa, because Perth's watermark does, and librosa's first calls compile for 11 to 16 s. Numba's
-own on-disk cache holds the result. Numba compiles for a generic processor of the architecture, so that the code does
-not depend on the machine of the bake. A start copies the cache to a writable folder, because Numba tests whether it
-can write to its cache even when it only reads.
+Every synthesis uses librosa, because Perth's watermark does. The first calls of librosa spend 11 to 16 s on compiling.
+Numba's own on-disk cache stores the result. Numba compiles for a generic processor of the architecture, so that the
+code does not depend on the machine of the bake. A start copies the cache to a writable folder, because Numba tests
+whether it can write to its cache even when it only reads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 COMPILE_TIMER = "numba compile"
 LOAD_TIMER = "numba load"
-#: Part of the name of a file that Numba writes and then renames. Numba never reads such a file.
+#: Part of the name of a temporary file. Numba renames the file when it is complete, and never reads it before that.
 _NUMBA_TEMPORARY = ".tmp."
 
 
@@ -65,7 +65,8 @@ class NumbaFamily(Family):
             return save(cache, *arguments)
 
         Cache.load_overload, Cache.save_overload = load_overload, save_overload
-        # A function that calls another one compiles it within its own passes; the listener times the outermost pass.
+        # While Numba compiles a function, it also compiles the functions that it calls. The listener measures only
+        # the outermost pass, so no time counts twice.
         compiler = event.TimingListener()
         event.register("numba:run_pass", compiler)
 

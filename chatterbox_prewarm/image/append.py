@@ -1,6 +1,6 @@
 """Add layers to a base image without an engine.
 
-The target receives only the layers that it lacks, as streams.
+The target receives only the layers that it does not have. Layers are streamed.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class AppendOptions:
     Attributes:
         platform: platform of the base, if it is an index. Default: the platform of the states.
         device: device that a start uses. Default: the device of the states, unless the base sets one.
-        settings: more changes to the configuration; they take precedence over the changes for the states.
+        settings: additional changes of the image configuration; they override the changes that the states need.
         replacing: replace an existing tag or archive.
         expected: the digest that the tag must have, or "" if it must not exist. None disables the check.
         evidence: evidence of a proof of the states, attached before the tag is set. Ignored for an archive.
-        insecure: for both registries, see `Repository`.
+        insecure: HTTP or HTTPS for both registries, as in `Repository`.
         say: called with one line of progress for each blob that is sent.
     """
 
@@ -62,7 +62,7 @@ _DEFAULTS = AppendOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class AppendResult:
-    """The manifest of the new image, and the blobs and bytes that the target lacked."""
+    """The manifest of the new image, and the number of blobs and bytes that were sent."""
 
     document: Document
     blobs_sent: int
@@ -85,8 +85,8 @@ def append(
         options: see `AppendOptions`.
 
     Raises:
-        BadInputError: the base does not suit the states, the tag exists, or a label in `settings` is reserved.
-        EngineError: the base cannot be read, or the target cannot be written; the tag is unchanged then.
+        BadInputError: the states do not fit the base, the tag exists, or a label in `settings` is reserved.
+        EngineError: the base cannot be read, or the target cannot be written. The tag does not change.
     """
     if reserved := sorted(name for name in options.settings.labels if name.startswith(PREFIX)):
         raise BadInputError(
@@ -130,7 +130,7 @@ def send(
 
     Args:
         image: the image.
-        source: has the layers of its base.
+        source: the store that has the layers of the base image.
         layers: the new layers.
         target: the store to write to.
         reference: the tag of the image.
@@ -204,7 +204,7 @@ def check_tag(target: Store, reference: str, *, replacing: bool, expected: str |
 
 
 def _openers(image: Image, source: Store, layers: Sequence[Layer]) -> dict[str, OpenStream]:
-    """Return how to open each layer of an image, by digest."""
+    """Return a function that opens each layer of an image, by the digest of the layer."""
     openers: dict[str, OpenStream] = {
         descriptor.digest: partial(source.open_blob, descriptor) for descriptor in image.layers
     }
@@ -213,7 +213,7 @@ def _openers(image: Image, source: Store, layers: Sequence[Layer]) -> dict[str, 
 
 
 def _mount(source: Store, target: Store, descriptor: Descriptor) -> bool:
-    """Mount a blob if source and target are repositories of one registry, and return whether it is stored now."""
+    """Mount a blob if source and target are in the same registry; return whether the target has the blob now."""
     from chatterbox_prewarm.image.registry.client import Repository
 
     if not isinstance(source, Repository) or not isinstance(target, Repository):

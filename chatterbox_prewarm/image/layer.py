@@ -40,7 +40,7 @@ _GZIP_LEVEL = 6
 #: Annotation with the software that packed the layer: another zlib may compress the same tar to different bytes.
 _PACKER = "io.chatterbox-prewarm.packer"
 _TAR = "tar pax"
-#: A weights file of at least this many bytes gets a separate layer, which does not change together with other files.
+#: A weights file of at least this many bytes gets a separate layer, which does not change when other files change.
 _LARGE = 100_000_000
 _CHUNK = 1 << 20
 
@@ -54,7 +54,7 @@ class Layer:
         diff_id: SHA-256 of its uncompressed tar in hexadecimal.
         size: size of the layer in bytes.
         packer: software that packed the layer.
-        title: the content in words.
+        title: a description of the content.
         open: opens the layer at its beginning; may be called several times.
     """
 
@@ -109,7 +109,7 @@ def pack(state: State, output: Path) -> Layer:
 
 
 def signature_layer(state: State, signature: Path) -> Layer:
-    """Make a separate layer of a state's signature, because two signatures of one state differ.
+    """Make a layer of a state's signature. It is separate, because each signature of a state has different bytes.
 
     Raises:
         BadInputError: the signature cannot be read.
@@ -135,7 +135,7 @@ def weight_layers(weights: Path) -> tuple[Layer, ...]:
 
 
 def _plain_layer(files: Mapping[str, Path], folder: PurePosixPath, title: str) -> Layer:
-    """Make an uncompressed layer of files, given by their names in the image's folder."""
+    """Make an uncompressed layer of files. The keys of `files` are their paths below `folder` in the image."""
     sha256, size = hashlib.sha256(), 0
     try:
         entries = [

@@ -1,4 +1,4 @@
-"""The matrix of a project: the warm states that its images need, as `prewarm.toml` lists them.
+"""The matrix of a project: a list of the bakes that its images need, in the file `prewarm.toml`.
 
     [image]
     base = "registry.example.com/speech:cold"
@@ -89,7 +89,12 @@ class Bake:
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """All bakes, the image without a state that they are added to (`base`), and the name of the result (`target`)."""
+    """The bakes of a project.
+
+    Attributes:
+        base: the image without a state, to which the states are added.
+        target: the name of the resulting image.
+    """
 
     base: str
     target: str
@@ -127,7 +132,7 @@ def to_toml(matrix: Matrix) -> str:
     """Write a matrix as text for `read_matrix`, with one table for each bake and the paths of clips unchanged."""
 
     def text(value: str) -> str:
-        # A JSON string is a TOML string, unless it contains a delete character, and names do not.
+        # A JSON string is also a TOML string, unless it contains the character U+007F. Names do not contain it.
         return json.dumps(value, ensure_ascii=False)
 
     lines = ["[image]", f"base = {text(matrix.base)}", f"target = {text(matrix.target)}"]
@@ -147,19 +152,19 @@ def to_toml(matrix: Matrix) -> str:
 
 
 def select_builds(matrix: Matrix, template: BuildRequest, *, gpu: str) -> tuple[list[BuildRequest], list[str]]:
-    """Select the bakes that this machine can do, each as the build of one image.
+    """Select the bakes that this machine can run. Each becomes the build of one image.
 
     Args:
         matrix: the bakes.
-        template: settings that all builds share. The name of the bake is added to its tag (by default the matrix's
-            target) and to its `warm`.
+        template: settings that all builds share. Each build gets the template's tag (by default the target of the
+            matrix) and `warm` directory, both with the name of the bake added.
         gpu: GPU of this machine as NVML reports it, or `ABSENT`.
 
     Returns:
         the builds, and for each skipped bake one line with its number and the reason.
 
     Raises:
-        FingerprintMismatchError: this machine can do no bake of the matrix.
+        FingerprintMismatchError: this machine can run no bake of the matrix.
     """
     requests, skipped = [], []
     tag = template.tag or matrix.target
@@ -190,7 +195,7 @@ def select_builds(matrix: Matrix, template: BuildRequest, *, gpu: str) -> tuple[
 
 
 def _reason_to_skip(bake: Bake, route: str, gpu: str) -> str:
-    """Say why this machine cannot do a bake; "" if it can."""
+    """Say why this machine cannot run a bake; "" if it can."""
     if route == "no-gpu":
         return "" if bake.gpu else "--route no-gpu is only for images for a GPU"
     if not bake.gpu or bake.gpu == gpu:
@@ -222,7 +227,7 @@ def _read_bakes(path: Path, raw: Any) -> list[Bake]:
 
 
 def _check_texts(path: Path, name: str, values: Any, allowed: Collection[str] | None = None) -> None:
-    """Check that the values of a key are a list of texts, and that each of them is allowed."""
+    """Check that the value of a key is a list of strings, and that each string is allowed."""
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise _invalid(path, f"{name} is {values!r}, but must be a list of texts")
     if allowed is not None and (unknown := [value for value in values if value not in allowed]):

@@ -1,6 +1,6 @@
-"""Predict whether a node would hit: compare the labels of an image with the facts of a host, before any pull.
+"""Predict whether a start on a node would hit: compare the labels of an image with the facts of the node before a pull.
 
-Only facts of machines are compared. Torch, sources, weights and paths are part of the image, so they fit.
+Only facts about machines are compared. Torch, sources, weights and paths are part of the image, so they always fit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.image.oci import Image
     from chatterbox_prewarm.state.compatibility import Compatibility
 
-#: Facts that an image fixes: the fingerprint's fields that are not the machine's, and those added to them at bake.
+#: Facts that the image determines: the fields of the fingerprint that do not describe the machine, and other facts that
+#: a bake records.
 _FIXED_BY_IMAGE = frozenset({field.name for field in fields(Fingerprint)} - {*MACHINE}) | {
     "weights",
     "variant",
@@ -72,8 +73,8 @@ def compare_with_node(image: Image, host: Mapping[str, str]) -> NodeFit:
 
     Args:
         image: the image; only its configuration is used.
-        host: facts, as `node_facts.host_facts` returns them. If they have no device, the device in the image's
-            environment counts, and without one, the device that each state was baked for.
+        host: the facts of the node, as `node_facts` returns them. If they have no device, the device in the image's
+            environment is used, or else the device that each state was baked for.
 
     Raises:
         EngineError: the labels cannot be read.

@@ -1,4 +1,4 @@
-"""Images as data: descriptors, manifests and configurations of the OCI image specification, and of Docker before it.
+"""Images as data: descriptors, manifests and configurations, in the formats of OCI and in Docker's older formats.
 
 This module reads no disk and no network; a `Store` does.
 """
@@ -31,13 +31,13 @@ DOCKER_LAYER_GZIP = f"{DOCKER_LAYER}.gzip"
 
 INDEXES = (OCI_INDEX, DOCKER_INDEX)
 MANIFESTS = (OCI_MANIFEST, DOCKER_MANIFEST)
-#: OCI's media type for the same bytes.
+#: OCI's media type for each media type of Docker. The bytes are the same.
 _AS_OCI = {
     DOCKER_CONFIG: OCI_CONFIG,
     DOCKER_LAYER: OCI_LAYER,
     DOCKER_LAYER_GZIP: OCI_LAYER_GZIP,
 }
-#: Bytes of a manifest or a configuration. Real ones have some kilobytes; registries are not trusted.
+#: Maximum size of a manifest or a configuration in bytes. Real ones have a few kilobytes; registries are not trusted.
 MAX_DOCUMENT = 4 << 20
 
 #: Opens a blob at its first byte. It can be called again, e.g. for a retry.
@@ -52,7 +52,7 @@ class Descriptor:
     digest: str
     size: int
     annotations: Mapping[str, str] = field(default_factory=dict)
-    #: "os/architecture" or "os/architecture/variant", in an index.
+    #: "os/architecture" or "os/architecture/variant". Only entries of an index have it.
     platform: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def to_documents(image: Image) -> tuple[Document, Descriptor, bytes]:
 def image_manifest(
     config: Descriptor, layers: Sequence[Descriptor], annotations: Mapping[str, str] | None = None, **more: Any
 ) -> Document:
-    """Return an OCI manifest; `more` are further members of it, e.g. its subject."""
+    """Return an OCI manifest. `more` are additional fields, such as `subject`."""
     manifest: dict[str, Any] = {
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,

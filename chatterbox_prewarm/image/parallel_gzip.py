@@ -1,4 +1,4 @@
-"""Compress with gzip on all cores; the output does not depend on their number.
+"""Compress with gzip on all cores. The output does not depend on the number of cores.
 
 The content is cut into blocks, and each becomes one gzip member. RFC 1952 allows any number of members in a file, and
 every engine reads them. Each member starts with an empty window, which costs about one percent of size.
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 #: Bytes of a member before compression.
 MEMBER_SIZE = 1 << 20
-#: zlib's window size for a gzip header and trailer; the header has no name and no time.
+#: zlib's window size, plus 16 for a gzip header and trailer. The header has no name and no time.
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
-#: Hashing the output cannot keep up with more threads, and each holds members in memory.
+#: Maximum number of threads. Hashing the output cannot keep up with more, and each thread needs memory for members.
 _MAX_THREADS = 8
 
 
 def gzip_chunks(chunks: Iterable[bytes], level: int) -> Iterator[bytes]:
-    """Yield the gzip members of a content that comes in chunks of any size. About 20 members are in memory at most.
+    """Yield gzip members of content that arrives in chunks of any size. At most about 20 members are in memory.
 
     Args:
         chunks: the content.

@@ -1,7 +1,7 @@
 """Publish: bake, prove and append in one container on a node with the GPU, without an engine, e.g. in a Kubernetes Job.
 
-Retries are safe: nothing is named in the registry before the proof passes, and the tag is set last, after the evidence
-is attached. Several publishers can add states to one image at once: each retries if the tag has moved.
+Retries are safe: nothing is sent to the registry before the proof passes, and the tag is set last, after the evidence
+is attached. Several publishers can add states to one image at the same time: each retries if the tag has moved.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: More than the number of bakes that end while one append runs.
+#: Maximum number of attempts to set the tag. It is larger than the number of bakes that end while one append runs.
 _ATTEMPTS = 10
-#: Seconds until the check whether another publisher set the tag at the same time: registries have no compare-and-set.
+#: Seconds to wait before the check whether another publisher has replaced the tag. Registries have no compare-and-set.
 _SETTLE_SECONDS = 2.0
 
 
@@ -53,7 +53,7 @@ class PublishOptions:
         weights: directory of the checkpoint.
         warm: directory that the state is written to. The evidence is written next to it, also if the proof fails.
         cache: the cache directory.
-        insecure: for the registries, see `Repository`.
+        insecure: HTTP or HTTPS for the registries, as in `Repository`.
         say: called with one line of progress for each step.
     """
 
@@ -72,7 +72,7 @@ def publish(planned: Bake, base: str, target: str, options: PublishOptions) -> A
 
     Args:
         planned: the bake; its GPU must be this node's.
-        base: the image without states. This process runs in the same image with compilers.
+        base: the image without states. This process runs in the same image plus compilers (stage `tools`).
         target: tag of the resulting image, in a registry or a layout.
         options: see `PublishOptions`.
 

@@ -11,7 +11,6 @@ import logging
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """A named period of work, with its start and its length in seconds."""
-
-    name: str
-    start: float
-    seconds: float
 
 
 def now() -> float:
@@ -52,7 +42,7 @@ class WarmupMetrics:
 
     Attributes:
         origin: the time that counts as zero, in seconds since boot; by default the time when this process was executed.
-        phases: in the order in which they ended.
+        phases: name, start and seconds of each phase, in the order in which they ended.
         marks: points in time such as "attached" and "ready", in seconds since the origin.
         loaded: artifacts of each family that were loaded for use on demand.
         hits, misses: artifacts of each family that were used, and artifacts that were rebuilt or not looked up.
@@ -67,7 +57,7 @@ class WarmupMetrics:
     def __init__(self, origin: float | None = None, on_phase: Callable[[str], None] | None = None) -> None:
         self.origin = exec_time() if origin is None else origin
         self._on_phase = on_phase
-        self.phases: list[Phase] = []
+        self.phases: list[dict[str, Any]] = []
         self.marks: dict[str, float] = {}
         self.loaded: Counter[str] = Counter()
         self.hits: Counter[str] = Counter()
@@ -91,8 +81,8 @@ class WarmupMetrics:
         try:
             yield
         finally:
-            self.phases.append(Phase(name=name, start=start - self.origin, seconds=now() - start))
-            logger.info("%-24s %8.3f s", name, self.phases[-1].seconds)
+            self.phases.append({"name": name, "start": start - self.origin, "seconds": now() - start})
+            logger.info("%-24s %8.3f s", name, self.phases[-1]["seconds"])
 
     def mark(self, name: str) -> float:
         """Record the present time under a name, and return it in seconds since the origin."""
@@ -121,7 +111,7 @@ class WarmupMetrics:
             update()
         return {
             "phases": [
-                {"name": phase.name, "start": round(phase.start, 4), "seconds": round(phase.seconds, 4)}
+                {"name": phase["name"], "start": round(phase["start"], 4), "seconds": round(phase["seconds"], 4)}
                 for phase in self.phases
             ],
             "marks": {name: round(value, 4) for name, value in self.marks.items()},

@@ -9,15 +9,15 @@ from chatterbox_prewarm.errors import BadInputError
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A Chatterbox variant: where its checkpoint is, and which files it has.
+    """A Chatterbox variant: the location and the files of its checkpoint.
 
     Attributes:
-        name: its name on the command line.
-        repository: of the model hub.
+        name: the name of the variant on the command line.
+        repository: the repository of the checkpoint on the model hub.
         revision: the default commit of `weights fetch`. Upstream does not pin one.
         files: all files of the checkpoint.
         safetensors: the files that hold tensors and must not be pickles.
-        builtin_voice: the file with upstream's voice: a pickle, which is only read with `weights_only`.
+        builtin_voice: the file with upstream's voice. It is a pickle, so it is only read with `weights_only`.
     """
 
     name: str

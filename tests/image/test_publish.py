@@ -58,6 +58,8 @@ def write_evidence(warm: Path, **change: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_state_is_baked_proven_and_added_to_an_image(layout: Layout, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     assert run_cli("weights", "synthesize", weights, "--size", "mini").returncode == 0

@@ -139,30 +139,6 @@ def test_a_manifest_is_read_by_tag_and_by_digest(registry: Registry, name: str) 
             repository.read_manifest("../tags/list")
 
 
-def test_deleting_a_manifest_deletes_its_tag(registry: Registry, name: str) -> None:
-    with connect(registry.address, name) as repository:
-        document = push_image(repository, "1.0")
-        with pytest.raises(BadInputError, match="is not a digest"):
-            repository.delete_manifest("1.0")
-        assert repository.delete_manifest(document.digest)
-        assert not repository.has_manifest("1.0")
-        assert repository.delete_manifest(document.digest)
-
-
-def test_a_registry_without_deletion_causes_a_warning_only(
-    registry: Registry, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    refusal = b'{"errors":[{"code":"UNSUPPORTED","message":"The operation is unsupported."}]}'
-    with (
-        faulty_proxy(registry, Fault(method="DELETE", status=405, body=refusal)) as proxy,
-        connect(proxy.address, name) as repository,
-    ):
-        document = push_image(repository, "1.0")
-        assert not repository.delete_manifest(document.digest)
-        assert repository.has_manifest("1.0")
-    assert "The operation is unsupported." in caplog.text
-
-
 def test_a_manifest_with_a_missing_blob_is_refused(registry: Registry, name: str) -> None:
     document, _, _ = to_documents(Image(config={"rootfs": {"diff_ids": []}, "unknown": name}, layers=()))
     with connect(registry.address, name) as repository, pytest.raises(EngineError, match="MANIFEST_BLOB_UNKNOWN"):

@@ -26,7 +26,7 @@ def test_adaptive_warm_up_keeps_the_state_of_the_generators(attached: Attached) 
     metrics = WarmupMetrics()
     plan = AdaptiveWarmup(attached.synthesizer, metrics=metrics).warm_up_for_workload(5)
     assert plan.level == 2
-    assert {phase.name for phase in metrics.phases} == STEPS
+    assert {phase["name"] for phase in metrics.phases} == STEPS
     assert torch.equal(torch.rand(3), expected)
 
 

@@ -90,6 +90,7 @@ def test_load_is_measured_for_each_number_of_clients(baked: Path, mini: Path, tm
     assert "no request was lost" in finished.stdout
 
 
+@pytest.mark.slow
 def test_a_worker_is_killed_under_load_and_the_server_becomes_ready_again(
     baked: Path, mini: Path, tmp_path: Path
 ) -> None:

@@ -202,7 +202,7 @@ def test_the_log_does_not_contain_the_text_of_a_request(server: Server) -> None:
 
 def test_sigterm_lets_requests_finish_and_refuses_new_ones(server: Server) -> None:
     statuses: list[int] = []
-    client = threading.Thread(target=lambda: statuses.append(server.speak(max_new_tokens=300)[0]))
+    client = threading.Thread(target=lambda: statuses.append(server.speak(max_new_tokens=150)[0]))
     client.start()
     deadline = time.monotonic() + 30
     while b"requests_in_flight 1.0" not in server.ask("GET", "/metrics")[1]:
@@ -253,7 +253,7 @@ def guarded(baked: Path, mini: Path, tmp_path_factory: pytest.TempPathFactory) -
     (directory / "token").write_text(SECRET)
     server = Server(
         directory / "log",
-        *("--warm", baked, "--weights", mini, "--cache", directory / "cache", "--max-new-tokens", "100"),
+        *("--warm", baked, "--weights", mini, "--cache", directory / "cache", "--max-new-tokens", "25"),
         *("--token-file", directory / "token", "--log-text", "--queue-limit", "2"),
     )
     try:
@@ -292,7 +292,7 @@ def test_log_text_logs_the_text_of_answered_requests_only(guarded: Server) -> No
 
 
 def test_requests_beyond_the_queue_limit_are_refused(guarded: Server) -> None:
-    body = json.dumps({**SENTENCE, "max_new_tokens": 100})
+    body = json.dumps({**SENTENCE, "max_new_tokens": 25})
     with ThreadPoolExecutor(6) as clients:
         requests = [clients.submit(guarded.answer, "POST", "/v1/audio/speech", body, BEARER) for _ in range(6)]
     answers = [request.result()[0] for request in requests]

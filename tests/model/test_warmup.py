@@ -46,7 +46,7 @@ def test_all_levels_run_and_do_not_change_the_model(
     finally:
         model.conds = None
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert [phase.name for phase in metrics.phases] == [f"warm-up level {level}" for level in (1, 2, 3)]
+    assert [phase["name"] for phase in metrics.phases] == [f"warm-up level {level}" for level in (1, 2, 3)]
     assert len(lines) == 10
     assert any("upstream's own code" in line for line in lines)
     assert sum("synthesis" in line for line in lines) == 3
@@ -58,7 +58,7 @@ def test_only_the_chosen_levels_run(attached: Attached) -> None:
     metrics = WarmupMetrics()
     strategy = ChatterboxWarmupStrategy(levels=[1], metrics=metrics, progress=lambda _: None)
     strategy.perform_full_warmup(attached.synthesizer.model)
-    assert [phase.name for phase in metrics.phases] == ["warm-up level 1"]
+    assert [phase["name"] for phase in metrics.phases] == ["warm-up level 1"]
 
 
 def test_warm_up_stops_before_the_level_that_runs_out_of_memory(
@@ -74,7 +74,7 @@ def test_warm_up_stops_before_the_level_that_runs_out_of_memory(
     monkeypatch.setattr(strategy, "warm_up_kernels", fill)
     metrics = strategy.perform_full_warmup(attached.synthesizer.model)
     assert strategy.levels == (1,), "the manifest records these levels"
-    assert [phase.name for phase in metrics.phases] == ["warm-up level 1", "warm-up level 2"]
+    assert [phase["name"] for phase in metrics.phases] == ["warm-up level 1", "warm-up level 2"]
     assert lines[-1] == "level 2: out of memory; the warm-up stops before this level"
 
 

@@ -82,17 +82,17 @@ def test_audio_over_http_equals_the_models_audio(server: Server, attached: Attac
 
 
 def test_the_chunks_of_a_stream_add_up_to_the_complete_audio(server: Server) -> None:
-    whole = sound(server.speak(max_new_tokens=50)[1]).astype(float)
+    complete = sound(server.speak(max_new_tokens=50)[1]).astype(float)
     status, pcm = server.speak(max_new_tokens=50, response_format="pcm")
     assert status == 200
     streamed = np.frombuffer(pcm, dtype="<i2").astype(float)
-    assert streamed.shape == whole.shape
-    assert np.sum((streamed - whole) ** 2) < 1e-8 * np.sum(whole**2)
+    assert streamed.shape == complete.shape
+    assert np.sum((streamed - complete) ** 2) < 1e-8 * np.sum(complete**2)
 
 
 def test_both_workers_speak_at_the_same_time(server: Server) -> None:
     with ThreadPoolExecutor(2) as clients:
-        requests = [clients.submit(server.speak, max_new_tokens=60, seed=seed) for seed in (1, 2)]
+        requests = [clients.submit(server.speak, max_new_tokens=40, seed=seed) for seed in (1, 2)]
         deadline = time.monotonic() + 60
         while not all(worker["busy"] for worker in server.status()[1]["workers"]):
             assert time.monotonic() < deadline
@@ -138,10 +138,10 @@ def test_a_client_that_disconnects_frees_its_worker(server: Server) -> None:
 
 
 def test_requests_of_a_killed_worker_are_answered(server: Server) -> None:
-    expected = {seed: server.speak(seed=seed, max_new_tokens=25)[1] for seed in range(4)}
+    expected = {seed: server.speak(seed=seed, max_new_tokens=25)[1] for seed in range(3)}
     restarts = server.metric("worker_restarts_total")
-    with ThreadPoolExecutor(4) as clients:
-        requests = {seed: clients.submit(server.speak, seed=seed, max_new_tokens=25) for seed in range(4)}
+    with ThreadPoolExecutor(3) as clients:
+        requests = {seed: clients.submit(server.speak, seed=seed, max_new_tokens=25) for seed in range(3)}
         server.wait_until_busy()
         os.kill(server.workers()[0], signal.SIGKILL)
         answers = {seed: request.result() for seed, request in requests.items()}

@@ -1,4 +1,4 @@
-"""The podman engine, through its program. There is no daemon: when a command has ended, its work is done."""
+"""The podman engine, through its command line. Podman has no daemon: when a command has ended, its work is done."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _OLDEST = (4, 3)
 _SHORT_TIMEOUT = 1800.0
 #: Seconds before each attempt to remove a container. Podman fails if the container exits at the same moment.
 _REMOVAL_DELAYS = (0.0, 0.5, 1.0, 2.0)
-#: With less free space than these bytes, podman cannot even record that a container exited.
+#: If fewer bytes than this are free, podman cannot even record that a container exited.
 _FULL = 1 << 20
 #: Options of every container: no network, and nothing that podman or its configuration adds by default.
 _ALWAYS = (
@@ -172,7 +172,7 @@ class PodmanEngine(Engine):
     def _copy_in(self, name: str, source: Path, target: PurePosixPath) -> None:
         """Copy a file into a container that has not started yet."""
         with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-") as scratch:
-            copy = Path(scratch) / "file"  # podman leaves a tar from standard input behind
+            copy = Path(scratch) / "file"  # from a tar on standard input, podman leaves a temporary file behind
             try:
                 shutil.copyfile(source, copy)
             except OSError as error:
@@ -192,8 +192,8 @@ class PodmanEngine(Engine):
             for layer in layers:
                 layout.put_blob(layer.descriptor, layer.open)
             layout.put_manifest(document, "latest")
-            # Podman names an image after the path of its layout; a relative path gives a name that is known here. An
-            # interrupt may leave an image without a manifest, and after that every podman command fails.
+            # Podman derives the name of an image from the path of its layout. A relative path gives a name that is known
+            # here. An interrupt may leave an image without a manifest, and after that every podman command fails.
             with deferred_interrupts():
                 failing = f"cannot load {tag!r}, which is {base!r} with more layers"
                 self._podman("pull", "--quiet", f"oci:{name}", failing=failing, scratch=scratch)
@@ -249,7 +249,7 @@ class PodmanEngine(Engine):
         return inspected[0]
 
     def _call(self, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
-        """Run a podman command to its end, without a look at its exit code."""
+        """Run a podman command to its end. The caller checks the exit code."""
         timeout = self._timeout if arguments[0] in {"wait", "logs"} else _SHORT_TIMEOUT
         return run_process(["podman", *arguments], timeout=timeout, **settings)
 

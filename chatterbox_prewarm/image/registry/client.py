@@ -123,23 +123,6 @@ class Repository:
                 next_step="check whether it converts images, and turn that off",
             )
 
-    def delete_manifest(self, digest: str) -> bool:
-        """Delete a manifest and all its tags; the registry's garbage collection deletes the blobs.
-
-        Returns:
-            True if it is deleted, False if the registry does not allow deletion.
-
-        Raises:
-            BadInputError: `digest` is not a digest.
-        """
-        if not is_digest(digest):
-            raise BadInputError(f"{digest!r} is not a digest", next_step="name the manifest as sha256:…, not by a tag")
-        request = self._manifest_request("DELETE", digest, {200, 202, 204, 404, 405})
-        response = self._send(request)
-        if response.status == 405:
-            logger.warning("%s", self._transport.error_for("DELETE", request.subject, response).message)
-        return response.status != 405
-
     def has_blob(self, descriptor: Descriptor) -> bool:
         """Return whether the blob is stored already.
 

@@ -13,6 +13,7 @@ from chatterbox_prewarm.errors import PrewarmError
 from chatterbox_prewarm.serve.http.decode_clip import UploadLimits, decode
 from chatterbox_prewarm.serve.http.error_responses import error_response, response_for
 from chatterbox_prewarm.serve.http.upload import read_upload
+from chatterbox_prewarm.serve.voices.voice_errors import VoiceError
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class VoiceRoutes:
                 return JSONResponse(voice_body(await asyncio.to_thread(self._store.get, name)))
             await asyncio.to_thread(self._store.delete, name)
         except PrewarmError as error:
-            return response_for(error)
+            return _response_for(error)
         deleted: VoiceDeleted = {"id": name, "object": "voice.deleted", "deleted": True}
         return JSONResponse(deleted)
 
@@ -91,7 +92,7 @@ class VoiceRoutes:
         try:
             await asyncio.to_thread(self._store.digest, name)
         except PrewarmError as error:
-            return response_for(error)
+            return _response_for(error)
         return self._speak(
             SpeechOptions(
                 text=PREVIEW_TEXT, voice=name, format="wav", seed=_PREVIEW_SEED, max_new_tokens=_PREVIEW_TOKENS
@@ -113,7 +114,7 @@ class VoiceRoutes:
             with self._admission.accepted():
                 entry = await self._add_voice(name, clip)
         except PrewarmError as error:
-            return response_for(error)
+            return _response_for(error)
         except ClientDisconnect:
             return Response(status_code=499)  # only for the log: the client is gone
         finally:
@@ -146,3 +147,10 @@ def voice_body(entry: VoiceEntry) -> Voice:
         "usable": entry.problem is None,
         "reason": entry.problem,
     }
+
+
+def _response_for(error: PrewarmError) -> Response:
+    """Return the response for an exception: here the voice is the resource, so an unknown one gives 404 and not 400."""
+    if isinstance(error, VoiceError):
+        return error_response(error.status, str(error), error.code)
+    return response_for(error)

@@ -1,7 +1,7 @@
 """Split a long text into parts: short enough for one synthesis, and long enough to sound natural.
 
 The sentencex package finds the ends of sentences, with the rules of English and the punctuation of other scripts. It
-knows abbreviations, decimals and quotations, and does not split where it is in doubt.
+knows abbreviations, decimals and quotations, and does not split where it is not sure.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import re
 
-#: Characters of about 20 s of speech. The model can speak twice as much at once.
+#: Maximum number of characters in a part: about 20 s of speech. The model can speak twice as much at once.
 LIMIT = 280
 #: The end of a clause. Latin punctuation counts only before white space, because numbers contain it too.
 _CLAUSE = r"""[,;:،؛–-]["'”’)\]]*(?=\s)|[，、；：—…][”’」』）]*|(?=\n)"""  # noqa: RUF001

@@ -38,10 +38,10 @@ def test_phases_are_recorded_in_the_order_in_which_they_end_even_after_an_error(
         pass
     with pytest.raises(KeyError), metrics.phase("failing"):
         raise KeyError
-    assert [phase.name for phase in metrics.phases] == ["inner", "outer", "failing"]
+    assert [phase["name"] for phase in metrics.phases] == ["inner", "outer", "failing"]
     inner, outer, _ = metrics.phases
-    assert outer.start <= inner.start
-    assert outer.seconds >= inner.seconds >= 0
+    assert outer["start"] <= inner["start"]
+    assert outer["seconds"] >= inner["seconds"] >= 0
 
 
 def test_a_timer_adds_up() -> None:
