@@ -22,7 +22,7 @@ from chatterbox_prewarm.system.metrics import exec_time, now
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-#: Seconds between probes. Short enough to see a front process that stalls, and long enough to leave the worker its cores.
+#: Seconds between probes: short enough to see a front process that stalls, long enough to leave the worker its cores.
 _POLL_SECONDS = 0.1
 
 

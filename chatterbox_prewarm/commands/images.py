@@ -138,7 +138,7 @@ def _matrix_requests(context: click.Context, path: Path, template: BuildRequest)
             raise click.UsageError(f"{parameter.opts[0]} cannot be used with --matrix.")
     requests, skipped = matrices.select_builds(matrices.read_matrix(path), template, gpu=read_fingerprint("cuda").gpu)
     for line in skipped:
-        say(f"left to another machine: {line}")
+        say(f"skipped, because it needs another machine: {line}")
     return requests
 
 
@@ -149,8 +149,8 @@ def _matrix_requests(context: click.Context, path: Path, template: BuildRequest)
     "--warm", "states", multiple=True, required=True, type=PATH, help="State, or folder of states; repeatable."
 )
 @click.option("--weights", type=PATH, help="Checkpoint to add.")
-@click.option("--platform", default="", help="Platform of the base, such as linux/amd64. Default: as the states.")
-@click.option("--device", default="", help="Device of a start. Default: as the base, or else as the states.")
+@click.option("--platform", default="", help="Platform of the base, such as linux/amd64. Default: of the states.")
+@click.option("--device", default="", help="Device of a start. Default: the device of the base, or else of the states.")
 @click.option(
     "--entrypoint",
     metavar="WORDS",

@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     "--max-new-tokens",
     default=1000,
     type=click.IntRange(3, 1500),
-    help="Maximum number of speech tokens per sentence group of a text, 25 per second.",
+    help="Maximum number of speech tokens for each part of a text, 25 per second.",
 )
 @option(
     "--queue-limit",

@@ -101,7 +101,7 @@ def pack(*, warm: Path, state: str | None, output: Path) -> None:
 @warm_option
 @state_option
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
-@click.option("--diff", nargs=2, type=PATH, metavar="A B", help="Say how the state B differs from the state A.")
+@click.option("--diff", nargs=2, type=PATH, metavar="A B", help="Show how state B differs from state A.")
 def inspect(*, warm: Path, state: str | None, as_json: bool, diff: tuple[Path, Path] | None) -> None:
     """Show the contents of a warm state and what it was baked for, or list the states of a folder.
 
@@ -212,7 +212,7 @@ def _verify_here(
 @weights_option
 @cache_option
 @click.option("--evidence", type=PATH, help="Write the evidence to this JSON file, or to standard output (-).")
-@click.option("--here", is_flag=True, help="Do not isolate the process: this one is isolated, as in a container.")
+@click.option("--here", is_flag=True, help="Do not isolate the process: it is isolated already, as in a container.")
 @click.option("--image", help="Prove in a container of this image, with the flags of the README.")
 @option("--engine", default="docker", type=click.Choice(ENGINES), help="The engine that has the image.")
 def prove(*, evidence: Path | None, here: bool, image: str | None, engine: str, cache: Path, **options: Any) -> None:
@@ -275,7 +275,7 @@ def _summary(state: State) -> str:
             f"  weights {manifest.weights.repository} at {manifest.weights.revision}",
             f"  sources {provenance.source} at revision {provenance.revision}, base image {provenance.base_image}",
             f"  packages {provenance.packages}, builder {provenance.builder}",
-            f"  starts: {measured.ready_seconds:.1f} s to ready, {measured.cold_seconds:.1f} s cold to attached",
+            f"  warm start {measured.ready_seconds:.1f} s to ready, cold start {measured.cold_seconds:.1f} s to attached",
             f"  peak memory: {measured.resident_bytes / 1e6:.0f} MB, {measured.device_bytes / 1e6:.0f} MB of the GPU",
             *(f"  {name}: {manifest.fingerprint.get(name, 'not recorded')}" for name in facts),
             _family_table(manifest),

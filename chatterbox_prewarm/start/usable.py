@@ -70,7 +70,7 @@ def usable_families(
 def _refuse(entry: FamilyEntry, differences: list[str], policy: str, metrics: WarmupMetrics) -> None:
     if policy == "require":
         raise FingerprintMismatchError(
-            f"the family {entry.name} was baked for something else: {'; '.join(differences)}",
+            f"the family {entry.name} was baked for another machine or other software: {'; '.join(differences)}",
             next_step="bake on this kind of machine, or start with --policy fallback to run cold",
         )
     metrics.miss(entry.name, f"left out: {'; '.join(differences)}")

@@ -166,9 +166,10 @@ def state_key(manifest: Manifest) -> str:
     """Name the machine and the software that a state is for; the result can be used as a file name.
 
     It consists of the device, the GPU or processor architecture, the compute capability, the driver if a family
-    depends on it, the torch version and the profile, then 12 digits of a SHA-256 over the execution and over every fact
-    of machine and software that a family depends on. Two bakes for the same machine and software have the same key. Two
-    profiles for one GPU are two states, because a start may ask for either.
+    depends on it, the torch version, the profile, and T3's dtype if it is not float32. Then follow 12 digits of a
+    SHA-256 over the execution, the variant, and every fact of machine and software that a family depends on. Two bakes
+    for the same machine and software have the same key. Two profiles for one GPU are two states, because a start may
+    ask for either.
     """
     required = {
         (name, value)

@@ -169,7 +169,10 @@ def test_a_matrix_builds_the_bakes_for_this_machine_and_reports_the_others(
     )
     try:
         assert finished.returncode == 0, finished.stderr
-        assert "left to another machine: 0: english, NVIDIA L4, aot, float32: this machine has" in finished.stderr
+        assert (
+            "skipped, because it needs another machine: 0: english, NVIDIA L4, aot, float32: this machine has"
+            in finished.stderr
+        )
         assert f"{TAG}-{name}: proven" in finished.stdout
         (state,) = read_states(_config(docker, f"{TAG}-{name}")["Config"]["Labels"])
         assert state.profile == "eager"

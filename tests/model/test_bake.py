@@ -70,7 +70,8 @@ def test_a_bake_records_the_time_and_memory_of_its_starts(baked: Path, mini: Pat
     assert weights < measured.resident_bytes < 20e9
     assert measured.device_bytes == 0
     shown = run_cli("inspect", "--warm", baked).stdout
-    assert f"{measured.ready_seconds:.1f} s to ready, {measured.cold_seconds:.1f} s cold to attached" in shown
+    assert f"warm start {measured.ready_seconds:.1f} s to ready" in shown
+    assert f"cold start {measured.cold_seconds:.1f} s to attached" in shown
     assert f"peak memory: {measured.resident_bytes / 1e6:.0f} MB, 0 MB of the GPU" in shown
 
 

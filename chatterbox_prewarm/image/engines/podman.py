@@ -192,8 +192,8 @@ class PodmanEngine(Engine):
             for layer in layers:
                 layout.put_blob(layer.descriptor, layer.open)
             layout.put_manifest(document, "latest")
-            # Podman derives the name of an image from the path of its layout. A relative path gives a name that is known
-            # here. An interrupt may leave an image without a manifest, and after that every podman command fails.
+            # Podman derives the name of an image from the path of its layout. With a relative path, the name is known.
+            # An interrupt may leave an image without a manifest, and after that every podman command fails.
             with deferred_interrupts():
                 failing = f"cannot load {tag!r}, which is {base!r} with more layers"
                 self._podman("pull", "--quiet", f"oci:{name}", failing=failing, scratch=scratch)
