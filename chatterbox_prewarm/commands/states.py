@@ -260,7 +260,7 @@ def _state_line(name: str, path: Path) -> str:
 def _summary(state: State) -> str:
     """Describe a state in lines."""
     manifest = state.manifest
-    execution, provenance, measured = manifest.execution, manifest.provenance, manifest.measured
+    execution, provenance, cost = manifest.execution, manifest.provenance, manifest.measured
     levels = ", ".join(map(str, manifest.levels)) or "none"
     graphs = "with" if execution.graphs else "without"
     facts = ("arch", "cpu_model", "gpu", "compute_capability", "driver", "python", "torch", "numba")
@@ -275,8 +275,8 @@ def _summary(state: State) -> str:
             f"  weights {manifest.weights.repository} at {manifest.weights.revision}",
             f"  sources {provenance.source} at revision {provenance.revision}, base image {provenance.base_image}",
             f"  packages {provenance.packages}, builder {provenance.builder}",
-            f"  warm start {measured.ready_seconds:.1f} s to ready, cold start {measured.cold_seconds:.1f} s to attached",
-            f"  peak memory: {measured.resident_bytes / 1e6:.0f} MB, {measured.device_bytes / 1e6:.0f} MB of the GPU",
+            f"  warm start {cost.ready_seconds:.1f} s to ready; cold start {cost.cold_seconds:.1f} s to attached",
+            f"  peak memory: {cost.resident_bytes / 1e6:.0f} MB, {cost.device_bytes / 1e6:.0f} MB of the GPU",
             *(f"  {name}: {manifest.fingerprint.get(name, 'not recorded')}" for name in facts),
             _family_table(manifest),
         ]
