@@ -58,7 +58,10 @@ def test_it_streams_and_closing_a_stream_frees_the_worker(server: ChatterboxServ
     assert len(chunks) > 1
     joined = np.concatenate([chunk.pcm for chunk in chunks]).astype(float)
     assert np.sum((joined - complete.pcm) ** 2) < 1e-8 * np.sum(joined**2)
-    stream = server.generate_stream(TEXT * 20, seed=1)
+    # The server speaks a long text in parts of some sentences.
+    stream = server.generate_stream(
+        "This sentence is one of many, and they take long. " * 60, seed=1, max_new_tokens=60
+    )
     next(stream)
     stream.close()
     began = time.monotonic()

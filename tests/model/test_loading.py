@@ -248,6 +248,7 @@ def test_start_selects_the_compatible_one_of_two_states_and_misses_nothing(
     assert {"bytecode", "numba", "conditionals"} <= log["hits"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("namespaces")
 def test_prove_selects_the_compatible_one_of_two_states(two_states: Path, mini: Path, tmp_path: Path) -> None:
     evidence = tmp_path / "evidence.json"

@@ -104,7 +104,7 @@ def test_a_long_text_is_spoken_in_order_and_short_texts_overtake_it(server: Serv
     ended: dict[str, float] = {}
 
     def speak(name: str, text: str) -> bytes:
-        status, wav = server.speak(input=text, max_new_tokens=25)
+        status, wav = server.speak(input=text, max_new_tokens=15)
         ended[name] = time.monotonic()
         assert status == 200
         return wav
@@ -116,7 +116,7 @@ def test_a_long_text_is_spoken_in_order_and_short_texts_overtake_it(server: Serv
         assert len(sound(long[0].result())) > len(sound(short.result()))
         assert long[0].result() == long[1].result()
         parts = [
-            server.speak(input=part, seed=SENTENCE["seed"] + number, max_new_tokens=25)[1] for number, part in PARTS
+            server.speak(input=part, seed=SENTENCE["seed"] + number, max_new_tokens=15)[1] for number, part in PARTS
         ]
         joined = np.concatenate([sound(wav) for wav in parts])
         assert np.array_equal(sound(long[0].result()), joined)
@@ -137,6 +137,7 @@ def test_a_client_that_disconnects_frees_its_worker(server: Server) -> None:
     assert server.speak()[0] == 200
 
 
+@pytest.mark.slow
 def test_requests_of_a_killed_worker_are_answered(server: Server) -> None:
     expected = {seed: server.speak(seed=seed, max_new_tokens=25)[1] for seed in range(3)}
     restarts = server.metric("worker_restarts_total")
@@ -153,7 +154,7 @@ def test_requests_of_a_killed_worker_are_answered(server: Server) -> None:
 
 
 def test_a_stream_continues_where_its_worker_died(server: Server) -> None:
-    fields = {"input": LONG, "max_new_tokens": 50, "response_format": "pcm"}
+    fields = {"input": LONG, "max_new_tokens": 25, "response_format": "pcm"}
     expected = server.speak(**fields)[1]
     answers: list[bytes] = []
     client = threading.Thread(target=lambda: answers.append(server.speak(**fields)[1]))
