@@ -126,7 +126,7 @@ def test_a_change_of_the_server_reuses_the_stored_state(
     docker: str, built: subprocess.CompletedProcess[str], context: Path, place: Path
 ) -> None:
     before = _layers(docker, TAG, built.stdout)
-    changed = context / "chatterbox_prewarm" / "serve" / "front.py"
+    changed = context / "chatterbox_prewarm" / "serve" / "http" / "server.py"
     changed.write_text(changed.read_text() + f"\n# {os.urandom(20).hex()}\n")
     rebuilt = _build(context, place, "--replace")
     assert rebuilt.returncode == 0, rebuilt.stderr

@@ -163,11 +163,13 @@ def test_cold_start_time_includes_compilation_only_if_a_start_can_compile(
 
 
 @pytest.mark.slow
-def test_concurrent_starts_with_one_cache_only_hit(baked_compiled: Path, mini: Path) -> None:
-    """Each start speaks texts of two lengths; one cache serves both."""
-    cache = baked_compiled.parent / "cache"
+def test_concurrent_starts_with_one_cache_only_hit_and_need_no_compiler(baked_compiled: Path, mini: Path) -> None:
+    """Each start speaks texts of two lengths; one cache serves both. An image has no compiler."""
+    cache, no_compiler = baked_compiled.parent / "cache", {"PATH": "/nonexistent"}
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda _: start(baked_compiled, mini, cache, policy="require"), range(3)))
+        found = list(
+            pool.map(lambda _: start(baked_compiled, mini, cache, policy="require", env=no_compiler), range(3))
+        )
     for one in found:
         assert one["metrics"]["hits"]["inductor"] >= len(REGIONS) * _CACHES
         assert one["metrics"]["misses"] == {}
