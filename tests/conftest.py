@@ -52,8 +52,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _uses_containers(item.nodeid):
             item.add_marker(pytest.mark.containers)
-            if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(900))
     items.sort(key=lambda item: not _uses_containers(item.nodeid))
 
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+# The first test waits for the installation of the packages and a bake.
+pytestmark = pytest.mark.timeout(900)
+
 TAG = "chatterbox-prewarm-test:built"
 #: A small random checkpoint, and a profile without compilation, which other tests cover.
 ARGUMENTS = [

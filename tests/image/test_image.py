@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import save
 
 from benchmarks.image import build, ran_steps
@@ -25,6 +26,9 @@ from tests.image.conftest import SYNTHETIC, TAG
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# The first test waits for the installation of the packages and a bake.
+pytestmark = pytest.mark.timeout(900)
 
 CACHE = "/var/cache/chatterbox-prewarm"
 FLAGS = [

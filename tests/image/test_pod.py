@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from tests.helpers.manifests import Document
     from tests.image.conftest import Storage
 
+# The first test waits for the image and for its copy to podman.
+pytestmark = pytest.mark.timeout(900)
+
 #: Limits for a short, a medium and a long text, because random weights never stop.
 TOKENS = (6, 12, 25)
 BODIES = make_requests(TOKENS, 2, voice=DEFAULT_VOICE)

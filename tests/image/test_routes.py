@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tests.image.conftest import Storage
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("docker")
 def test_every_route_makes_the_same_layer_of_a_state_and_proves_its_image(storage: Storage, tmp_path: Path) -> None:
     assert storage.root.is_dir(), "podman stores the image with the packages there"

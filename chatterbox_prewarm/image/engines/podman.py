@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 _OLDEST = (4, 3)
 #: Seconds that a command may take if it does not wait for a container. Most of these commands cannot be interrupted.
 _SHORT_TIMEOUT = 1800.0
+#: Seconds that `podman logs --follow` may take after the container has ended.
+_FOLLOW_SECONDS = 10
 #: Seconds before each attempt to remove a container. Podman fails if the container exits at the same moment.
 _REMOVAL_DELAYS = (0.0, 0.5, 1.0, 2.0)
 #: If fewer bytes than this are free, podman cannot even record that a container exited.
@@ -120,9 +122,9 @@ class PodmanEngine(Engine):
         name = _new_name()
         with self._removed_at_end(name), tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as stderr:
             self._start(name, options, container)
-            if container.follow:
-                self._call("logs", "--follow", name, stdout=subprocess.DEVNULL)
-            status = int(self._podman("wait", name, failing=f"cannot wait for the container of {container.image!r}"))
+            with _logs_followed(name) if container.follow else contextlib.nullcontext():
+                failing = f"cannot wait for the container of {container.image!r}"
+                status = int(self._podman("wait", name, failing=failing))
             if self._call("logs", name, stdout=output, stderr=stderr).returncode != 0:
                 raise EngineError(
                     f"cannot read the output of the container of {container.image!r}: {_read(stderr)[-2000:].strip()}",
@@ -286,6 +288,19 @@ def _has_gpus() -> bool:
                 if _CDI_KIND.search(path.read_text(encoding="utf-8", errors="replace")):
                     return True
     return False
+
+
+@contextlib.contextmanager
+def _logs_followed(name: str) -> Iterator[None]:
+    """Pass on the standard error of a container. Podman 4.3 may never stop following an ended container."""
+    command = ["podman", "logs", "--follow", name]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as follower:
+        try:
+            yield
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                follower.wait(_FOLLOW_SECONDS)
+        finally:
+            follower.terminate()
 
 
 def _new_name() -> str:
