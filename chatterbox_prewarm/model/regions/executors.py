@@ -177,12 +177,13 @@ def _compile(region: Region, metrics: WarmupMetrics, *, strict: bool) -> BoundRe
         try:
             outputs = function(*arguments)
         except (BackendCompilerFailed, FailOnRecompileLimitHit) as error:  # also at a later call, for a new class
+            cause = first_line(getattr(error, "inner_exception", error))
             if strict:
                 raise ModelError(
-                    f"the region {region.name} cannot be compiled: {first_line(error)}",
+                    f"the region {region.name} cannot be compiled: {cause}",
                     next_step="a cache miss needs a compiler; bake again, or start with --profile eager",
                 ) from error
-            metrics.miss("inductor", f"{first_line(error)}; {region.name} runs in eager mode")
+            metrics.miss("inductor", f"{cause}; {region.name} runs in eager mode")
             function = region.function
             outputs = function(*arguments)
         if first:
