@@ -4,8 +4,10 @@ PYTHON ?= python3
 STACK ?= torch-2.6
 VENV := $(if $(filter torch-2.6,$(STACK)),.venv,.venv-$(STACK))
 BIN := $(VENV)/bin
-# Test processes. Each may need 6 GB of memory; JOBS=0 runs the tests without subprocesses.
+# Test processes. Each may need 6 GB of memory; 0 runs the tests without subprocesses. The tests that `make test-all`
+# adds often wait for containers and probes, so it uses one process more than there are cores.
 JOBS ?= 2
+ALL_JOBS ?= 3
 DOCKER ?= docker
 TAG ?= chatterbox:warm
 LOCKS := build/locks/$(STACK).txt build/locks/dev.txt
@@ -15,8 +17,7 @@ CHECKS := .venv-checks
 RAY := .venv-ray
 
 # OMP_WAIT_POLICY: idle OpenMP threads sleep instead of spinning, so test processes do not slow each other down.
-PYTEST := PATH="$$PATH:$(CURDIR)/$(CHECKS)/bin" OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) \
-    --no-loadscope-reorder
+PYTEST := PATH="$$PATH:$(CURDIR)/$(CHECKS)/bin" OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --no-loadscope-reorder
 
 .PHONY: demo test test-all lint format checks ray image bench lock clean
 
@@ -24,11 +25,11 @@ demo: $(VENV)/.complete  ## bake, pack, prove and serve on this machine, with ra
 	$(BIN)/python -m chatterbox_prewarm.bench.demo
 
 test: $(VENV)/.complete  ## tests that need only the packages that the README names; at most 10 minutes
-	$(PYTEST) -m "not (containers or programs or slow)"
+	$(PYTEST) -n $(JOBS) -m "not (containers or programs or slow)"
 
 # Two runs, so that a failure in the first one shows early.
 test-all: test  ## all tests; those that need containers, other programs or a GPU are skipped where these are missing
-	$(PYTEST) -m "containers or programs or slow"
+	$(PYTEST) -n $(ALL_JOBS) -m "containers or programs or slow"
 
 lint: $(VENV)/.complete
 	$(BIN)/ruff check .

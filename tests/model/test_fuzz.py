@@ -23,7 +23,7 @@ CHECKS = (
     "unsupported_method",
 )
 #: Requests of each kind for each route. A refused request takes a tenth of a second, a spoken one longer.
-EXAMPLES = 5
+EXAMPLES = 3
 SECONDS = 900
 
 # 503 is valid: at that moment no worker is ready. Every other 5xx status is a bug. The server must refuse requests
