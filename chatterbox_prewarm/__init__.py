@@ -1,7 +1,7 @@
 """chatterbox-prewarm: warm caches for Chatterbox TTS, baked into the image and proven there.
 
 The public names are imported on first use, so that importing this package imports neither torch nor anything that
-reads cache settings.
+reads cache settings. `import *` imports neither: the modules of the names import torch when it is needed.
 """
 
 from __future__ import annotations
@@ -12,46 +12,55 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.version import __version__ as __version__
 
 if TYPE_CHECKING:  # for type checkers; at run time `__getattr__` imports the names
-    from chatterbox_prewarm.bake.save import save_warmup_cache
     from chatterbox_prewarm.bench.startup import benchmark_warmup_effectiveness
-    from chatterbox_prewarm.model.streaming import generate_stream as generate_stream
-    from chatterbox_prewarm.model.warmup.adaptive import AdaptiveWarmup
+    from chatterbox_prewarm.model.streaming import generate_stream
     from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
     from chatterbox_prewarm.serve.embedded import ChatterboxServer, warm_up_multi_gpu
+    from chatterbox_prewarm.start.adaptive import AdaptiveWarmup
     from chatterbox_prewarm.start.attach import load_warmup_cache
-    from chatterbox_prewarm.start.pretrained import from_pretrained_with_warmup
-    from chatterbox_prewarm.start.streaming import (
-        generate_stream_with_warmup_check as generate_stream_with_warmup_check,
-    )
+    from chatterbox_prewarm.start.pretrained import PrewarmedChatterbox, from_pretrained_with_warmup
+    from chatterbox_prewarm.start.save import save_warmup_cache
+    from chatterbox_prewarm.start.service import ChatterboxService
+    from chatterbox_prewarm.start.streaming import generate_stream_with_warmup_check
     from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 
+#: The module of each public name.
 _PUBLIC = {
-    "AdaptiveWarmup": "chatterbox_prewarm.model.warmup.adaptive",
+    "AdaptiveWarmup": "chatterbox_prewarm.start.adaptive",
     "ChatterboxServer": "chatterbox_prewarm.serve.embedded",
+    "ChatterboxService": "chatterbox_prewarm.start.service",
     "ChatterboxWarmupStrategy": "chatterbox_prewarm.model.warmup.strategy",
+    "PrewarmedChatterbox": "chatterbox_prewarm.start.pretrained",
     "WarmupMetrics": "chatterbox_prewarm.system.metrics",
     "benchmark_warmup_effectiveness": "chatterbox_prewarm.bench.startup",
     "from_pretrained_with_warmup": "chatterbox_prewarm.start.pretrained",
     "generate_stream": "chatterbox_prewarm.model.streaming",
     "generate_stream_with_warmup_check": "chatterbox_prewarm.start.streaming",
     "load_warmup_cache": "chatterbox_prewarm.start.attach",
-    "save_warmup_cache": "chatterbox_prewarm.bake.save",
+    "save_warmup_cache": "chatterbox_prewarm.start.save",
     "warm_up_multi_gpu": "chatterbox_prewarm.serve.embedded",
 }
 
-#: Without the streams, whose module imports torch: `import *` must not, or it comes before `prepare`.
 __all__ = [
     "AdaptiveWarmup",
     "ChatterboxServer",
+    "ChatterboxService",
     "ChatterboxWarmupStrategy",
+    "PrewarmedChatterbox",
     "WarmupMetrics",
     "benchmark_warmup_effectiveness",
     "from_pretrained_with_warmup",
+    "generate_stream",
+    "generate_stream_with_warmup_check",
     "load_warmup_cache",
     "save_warmup_cache",
     "warm_up_multi_gpu",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
 
 
 def __getattr__(name: str) -> object:

@@ -34,10 +34,10 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
 
     import torch
 
-    from chatterbox_prewarm.bake.save import WarmupRecord, make_reference, save_warmup_cache
     from chatterbox_prewarm.model.voices import prepare_voice
     from chatterbox_prewarm.model.warmup.settings import TEXTS
     from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
+    from chatterbox_prewarm.start.save import WarmupRecord, make_reference, save_warmup_cache
 
     metrics, synthesizer = attached.metrics, attached.synthesizer
     # The first synthesis, as after a start: a start imports the modules that are imported now.
@@ -52,7 +52,6 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
         levels=bake.levels,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
         metrics=metrics,
-        upstream=False,
     )
     strategy.perform_full_warmup(synthesizer.model)
     record = WarmupRecord(

@@ -17,11 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.bake.save import REFERENCE_TOKENS
 from chatterbox_prewarm.bench.server import measured_server
 from chatterbox_prewarm.bench.upstream import STEADY_REQUESTS
 from chatterbox_prewarm.errors import ModelError, from_os_error
 from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT
+from chatterbox_prewarm.start.save import REFERENCE_TOKENS
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.fingerprint import read_fingerprint
 from chatterbox_prewarm.system.json_subprocess import parse_report

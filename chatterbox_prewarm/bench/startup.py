@@ -11,7 +11,6 @@ import statistics
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.bake.save import REFERENCE_TOKENS
 from chatterbox_prewarm.bench.starts import (
     drop_page_cache,
     settle,
@@ -22,6 +21,7 @@ from chatterbox_prewarm.bench.starts import (
 )
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.reference_clip import reference_clip
+from chatterbox_prewarm.start.save import REFERENCE_TOKENS
 from chatterbox_prewarm.state.state import State
 
 if TYPE_CHECKING:
@@ -61,6 +61,11 @@ def benchmark_warmup_effectiveness(  # noqa: PLR0913 - the public API: keywords 
     hello: Path | None = None,
 ) -> dict[str, Any]:
     """Measure starts of bare torch, of upstream, and of our server with and without the warm state.
+
+    Example:
+        >>> report = benchmark_warmup_effectiveness(Path("weights"), Path("warm"), rounds=3, say=print)
+        >>> report["ratios"]["hot"]["warm attached / upstream attached"]
+        0.14
 
     Args:
         weights: checkpoint that all systems load.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import json
+import logging
 import mmap
 import py_compile
 import struct
@@ -138,7 +139,8 @@ def install(pack: Mapping[str, memoryview] | None, metrics: WarmupMetrics, impor
 
     Args:
         pack: as `read_pack` returns it. Without a pack, nothing is counted.
-        metrics: counts a hit for each module taken from the pack, and a miss for every other module.
+        metrics: counts a hit for each module taken from the pack, and a miss for every other module, until the mark
+            "ready": what is imported later is not part of the start.
         imported: collects the source file of each module that belongs in a pack.
     """
 
@@ -151,15 +153,24 @@ def install(pack: Mapping[str, memoryview] | None, metrics: WarmupMetrics, impor
             code = super().get_code(fullname)
             if is_packed(fullname, self.path):
                 imported.add(self.path)
-                if pack is None:
-                    return code
-                if self.compiled:
-                    metrics.miss("bytecode", f"{self.path} " + ("has changed" if self.packed else "is not in the pack"))
-                elif self.packed:
-                    metrics.hit("bytecode")
-                else:
-                    metrics.miss("bytecode", f"{self.path} is not in the pack; Python used its __pycache__")
+                if pack is not None and "ready" not in metrics.marks:
+                    self._count()
             return code
+
+        def _count(self) -> None:
+            """Count where the code of a module came from."""
+            if self.packed and not self.compiled:
+                metrics.hit("bytecode")
+                return
+            reason = "has changed" if self.packed else "is not in the pack"
+            if not self.compiled:
+                reason += "; Python used its __pycache__"
+            # Imports after the model is attached, such as those for a voice from a clip, delay one call only.
+            metrics.miss(
+                "bytecode",
+                f"{self.path} {reason}",
+                level=logging.INFO if "attached" in metrics.marks else logging.WARNING,
+            )
 
         def get_data(self, path: str) -> bytes:
             """Read the `.pyc` of this loader's source from the pack, and every other file from disk."""

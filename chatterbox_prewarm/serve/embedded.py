@@ -11,11 +11,14 @@ import contextlib
 import threading
 from concurrent.futures import CancelledError
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.text import check_text, check_voice_name
 from chatterbox_prewarm.serve.audio import Audio
+from chatterbox_prewarm.serve.http.decode_clip import decode
+from chatterbox_prewarm.serve.voices.prompt_voices import PromptVoices, read_prompt
 from chatterbox_prewarm.serve.workers.pool import Pool
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 from chatterbox_prewarm.serve.workers.worker_config import (
@@ -27,13 +30,13 @@ from chatterbox_prewarm.serve.workers.worker_config import (
 )
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.state.signature import Trust
+from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.limits import MAX_SEED
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Generator, Mapping
+    from collections.abc import Coroutine, Generator, Mapping, Sequence
     from concurrent.futures import Future
-    from pathlib import Path
     from types import TracebackType
     from typing import TypeVar
 
@@ -53,10 +56,15 @@ class ChatterboxServer:
 
     Use it as a context manager, or call `close`. Any thread may call its methods.
 
+    Example:
+        >>> with ChatterboxServer(device="cuda") as server:
+        ...     audio = server.generate("Hello.", audio_prompt_path="voice.wav")
+
     Args:
+        device: torch devices as a list, or separated by commas; "cuda:all" means every GPU.
+        enable_warmup: whether idle workers continue the warm-up for `requests_per_minute`.
         warm, weights, cache, policy, profile: see `StartOptions`.
         trust: a key or a digest that the warm state must match.
-        device: torch devices, separated by commas; "cuda:all" means every GPU.
         voices, threads, max_new_tokens, requests_per_minute: see `WorkerConfig`.
         wait_seconds: how long a part of a text may wait for a worker.
         hang_seconds: a worker that sends no message for this long is replaced. Workers send one every second.
@@ -68,15 +76,16 @@ class ChatterboxServer:
 
     def __init__(  # noqa: PLR0913 - the public API: keywords are easier to use than several options objects
         self,
+        device: str | Sequence[str] = "cpu",
+        enable_warmup: bool = True,
         *,
-        warm: Path = WARM,
-        weights: Path = WEIGHTS,
-        cache: Path = CACHE,
-        device: str = "cpu",
+        warm: str | Path = WARM,
+        weights: str | Path = WEIGHTS,
+        cache: str | Path = CACHE,
         policy: str = "fallback",
         profile: str | None = None,
         trust: Trust | None = None,
-        voices: Mapping[str, Path] | None = None,
+        voices: Mapping[str, str | Path] | None = None,
         threads: int | None = None,
         max_new_tokens: int = 1000,
         requests_per_minute: float = 0.0,
@@ -84,16 +93,26 @@ class ChatterboxServer:
         hang_seconds: float = 120.0,
         start_seconds: float = 1800.0,
     ) -> None:
+        names = parse_devices(device if isinstance(device, str) else ",".join(device))
+        devices = [check_device(name) for name in names]
+        start = StartOptions(
+            warm=Path(warm),
+            weights=Path(weights),
+            cache=Path(cache),
+            policy=policy,
+            profile=profile,
+            trust=trust or Trust(),
+        )
+        self._prompts = PromptVoices()  # a temporary folder, so only after the checks of the arguments
         worker = WorkerConfig(
-            start=StartOptions(
-                warm=warm, weights=weights, cache=cache, policy=policy, profile=profile, trust=trust or Trust()
-            ),
-            voices=voices or {},
+            start=start,
+            voices={name: Path(clip) for name, clip in (voices or {}).items()},
             threads=threads,
             max_new_tokens=max_new_tokens,
-            requests_per_minute=requests_per_minute,
+            requests_per_minute=requests_per_minute if enable_warmup else 0.0,
+            voice_directory=self._prompts.directory,
         )
-        workers = for_devices(parse_devices(device), worker)
+        workers = for_devices(devices, worker)
         self._closed = False
         self._calls: set[Future[Any]] = set()
         self._lock = threading.Lock()  # protects `_closed` and `_calls`
@@ -126,30 +145,46 @@ class ChatterboxServer:
             {"device": worker.config.device, "restarts": worker.restarts, **worker.log} for worker in self._pool.workers
         ]
 
-    def generate(self, text: str, **options: Any) -> Audio:
+    def generate(self, text: str, *, audio_prompt_path: str | Path | None = None, **options: Any) -> Audio:
         """Speak a text and return all its audio. A long text is split at sentences.
 
         A call waits while all workers are busy.
 
         Args:
             text: what to say.
+            audio_prompt_path: a reference clip to speak like. Its voice is computed at the first call with it.
             **options: voice, seed, max_new_tokens, temperature, cfg_weight, exaggeration, look_ahead; see
                 `SpeechOptions`.
 
         Raises:
-            BadInputError: the text, the voice or an option is invalid.
+            BadInputError: the text, the clip, the voice or an option is invalid.
             ModelError: no worker was free in time, or two workers died while they spoke this text.
             ClosedError: the server is closed, or was closed during the call.
         """
-        return Audio(data=self._wait(self._speak(replace(_speech_options(text, options), chunk_tokens=None))))
+        checked = self._with_prompt(_speech_options(text, options), audio_prompt_path)
+        return Audio(data=self._wait(self._speak(replace(checked, chunk_tokens=None))))
 
-    def generate_stream(self, text: str, **options: Any) -> Generator[Audio]:
+    def generate_stream(
+        self, text: str, *, audio_prompt_path: str | Path | None = None, **options: Any
+    ) -> Generator[Audio]:
         """Speak a text and yield its audio in chunks of one second. Closing the generator stops the work.
 
         Arguments and errors are those of `generate`. With `look_ahead` the first chunk comes earlier, but the audio is
         not the same as from `generate`.
         """
-        return self._chunks(_speech_options(text, options))
+        return self._chunks(self._with_prompt(_speech_options(text, options), audio_prompt_path))
+
+    def _with_prompt(self, options: SpeechOptions, audio_prompt_path: str | Path | None) -> SpeechOptions:
+        """Replace the voice by that of a reference clip, if there is one."""
+        if audio_prompt_path is None:
+            return options
+        clip = read_prompt(audio_prompt_path)
+        if (voice := self._prompts.find(clip)) is None:
+            voice = self._prompts.add(clip, self._wait(self._prepare_voice(clip)))
+        return replace(options, voice=voice.name, voice_digest=voice.digest)
+
+    async def _prepare_voice(self, clip: bytes) -> bytes:
+        return await self._pool.prepare_voice(await decode(clip))
 
     def check(self) -> None:
         """Raise an error if the server cannot speak any more; for a health check.
@@ -253,20 +288,24 @@ class ChatterboxServer:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._prompts.close()
 
 
-def warm_up_multi_gpu(device: str = ALL_GPUS, **arguments: Any) -> ChatterboxServer:
+def warm_up_multi_gpu(device: str | Sequence[str] = ALL_GPUS, **arguments: Any) -> ChatterboxServer:
     """Start one worker on each GPU. They warm up at the same time, and the function returns when all are ready.
 
+    Example:
+        >>> server = warm_up_multi_gpu(["cuda:0", "cuda:1"])
+
     Args:
-        device: which GPUs; all by default.
+        device: which GPUs, as a list or separated by commas; all by default.
         **arguments: the other arguments of `ChatterboxServer`.
 
     Raises:
         BadInputError: the machine has no GPU.
         PrewarmError: as for `ChatterboxServer`.
     """
-    return ChatterboxServer(device=device, **arguments)
+    return ChatterboxServer(device, **arguments)
 
 
 def _closed_error() -> ClosedError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.families.registry import FAMILIES
@@ -12,11 +13,11 @@ from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.state.signature import Trust
+from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from chatterbox.tts import ChatterboxTTS
 
@@ -28,10 +29,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Attached:
-    """A loaded model with its warm state, ready to synthesize."""
+    """A loaded model with its warm state, ready to synthesize.
+
+    Attributes:
+        synthesizer: the model with its voices.
+        prepared: the first step of the start.
+        misses, reasons: the misses of the start by family, and why. They do not change afterwards, because a voice that
+            is added later imports modules that a start does not need.
+    """
 
     synthesizer: Synthesizer
     prepared: Prepared
+    misses: Mapping[str, int]
+    reasons: tuple[str, ...]
 
     @property
     def metrics(self) -> WarmupMetrics:
@@ -40,10 +50,10 @@ class Attached:
 
 
 def load_warmup_cache(  # noqa: PLR0913 - public API: keywords are easier to use than an options object
-    warm: Path = WARM,
-    weights: Path = WEIGHTS,
+    warm: str | Path = WARM,
+    weights: str | Path = WEIGHTS,
     *,
-    cache: Path = CACHE,
+    cache: str | Path = CACHE,
     device: str = "cpu",
     policy: str = "fallback",
     profile: str | None = None,
@@ -54,14 +64,18 @@ def load_warmup_cache(  # noqa: PLR0913 - public API: keywords are easier to use
     Call this before torch, Numba or Chatterbox is imported. A package that was imported earlier keeps its own cache
     settings. The arguments are the attributes of `StartOptions`.
 
+    Example:
+        >>> attached = load_warmup_cache("warm", "weights", cache="cache")
+        >>> speech = attached.synthesizer.synthesize("Hello.", seed=1)
+
     Raises:
-        PrewarmError: as `prepare` and `attach`.
+        PrewarmError: as `check_device`, `prepare` and `attach`.
     """
     options = StartOptions(
-        warm=warm,
-        weights=weights,
-        cache=cache,
-        device=device,
+        warm=Path(warm),
+        weights=Path(weights),
+        cache=Path(cache),
+        device=check_device(device),
         policy=policy,
         profile=profile,
         trust=trust or Trust(),
@@ -116,7 +130,13 @@ def attach(
             family.attach(prepared.folders.get(name), context)
     _make_missing_voices(context.synthesizer, prepared, clips)
     metrics.mark("attached")
-    return Attached(synthesizer=context.synthesizer, prepared=prepared)
+    counters = metrics.to_dict()
+    return Attached(
+        synthesizer=context.synthesizer,
+        prepared=prepared,
+        misses=counters["misses"],
+        reasons=tuple(counters["reasons"]),
+    )
 
 
 def _import_packages(prepared: Prepared) -> None:

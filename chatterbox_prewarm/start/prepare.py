@@ -166,4 +166,7 @@ def _fill_caches(folders: Mapping[str, Path], profile: str, options: StartOption
 def _warn_if_late(metrics: WarmupMetrics) -> None:
     for name in ("numba", "torch"):
         if name in sys.modules:
-            metrics.miss("late", f"{name} was imported before prepare and keeps its earlier cache settings")
+            metrics.miss(
+                "late",
+                f"{name} was imported before the state was loaded and keeps its cache settings; load the state first",
+            )

@@ -1,79 +1,324 @@
-"""Load upstream's `ChatterboxTTS` like its `from_pretrained`, but warm."""
+"""Upstream's `ChatterboxTTS`, loaded warm, with methods that run the compiled regions."""
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.start.attach import attach
+from chatterbox_prewarm.families.registry import applicable
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
+from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT, switched_off
+from chatterbox_prewarm.model.warmup.strategy import WARMUP_TOKENS, ChatterboxWarmupStrategy
+from chatterbox_prewarm.start.attach import Attached, attach
+from chatterbox_prewarm.start.defaults import default_cache, default_weights
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
-from chatterbox_prewarm.system.paths import WEIGHTS
-from chatterbox_prewarm.weights.fetch import fetch
-from chatterbox_prewarm.weights.record import RECORD_NAME
-from chatterbox_prewarm.weights.variants import ENGLISH
+from chatterbox_prewarm.system.devices import check_device
+from chatterbox_prewarm.system.paths import WARM
 
 if TYPE_CHECKING:
-    from chatterbox.tts import ChatterboxTTS
+    from collections.abc import Generator
 
-    from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
+    import torch
+    from chatterbox.tts import ChatterboxTTS as _Base
+    from chatterbox.tts import Conditionals
+
+    from chatterbox_prewarm.model.chunk import Chunk
+    from chatterbox_prewarm.model.synthesis import Synthesizer
+    from chatterbox_prewarm.state.manifest import Manifest
+    from chatterbox_prewarm.system.metrics import WarmupMetrics
+
+else:
+
+    class _Base:
+        """Takes the place of upstream's class until a model is loaded, because `prepare` comes before its import."""
+
+
+logger = logging.getLogger(__name__)
+
+_SAMPLING = ("repetition_penalty", "min_p", "top_p", "exaggeration", "cfg_weight", "temperature")
+
+
+class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
+    """Upstream's `ChatterboxTTS`, loaded with a warm state and warmed up.
+
+    `generate` and the streams run the compiled regions. Everything else is as in upstream's class, of which this is a
+    subclass from the first load on. Only one call may run at a time, as in upstream's class.
+
+    Example:
+        >>> model = PrewarmedChatterbox.from_pretrained_with_warmup("cuda")
+        >>> samples = model.generate("Hello.", audio_prompt_path="voice.wav")
+        >>> torchaudio.save("hello.wav", samples, model.sr)
+
+    Attributes:
+        attached: the start of this model: its warm state, metrics and baked voices.
+        warmup_completed: whether the warm-up ran to its end.
+    """
+
+    attached: Attached
+    warmup_completed: bool
+    conds: Conditionals | None
+
+    @classmethod
+    def from_pretrained_with_warmup(  # noqa: PLR0913 - public API with optional keyword arguments
+        cls,
+        device: str = "cpu",
+        warmup: bool = True,
+        *,
+        weights: str | Path | None = None,
+        warm: str | Path | None = None,
+        cache: str | Path | None = None,
+        policy: str = "fallback",
+        strategy: ChatterboxWarmupStrategy | None = None,
+    ) -> PrewarmedChatterbox:
+        """Load the English model with its warm state, and warm it up.
+
+        The warm-up is one short synthesis if every applicable family of the state can be used, and otherwise the
+        complete `ChatterboxWarmupStrategy`.
+
+        Args:
+            device: as upstream takes it, a string such as "cpu" or "cuda".
+            warmup: whether to warm up now.
+            weights: the directory of a checkpoint. By default the path in an image, or a directory below the user's
+                cache directory, into which an incomplete checkpoint is downloaded.
+            warm: a warm state, or a folder of several. By default the path in an image; elsewhere the
+                model starts cold.
+            cache: a writable directory for compilers and Numba; by default below the user's cache directory.
+            policy: what to do with a warm state that does not fit; see `StartOptions`.
+            strategy: the warm-up to run in every case.
+
+        Returns:
+            the model, with its built-in voice set.
+
+        Raises:
+            PrewarmError: as `check_device`, `default_weights`, `prepare` and `attach`.
+        """
+        device = check_device(device)
+        if warm is None and WARM.is_dir():
+            warm = WARM
+        attached = attach(
+            prepare(
+                StartOptions(
+                    warm=Path(warm or os.devnull),
+                    weights=Path(weights) if weights is not None else default_weights(),
+                    cache=Path(cache or default_cache()),
+                    device=device,
+                    policy=policy if warm is not None else "off",
+                )
+            )
+        )
+        model = cls._from_attached(attached)
+        if warmup:
+            model._warm_up(strategy)
+            model.metrics.mark("ready")
+        return model
+
+    @classmethod
+    def from_pretrained(cls, device: str) -> PrewarmedChatterbox:
+        """Load and warm up the published English model, as `from_pretrained_with_warmup`."""
+        return cls.from_pretrained_with_warmup(device)
+
+    @classmethod
+    def from_local(cls, ckpt_dir: str | Path, device: str) -> PrewarmedChatterbox:
+        """Load and warm up a checkpoint, as `from_pretrained_with_warmup`."""
+        return cls.from_pretrained_with_warmup(device, weights=ckpt_dir)
+
+    @classmethod
+    def _from_attached(cls, attached: Attached) -> PrewarmedChatterbox:
+        from chatterbox.tts import ChatterboxTTS
+
+        from chatterbox_prewarm.model.voices import detached
+
+        if not issubclass(PrewarmedChatterbox, ChatterboxTTS):
+            PrewarmedChatterbox.__bases__ = (ChatterboxTTS,)
+        model: Any = attached.synthesizer.model
+        model.__class__ = cls  # not a new object, because the regions are bound to this one
+        model.attached = attached
+        model.warmup_completed = False
+        model.conds = detached(attached.synthesizer.voices[DEFAULT_VOICE])
+        prewarmed: PrewarmedChatterbox = model
+        return prewarmed
+
+    def _warm_up(self, strategy: ChatterboxWarmupStrategy | None) -> None:
+        prepared = self.attached.prepared
+        wanted = applicable(prepared.execution.profile, prepared.options.device)
+        if strategy is None and set(wanted) <= set(prepared.usable):
+            self.warmup_completed = self._speak_once()
+            return
+        strategy = strategy or ChatterboxWarmupStrategy(metrics=self.metrics)
+        strategy.perform_full_warmup(self)
+        self.warmup_completed = strategy.warmup_completed
+
+    def _speak_once(self) -> bool:
+        """Synthesize a short text, so that the first request touches nothing new. Return whether that happened."""
+        if switched_off():
+            return False
+        from chatterbox_prewarm.model.synthesis import preserved_generators
+
+        with self.metrics.phase("first synthesis"), preserved_generators(str(self.device)):
+            self.synthesizer.synthesize(SHORT_TEXT, seed=0, max_new_tokens=WARMUP_TOKENS)
+        return True
+
+    @property
+    def metrics(self) -> WarmupMetrics:
+        """The event log and counters of this start."""
+        return self.attached.metrics
+
+    @property
+    def synthesizer(self) -> Synthesizer:
+        """A synthesizer with the model's present voice under the name "default", and the baked voices.
+
+        Raises:
+            BadInputError: the model has no voice.
+        """
+        from chatterbox_prewarm.model.synthesis import Synthesizer
+
+        if self.conds is None:
+            raise BadInputError(
+                "the model has no voice", next_step="call prepare_conditionals, or give audio_prompt_path"
+            )
+        return Synthesizer(self, {**self.attached.synthesizer.voices, DEFAULT_VOICE: self.conds})
+
+    def prepare_conditionals(self, wav_fpath: str | Path, exaggeration: float = 0.5) -> None:
+        """Compute the voice of a reference clip and set `conds`, as upstream does, but without keeping its graph.
+
+        Raises:
+            BadInputError: there is no such file.
+        """
+        import torch
+
+        from chatterbox_prewarm.model.voices import detached
+
+        if not Path(wav_fpath).is_file():
+            raise BadInputError(f"the clip {wav_fpath} does not exist", next_step="give the path of an audio file")
+        with torch.inference_mode():
+            super().prepare_conditionals(wav_fpath, exaggeration=exaggeration)
+            self.conds = detached(self.conds)
+
+    def generate(  # noqa: PLR0913 - upstream's signature
+        self,
+        text: str,
+        repetition_penalty: float = 1.2,
+        min_p: float = 0.05,
+        top_p: float = 1.0,
+        audio_prompt_path: str | Path | None = None,
+        exaggeration: float = 0.5,
+        cfg_weight: float = 0.5,
+        temperature: float = 0.8,
+    ) -> torch.Tensor:
+        """Speak a text, with the arguments and the result of upstream's `generate`.
+
+        The random numbers come from the global generators: `torch.manual_seed` makes the result repeatable.
+
+        Args:
+            text: the text to speak, at most 2046 text tokens.
+            repetition_penalty: from 1; lowers the probability of tokens that were drawn before.
+            min_p: from 0 to 1; leaves out tokens less probable than this share of the most probable one.
+            top_p: up to 1; keeps the most probable tokens that have this probability together.
+            audio_prompt_path: a reference clip; its voice stays set for later calls. By default the present voice.
+            exaggeration: strength of the emotion, from 0 to 2.
+            cfg_weight: weight of the classifier-free guidance, from 0.
+            temperature: of the sampling.
+
+        Returns:
+            float32 (1, n), watermarked mono audio at `sr` Hz.
+
+        Raises:
+            BadInputError: an argument is invalid.
+            ModelError: the model returned too few speech tokens for audio.
+        """
+        import torch
+        from chatterbox.tts import punc_norm
+
+        from chatterbox_prewarm.model.regions.pipeline import pipeline_of
+
+        sampling = Sampling(
+            repetition_penalty=repetition_penalty,
+            min_p=min_p,
+            top_p=top_p,
+            exaggeration=exaggeration,
+            cfg_weight=cfg_weight,
+            temperature=temperature,
+        )
+        self._set_voice(audio_prompt_path, exaggeration)
+        synthesizer, pipeline = self.synthesizer, pipeline_of(self)
+        with torch.inference_mode():
+            # Upstream replaces an empty text by a sentence; so this comes before the synthesizer's check of the text.
+            tokens = synthesizer.speech_tokens(punc_norm(text), max_new_tokens=MAX_NEW_TOKENS, sampling=sampling)
+            mel = pipeline.flow(tokens, synthesizer.voice(DEFAULT_VOICE).gen)
+            samples = synthesizer.watermarked(pipeline.vocoder(mel).cpu().numpy())
+        return torch.from_numpy(samples).unsqueeze(0)
+
+    def generate_stream(
+        self, text: str, *, audio_prompt_path: str | Path | None = None, **arguments: Any
+    ) -> Generator[Chunk]:
+        """Speak a text in chunks.
+
+        Example:
+            >>> for chunk in model.generate_stream("A long text.", temperature=0.7):
+            ...     play(chunk.samples)
+
+        Args:
+            text: the text to speak.
+            audio_prompt_path: a reference clip, as for `generate`.
+            **arguments: the sampling settings of `generate`, and the arguments of the function `generate_stream`, such
+                as `seed`, `chunk_tokens` and `look_ahead`.
+
+        Raises:
+            BadInputError: an argument is invalid.
+        """
+        from chatterbox_prewarm.model.streaming import generate_stream
+
+        settings = {name: arguments.pop(name) for name in _SAMPLING if name in arguments}
+        sampling = Sampling(**{"exaggeration": 0.5, **settings})
+        self._set_voice(audio_prompt_path, sampling.exaggeration)
+        return generate_stream(self, text, sampling=sampling, **arguments)
+
+    def generate_stream_with_warmup_check(
+        self, text: str, *, policy: str | None = None, **arguments: Any
+    ) -> Generator[Chunk]:
+        """Speak a text in chunks, after a warning if the model is not warm.
+
+        Args:
+            text: the text to speak.
+            policy: what to do if the start had misses; see the function `generate_stream_with_warmup_check`.
+            **arguments: of the method `generate_stream`.
+
+        Raises:
+            NotWarmError: under "require", there were misses.
+            BadInputError: an argument is invalid.
+        """
+        from chatterbox_prewarm.start.streaming import check_warm
+
+        if not self.warmup_completed:
+            logger.warning("the model is not warmed up, so the first chunk comes late; load it with warmup=True")
+        check_warm(self.attached, policy)
+        return self.generate_stream(text, **arguments)
+
+    def save_warmup_cache(self, cache_path: str | Path) -> Manifest:
+        """Write the warm state of this model into a new or empty directory; see the function of this name."""
+        from chatterbox_prewarm.start.save import save_warmup_cache
+
+        return save_warmup_cache(self.attached, cache_path)
+
+    def _set_voice(self, audio_prompt_path: str | Path | None, exaggeration: float | None) -> None:
+        if audio_prompt_path:
+            self.prepare_conditionals(audio_prompt_path, exaggeration=0.5 if exaggeration is None else exaggeration)
 
 
 def from_pretrained_with_warmup(
     device: str = "cpu",
-    *,
-    weights: Path | None = None,
-    warm: Path | None = None,
-    cache: Path | None = None,
-    policy: str = "fallback",
-    strategy: ChatterboxWarmupStrategy | None = None,
-) -> ChatterboxTTS:
-    """Load the English model and warm it up.
+    warmup: bool = True,
+    **arguments: Any,
+) -> PrewarmedChatterbox:
+    """Load the English model warm; see `PrewarmedChatterbox.from_pretrained_with_warmup`.
 
-    Args:
-        device: as upstream takes it, a string such as "cpu" or "cuda".
-        weights: the directory of a checkpoint. By default the path in an image, or a directory below the user's
-            cache directory, into which an incomplete checkpoint is downloaded.
-        warm: a warm state. Without one, or if no family of it fits, the warm-up runs.
-        cache: a writable directory for compilers and Numba; by default below the user's cache directory.
-        policy: what to do with a warm state that does not fit; see `StartOptions`.
-        strategy: the warm-up; by default all levels. If it is given, it also runs with a usable warm state.
-
-    Returns:
-        upstream's class, with its built-in voice set.
-
-    Raises:
-        PrewarmError: as `fetch`, `prepare` and `attach`.
+    Example:
+        >>> model = from_pretrained_with_warmup("cuda")
+        >>> samples = model.generate("Hello.")
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatterbox-prewarm"
-    if weights is None:
-        weights = WEIGHTS if (WEIGHTS / RECORD_NAME).exists() else home / "weights" / ENGLISH.name
-        if not (weights / RECORD_NAME).exists():
-            fetch(weights, variant=ENGLISH)
-    prepared = prepare(
-        StartOptions(
-            warm=warm or Path(os.devnull),
-            weights=weights,
-            cache=cache or home / "cache",
-            device=device,
-            policy=policy if warm is not None else "off",
-        )
-    )
-    if prepared.execution.t3_dtype != "float32":
-        raise BadInputError(
-            f"the warm state has T3 in {prepared.execution.t3_dtype}, which upstream's `generate` cannot run",
-            next_step="bake with --t3-dtype float32, or use load_warmup_cache",
-        )
-    attached = attach(prepared)
-
-    from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-    from chatterbox_prewarm.model.voices import detached
-    from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
-
-    model = attached.synthesizer.model
-    model.conds = detached(attached.synthesizer.voices[DEFAULT_VOICE])
-    if strategy is not None or not prepared.usable:
-        (strategy or ChatterboxWarmupStrategy(metrics=attached.metrics)).perform_full_warmup(model)
-    return model
+    return PrewarmedChatterbox.from_pretrained_with_warmup(device, warmup, **arguments)

@@ -40,6 +40,11 @@ def exec_time(pid: int | None = None) -> float:
 class WarmupMetrics:
     """The event log of one process.
 
+    Example:
+        >>> model = from_pretrained_with_warmup("cuda")
+        >>> model.metrics.to_dict()["misses"]
+        {}
+
     Attributes:
         origin: the time that counts as zero, in seconds since boot; by default the time when this process was executed.
         phases: name, start and seconds of each phase, in the order in which they ended.
@@ -97,12 +102,12 @@ class WarmupMetrics:
         """Count artifacts that were used."""
         self.hits[family] += count
 
-    def miss(self, family: str, reason: str = "", count: int = 1) -> None:
+    def miss(self, family: str, reason: str = "", count: int = 1, *, level: int = logging.WARNING) -> None:
         """Count artifacts that were rebuilt or not looked up, and log each reason once."""
         self.misses[family] += count
         if reason:
             if f"{family}: {reason}" not in self.reasons:
-                logger.warning("miss in %s: %s", family, reason)
+                logger.log(level, "miss in %s: %s", family, reason)
             self.reasons.append(f"{family}: {reason}")
 
     def to_dict(self) -> dict[str, Any]:

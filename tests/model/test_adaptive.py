@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from chatterbox_prewarm import AdaptiveWarmup, WarmupMetrics
+from chatterbox_prewarm.model.warmup.adaptive import WarmupPlan, WarmupStep
 from tests.helpers.serving import SENTENCE, Server
 
 if TYPE_CHECKING:
@@ -35,6 +36,22 @@ def test_environment_variable_switches_the_warm_up_off(attached: Attached, monke
     metrics = WarmupMetrics()
     AdaptiveWarmup(attached.synthesizer, metrics=metrics).warm_up_for_workload(100)
     assert metrics.phases == []
+
+
+def test_the_load_decides_between_an_aggressive_and_a_conservative_warm_up(
+    attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(
+        WarmupPlan,
+        "steps",
+        lambda plan, _: [WarmupStep(name=f"{n}", run=lambda _: ran.append("step")) for n in plan.tokens],
+    )
+    warmup = AdaptiveWarmup(attached)
+    assert warmup.enable_conservative_warmup() == warmup.warm_up_for_workload(expected_requests_per_minute=0.5)
+    assert ran == []
+    assert warmup.enable_aggressive_warmup() == warmup.warm_up_for_workload(expected_requests_per_minute=11)
+    assert len(ran) == 14
 
 
 @pytest.mark.slow

@@ -359,7 +359,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             load(module)
-            module.ChatterboxWarmupStrategy.warm_up_memory = fill
+            module.ChatterboxWarmupStrategy.warm_up_memory_pools = fill
 
         spec.loader.exec_module = exec_module
         return spec

@@ -52,6 +52,21 @@ def test_its_audio_equals_the_models_audio(server: ChatterboxServer, attached: A
     assert audio.wav.startswith(b"RIFF")
 
 
+def test_a_reference_clip_gives_the_voice_that_was_baked_from_it(server: ChatterboxServer, clip: Path) -> None:
+    baked = server.generate(TEXT, voice="fox", seed=1, max_new_tokens=8)
+    prompted = server.generate(TEXT, audio_prompt_path=str(clip), seed=1, max_new_tokens=8)
+    assert prompted.pcm.size == baked.pcm.size
+    again = b"".join(
+        chunk.data for chunk in server.generate_stream(TEXT, audio_prompt_path=clip, seed=1, max_new_tokens=8)
+    )
+    assert again == prompted.data
+    assert len(list(server._prompts.directory.iterdir())) == 1
+    assert server._prompts.directory.stat().st_mode & 0o077 == 0, "nobody else can read the voice of a person"
+    for path, problem in (("nowhere.wav", "cannot be read: No such file"), (__file__, "is not audio"), (3.5, "is 3.5")):
+        with pytest.raises(BadInputError, match=problem):
+            server.generate(TEXT, audio_prompt_path=path)  # type: ignore[arg-type]
+
+
 def test_it_streams_and_closing_a_stream_frees_the_worker(server: ChatterboxServer) -> None:
     complete = server.generate(TEXT, seed=1, max_new_tokens=50)
     chunks = list(server.generate_stream(TEXT, seed=1, max_new_tokens=50))

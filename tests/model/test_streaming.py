@@ -20,7 +20,8 @@ from chatterbox_prewarm.model.regions import vocoder as vocoder_module
 from chatterbox_prewarm.model.regions.overlap import OverlappingWindows
 from chatterbox_prewarm.model.regions.pipeline import pipeline_of
 from chatterbox_prewarm.model.regions.vocoder import SAMPLES_PER_FRAME, Source
-from chatterbox_prewarm.model.streaming import Chunk, _Stream, generate_stream
+from chatterbox_prewarm.model.stream import Stream
+from chatterbox_prewarm.model.streaming import generate_stream
 from chatterbox_prewarm.model.synthesis import Speech, Synthesizer
 from chatterbox_prewarm.model.voices import detached
 from chatterbox_prewarm.start.attach import Attached
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
+
+    from chatterbox_prewarm.model.chunk import Chunk
 
 TEXT = "Hello, world."
 #: Random weights also draw tokens outside the codebook. About three in four are usable.
@@ -163,7 +166,7 @@ def test_look_ahead_has_no_seams(synthesizer: Synthesizer, early: list[Chunk], m
     """
     pipeline = pipeline_of(synthesizer.model)
     pieces = []
-    stream = _Stream(synthesizer, synthesizer.voices[DEFAULT_VOICE], 8, 3, lambda: False)
+    stream = Stream(synthesizer, synthesizer.voices[DEFAULT_VOICE], 8, 3, lambda: False)
     mel_chunks = stream._mel_chunks
 
     def recorded(*arguments: Any) -> Any:
@@ -257,7 +260,7 @@ def test_watermark_in_windows_equals_the_watermark_of_the_complete_audio(synthes
     time = np.arange(240 * 150) / 24_000
     samples = (0.2 * np.sin(2 * np.pi * 180 * time) * (1 + np.sin(2 * np.pi * 3 * time))).astype(np.float32)
     samples += 0.02 * generator.standard_normal(len(samples)).astype(np.float32)
-    stream = _Stream(synthesizer, synthesizer.voices[DEFAULT_VOICE], 25, None, lambda: False)
+    stream = Stream(synthesizer, synthesizer.voices[DEFAULT_VOICE], 25, None, lambda: False)
     windows = OverlappingWindows(stream._watermarked, context=24)
     pieces = torch.split(torch.from_numpy(samples).view(-1, 240).T, [10, 60, 0, 50, 30], dim=1)
     found = torch.cat([windows(piece, last=number == 4) for number, piece in enumerate(pieces)]).numpy()
@@ -408,10 +411,13 @@ def test_cold_model_streams_with_a_warning_under_fallback(
     assert ("the model is not warm" in caplog.text) == warns
 
 
-def test_warm_model_streams_under_require(attached: Attached, caplog: pytest.LogCaptureFixture) -> None:
+def test_model_that_was_warm_when_attached_streams_under_require(
+    attached: Attached, caplog: pytest.LogCaptureFixture
+) -> None:
     options = replace(attached.prepared.options, policy="require")
     prepared = replace(attached.prepared, options=options, metrics=WarmupMetrics())
-    warm = Attached(synthesizer=attached.synthesizer, prepared=prepared)
+    prepared.metrics.miss("bytecode", "a module for a voice was imported after the start", count=670)
+    warm = Attached(synthesizer=attached.synthesizer, prepared=prepared, misses={}, reasons=())
     with caplog.at_level(logging.WARNING):
         chunks = list(generate_stream_with_warmup_check(warm, TEXT, seed=1, max_new_tokens=8))
     assert chunks[-1].is_last

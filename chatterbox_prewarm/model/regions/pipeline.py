@@ -49,6 +49,11 @@ def bind_pipeline(
     return _PIPELINES[model]
 
 
+def is_bound(model: ChatterboxTTS) -> bool:
+    """Return whether regions are bound to a model."""
+    return model in _PIPELINES
+
+
 def pipeline_of(model: ChatterboxTTS) -> Pipeline:
     """Return the pipeline bound to a model; bind one in eager mode if there is no pipeline yet.
 

@@ -94,7 +94,7 @@ def load(directory: Path, *, device: str = "cpu") -> ChatterboxTTS:
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that this machine does not have.
+    """Refuse a device that torch cannot use.
 
     Raises:
         BadInputError: Chatterbox does not run on this kind of device, or there is no GPU with this number.
@@ -105,9 +105,9 @@ def check_device(device: str) -> None:
     except RuntimeError:
         parsed = None
     if parsed is None or parsed.type not in {"cpu", "cuda"}:
-        raise BadInputError(f"there is no device {device!r}", next_step="use --device cpu, cuda, or cuda:NUMBER")
+        raise BadInputError(f"there is no device {device!r}", next_step="use the device cpu, cuda, or cuda:NUMBER")
     if parsed.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"the device {device!r} cannot be used: torch sees no GPU", next_step="use --device cpu")
+        raise ModelError(f"the device {device!r} cannot be used: torch sees no GPU", next_step="use the device cpu")
     if parsed.type == "cuda" and parsed.index is not None and parsed.index >= torch.cuda.device_count():
         raise BadInputError(
             f"there is no device {device!r}: torch sees {torch.cuda.device_count()} GPU(s), numbered from 0",

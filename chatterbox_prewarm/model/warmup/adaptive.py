@@ -7,28 +7,24 @@ tenths of a second. So a server with few requests needs no further warm-up, and 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.model.warmup.settings import switched_off
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from chatterbox_prewarm.model.synthesis import Synthesizer
-    from chatterbox_prewarm.system.metrics import WarmupMetrics
 
-logger = logging.getLogger(__name__)
-
+#: Requests per minute from which on everything is warmed up.
+BUSY = 10.0
 #: Minimum requests per minute for a level, the level, and the lengths to warm up, in speech tokens (25 per second).
 _PLANS = (
     (0.0, 1, ()),
     (1.0, 2, (50, 100, 200)),
-    (10.0, 3, (25, 50, 75, 100, 150, 200, 300)),
+    (BUSY, 3, (25, 50, 75, 100, 150, 200, 300)),
 )
 
 
@@ -69,49 +65,16 @@ class WarmupPlan:
         return steps
 
 
-class AdaptiveWarmup:
-    """Warms up a model for an expected load.
+def plan_for(requests_per_minute: float) -> WarmupPlan:
+    """Choose level and lengths for a load.
 
-    Args:
-        synthesizer: the loaded model with its voices, such as `Attached.synthesizer`.
-        metrics: records the phases; optional.
+    Raises:
+        BadInputError: the load is negative or not a number.
     """
-
-    def __init__(self, synthesizer: Synthesizer, *, metrics: WarmupMetrics | None = None) -> None:
-        self._synthesizer = synthesizer
-        self._metrics = metrics
-
-    @staticmethod
-    def plan_for(requests_per_minute: float) -> WarmupPlan:
-        """Choose level and lengths for a load.
-
-        Raises:
-            BadInputError: the load is negative or NaN.
-        """
-        if not requests_per_minute >= 0:
-            raise BadInputError(f"the load is {requests_per_minute} requests per minute", next_step="give 0 or more")
-        _, level, tokens = max(plan for plan in _PLANS if plan[0] <= requests_per_minute)
-        return WarmupPlan(level=level, tokens=tokens)
-
-    def warm_up_for_workload(self, requests_per_minute: float) -> WarmupPlan:
-        """Run the warm-up for a load now and return its plan. The random generators keep their state.
-
-        Raises:
-            BadInputError: the load is negative or NaN.
-        """
-        plan = self.plan_for(requests_per_minute)
-        if switched_off():
-            logger.info("warm-up is switched off")
-            return plan
-        from chatterbox_prewarm.model.synthesis import preserved_generators
-
-        for step in plan.steps(self._synthesizer):
-            logger.info("warm-up: %s", step.name)
-            with preserved_generators(str(self._synthesizer.model.device)):
-                phase = self._metrics.phase(f"warm-up of {step.name}") if self._metrics else contextlib.nullcontext()
-                with phase:
-                    step.run(lambda: None)
-        return plan
+    if not isinstance(requests_per_minute, int | float) or not requests_per_minute >= 0:
+        raise BadInputError(f"the load is {requests_per_minute} requests per minute", next_step="give 0 or more")
+    _, level, tokens = max(plan for plan in _PLANS if plan[0] <= requests_per_minute)
+    return WarmupPlan(level=level, tokens=tokens)
 
 
 def _render(synthesizer: Synthesizer, count: int, on_step: Callable[[], None]) -> None:

@@ -176,7 +176,7 @@ class Pool:
         seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(31)
         # In threads, because the first split imports the splitter and the store reads a volume.
         texts = await asyncio.to_thread(split, options.text)
-        voice, digest = options.voice, None
+        voice, digest = options.voice, options.voice_digest
         if self._voices:
             voice, digest = await asyncio.to_thread(self._voices.resolve, voice)
         spoken, skipped_error = False, None

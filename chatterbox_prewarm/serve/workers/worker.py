@@ -18,10 +18,9 @@ import traceback
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.bake.save import REFERENCE_TOKENS
 from chatterbox_prewarm.errors import ModelError, PrewarmError, as_prewarm_error, first_line
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.warmup.adaptive import AdaptiveWarmup
+from chatterbox_prewarm.model.warmup.adaptive import plan_for
 from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT, switched_off
 from chatterbox_prewarm.proof.probes import status_field
 from chatterbox_prewarm.serve.workers import log_lines, messages
@@ -31,6 +30,7 @@ from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
 from chatterbox_prewarm.start.attach import attach
 from chatterbox_prewarm.start.prepare import prepare
+from chatterbox_prewarm.start.save import REFERENCE_TOKENS
 from chatterbox_prewarm.system.json_subprocess import DEBUG, claim_stdout, describe, die_with_parent
 from chatterbox_prewarm.system.metrics import WarmupMetrics
 
@@ -97,7 +97,7 @@ class Worker:
             PrewarmError: the model cannot be loaded, or the policy forbids a cold start.
         """
         config = self._config
-        plan = AdaptiveWarmup.plan_for(config.requests_per_minute)
+        plan = plan_for(config.requests_per_minute)
         prepared = prepare(config.start, metrics=self._metrics)
         attached = self._attached = attach(prepared, threads=config.threads, voices=config.voices)
         from chatterbox_prewarm.serve.workers.worker_voices import VoiceCache, voice_sizes

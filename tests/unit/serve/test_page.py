@@ -67,10 +67,10 @@ def test_other_files_of_the_package_are_not_sent(path: str) -> None:
     assert get(path).status_code == 404
 
 
-def test_a_wheel_contains_the_page(tmp_path: Path) -> None:
+def test_a_wheel_contains_the_page_and_the_license(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(
         ROOT / "chatterbox_prewarm", source / "chatterbox_prewarm", ignore=shutil.ignore_patterns("__pycache__")
@@ -81,3 +81,4 @@ def test_a_wheel_contains_the_page(tmp_path: Path) -> None:
     with zipfile.ZipFile(next((source / "wheel").glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
     assert {f"chatterbox_prewarm/serve/web/{path.name}" for path in WEB.iterdir()} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import datetime as dt
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
+from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.families.registry import BYTECODE, FAMILIES, applicable
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT
+from chatterbox_prewarm.start.attach import Attached
 from chatterbox_prewarm.state.compatibility import current_facts, machine_facts
 from chatterbox_prewarm.state.manifest import FamilyEntry, Manifest, Reference, WeightsEntry
 from chatterbox_prewarm.state.manifest_file import write_manifest
@@ -21,9 +24,6 @@ from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
-    from pathlib import Path
-
-    from chatterbox_prewarm.start.attach import Attached
 
 #: Half a second of audio: long enough to run every part of the model, short enough for a CPU.
 REFERENCE_TOKENS = 12
@@ -49,24 +49,44 @@ class WarmupRecord:
     parameters: Mapping[str, str] = field(default_factory=dict)
 
 
+class HasAttached(Protocol):
+    """A model that knows its start, such as a `PrewarmedChatterbox`."""
+
+    attached: Attached
+
+
 def save_warmup_cache(
-    attached: Attached,
-    directory: Path,
+    model: Attached | HasAttached,
+    cache_path: str | Path,
     *,
     families: Sequence[str] = tuple(FAMILIES),
     record: WarmupRecord | None = None,
 ) -> Manifest:
-    """Write the warm state of a loaded and warmed-up model into an empty directory.
+    """Write the warm state of a loaded and warmed-up model into a new or empty directory.
 
     The manifest is written last, so a directory without a manifest is not a warm state. `bake` does more: it checks the
     result in a fresh process and replaces an older state atomically.
 
+    Example:
+        >>> model = PrewarmedChatterbox.from_pretrained_with_warmup("cuda")
+        >>> save_warmup_cache(model, "warm")
+
     Args:
-        attached: a model loaded by this project, after its warm-up.
-        directory: an existing, empty directory.
+        model: a model loaded by this project, after its warm-up.
+        cache_path: a directory that is empty or does not exist yet.
         families: the cache families to save. Families that the model does not use are left out.
         record: facts about the warm-up for the manifest.
+
+    Raises:
+        BadInputError: the model was not loaded by this project, or the directory is not empty or cannot be made.
     """
+    attached = model if isinstance(model, Attached) else getattr(model, "attached", None)
+    if not isinstance(attached, Attached):
+        raise BadInputError(
+            f"{type(model).__name__} is not a model that this project loaded",
+            next_step="load it with from_pretrained_with_warmup or load_warmup_cache",
+        )
+    directory = _empty_directory(cache_path)
     record = record or WarmupRecord()
     options, execution = attached.prepared.options, attached.prepared.execution
     weights = read_record(options.weights)
@@ -91,6 +111,25 @@ def save_warmup_cache(
     )
     write_manifest(manifest, directory)
     return manifest
+
+
+def _empty_directory(path: str | Path) -> Path:
+    """Make a directory if it does not exist, and refuse one that is not empty.
+
+    Raises:
+        BadInputError: see above, or the directory cannot be made.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise BadInputError(f"the path is {path!r}", next_step="give the path of a new or empty directory")
+    directory = Path(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        empty = not any(directory.iterdir())
+    except OSError as error:
+        raise from_os_error(error, f"making the directory {directory}") from error
+    if not empty:
+        raise BadInputError(f"{directory} is not empty", next_step="give the path of a new or empty directory")
+    return directory
 
 
 def _save_families(

@@ -1,0 +1,36 @@
+"""Names of devices, checked without importing torch, so that a device that cannot be used is refused immediately."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from chatterbox_prewarm.errors import BadInputError, ModelError
+from chatterbox_prewarm.system.fingerprint import visible_gpus
+
+#: Exists on every machine and in every container that has a GPU, even if NVML is not available there.
+_DRIVER = Path("/dev/nvidiactl")
+
+
+def check_device(device: object) -> str:
+    """Return `device` if it is a device of this machine, in the form that upstream takes: "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        BadInputError: Chatterbox does not run on this kind of device, or there is no GPU with this number.
+        ModelError: this machine has no GPU.
+    """
+    name = str(device)  # also a torch.device
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise BadInputError(f"there is no device {name!r}", next_step="use the device cpu, cuda, or cuda:NUMBER")
+    if name == "cpu":
+        return name
+    count = visible_gpus()
+    if count == 0 and not _DRIVER.exists():
+        raise ModelError(f"the device {name!r} cannot be used: this machine has no GPU", next_step="use the device cpu")
+    if count and int(match[1] or 0) >= count:
+        raise BadInputError(
+            f"there is no device {name!r}: this process sees {count} GPU(s), numbered from 0",
+            next_step="use one of these numbers",
+        )
+    return name

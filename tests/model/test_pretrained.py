@@ -1,0 +1,289 @@
+"""Test the warm model: upstream's class and methods, with the regions of the warm state."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+import chatterbox_prewarm
+from chatterbox_prewarm.errors import BadInputError, ModelError
+from chatterbox_prewarm.families.conditionals import load_voice
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.regions import pipeline as pipelines
+from chatterbox_prewarm.model.regions.executors import eager
+from chatterbox_prewarm.model.variants import english
+from chatterbox_prewarm.model.voices import detached
+from chatterbox_prewarm.model.warmup.settings import SWITCH
+from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
+from chatterbox_prewarm.start.pretrained import PrewarmedChatterbox, from_pretrained_with_warmup
+from chatterbox_prewarm.state.state import State
+from chatterbox_prewarm.weights.variants import ENGLISH
+from tests.conftest import run_cli, writable_copy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from chatterbox_prewarm.model.regions.executors import BoundRegion
+    from chatterbox_prewarm.model.regions.region import Region
+
+TEXT = "Hello, world."
+
+
+@pytest.fixture(scope="module")
+def model(baked: Path, mini: Path, tmp_path_factory: pytest.TempPathFactory) -> PrewarmedChatterbox:
+    """Load the model with string arguments, as users do, and limit its speech to 12 tokens."""
+    cache = tmp_path_factory.mktemp("cache")
+    return PrewarmedChatterbox.from_pretrained_with_warmup(
+        "cpu", warmup=True, weights=str(mini), warm=str(baked), cache=str(cache)
+    )
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limit `generate` to 12 speech tokens: random weights do not stop by themselves."""
+    monkeypatch.setattr("chatterbox_prewarm.start.pretrained.MAX_NEW_TOKENS", 12)
+
+
+def test_it_is_a_subclass_of_upstreams_class_and_is_warm(model: PrewarmedChatterbox) -> None:
+    from chatterbox.tts import ChatterboxTTS
+
+    assert issubclass(PrewarmedChatterbox, ChatterboxTTS)
+    assert isinstance(model, PrewarmedChatterbox)
+    assert model.warmup_completed
+    assert model.conds is not None
+    assert "first synthesis" in [phase["name"] for phase in model.metrics.phases]
+
+
+def test_generate_has_the_signature_of_upstream() -> None:
+    from chatterbox.tts import ChatterboxTTS
+
+    for name in ("generate", "prepare_conditionals"):
+        ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (PrewarmedChatterbox, ChatterboxTTS))
+        assert [(p.name, p.default, p.kind) for p in ours.parameters.values()] == [
+            (p.name, p.default, p.kind) for p in theirs.parameters.values()
+        ]
+
+
+@pytest.mark.parametrize("settings", [{}, {"cfg_weight": 0.2, "temperature": 1.2}, {"exaggeration": 0.9, "top_p": 0.8}])
+def test_generate_gives_the_audio_of_upstream(
+    model: PrewarmedChatterbox, mini: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, float]
+) -> None:
+    """Both draw from torch's global generator, and neither seeds it."""
+    theirs = english.load(mini)
+    original = type(theirs.t3).inference
+    monkeypatch.setattr(
+        type(theirs.t3), "inference", lambda self, **given: original(self, **{**given, "max_new_tokens": 12})
+    )
+    monkeypatch.setattr("chatterbox_prewarm.start.pretrained.MAX_NEW_TOKENS", 12)
+    kept = model.conds
+    try:
+        spoken = []
+        for system in (model, theirs):
+            torch.manual_seed(3)
+            np.random.seed(3)
+            spoken.append(system.generate(TEXT, audio_prompt_path=str(clip), **settings))
+    finally:
+        model.conds = kept
+    ours, expected = spoken
+    assert ours.dtype == expected.dtype == torch.float32
+    assert ours.shape == expected.shape
+    assert ours.shape[0] == 1
+    noise = (ours - expected).square().sum()
+    assert 10 * torch.log10(expected.square().sum() / noise.clamp(min=1e-30)) > 60
+
+
+@pytest.mark.usefixtures("short")
+def test_generate_runs_the_regions(model: PrewarmedChatterbox) -> None:
+    calls: list[str] = []
+
+    def counting(region: Region, weights: Any) -> BoundRegion:
+        run: Callable[..., tuple[torch.Tensor, ...]] = eager(region, weights)
+
+        def call(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            calls.append(region.name)
+            return run(*inputs)
+
+        return call
+
+    bound = pipelines.pipeline_of(model)
+    try:
+        pipelines.bind_pipeline(model, counting)
+        model.generate(TEXT)
+    finally:
+        pipelines._PIPELINES[model] = bound
+    assert {"t3_prefill", "t3_decode", "t3_sample", "flow_euler", "vocoder_trunk"} <= set(calls)
+
+
+@pytest.mark.usefixtures("short")
+def test_an_empty_text_is_spoken_as_by_upstream(model: PrewarmedChatterbox) -> None:
+    torch.manual_seed(1)
+    empty = model.generate("")
+    torch.manual_seed(1)
+    assert torch.equal(empty, model.generate("You need to add some text for me to talk."))
+
+
+def test_prepare_conditionals_sets_the_voice_without_a_graph(model: PrewarmedChatterbox, clip: Path) -> None:
+    kept = model.conds
+    try:
+        model.prepare_conditionals(clip, exaggeration=0.7)
+        assert model.conds is not None
+        assert model.conds is not kept
+        assert float(model.conds.t3.emotion_adv) == pytest.approx(0.7)
+        assert not any(t.requires_grad for t in model.conds.gen.values() if torch.is_tensor(t))
+    finally:
+        model.conds = kept
+
+
+def test_a_stream_has_the_audio_of_the_synthesizer(
+    model: PrewarmedChatterbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        chunks = list(model.generate_stream_with_warmup_check(TEXT, seed=5, max_new_tokens=12, chunk_tokens=6))
+    assert "not warmed up" not in caplog.text
+    assert [chunk.index for chunk in chunks] == [0, 1]
+    expected = list(model.generate_stream(TEXT, seed=5, max_new_tokens=12, exaggeration=0.5))
+    streamed = np.concatenate([chunk.samples for chunk in chunks])
+    assert np.allclose(streamed, np.concatenate([chunk.samples for chunk in expected]), atol=1e-4)
+
+
+def test_a_stream_warns_before_the_warm_up(model: PrewarmedChatterbox, caplog: pytest.LogCaptureFixture) -> None:
+    model.warmup_completed = False
+    try:
+        with caplog.at_level(logging.WARNING):
+            model.generate_stream_with_warmup_check(TEXT, max_new_tokens=6).close()
+    finally:
+        model.warmup_completed = True
+    assert "the model is not warmed up" in caplog.text
+
+
+def test_bad_input_is_refused(model: PrewarmedChatterbox, mini: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match=r"nowhere\.wav does not exist"):
+        model.generate(TEXT, audio_prompt_path="nowhere.wav")
+    with pytest.raises(BadInputError, match="temperature is 'hot'"):
+        model.generate(TEXT, temperature="hot")  # type: ignore[arg-type]
+    with pytest.raises(BadInputError, match="there is no device 'gpu'") as refused:
+        from_pretrained_with_warmup("gpu", weights=mini, cache=tmp_path)
+    assert "--" not in refused.value.next_step, "advice for Python, not for the command line"
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="no GPU"):
+            from_pretrained_with_warmup("cuda", weights=mini, cache=tmp_path)
+    kept, model.conds = model.conds, None
+    try:
+        with pytest.raises(BadInputError, match="has no voice"):
+            model.generate(TEXT)
+    finally:
+        model.conds = kept
+
+
+def test_its_state_can_be_saved_and_loaded(model: PrewarmedChatterbox, mini: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(BadInputError, match="is not empty"):
+        chatterbox_prewarm.save_warmup_cache(model, str(tmp_path / "full"))
+    with pytest.raises(BadInputError, match="str is not a model"):
+        chatterbox_prewarm.save_warmup_cache("warm", tmp_path / "new")  # type: ignore[arg-type]
+    with pytest.raises(BadInputError, match="the path is 3"):
+        chatterbox_prewarm.save_warmup_cache(model, 3)  # type: ignore[arg-type]
+    manifest = model.save_warmup_cache(str(tmp_path / "new" / "warm"))
+    assert State.read(tmp_path / "new" / "warm").manifest.set_digest == manifest.set_digest
+    verified = run_cli(
+        "verify",
+        *("--warm", tmp_path / "new" / "warm", "--weights", mini),
+        *("--cache", model.attached.prepared.options.cache),
+    )
+    assert verified.returncode == 0, verified.stderr
+
+
+def test_the_complete_warm_up_runs_when_a_family_is_missing(baked: Path, mini: Path, tmp_path: Path) -> None:
+    state = writable_copy(baked, tmp_path / "warm")
+    next((state / "numba").rglob("*.nbi")).write_bytes(b"damaged")
+    levels: list[str] = []
+    model = from_pretrained_with_warmup("cpu", warmup=False, weights=mini, warm=state, cache=tmp_path / "cache")
+    assert not model.warmup_completed
+    assert "numba" in model.attached.misses
+    model._warm_up(None)
+    levels = [phase["name"] for phase in model.metrics.phases if phase["name"].startswith("warm-up")]
+    assert levels == ["warm-up level 1", "warm-up level 2", "warm-up level 3"]
+    assert model.warmup_completed
+
+
+def test_the_environment_switches_the_warm_up_off(
+    baked: Path, mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SWITCH, "off")
+    model = from_pretrained_with_warmup("cpu", True, weights=mini, warm=baked, cache=tmp_path / "cache")
+    assert not model.warmup_completed
+
+
+def test_a_subclass_and_a_strategy_can_be_given(mini: Path, tmp_path: Path) -> None:
+    class Mine(PrewarmedChatterbox):
+        pass
+
+    lines: list[str] = []
+    strategy = ChatterboxWarmupStrategy("cpu", levels=[1], progress=lines.append)
+    model = Mine.from_pretrained_with_warmup("cpu", weights=mini, cache=tmp_path / "cache", strategy=strategy)
+    assert type(model) is Mine
+    assert model.warmup_completed
+    assert any("T3" in line for line in lines)
+    voice = detached(model.attached.synthesizer.voices[DEFAULT_VOICE])
+    assert model.conds is not None
+    assert torch.equal(model.conds.t3.speaker_emb, voice.t3.speaker_emb)
+
+
+_FROM_PRETRAINED = """
+import json, sys
+from pathlib import Path
+from chatterbox_prewarm import from_pretrained_with_warmup
+from chatterbox_prewarm.errors import WeightsError
+warm, weights, cache = map(Path, sys.argv[1:4])
+try:
+    from_pretrained_with_warmup("cpu")
+except WeightsError as error:
+    fetched = str(error)
+model = from_pretrained_with_warmup("cpu", weights=weights, warm=warm, cache=cache, policy="require")
+speaker = model.conds.t3.speaker_emb.flatten().tolist()
+model.prepare_conditionals(sys.argv[4])
+chunks = list(model.generate_stream_with_warmup_check("Hello.", policy="require", max_new_tokens=6))
+found = {"fetched": fetched, "speaker": speaker, "class": type(model).__name__, "chunks": len(chunks)}
+print("JSON" + json.dumps({**found, "misses": model.metrics.to_dict()["misses"]}))
+"""
+
+
+def test_from_pretrained_with_warmup_uses_a_warm_state_and_fetches_missing_weights(
+    baked: Path, mini: Path, clip: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as closed:  # bound, but not listening
+        closed.bind(("127.0.0.1", 0))
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}",
+            "XDG_CACHE_HOME": str(tmp_path / "home"),
+        }
+        ran = subprocess.run(
+            [sys.executable, "-c", _FROM_PRETRAINED, str(baked), str(mini), str(tmp_path / "cache"), str(clip)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.rpartition("JSON")[2])
+    assert f"{ENGLISH.repository} at {ENGLISH.revision[:12]} could not be fetched" in found["fetched"]
+    assert found["class"] == "PrewarmedChatterbox"
+    voice = load_voice(baked / "conditionals" / f"{DEFAULT_VOICE}.safetensors")
+    assert found["speaker"] == voice.t3.speaker_emb.flatten().tolist()
+    assert found["chunks"] == 1
+    assert found["misses"] == {}, "a voice that is added later imports modules, but the start is over"
+    assert "miss in" not in ran.stderr
+    assert "level 1" not in ran.stderr, "one synthesis is enough with a state that fits"
