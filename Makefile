@@ -4,10 +4,8 @@ PYTHON ?= python3
 STACK ?= torch-2.6
 VENV := $(if $(filter torch-2.6,$(STACK)),.venv,.venv-$(STACK))
 BIN := $(VENV)/bin
-# Test processes. Each may need 6 GB of memory; 0 runs the tests without subprocesses. The tests that `make test-all`
-# adds often wait for containers and probes, so it uses one process more than there are cores.
+# Test processes. Each may need 6 GB of memory; JOBS=0 runs the tests without subprocesses.
 JOBS ?= 2
-ALL_JOBS ?= 3
 DOCKER ?= docker
 TAG ?= chatterbox:warm
 LOCKS := build/locks/$(STACK).txt build/locks/dev.txt
@@ -29,7 +27,7 @@ test: $(VENV)/.complete  ## tests that need only the packages that the README na
 
 # Two runs, so that a failure in the first one shows early.
 test-all: test  ## all tests; those that need containers, other programs or a GPU are skipped where these are missing
-	$(PYTEST) -n $(ALL_JOBS) -m "containers or programs or slow"
+	$(PYTEST) -n $(JOBS) -m "containers or programs or slow"
 
 lint: $(VENV)/.complete
 	$(BIN)/ruff check .

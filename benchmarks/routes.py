@@ -34,6 +34,8 @@ from chatterbox_prewarm.system.process import run as run_process
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+#: The routes. The first one bakes the state.
+ROUTES = ("classic builder", "BuildKit", "podman", "OCI layout", "registry")
 #: Name of all images of this benchmark. Podman calls it localhost/NAME.
 _NAME = "chatterbox-prewarm-bench"
 _DEPS, _COLD = f"{_NAME}:deps", f"{_NAME}:cold"
@@ -41,11 +43,12 @@ _DEPS, _COLD = f"{_NAME}:deps", f"{_NAME}:cold"
 _ROOM = 16_000_000_000
 
 
-def run(checkout: Path, *, say: Callable[[str], None]) -> dict[str, Any]:
+def run(checkout: Path, *, names: Sequence[str] = ROUTES, say: Callable[[str], None]) -> dict[str, Any]:
     """Bake once, and add the state to an image by each route.
 
     Args:
         checkout: checkout of this project.
+        names: the routes from `ROUTES` to run; the first one is always run.
         say: called with one line for each step.
 
     Returns:
@@ -72,7 +75,7 @@ def run(checkout: Path, *, say: Callable[[str], None]) -> dict[str, Any]:
                 versions[name] = engine.info.version
                 stack.callback(_remove_images, name)
             routes = _Routes(context=context, scratch=Path(scratch), say=say)
-            results = routes.run()
+            results = routes.run(names)
             return {"machine": machine(), "engines": versions, "routes": results, "seconds": routes.seconds}
 
 
@@ -95,28 +98,34 @@ class _Routes:
         self._warm = scratch / "warm"
         self.seconds: dict[str, float] = {}
 
-    def run(self) -> dict[str, dict[str, Any]]:
+    def run(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the result of each route by its name."""
         results = {}
         with self._timed("the stage deps, with BuildKit"):
             build(self._context, _DEPS, ["--target", "deps"])
         deps = ("--build-arg", f"DEPS={_DEPS}")
         results["classic builder"] = self._build("classic", *deps, "--builder", "classic", "--route", "dockerfile")
-        results["BuildKit"] = self._build("buildkit")
+        if "BuildKit" in names:
+            results["BuildKit"] = self._build("buildkit")
+        if {"podman", "OCI layout", "registry"}.isdisjoint(names):
+            return results
         with self._timed("the stage deps, for podman"):
             give_to_podman(_DEPS)
-        results["podman"] = self._build("podman", *deps, engine="podman")
+        if "podman" in names:
+            results["podman"] = self._build("podman", *deps, engine="podman")
         layout = Layout(self._scratch / "layout")
         base, target = f"oci:{layout.path}:cold", f"oci:{layout.path}:warm"
         with self._timed("the stage cold, with podman"):
             _run("podman", "build", *_build_arguments(*deps), "--target", "cold", "--tag", _COLD, str(self._context))
             _add_base(layout, "cold")
         # Podman derives the name of an image from the path of its layout. A relative path is always a valid name.
-        results["OCI layout"] = self._append("layout", base, target, ["oci:layout:warm"])
-        with registry(self._scratch) as address:
-            base, target = f"{address}/{_NAME}:cold", f"{address}/{_NAME}:warm"
-            _link_into_registry(layout, self._scratch / "storage", base)
-            results["registry"] = self._append("registry", base, target, ["--tls-verify=false", target])
+        if "OCI layout" in names:
+            results["OCI layout"] = self._append("layout", base, target, ["oci:layout:warm"])
+        if "registry" in names:
+            with registry(self._scratch) as address:
+                base, target = f"{address}/{_NAME}:cold", f"{address}/{_NAME}:warm"
+                _link_into_registry(layout, self._scratch / "storage", base)
+                results["registry"] = self._append("registry", base, target, ["--tls-verify=false", target])
         return results
 
     def _build(self, name: str, *arguments: str, engine: str = "docker") -> dict[str, Any]:
