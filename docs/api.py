@@ -42,6 +42,8 @@ def _entry(name: str, item: Any) -> str:
     documentation = inspect.getdoc(item) or ""
     if isinstance(item, property):
         return f"```text\n{documentation}\n```"
+    if inspect.isclass(item) and "__init__" not in vars(item):  # made by a class method
+        return f"```text\n{documentation}\n```"
     signature = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(item)))  # annotations are strings
     signature = re.sub(r"PosixPath\(([^)]*)\)", r"\1", signature)
     if inspect.isclass(item):

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.errors import BadInputError, first_line
 from chatterbox_prewarm.families.registry import applicable
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
+from chatterbox_prewarm.model.text import check_text
 from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT, switched_off
 from chatterbox_prewarm.model.warmup.strategy import WARMUP_TOKENS, ChatterboxWarmupStrategy
 from chatterbox_prewarm.start.attach import Attached, attach
@@ -187,17 +188,26 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         """Compute the voice of a reference clip and set `conds`, as upstream does, but without keeping its graph.
 
         Raises:
-            BadInputError: there is no such file.
+            BadInputError: there is no such file, or it is not audio from which a voice can be made.
         """
         import torch
+        from audioread import DecodeError
 
         from chatterbox_prewarm.model.voices import detached
 
-        if not Path(wav_fpath).is_file():
-            raise BadInputError(f"the clip {wav_fpath} does not exist", next_step="give the path of an audio file")
-        with torch.inference_mode():
-            super().prepare_conditionals(wav_fpath, exaggeration=exaggeration)
-            self.conds = detached(self.conds)
+        step = "give the path of an audio file with 5 to 10 s of clean speech"
+        if not isinstance(wav_fpath, str | os.PathLike) or not Path(wav_fpath).is_file():
+            raise BadInputError(f"the clip {wav_fpath} does not exist", next_step=step)
+        try:
+            with torch.inference_mode():
+                super().prepare_conditionals(wav_fpath, exaggeration=exaggeration)
+                self.conds = detached(self.conds)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, EOFError, OSError, DecodeError) as error:
+            raise BadInputError(
+                f"no voice could be made from {wav_fpath}: {first_line(error)}", next_step=step
+            ) from error
 
     def generate(  # noqa: PLR0913 - upstream's signature
         self,
@@ -248,7 +258,8 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         synthesizer, pipeline = self.synthesizer, pipeline_of(self)
         with torch.inference_mode():
             # Upstream replaces an empty text by a sentence; so this comes before the synthesizer's check of the text.
-            tokens = synthesizer.speech_tokens(punc_norm(text), max_new_tokens=MAX_NEW_TOKENS, sampling=sampling)
+            text = punc_norm(text) if isinstance(text, str) else check_text(text)
+            tokens = synthesizer.speech_tokens(text, max_new_tokens=MAX_NEW_TOKENS, sampling=sampling)
             mel = pipeline.flow(tokens, synthesizer.voice(DEFAULT_VOICE).gen)
             samples = synthesizer.watermarked(pipeline.vocoder(mel).cpu().numpy())
         return torch.from_numpy(samples).unsqueeze(0)

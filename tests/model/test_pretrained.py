@@ -167,9 +167,14 @@ def test_a_stream_warns_before_the_warm_up(model: PrewarmedChatterbox, caplog: p
     assert "the model is not warmed up" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:PySoundFile failed", "ignore:librosa.core.audio.__audioread_load:FutureWarning")
 def test_bad_input_is_refused(model: PrewarmedChatterbox, mini: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=r"nowhere\.wav does not exist"):
         model.generate(TEXT, audio_prompt_path="nowhere.wav")
+    with pytest.raises(BadInputError, match="no voice could be made from"):
+        model.generate(TEXT, audio_prompt_path=__file__)
+    with pytest.raises(BadInputError, match="the text is int, not a string"):
+        model.generate(7)  # type: ignore[arg-type]
     with pytest.raises(BadInputError, match="temperature is 'hot'"):
         model.generate(TEXT, temperature="hot")  # type: ignore[arg-type]
     with pytest.raises(BadInputError, match="there is no device 'gpu'") as refused:
