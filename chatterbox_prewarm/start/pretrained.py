@@ -22,7 +22,7 @@ from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.paths import WARM
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Mapping
 
     import torch
     from chatterbox.tts import ChatterboxTTS as _Base
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.model.chunk import Chunk
     from chatterbox_prewarm.model.synthesis import Synthesizer
+    from chatterbox_prewarm.start.prepare import Prepared
     from chatterbox_prewarm.state.manifest import Manifest
     from chatterbox_prewarm.system.metrics import WarmupMetrics
 
@@ -56,11 +57,14 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         >>> torchaudio.save("hello.wav", samples, model.sr)
 
     Attributes:
-        attached: the start of this model: its warm state, metrics and baked voices.
         warmup_completed: whether the warm-up ran to its end.
     """
 
-    attached: Attached
+    # Not an `Attached`, which refers to the model: a cycle would keep the weights in memory after the last use, because
+    # the garbage collector leaves out what existed at a later load (`paused_gc`).
+    _prepared: Prepared
+    _baked_voices: Mapping[str, Conditionals]
+    _verdict: tuple[Mapping[str, int], tuple[str, ...]]
     warmup_completed: bool
     conds: Conditionals | None
 
@@ -138,14 +142,16 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
             PrewarmedChatterbox.__bases__ = (ChatterboxTTS,)
         model: Any = attached.synthesizer.model
         model.__class__ = cls  # not a new object, because the regions are bound to this one
-        model.attached = attached
+        model._prepared = attached.prepared
+        model._baked_voices = attached.synthesizer.voices
+        model._verdict = (attached.misses, attached.reasons)
         model.warmup_completed = False
         model.conds = detached(attached.synthesizer.voices[DEFAULT_VOICE])
         prewarmed: PrewarmedChatterbox = model
         return prewarmed
 
     def _warm_up(self, strategy: ChatterboxWarmupStrategy | None) -> None:
-        prepared = self.attached.prepared
+        prepared = self._prepared
         wanted = applicable(prepared.execution.profile, prepared.options.device)
         if strategy is None and set(wanted) <= set(prepared.usable):
             self.warmup_completed = self._speak_once()
@@ -165,9 +171,18 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         return True
 
     @property
+    def attached(self) -> Attached:
+        """The start of this model: its warm state, its misses, and the baked voices."""
+        from chatterbox_prewarm.model.synthesis import Synthesizer
+
+        misses, reasons = self._verdict
+        synthesizer = Synthesizer(self, self._baked_voices)
+        return Attached(synthesizer=synthesizer, prepared=self._prepared, misses=misses, reasons=reasons)
+
+    @property
     def metrics(self) -> WarmupMetrics:
         """The event log and counters of this start."""
-        return self.attached.metrics
+        return self._prepared.metrics
 
     @property
     def synthesizer(self) -> Synthesizer:
@@ -182,7 +197,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
             raise BadInputError(
                 "the model has no voice", next_step="call prepare_conditionals, or give audio_prompt_path"
             )
-        return Synthesizer(self, {**self.attached.synthesizer.voices, DEFAULT_VOICE: self.conds})
+        return Synthesizer(self, {**self._baked_voices, DEFAULT_VOICE: self.conds})
 
     def prepare_conditionals(self, wav_fpath: str | Path, exaggeration: float = 0.5) -> None:
         """Compute the voice of a reference clip and set `conds`, as upstream does, but without keeping its graph.

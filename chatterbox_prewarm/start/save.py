@@ -52,7 +52,8 @@ class WarmupRecord:
 class HasAttached(Protocol):
     """A model that knows its start, such as a `PrewarmedChatterbox`."""
 
-    attached: Attached
+    @property
+    def attached(self) -> Attached: ...  # noqa: D102
 
 
 def save_warmup_cache(
