@@ -40,6 +40,12 @@ class HasSynthesizer(Protocol):
     def synthesizer(self) -> Synthesizer: ...  # noqa: D102
 
 
+def synthesizer_of(source: Any) -> Synthesizer:
+    """Return the synthesizer of a loaded model, or `source` itself if it is one."""
+    synthesizer: Synthesizer = source.synthesizer if hasattr(source, "synthesizer") else source
+    return synthesizer
+
+
 def generate_stream(  # noqa: PLR0913 - public API with optional keyword arguments
     source: Synthesizer | HasSynthesizer,
     text: str,
@@ -83,8 +89,7 @@ def generate_stream(  # noqa: PLR0913 - public API with optional keyword argumen
     from chatterbox_prewarm.model.synthesis import chosen_seed
 
     called = time.perf_counter()
-    holder: Any = source
-    synthesizer: Synthesizer = holder.synthesizer if hasattr(holder, "synthesizer") else holder
+    synthesizer = synthesizer_of(source)
     if chunk_tokens < 1:
         raise BadInputError(f"a chunk of {chunk_tokens} tokens", next_step="give 1 or more; 25 tokens are one second")
     if look_ahead is not None and look_ahead < MIN_LOOK_AHEAD:

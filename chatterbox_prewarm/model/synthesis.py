@@ -130,8 +130,7 @@ class Synthesizer:
         seed_everything(chosen_seed(seed))
         with torch.inference_mode():
             tokens = self.speech_tokens(text, voice=voice, max_new_tokens=max_new_tokens, sampling=sampling)
-            pipeline = pipeline_of(self.model)
-            samples = self.watermarked(pipeline.vocoder(pipeline.flow(tokens, conditionals.gen)).cpu().numpy())
+            samples = self.sound(tokens, conditionals)
         return Speech(tokens=tokens.cpu().numpy(), samples=samples, sample_rate=self.model.sr)
 
     @torch.inference_mode()
@@ -188,6 +187,12 @@ class Synthesizer:
                 next_step="try again, or use another text",
             )
         return usable
+
+    @torch.inference_mode()
+    def sound(self, tokens: torch.Tensor, voice: Conditionals) -> NDArray[np.float32]:
+        """Render speech tokens, int64 (n,), as watermarked mono audio at the model's sample rate."""
+        pipeline = pipeline_of(self.model)
+        return self.watermarked(pipeline.vocoder(pipeline.flow(tokens, voice.gen)).cpu().numpy())
 
     def watermarked(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """Add upstream's watermark to mono audio at the model's sample rate."""

@@ -175,7 +175,7 @@ class ChatterboxServer:
         return self._chunks(self._with_prompt(_speech_options(text, options), audio_prompt_path))
 
     def _with_prompt(self, options: SpeechOptions, audio_prompt_path: str | Path | None) -> SpeechOptions:
-        """Replace the voice by that of a reference clip, if there is one."""
+        """Use the voice of a reference clip, if there is one."""
         if audio_prompt_path is None:
             return options
         clip = read_prompt(audio_prompt_path)

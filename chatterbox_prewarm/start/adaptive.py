@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from chatterbox_prewarm.model.streaming import synthesizer_of
 from chatterbox_prewarm.model.warmup.adaptive import BUSY, plan_for
 from chatterbox_prewarm.model.warmup.settings import switched_off
 from chatterbox_prewarm.start.defaults import default_device
@@ -57,8 +58,7 @@ class AdaptiveWarmup:
             self.model = PrewarmedChatterbox.from_pretrained_with_warmup(default_device())
         from chatterbox_prewarm.model.synthesis import preserved_generators
 
-        model: Any = self.model
-        synthesizer: Synthesizer = getattr(model, "synthesizer", model)
+        synthesizer = synthesizer_of(self.model)
         for step in plan.steps(synthesizer):
             logger.info("warm-up: %s", step.name)
             with preserved_generators(str(synthesizer.model.device)), self._metrics.phase(f"warm-up of {step.name}"):

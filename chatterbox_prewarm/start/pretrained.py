@@ -19,6 +19,7 @@ from chatterbox_prewarm.start.defaults import default_cache, default_weights
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.system.devices import check_device
+from chatterbox_prewarm.system.limits import SAMPLING
 from chatterbox_prewarm.system.paths import WARM
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ else:
 
 
 logger = logging.getLogger(__name__)
-
-_SAMPLING = ("repetition_penalty", "min_p", "top_p", "exaggeration", "cfg_weight", "temperature")
 
 
 class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
@@ -259,8 +258,6 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         import torch
         from chatterbox.tts import punc_norm
 
-        from chatterbox_prewarm.model.regions.pipeline import pipeline_of
-
         sampling = Sampling(
             repetition_penalty=repetition_penalty,
             min_p=min_p,
@@ -270,13 +267,11 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
             temperature=temperature,
         )
         self._set_voice(audio_prompt_path, exaggeration)
-        synthesizer, pipeline = self.synthesizer, pipeline_of(self)
-        with torch.inference_mode():
-            # Upstream replaces an empty text by a sentence; so this comes before the synthesizer's check of the text.
-            text = punc_norm(text) if isinstance(text, str) else check_text(text)
-            tokens = synthesizer.speech_tokens(text, max_new_tokens=MAX_NEW_TOKENS, sampling=sampling)
-            mel = pipeline.flow(tokens, synthesizer.voice(DEFAULT_VOICE).gen)
-            samples = synthesizer.watermarked(pipeline.vocoder(mel).cpu().numpy())
+        synthesizer = self.synthesizer
+        # Upstream replaces an empty text by a sentence; so this comes before the synthesizer's check of the text.
+        text = punc_norm(text) if isinstance(text, str) else check_text(text)
+        tokens = synthesizer.speech_tokens(text, max_new_tokens=MAX_NEW_TOKENS, sampling=sampling)
+        samples = synthesizer.sound(tokens, synthesizer.voice(DEFAULT_VOICE))
         return torch.from_numpy(samples).unsqueeze(0)
 
     def generate_stream(
@@ -299,7 +294,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         """
         from chatterbox_prewarm.model.streaming import generate_stream
 
-        settings = {name: arguments.pop(name) for name in _SAMPLING if name in arguments}
+        settings = {name: arguments.pop(name) for name in SAMPLING if name in arguments}
         sampling = Sampling(**{"exaggeration": 0.5, **settings})
         self._set_voice(audio_prompt_path, sampling.exaggeration)
         return generate_stream(self, text, sampling=sampling, **arguments)

@@ -60,7 +60,7 @@ class ChatterboxWarmupStrategy:
 
     Raises:
         BadInputError: a level does not exist, or there is no such device.
-        ModelError: the device is a GPU, and this machine has none.
+        ModelError: the device is a GPU, and this machine has no GPU.
     """
 
     def __init__(  # noqa: PLR0913 - public API with optional keyword arguments
