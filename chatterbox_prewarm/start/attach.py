@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.families.registry import FAMILIES
+from chatterbox_prewarm.model.chatterbox_imports import free_import_frames, import_chatterbox
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE, check_clip
 from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.start.options import StartOptions
@@ -80,7 +81,9 @@ def load_warmup_cache(  # noqa: PLR0913 - public API: keywords are easier to use
         profile=profile,
         trust=trust or Trust(),
     )
-    return attach(prepare(options))
+    attached = attach(prepare(options))
+    free_import_frames()
+    return attached
 
 
 def attach(
@@ -144,8 +147,6 @@ def _import_packages(prepared: Prepared) -> None:
     for family in FAMILIES.values():
         if family.applies(prepared.execution.profile, prepared.options.device):
             family.watch(prepared.metrics)
-    from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox
-
     if prepared.execution.profile == "compiled":
         importlib.import_module("torch._dynamo")  # first, or the lean imports keep the compiler out
     import_chatterbox()

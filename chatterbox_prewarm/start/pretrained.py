@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, first_line
 from chatterbox_prewarm.families.registry import applicable
+from chatterbox_prewarm.model.chatterbox_imports import free_import_frames
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
 from chatterbox_prewarm.model.text import check_text
@@ -115,6 +116,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
                 )
             )
         )
+        free_import_frames()
         model = cls._from_attached(attached)
         if warmup:
             model._warm_up(strategy)

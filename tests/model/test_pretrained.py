@@ -247,7 +247,7 @@ def test_a_subclass_and_a_strategy_can_be_given(mini: Path, tmp_path: Path) -> N
 
 
 _FROM_PRETRAINED = """
-import json, sys
+import json, sys, weakref
 from pathlib import Path
 from chatterbox_prewarm import from_pretrained_with_warmup
 from chatterbox_prewarm.errors import WeightsError
@@ -261,7 +261,10 @@ speaker = model.conds.t3.speaker_emb.flatten().tolist()
 model.prepare_conditionals(sys.argv[4])
 chunks = list(model.generate_stream_with_warmup_check("Hello.", policy="require", max_new_tokens=6))
 found = {"fetched": fetched, "speaker": speaker, "class": type(model).__name__, "chunks": len(chunks)}
-print("JSON" + json.dumps({**found, "misses": model.metrics.to_dict()["misses"]}))
+found["misses"] = model.metrics.to_dict()["misses"]
+weights_in_memory = weakref.ref(model.t3)
+del model
+print("JSON" + json.dumps({**found, "freed": weights_in_memory() is None}))
 """
 
 
@@ -286,6 +289,7 @@ def test_from_pretrained_with_warmup_uses_a_warm_state_and_fetches_missing_weigh
     found = json.loads(ran.stdout.rpartition("JSON")[2])
     assert f"{ENGLISH.repository} at {ENGLISH.revision[:12]} could not be fetched" in found["fetched"]
     assert found["class"] == "PrewarmedChatterbox"
+    assert found["freed"], "the last reference to the model went, so nothing keeps its weights"
     voice = load_voice(baked / "conditionals" / f"{DEFAULT_VOICE}.safetensors")
     assert found["speaker"] == voice.t3.speaker_emb.flatten().tolist()
     assert found["chunks"] == 1
