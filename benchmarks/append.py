@@ -11,7 +11,6 @@ import resource
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ from chatterbox_prewarm.image.oci import OCI_LAYER, Descriptor, Image, to_docume
 from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.image.registry.client import Repository
 from chatterbox_prewarm.image.state_layers import pack_states
-from chatterbox_prewarm.system import json_subprocess
+from chatterbox_prewarm.system.json_subprocess import report, run_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,13 +81,7 @@ def run(warm: Path, *, gigabytes: int, rounds: int, say: Callable[[str], None]) 
             # A new repository needs the warm layer again, but reuses the layers of the base from the first repository.
             target = f"{address}/speech:warm" if number == 1 else f"{address}/speech-{number}:warm"
             arguments = {"base": base, "target": target, "warm": str(warm)}
-            finished = subprocess.run(
-                [sys.executable, "-m", "benchmarks.append", json.dumps(arguments)],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=False,
-            )
-            runs.append(json_subprocess.parse_report(finished.stdout, finished.returncode))
+            runs.append(run_module("benchmarks.append", arguments))
     return {"machine": machine(), "base_bytes": size, "runs": runs}
 
 
@@ -194,4 +187,4 @@ def table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    json_subprocess.report(measure)
+    report(measure)

@@ -5,9 +5,7 @@ The default profile of a device is chosen from these figures (docs/profiles.md).
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import asdict
@@ -22,8 +20,7 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.families.registry import COMPILED
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.profiles import PROFILES, Execution
-from chatterbox_prewarm.system.json_subprocess import parse_report
-from chatterbox_prewarm.system.process import run as run_process
+from chatterbox_prewarm.system.json_subprocess import run_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -123,8 +120,7 @@ def voice_of(state: Path) -> Path:
 def measure_one(options: StageOptions) -> dict[str, Any]:
     """Start one system in a fresh process with a hot page cache."""
     settle(Path(options.weights), Path(options.warm) if options.warm else None)
-    finished = run_process([sys.executable, "-m", "benchmarks.stages", json.dumps(asdict(options))])
-    return parse_report(finished.stdout, finished.returncode)
+    return run_module("benchmarks.stages", asdict(options))
 
 
 def summarize(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.model.warmup.settings import TEXTS
 from chatterbox_prewarm.system.json_subprocess import report
-from chatterbox_prewarm.system.metrics import WarmupMetrics
+from chatterbox_prewarm.system.metrics import StartMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,7 @@ def run(**fields: Any) -> dict[str, Any]:
         moments since exec and medians of the stages in seconds; with a reference also the results of
         `fidelity.compare` and `_in_pairs`.
     """
-    options, metrics = StageOptions(**fields), WarmupMetrics()
+    options, metrics = StageOptions(**fields), StartMetrics()
     system = (_upstream if options.warm is None else _ours)(options, metrics)
     speak = system.speak
 
@@ -116,7 +116,7 @@ def clock_of(device: str) -> Callable[[], float]:
     return read
 
 
-def _ours(options: StageOptions, metrics: WarmupMetrics) -> _System:
+def _ours(options: StageOptions, metrics: StartMetrics) -> _System:
     from chatterbox_prewarm.start.attach import attach
     from chatterbox_prewarm.start.options import StartOptions
     from chatterbox_prewarm.start.prepare import prepare
@@ -169,7 +169,7 @@ def _ours(options: StageOptions, metrics: WarmupMetrics) -> _System:
     return _System(speak=speak, check=check, capture_seconds=stages.decoder.capture_seconds)
 
 
-def _upstream(options: StageOptions, metrics: WarmupMetrics) -> _System:
+def _upstream(options: StageOptions, metrics: StartMetrics) -> _System:
     import torch
 
     from benchmarks.fidelity import reference

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.version import __version__ as __version__
 
 if TYPE_CHECKING:  # for type checkers; at run time `__getattr__` imports the names
-    from chatterbox_prewarm.bench.startup import benchmark_warmup_effectiveness
+    from chatterbox_prewarm.bench.effectiveness import WarmupMetrics, benchmark_warmup_effectiveness
     from chatterbox_prewarm.model.streaming import generate_stream
     from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
     from chatterbox_prewarm.serve.embedded import ChatterboxServer, warm_up_multi_gpu
@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # for type checkers; at run time `__getattr__` imports the na
     from chatterbox_prewarm.start.save import save_warmup_cache
     from chatterbox_prewarm.start.service import ChatterboxService
     from chatterbox_prewarm.start.streaming import generate_stream_with_warmup_check
-    from chatterbox_prewarm.system.metrics import WarmupMetrics
 
 
 #: The module of each public name.
@@ -32,8 +31,8 @@ _PUBLIC = {
     "ChatterboxService": "chatterbox_prewarm.start.service",
     "ChatterboxWarmupStrategy": "chatterbox_prewarm.model.warmup.strategy",
     "PrewarmedChatterbox": "chatterbox_prewarm.start.pretrained",
-    "WarmupMetrics": "chatterbox_prewarm.system.metrics",
-    "benchmark_warmup_effectiveness": "chatterbox_prewarm.bench.startup",
+    "WarmupMetrics": "chatterbox_prewarm.bench.effectiveness",
+    "benchmark_warmup_effectiveness": "chatterbox_prewarm.bench.effectiveness",
     "from_pretrained_with_warmup": "chatterbox_prewarm.start.pretrained",
     "generate_stream": "chatterbox_prewarm.model.streaming",
     "generate_stream_with_warmup_check": "chatterbox_prewarm.start.streaming",

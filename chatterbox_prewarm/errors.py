@@ -117,10 +117,27 @@ def as_prewarm_error(error: Exception) -> PrewarmError:
         )
     if isinstance(error, OSError):
         return from_os_error(error, "reading or writing a file")
+    if is_out_of_memory(error):
+        return ModelError(
+            f"the process ran out of memory: {first_line(error)}",
+            next_step="give it more memory, or limit the length of the speech",
+        )
     return PrewarmError(
         f"a bug of this program: {type(error).__name__}: {error}",
         next_step="run it again with --debug and report its output",
     )
+
+
+#: How PyTorch's CPU allocator and oneDNN report that memory ran out.
+_OUT_OF_MEMORY = ("can't allocate memory", "could not create a")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation on the CPU or on a GPU failed."""
+    torch = sys.modules.get("torch")  # before torch is imported, it cannot have raised an error
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
 
 
 def first_line(error: BaseException) -> str:

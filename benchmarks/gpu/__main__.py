@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +11,7 @@ import click
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.record import Plan, is_complete
 from chatterbox_prewarm.errors import EngineError, PrewarmError, exit_with_code
-from chatterbox_prewarm.system.json_subprocess import parse_report
-from chatterbox_prewarm.system.process import run as run_process
+from chatterbox_prewarm.system.json_subprocess import run_module
 
 
 @click.command(help=__doc__)
@@ -43,11 +41,8 @@ def _run(part: str, plan: Plan, seconds: float) -> bool:
     if is_complete(result, plan):
         click.echo(f"{part}: complete, in {result}")
         return True
-    arguments = json.dumps({"part": part, **asdict(plan)})
     try:
-        command = [sys.executable, "-m", "benchmarks.gpu.parts", arguments]
-        finished = run_process(command, timeout=seconds)
-        parse_report(finished.stdout, finished.returncode)
+        run_module("benchmarks.gpu.parts", {"part": part, **asdict(plan)}, timeout=seconds)
     except PrewarmError as error:
         click.echo(f"{part}: {error.message}", err=True)
     complete = is_complete(result, plan)

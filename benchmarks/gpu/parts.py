@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from chatterbox_prewarm.bench.starts import machine, settle, time_server, time_t
 from chatterbox_prewarm.errors import EngineError, ModelError
 from chatterbox_prewarm.model.reference_clip import reference_clip
 from chatterbox_prewarm.proof.prove import ProofOptions, prove, prove_here
-from chatterbox_prewarm.system.json_subprocess import parse_report, report
+from chatterbox_prewarm.system.json_subprocess import report, run_module
 from chatterbox_prewarm.system.process import run as run_process
 from chatterbox_prewarm.weights.record import RECORD_NAME
 
@@ -147,9 +146,7 @@ def _in_process(module: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Run a module of this package in a fresh process with a hot page cache."""
     if "weights" in arguments:
         settle(Path(arguments["weights"]), Path(arguments["warm"]))
-    command = [sys.executable, "-m", f"benchmarks.gpu.{module}", json.dumps(arguments)]
-    finished = run_process(command)
-    return parse_report(finished.stdout, finished.returncode)
+    return run_module(f"benchmarks.gpu.{module}", arguments)
 
 
 def _load(plan: Plan, state: Path, clients: int, tokens: tuple[int, int, int]) -> dict[str, Any]:

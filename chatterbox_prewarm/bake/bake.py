@@ -13,12 +13,11 @@ import json
 import logging
 import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.errors import BadInputError, ModelError, NotWarmError, from_os_error
+from chatterbox_prewarm.errors import BadInputError, NotWarmError, from_os_error
 from chatterbox_prewarm.families.registry import COMPILED, FAMILIES, applicable
 from chatterbox_prewarm.model.clips import check_clip
 from chatterbox_prewarm.model.text import check_voice_name
@@ -29,7 +28,7 @@ from chatterbox_prewarm.state.manifest import MANIFEST_NAME, Manifest, Measureme
 from chatterbox_prewarm.state.manifest_file import parse_manifest, read_manifest_bytes, write_manifest
 from chatterbox_prewarm.state.provenance import check_base_image
 from chatterbox_prewarm.system.atomic_files import put_in_place, seal, staging_folder
-from chatterbox_prewarm.system.json_subprocess import parse_report
+from chatterbox_prewarm.system.json_subprocess import parse_report, run_module
 from chatterbox_prewarm.system.locks import exclusive_lock
 from chatterbox_prewarm.system.paths import BAKE, make_cache, require_execution
 from chatterbox_prewarm.system.process import run as run_process
@@ -202,17 +201,11 @@ def _run_process(module: str, options: BakeOptions, output: Path, compiled: Path
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if module == "compile_process":  # all others use one thread, like a start
         environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(len(os.sched_getaffinity(0))))
-    arguments = json.dumps({"options": options.to_dict(), "output": str(output), "compiled": str(compiled)})
+    arguments = {"options": options.to_dict(), "output": str(output), "compiled": str(compiled)}
     try:
-        finished = run_process([sys.executable, "-m", f"chatterbox_prewarm.bake.{module}", arguments], env=environment)
+        return run_module(f"chatterbox_prewarm.bake.{module}", arguments, env=environment)
     finally:
         shutil.rmtree(bytecode, ignore_errors=True)
-    if finished.returncode < 0:
-        raise ModelError(
-            f"the process {module} was ended by signal {-finished.returncode}",
-            next_step="if it was out of memory, give the machine more; see its output above",
-        )
-    return parse_report(finished.stdout, finished.returncode)
 
 
 @contextlib.contextmanager

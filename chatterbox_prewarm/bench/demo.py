@@ -18,7 +18,7 @@ import click
 
 from chatterbox_prewarm.bake.bake import bake
 from chatterbox_prewarm.bake.options import BakeOptions
-from chatterbox_prewarm.bench.startup import benchmark_warmup_effectiveness, table
+from chatterbox_prewarm.bench.startup import measure_starts, table
 from chatterbox_prewarm.errors import ModelError, exit_with_code
 from chatterbox_prewarm.image.layer import pack
 from chatterbox_prewarm.model.profiles import Execution
@@ -57,7 +57,7 @@ def demo(work: Path, dist: Path) -> None:
         _detail(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}")
     require_passed(evidence, evidence_path)
     _announce("5/5 start: upstream unchanged, ours cold, ours warm; each answers requests")
-    report = benchmark_warmup_effectiveness(weights, warm, rounds=1, say=_detail, hello=dist / "hello.wav")
+    report = measure_starts(weights, warm, rounds=1, say=_detail, hello=dist / "hello.wav")
     (dist / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     click.echo("\n" + table(report))
     click.echo(

@@ -6,7 +6,6 @@ their voice from a clip. Each result contains the number of bytes that the proce
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -24,7 +23,7 @@ from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT
 from chatterbox_prewarm.start.save import REFERENCE_TOKENS
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.fingerprint import read_fingerprint
-from chatterbox_prewarm.system.json_subprocess import parse_report
+from chatterbox_prewarm.system.json_subprocess import run_module
 from chatterbox_prewarm.system.metrics import now
 from chatterbox_prewarm.system.process import run as run_process
 from chatterbox_prewarm.weights.record import read_record
@@ -116,11 +115,9 @@ def time_upstream(weights: Path, clip: Path, device: str) -> dict[str, Any]:
         "max_new_tokens": REFERENCE_TOKENS,
         "device": device,
     }
-    command = [sys.executable, "-m", "chatterbox_prewarm.bench.upstream", json.dumps(arguments)]
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as numba_cache:
         environment = {**os.environ, "NUMBA_CACHE_DIR": numba_cache, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        finished = run_process(command, env=environment)
-    log = parse_report(finished.stdout, finished.returncode)
+        log = run_module("chatterbox_prewarm.bench.upstream", arguments, env=environment)
     marks = log["marks"]
     first = marks["first_audio"] - marks["attached"]
     steady = statistics.median(log["steady"])

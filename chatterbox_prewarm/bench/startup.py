@@ -49,7 +49,7 @@ _ROWS = (
 )
 
 
-def benchmark_warmup_effectiveness(  # noqa: PLR0913 - the public API: keywords are easier to use than an options object
+def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to use than an options object
     weights: Path,
     warm: Path,
     *,
@@ -63,7 +63,7 @@ def benchmark_warmup_effectiveness(  # noqa: PLR0913 - the public API: keywords 
     """Measure starts of bare torch, of upstream, and of our server with and without the warm state.
 
     Example:
-        >>> report = benchmark_warmup_effectiveness(Path("weights"), Path("warm"), rounds=3, say=print)
+        >>> report = measure_starts(Path("weights"), Path("warm"), rounds=3, say=print)
         >>> report["ratios"]["hot"]["warm attached / upstream attached"]
         0.14
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.system.json_subprocess import report
-from chatterbox_prewarm.system.metrics import WarmupMetrics
+from chatterbox_prewarm.system.metrics import StartMetrics
 from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
@@ -42,19 +42,14 @@ def run(*, weights: str, clip: str, text: str, max_new_tokens: int, device: str)
         the metrics with the marks imported, loaded, attached and first_audio, the seconds of each later request
         (`steady`), and the bytes read from storage.
     """
-    metrics = WarmupMetrics()
+    metrics = StartMetrics()
     importlib.import_module("chatterbox.tts")
     metrics.mark("imported")
     model = load(weights, device)
     metrics.mark("loaded")
     model.prepare_conditionals(clip)
     metrics.mark("attached")
-    inference = model.t3.inference
-
-    def bounded(**arguments: Any) -> Any:
-        return inference(**{**arguments, "max_new_tokens": max_new_tokens})
-
-    model.t3.inference = bounded
+    limit_tokens(model, max_new_tokens)
     model.generate(text)
     metrics.mark("first_audio")
     steady = []
@@ -63,6 +58,16 @@ def run(*, weights: str, clip: str, text: str, max_new_tokens: int, device: str)
         model.generate(text)
         steady.append(time.monotonic() - started)
     return {**metrics.to_dict(), "steady": steady, "read_bytes": read_bytes("self")}
+
+
+def limit_tokens(model: ChatterboxTTS, max_new_tokens: int) -> None:
+    """Limit the speech tokens of `model.generate`, because random weights never stop."""
+    inference = model.t3.inference
+
+    def limited(**arguments: Any) -> Any:
+        return inference(**{**arguments, "max_new_tokens": max_new_tokens})
+
+    model.t3.inference = limited
 
 
 def read_bytes(pid: int | str) -> int:

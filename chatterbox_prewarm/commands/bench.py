@@ -40,10 +40,10 @@ output_option = click.option("--output", type=PATH, required=True, help="JSON fi
 @click.option("--systems", default="torch,upstream,cold,warm", show_default=True, help="Systems to measure.")
 def bench_startup(*, output: Path, systems: str, **fields: Any) -> None:
     """Time starts in fresh processes: bare torch, upstream unchanged, ours cold and ours warm alternate."""
-    from chatterbox_prewarm.bench.startup import benchmark_warmup_effectiveness, table
+    from chatterbox_prewarm.bench.startup import measure_starts, table
 
     check_output(output)
-    report = benchmark_warmup_effectiveness(systems=systems.split(","), say=say, **fields)
+    report = measure_starts(systems=systems.split(","), say=say, **fields)
     write_report(report, output)
     click.echo(table(report))
 

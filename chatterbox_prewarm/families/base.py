@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from chatterbox_prewarm.model.synthesis import Synthesizer
-    from chatterbox_prewarm.system.metrics import WarmupMetrics
+    from chatterbox_prewarm.system.metrics import StartMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class FamilyContext:
 
     synthesizer: Synthesizer
     cache: Path
-    metrics: WarmupMetrics
+    metrics: StartMetrics
     device: str
     sources: frozenset[str] = frozenset()
 
@@ -57,7 +57,7 @@ class Family:
         """Return the environment variables to set before the model's packages are imported."""
         return {}
 
-    def prepare(self, directory: Path | None, cache: Path, metrics: WarmupMetrics) -> None:
+    def prepare(self, directory: Path | None, cache: Path, metrics: StartMetrics) -> None:
         """Fill the cache before torch and the model's packages are imported.
 
         Args:
@@ -66,7 +66,7 @@ class Family:
             metrics: counts the artifacts that the family loads.
         """
 
-    def watch(self, metrics: WarmupMetrics) -> None:
+    def watch(self, metrics: StartMetrics) -> None:
         """Start to count hits and misses. Called just before the model's packages are imported."""
 
     def attach(self, directory: Path | None, context: FamilyContext) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from chatterbox_prewarm.families.base import FamilyContext
-    from chatterbox_prewarm.system.metrics import WarmupMetrics
+    from chatterbox_prewarm.system.metrics import StartMetrics
 
 PACK_NAME = "modules.pack"
 _OWN = "chatterbox_prewarm"
@@ -53,7 +53,7 @@ class BytecodeFamily(Family):
         """Keep later child processes from writing bytecode."""
         return {"PYTHONDONTWRITEBYTECODE": "1"}
 
-    def prepare(self, directory: Path | None, cache: Path, metrics: WarmupMetrics) -> None:  # noqa: ARG002
+    def prepare(self, directory: Path | None, cache: Path, metrics: StartMetrics) -> None:  # noqa: ARG002
         """Make all later imports look into the pack first. Without a pack, only record which modules are imported."""
         if directory is not None:
             sys.dont_write_bytecode = True
@@ -134,7 +134,7 @@ def bytecode(source: str) -> bytes:
         return compiled.read_bytes()
 
 
-def install(pack: Mapping[str, memoryview] | None, metrics: WarmupMetrics, imported: set[str]) -> None:
+def install(pack: Mapping[str, memoryview] | None, metrics: StartMetrics, imported: set[str]) -> None:
     """Put a path hook before Python's own. Its loader takes bytecode from `pack` and counts hits and misses.
 
     Args:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox_prewarm.families.base import FamilyContext
-    from chatterbox_prewarm.system.metrics import WarmupMetrics
+    from chatterbox_prewarm.system.metrics import StartMetrics
 
 _MAX_BYTES = 256 * 2**20
 
@@ -32,7 +32,7 @@ class CudaFamily(Family):
         """Set the folder and the maximum size of the driver's cache."""
         return {"CUDA_CACHE_PATH": str(cache / "cuda"), "CUDA_CACHE_MAXSIZE": str(_MAX_BYTES)}
 
-    def prepare(self, directory: Path | None, cache: Path, metrics: WarmupMetrics) -> None:
+    def prepare(self, directory: Path | None, cache: Path, metrics: StartMetrics) -> None:
         """Copy the baked cache to a folder that the driver may write to."""
         seed(cache / "cuda", directory)
         if directory is not None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox_prewarm.families.base import FamilyContext
-    from chatterbox_prewarm.system.metrics import WarmupMetrics
+    from chatterbox_prewarm.system.metrics import StartMetrics
 
 #: Counters of the FX graph cache, and of the AOTAutograd cache if it is on: group, name, and the reason of a miss. A
 #: hit has no reason.
@@ -59,11 +59,11 @@ class InductorFamily(Family):
             "TORCHINDUCTOR_VEC_ISA_OK": "1",
         }
 
-    def prepare(self, directory: Path | None, cache: Path, metrics: WarmupMetrics) -> None:  # noqa: ARG002
+    def prepare(self, directory: Path | None, cache: Path, metrics: StartMetrics) -> None:  # noqa: ARG002
         """Copy the baked cache to a folder in which Inductor may create its lock files."""
         seed(cache / "inductor", directory)
 
-    def watch(self, metrics: WarmupMetrics) -> None:
+    def watch(self, metrics: StartMetrics) -> None:
         """Take over Inductor's counters whenever the metrics are read."""
         seen: dict[tuple[str, str], int] = {}
 

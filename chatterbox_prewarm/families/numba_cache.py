@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox_prewarm.families.base import FamilyContext
-    from chatterbox_prewarm.system.metrics import WarmupMetrics
+    from chatterbox_prewarm.system.metrics import StartMetrics
 
 COMPILE_TIMER = "numba compile"
 LOAD_TIMER = "numba load"
@@ -39,11 +39,11 @@ class NumbaFamily(Family):
         """Set Numba's cache folder and processor. `generic` also clears the list of extra CPU features."""
         return {"NUMBA_CACHE_DIR": str(cache / "numba"), "NUMBA_CPU_NAME": "generic"}
 
-    def prepare(self, directory: Path | None, cache: Path, metrics: WarmupMetrics) -> None:  # noqa: ARG002
+    def prepare(self, directory: Path | None, cache: Path, metrics: StartMetrics) -> None:  # noqa: ARG002
         """Copy the baked cache to a folder that Numba may write to."""
         seed(cache / "numba", directory, in_use=lambda path: _NUMBA_TEMPORARY in path.name)
 
-    def watch(self, metrics: WarmupMetrics) -> None:
+    def watch(self, metrics: StartMetrics) -> None:
         """Count a hit for each overload that Numba loads, and a miss for each one that it compiles and saves."""
         from numba.core import event
         from numba.core.caching import Cache

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from chatterbox_prewarm.families.base import FamilyContext
-    from chatterbox_prewarm.system.metrics import WarmupMetrics
+    from chatterbox_prewarm.system.metrics import StartMetrics
 
 _FILE = "constants.safetensors"
 _RESAMPLERS = "resamplers.json"
@@ -115,7 +115,7 @@ class CountingTable(dict[Any, Any]):
     A key that exists is a hit. A missing key is a miss: the caller then computes it, and it is not counted again.
     """
 
-    metrics: WarmupMetrics | None = None
+    metrics: StartMetrics | None = None
 
     def __init__(self, *entries: Any) -> None:
         super().__init__(*entries)

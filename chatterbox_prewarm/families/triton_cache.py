@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox_prewarm.families.base import FamilyContext
-    from chatterbox_prewarm.system.metrics import WarmupMetrics
+    from chatterbox_prewarm.system.metrics import StartMetrics
 
 #: The modules of Triton that run ptxas to read its version. The second one exists since Triton 3.4.
 _VERSION_READERS = ("triton.backends.nvidia.compiler", "triton.knobs")
@@ -40,7 +40,7 @@ class TritonFamily(Family):
         """Set Triton's cache folder, and load kernels through that cache, because it counts hits."""
         return {"TRITON_CACHE_DIR": str(cache / "triton"), "TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER": "0"}
 
-    def prepare(self, directory: Path | None, cache: Path, metrics: WarmupMetrics) -> None:  # noqa: ARG002
+    def prepare(self, directory: Path | None, cache: Path, metrics: StartMetrics) -> None:  # noqa: ARG002
         """Copy the baked cache to a folder that Triton may write to."""
         seed(cache / "triton", directory)
 
@@ -61,7 +61,7 @@ class TritonFamily(Family):
         return ("arch", "gpu", "compute_capability", "driver", "python", "torch", "triton", "regions", "cache")
 
 
-def count(manager: Any, metrics: WarmupMetrics) -> None:
+def count(manager: Any, metrics: StartMetrics) -> None:
     """Make a class of cache managers count a hit for each group found and a miss for each file written."""
     get_group, put = manager.get_group, manager.put
 

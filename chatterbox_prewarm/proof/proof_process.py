@@ -17,7 +17,7 @@ from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.json_subprocess import report
-from chatterbox_prewarm.system.metrics import WarmupMetrics
+from chatterbox_prewarm.system.metrics import StartMetrics
 
 
 def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
     Raises:
         PrewarmError: the state cannot be used at all.
     """
-    metrics = WarmupMetrics()
+    metrics = StartMetrics()
     state = State.read(Path(warm))
     surroundings = isolation(state.path)  # it tries to write, so it comes before the probes
     observer = probes.install(state.path)

@@ -140,7 +140,7 @@ class ChatterboxServer:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """For each worker its device, its restarts, and the log of its start as in `WarmupMetrics.to_dict`."""
+        """For each worker its device, its restarts, and the log of its start as in `StartMetrics.to_dict`."""
         return [
             {"device": worker.config.device, "restarts": worker.restarts, **worker.log} for worker in self._pool.workers
         ]

@@ -10,7 +10,7 @@ from chatterbox_prewarm.model.warmup.adaptive import BUSY, plan_for
 from chatterbox_prewarm.model.warmup.settings import switched_off
 from chatterbox_prewarm.start.defaults import default_device
 from chatterbox_prewarm.start.pretrained import PrewarmedChatterbox
-from chatterbox_prewarm.system.metrics import WarmupMetrics
+from chatterbox_prewarm.system.metrics import StartMetrics
 
 if TYPE_CHECKING:
     from chatterbox_prewarm.model.streaming import HasSynthesizer
@@ -38,10 +38,10 @@ class AdaptiveWarmup:
     """
 
     def __init__(
-        self, model: HasSynthesizer | Synthesizer | None = None, *, metrics: WarmupMetrics | None = None
+        self, model: HasSynthesizer | Synthesizer | None = None, *, metrics: StartMetrics | None = None
     ) -> None:
         self.model = model
-        self._metrics = metrics or WarmupMetrics()
+        self._metrics = metrics or StartMetrics()
 
     def warm_up_for_workload(self, expected_requests_per_minute: float) -> WarmupPlan:
         """Run the warm-up for a load now and return its plan.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.regions.executors import Executor
     from chatterbox_prewarm.model.synthesis import Synthesizer
     from chatterbox_prewarm.start.prepare import Prepared
-    from chatterbox_prewarm.system.metrics import WarmupMetrics
+    from chatterbox_prewarm.system.metrics import StartMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Attached:
     reasons: tuple[str, ...]
 
     @property
-    def metrics(self) -> WarmupMetrics:
+    def metrics(self) -> StartMetrics:
         """The event log and counters of this start."""
         return self.prepared.metrics
 

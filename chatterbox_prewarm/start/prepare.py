@@ -21,7 +21,7 @@ from chatterbox_prewarm.state.compatibility import machine_facts
 from chatterbox_prewarm.state.selection import Request, select_state
 from chatterbox_prewarm.system.fingerprint import device_kind
 from chatterbox_prewarm.system.locks import share_lock
-from chatterbox_prewarm.system.metrics import WarmupMetrics
+from chatterbox_prewarm.system.metrics import StartMetrics
 from chatterbox_prewarm.system.paths import BAKE, make_cache, model_environment
 from chatterbox_prewarm.weights.record import check_quickly, read_record
 
@@ -50,7 +50,7 @@ class Prepared:
     state: State | None
     folders: Mapping[str, Path]
     execution: Execution
-    metrics: WarmupMetrics = field(compare=False)
+    metrics: StartMetrics = field(compare=False)
 
     @property
     def usable(self) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ class Prepared:
         )
 
 
-def prepare(options: StartOptions, *, metrics: WarmupMetrics | None = None) -> Prepared:
+def prepare(options: StartOptions, *, metrics: StartMetrics | None = None) -> Prepared:
     """Verify the warm state, check that it fits, fill the caches and set the environment.
 
     Args:
@@ -81,7 +81,7 @@ def prepare(options: StartOptions, *, metrics: WarmupMetrics | None = None) -> P
         IntegrityError: under "require", the state is damaged or not trusted.
         BadInputError: the profile or the key is invalid, the cache cannot be written, or a bake is using it.
     """
-    metrics = metrics or WarmupMetrics()
+    metrics = metrics or StartMetrics()
     # Compilers store the path of the cache in their files, so it must always be the same.
     options = replace(options, cache=options.cache.resolve())
     device, cache = options.device, options.cache
@@ -111,7 +111,7 @@ def prepare(options: StartOptions, *, metrics: WarmupMetrics | None = None) -> P
     return Prepared(options=options, state=state, folders=folders, execution=execution, metrics=metrics)
 
 
-def _select(options: StartOptions, metrics: WarmupMetrics) -> Selection | None:
+def _select(options: StartOptions, metrics: StartMetrics) -> Selection | None:
     """Select the state to use. Without one, count a miss and return None if the policy allows that.
 
     Raises:
@@ -137,7 +137,7 @@ def _select(options: StartOptions, metrics: WarmupMetrics) -> Selection | None:
     return selection
 
 
-def _compiled_folders(compiled: Path | None, wanted: Sequence[str], metrics: WarmupMetrics) -> dict[str, Path]:
+def _compiled_folders(compiled: Path | None, wanted: Sequence[str], metrics: StartMetrics) -> dict[str, Path]:
     """Return the folders that a bake compiled before this start; every other family is a miss."""
     folders = {name: compiled / name for name in COMPILED if compiled is not None and (compiled / name).is_dir()}
     for name in wanted:
@@ -146,7 +146,7 @@ def _compiled_folders(compiled: Path | None, wanted: Sequence[str], metrics: War
     return folders
 
 
-def _fill_caches(folders: Mapping[str, Path], profile: str, options: StartOptions, metrics: WarmupMetrics) -> None:
+def _fill_caches(folders: Mapping[str, Path], profile: str, options: StartOptions, metrics: StartMetrics) -> None:
     """Copy what compilers read from the cache directory, and set the environment variables that name it.
 
     Raises:
@@ -163,7 +163,7 @@ def _fill_caches(folders: Mapping[str, Path], profile: str, options: StartOption
     os.environ.update(environment)
 
 
-def _warn_if_late(metrics: WarmupMetrics) -> None:
+def _warn_if_late(metrics: StartMetrics) -> None:
     for name in ("numba", "torch"):
         if name in sys.modules:
             metrics.miss(

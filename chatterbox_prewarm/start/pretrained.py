@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.synthesis import Synthesizer
     from chatterbox_prewarm.start.prepare import Prepared
     from chatterbox_prewarm.state.manifest import Manifest
-    from chatterbox_prewarm.system.metrics import WarmupMetrics
+    from chatterbox_prewarm.system.metrics import StartMetrics
 
 else:
 
@@ -181,7 +181,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         return Attached(synthesizer=synthesizer, prepared=self._prepared, misses=misses, reasons=reasons)
 
     @property
-    def metrics(self) -> WarmupMetrics:
+    def metrics(self) -> StartMetrics:
         """The event log and counters of this start."""
         return self._prepared.metrics
 

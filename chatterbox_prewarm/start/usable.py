@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.start.options import StartOptions
     from chatterbox_prewarm.state.manifest import FamilyEntry
     from chatterbox_prewarm.state.selection import Selection
-    from chatterbox_prewarm.system.metrics import WarmupMetrics
+    from chatterbox_prewarm.system.metrics import StartMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _REQUIRED_BY = {"eager": (), "aot": ("aot",), "compiled": ("inductor", "triton")
 
 
 def usable_families(
-    selection: Selection, wanted: Sequence[str], *, policy: str, metrics: WarmupMetrics
+    selection: Selection, wanted: Sequence[str], *, policy: str, metrics: StartMetrics
 ) -> tuple[str, ...]:
     """Return the families that fit this machine and whose files are intact. A family with a wrong digest is never read.
 
@@ -67,7 +67,7 @@ def usable_families(
     return tuple(usable)
 
 
-def _refuse(entry: FamilyEntry, differences: list[str], policy: str, metrics: WarmupMetrics) -> None:
+def _refuse(entry: FamilyEntry, differences: list[str], policy: str, metrics: StartMetrics) -> None:
     if policy == "require":
         raise FingerprintMismatchError(
             f"the family {entry.name} was baked for another machine or other software: {'; '.join(differences)}",
@@ -77,7 +77,7 @@ def _refuse(entry: FamilyEntry, differences: list[str], policy: str, metrics: Wa
 
 
 def possible_execution(
-    wanted: Execution, folders: Mapping[str, Path], options: StartOptions, metrics: WarmupMetrics
+    wanted: Execution, folders: Mapping[str, Path], options: StartOptions, metrics: StartMetrics
 ) -> Execution:
     """Return `wanted` if the usable families allow it, and otherwise the profile `eager`.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import ModelError, PrewarmError, as_prewarm_error, error_with_code
 from chatterbox_prewarm.system.process import PARENT
+from chatterbox_prewarm.system.process import run as run_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,6 +22,25 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG = 1
 #: Set by `--debug` for child processes.
 DEBUG = "CHATTERBOX_PREWARM_DEBUG"
+
+
+def run_module(
+    module: str, arguments: Mapping[str, Any], *, env: Mapping[str, str] | None = None, timeout: float | None = None
+) -> dict[str, Any]:
+    """Run `python -m MODULE`, which calls `report`, in a fresh process.
+
+    Args:
+        module: full name of the module.
+        arguments: the arguments of its function.
+        env: the environment; by default that of this process.
+        timeout: in seconds.
+
+    Raises:
+        PrewarmError: as `parse_report`.
+        EngineError: the process did not end in time.
+    """
+    finished = run_process([sys.executable, "-m", module, json.dumps(arguments)], env=env, timeout=timeout)
+    return parse_report(finished.stdout, finished.returncode)
 
 
 def report(function: Callable[..., dict[str, Any]]) -> None:
@@ -58,6 +78,11 @@ def parse_report(output: str, status: int) -> dict[str, Any]:
         PrewarmError: the error that the child reported, of the same kind.
         ModelError: the child ended without a report.
     """
+    if status < 0:
+        raise ModelError(
+            f"the process was ended by signal {-status}",
+            next_step="if it was out of memory, give the machine more; see its output above",
+        )
     if status != 0 or not output:
         raise ModelError(
             f"the process ended with status {status} before it could report", next_step="see its output above"

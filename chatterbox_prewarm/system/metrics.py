@@ -37,7 +37,7 @@ def exec_time(pid: int | None = None) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-class WarmupMetrics:
+class StartMetrics:
     """The event log of one process.
 
     Example:

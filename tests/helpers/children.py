@@ -114,9 +114,9 @@ def sign(*, warm: str, key: str) -> dict[str, Any]:
 
 def import_from_pack(*, pack: str, imports: list[str]) -> dict[str, Any]:
     from chatterbox_prewarm.families import bytecode
-    from chatterbox_prewarm.system.metrics import WarmupMetrics
+    from chatterbox_prewarm.system.metrics import StartMetrics
 
-    metrics, imported = WarmupMetrics(), set[str]()
+    metrics, imported = StartMetrics(), set[str]()
     for name in imports:
         sys.modules.pop(name, None)
     bytecode.is_packed("", "")  # first, because it imports modules that are not counted
@@ -180,11 +180,11 @@ def fetch(*, directory: str, repository: str, files: list[str], tensors: list[st
 def fill_numba_cache(*, warm: str, cache: str, times: int) -> dict[str, Any]:
     """Empty and fill the Numba cache several times, as repeated starts do."""
     from chatterbox_prewarm.families.numba_cache import NumbaFamily
-    from chatterbox_prewarm.system.metrics import WarmupMetrics
+    from chatterbox_prewarm.system.metrics import StartMetrics
 
     for _ in range(times):
-        NumbaFamily().prepare(None, Path(cache), WarmupMetrics())
-        NumbaFamily().prepare(Path(warm) / "numba", Path(cache), WarmupMetrics())
+        NumbaFamily().prepare(None, Path(cache), StartMetrics())
+        NumbaFamily().prepare(Path(warm) / "numba", Path(cache), StartMetrics())
     return {"filled": times}
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from chatterbox_prewarm import AdaptiveWarmup, WarmupMetrics
+from chatterbox_prewarm import AdaptiveWarmup
 from chatterbox_prewarm.model.warmup.adaptive import WarmupPlan, WarmupStep
+from chatterbox_prewarm.system.metrics import StartMetrics
 from tests.helpers.serving import SENTENCE, Server
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def test_adaptive_warm_up_keeps_the_state_of_the_generators(attached: Attached) 
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    metrics = WarmupMetrics()
+    metrics = StartMetrics()
     plan = AdaptiveWarmup(attached.synthesizer, metrics=metrics).warm_up_for_workload(5)
     assert plan.level == 2
     assert {phase["name"] for phase in metrics.phases} == STEPS
@@ -33,7 +34,7 @@ def test_adaptive_warm_up_keeps_the_state_of_the_generators(attached: Attached) 
 
 def test_environment_variable_switches_the_warm_up_off(attached: Attached, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHATTERBOX_PREWARM_WARMUP", "off")
-    metrics = WarmupMetrics()
+    metrics = StartMetrics()
     AdaptiveWarmup(attached.synthesizer, metrics=metrics).warm_up_for_workload(100)
     assert metrics.phases == []
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import chatterbox_prewarm
 from benchmarks.leak import growth
 from benchmarks.profiles import measure_one, summarize, table, voice_of
 from benchmarks.stages import StageOptions
@@ -43,6 +44,20 @@ def test_starts_are_measured_from_exec(baked: Path, mini: Path, tmp_path: Path) 
     assert abs(ratio - warm["attached"] / upstream["attached"]) < 0.01
     assert report["weights"] == {"repository": "synthetic", "revision": "mini-seed-0", "synthetic": "mini"}
     assert "warm attached / upstream attached" in finished.stdout
+
+
+@pytest.mark.slow
+def test_the_effect_of_the_warm_up_is_measured_in_fresh_processes(baked: Path, mini: Path) -> None:
+    steps: list[str] = []
+    metrics = chatterbox_prewarm.benchmark_warmup_effectiveness(
+        "Hello, world.", iterations=1, weights=str(mini), warm=str(baked), say=steps.append
+    )
+    assert steps == ["cold start, 1 of 1", "warm start, 1 of 1"]
+    assert metrics.latency_improvement_ratio > 1
+    assert 0 < metrics.warmup_duration < metrics.warm_start_latency < metrics.cold_start_latency
+    assert metrics.first_chunk_improvement_ms > 0, "the cold process compiles with Numba in its first request"
+    assert metrics.second_model_latency is not None
+    assert metrics.second_model_latency < metrics.cold_start_latency, "a second model in one process is not cold"
 
 
 @pytest.mark.slow

@@ -372,12 +372,12 @@ import os
 import torch
 from chatterbox_prewarm.model.regions.region import Input, Region, Size
 from chatterbox_prewarm.model.regions.executors import compiled_executor
-from chatterbox_prewarm.system.metrics import WarmupMetrics
+from chatterbox_prewarm.system.metrics import StartMetrics
 
 def double(weight, x):
     return (torch.sin(x) * weight,)
 
-metrics = WarmupMetrics()
+metrics = StartMetrics()
 lengths = Size(name="length", example=4, minimum=2, maximum=64)
 region = Region(name="double", function=double, inputs=(Input(shape=(lengths,)),))
 call = compiled_executor(metrics)(region, [torch.ones(1)])

@@ -26,7 +26,7 @@ from chatterbox_prewarm.model.synthesis import Speech, Synthesizer
 from chatterbox_prewarm.model.voices import detached
 from chatterbox_prewarm.start.attach import Attached
 from chatterbox_prewarm.start.streaming import generate_stream_with_warmup_check
-from chatterbox_prewarm.system.metrics import WarmupMetrics
+from chatterbox_prewarm.system.metrics import StartMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -415,7 +415,7 @@ def test_model_that_was_warm_when_attached_streams_under_require(
     attached: Attached, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = replace(attached.prepared.options, policy="require")
-    prepared = replace(attached.prepared, options=options, metrics=WarmupMetrics())
+    prepared = replace(attached.prepared, options=options, metrics=StartMetrics())
     prepared.metrics.miss("bytecode", "a module for a voice was imported after the start", count=670)
     warm = Attached(synthesizer=attached.synthesizer, prepared=prepared, misses={}, reasons=())
     with caplog.at_level(logging.WARNING):

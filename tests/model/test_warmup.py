@@ -18,7 +18,7 @@ from chatterbox_prewarm.model.variants import english
 from chatterbox_prewarm.model.voices import detached
 from chatterbox_prewarm.model.warmup.settings import LONG_TEXT, MEDIUM_TEXT, SHORT_TEXT, SWITCH
 from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
-from chatterbox_prewarm.system.metrics import WarmupMetrics
+from chatterbox_prewarm.system.metrics import StartMetrics
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +51,7 @@ def test_all_levels_run_and_do_not_change_the_model(
 
 
 def test_only_the_chosen_levels_run(attached: Attached) -> None:
-    metrics = WarmupMetrics()
+    metrics = StartMetrics()
     strategy = ChatterboxWarmupStrategy(levels=[1], metrics=metrics, progress=lambda _: None)
     strategy.perform_full_warmup(attached.synthesizer.model)
     assert [phase["name"] for phase in metrics.phases] == ["warm-up level 1"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox_prewarm.model.regions.region import Region
-    from chatterbox_prewarm.system.metrics import WarmupMetrics
+    from chatterbox_prewarm.system.metrics import StartMetrics
 
     #: Takes the inputs of a region and returns its outputs.
     BoundRegion = Callable[..., tuple[torch.Tensor, ...]]
@@ -38,7 +38,7 @@ def eager(region: Region, weights: Sequence[torch.Tensor]) -> BoundRegion:
     return _bind(region.function, weights)
 
 
-def compiled_executor(metrics: WarmupMetrics, *, strict: bool = False) -> Executor:
+def compiled_executor(metrics: StartMetrics, *, strict: bool = False) -> Executor:
     """Make the executor of the profile `compiled`: `torch.compile` compiles each region at its first call.
 
     A region that cannot be compiled runs in eager mode and counts as a miss, because an image has no compiler.
@@ -53,7 +53,7 @@ def compiled_executor(metrics: WarmupMetrics, *, strict: bool = False) -> Execut
 def ahead_of_time_executor(
     directory: Path | None,
     device: torch.device,
-    metrics: WarmupMetrics,
+    metrics: StartMetrics,
     *,
     in_graphs: bool = False,
     strict: bool = False,
@@ -153,7 +153,7 @@ def _bind(function: BoundRegion, weights: Sequence[torch.Tensor]) -> BoundRegion
     return lambda *inputs: function(*bound, *inputs)
 
 
-def _compile(region: Region, metrics: WarmupMetrics, *, strict: bool) -> BoundRegion:
+def _compile(region: Region, metrics: StartMetrics, *, strict: bool) -> BoundRegion:
     from torch._dynamo import mark_dynamic
     from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 

@@ -15,7 +15,7 @@ from chatterbox_prewarm.model.reference_clip import CLIP_SAMPLE_RATE, reference_
 from chatterbox_prewarm.model.warmup.settings import LEVELS, TEXTS, check_levels, switched_off
 from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.fingerprint import device_kind
-from chatterbox_prewarm.system.metrics import WarmupMetrics
+from chatterbox_prewarm.system.metrics import StartMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -72,18 +72,18 @@ class ChatterboxWarmupStrategy:
         max_new_tokens: int = WARMUP_TOKENS,
         progress: Callable[[str], None] = logger.info,
         enabled: bool = True,
-        metrics: WarmupMetrics | None = None,
+        metrics: StartMetrics | None = None,
     ) -> None:
         self.device = None if device is None else check_device(device)
         self.levels = check_levels(levels)
         self.texts = tuple(texts)
         self.max_new_tokens = max_new_tokens
         self.enabled = enabled and not switched_off()
-        self.metrics = metrics or WarmupMetrics()
+        self.metrics = metrics or StartMetrics()
         self.warmup_completed = False
         self._progress = progress
 
-    def perform_full_warmup(self, model: ChatterboxTTS) -> WarmupMetrics:
+    def perform_full_warmup(self, model: ChatterboxTTS) -> StartMetrics:
         """Run all configured levels. The model's voice and the random generators keep their state.
 
         Returns:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-#: How CUDA and PyTorch's CPU allocator report such errors. The last one is oneDNN's message when memory runs out.
-_FATAL_MESSAGES = ("CUDA error", "can't allocate memory", "could not create a")
+from chatterbox_prewarm.errors import is_out_of_memory
 
 
 def is_fatal(error: BaseException) -> bool:
@@ -16,9 +13,4 @@ def is_fatal(error: BaseException) -> bool:
     """
     if error.__cause__ is not None and is_fatal(error.__cause__):
         return True
-    if isinstance(error, MemoryError):
-        return True
-    torch = sys.modules.get("torch")  # before torch is imported, it cannot have raised an error
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _FATAL_MESSAGES)
+    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))

@@ -32,7 +32,7 @@ from chatterbox_prewarm.start.attach import attach
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.start.save import REFERENCE_TOKENS
 from chatterbox_prewarm.system.json_subprocess import DEBUG, claim_stdout, describe, die_with_parent
-from chatterbox_prewarm.system.metrics import WarmupMetrics
+from chatterbox_prewarm.system.metrics import StartMetrics
 
 if TYPE_CHECKING:
     from chatterbox_prewarm.model.warmup.adaptive import WarmupStep
@@ -78,7 +78,7 @@ class Worker:
     def __init__(self, config: WorkerConfig, connection: socket.socket) -> None:
         self._config = config
         self._connection = connection
-        self._metrics = WarmupMetrics(
+        self._metrics = StartMetrics(
             origin=config.origin,
             on_phase=lambda name: self.send({"type": "phase", "name": name, "metrics": self._metrics.to_dict()}),
         )

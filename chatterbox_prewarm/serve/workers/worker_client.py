@@ -50,7 +50,7 @@ class WorkerClient:
         phase: current activity of the worker, for people; "ready" after the first synthesis.
         attached, ready: whether the model and the warm state are loaded; whether a first synthesis has succeeded.
         voices: names of the voices in the worker since its start, and the bytes of each on its device.
-        log: event log and counters that the worker sent last, as `WarmupMetrics.to_dict` returns them.
+        log: event log and counters that the worker sent last, as `StartMetrics.to_dict` returns them.
         usage: resource usage that the worker sent last.
         busy: whether the worker is reserved for a request.
         reason: why the last process did not become ready; None once a process is ready.

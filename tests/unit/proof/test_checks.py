@@ -11,7 +11,7 @@ import pytest
 
 from chatterbox_prewarm import errors
 from chatterbox_prewarm.proof.checks import Evidence, counter_checks, default_evidence, judge, require_passed
-from chatterbox_prewarm.system.metrics import WarmupMetrics
+from chatterbox_prewarm.system.metrics import StartMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,7 @@ DIGEST = "d" * 64
 
 def warm_report() -> dict[str, Any]:
     """Return the report of a proof process that had no miss."""
-    metrics = WarmupMetrics(origin=0.0)
+    metrics = StartMetrics(origin=0.0)
     for name in FAMILIES:
         metrics.hit(name, 3)
     metrics.hits.pop("signal")

@@ -64,9 +64,17 @@ def test_a_reported_error_is_raised_with_its_class(code: int, kind: type[errors.
     assert caught.value.next_step == "fix it"
 
 
-@pytest.mark.parametrize(("output", "status"), [("", 0), ("", 1), ('{"half":', -9), ("{}", 1)])
-def test_a_process_without_a_report_is_a_model_error(output: str, status: int) -> None:
-    with pytest.raises(errors.ModelError, match=f"ended with status {status} "):
+@pytest.mark.parametrize(
+    ("output", "status", "message"),
+    [
+        ("", 0, "ended with status 0 "),
+        ("", 1, "ended with status 1 "),
+        ("{}", 1, "ended with status 1 "),
+        ('{"half":', -9, "ended by signal 9"),
+    ],
+)
+def test_a_process_without_a_report_is_a_model_error(output: str, status: int, message: str) -> None:
+    with pytest.raises(errors.ModelError, match=message):
         parse_report(output, status)
 
 

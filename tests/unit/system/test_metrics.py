@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_prewarm.system.metrics import WarmupMetrics, exec_time, now
+from chatterbox_prewarm.system.metrics import StartMetrics, exec_time, now
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 def test_hits_and_misses_are_counted_by_family_with_their_reasons() -> None:
-    metrics = WarmupMetrics(origin=0.0)
+    metrics = StartMetrics(origin=0.0)
     metrics.hit("numba")
     metrics.hit("numba", 4)
     metrics.miss("numba", "compiled f")
@@ -28,12 +28,12 @@ def test_hits_and_misses_are_counted_by_family_with_their_reasons() -> None:
 
 
 def test_a_miss_with_a_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    WarmupMetrics(origin=0.0).miss("numba", "compiled f")
+    StartMetrics(origin=0.0).miss("numba", "compiled f")
     assert "miss in numba: compiled f" in caplog.text
 
 
 def test_phases_are_recorded_in_the_order_in_which_they_end_even_after_an_error() -> None:
-    metrics = WarmupMetrics(origin=0.0)
+    metrics = StartMetrics(origin=0.0)
     with metrics.phase("outer"), metrics.phase("inner"):
         pass
     with pytest.raises(KeyError), metrics.phase("failing"):
@@ -45,14 +45,14 @@ def test_phases_are_recorded_in_the_order_in_which_they_end_even_after_an_error(
 
 
 def test_a_timer_adds_up() -> None:
-    metrics = WarmupMetrics(origin=0.0)
+    metrics = StartMetrics(origin=0.0)
     metrics.add_seconds("compile", 2.0)
     metrics.add_seconds("compile", 0.5)
     assert metrics.timers == {"compile": 2.5}
 
 
 def test_the_log_can_be_written_as_json_with_every_field() -> None:
-    metrics = WarmupMetrics(origin=0.0)
+    metrics = StartMetrics(origin=0.0)
     with metrics.phase("prepare"):
         metrics.hit("numba")
     metrics.miss("signal", "not found")

@@ -1,0 +1,173 @@
+"""`benchmark_warmup_effectiveness`: what a warm state saves, measured in fresh processes."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm.bake.bake import bake
+from chatterbox_prewarm.bake.options import BakeOptions
+from chatterbox_prewarm.bench.speak_process import COLD, WARM, SpeakOptions, speak_in_fresh_process
+from chatterbox_prewarm.bench.starts import SCRATCH, settle
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS
+from chatterbox_prewarm.model.text import check_text
+from chatterbox_prewarm.model.warmup.settings import MEDIUM_TEXT
+from chatterbox_prewarm.start.defaults import default_weights
+from chatterbox_prewarm.state.state import State
+from chatterbox_prewarm.system.devices import check_device
+from chatterbox_prewarm.system.paths import WARM as WARM_IN_IMAGE
+from chatterbox_prewarm.weights.record import read_record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+logger = logging.getLogger(__name__)
+
+#: Limit of the speech tokens of random weights, which never stop: two seconds of audio.
+RANDOM_WEIGHTS_TOKENS = 50
+
+
+@dataclass(frozen=True)
+class WarmupMetrics:
+    """What a warm start saves. Cold is this project's code without a warm state and without a warm-up.
+
+    Example:
+        >>> metrics = benchmark_warmup_effectiveness("Hello, world.", iterations=3)
+        >>> metrics.latency_improvement_ratio
+        2.4
+        >>> print(metrics.report())
+
+    Attributes:
+        cold_start_latency: seconds from the exec of a process to the complete audio of its first request, cold.
+        warm_start_latency: the same with the warm state.
+        warmup_duration: seconds of the warm-up within the warm start.
+        memory_overhead_mb: peak resident memory of the warm process less that of the cold one, after the first request,
+            in MB; on a GPU, peak memory of torch's allocator. Negative if the warm process needs less.
+        first_chunk_improvement_ms: milliseconds by which the first chunk of the first request comes earlier after the
+            warm start. The load is not counted.
+        second_model_latency: seconds to load a second model in the cold process and to speak. It is not a cold start,
+            because the process already has its imports, kernels and buffers. None if it was not measured.
+    """
+
+    cold_start_latency: float
+    warm_start_latency: float
+    warmup_duration: float
+    memory_overhead_mb: float
+    first_chunk_improvement_ms: float
+    second_model_latency: float | None = None
+
+    @property
+    def latency_improvement_ratio(self) -> float:
+        """Cold divided by warm latency: 2.0 means that the first audio comes in half the time."""
+        return self.cold_start_latency / self.warm_start_latency
+
+    def report(self) -> str:
+        """Return the figures as text, one line each."""
+        saved = 1 - self.warm_start_latency / self.cold_start_latency
+        lines = [
+            f"cold start to first audio:  {self.cold_start_latency:8.2f} s",
+            (
+                f"warm start to first audio:  {self.warm_start_latency:8.2f} s "
+                f"({self.latency_improvement_ratio:.2f} times as fast, {saved:.0%} less)"
+            ),
+            f"  of which warm-up:         {self.warmup_duration:8.2f} s",
+            f"first chunk comes earlier:  {self.first_chunk_improvement_ms:8.0f} ms",
+            f"additional peak memory:     {self.memory_overhead_mb:8.0f} MB",
+        ]
+        if self.second_model_latency is not None:
+            lines.append(
+                f"second model, same process: {self.second_model_latency:8.2f} s "
+                "(not a cold start: imports and kernels are there already)"
+            )
+        return "\n".join(lines)
+
+
+def benchmark_warmup_effectiveness(
+    test_text: str = MEDIUM_TEXT,
+    iterations: int = 3,
+    *,
+    device: str = "cpu",
+    weights: str | Path | None = None,
+    warm: str | Path | None = None,
+    say: Callable[[str], None] = logger.info,
+) -> WarmupMetrics:
+    """Measure cold and warm starts in fresh processes that alternate, and return the medians.
+
+    Example:
+        >>> metrics = benchmark_warmup_effectiveness("Hello, world.", iterations=3, device="cuda")
+        >>> print(metrics.report())
+
+    Args:
+        test_text: text of the first request. With random weights, its speech is limited to two seconds.
+        iterations: number of fresh processes, cold and warm each.
+        device: torch device.
+        weights: the directory of a checkpoint; by default as `from_pretrained_with_warmup`.
+        warm: a warm state for this machine; by default the one in an image. Without one, a state is baked first,
+            which can take minutes, and removed afterwards.
+        say: called with one line before each step.
+
+    Raises:
+        BadInputError: an argument is invalid.
+        PrewarmError: a process failed, or the state does not fit this machine.
+    """
+    check_text(test_text)
+    if not isinstance(iterations, int) or iterations < 1:
+        raise BadInputError(f"{iterations!r} iterations", next_step="give a whole number from 1")
+    device = check_device(device)
+    weights = Path(weights) if weights is not None else default_weights()
+    if warm is None and WARM_IN_IMAGE.is_dir():
+        warm = WARM_IN_IMAGE
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+        if warm is None:
+            say("baking a warm state")
+            warm = Path(scratch) / "warm"
+            bake(BakeOptions(weights=weights, warm=warm, cache=Path(scratch) / "cache", device=device))
+        State.read(Path(warm))  # report a damaged state before the first start
+        runs: dict[str, list[dict[str, Any]]] = {COLD: [], WARM: []}
+        for number in range(1, iterations + 1):
+            for system, results in runs.items():
+                say(f"{system} start, {number} of {iterations}")
+                settle(weights, Path(warm))
+                options = SpeakOptions(
+                    system=system,
+                    weights=str(weights),
+                    warm=str(warm),
+                    device=device,
+                    text=test_text,
+                    max_new_tokens=token_limit(weights),
+                    second_model=system == COLD and number == 1,
+                )
+                results.append(speak_in_fresh_process(options))
+    return summarize(runs[COLD], runs[WARM])
+
+
+def token_limit(weights: Path) -> int:
+    """Return the limit of speech tokens: upstream's, or a short one for random weights, which never stop."""
+    return MAX_NEW_TOKENS if read_record(weights).synthetic is None else RANDOM_WEIGHTS_TOKENS
+
+
+def summarize(cold: Sequence[dict[str, Any]], warm: Sequence[dict[str, Any]]) -> WarmupMetrics:
+    """Compute the medians of results of `speak_process.run`."""
+
+    def median(runs: Sequence[dict[str, Any]], figure: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.median(figure(run) for run in runs)
+
+    def memory(run: dict[str, Any]) -> float:
+        return float(run["peak_gpu_bytes"] or run["peak_bytes"])
+
+    def first_chunk(run: dict[str, Any]) -> float:
+        return float(run["requests"][0]["first_chunk"])
+
+    return WarmupMetrics(
+        cold_start_latency=median(cold, lambda run: run["first_audio"]),
+        warm_start_latency=median(warm, lambda run: run["first_audio"]),
+        warmup_duration=median(warm, lambda run: run["ready"] - run["attached"]),
+        memory_overhead_mb=(median(warm, memory) - median(cold, memory)) / 1e6,
+        first_chunk_improvement_ms=1000 * (median(cold, first_chunk) - median(warm, first_chunk)),
+        second_model_latency=next((run["second_model"] for run in cold if "second_model" in run), None),
+    )
