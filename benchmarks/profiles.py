@@ -7,25 +7,20 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.stages import StageOptions
-from chatterbox_prewarm.bake.bake import bake
-from chatterbox_prewarm.bake.options import BakeOptions
+from chatterbox_prewarm.bench.executions import bake_one, select_executions, voice_of
+from chatterbox_prewarm.bench.speak_process import UPSTREAM
 from chatterbox_prewarm.bench.starts import SCRATCH, checkpoint, machine, settle, versions
-from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.families.registry import COMPILED
-from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.profiles import PROFILES, Execution
 from chatterbox_prewarm.system.json_subprocess import run_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-UPSTREAM = "upstream"
 #: Rows of the table: key of the figure and its title.
 _ROWS = (
     ("bake_seconds", "bake, s"),
@@ -47,20 +42,6 @@ _ROWS = (
     ("mel_difference", "mel difference"),
     ("sound_decibels", "sound, dB"),
 )
-
-
-def variants(device: str, profiles: Sequence[str]) -> dict[str, Execution]:
-    """Return the executions to measure: each profile, on a GPU also with graphs, and the last profile in bfloat16."""
-    if unknown := set(profiles) - set(PROFILES):
-        raise BadInputError(f"unknown profile {min(unknown)!r}", next_step=f"choose from {', '.join(PROFILES)}")
-    executions = {profile: Execution(profile=profile) for profile in profiles}
-    if device.startswith("cuda"):
-        executions |= {f"{profile}, graphs": Execution(profile=profile, graphs=True) for profile in profiles}
-        last = profiles[-1]
-        executions[f"{last}, graphs, bf16"] = Execution(profile=last, graphs=True, t3_dtype="bfloat16")
-    else:
-        executions[f"{profiles[-1]}, bf16"] = Execution(profile=profiles[-1], t3_dtype="bfloat16")
-    return executions
 
 
 def run(
@@ -88,7 +69,7 @@ def run(
     Raises:
         BadInputError: a profile is unknown.
     """
-    executions = variants(device, profiles)
+    executions = select_executions(device, profiles)
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         states = {name: Path(scratch) / str(number) for number, name in enumerate(executions)}
@@ -110,11 +91,6 @@ def run(
                 result = measure_one(options)
                 runs.append({"system": name, "round": number, **result})
     return summarize(runs, baked, executions, weights=weights, device=device)
-
-
-def voice_of(state: Path) -> Path:
-    """Return the file of the built-in voice of a state; upstream gets the same voice."""
-    return state / "conditionals" / f"{DEFAULT_VOICE}.safetensors"
 
 
 def measure_one(options: StageOptions) -> dict[str, Any]:
@@ -143,22 +119,6 @@ def summarize(
         "runs": list(runs),
         "medians": medians,
         "ratios": _ratios(runs, medians),
-    }
-
-
-def bake_one(weights: Path, warm: Path, cache: Path, device: str, execution: Execution) -> dict[str, float]:
-    """Bake a state for one execution; return the seconds and the sizes."""
-    started = time.monotonic()
-    manifest = bake(
-        BakeOptions(weights=weights, warm=warm, cache=cache, device=device, execution=execution, levels=(1,))
-    )
-    seconds = time.monotonic() - started
-    compiled = [entry for entry in manifest.families if entry.name in COMPILED]
-    return {
-        "bake_seconds": round(seconds, 1),
-        "state_megabytes": round(sum(entry.size for entry in manifest.families) / 1e6, 1),
-        "compiled_megabytes": round(sum(entry.size for entry in compiled) / 1e6, 1),
-        "compile_seconds": round(sum(entry.seconds_spent for entry in compiled), 1),
     }
 
 

@@ -159,7 +159,7 @@ def _ours(options: StageOptions, metrics: StartMetrics) -> _System:
     metrics.mark("ready")
 
     def check(reference: Path) -> dict[str, Any]:
-        from benchmarks.fidelity import compare
+        from chatterbox_prewarm.bench.fidelity import compare
 
         differences = compare(synthesizer, _TEXT, torch.load(reference, weights_only=True))
         with_t3 = attached.prepared.execution.t3_dtype == "float32"  # upstream's T3 needs float32
@@ -172,7 +172,7 @@ def _ours(options: StageOptions, metrics: StartMetrics) -> _System:
 def _upstream(options: StageOptions, metrics: StartMetrics) -> _System:
     import torch
 
-    from benchmarks.fidelity import reference
+    from chatterbox_prewarm.bench.fidelity import reference
     from chatterbox_prewarm.bench.upstream import load
     from chatterbox_prewarm.families.conditionals import load_voice
 
@@ -193,7 +193,7 @@ def _upstreams_speak(
     """Return a function that synthesizes with upstream's code and the weights of `model`, optionally without T3."""
     import torch
 
-    from benchmarks.fidelity import text_tokens
+    from chatterbox_prewarm.bench.fidelity import text_tokens
     from chatterbox_prewarm.model.synthesis import seed_everything
     from chatterbox_prewarm.model.voices import detached
 

@@ -13,6 +13,8 @@ from chatterbox_prewarm.version import __version__ as __version__
 
 if TYPE_CHECKING:  # for type checkers; at run time `__getattr__` imports the names
     from chatterbox_prewarm.bench.effectiveness import WarmupMetrics, benchmark_warmup_effectiveness
+    from chatterbox_prewarm.bench.report.page import generate_warmup_report
+    from chatterbox_prewarm.bench.report.run import run_warmup_benchmarks
     from chatterbox_prewarm.model.streaming import generate_stream
     from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
     from chatterbox_prewarm.serve.embedded import ChatterboxServer, warm_up_multi_gpu
@@ -36,7 +38,9 @@ _PUBLIC = {
     "from_pretrained_with_warmup": "chatterbox_prewarm.start.pretrained",
     "generate_stream": "chatterbox_prewarm.model.streaming",
     "generate_stream_with_warmup_check": "chatterbox_prewarm.start.streaming",
+    "generate_warmup_report": "chatterbox_prewarm.bench.report.page",
     "load_warmup_cache": "chatterbox_prewarm.start.attach",
+    "run_warmup_benchmarks": "chatterbox_prewarm.bench.report.run",
     "save_warmup_cache": "chatterbox_prewarm.start.save",
     "warm_up_multi_gpu": "chatterbox_prewarm.serve.embedded",
 }
@@ -52,7 +56,9 @@ __all__ = [
     "from_pretrained_with_warmup",
     "generate_stream",
     "generate_stream_with_warmup_check",
+    "generate_warmup_report",
     "load_warmup_cache",
+    "run_warmup_benchmarks",
     "save_warmup_cache",
     "warm_up_multi_gpu",
 ]

@@ -80,8 +80,11 @@ class BadInputError(PrewarmError):
 EXIT_CODES = frozenset({PrewarmError.exit_code, *(kind.exit_code for kind in PrewarmError.__subclasses__())})
 
 
-#: Modules of the packages that the extra `trust` installs.
-_TRUST = frozenset({"cryptography", "cyclonedx", "model_signing", "packageurl"})
+#: The extra that installs a package, by the name of its module. All others belong to the extra `model`.
+_EXTRAS = {
+    **dict.fromkeys(("cryptography", "cyclonedx", "model_signing", "packageurl"), "trust"),
+    **dict.fromkeys(("jinja2", "matplotlib"), "report"),
+}
 
 
 def error_with_code(exit_code: int, message: str, next_step: str) -> PrewarmError:
@@ -110,7 +113,7 @@ def as_prewarm_error(error: Exception) -> PrewarmError:
     if isinstance(error, PrewarmError):
         return error
     if isinstance(error, ImportError):
-        extra = "trust" if (error.name or "").partition(".")[0] in _TRUST else "model"
+        extra = _EXTRAS.get((error.name or "").partition(".")[0], "model")
         return ModelError(
             f"a package is missing: {error}",
             next_step=f"install the {extra} extra: pip install 'chatterbox-prewarm[{extra}]'",

@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from benchmarks.gpu.parts import PARTS
-from benchmarks.gpu.record import Plan, is_complete
+from benchmarks.gpu.plan import Plan
+from chatterbox_prewarm.bench.recorded_steps import is_complete
 from chatterbox_prewarm.errors import EngineError, PrewarmError, exit_with_code
 from chatterbox_prewarm.system.json_subprocess import run_module
 
@@ -38,14 +39,14 @@ def main(*, out: Path | None, device: str, size: str, rounds: int, seconds: floa
 def _run(part: str, plan: Plan, seconds: float) -> bool:
     """Run one part; return whether it is complete."""
     result = Path(plan.out) / f"{part}.json"
-    if is_complete(result, plan):
+    if is_complete(result, asdict(plan)):
         click.echo(f"{part}: complete, in {result}")
         return True
     try:
         run_module("benchmarks.gpu.parts", {"part": part, **asdict(plan)}, timeout=seconds)
     except PrewarmError as error:
         click.echo(f"{part}: {error.message}", err=True)
-    complete = is_complete(result, plan)
+    complete = is_complete(result, asdict(plan))
     click.echo(f"{part}: {'complete' if complete else 'not complete'}, in {result}")
     return complete
 

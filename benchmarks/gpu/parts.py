@@ -9,10 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu.record import Plan, Record
-from benchmarks.profiles import UPSTREAM, bake_one, measure_one, summarize, table, voice_of
+from benchmarks.gpu.plan import Plan
+from benchmarks.profiles import measure_one, summarize, table
 from benchmarks.stages import StageOptions
 from chatterbox_prewarm.bench import load
+from chatterbox_prewarm.bench.executions import bake_one, voice_of
+from chatterbox_prewarm.bench.recorded_steps import RecordedSteps
+from chatterbox_prewarm.bench.speak_process import UPSTREAM
 from chatterbox_prewarm.bench.starts import machine, settle, time_server, time_torch_import, time_upstream, versions
 from chatterbox_prewarm.errors import EngineError, ModelError
 from chatterbox_prewarm.model.reference_clip import reference_clip
@@ -27,26 +30,26 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.proof.checks import Evidence
 
 
-def env(plan: Plan, record: Record) -> None:
+def env(plan: Plan, record: RecordedSteps) -> None:
     """Describe the machine and its software, measure the memory bandwidth, and create a random checkpoint."""
     record.step("machine", lambda: {**machine(), "versions": versions()})
     record.step("checkpoint", _checkpoint, plan)
     record.step("memory bandwidth", _in_process, "bandwidth", {"device": plan.device})
 
 
-def bake(plan: Plan, record: Record) -> None:
+def bake(plan: Plan, record: RecordedSteps) -> None:
     """Bake a warm state for each execution; record the seconds and the sizes."""
     for name, execution in plan.executions().items():
         record.step(name, bake_one, plan.weights, plan.state(name), plan.cache, plan.device, execution)
 
 
-def proof(plan: Plan, record: Record) -> None:
+def proof(plan: Plan, record: RecordedSteps) -> None:
     """Prove each state in a fresh process: no miss, no compiler, and the same audio as in the bake."""
     for name in plan.executions():
         record.step(name, _proof, plan, plan.state(name))
 
 
-def start(plan: Plan, record: Record) -> None:
+def start(plan: Plan, record: RecordedSteps) -> None:
     """Time exec to attached, ready and first audio in turn; once also `compiled` without its cache."""
     states = {name: plan.state(name) for name in plan.executions()}
     first = next(iter(states.values()))
@@ -67,13 +70,13 @@ def start(plan: Plan, record: Record) -> None:
         record.step("compiled, without its cache", _settled, plan, first, compiled)
 
 
-def decode(plan: Plan, record: Record) -> None:
+def decode(plan: Plan, record: RecordedSteps) -> None:
     """Measure seconds per token, to compare with the memory bandwidth, and flow and vocoder by length."""
     for name in plan.executions():
         record.step(name, _in_process, "decode", _locations(plan, name))
 
 
-def profiles(plan: Plan, record: Record) -> None:
+def profiles(plan: Plan, record: RecordedSteps) -> None:
     """Compare the stages of a synthesis and their results with upstream, as in `benchmarks profiles`."""
     executions = plan.executions()
     runs = []
@@ -88,13 +91,13 @@ def profiles(plan: Plan, record: Record) -> None:
         record.steps["summary"] = {key: summary[key] for key in ("medians", "ratios", "executions")}
 
 
-def memory(plan: Plan, record: Record) -> None:
+def memory(plan: Plan, record: RecordedSteps) -> None:
     """Measure time and memory of each step of a start from each state."""
     for name in plan.executions():
         record.step(name, _in_process, "memory", _locations(plan, name))
 
 
-def serve(plan: Plan, record: Record) -> None:
+def serve(plan: Plan, record: RecordedSteps) -> None:
     """Load a server with 1 and 16 streaming clients: time to the first chunk, streams without a pause."""
     on_gpu = plan.device.startswith("cuda")
     state = next(plan.state(name) for name in plan.executions() if name.startswith("aot"))
@@ -110,7 +113,7 @@ _REQUESTS = 6
 _LOOK_AHEAD = 25
 
 #: The parts in their order, by their names on the command line.
-PARTS: Mapping[str, Callable[[Plan, Record], None]] = {
+PARTS: Mapping[str, Callable[[Plan, RecordedSteps], None]] = {
     "env": env,
     "bake": bake,
     "prove": proof,
@@ -206,7 +209,8 @@ def _summary(evidence: Evidence) -> dict[str, Any]:
 def run(*, part: str, **plan_fields: Any) -> dict[str, Any]:
     """Run one part."""
     plan = Plan(**plan_fields)
-    record = Record(Path(plan.out) / f"{part}.json", plan, lambda line: print(f"  {part}: {line}", file=sys.stderr))
+    path = Path(plan.out) / f"{part}.json"
+    record = RecordedSteps(path, asdict(plan), lambda line: print(f"  {part}: {line}", file=sys.stderr))
     PARTS[part](plan, record)
     record.write(complete=True)
     return {"failed": record.failed}

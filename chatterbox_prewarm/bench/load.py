@@ -80,14 +80,16 @@ def run(options: LoadOptions, *, say: Callable[[str], None]) -> dict[str, Any]:
         say: called with one line for each step.
 
     Returns:
-        the report: machine, versions, and for each number of clients the result of `summarize`.
+        the report: machine, versions, for each number of clients the result of `summarize`, and the peak resident
+        memory of the server's processes if the benchmark started it.
 
     Raises:
         ModelError: the server was not ready, or a request without load failed.
     """
     bodies = options.bodies()
     with contextlib.ExitStack() as stack:
-        target = Target.parse(options.url) if options.url else stack.enter_context(started_server(options)).target
+        server = None if options.url else stack.enter_context(started_server(options))
+        target = Target.parse(options.url or "") if server is None else server.target
         report = options.describe() | {"start": start_of(target)}
         say(f"{len(bodies)} requests without load, as the reference")
         unloaded = speak_in_sequence(target, bodies, streamed=True)
@@ -100,6 +102,8 @@ def run(options: LoadOptions, *, say: Callable[[str], None]) -> dict[str, Any]:
         for clients in options.clients:
             say(f"{clients} client(s), {options.requests} requests each")
             report["levels"].append(_level(target, bodies, expected, clients=clients, requests=options.requests))
+        if server is not None:
+            report["resident_bytes"] = server.resident_bytes()
     return report
 
 

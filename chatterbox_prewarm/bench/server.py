@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.bench.clients import Target, livez_probe
 from chatterbox_prewarm.bench.upstream import read_bytes
 from chatterbox_prewarm.errors import ModelError
+from chatterbox_prewarm.proof.probes import status_field
 from chatterbox_prewarm.system.json_subprocess import end_with_parent
 from chatterbox_prewarm.system.metrics import exec_time, now
 
@@ -100,6 +101,10 @@ class MeasuredServer:
     def read_bytes(self) -> int:
         """Return the number of bytes that the server and its workers have read from storage."""
         return sum(read_bytes(pid) for pid in (self.process.pid, *self.workers()))
+
+    def resident_bytes(self) -> int:
+        """Return the sum of the peak resident memory of the server and its workers. Shared pages count in each."""
+        return sum(1024 * (status_field(pid, "VmHWM") or 0) for pid in (self.process.pid, *self.workers()))
 
     def workers(self) -> list[int]:
         """Return the process IDs of the workers that are running."""

@@ -20,6 +20,7 @@ from chatterbox_prewarm.system.metrics import exec_time, now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 UPSTREAM = "upstream"
 COLD = "cold"
@@ -42,7 +43,8 @@ class SpeakOptions:
         chunk_tokens: speech tokens of each chunk. Upstream returns only complete audio.
         look_ahead: look-ahead of a stream in tokens; None: a stream waits for its last token.
         requests: number of requests, one after the other, each with the same seed.
-        levels: levels of a warm-up after the load; a warm start also speaks once.
+        speak_once: whether a warm start speaks once before it is ready, as it does by default.
+        levels: levels of an additional warm-up.
         second_model: whether to load a second model in this process after the requests.
         memory_limit: limit in bytes of the memory that the process may allocate (RLIMIT_DATA), or None.
     """
@@ -57,23 +59,45 @@ class SpeakOptions:
     chunk_tokens: int = 5
     look_ahead: int | None = None
     requests: int = 1
+    speak_once: bool = True
     levels: Sequence[int] = ()
     second_model: bool = False
     memory_limit: int | None = None
 
 
-def speak_in_fresh_process(options: SpeakOptions, *, timeout: float | None = None) -> dict[str, Any]:
-    """Run the process with an empty cache; return the result of `run`.
+def speak_in_fresh_process(
+    options: SpeakOptions, cache: Path | None = None, *, bytecode: bool = True
+) -> dict[str, Any]:
+    """Run the process; return the result of `run`.
+
+    Args:
+        options: what to load and to speak.
+        cache: cache directory for the profile `compiled`, whose state works only with the path of its bake. By default
+            an empty directory.
+        bytecode: whether the process may use the bytecode beside the sources, which a fresh image does not have.
 
     Raises:
         PrewarmError: the process failed, with the error that it reported.
     """
-    with tempfile.TemporaryDirectory(prefix=SCRATCH) as cache:
+    return run_with_cache("chatterbox_prewarm.bench.speak_process", asdict(options), cache, bytecode=bytecode)
+
+
+def run_with_cache(
+    module: str, arguments: dict[str, Any], cache: Path | None = None, *, bytecode: bool = True
+) -> dict[str, Any]:
+    """Run a module that takes a cache directory in a fresh process; see `speak_in_fresh_process`.
+
+    Raises:
+        PrewarmError: as `run_module`.
+    """
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as empty:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        if options.system == UPSTREAM:
-            environment["NUMBA_CACHE_DIR"] = cache
-        arguments = {**asdict(options), "cache": cache}
-        return run_module("chatterbox_prewarm.bench.speak_process", arguments, env=environment, timeout=timeout)
+        if arguments["system"] == UPSTREAM:
+            environment["NUMBA_CACHE_DIR"] = empty
+        if not bytecode:
+            environment["PYTHONPYCACHEPREFIX"] = f"{empty}/bytecode"
+            environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        return run_module(module, {**arguments, "cache": str(cache or empty)}, env=environment)
 
 
 def run(*, cache: str, **fields: Any) -> dict[str, Any]:
@@ -120,7 +144,7 @@ def _load(options: SpeakOptions, cache: str, marks: dict[str, Any]) -> tuple[Any
     warm = options.system == WARM
     model = PrewarmedChatterbox.from_pretrained_with_warmup(
         options.device,
-        warmup=warm,
+        warmup=warm and options.speak_once,
         weights=options.weights,
         warm=options.warm if warm else os.devnull,
         cache=cache,
@@ -137,30 +161,30 @@ def _speak(model: Any, options: SpeakOptions) -> dict[str, Any]:
     """Send one request.
 
     Returns:
-        `seconds` to the end of the audio, `first_chunk` in seconds since the call, and the seconds between the chunks
-        (`gaps`). Upstream has one chunk.
+        `seconds` to the end of the audio and `first_chunk`, both since the call; the seconds between the chunks
+        (`gaps`), of which upstream has one; `audio`, the seconds of audio.
     """
     if options.system == UPSTREAM:
         from chatterbox_prewarm.model.synthesis import seed_everything
 
         seed_everything(_SEED)
         started = time.monotonic()
-        model.generate(options.text)
+        samples = model.generate(options.text).shape[-1]
         seconds = time.monotonic() - started
-        return {"seconds": seconds, "first_chunk": seconds, "gaps": []}
+        return {"seconds": seconds, "first_chunk": seconds, "gaps": [], "audio": samples / model.sr}
     started = time.monotonic()
-    arrivals = [
-        time.monotonic()
-        for _ in model.generate_stream(
-            options.text,
-            seed=_SEED,
-            max_new_tokens=options.max_new_tokens,
-            chunk_tokens=options.chunk_tokens,
-            look_ahead=options.look_ahead,
-        )
-    ]
+    arrivals, samples = [], 0
+    for chunk in model.generate_stream(
+        options.text,
+        seed=_SEED,
+        max_new_tokens=options.max_new_tokens,
+        chunk_tokens=options.chunk_tokens,
+        look_ahead=options.look_ahead,
+    ):
+        arrivals.append(time.monotonic() - started)
+        samples += len(chunk.samples)
     gaps = [later - earlier for earlier, later in itertools.pairwise(arrivals)]
-    return {"seconds": arrivals[-1] - started, "first_chunk": arrivals[0] - started, "gaps": gaps}
+    return {"seconds": arrivals[-1], "first_chunk": arrivals[0], "gaps": gaps, "audio": samples / model.sr}
 
 
 def _since_exec() -> float:

@@ -88,21 +88,32 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
     State.read(warm)  # report a damaged state before the first start
     runs: list[dict[str, Any]] = []
     with reference_clip() as clip:
-        measure: dict[str, Callable[[], dict[str, Any]]] = {
-            "torch": time_torch_import,
-            "upstream": partial(time_upstream, weights, clip, device),
-            "cold": partial(time_server, weights, warm, device, clip=clip),
-            "warm": partial(time_server, weights, warm, device, hello=hello),
-        }
+        measure = start_functions(weights, warm, clip, device, hello=hello)
         for pages, count in (("hot", rounds), ("cold", int(cold_pages))):
             for number in range(1, count + 1):
                 for system in systems:
                     settle(weights, warm) if pages == "hot" else drop_page_cache()
                     say(f"{_TITLES[system]}, page cache {pages}, {number} of {count}")
-                    result = {"system": system, "pages": pages, **measure[system]()}
-                    result["apart"] = pages == "hot" and result.get("read_bytes", 0) > _HOT_LIMIT
-                    runs.append(result)
+                    runs.append(label_run(measure[system](), system, pages))
     return summarize(runs, weights=weights, warm=warm, device=device)
+
+
+def start_functions(
+    weights: Path, warm: Path, clip: Path, device: str, *, hello: Path | None = None
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return for each system a function that measures one start; see `measure_starts` for the arguments."""
+    return {
+        "torch": time_torch_import,
+        "upstream": partial(time_upstream, weights, clip, device),
+        "cold": partial(time_server, weights, warm, device, clip=clip),
+        "warm": partial(time_server, weights, warm, device, hello=hello),
+    }
+
+
+def label_run(result: dict[str, Any], system: str, pages: str) -> dict[str, Any]:
+    """Add the system, the state of the page cache, and whether the run is left out of the medians."""
+    apart = pages == "hot" and result.get("read_bytes", 0) > _HOT_LIMIT
+    return {"system": system, "pages": pages, **result, "apart": apart}
 
 
 def summarize(runs: list[dict[str, Any]], *, weights: Path, warm: Path, device: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from chatterbox_prewarm.commands.options import (
     weights_option,
 )
 from chatterbox_prewarm.errors import BadInputError, ModelError
+from chatterbox_prewarm.model.profiles import PROFILES
 from chatterbox_prewarm.system.atomic_files import write_whole
 
 if TYPE_CHECKING:
@@ -46,6 +48,54 @@ def bench_startup(*, output: Path, systems: str, **fields: Any) -> None:
     report = measure_starts(systems=systems.split(","), say=say, **fields)
     write_report(report, output)
     click.echo(table(report))
+
+
+@bench.command("report")
+@weights_option
+@warm_option
+@device_option
+@click.option("--output", type=PATH, required=True, help="Folder for the page, its charts and results.json.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Fresh processes of each system.")
+@click.option(
+    "--parts",
+    help="Parts to measure: starts, requests, memory, levels, ablation, profiles, growth, load, quality. Default: all.",
+)
+@click.option("--profiles", default=",".join(PROFILES), show_default=True, help="Profiles to bake and compare.")
+@click.option("--clients", default="1,4,16", show_default=True, help="Numbers of concurrent clients.")
+@click.option("--requests", default=3, show_default=True, type=click.IntRange(1), help="Requests of each client.")
+def bench_report(*, output: Path, parts: str | None, profiles: str, clients: str, **fields: Any) -> None:
+    """Measure this project's claims; write a page. The same command continues an interrupted run."""
+    from chatterbox_prewarm.bench.report.page import generate_warmup_report
+    from chatterbox_prewarm.bench.report.run import run_warmup_benchmarks
+
+    options = {"profiles": profiles.split(","), "clients": numbers(clients), **fields}
+    if parts is not None:
+        options["parts"] = parts.split(",")
+    importlib.import_module("chatterbox_prewarm.bench.report.charts")  # report a missing package before the measurement
+    results = run_warmup_benchmarks(output, say=say, **options)
+    click.echo(f"wrote {generate_warmup_report(results, output)}")
+    if results["failed"]:
+        raise ModelError(
+            f"{len(results['failed'])} step(s) failed: {'; '.join(results['failed'])}",
+            next_step="run the same command again to repeat them",
+        )
+
+
+@bench.command("compare")
+@click.argument("old", type=PATH)
+@click.argument("new", type=PATH)
+@click.option("--force", is_flag=True, help="Compare also results of different machines, versions or checkpoints.")
+def bench_compare(*, old: Path, new: Path, force: bool) -> None:
+    """Compare two reports (results.json). A regression beyond the noise of their A/A runs is an error."""
+    from chatterbox_prewarm.bench.report.compare import compare
+
+    comparison = compare(old, new, force=force)
+    click.echo(comparison.table())
+    if comparison.regressions:
+        raise ModelError(
+            f"worse than before: {'; '.join(comparison.regressions)}",
+            next_step=f"measure again to confirm it, or accept it by replacing {old}",
+        )
 
 
 tokens_option = click.option(

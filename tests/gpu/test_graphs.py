@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from benchmarks.fidelity import text_tokens
+from chatterbox_prewarm.bench.fidelity import text_tokens
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.pipeline import pipeline_of

@@ -16,8 +16,9 @@ import pytest
 
 import chatterbox_prewarm
 from benchmarks.leak import growth
-from benchmarks.profiles import measure_one, summarize, table, voice_of
+from benchmarks.profiles import measure_one, summarize, table
 from benchmarks.stages import StageOptions
+from chatterbox_prewarm.bench.executions import voice_of
 from chatterbox_prewarm.bench.load import FAULTS
 from chatterbox_prewarm.model.profiles import Execution
 from tests.conftest import ROOT, run_benchmark, run_cli

@@ -1,0 +1,52 @@
+"""The executions that a benchmark compares, and the warm state of each."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from chatterbox_prewarm.bake.bake import bake
+from chatterbox_prewarm.bake.options import BakeOptions
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.families.registry import COMPILED
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.profiles import PROFILES, Execution
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+def select_executions(device: str, profiles: Sequence[str]) -> dict[str, Execution]:
+    """Return the executions to measure: each profile, on a GPU also with graphs, and the last profile in bfloat16."""
+    if unknown := set(profiles) - set(PROFILES):
+        raise BadInputError(f"unknown profile {min(unknown)!r}", next_step=f"choose from {', '.join(PROFILES)}")
+    found = {profile: Execution(profile=profile) for profile in profiles}
+    if device.startswith("cuda"):
+        found |= {f"{profile}, graphs": Execution(profile=profile, graphs=True) for profile in profiles}
+        last = profiles[-1]
+        found[f"{last}, graphs, bf16"] = Execution(profile=last, graphs=True, t3_dtype="bfloat16")
+    else:
+        found[f"{profiles[-1]}, bf16"] = Execution(profile=profiles[-1], t3_dtype="bfloat16")
+    return found
+
+
+def bake_one(weights: Path, warm: Path, cache: Path, device: str, execution: Execution) -> dict[str, float]:
+    """Bake a state for one execution; return the seconds and the sizes."""
+    started = time.monotonic()
+    manifest = bake(
+        BakeOptions(weights=weights, warm=warm, cache=cache, device=device, execution=execution, levels=(1,))
+    )
+    seconds = time.monotonic() - started
+    compiled = [entry for entry in manifest.families if entry.name in COMPILED]
+    return {
+        "bake_seconds": round(seconds, 1),
+        "state_megabytes": round(sum(entry.size for entry in manifest.families) / 1e6, 1),
+        "compiled_megabytes": round(sum(entry.size for entry in compiled) / 1e6, 1),
+        "compile_seconds": round(sum(entry.seconds_spent for entry in compiled), 1),
+    }
+
+
+def voice_of(state: Path) -> Path:
+    """Return the file of the built-in voice of a state; upstream gets the same voice."""
+    return state / "conditionals" / f"{DEFAULT_VOICE}.safetensors"

@@ -1,0 +1,1 @@
+"""`bench report`: measure what this project claims, and write the results as a page."""

@@ -1,0 +1,125 @@
+"""Compare the claims of this project with the results of a report."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm.bench.report.figures import (
+    chunk_spread,
+    first_chunk,
+    peak_memory,
+    ratios,
+    rounds,
+)
+from chatterbox_prewarm.bench.speak_process import COLD, UPSTREAM, WARM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
+#: Least ratio in dB of the audio to the difference between two renditions that sound the same.
+_SAME_SOUND_DECIBELS = 50
+#: Least confidence of upstream's detector that there is a watermark.
+_WATERMARK = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A row of the table of claims.
+
+    Attributes:
+        claim: what is claimed.
+        claimed: the claimed value.
+        measured: the measured value, with the range over the rounds.
+        verdict: `MET`, `NOT_MET` or `NOT_MEASURED`.
+        note: what the value was compared with.
+    """
+
+    claim: str
+    claimed: str
+    measured: str
+    verdict: str
+    note: str
+
+
+def claims(steps: Mapping[str, dict[str, Any]]) -> list[Claim]:
+    """Evaluate every claim with the recorded steps."""
+    start = {name: rounds(steps, "starts", name) for name in (UPSTREAM, WARM)}
+    request = {name: rounds(steps, "requests", name) for name in (UPSTREAM, COLD, WARM)}
+    pairs = sorted(request[COLD].keys() & request[WARM].keys())
+    return [
+        _row(
+            "cold start",
+            "50 to 70 % less",
+            [1 - ratio for ratio in ratios(start[WARM], start[UPSTREAM], itemgetter("first_audio"))],
+            lambda share: share >= 0.5,
+            lambda share: f"{share:.0%} less",
+            "from exec to the first audio, the warm server and upstream without changes",
+        ),
+        _row(
+            "first chunk",
+            "300 to 500 ms less",
+            [1000 * (first_chunk(request[COLD][one]) - first_chunk(request[WARM][one])) for one in pairs],
+            lambda saved: saved >= 300,
+            lambda saved: f"{saved:.0f} ms less",
+            "first request after a cold and after a warm load. The alignment analyzer, which the claim names, belongs "
+            "to the multilingual model, which this project does not have yet",
+        ),
+        _row(
+            "chunk times",
+            "steadier",
+            ratios(request[WARM], request[COLD], chunk_spread),
+            lambda ratio: ratio < 1,
+            lambda ratio: f"{ratio:.2f} of the spread",
+            "standard deviation of the time between the chunks of the first request, warm and cold",
+        ),
+        _row(
+            "peak memory of the first run",
+            "10 to 15 % less",
+            [1 - ratio for ratio in ratios(request[WARM], request[UPSTREAM], peak_memory)],
+            lambda share: share >= 0.1,
+            lambda share: f"{share:.0%} less" if share >= 0 else f"{-share:.0%} more",
+            "peak resident memory, or that of torch's allocator on a GPU; warm, and upstream without changes",
+        ),
+        _quality(steps),
+    ]
+
+
+def _row(
+    claim: str,
+    claimed: str,
+    values: Sequence[float],
+    holds: Callable[[float], bool],
+    text: Callable[[float], str],
+    note: str,
+) -> Claim:
+    """Judge a claim by the median of the rounds."""
+    if not values:
+        return Claim(claim=claim, claimed=claimed, measured="", verdict=NOT_MEASURED, note=note)
+    median = statistics.median(values)
+    measured = text(median)
+    if len(values) > 1:
+        measured += f" ({text(min(values))} to {text(max(values))})"
+    return Claim(claim=claim, claimed=claimed, measured=measured, verdict=MET if holds(median) else NOT_MET, note=note)
+
+
+def _quality(steps: Mapping[str, dict[str, Any]]) -> Claim:
+    """Judge that a warm start changes nothing that can be heard: equal tokens, the same sound, the watermark."""
+    pair = steps.get(f"quality: {COLD} / {WARM}")
+    warm = steps.get(f"quality: {WARM}")
+    note = "the same text and random numbers, cold and warm, and upstream's detector of the watermark"
+    if pair is None or warm is None:
+        return Claim(claim="quality", claimed="no effect", measured="", verdict=NOT_MEASURED, note=note)
+    same = pair["decibels"] is None or pair["decibels"] >= _SAME_SOUND_DECIBELS
+    sound = "every sample equal" if pair["decibels"] is None else f"difference {pair['decibels']:.0f} dB below"
+    holds = pair["tokens_equal"] == 1 and same and warm["watermark"] >= _WATERMARK
+    return Claim(
+        claim="quality",
+        claimed="no effect",
+        measured=f"{pair['tokens_equal']:.0%} of the tokens equal, {sound}, watermark {warm['watermark']:.2f}",
+        verdict=MET if holds else NOT_MET,
+        note=note,
+    )

@@ -1,0 +1,123 @@
+"""Options of `bench report`, and the checks before minutes are spent."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm.bench.starts import checkpoint, machine, versions
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.model.profiles import PROFILES
+from chatterbox_prewarm.state.state import State
+from chatterbox_prewarm.system.devices import check_device
+from chatterbox_prewarm.version import __version__
+from chatterbox_prewarm.weights.record import read_record
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+#: The parts of a report in their order.
+PARTS = ("starts", "requests", "memory", "levels", "ablation", "profiles", "growth", "load", "quality")
+#: Name of the second warm start in each round. It shows the noise, because both starts are the same.
+WARM_AGAIN = "warm again"
+#: Disk space in bytes of a baked state and of the other files.
+_STATE_BYTES, _OTHER_BYTES = 100_000_000, 300_000_000
+#: Memory in bytes that a process needs in addition to the weights.
+_PROCESS_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Options of a report.
+
+    Attributes:
+        weights: directory of the checkpoint.
+        warm: warm state of the warm starts, baked for this machine.
+        output: folder for the results.
+        device: torch device.
+        rounds: fresh processes of each system.
+        profiles: profiles to bake and to compare.
+        parts: names from `PARTS` of the parts to measure.
+        clients: numbers of concurrent clients.
+        requests: requests of each client.
+    """
+
+    weights: Path
+    warm: Path
+    output: Path
+    device: str = "cpu"
+    rounds: int = 3
+    profiles: Sequence[str] = PROFILES
+    parts: Sequence[str] = PARTS
+    clients: Sequence[int] = (1, 4, 16)
+    requests: int = 3
+
+    @property
+    def results(self) -> Path:
+        """The JSON file with the results."""
+        return self.output / "results.json"
+
+    @property
+    def states(self) -> Path:
+        """The folder for the states that a report bakes; it is removed at the end."""
+        return self.output / "states"
+
+    @property
+    def audio(self) -> Path:
+        """The folder for the audio that is compared."""
+        return self.output / "audio"
+
+    @property
+    def cache(self) -> Path:
+        """The cache directory of these bakes."""
+        return self.states / "cache"
+
+    def plan(self) -> dict[str, Any]:
+        """Return what the results depend on, as JSON values. Parts can be added later."""
+        return {
+            "tool": __version__,
+            "machine": machine(),
+            "versions": versions(),
+            "device": self.device,
+            "weights": checkpoint(self.weights),
+            "state": State.read(self.warm).manifest.set_digest,
+            "rounds": self.rounds,
+            "profiles": list(self.profiles),
+            "clients": list(self.clients),
+            "requests": self.requests,
+        }
+
+    def check(self) -> None:
+        """Check the options, the free disk space and the free memory.
+
+        Raises:
+            BadInputError: an option is invalid, or there is too little space or memory.
+            PrewarmError: the state or the checkpoint cannot be read.
+        """
+        for kind, given, known in (("part", self.parts, PARTS), ("profile", self.profiles, PROFILES)):
+            if unknown := sorted(set(given) - set(known)):
+                raise BadInputError(f"there is no {kind} {unknown[0]!r}", next_step=f"choose from {', '.join(known)}")
+        check_device(self.device)
+        size = sum(file.size for file in read_record(self.weights).files)
+        self.output.mkdir(parents=True, exist_ok=True)
+        disk = (len(self.profiles) + 1) * _STATE_BYTES + _OTHER_BYTES
+        if (free := shutil.disk_usage(self.output).free) < disk:
+            raise BadInputError(
+                f"{self.output} has {free / 1e9:.1f} GB of free space, and a report needs {disk / 1e9:.1f}",
+                next_step="free some space, or name another folder",
+            )
+        workers = 2 if "load" in self.parts else 1
+        memory = workers * (_PROCESS_BYTES + size)
+        if (available := available_memory()) < memory:
+            raise BadInputError(
+                f"{available / 1e9:.1f} GB of memory are available, and these parts need {memory / 1e9:.1f}",
+                next_step="end other processes, or leave out the part `load`, which runs two workers",
+            )
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that a process can use without swapping, from `/proc/meminfo`."""
+    with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123 - a file of the kernel
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))

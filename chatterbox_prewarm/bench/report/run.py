@@ -1,0 +1,73 @@
+"""`run_warmup_benchmarks`: run the parts of a report, and continue after an interruption."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm.bench.recorded_steps import RecordedSteps
+from chatterbox_prewarm.bench.report.options import PARTS, ReportOptions
+from chatterbox_prewarm.bench.report.parts import PART_FUNCTIONS
+from chatterbox_prewarm.start.defaults import default_weights
+from chatterbox_prewarm.system.atomic_files import remove
+from chatterbox_prewarm.system.paths import WARM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+
+def run_warmup_benchmarks(
+    output: str | Path = "warmup-report",
+    *,
+    weights: str | Path | None = None,
+    warm: str | Path | None = None,
+    device: str = "cpu",
+    say: Callable[[str], None] = logger.info,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure this project's claims, and record the results in `OUTPUT/results.json`.
+
+    The file is complete and valid after every step. If the run was interrupted or a step failed, the same call measures
+    the remaining steps.
+
+    Example:
+        >>> results = run_warmup_benchmarks("report", device="cuda")
+        >>> page = generate_warmup_report(results, "report")
+
+    Args:
+        output: folder for the results.
+        weights: the directory of a checkpoint; by default as `from_pretrained_with_warmup`.
+        warm: a warm state that was baked for this machine; by default the one in an image.
+        device: torch device.
+        say: called with one line before each step.
+        **options: other attributes of `ReportOptions`, such as `rounds` and `parts`.
+
+    Returns:
+        the content of the file: `plan`, `complete`, `failed` and `steps`.
+
+    Raises:
+        BadInputError: an option is invalid, the folder contains results of another measurement, or there is too little
+            disk space or memory.
+        PrewarmError: the state or the checkpoint cannot be read.
+    """
+    report_options = ReportOptions(
+        output=Path(output),
+        weights=Path(weights) if weights is not None else default_weights(),
+        warm=Path(warm) if warm is not None else WARM,
+        device=device,
+        **options,
+    )
+    report_options.check()
+    record = RecordedSteps(report_options.results, report_options.plan(), say)
+    try:
+        for part in report_options.parts:
+            PART_FUNCTIONS[part](report_options, record)
+    finally:
+        results = record.write(complete=False)
+    results = record.write(complete=set(report_options.parts) == set(PARTS))
+    if not record.failed and report_options.states.exists():
+        remove(report_options.states)
+    return results

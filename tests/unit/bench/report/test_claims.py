@@ -1,0 +1,64 @@
+"""Test that the table of claims follows from the results."""
+
+from __future__ import annotations
+
+import pytest
+
+from chatterbox_prewarm.bench.report.claims import MET, NOT_MEASURED, NOT_MET, Claim, claims
+from tests.helpers.reports import pair, results, speech, start
+
+
+def claim(name: str, **steps: object) -> Claim:
+    """Return a claim, judged by results in which some steps are others."""
+    found = {**results()["steps"], **steps}
+    return next(row for row in claims(found) if row.claim == name)
+
+
+def test_every_claim_is_judged() -> None:
+    assert [row.claim for row in claims(results()["steps"])] == [
+        "cold start",
+        "first chunk",
+        "chunk times",
+        "peak memory of the first run",
+        "quality",
+    ]
+    assert {row.verdict for row in claims(results()["steps"])} == {MET}
+    assert {row.verdict for row in claims({})} == {NOT_MEASURED}
+
+
+def test_a_value_has_its_median_and_its_range() -> None:
+    row = claim("cold start")
+    assert row.measured == "68% less (67% less to 69% less)"
+    assert row.claimed == "50 to 70 % less"
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "worse"),
+    [
+        ("cold start", "starts: upstream, 1", start(5.0, 11.0)),
+        ("first chunk", "requests: cold, 1", speech(4.4, 4.0, gaps=(0.5, 1.5))),
+        ("chunk times", "requests: warm, 1", speech(4.2, 4.0, gaps=(0.1, 3.1))),
+        ("peak memory of the first run", "requests: upstream, 1", speech(9.0, 4.0, gaps=())),
+        ("quality", "quality: cold / warm", pair(0.99)),
+        ("quality", "quality: cold / warm", pair(1.0, 30.0)),
+        ("quality", "quality: warm", {"watermark": 0.5, "seconds": 2.0}),
+    ],
+)
+def test_a_claim_that_does_not_hold_is_not_met(name: str, step: str, worse: object) -> None:
+    steps = {step: worse}
+    if name == "cold start":
+        steps["starts: upstream, 2"] = worse
+    assert claim(name, **steps).verdict == NOT_MET
+
+
+def test_more_memory_is_called_more() -> None:
+    row = claim("peak memory of the first run", **{"requests: upstream, 1": speech(9.0, peak_bytes=1_000_000_000)})
+    assert row.measured == "100% more"
+
+
+def test_on_a_gpu_the_memory_is_that_of_its_allocator() -> None:
+    steps = {
+        "requests: upstream, 1": speech(9.0, peak_gpu_bytes=4_000_000_000),
+        "requests: warm, 1": speech(4.0, peak_gpu_bytes=3_000_000_000),
+    }
+    assert claim("peak memory of the first run", **steps).measured == "25% less"
