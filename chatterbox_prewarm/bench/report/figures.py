@@ -112,15 +112,20 @@ def _timed(steps: Mapping[str, Step]) -> dict[str, Figure]:
 
 
 def _exact(steps: Mapping[str, Step]) -> dict[str, Figure]:
-    warm = [*rounds(steps, "starts", WARM).values(), *rounds(steps, "requests", WARM).values()]
-    found = {}
+    warm = [
+        step
+        for name, step in steps.items()
+        if name.startswith((f"starts: {WARM}", f"requests: {WARM}", "growth: ")) and "misses" in step
+    ]
+    found = {
+        f"bytes of the family {family}": Figure(values=(float(size),))
+        for family, size in steps.get("state", {}).items()
+    }
     if warm:
         most = max(sum(step["misses"].values()) for step in warm)
         found["misses of a warm start"] = Figure(values=(float(most),))
     for name, step in steps.items():
         part, _, detail = name.partition(": ")
-        if part == "ablation" and detail.endswith(", 1") and step["bytes"]:
-            found[f"bytes of the family {detail.removesuffix(', 1')}"] = Figure(values=(float(step["bytes"]),))
         if part == "quality" and " / " in detail:
             if step["tokens_equal"] is not None:
                 found[f"tokens equal, {detail}"] = Figure(values=(step["tokens_equal"],), higher_is_better=True)
@@ -149,6 +154,7 @@ def slope(points: Sequence[tuple[float, float]]) -> float | None:
 
 def extra_seconds(steps: Mapping[str, Step]) -> dict[str, tuple[float, int]]:
     """Return for each family the additional seconds to the first audio without it, and its size in bytes."""
+    sizes = steps.get("state", {})
     complete = rounds(steps, "ablation", "none")
     names = {name.removeprefix("ablation: ").rpartition(", ")[0] for name in steps if name.startswith("ablation: ")}
     found = {}
@@ -156,7 +162,7 @@ def extra_seconds(steps: Mapping[str, Step]) -> dict[str, tuple[float, int]]:
         without = rounds(steps, "ablation", family)
         if common := sorted(without.keys() & complete.keys()):
             extra = [without[number]["first_audio"] - complete[number]["first_audio"] for number in common]
-            found[family] = (statistics.median(extra), int(without[common[0]]["bytes"]))
+            found[family] = (statistics.median(extra), int(sizes.get(family, 0)))
     return found
 
 

@@ -10,6 +10,7 @@ from chatterbox_prewarm.bench.report.claims import claims
 from chatterbox_prewarm.bench.report.sections import sections
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.system.atomic_files import write_whole
+from chatterbox_prewarm.system.fingerprint import ABSENT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,7 +66,7 @@ def _render(results: Mapping[str, Any], images: Mapping[str, str], audio: Path) 
     pairs = [[one.replace(", ", "-") for one in pair] for pair in names if len(pair) == 2]
     machine = plan["machine"]
     return environment.get_template("page.html").render(
-        machine=machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores",
+        machine=f"{machine['cpu']}, {machine['cores']} cores" if machine["gpu"] in {"", ABSENT} else machine["gpu"],
         complete=results["complete"],
         failed=results.get("failed", {}),
         claims=claims(steps),

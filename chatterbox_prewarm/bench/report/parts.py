@@ -43,9 +43,16 @@ QUALITY = "chatterbox_prewarm.bench.report.quality_process"
 _TOKENS = {SHORT_TEXT: 12, MEDIUM_TEXT: 50, LONG_TEXT: 100}
 #: Requests of a process in sequence.
 _BATCH = 6
-#: Memory limits, relative to the memory that an unlimited process allocated.
-_LIMITS = {"just enough": 1.03, "too little": 0.7}
+#: Memory limits in percent of the memory that an unlimited process had allocated after its first request. They are
+#: tried one after the other, until one is too little. The process needs more for a moment.
+_LIMITS = range(140, 40, -10)
 _VOICES = (1, 16, 64)
+
+
+def state(options: ReportOptions, record: RecordedSteps) -> None:
+    """Record the bytes of each family of the warm state."""
+    families = State.read(options.warm).manifest.families
+    record.step("state", lambda: {family.name: family.size for family in families})
 
 
 def starts(options: ReportOptions, record: RecordedSteps) -> None:
@@ -73,17 +80,18 @@ def requests(options: ReportOptions, record: RecordedSteps) -> None:
 
 
 def memory(options: ReportOptions, record: RecordedSteps) -> None:
-    """Limit the memory of a warm process: just enough for it, and too little.
+    """Lower the memory limit of a warm process, until it is just too little.
 
     On a GPU, only the memory of the host is limited.
     """
     unlimited = record.step("memory: unlimited", _speak, options, _options(options, WARM, requests=2))
     if unlimited is None:
         return
-    for name, share in _LIMITS.items():
-        limit = int(share * unlimited["allocated_bytes"])
-        limited = _options(options, WARM, requests=2, memory_limit=limit)
-        record.step(f"memory: {name}", _speak_or_fail, options, limited)
+    for percent in _LIMITS:
+        limited = _options(options, WARM, requests=2, memory_limit=percent * unlimited["allocated_bytes"] // 100)
+        found = record.step(f"memory: {percent} %", _speak_or_fail, options, limited)
+        if found is None or "error" in found:
+            return
 
 
 def levels(options: ReportOptions, record: RecordedSteps) -> None:
@@ -99,20 +107,19 @@ def ablation(options: ReportOptions, record: RecordedSteps) -> None:
     No start may use the bytecode beside the sources, so that the family `bytecode` makes the difference that it makes
     in a fresh image.
     """
-    families = {family.name: family.size for family in State.read(options.warm).manifest.families}
     for number in _rounds(options):
-        record.step(f"ablation: none, {number}", _without, options, None, 0)
-        for name, size in families.items():
-            record.step(f"ablation: {name}, {number}", _without, options, name, size)
+        record.step(f"ablation: none, {number}", _without, options, None)
+        for family in State.read(options.warm).manifest.families:
+            record.step(f"ablation: {family.name}, {number}", _without, options, family.name)
 
 
-def _without(options: ReportOptions, family: str | None, size: int) -> dict[str, Any]:
-    state = options.warm
+def _without(options: ReportOptions, family: str | None) -> dict[str, Any]:
+    warm = options.warm
     if family is not None:
-        state = without_family(options.warm, family, options.states / f"without-{family}")
-    settle(options.weights, state)
-    speak = replace(_options(options, WARM), warm=str(state), policy="fallback", speak_once=False)
-    return {"bytes": size, **speak_in_fresh_process(speak, bytecode=False)}
+        warm = without_family(options.warm, family, options.states / f"without-{family}")
+    settle(options.weights, warm)
+    speak = replace(_options(options, WARM), warm=str(warm), policy="fallback", speak_once=False)
+    return speak_in_fresh_process(speak, bytecode=False)
 
 
 def profiles(options: ReportOptions, record: RecordedSteps) -> None:
@@ -267,6 +274,7 @@ def _rounds(options: ReportOptions) -> range:
 
 
 PART_FUNCTIONS: Mapping[str, Callable[[ReportOptions, RecordedSteps], None]] = {
+    "state": state,
     "starts": starts,
     "requests": requests,
     "memory": memory,

@@ -111,18 +111,19 @@ def _requests(steps: Steps) -> Section:
 
 def _memory(steps: Steps) -> Section:
     rows = []
-    for name in ("unlimited", "just enough", "too little"):
-        if (step := steps.get(f"memory: {name}")) is None:
+    unlimited = steps.get("memory: unlimited", {}).get("allocated_bytes", 0)
+    for name, step in steps.items():
+        if not name.startswith("memory: "):
             continue
-        if "error" in step:
-            rows.append((name, f"ended with exit code {step['exit_code']}: {step['error'][:120]}"))
-        else:
-            used = step["allocated_bytes"] / 1e6
-            rows.append((name, f"spoke {len(step['requests'])} of {len(step['requests'])} requests with {used:.0f} MB"))
+        limit = name.removeprefix("memory: ")
+        if limit.endswith("%"):
+            limit += f", {int(limit.split()[0]) * unlimited / 1e8:.0f} MB"
+        spoken = f"spoke {len(step['requests'])} requests" if "requests" in step else ""
+        rows.append((limit, spoken or f"ended with exit code {step['exit_code']}: {step['error'][:100]}"))
     return Section(
         title="Memory pressure",
-        text="A limit on the memory that a warm process may allocate (RLIMIT_DATA): 3 % above what an unlimited "
-        "process allocated, and 30 % below.",
+        text="A limit on the memory that a warm process may allocate (RLIMIT_DATA), in percent of what an unlimited "
+        f"process had allocated after its first request ({unlimited / 1e6:.0f} MB), lowered until it is too little.",
         head=("limit", "result"),
         rows=rows,
     )

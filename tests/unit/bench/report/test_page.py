@@ -60,7 +60,8 @@ def test_the_sections_have_the_measured_values() -> None:
     assert found["Start of a server"]["ours, warm"] == ("1.52", "3.05", "4.05", "10.00", "1.00")
     assert found["Requests"]["upstream"] == ("4.50", "", "9.00", "4.00", "2500", "20.00")
     assert found["What each family saves"] == {"numba": ("8.00", "2.3"), "signal": ("0.00", "0.3")}
-    assert found["Memory pressure"]["too little"] == ("ended with exit code 15: the process ran out of memory",)
+    assert found["Memory pressure"]["100 %, 2500 MB"] == ("spoke 2 requests",)
+    assert found["Memory pressure"]["90 %, 2250 MB"] == ("ended with exit code 15: the process ran out of memory",)
     assert found["Growth"]["resident memory for each additional worker"] == ("1500.00 MB",)
     assert found["Quality in pairs"]["cold / warm"] == ("100%", "0.0000", "all equal")
 

@@ -1,0 +1,121 @@
+"""Test `bench report` with real processes: an interrupted run continues, and the state is as good as the baseline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from chatterbox_prewarm import run_warmup_benchmarks
+from chatterbox_prewarm.bench.report.quality import compare_audio
+from chatterbox_prewarm.bench.report.quality_process import QualityOptions
+from chatterbox_prewarm.bench.report.states import without_family
+from chatterbox_prewarm.errors import BadInputError
+from tests.conftest import ROOT, run_cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+#: The report of a mini checkpoint with the state of the fixture `baked`.
+BASELINE = ROOT / "benchmarks" / "results" / "report-mini-cpu.json"
+
+
+@pytest.mark.slow
+def test_an_interrupted_report_continues_and_has_no_regression(baked: Path, mini: Path, tmp_path: Path) -> None:
+    """Only figures that do not depend on the machine are compared: bytes and misses."""
+    output = tmp_path / "report"
+    arguments = ["bench", "report", "--weights", mini, "--warm", baked, "--output", output, "--parts", "state,growth"]
+    command = [sys.executable, "-m", "chatterbox_prewarm", *map(str, arguments)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("growth: text of 89"):
+                process.send_signal(signal.SIGINT)
+                break
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    interrupted = json.loads((output / "results.json").read_text())
+    assert not interrupted["complete"]
+    assert list(interrupted["steps"]) == ["state", "growth: text of 13 characters"]
+
+    finished = run_cli(*arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert "growth: text of 13" not in finished.stderr, "that step was measured before the interrupt"
+    results = json.loads((output / "results.json").read_text())
+    assert results["steps"]["growth: text of 13 characters"] == interrupted["steps"]["growth: text of 13 characters"]
+    assert results["steps"]["growth: 64 voices"]["misses"] == {}
+    assert "This report is not complete" in (output / "report.html").read_text(), "the other parts are missing"
+    assert not (output / "states").exists()
+
+    compared = run_cli("bench", "compare", BASELINE, output / "results.json", "--force")
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    assert "bytes of the family bytecode" in compared.stdout
+    assert "misses of a warm start" in compared.stdout
+
+
+@pytest.mark.slow
+def test_a_warm_start_gives_the_audio_of_upstream_and_its_watermark(baked: Path, mini: Path, tmp_path: Path) -> None:
+    from chatterbox_prewarm.bench.report.parts import QUALITY
+    from chatterbox_prewarm.bench.speak_process import UPSTREAM, WARM, run_with_cache
+
+    found = {}
+    for system in (UPSTREAM, WARM):
+        options = QualityOptions(
+            system=system,
+            weights=str(mini),
+            warm=str(baked),
+            max_new_tokens=12,
+            audio=str(tmp_path / f"{system}.wav"),
+            reference=str(tmp_path / "upstream.pt"),
+        )
+        found[system] = run_with_cache(QUALITY, vars(options))
+        assert found[system]["watermark"] > 0.9
+    assert found[WARM]["greedy_tokens_equal"] == 200
+    pair = compare_audio(tmp_path / "upstream.npz", tmp_path / "warm.npz")
+    assert pair["tokens_equal"] is None
+    assert pair["mel_distance"] is not None
+    assert pair["mel_distance"] < 0.01
+    assert pair["decibels"] is None or pair["decibels"] > 50
+
+
+def test_a_state_without_a_family_is_valid(baked: Path, mini: Path, tmp_path: Path) -> None:
+    state = without_family(baked, "numba", tmp_path / "state")
+    verified = run_cli("verify", "--warm", state, "--weights", mini)
+    assert verified.returncode == 0, verified.stderr
+    assert not (state / "numba").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parts": ("starts", "songs")}, "there is no part 'songs'"),
+        ({"profiles": ("fast",)}, "there is no profile 'fast'"),
+        ({"device": "tpu"}, "tpu"),
+        ({"warm": "/nowhere"}, "/nowhere"),
+        ({"weights": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_an_invalid_report_is_refused_before_it_starts(
+    options: dict[str, object], message: str, baked: Path, mini: Path, tmp_path: Path
+) -> None:
+    arguments: dict[str, object] = {"weights": mini, "warm": baked, **options}
+    with pytest.raises(Exception, match=message) as caught:
+        run_warmup_benchmarks(tmp_path / "report", **arguments)  # type: ignore[arg-type]
+    assert caught.type.__module__ == "chatterbox_prewarm.errors"
+    assert not (tmp_path / "report" / "results.json").exists()
+
+
+def test_too_little_disk_or_memory_is_reported_before_the_start(
+    baked: Path, mini: Path, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BadInputError, match=r"has 0\.0 GB of free space, and a report needs 0\.7"):
+        run_warmup_benchmarks(small_disk / "report", weights=mini, warm=baked)
+    monkeypatch.setattr("chatterbox_prewarm.bench.report.options.available_memory", lambda: 10**9)
+    with pytest.raises(BadInputError, match=r"1\.0 GB of memory are available, and these parts need 5\.\d"):
+        run_warmup_benchmarks(tmp_path / "report", weights=mini, warm=baked)
+    shutil.rmtree(tmp_path / "report")
