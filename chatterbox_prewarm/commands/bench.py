@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def bench() -> None:
-    """Measure starts and load. Compare only figures of one run."""
+    """Measure starts, load and the claims. Compare only figures of one run."""
 
 
 output_option = click.option("--output", type=PATH, required=True, help="JSON file for the report.")
@@ -41,7 +41,10 @@ output_option = click.option("--output", type=PATH, required=True, help="JSON fi
 @click.option("--cold-pages", is_flag=True, help="Add a round with the page cache dropped (needs root).")
 @click.option("--systems", default="torch,upstream,cold,warm", show_default=True, help="Systems to measure.")
 def bench_startup(*, output: Path, systems: str, **fields: Any) -> None:
-    """Time starts in fresh processes: bare torch, upstream unchanged, ours cold and ours warm alternate."""
+    """Time starts of upstream and of our server.
+
+    Fresh processes of bare torch, of upstream without changes, of our cold and of our warm server alternate.
+    """
     from chatterbox_prewarm.bench.startup import measure_starts, table
 
     check_output(output)
@@ -58,13 +61,17 @@ def bench_startup(*, output: Path, systems: str, **fields: Any) -> None:
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Fresh processes of each system.")
 @click.option(
     "--parts",
-    help="Parts to measure: state, starts, requests, memory, levels, ablation, profiles, growth, load, quality. Default: all.",
+    help="Parts to measure: state, starts, requests, memory, levels, ablation, profiles, growth, load, quality. "
+    "Default: all.",
 )
 @click.option("--profiles", default=",".join(PROFILES), show_default=True, help="Profiles to bake and compare.")
 @click.option("--clients", default="1,4,16", show_default=True, help="Numbers of concurrent clients.")
 @click.option("--requests", default=3, show_default=True, type=click.IntRange(1), help="Requests of each client.")
 def bench_report(*, output: Path, parts: str | None, profiles: str, clients: str, **fields: Any) -> None:
-    """Measure this project's claims; write a page. The same command continues an interrupted run."""
+    """Measure this project's claims, and write a page.
+
+    The same command continues an interrupted run.
+    """
     from chatterbox_prewarm.bench.report.page import generate_warmup_report
     from chatterbox_prewarm.bench.report.run import run_warmup_benchmarks
 
@@ -86,7 +93,10 @@ def bench_report(*, output: Path, parts: str | None, profiles: str, clients: str
 @click.argument("new", type=PATH)
 @click.option("--force", is_flag=True, help="Compare also results of different machines, versions or checkpoints.")
 def bench_compare(*, old: Path, new: Path, force: bool) -> None:
-    """Compare two reports (results.json). A regression beyond the noise of their A/A runs is an error."""
+    """Compare two reports (results.json).
+
+    A regression beyond the noise of their A/A runs is an error.
+    """
     from chatterbox_prewarm.bench.report.compare import compare
 
     comparison = compare(old, new, force=force)
@@ -125,7 +135,10 @@ voice_option = click.option("--voice", default="default", show_default=True, hel
     help="Tokens that a stream looks ahead. Default: it waits for the last token.",
 )
 def bench_load(*, output: Path, clients: str, tokens: str, **fields: Any) -> None:
-    """Measure latency, time to the first chunk and throughput under load, and check every audio."""
+    """Measure a server under load, and check every audio.
+
+    The report has latency, time to the first chunk and throughput for each number of concurrent clients.
+    """
     from chatterbox_prewarm.bench.load import LoadOptions, faults, run, table
 
     check_output(output)

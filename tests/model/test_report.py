@@ -29,7 +29,18 @@ BASELINE = ROOT / "benchmarks" / "results" / "report-mini-cpu.json"
 def test_an_interrupted_report_continues_and_has_no_regression(baked: Path, mini: Path, tmp_path: Path) -> None:
     """Only figures that do not depend on the machine are compared: bytes and misses."""
     output = tmp_path / "report"
-    arguments = ["bench", "report", "--weights", mini, "--warm", baked, "--output", output, "--parts", "state,growth"]
+    arguments: list[str | Path] = [
+        "bench",
+        "report",
+        "--weights",
+        mini,
+        "--warm",
+        baked,
+        "--output",
+        output,
+        "--parts",
+        "state,growth",
+    ]
     command = [sys.executable, "-m", "chatterbox_prewarm", *map(str, arguments)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

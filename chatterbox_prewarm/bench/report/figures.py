@@ -117,10 +117,8 @@ def _exact(steps: Mapping[str, Step]) -> dict[str, Figure]:
         for name, step in steps.items()
         if name.startswith((f"starts: {WARM}", f"requests: {WARM}", "growth: ")) and "misses" in step
     ]
-    found = {
-        f"bytes of the family {family}": Figure(values=(float(size),))
-        for family, size in steps.get("state", {}).items()
-    }
+    sizes = steps.get("state", {})
+    found = {f"bytes of the family {family}": Figure(values=(float(size),)) for family, size in sizes.items()}
     if warm:
         most = max(sum(step["misses"].values()) for step in warm)
         found["misses of a warm start"] = Figure(values=(float(most),))
