@@ -120,19 +120,14 @@ def benchmark_warmup_effectiveness(
         raise BadInputError(f"{iterations!r} iterations", next_step="give a whole number from 1")
     device = check_device(device)
     weights = Path(weights) if weights is not None else default_weights()
-    if warm is None and WARM_IN_IMAGE.is_dir():
-        warm = WARM_IN_IMAGE
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
-        if warm is None:
-            say("baking a warm state")
-            warm = Path(scratch) / "warm"
-            bake(BakeOptions(weights=weights, warm=warm, cache=Path(scratch) / "cache", device=device))
-        State.read(Path(warm))  # report a damaged state before the first start
+        warm = given_or_baked(warm, weights, device, Path(scratch), say=say)
+        State.read(warm)  # report a damaged state before the first start
         runs: dict[str, list[dict[str, Any]]] = {COLD: [], WARM: []}
         for number in range(1, iterations + 1):
             for system, results in runs.items():
                 say(f"{system} start, {number} of {iterations}")
-                settle(weights, Path(warm))
+                settle(weights, warm)
                 options = SpeakOptions(
                     system=system,
                     weights=str(weights),
@@ -144,6 +139,18 @@ def benchmark_warmup_effectiveness(
                 )
                 results.append(speak_in_fresh_process(options))
     return summarize(runs[COLD], runs[WARM])
+
+
+def given_or_baked(
+    warm: str | Path | None, weights: Path, device: str, folder: Path, *, say: Callable[[str], None]
+) -> Path:
+    """Return the given state, or the one in an image, or a state that is baked in `folder`."""
+    if warm is not None or WARM_IN_IMAGE.is_dir():
+        return Path(warm or WARM_IN_IMAGE)
+    if not (folder / "warm").exists():
+        say("baking a warm state")
+        bake(BakeOptions(weights=weights, warm=folder / "warm", cache=folder / "cache", device=device))
+    return folder / "warm"
 
 
 def token_limit(weights: Path) -> int:

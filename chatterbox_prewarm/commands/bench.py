@@ -104,7 +104,7 @@ def bench_compare(*, old: Path, new: Path, force: bool) -> None:
     if comparison.regressions:
         raise ModelError(
             f"worse than before: {'; '.join(comparison.regressions)}",
-            next_step=f"measure again to confirm it, or accept it by replacing {old}",
+            next_step=f"measure again to confirm it, or accept it by copying {new} to {old}",
         )
 
 

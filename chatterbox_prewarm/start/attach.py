@@ -14,7 +14,6 @@ from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.state.signature import Trust
-from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
 if TYPE_CHECKING:
@@ -70,13 +69,13 @@ def load_warmup_cache(  # noqa: PLR0913 - public API: keywords are easier to use
         >>> speech = attached.synthesizer.synthesize("Hello.", seed=1)
 
     Raises:
-        PrewarmError: as `check_device`, `prepare` and `attach`.
+        PrewarmError: as `prepare` and `attach`.
     """
     options = StartOptions(
         warm=Path(warm),
         weights=Path(weights),
         cache=Path(cache),
-        device=check_device(device),
+        device=device,
         policy=policy,
         profile=profile,
         trust=trust or Trust(),

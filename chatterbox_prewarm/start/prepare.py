@@ -19,6 +19,7 @@ from chatterbox_prewarm.model.profiles import Execution
 from chatterbox_prewarm.start.usable import possible_execution, usable_families
 from chatterbox_prewarm.state.compatibility import machine_facts
 from chatterbox_prewarm.state.selection import Request, select_state
+from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.fingerprint import device_kind
 from chatterbox_prewarm.system.locks import share_lock
 from chatterbox_prewarm.system.metrics import StartMetrics
@@ -79,11 +80,12 @@ def prepare(options: StartOptions, *, metrics: StartMetrics | None = None) -> Pr
         WeightsError: the weights are missing, or a file is truncated.
         FingerprintMismatchError: under "require", a family or every one of several states does not fit.
         IntegrityError: under "require", the state is damaged or not trusted.
-        BadInputError: the profile or the key is invalid, the cache cannot be written, or a bake is using it.
+        BadInputError: the device, the profile or the key is invalid, the cache cannot be written, or a bake is using it.
+        ModelError: this machine has no GPU.
     """
     metrics = metrics or StartMetrics()
     # Compilers store the path of the cache in their files, so it must always be the same.
-    options = replace(options, cache=options.cache.resolve())
+    options = replace(options, cache=options.cache.resolve(), device=check_device(options.device))
     device, cache = options.device, options.cache
     execution = options.execution or Execution(profile=options.profile or "eager", graphs=device.startswith("cuda"))
     state: State | None = None

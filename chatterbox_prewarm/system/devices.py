@@ -20,6 +20,8 @@ def check_device(device: object) -> str:
         ModelError: this machine has no GPU.
     """
     name = str(device)  # also a torch.device
+    if name == "mps":
+        raise BadInputError("the device 'mps' needs macOS, and this project needs Linux", next_step="use cpu or cuda")
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if match is None:
         raise BadInputError(f"there is no device {name!r}", next_step="use the device cpu, cuda, or cuda:NUMBER")

@@ -148,7 +148,7 @@ def interval(old: tuple[float, ...], new: tuple[float, ...]) -> tuple[float, flo
 
 
 def _ratio(new: float, old: float) -> float:
-    """Return new divided by old; a value that appears where there was none is infinitely more."""
+    """Return new divided by old; infinity if the old value is 0 and the new one is not."""
     if old:
         return new / old
     return math.inf if new else 1.0

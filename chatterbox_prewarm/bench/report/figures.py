@@ -51,7 +51,7 @@ def rounds(steps: Mapping[str, Step], part: str, system: str) -> dict[int, Step]
 
 
 def median(steps: Mapping[int, Step], figure: Callable[[Step], float]) -> float | None:
-    """Return the median of a figure over the rounds; None if there are none."""
+    """Return the median of a figure over the rounds, or None without rounds."""
     return statistics.median(map(figure, steps.values())) if steps else None
 
 
@@ -86,7 +86,7 @@ def peak_memory(step: Step) -> float:
 
 
 def figures(steps: Mapping[str, Step]) -> dict[str, Figure]:
-    """Return all figures of a report by which it can be compared with another one."""
+    """Return all figures of a report that `bench compare` compares."""
     return {name: figure for name, figure in {**_timed(steps), **_exact(steps)}.items() if figure.values}
 
 

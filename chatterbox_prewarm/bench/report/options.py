@@ -10,7 +10,6 @@ from chatterbox_prewarm.bench.starts import checkpoint, machine, versions
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.profiles import PROFILES
 from chatterbox_prewarm.state.state import State
-from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.version import __version__
 from chatterbox_prewarm.weights.record import read_record
 
@@ -75,7 +74,7 @@ class ReportOptions:
         return self.states / "cache"
 
     def plan(self) -> dict[str, Any]:
-        """Return what the results depend on, as JSON values. Parts can be added later."""
+        """Return the conditions of the results as JSON values. Other parts can be added later."""
         return {
             "tool": __version__,
             "machine": machine(),
@@ -99,7 +98,13 @@ class ReportOptions:
         for kind, given, known in (("part", self.parts, PARTS), ("profile", self.profiles, PROFILES)):
             if unknown := sorted(set(given) - set(known)):
                 raise BadInputError(f"there is no {kind} {unknown[0]!r}", next_step=f"choose from {', '.join(known)}")
-        check_device(self.device)
+        for name, value in (
+            ("rounds", self.rounds),
+            ("requests", self.requests),
+            *(("clients", one) for one in self.clients),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise BadInputError(f"{name} is {value!r}", next_step="give whole numbers from 1")
         size = sum(file.size for file in read_record(self.weights).files)
         self.output.mkdir(parents=True, exist_ok=True)
         disk = (len(self.profiles) + 1) * _STATE_BYTES + _OTHER_BYTES

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.bench.recorded_steps import RecordedSteps
     from chatterbox_prewarm.model.profiles import Execution
 
-#: The systems besides the profiles that are baked for the report.
+#: The systems that need no bake of the report.
 _SYSTEMS = (UPSTREAM, COLD, WARM)
 #: Module of the processes whose audio is compared.
 QUALITY = "chatterbox_prewarm.bench.report.quality_process"
@@ -104,8 +104,7 @@ def levels(options: ReportOptions, record: RecordedSteps) -> None:
 def ablation(options: ReportOptions, record: RecordedSteps) -> None:
     """Start without one family of the state after the other, and with all of them, without a warm-up.
 
-    No start may use the bytecode beside the sources, so that the family `bytecode` makes the difference that it makes
-    in a fresh image.
+    No start may use the bytecode next to the sources, because a fresh image has none there.
     """
     for number in _rounds(options):
         record.step(f"ablation: none, {number}", _without, options, None)
@@ -213,7 +212,7 @@ def _pairs(systems: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _bake(options: ReportOptions, record: RecordedSteps) -> list[str]:
-    """Bake a state for each execution, and return the names of those that succeeded."""
+    """Bake a state for each execution, and return the names of the successful ones."""
     return [
         name
         for name, execution in select_executions(options.device, options.profiles).items()

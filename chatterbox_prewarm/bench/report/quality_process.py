@@ -30,7 +30,7 @@ class QualityOptions:
         device: torch device.
         text: text to speak.
         max_new_tokens: maximum number of speech tokens.
-        audio: the WAV file to write; the numbers are written beside it, with the ending .npz.
+        audio: the WAV file to write. The numbers go into a file of the same name with the ending .npz.
         reference: file with upstream's result for the comparison of the stages. Upstream writes it.
     """
 

@@ -6,12 +6,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.bench.effectiveness import given_or_baked
 from chatterbox_prewarm.bench.recorded_steps import RecordedSteps
 from chatterbox_prewarm.bench.report.options import PARTS, ReportOptions
 from chatterbox_prewarm.bench.report.parts import PART_FUNCTIONS
 from chatterbox_prewarm.start.defaults import default_weights
 from chatterbox_prewarm.system.atomic_files import remove
-from chatterbox_prewarm.system.paths import WARM
+from chatterbox_prewarm.system.devices import check_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +41,8 @@ def run_warmup_benchmarks(
     Args:
         output: folder for the results.
         weights: the directory of a checkpoint; by default as `from_pretrained_with_warmup`.
-        warm: a warm state that was baked for this machine; by default the one in an image.
+        warm: a warm state that was baked for this machine; by default the one in an image. Elsewhere a state is baked
+            in the folder.
         device: torch device.
         say: called with one line before each step.
         **options: other attributes of `ReportOptions`, such as `rounds` and `parts`.
@@ -53,10 +55,12 @@ def run_warmup_benchmarks(
             disk space or memory.
         PrewarmError: the state or the checkpoint cannot be read.
     """
+    device, output = check_device(device), Path(output)
+    checkpoint = Path(weights) if weights is not None else default_weights()
     report_options = ReportOptions(
-        output=Path(output),
-        weights=Path(weights) if weights is not None else default_weights(),
-        warm=Path(warm) if warm is not None else WARM,
+        output=output,
+        weights=checkpoint,
+        warm=given_or_baked(warm, checkpoint, device, output, say=say),
         device=device,
         **options,
     )

@@ -39,7 +39,7 @@ class Section:
 
     Attributes:
         title: heading.
-        text: what was measured.
+        text: description of the measurement.
         chart: name of the chart, or "".
         head: titles of the columns of the table.
         rows: cells of the table; the first cell of a row is its title.
@@ -122,8 +122,8 @@ def _memory(steps: Steps) -> Section:
         rows.append((limit, spoken or f"ended with exit code {step['exit_code']}: {step['error'][:100]}"))
     return Section(
         title="Memory pressure",
-        text="A limit on the memory that a warm process may allocate (RLIMIT_DATA), in percent of what an unlimited "
-        f"process had allocated after its first request ({unlimited / 1e6:.0f} MB), lowered until it is too little.",
+        text="A limit on the memory that a warm process may allocate (RLIMIT_DATA), in percent of the memory of an "
+        f"unlimited process after its first request ({unlimited / 1e6:.0f} MB), lowered until it is too little.",
         head=("limit", "result"),
         rows=rows,
     )

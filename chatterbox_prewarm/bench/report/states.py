@@ -1,4 +1,4 @@
-"""Warm states that differ from another one in one respect."""
+"""Copies of a warm state with one change."""
 
 from __future__ import annotations
 
