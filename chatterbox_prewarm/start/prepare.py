@@ -80,7 +80,7 @@ def prepare(options: StartOptions, *, metrics: StartMetrics | None = None) -> Pr
         WeightsError: the weights are missing, or a file is truncated.
         FingerprintMismatchError: under "require", a family or every one of several states does not fit.
         IntegrityError: under "require", the state is damaged or not trusted.
-        BadInputError: the device, the profile or the key is invalid, the cache cannot be written, or a bake is using it.
+        BadInputError: the device, profile or key is invalid, the cache cannot be written, or a bake is using it.
         ModelError: this machine has no GPU.
     """
     metrics = metrics or StartMetrics()

@@ -96,6 +96,8 @@ def test_a_state_without_a_family_is_valid(baked: Path, mini: Path, tmp_path: Pa
     [
         ({"parts": ("starts", "songs")}, "there is no part 'songs'"),
         ({"profiles": ("fast",)}, "there is no profile 'fast'"),
+        ({"rounds": "3"}, "'3' is not a number of rounds"),
+        ({"clients": (1, 0)}, "0 is not a number of rounds"),
         ({"device": "tpu"}, "tpu"),
         ({"warm": "/nowhere"}, "/nowhere"),
         ({"weights": "/nowhere"}, "/nowhere"),

@@ -98,13 +98,11 @@ class ReportOptions:
         for kind, given, known in (("part", self.parts, PARTS), ("profile", self.profiles, PROFILES)):
             if unknown := sorted(set(given) - set(known)):
                 raise BadInputError(f"there is no {kind} {unknown[0]!r}", next_step=f"choose from {', '.join(known)}")
-        for name, value in (
-            ("rounds", self.rounds),
-            ("requests", self.requests),
-            *(("clients", one) for one in self.clients),
-        ):
+        for value in (self.rounds, self.requests, *self.clients):
             if not isinstance(value, int) or value < 1:
-                raise BadInputError(f"{name} is {value!r}", next_step="give whole numbers from 1")
+                raise BadInputError(
+                    f"{value!r} is not a number of rounds, requests or clients", next_step="give whole numbers from 1"
+                )
         size = sum(file.size for file in read_record(self.weights).files)
         self.output.mkdir(parents=True, exist_ok=True)
         disk = (len(self.profiles) + 1) * _STATE_BYTES + _OTHER_BYTES
