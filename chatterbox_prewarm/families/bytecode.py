@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib.machinery
+import importlib.util
 import json
 import logging
 import mmap
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 PACK_NAME = "modules.pack"
 _OWN = "chatterbox_prewarm"
+#: Header of a `.pyc` (PEP 552): magic number, flags (0: checked by time and size), time and size of the source.
+_PYC_HEADER = struct.Struct("<4sIII")
 
 
 class BytecodeFamily(Family):
@@ -119,7 +122,16 @@ def is_packed(name: str, source: str) -> bool:
 
 
 def bytecode(source: str) -> bytes:
-    """Let Python compile a source file and return the `.pyc`, which records the path of its source."""
+    """Return the `.pyc` of a source file, which records the path of its source.
+
+    A bake has imported most modules, so Python has just compiled them. The others are compiled now.
+    """
+    path, stat = Path(importlib.util.cache_from_source(source)), Path(source).stat()
+    header = _PYC_HEADER.pack(
+        importlib.util.MAGIC_NUMBER, 0, int(stat.st_mtime) & 0xFFFFFFFF, stat.st_size & 0xFFFFFFFF
+    )
+    if path.is_file() and (cached := path.read_bytes()).startswith(header):
+        return cached
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / "module.pyc"
         with warnings.catch_warnings():

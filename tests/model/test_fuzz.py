@@ -39,6 +39,11 @@ max-examples = {EXAMPLES}
 database = "none"
 no-shrink = true
 
+# Every limit of every field, as invalid requests. Valid ones are spoken: those of the fuzzing phase are enough, and
+# test_synthesis.py speaks with each setting at its limits.
+[phases.coverage.generation]
+mode = "negative"
+
 [checks]
 enabled = false
 not_a_server_error.enabled = true

@@ -15,6 +15,7 @@ from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.synthesis import seed_everything
 from chatterbox_prewarm.model.voices import detached
+from chatterbox_prewarm.system.limits import SAMPLING
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,6 +114,14 @@ def test_guidance_can_be_switched_off(attached: Attached) -> None:
     speech = attached.synthesizer.synthesize(TEXT, seed=1, max_new_tokens=12, sampling=Sampling(cfg_weight=0.0))
     assert np.isfinite(speech.samples).all()
     assert len(speech.tokens) <= 12
+
+
+@pytest.mark.parametrize(("setting", "limits"), SAMPLING.items())
+def test_each_setting_can_be_at_its_limits(attached: Attached, setting: str, limits: tuple[float, float]) -> None:
+    for value in limits:
+        speech = attached.synthesizer.synthesize(TEXT, seed=1, max_new_tokens=6, sampling=Sampling(**{setting: value}))
+        assert np.isfinite(speech.samples).all()
+        assert len(speech.samples) > 0
 
 
 def test_synthesis_does_not_change_the_voice(attached: Attached) -> None:

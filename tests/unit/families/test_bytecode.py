@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import marshal
+import os
 import sysconfig
 from pathlib import Path
 from types import CodeType
@@ -59,6 +60,20 @@ def test_bytecode_has_the_header_that_python_writes() -> None:
     code = marshal.loads(content[16:])
     assert isinstance(code, CodeType)
     assert code.co_filename == source("colorsys")
+
+
+def test_bytecode_that_python_has_cached_is_used_if_its_source_is_the_same(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text("x = 1\n")
+    compiled = bytecode(str(module))
+    cached = Path(importlib.util.cache_from_source(module))
+    cached.parent.mkdir()
+    cached.write_bytes(compiled + b"mark")
+    assert bytecode(str(module)) == compiled + b"mark"
+    os.utime(module, (1, 1))
+    assert bytecode(str(module))[8:12] == b"\1\0\0\0", "the source has changed, so it is compiled"
+    cached.write_bytes(b"")
+    assert marshal.loads(bytecode(str(module))[16:]).co_filename == str(module)
 
 
 def test_start_sources_are_the_imported_modules_without_our_own() -> None:
