@@ -121,13 +121,13 @@ def _add_state(
         if stage == "tools":
             say("bake, in a container")
         with staging_folder(warm) as staging:
-            _recipe_path(warm).unlink(missing_ok=True)
             baked = _bake(request, engine, image, staging)
             State.open(baked)
             seal(baked)
             if (signature := default_signature(warm)).exists():
                 signature.unlink()
                 say(f"removed {signature}, the signature of the replaced state: sign the new one")
+            _recipe_path(warm).unlink(missing_ok=True)  # it belongs to the old state, which stays until here
             put_in_place(baked, warm)
         recipe = json.dumps(request.recipe(), indent=1, sort_keys=True) + "\n"
         _recipe_path(warm).write_text(recipe, encoding="utf-8")
