@@ -193,8 +193,7 @@ def _upstreams_speak(
     """Return a function that synthesizes with upstream's code and the weights of `model`, optionally without T3."""
     import torch
 
-    from chatterbox_prewarm.bench.fidelity import text_tokens
-    from chatterbox_prewarm.model.synthesis import seed_everything
+    from chatterbox_prewarm.model.synthesis import seed_everything, text_tokens
     from chatterbox_prewarm.model.voices import detached
 
     clock = clock_of(device)

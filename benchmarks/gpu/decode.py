@@ -52,7 +52,7 @@ def run(*, warm: str, weights: str, cache: str, device: str) -> dict[str, Any]:
     kind = torch.device(device).type
     clock = clock_of(device)
 
-    from chatterbox_prewarm.bench.fidelity import text_tokens
+    from chatterbox_prewarm.model.synthesis import text_tokens
 
     prompt = text_tokens(synthesizer.model, TEXTS[1])
 

@@ -11,7 +11,7 @@ from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.regions.pipeline import pipeline_of
 from chatterbox_prewarm.model.regions.t3_blocks import rms_norm
 from chatterbox_prewarm.model.sampling import Sampling
-from chatterbox_prewarm.model.synthesis import seed_everything
+from chatterbox_prewarm.model.synthesis import seed_everything, text_tokens
 from chatterbox_prewarm.model.voices import detached
 
 if TYPE_CHECKING:
@@ -27,16 +27,6 @@ _SEED = 1
 #: Compute convolutions in full float32. By default, cuDNN rounds them to TF32 on a GPU. The rounding error is larger
 #: than the differences that are measured here.
 _full_precision = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-
-
-def text_tokens(model: ChatterboxTTS, text: str) -> torch.Tensor:
-    """Return the text tokens that T3 expects, int64 (1, n), with the start and the stop token."""
-    from chatterbox.tts import punc_norm
-
-    tokens = model.tokenizer.text_to_tokens(punc_norm(text)).to(model.device)
-    tokens = functional.pad(tokens, (1, 0), value=model.t3.hp.start_text_token)
-    padded: torch.Tensor = functional.pad(tokens, (0, 1), value=model.t3.hp.stop_text_token)
-    return padded
 
 
 @_full_precision

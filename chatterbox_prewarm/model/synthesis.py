@@ -97,6 +97,16 @@ def preserved_generators(device: str) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
+def text_tokens(model: ChatterboxTTS, text: str) -> torch.Tensor:
+    """Return the text tokens that T3 expects, int64 (1, n), with the start and the stop token."""
+    from chatterbox.tts import punc_norm
+
+    tokens = model.tokenizer.text_to_tokens(punc_norm(text)).to(model.device)
+    tokens = torch.nn.functional.pad(tokens, (1, 0), value=model.t3.hp.start_text_token)
+    padded: torch.Tensor = torch.nn.functional.pad(tokens, (0, 1), value=model.t3.hp.stop_text_token)
+    return padded
+
+
 class Synthesizer:
     """A loaded model and its voices. Only one call may run at a time, because the model keeps state during a call."""
 
@@ -150,9 +160,9 @@ class Synthesizer:
             int64 (n,), 25 per second of audio, without start and stop tokens.
         """
         sampling = sampling or Sampling()
-        conditionals, text_tokens = self._t3_inputs(text, voice, sampling)
+        conditionals, prompt = self._t3_inputs(text, voice, sampling)
         decoder = pipeline_of(self.model).decoder
-        return self.usable(decoder(conditionals, text_tokens, sampling=sampling, max_new_tokens=max_new_tokens))
+        return self.usable(decoder(conditionals, prompt, sampling=sampling, max_new_tokens=max_new_tokens))
 
     @torch.inference_mode()
     def token_blocks(
@@ -169,9 +179,9 @@ class Synthesizer:
             a generator of int64 (n,), see `T3Decoder.blocks`.
         """
         sampling = sampling or Sampling()
-        conditionals, text_tokens = self._t3_inputs(text, voice, sampling)
+        conditionals, prompt = self._t3_inputs(text, voice, sampling)
         decoder = pipeline_of(self.model).decoder
-        return decoder.blocks(conditionals, text_tokens, sampling=sampling, max_new_tokens=max_new_tokens)
+        return decoder.blocks(conditionals, prompt, sampling=sampling, max_new_tokens=max_new_tokens)
 
     def usable(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the tokens of an utterance that are part of the codebook.
@@ -200,20 +210,18 @@ class Synthesizer:
 
     def _t3_inputs(self, text: str, voice: str, sampling: Sampling) -> tuple[T3Cond, torch.Tensor]:
         """Return T3's inputs: the voice, and the text tokens, int64 (1, n), including start and stop tokens."""
-        from chatterbox.tts import T3Cond, punc_norm
+        from chatterbox.tts import T3Cond
 
         check_text(text, limit=None)  # the model limits the number of tokens instead, see below
         conditionals = self.voice(voice)
         model = self.model
         t3 = model.t3
-        text_tokens = model.tokenizer.text_to_tokens(punc_norm(text)).to(model.device)
-        if text_tokens.size(1) + 2 > t3.hp.max_text_tokens:
+        tokens = text_tokens(model, text)
+        if tokens.size(1) > t3.hp.max_text_tokens:
             raise BadInputError(
-                f"the text has {text_tokens.size(1)} tokens; the model's limit is {t3.hp.max_text_tokens - 2}",
+                f"the text has {tokens.size(1) - 2} tokens; the model's limit is {t3.hp.max_text_tokens - 2}",
                 next_step="split it at sentences and send the parts separately",
             )
-        text_tokens = torch.nn.functional.pad(text_tokens, (1, 0), value=t3.hp.start_text_token)
-        text_tokens = torch.nn.functional.pad(text_tokens, (0, 1), value=t3.hp.stop_text_token)
         emotion = conditionals.t3.emotion_adv
         if sampling.exaggeration is not None:
             emotion = torch.full_like(emotion, sampling.exaggeration)
@@ -222,7 +230,7 @@ class Synthesizer:
             cond_prompt_speech_tokens=conditionals.t3.cond_prompt_speech_tokens,
             emotion_adv=emotion,
         )
-        return prompt, text_tokens
+        return prompt, tokens
 
     def voice(self, name: str) -> Conditionals:
         """Return a voice by its name.

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from chatterbox_prewarm.bench.fidelity import text_tokens
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.pipeline import pipeline_of
 from chatterbox_prewarm.model.regions.t3 import T3Decoder
 from chatterbox_prewarm.model.sampling import Sampling
+from chatterbox_prewarm.model.synthesis import text_tokens
 from chatterbox_prewarm.start.attach import attach
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare

@@ -18,6 +18,7 @@ from chatterbox_prewarm.model.regions.pipeline import Pipeline, pipeline_of
 from chatterbox_prewarm.model.regions.region import MAX_FRAMES, MAX_POSITIONS, REGIONS
 from chatterbox_prewarm.model.regions.t3 import T3Decoder
 from chatterbox_prewarm.model.sampling import Sampling
+from chatterbox_prewarm.model.synthesis import text_tokens
 from chatterbox_prewarm.start.attach import attach
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.start.attach import Attached
 
 GREEDY = Sampling(min_p=1.0)
+TEXT = "The quick brown fox jumps over the lazy dog."
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +49,12 @@ def pipeline(model: ChatterboxTTS) -> Pipeline:
     return pipeline_of(model)
 
 
-def text_tokens(model: ChatterboxTTS, text: str = "The quick brown fox jumps over the lazy dog.") -> torch.Tensor:
-    tokens = model.tokenizer.text_to_tokens(text)
-    tokens = torch.nn.functional.pad(tokens, (1, 0), value=model.t3.hp.start_text_token)
-    padded: torch.Tensor = torch.nn.functional.pad(tokens, (0, 1), value=model.t3.hp.stop_text_token)
-    return padded
-
-
 def upstream_tokens(model: ChatterboxTTS, voice: Conditionals, sampling: Sampling, count: int) -> torch.Tensor:
     """Draw tokens with upstream's own loop and a fixed seed."""
     torch.manual_seed(3)
     drawn: torch.Tensor = model.t3.inference(
         t3_cond=t3.copy_conditionals(voice.t3),
-        text_tokens=text_tokens(model).repeat(2, 1),
+        text_tokens=text_tokens(model, TEXT).repeat(2, 1),
         max_new_tokens=count,
         temperature=sampling.temperature,
         cfg_weight=sampling.cfg_weight,
@@ -72,7 +67,7 @@ def upstream_tokens(model: ChatterboxTTS, voice: Conditionals, sampling: Samplin
 
 def our_tokens(decoder: T3Decoder, model: ChatterboxTTS, voice: Conditionals, sampling: Sampling, count: int) -> Any:
     torch.manual_seed(3)
-    return decoder(voice.t3, text_tokens(model), sampling=sampling, max_new_tokens=count)
+    return decoder(voice.t3, text_tokens(model, TEXT), sampling=sampling, max_new_tokens=count)
 
 
 def test_greedy_tokens_equal_those_of_upstream(model: ChatterboxTTS, voice: Conditionals, pipeline: Pipeline) -> None:
@@ -155,7 +150,7 @@ def test_text_longer_than_the_kv_cache_is_refused(
     model: ChatterboxTTS, voice: Conditionals, pipeline: Pipeline
 ) -> None:
     with pytest.raises(BadInputError, match=f"the cache has at most {MAX_POSITIONS}") as caught:
-        pipeline.decoder(voice.t3, text_tokens(model), sampling=GREEDY, max_new_tokens=MAX_POSITIONS)
+        pipeline.decoder(voice.t3, text_tokens(model, TEXT), sampling=GREEDY, max_new_tokens=MAX_POSITIONS)
     assert "split the text" in caught.value.next_step
 
 
@@ -187,8 +182,8 @@ def test_t3_computes_in_bfloat16_and_s3gen_in_float32(
 ) -> None:
     decoder = T3Decoder(model.t3, eager, dtype=torch.bfloat16)
     with torch.inference_mode():
-        wide = pipeline.decoder._embed_prompt(voice.t3, text_tokens(model), 0.5)
-        narrow = decoder._embed_prompt(voice.t3, text_tokens(model), 0.5)
+        wide = pipeline.decoder._embed_prompt(voice.t3, text_tokens(model, TEXT), 0.5)
+        narrow = decoder._embed_prompt(voice.t3, text_tokens(model, TEXT), 0.5)
     assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
     outputs = []
     for prefill, x, cosine, sine in (

@@ -218,19 +218,15 @@ class ChatterboxWarmupStrategy:
 def _speak_with_upstream(model: ChatterboxTTS, text: str, voice: Conditionals, max_new_tokens: int) -> None:
     """Run what upstream's `generate` runs. That method has no limit on the number of tokens."""
     import torch
-    from chatterbox.tts import punc_norm
 
-    from chatterbox_prewarm.model.synthesis import seed_everything
+    from chatterbox_prewarm.model.synthesis import seed_everything, text_tokens
     from chatterbox_prewarm.model.t3_backend import keep_backend
 
     keep_backend(model.t3)
     seed_everything(0)
-    hyper = model.t3.hp
-    text_tokens = model.tokenizer.text_to_tokens(punc_norm(text)).to(model.device)
-    text_tokens = torch.nn.functional.pad(torch.cat([text_tokens, text_tokens]), (1, 0), value=hyper.start_text_token)
-    text_tokens = torch.nn.functional.pad(text_tokens, (0, 1), value=hyper.stop_text_token)
+    prompt = text_tokens(model, text).repeat(2, 1)  # with and without guidance
     with torch.inference_mode():
-        model.t3.inference(t3_cond=voice.t3, text_tokens=text_tokens, max_new_tokens=max_new_tokens)
+        model.t3.inference(t3_cond=voice.t3, text_tokens=prompt, max_new_tokens=max_new_tokens)
         # Arbitrary tokens, because T3 may have stopped too early for any audio.
         tokens = torch.arange(max_new_tokens, device=model.device)
         samples, _ = model.s3gen.inference(speech_tokens=tokens[None], ref_dict=dict(voice.gen))
