@@ -51,13 +51,27 @@ def claims(steps: Mapping[str, dict[str, Any]]) -> list[Claim]:
     request = {name: rounds(steps, "requests", name) for name in (UPSTREAM, COLD, WARM)}
     pairs = sorted(request[COLD].keys() & request[WARM].keys())
     return [
-        _row(
-            "cold start",
-            "50 to 70 % less",
-            [1 - ratio for ratio in ratios(start[WARM], start[UPSTREAM], itemgetter("first_audio"))],
-            lambda share: share >= 0.5,
-            lambda share: f"{share:.0%} less",
-            "from exec to the first audio, the warm server and upstream without changes",
+        *(
+            _row(
+                f"cold start, {title}",
+                "50 to 70 % less",
+                [1 - ratio for ratio in ratios(start[WARM], start[UPSTREAM], itemgetter(mark))],
+                lambda share: share >= 0.5,
+                lambda share: f"{share:.0%} less",
+                note,
+            )
+            for title, mark, note in (
+                (
+                    "model loaded",
+                    "attached",
+                    "from exec until model and voice are loaded, our warm server and upstream",
+                ),
+                (
+                    "first audio",
+                    "first_audio",
+                    "from exec to the first audio. Our server speaks once before it is ready, which upstream does not",
+                ),
+            )
         ),
         _row(
             "first chunk",

@@ -16,7 +16,8 @@ def claim(name: str, **steps: object) -> Claim:
 
 def test_every_claim_is_judged() -> None:
     assert [row.claim for row in claims(results()["steps"])] == [
-        "cold start",
+        "cold start, model loaded",
+        "cold start, first audio",
         "first chunk",
         "chunk times",
         "peak memory of the first run",
@@ -27,7 +28,7 @@ def test_every_claim_is_judged() -> None:
 
 
 def test_a_value_has_its_median_and_its_range() -> None:
-    row = claim("cold start")
+    row = claim("cold start, first audio")
     assert row.measured == "68% less (67% less to 69% less)"
     assert row.claimed == "50 to 70 % less"
 
@@ -35,7 +36,8 @@ def test_a_value_has_its_median_and_its_range() -> None:
 @pytest.mark.parametrize(
     ("name", "step", "worse"),
     [
-        ("cold start", "starts: upstream, 1", start(5.0, 11.0)),
+        ("cold start, first audio", "starts: upstream, 1", start(5.0, 11.0)),
+        ("cold start, model loaded", "starts: upstream, 1", start(5.0, 11.0)),
         ("first chunk", "requests: cold, 1", speech(4.4, 4.0, gaps=(0.5, 1.5))),
         ("chunk times", "requests: warm, 1", speech(4.2, 4.0, gaps=(0.1, 3.1))),
         ("peak memory of the first run", "requests: upstream, 1", speech(9.0, 4.0, gaps=())),
@@ -46,7 +48,7 @@ def test_a_value_has_its_median_and_its_range() -> None:
 )
 def test_a_claim_that_does_not_hold_is_not_met(name: str, step: str, worse: object) -> None:
     steps = {step: worse}
-    if name == "cold start":
+    if name.startswith("cold start"):
         steps["starts: upstream, 2"] = worse
     assert claim(name, **steps).verdict == NOT_MET
 
