@@ -64,7 +64,7 @@ def claims(steps: Mapping[str, dict[str, Any]]) -> list[Claim]:
                 (
                     "model loaded",
                     "attached",
-                    "from exec until model and voice are loaded, our warm server and upstream",
+                    "from exec until model and voice are loaded, warm server and upstream",
                 ),
                 (
                     "first audio",
