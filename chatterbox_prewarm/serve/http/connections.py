@@ -203,7 +203,7 @@ def _http_protocol(limits: Limits) -> type[asyncio.Protocol]:
     class LimitedProtocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            _limit_kernel_buffer(transport)
+            _set_socket_options(transport)
             connections.add(self)
 
         def data_received(self, data: bytes) -> None:
@@ -226,14 +226,20 @@ def _http_protocol(limits: Limits) -> type[asyncio.Protocol]:
     return cast("type[asyncio.Protocol]", LimitedProtocol)
 
 
-def _limit_kernel_buffer(transport: asyncio.Transport) -> None:
-    """Make the kernel accept only data that it can send soon.
+def _set_socket_options(transport: asyncio.Transport) -> None:
+    """Make the kernel send small packets at once, and accept only data that it can send soon.
 
-    Otherwise it would buffer up to 4 MB for a client that does not read, and accept no more until a third of the buffer
-    is free. At the data rate of speech that takes half a minute, so a slow client would look like a stuck one.
+    TCP_NODELAY: uvicorn writes the head and the body of a response separately. With Nagle's algorithm the second write
+    waits for the client's delayed acknowledgement, about 40 ms. asyncio sets the option only on sockets whose protocol
+    number is IPPROTO_TCP, and the number of an accepted socket is that of its listener, which is 0 by default.
+
+    TCP_NOTSENT_LOWAT: otherwise the kernel would buffer up to 4 MB for a client that does not read, and accept no more
+    until a third of the buffer is free. At the data rate of speech that takes half a minute, so a slow client would
+    look like a stuck one.
     """
     connection = transport.get_extra_info("socket")
     if connection is not None and connection.family in {socket.AF_INET, socket.AF_INET6}:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
 
 

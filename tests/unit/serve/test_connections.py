@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import select
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -117,6 +119,26 @@ def opened(port: int, *sent: bytes) -> Iterator[list[socket.socket]]:
     """Open one connection for each of `sent`, and send it."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(connect(port, data)) for data in sent]
+
+
+def accepted_socket(client: socket.socket) -> socket.socket:
+    """Return the server's end of a connection. The server runs in a thread of this process."""
+    for descriptor in Path("/proc/self/fd").iterdir():
+        if not descriptor.is_socket():
+            continue
+        candidate = socket.socket(fileno=os.dup(int(descriptor.name)))
+        with contextlib.suppress(OSError):  # not connected
+            if candidate.getpeername() == client.getsockname():
+                return candidate
+        candidate.close()
+    raise AssertionError("the server has no such connection")
+
+
+def test_an_accepted_connection_sends_small_packets_without_delay() -> None:
+    with serving(App()) as port, opened(port, REQUEST) as (client,):
+        assert has_response(client)
+        with accepted_socket(client) as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_slow_request_head_closes_the_connection() -> None:
