@@ -11,7 +11,7 @@ import click
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.profiles import PROFILES
-from chatterbox_prewarm.model.text import ANY, check_voice_name
+from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
@@ -92,15 +92,17 @@ def say(line: str) -> None:
 
 
 def parse_alias(text: str) -> tuple[str, str]:
-    """Parse NAME=VOICE.
+    """Parse NAME=VOICE. NAME is any name that a client sends, such as `voices/Alice.wav`.
 
     Raises:
         BadInputError: the text does not have this form.
     """
-    name, separator, voice = text.partition("=")
+    name, separator, voice = text.rpartition("=")  # a voice has no "=" in its name
     if not separator:
         raise BadInputError(f"--voice-alias {text!r} has no voice", next_step="write --voice-alias NAME=VOICE")
-    return name if name == ANY else check_voice_name(name), check_voice_name(voice)
+    if not name:
+        raise BadInputError(f"--voice-alias {text!r} has no name", next_step="write --voice-alias NAME=VOICE")
+    return name, check_voice_name(voice)
 
 
 def parse_voice(text: str) -> tuple[str, Path]:

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     "voice_aliases",
     multiple=True,
     metavar="NAME=VOICE",
-    help="Additional name of a voice, for clients with fixed names. *=VOICE is for all unknown names.",
+    help="Additional name of a voice, for clients with fixed names: any text. *=VOICE is for all unknown names.",
 )
 @option("--policy", default="fallback", type=click.Choice(POLICIES), help="What to do if the warm state does not fit.")
 @profile_option("as baked")

@@ -57,8 +57,13 @@ def decode_text(data: bytes) -> str:
         ) from error
 
 
-#: An alias with this name replaces every unknown voice name.
+#: An alias with this name replaces every requested name that has no voice and no other alias.
 ANY = "*"
+
+
+def is_voice_name(name: str) -> bool:
+    """Return True if a voice and its file can have this name: at most 64 letters, digits, `_` and `-`."""
+    return re.fullmatch(VOICE_NAME, name) is not None
 
 
 def check_voice_name(name: object) -> str:
@@ -67,7 +72,7 @@ def check_voice_name(name: object) -> str:
     Raises:
         BadInputError: `name` is invalid.
     """
-    if not isinstance(name, str) or not re.fullmatch(VOICE_NAME, name):
+    if not isinstance(name, str) or not is_voice_name(name):
         raise BadInputError(
             f"{reprlib.repr(name)} cannot name a voice",
             next_step="use 1 to 64 letters, digits, '_' and '-', starting with a letter or digit",

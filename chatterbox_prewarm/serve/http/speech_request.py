@@ -18,7 +18,7 @@ from pydantic_core import from_json
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.text import MAX_CHARACTERS, VOICE_NAME, check_text, check_voice_name, decode_text
+from chatterbox_prewarm.model.text import MAX_CHARACTERS, check_text, decode_text
 from chatterbox_prewarm.serve.http.error_responses import RequestError
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 from chatterbox_prewarm.system.limits import MAX_SEED, MAX_TOKENS, MIN_LOOK_AHEAD, MIN_TOKENS, SAMPLING
@@ -37,7 +37,6 @@ _SAME_IN_OPTIONS = {
 
 # `parse_speech_options` checks these limits with the functions that all callers use. Here they are only documentation.
 _Text = Annotated[StrictStr, Field(json_schema_extra={"minLength": 1, "maxLength": MAX_CHARACTERS})]
-_VoiceName = Annotated[StrictStr, Field(json_schema_extra={"pattern": f"^{VOICE_NAME}$"})]
 
 
 def _integer(low: int, high: int) -> Any:
@@ -52,7 +51,7 @@ def _number(name: str) -> Any:
 class VoiceReference(BaseModel):
     """A reference to a custom voice, in the format of OpenAI's API."""
 
-    id: _VoiceName = Field(description="The name of the voice.")
+    id: StrictStr = Field(description="The name of the voice.")
 
 
 class SpeechRequest(BaseModel):
@@ -62,8 +61,10 @@ class SpeechRequest(BaseModel):
 
     input: _Text = Field(description="The text. A long text is spoken in parts, sentence by sentence.")
     model: StrictStr | None = Field(default=None, description="Any name. The server has only one model.")
-    voice: _VoiceName | VoiceReference | None = Field(
-        default=None, description=f"The name of a voice, or an object with the name as `id`. Default: {DEFAULT_VOICE}."
+    voice: StrictStr | VoiceReference | None = Field(
+        default=None,
+        description="The name of a voice or of an alias, or an object with the name as `id`. "
+        f"Default: {DEFAULT_VOICE}.",
     )
     response_format: Literal["mp3", "opus", "flac", "wav", "pcm"] | None = Field(
         default=None,
@@ -124,7 +125,7 @@ def parse_speech_options(body: bytes, *, limit: int = MAX_CHARACTERS) -> SpeechO
         logger.info("ignored %d unknown field(s): %s", len(unknown), reprlib.repr(sorted(unknown)[:_MAX_LOGGED]))
     voice = request.voice.id if isinstance(request.voice, VoiceReference) else request.voice
     text = _check_field("input", request.input, check_input)
-    voice = DEFAULT_VOICE if voice is None else _check_field("voice", voice, check_voice_name)
+    voice = DEFAULT_VOICE if voice is None else voice  # the voice store resolves all names
     settings = request.model_dump(include=_SAME_IN_OPTIONS)
     return SpeechOptions(text=text, voice=voice, format=request.response_format or "mp3", **settings)
 

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from chatterbox_prewarm.errors import PrewarmError
+from chatterbox_prewarm.model.text import is_voice_name
 from chatterbox_prewarm.serve.http import events
 from chatterbox_prewarm.serve.http.encoding import encoder
 from chatterbox_prewarm.serve.http.error_responses import RequestError, error_fields, response_for
@@ -96,7 +97,9 @@ class SpeechRoute:
 
     async def _respond(self, options: SpeechOptions, stream: _ResponseStream) -> None:
         text = options.text
-        add_log_fields(stream.scope, text=text, characters=len(text), voice=options.voice, format=options.format)
+        # A client can send any text as a voice. Only a possible name of a voice is safe to log.
+        voice = options.voice if is_voice_name(options.voice) else None
+        add_log_fields(stream.scope, text=text, characters=len(text), voice=voice, format=options.format)
         # Checked again, because the server may have started to drain while the body arrived.
         if (refusal := self._admission.refusal()) is not None:
             await stream.send(refusal)

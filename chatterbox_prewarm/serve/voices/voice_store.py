@@ -11,13 +11,14 @@ import errno
 import logging
 import os
 import re
+import reprlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.text import ANY, check_voice_name
+from chatterbox_prewarm.model.text import ANY, check_voice_name, is_voice_name
 from chatterbox_prewarm.serve.voices.voice_errors import UnknownVoiceError, UnusableVoiceError, VoiceError
 from chatterbox_prewarm.serve.voices.voice_file import SUFFIX, check_bytes, digest_of, read_file
 from chatterbox_prewarm.system.atomic_files import atomic_file, flush
@@ -127,16 +128,20 @@ class VoiceStore:
     def resolve(self, name: str) -> tuple[str, str | None]:
         """Return the voice that a request means, and its `digest`. A voice takes precedence over an alias.
 
+        Args:
+            name: any string. Clients of other servers send names that no voice can have here, such as `Emily.wav`.
+
         Raises:
-            UnknownVoiceError, UnusableVoiceError, BadInputError: as for `digest`.
+            UnknownVoiceError: neither a voice nor an alias has this name.
+            UnusableVoiceError: as for `digest`.
         """
-        try:
-            return name, self.digest(name)
-        except UnknownVoiceError:
-            target = self._aliases.get(name, self._aliases.get(ANY))
-            if target is None:
-                raise
-            return target, self.digest(target)
+        if is_voice_name(name):
+            with contextlib.suppress(UnknownVoiceError):
+                return name, self.digest(name)
+        target = self._aliases.get(name, self._aliases.get(ANY))
+        if target is None:
+            raise self._unknown(name, "start the server with --voice-alias NAME=VOICE")
+        return target, self.digest(target)
 
     def check_free(self, name: str) -> None:
         """Check that a voice can be added, before it is computed. The errors are those of `add`."""
@@ -262,10 +267,11 @@ class VoiceStore:
             return VoiceEntry(name=name, baked=False, size=size, problem=problem)
         return VoiceEntry(name=name, baked=False, size=len(data), created=created, digest=digest_of(data))
 
-    def _unknown(self, name: str) -> UnknownVoiceError:
+    def _unknown(self, name: str, *other_steps: str) -> UnknownVoiceError:
         names = sorted({*self.baked, *self._names()})
         shown = ", ".join(names[:_MAX_NAMES_SHOWN]) + (" and others" if len(names) > _MAX_NAMES_SHOWN else "")
-        return UnknownVoiceError(f"there is no voice {name!r}", next_step=f"choose one of: {shown}")
+        next_step = ", or ".join((f"choose one of: {shown}", *other_steps))
+        return UnknownVoiceError(f"there is no voice {reprlib.repr(name)}", next_step=next_step)
 
     def _write_error(self, error: OSError, message: str) -> VoiceError:
         next_step = "give the server a writable directory on a file system with hard links (--voices-dir)"

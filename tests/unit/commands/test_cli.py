@@ -11,6 +11,8 @@ import pytest
 
 from chatterbox_prewarm import errors
 from chatterbox_prewarm.cli import cli
+from chatterbox_prewarm.commands.options import parse_alias
+from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.profiles import default_execution
 from tests.conftest import ROOT, run_cli
 from tests.helpers.states import make_state
@@ -194,3 +196,14 @@ def test_graphs_are_refused_on_a_cpu(tmp_path: Path) -> None:
 def test_a_traceback_is_shown_only_with_debug(tmp_path: Path) -> None:
     assert "Traceback" in run_cli("--debug", "inspect", "--warm", tmp_path).stderr
     assert "Traceback" not in run_cli("inspect", "--warm", tmp_path).stderr
+
+
+@pytest.mark.parametrize("name", ["alloy", "*", "Emily.wav", "John Smith", "voices/chatterbox/Alice.wav", "a=b"])
+def test_a_voice_alias_can_be_any_text(name: str) -> None:
+    assert parse_alias(f"{name}=fox") == (name, "fox")
+
+
+@pytest.mark.parametrize("text", ["alloy", "=fox", "alloy=", "alloy=*", "alloy=a b"])
+def test_an_incomplete_voice_alias_is_refused(text: str) -> None:
+    with pytest.raises(BadInputError):
+        parse_alias(text)

@@ -51,9 +51,11 @@ class Server:
     """The application on a port, with a worker process that plays the given part."""
 
     def __init__(self, directory: Path, part: str, *, limit: int, wait_seconds: float) -> None:
-        self.pool = Pool([(CONFIG, start(part)(CONFIG))], wait_seconds=wait_seconds, hang_seconds=20)
+        aliases = {"John Smith=Bob": "default"}
+        store = VoiceStore(directory, baked={}, variant=VARIANT, weights=WEIGHTS, aliases=aliases)
+        processes = [(CONFIG, start(part)(CONFIG))]
+        self.pool = Pool(processes, wait_seconds=wait_seconds, hang_seconds=20, voices=store)
         self.admission = Admission(self.pool, limit=limit)
-        store = VoiceStore(directory, baked={}, variant=VARIANT, weights=WEIGHTS)
         app = App(self.pool, self.admission, store, max_characters=500).asgi()
         config = uvicorn.Config(
             close_while_draining(app, self.admission), lifespan="off", log_config=None, access_log=False
@@ -76,8 +78,8 @@ class Server:
         self._listener.close()
         assert not self._thread.is_alive()
 
-    def speak(self) -> Response:
-        return request(self.port, "POST", SPEECH, body=BODY)
+    def speak(self, **fields: object) -> Response:
+        return request(self.port, "POST", SPEECH, body=json.dumps({**json.loads(BODY), **fields}))
 
     def upload(self) -> Response:
         return request(self.port, "POST", VOICES, {"Content-Type": "multipart/form-data; boundary=b"}, FORM)
@@ -141,6 +143,16 @@ def test_an_upload_counts_toward_the_queue_limit(serve: Callable[..., Server]) -
         assert first.result()[0].status == 201
     assert server.metric("requests_in_flight") == 0
     assert server.speak()[1] == b"Hello."
+
+
+def test_an_unknown_voice_is_refused_with_the_name_of_the_field_and_the_option(serve: Callable[..., Server]) -> None:
+    server = serve("ready")
+    for voice in ("Emily.wav", "nobody", {"id": "../x"}):
+        response, body = server.speak(voice=voice)
+        error = json.loads(body)["error"]
+        assert (response.status, error["param"]) == (400, "voice")
+        assert "choose one of: default, or start the server with --voice-alias" in error["message"]
+    assert server.speak(voice="John Smith=Bob")[0].status == 200
 
 
 def test_a_request_that_waits_too_long_for_a_worker_is_refused(serve: Callable[..., Server]) -> None:

@@ -99,8 +99,19 @@ def test_an_alias_resolves_to_its_voice_unless_a_voice_has_its_name(store: Voice
     assert store.resolve("alloy") == ("alloy", own)
     anything = open_store(tmp_path, aliases={"*": "fox", "echo": "ann"})
     assert [anything.resolve(name)[0] for name in ("other", "echo", "default")] == ["fox", "ann", "default"]
-    with pytest.raises(BadInputError, match="cannot name a voice"):
-        anything.resolve("../x")
+
+
+@pytest.mark.parametrize(
+    "name", ["Emily.wav", "John Smith", "voices/chatterbox/Alice.wav", "../x", "", "é", "x" * 100_000]
+)
+def test_an_alias_covers_names_that_no_voice_can_have(tmp_path: Path, name: str) -> None:
+    assert open_store(tmp_path, aliases={"*": "fox"}).resolve(name) == ("fox", None)
+    assert open_store(tmp_path, aliases={name: "fox"}).resolve(name) == ("fox", None)
+    with pytest.raises(
+        UnknownVoiceError, match=r"(?s)no voice .*choose one of: default, fox, or .*--voice-alias"
+    ) as caught:
+        open_store(tmp_path).resolve(name)
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a.b", "a" * 65, "-a", "é", "a\0", "a\n", None, 5])
