@@ -237,6 +237,7 @@ GUARDED = {
     ("GET", "/metrics"): 200,
     ("GET", "/openapi.json"): 200,
     ("GET", "/v1/models"): 200,
+    ("GET", "/v1/models/{model}"): 404,
     ("POST", "/v1/audio/speech"): 200,
     ("GET", "/v1/audio/voices"): 200,
     ("POST", "/v1/audio/voices"): 400,
@@ -272,7 +273,7 @@ def test_every_route_except_the_probes_requires_the_token(guarded: Server) -> No
     routes = {(method.upper(), path) for path, methods in operations.items() for method in methods}
     assert routes - {("GET", probe) for probe in ("/livez", "/startupz", "/readyz")} == GUARDED.keys()
     for (method, template), status in GUARDED.items():
-        path = template.format(name="fox")
+        path = template.format(name="fox", model="another")
         body = json.dumps({**SENTENCE, "input": "The patient is called Nemo."}) if path.endswith("speech") else None
         for headers in ({}, {"Authorization": "Bearer another"}):
             answer, content = guarded.answer(method, path, body, headers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import reprlib
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from chatterbox_prewarm.serve.http.admission import Admission
-    from chatterbox_prewarm.serve.http.schemas import Models, Status
+    from chatterbox_prewarm.serve.http.schemas import Model, Models, Status
     from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
     from chatterbox_prewarm.serve.workers.pool import Pool
 
 #: The id of the model in `/v1/models`.
 MODEL = "chatterbox"
+_MODEL: Model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "resemble-ai"}
 
 
 class App:
@@ -59,6 +61,7 @@ class App:
                 Route("/readyz", self._readyz),
                 Route("/metrics", self._metrics),
                 Route("/v1/models", self._models),
+                Route("/v1/models/{model:path}", self._model),  # names of models often contain a slash
                 Route("/v1/audio/speech", self._speech, methods=["POST"]),
                 *self._voices.routes(),
                 Route("/openapi.json", self._openapi),
@@ -105,11 +108,15 @@ class App:
         return Response(self._http_metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, _: Request) -> Response:
-        models: Models = {
-            "object": "list",
-            "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "resemble-ai"}],
-        }
+        models: Models = {"object": "list", "data": [_MODEL]}
         return JSONResponse(models)
+
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        if name == MODEL:
+            return JSONResponse(_MODEL)
+        message = f"there is no model {reprlib.repr(name)}: this server has only {MODEL!r}"
+        return error_response(404, message, "model_not_found", param="model")
 
     async def _openapi(self, _: Request) -> Response:
         # The import of pydantic and the derivation of the schemas take half a second, so they run in a thread.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _ROOTS: tuple[Any, ...] = (
     SpeechRequest,
     schemas.Error,
+    schemas.Model,
     schemas.Models,
     schemas.Status,
     schemas.Voice,
@@ -38,7 +39,7 @@ _ERRORS = {
     400: ("BadRequest", "The request is invalid. `param` names the field."),
     401: ("Unauthorized", "The server requires a bearer token, and the request has no valid one."),
     403: ("Forbidden", "The voice is baked and cannot be deleted, or a page of another site sent the request."),
-    404: ("NotFound", "There is no voice with this name."),
+    404: ("NotFound", "There is no voice or model with this name."),
     408: ("Timeout", "The request body did not arrive in time."),
     409: ("Conflict", "A voice with this name already exists."),
     413: ("TooLarge", "The request body exceeds the size limit."),
@@ -86,7 +87,14 @@ def build_document(version: str, *, max_characters: int = MAX_CHARACTERS) -> dic
                     "required": True,
                     "description": "The name of a voice.",
                     "schema": {"type": "string", "pattern": f"^{VOICE_NAME}$"},
-                }
+                },
+                "model": {
+                    "name": "model",
+                    "in": "path",
+                    "required": True,
+                    "description": "The name of a model. The server has one.",
+                    "schema": {"type": "string"},
+                },
             },
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
         },
@@ -129,7 +137,18 @@ def _pages() -> dict[str, Any]:
         "/": {"get": _operation("page", page, {200: html})},
         "/metrics": {"get": _operation("metrics", "Get the Prometheus metrics.", {200: _TEXT})},
         "/openapi.json": {"get": _operation("describe", "Get this document.", {200: openapi})},
+        **_models(),
+    }
+
+
+def _models() -> dict[str, Any]:
+    model = {200: _json("The model.", "Model"), **_errors(404)}
+    return {
         "/v1/models": {"get": _operation("list_models", "List the models.", {200: _json("The only model.", "Models")})},
+        "/v1/models/{model}": {
+            "parameters": [{"$ref": "#/components/parameters/model"}],
+            "get": _operation("get_model", "Get the model.", model),
+        },
     }
 
 

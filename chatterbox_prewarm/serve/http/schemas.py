@@ -115,6 +115,8 @@ class Voice(TypedDict):
 
     id: str
     """The name of the voice."""
+    name: str
+    """The same as `id`, for clients that show a name."""
     object: Literal["voice"]
     baked: bool
     """True when the voice is part of the image and cannot be deleted."""
@@ -129,11 +131,22 @@ class Voice(TypedDict):
     """The reason why the voice is not usable."""
 
 
+class VoiceName(TypedDict):
+    """A voice that this server can speak with."""
+
+    id: str
+    name: str
+    """The same as `id`."""
+
+
 class Voices(TypedDict):
     """The list of voices."""
 
     object: Literal["list"]
     data: list[Voice]
+    """All voices, also those that are not usable."""
+    voices: list[VoiceName]
+    """The usable voices, for clients such as Open WebUI, which read the list under this name."""
 
 
 class VoiceDeleted(TypedDict):

@@ -73,7 +73,11 @@ class VoiceRoutes:
         if request.method == "POST":
             return await self._add(request)
         entries = await asyncio.to_thread(self._store.entries)
-        voices: Voices = {"object": "list", "data": [voice_body(entry) for entry in entries]}
+        voices: Voices = {
+            "object": "list",
+            "data": [voice_body(entry) for entry in entries],
+            "voices": [{"id": entry.name, "name": entry.name} for entry in entries if entry.problem is None],
+        }
         return JSONResponse(voices)
 
     async def _show_or_delete(self, request: Request) -> Response:
@@ -139,6 +143,7 @@ def voice_body(entry: VoiceEntry) -> Voice:
     """Return the JSON object for a voice."""
     return {
         "id": entry.name,
+        "name": entry.name,
         "object": "voice",
         "baked": entry.baked,
         "bytes": entry.size,

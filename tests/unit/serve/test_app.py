@@ -155,6 +155,19 @@ def test_an_unknown_voice_is_refused_with_the_name_of_the_field_and_the_option(s
     assert server.speak(voice="John Smith=Bob")[0].status == 200
 
 
+def test_the_model_can_be_requested_by_name(serve: Callable[..., Server]) -> None:
+    server = serve("silent")
+    (listed,) = json.loads(request(server.port, "GET", "/v1/models")[1])["data"]
+    response, body = request(server.port, "GET", f"/v1/models/{listed['id']}")
+    assert (response.status, json.loads(body)) == (200, listed)
+    for name in ("tts-1", "resemble-ai/chatterbox", "resemble-ai%2Fchatterbox", "x" * 5000):
+        response, body = request(server.port, "GET", f"/v1/models/{name}")
+        error = json.loads(body)["error"]
+        assert (response.status, error["code"], error["param"]) == (404, "model_not_found", "model")
+        assert error["message"].endswith("this server has only 'chatterbox'")
+        assert len(error["message"]) < 300
+
+
 def test_a_request_that_waits_too_long_for_a_worker_is_refused(serve: Callable[..., Server]) -> None:
     server = serve("slow", wait_seconds=0.2)
     with ThreadPoolExecutor() as clients:

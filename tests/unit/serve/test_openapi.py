@@ -31,6 +31,7 @@ ROUTES = {
     "/metrics": {"get"},
     "/openapi.json": {"get"},
     "/v1/models": {"get"},
+    "/v1/models/{model}": {"get"},
     "/v1/audio/speech": {"post"},
     "/v1/audio/voices": {"get", "post"},
     "/v1/audio/voices/{name}": {"get", "delete"},
@@ -103,9 +104,10 @@ def test_all_operations_are_complete(document: dict[str, Any]) -> None:
         if "requestBody" in operation:
             assert {"400", "408", "413", "429", "503"} <= operation["responses"].keys()
         parameters = document["paths"][path].get("parameters", [])
-        assert [parameter["$ref"] for parameter in parameters] == (
-            ["#/components/parameters/voice"] if "{name}" in path else []
-        )
+        expected = {"{name}": "voice", "{model}": "model"}
+        assert [parameter["$ref"] for parameter in parameters] == [
+            f"#/components/parameters/{component}" for name, component in expected.items() if name in path
+        ]
 
 
 def test_a_token_is_optional(document: dict[str, Any]) -> None:

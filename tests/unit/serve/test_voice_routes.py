@@ -108,7 +108,14 @@ def test_a_voice_is_added_listed_shown_previewed_and_deleted(server: Server) -> 
     added = server.add()
     assert added.status_code == 201, added.text
     body = added.json()
-    expected = {"id": "ann", "object": "voice", "baked": False, "bytes": len(voice()), "created": 1_700_000_000}
+    expected = {
+        "id": "ann",
+        "name": "ann",
+        "object": "voice",
+        "baked": False,
+        "bytes": len(voice()),
+        "created": 1_700_000_000,
+    }
     assert body == {**expected, "digest": body["digest"], "usable": True, "reason": None}
     assert len(body["digest"]) == 64
     (wav,) = server.clips
@@ -118,6 +125,7 @@ def test_a_voice_is_added_listed_shown_previewed_and_deleted(server: Server) -> 
     listed = server.client.get(PATH).json()
     assert listed["object"] == "list"
     assert [voice["id"] for voice in listed["data"]] == ["ann", "default", "fox"]
+    assert listed["voices"] == [{"id": name, "name": name} for name in ("ann", "default", "fox")]
     assert server.client.get(f"{PATH}/ann").json() == body
     preview = server.client.get(f"{PATH}/ann/preview")
     assert (preview.content, preview.headers["content-type"]) == (b"sound", "audio/wav")
@@ -139,7 +147,7 @@ def test_name_conflicts_and_unknown_names_have_distinct_statuses(server: Server)
     assert_error(server.add(), 409, "voice_exists", "already")
     assert_error(server.add("fox"), 409, "voice_exists", "baked")
     assert_error(server.client.delete(f"{PATH}/fox"), 403, "voice_is_baked", "cannot be deleted")
-    fox = {"id": "fox", "object": "voice", "baked": True, "bytes": 20, "created": None, "digest": None}
+    fox = {"id": "fox", "name": "fox", "object": "voice", "baked": True, "bytes": 20, "created": None, "digest": None}
     assert server.client.get(f"{PATH}/fox").json() == {**fox, "usable": True, "reason": None}
     assert server.client.get(f"{PATH}/fox/preview").status_code == 200
     for method, path in (("GET", "/bob"), ("GET", "/bob/preview"), ("DELETE", "/bob")):
@@ -318,7 +326,9 @@ def test_a_failed_worker_leaves_no_voice(server: Server, tmp_path: Path) -> None
 
 def test_an_unusable_voice_is_listed_but_not_previewed(server: Server, tmp_path: Path) -> None:
     (tmp_path / "old.safetensors").write_bytes(voice(weights="sha256:" + "9" * 64))
-    listed = {voice["id"]: voice for voice in server.client.get(PATH).json()["data"]}["old"]
+    voices = server.client.get(PATH).json()
+    assert "old" not in [voice["id"] for voice in voices["voices"]], "clients offer these voices"
+    listed = {voice["id"]: voice for voice in voices["data"]}["old"]
     assert not listed["usable"]
     assert "checkpoint" in listed["reason"]
     assert_error(server.client.get(f"{PATH}/old/preview"), 400, "voice_unusable", "checkpoint")
