@@ -212,7 +212,7 @@ class Synthesizer:
         """Return T3's inputs: the voice, and the text tokens, int64 (1, n), including start and stop tokens."""
         from chatterbox.tts import T3Cond
 
-        check_text(text, limit=None)  # the model limits the number of tokens instead, see below
+        text = check_text(text, limit=None)  # the model limits the number of tokens instead, see below
         conditionals = self.voice(voice)
         model = self.model
         t3 = model.t3

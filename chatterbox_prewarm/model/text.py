@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import reprlib
-import unicodedata
 
 from chatterbox_prewarm.errors import BadInputError
 
@@ -13,33 +12,47 @@ from chatterbox_prewarm.errors import BadInputError
 MAX_CHARACTERS = 4096
 #: The complete name of a voice must match this regular expression.
 VOICE_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
-_ALLOWED_CONTROLS = frozenset("\t\n\r")
+#: Control characters that are white space, such as the form feed that pdftotext writes between pages.
+_SPACES = re.compile("[\v\f\x1c-\x1f\x85]")
+#: All other control characters, and surrogates.
+_REFUSED = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
+#: Characters without a glyph: soft hyphens, zero-width characters, byte order marks, and marks that select another
+#: glyph. The tokenizer knows none of them, and would speak a word that contains one wrongly. These are Unicode's
+#: Default_Ignorable_Code_Point and the marks of interlinear annotations.
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 
 
 def check_text(text: object, *, limit: int | None = MAX_CHARACTERS) -> str:
-    """Return `text` if it can be spoken.
+    """Return `text` in the form in which it can be spoken.
+
+    Invisible characters are removed, and control characters that are white space become spaces.
+
+    Args:
+        text: the text as the user gave it.
+        limit: the maximum number of characters in the returned text; None: no limit.
 
     Raises:
-        BadInputError: `text` is not a string, is empty, is longer than `limit` characters (None: no limit), or contains
-            control characters or surrogates.
+        BadInputError: `text` is not a string, is empty, is longer than `limit`, or contains other control characters
+            or surrogates.
     """
     if not isinstance(text, str):
         raise BadInputError(f"the text is {type(text).__name__}, not a string", next_step="send a string")
-    # A text that contains only white space and invisible format characters (category Cf) is empty too.
-    if all(character.isspace() or unicodedata.category(character) == "Cf" for character in text):
+    text = _SPACES.sub(" ", _INVISIBLE.sub("", text))
+    if not text or text.isspace():
         raise BadInputError("the text is empty", next_step="send at least one word")
     if limit is not None and len(text) > limit:
         raise BadInputError(
             f"the text has {len(text)} characters, more than the limit of {limit}",
             next_step="split it at sentences and send the parts separately",
         )
-    for character in text:
-        category = unicodedata.category(character)
-        if category in {"Cc", "Cs"} and character not in _ALLOWED_CONTROLS:
-            raise BadInputError(
-                f"the text contains the control character or lone surrogate U+{ord(character):04X}",
-                next_step="remove it; the text must be valid UTF-8 without control characters",
-            )
+    if found := _REFUSED.search(text):
+        raise BadInputError(
+            f"the text contains the control character or lone surrogate U+{ord(found[0]):04X}",
+            next_step="remove it; the text must be valid UTF-8 without control characters",
+        )
     return text
 
 

@@ -55,6 +55,12 @@ def test_audio_equals_that_of_upstream(attached: Attached, settings: dict[str, f
     assert decibels(theirs, ours.samples) >= 50
 
 
+def test_invisible_characters_do_not_change_the_speech(attached: Attached) -> None:
+    texts = (TEXT, "\ufeffHel\u00adlo,\fwor\u200bld.")
+    plain, marked = (attached.synthesizer.synthesize(text, seed=7, max_new_tokens=12).samples for text in texts)
+    assert np.array_equal(plain, marked)
+
+
 _UPSTREAM = """
 import sys, warnings
 warnings.simplefilter("ignore")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError
@@ -26,7 +28,8 @@ def test_valid_text_is_returned_unchanged(text: str) -> None:
         ("bell\x07", r"U\+0007"),
         ("escape\x1b[31m", r"U\+001B"),
         ("delete\x7f", r"U\+007F"),
-        ("next line\x85", r"U\+0085"),
+        ("a control\x80", r"U\+0080"),
+        ("\ufeff\u200b \u00ad\f", "is empty"),
         ("lone \ud800 surrogate", r"U\+D800"),
         ("lone \udfff", r"U\+DFFF"),
         (None, "NoneType, not a string"),
@@ -41,6 +44,41 @@ def test_invalid_text_is_refused_with_a_reason(text: object, reason: str) -> Non
     assert caught.value.exit_code == 16
     assert caught.value.next_step
     assert len(str(caught.value)) < 300  # the message does not contain the complete text
+
+
+@pytest.mark.parametrize(
+    ("text", "spoken"),
+    [
+        ("The end of page 1.\fPage 2.", "The end of page 1. Page 2."),
+        ("a\vb\x1cc\x1dd\x1ee\x1ff\x85g", "a b c d e f g"),
+        ("co\u00adoper\u00adate", "cooperate"),
+        ("\ufeffHello\u200b, wo\u200drld\u200c\u2060.", "Hello, world."),
+        ("\u202aleft\u202c to \u2066right\u2069\u200e", "left to right"),
+        ("I \u2764\ufe0f it", "I \u2764 it"),
+    ],
+)
+def test_invisible_characters_are_removed_and_page_breaks_become_spaces(text: str, spoken: str) -> None:
+    assert check_text(text) == spoken
+
+
+def test_all_characters_that_unicode_calls_ignorable_are_removed_and_no_other_ones() -> None:
+    regex = pytest.importorskip("regex")
+    everything = "".join(chr(code) for code in range(0xA0, sys.maxunicode + 1) if not 0xD800 <= code <= 0xDFFF)
+    removed = regex.compile(r"[\p{Default_Ignorable_Code_Point}\uFFF9-\uFFFB]")
+    assert check_text(everything, limit=None) == removed.sub("", everything)
+
+
+def test_each_control_character_is_white_space_or_refused() -> None:
+    for code in (*range(0x20), *range(0x7F, 0xA0)):
+        if chr(code).isspace():
+            assert check_text(f"a{chr(code)}b").split() == ["a", "b"]
+        else:
+            with pytest.raises(BadInputError, match=f"U\\+{code:04X}"):
+                check_text(f"a{chr(code)}b")
+
+
+def test_the_limit_does_not_count_invisible_characters() -> None:
+    assert check_text("\ufeff" + "x\u00ad" * MAX_CHARACTERS) == "x" * MAX_CHARACTERS
 
 
 def test_limit_can_be_set() -> None:
