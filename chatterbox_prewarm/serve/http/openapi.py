@@ -43,6 +43,7 @@ _ERRORS = {
     408: ("Timeout", "The request body did not arrive in time."),
     409: ("Conflict", "A voice with this name already exists."),
     413: ("TooLarge", "The request body exceeds the size limit."),
+    415: ("UnsupportedEncoding", "The request body is compressed. Send it uncompressed."),
     422: ("NoSpeech", "The model generated no speech for this text."),
     429: ("TooManyRequests", "The queue is full. Retry later."),
     500: ("Failed", "The server has an internal error."),
@@ -159,7 +160,7 @@ def _speech() -> dict[str, Any]:
         "content": {**media, events.MEDIA_TYPE: {"schema": _ref("SpeechEvent")}},
     }
     body = {"required": True, "content": {"application/json": {"schema": _ref("SpeechRequest")}}}
-    responses = {200: audio, **_errors(400, 403, 408, 413, 422, 429, 500, 503)}
+    responses = {200: audio, **_errors(400, 403, 408, 413, 415, 422, 429, 500, 503)}
     return {"/v1/audio/speech": {"post": _operation("speak", "Speak a text.", responses, requestBody=body)}}
 
 
@@ -168,7 +169,7 @@ def _voices() -> dict[str, Any]:
     clip = {**_BINARY, "description": "5 to 10 s of clean speech as WAV, FLAC, Ogg or MP3, sampled at 16 kHz or more."}
     form = {"type": "object", "required": ["name", "file"], "properties": {"name": name, "file": clip}}
     body = {"required": True, "content": {"multipart/form-data": {"schema": form}}}
-    added = {201: _json("The new voice.", "Voice"), **_errors(400, 403, 408, 409, 413, 429, 500, 503, 507)}
+    added = {201: _json("The new voice.", "Voice"), **_errors(400, 403, 408, 409, 413, 415, 429, 500, 503, 507)}
     deleted = {200: _json("The voice was deleted.", "VoiceDeleted"), **_errors(400, 403, 404, 503)}
     found = {200: _json("The voice.", "Voice"), **_errors(400, 404)}
     audio = {"description": "A sentence in this voice.", "content": {MEDIA_TYPES["wav"]: {"schema": _BINARY}}}

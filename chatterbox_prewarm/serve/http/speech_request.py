@@ -131,7 +131,7 @@ def parse_speech_options(body: bytes, *, limit: int = MAX_CHARACTERS) -> SpeechO
 
 
 def _parse_object(body: bytes) -> dict[str, Any]:
-    text = decode_text(body)
+    text = decode_text(body).removeprefix("\ufeff")  # a byte order mark, which some programs write before JSON
     try:
         # This parser limits the depth of nesting and the number of digits.
         fields = from_json(text, allow_inf_nan=False)

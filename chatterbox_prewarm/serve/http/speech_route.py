@@ -21,7 +21,8 @@ from chatterbox_prewarm.errors import PrewarmError
 from chatterbox_prewarm.model.text import is_voice_name
 from chatterbox_prewarm.serve.http import events
 from chatterbox_prewarm.serve.http.encoding import encoder
-from chatterbox_prewarm.serve.http.error_responses import RequestError, error_fields, response_for
+from chatterbox_prewarm.serve.http.error_responses import error_fields, response_for
+from chatterbox_prewarm.serve.http.request_body import read_body
 from chatterbox_prewarm.serve.http.request_log import add_log_fields
 
 if TYPE_CHECKING:
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-_BODY_SECONDS = 10.0
-_BODY_BYTES = 1 << 20
 
 
 class SpeechRoute:
@@ -187,29 +185,6 @@ class SpeechRoute:
             logger.error("a stream of events ended early: %s", error.message)  # noqa: TRY400 - not a bug
             await stream.write(events.failed(error_fields(error)))
         await stream.end()
-
-
-async def read_body(request: Request) -> bytes:
-    """Read a request body of limited size within a limited time.
-
-    Raises:
-        RequestError: the body is too large (status 413) or too slow (status 408).
-    """
-
-    async def read() -> bytes:
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > _BODY_BYTES:
-                message = f"the body is larger than {_BODY_BYTES} bytes"
-                raise RequestError(message, next_step="send a shorter text", status=413, code="too_large")
-        return bytes(body)
-
-    try:
-        return await asyncio.wait_for(read(), _BODY_SECONDS)
-    except (asyncio.TimeoutError, TimeoutError) as error:
-        message = f"the body did not arrive within {_BODY_SECONDS:.0f} s"
-        raise RequestError(message, next_step="send it again", status=408, code="timeout") from error
 
 
 def _import_parser() -> Callable[..., SpeechOptions]:

@@ -15,6 +15,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.serve.http.error_responses import RequestError
+from chatterbox_prewarm.serve.http.request_body import check_encoding
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -42,10 +43,11 @@ async def read_upload(request: Request, *, clip_bytes: int, seconds: float) -> t
         the name, which is a valid voice name, and the content of the clip.
 
     Raises:
-        RequestError: the body is too large (status 413) or too slow (status 408).
+        RequestError: the body is compressed (status 415), too large (status 413) or too slow (status 408).
         BadInputError: the body is not such a form.
         starlette.requests.ClientDisconnect: the client disconnected.
     """
+    check_encoding(request.headers)
     limit = clip_bytes + _FORM_BYTES
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and len(length) < 20 and int(length) > limit:

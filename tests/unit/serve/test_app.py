@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import http.client
 import json
 import os
@@ -166,6 +167,18 @@ def test_the_model_can_be_requested_by_name(serve: Callable[..., Server]) -> Non
         assert (response.status, error["code"], error["param"]) == (404, "model_not_found", "model")
         assert error["message"].endswith("this server has only 'chatterbox'")
         assert len(error["message"]) < 300
+
+
+def test_a_compressed_body_is_refused_with_the_name_of_its_encoding(serve: Callable[..., Server]) -> None:
+    server = serve("ready")
+    compressed = gzip.compress(BODY.encode())
+    for path in (SPEECH, VOICES):
+        for name in ("gzip", "identity, GZIP", "br"):
+            response, body = request(server.port, "POST", path, {"Content-Encoding": name}, compressed)
+            error = json.loads(body)["error"]
+            assert (response.status, error["code"]) == (415, "unsupported_encoding")
+            assert name.split()[-1] in error["message"]
+    assert request(server.port, "POST", SPEECH, {"Content-Encoding": "identity"}, BODY)[0].status == 200
 
 
 def test_a_request_that_waits_too_long_for_a_worker_is_refused(serve: Callable[..., Server]) -> None:

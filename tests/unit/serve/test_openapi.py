@@ -102,7 +102,7 @@ def test_all_operations_are_complete(document: dict[str, Any]) -> None:
         assert operation.get("security") == ([] if path in PROBES else None)
         assert ("requestBody" in operation) == (method == "post")
         if "requestBody" in operation:
-            assert {"400", "408", "413", "429", "503"} <= operation["responses"].keys()
+            assert {"400", "408", "413", "415", "429", "503"} <= operation["responses"].keys()
         parameters = document["paths"][path].get("parameters", [])
         expected = {"{name}": "voice", "{model}": "model"}
         assert [parameter["$ref"] for parameter in parameters] == [

@@ -172,7 +172,8 @@ def test_a_body_without_a_text_is_refused(body: bytes) -> None:
         (b"not json", "not JSON"),
         (b'{"input": "cut', "not JSON"),
         (b'{"input": "a"} {}', "not JSON"),
-        (b"\xef\xbb\xbf{}", "not JSON"),
+        (b"\xef\xbb\xbf", "not JSON"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf{}", "not JSON"),
         (b'{"input": "caf\xe9"}', "not UTF-8"),
         ('{"input": "a"}'.encode("utf-16"), "not UTF-8"),
         (rb'{"input": "\ud800"}', "not JSON"),
@@ -194,6 +195,10 @@ def test_a_body_that_is_not_a_json_object_is_refused(body: bytes, message: str) 
     with pytest.raises(BadInputError, match=message) as caught:
         parse_speech_options(body)
     assert len(str(caught.value)) < 300
+
+
+def test_a_byte_order_mark_before_the_json_is_accepted() -> None:
+    assert parse_speech_options(b'\xef\xbb\xbf{"input": "Hello."}').text == "Hello."
 
 
 def test_options_survive_the_way_to_the_worker_as_json() -> None:
