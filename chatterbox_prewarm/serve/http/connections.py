@@ -29,7 +29,7 @@ BACKLOG = 2048
 #: to `listen`, so `server` calls `listen` again with `BACKLOG`.
 _ACCEPT_BATCH = 32
 _SWEEP_SECONDS = 1.0
-#: h11's limit on the head of a request.
+#: The limit on the head of a request, which h11 checks.
 _HEAD_BYTES = 16 * 1024
 #: The unsent response data that the kernel may buffer per connection.
 _UNSENT_BYTES = 64 * 1024
@@ -198,9 +198,20 @@ def _http_protocol(limits: Limits) -> type[asyncio.Protocol]:
     from h11 import LocalProtocolError
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
+    from chatterbox_prewarm.serve.http.strict_http import StrictConnection
+
     connections = Connections(_reduce_to(raise_open_files(), limits))
 
     class LimitedProtocol(H11Protocol):
+        conn: StrictConnection
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.conn = StrictConnection(_HEAD_BYTES)
+
+        def send_400_response(self, msg: str) -> None:
+            super().send_400_response(self.conn.refusal or msg)
+
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             _set_socket_options(transport)

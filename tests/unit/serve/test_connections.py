@@ -233,6 +233,57 @@ def test_an_invalid_request_closes_the_connection(invalid_request: bytes) -> Non
         assert request(port, "GET", "/")[0].status == 200
 
 
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+READ = b"POST /read HTTP/1.1\r\nHost: x\r\n"
+HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: x\r\n\r\n"
+BARE, FOLDED, BOTH = b"does not end with CR LF", b"continues on a second line", b"both Content-Length and Transfer"
+
+
+@pytest.mark.parametrize(
+    ("ambiguous", "reason"),
+    [
+        (READ + b"Content-Length: 5\r\n" + CHUNKED + b"\r\n0\r\n\r\n", BOTH),
+        (READ + CHUNKED + b"Content-Length: 0\r\n\r\n0\r\n\r\n", BOTH),
+        (READ + b"content-length: 5\r\nTRANSFER-ENCODING: Chunked\r\n\r\n0\r\n\r\n", BOTH),
+        (READ.replace(b"1.1", b"1.0") + CHUNKED + b"\r\n0\r\n\r\n", b"older than HTTP/1.1"),
+        (READ + b"X: a\n\r\n", BARE),
+        (READ + b"X: a\r\n\n", BARE),
+        (REQUEST.replace(b"\r\n", b"\n"), BARE),
+        (b"\n" + REQUEST, BARE),
+        (READ + b"X: a\rContent-Length: 99\r\n\r\n", BARE),
+        (READ + b"X: a\r\n Content-Length: 99\r\n\r\n", FOLDED),
+        (READ + b"X: a\r\n\tb\r\n\r\n", FOLDED),
+        (READ + CHUNKED + b"\r\n0\r\n\n", BARE),
+        (READ + CHUNKED + b"\r\n0\r\nX: a\n\r\n", BARE),
+        (READ + CHUNKED + b"\r\n0\r\nX: a\r\n b\r\n\r\n", FOLDED),
+        (READ + CHUNKED + b"\r\n0;a\rb\r\n\r\n", BARE),
+        (READ + CHUNKED + b"\r\n0;a\nb\r\n\r\n", BARE),
+        (READ + CHUNKED + b"\r\n1\r\naXX0\r\n\r\n", b"Invalid HTTP request"),
+    ],
+)
+@pytest.mark.parametrize("first", [b"", REQUEST])
+def test_a_request_that_a_proxy_may_read_differently_is_refused(ambiguous: bytes, reason: bytes, first: bytes) -> None:
+    with serving(App()) as port, opened(port, first) as (connection,):
+        assert not first or has_response(connection)
+        connection.sendall(ambiguous + HIDDEN)
+        received = b""
+        with contextlib.suppress(ConnectionResetError):
+            while data := connection.recv(4096):
+                received += data
+    assert received.startswith(b"HTTP/1.1 400 "), received
+    assert reason in received
+    assert received.count(b"HTTP/1.1 4") == 1, "there is no second response"
+    assert b"HTTP/1.1 200" not in received
+
+
+def test_regular_chunked_requests_share_a_connection() -> None:
+    chunked = READ + CHUNKED + b"\r\n3;name=value\r\na\nb\r\n0\r\nX: a\r\n\r\n"
+    with serving(App()) as port, opened(port, b"") as (connection,):
+        for _ in range(3):
+            connection.sendall(chunked)
+            assert has_response(connection)
+
+
 def test_an_invalid_chunk_during_a_response_closes_only_that_connection(caplog: pytest.LogCaptureFixture) -> None:
     head = b"POST /endless HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     with serving(App()) as port, opened(port, head) as (connection,):
