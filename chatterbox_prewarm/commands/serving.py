@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     help="CPU threads of torch per worker. Default: the workers on the CPU share its cores.",
 )
 @option("--max-characters", default=MAX_CHARACTERS, type=click.IntRange(1), help="Maximum length of a text.")
+@option("--ignore-speed", is_flag=True, help="Speak requests with any speed, at the model's speed.")
 @option(
     "--max-new-tokens",
     default=1000,
@@ -135,6 +136,7 @@ def serve(
     port: int,
     threads: int | None,
     max_characters: int,
+    ignore_speed: bool,
     max_new_tokens: int,
     queue_limit: int,
     queue_seconds: float,
@@ -159,6 +161,7 @@ def serve(
             host=host,
             port=port,
             max_characters=max_characters,
+            ignore_speed=ignore_speed,
             weights=weights,
             voices_dir=voices_dir,
             max_voices=max_voices,

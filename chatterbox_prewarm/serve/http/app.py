@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import reprlib
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -41,15 +42,26 @@ class App:
         admission: decides whether the server accepts a request.
         voices: the baked and the added voices.
         max_characters: the length of the longest text that the server accepts.
+        ignore_speed: True to accept any value of the field `speed`, without an effect.
     """
 
-    def __init__(self, pool: Pool, admission: Admission, voices: VoiceStore, *, max_characters: int) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        admission: Admission,
+        voices: VoiceStore,
+        *,
+        max_characters: int,
+        ignore_speed: bool = False,
+    ) -> None:
         self._pool = pool
         self._admission = admission
-        self._max_characters = max_characters
+        self._document = functools.partial(_openapi_body, max_characters=max_characters, ignore_speed=ignore_speed)
         self._http_metrics = HttpMetrics(pool, admission)
         pool.on_part = self._http_metrics.count_part
-        self._speech = SpeechRoute(pool, admission, self._http_metrics, max_characters=max_characters)
+        self._speech = SpeechRoute(
+            pool, admission, self._http_metrics, max_characters=max_characters, ignore_speed=ignore_speed
+        )
         self._voices = VoiceRoutes(voices, admission, prepare=pool.prepare_voice, speak=self._speech.respond)
 
     def asgi(self) -> ASGIApp:
@@ -120,13 +132,13 @@ class App:
 
     async def _openapi(self, _: Request) -> Response:
         # The import of pydantic and the derivation of the schemas take half a second, so they run in a thread.
-        return Response(await asyncio.to_thread(_openapi_body, self._max_characters), media_type="application/json")
+        return Response(await asyncio.to_thread(self._document), media_type="application/json")
 
 
-def _openapi_body(max_characters: int) -> bytes:
+def _openapi_body(*, max_characters: int, ignore_speed: bool) -> bytes:
     from chatterbox_prewarm.serve.http.openapi import encoded_document
 
-    return encoded_document(max_characters)
+    return encoded_document(max_characters, ignore_speed)
 
 
 async def _route_not_found(_: Request, error: Exception) -> Response:

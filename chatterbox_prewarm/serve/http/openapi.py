@@ -55,17 +55,18 @@ _TEXT = {"description": "Plain text.", "content": {"text/plain": {"schema": {"ty
 
 
 @functools.cache
-def encoded_document(max_characters: int) -> bytes:
+def encoded_document(max_characters: int, ignore_speed: bool) -> bytes:
     """Return the body of `/openapi.json`. Building it takes about half a second."""
-    return json.dumps(build_document(__version__, max_characters=max_characters)).encode()
+    return json.dumps(build_document(__version__, max_characters=max_characters, ignore_speed=ignore_speed)).encode()
 
 
-def build_document(version: str, *, max_characters: int = MAX_CHARACTERS) -> dict[str, Any]:
+def build_document(version: str, *, max_characters: int = MAX_CHARACTERS, ignore_speed: bool = False) -> dict[str, Any]:
     """Build the OpenAPI document from JSON-compatible values.
 
     Args:
         version: the version of this program.
         max_characters: the length of the longest text that this server accepts.
+        ignore_speed: True if this server accepts any value of the field `speed`, without an effect.
     """
     return {
         "openapi": "3.1.0",
@@ -79,7 +80,7 @@ def build_document(version: str, *, max_characters: int = MAX_CHARACTERS) -> dic
         "security": [{}, {"bearer": []}],  # a server without a token accepts all requests
         "paths": {**_probes(), **_pages(), **_speech(), **_voices()},
         "components": {
-            "schemas": _schemas(max_characters),
+            "schemas": _schemas(max_characters, ignore_speed=ignore_speed),
             "responses": {name: _error(status, text) for status, (name, text) in _ERRORS.items()},
             "parameters": {
                 "voice": {
@@ -102,14 +103,17 @@ def build_document(version: str, *, max_characters: int = MAX_CHARACTERS) -> dic
     }
 
 
-def _schemas(max_characters: int) -> dict[str, Any]:
+def _schemas(max_characters: int, *, ignore_speed: bool) -> dict[str, Any]:
     for shape in filter(is_typeddict, vars(schemas).values()):
         with_config(ConfigDict(use_attribute_docstrings=True))(shape)
     mode: JsonSchemaMode = "validation"
     roots = [(root, mode, TypeAdapter(root)) for root in _ROOTS]
     _, derived = TypeAdapter.json_schemas(roots, ref_template="#/components/schemas/{model}")
     components: dict[str, Any] = derived["$defs"]
-    components["SpeechRequest"]["properties"]["input"]["maxLength"] = max_characters
+    fields = components["SpeechRequest"]["properties"]
+    fields["input"]["maxLength"] = max_characters
+    if ignore_speed:
+        fields["speed"] = {"description": "Ignored. The model has only one speed."}
     event = {"oneOf": [_ref(shape.__name__) for shape in get_args(schemas.SpeechEvent)]}
     components["SpeechEvent"] = {
         "description": "A server-sent event. The last event is `speech.audio.done` or an error.",

@@ -51,6 +51,7 @@ class ServeConfig:
         token: required by all requests except probes.
         limits: limits on connections.
         log_text: True to log the text of speech requests.
+        ignore_speed: True to accept any value of the field `speed`, without an effect.
     """
 
     host: str
@@ -67,6 +68,7 @@ class ServeConfig:
     token: Token | None = None
     limits: Limits = field(default_factory=Limits)
     log_text: bool = False
+    ignore_speed: bool = False
 
 
 def serve(config: ServeConfig, workers: Sequence[WorkerConfig]) -> None:
@@ -152,7 +154,7 @@ async def _run(
     from chatterbox_prewarm.serve.http.request_log import log_requests
 
     admission = Admission(pool, limit=config.queue_limit)
-    app = App(pool, admission, voices, max_characters=config.max_characters).asgi()
+    app = App(pool, admission, voices, max_characters=config.max_characters, ignore_speed=config.ignore_speed).asgi()
     app = close_while_draining(check_access(app, config.token), admission)
     server = connections.server(
         log_requests(app, log_text=config.log_text),

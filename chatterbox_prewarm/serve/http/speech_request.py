@@ -103,18 +103,21 @@ class SpeechRequest(BaseModel):
     )
 
 
-def parse_speech_options(body: bytes, *, limit: int = MAX_CHARACTERS) -> SpeechOptions:
+def parse_speech_options(body: bytes, *, limit: int = MAX_CHARACTERS, ignore_speed: bool = False) -> SpeechOptions:
     """Parse and check a request body.
 
     Args:
         body: JSON in UTF-8.
         limit: the maximum number of characters in the text.
+        ignore_speed: True to accept any value of the field `speed`, without an effect.
 
     Raises:
         RequestError: a field is invalid. The error names it.
         BadInputError: the body is not a JSON object.
     """
     fields = _parse_object(body)
+    if ignore_speed:
+        fields.pop("speed", None)
     check_input = functools.partial(check_text, limit=limit)
     try:
         request = SpeechRequest.model_validate(fields)
@@ -171,7 +174,7 @@ _NEXT_STEPS = {
     "voice": 'send the name of a voice, as a string or as {"id": NAME}, or leave the field out',
     "response_format": "send mp3, opus, flac, wav or pcm",
     "stream_format": "send audio or sse, or leave the field out",
-    "speed": "leave the field out; the speed cannot be changed",
+    "speed": "leave the field out, or start the server with --ignore-speed; the speed cannot be changed",
     "instructions": "send a string, or leave the field out; it has no effect",
     "seed": _range("an integer", (0, MAX_SEED)),
     "max_new_tokens": _range("an integer", (MIN_TOKENS, MAX_TOKENS)),

@@ -50,13 +50,23 @@ class SpeechRoute:
         admission: decides whether the server accepts a request.
         http_metrics: counts requests, and measures the time to the first chunk.
         max_characters: the length of the longest text that the server accepts.
+        ignore_speed: True to accept any value of the field `speed`, without an effect.
     """
 
-    def __init__(self, pool: Pool, admission: Admission, http_metrics: HttpMetrics, *, max_characters: int) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        admission: Admission,
+        http_metrics: HttpMetrics,
+        *,
+        max_characters: int,
+        ignore_speed: bool = False,
+    ) -> None:
         self._pool = pool
         self._admission = admission
         self._http_metrics = http_metrics
         self._max_characters = max_characters
+        self._ignore_speed = ignore_speed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to a request with `SpeechRequest` as its body."""
@@ -68,7 +78,8 @@ class SpeechRoute:
             # The request is not in flight yet, so a slow body does not occupy the queue or delay a drain.
             body = await read_body(Request(scope, receive))
             parse_speech_options = await asyncio.to_thread(_import_parser)
-            await self._respond(parse_speech_options(body, limit=self._max_characters), stream)
+            options = parse_speech_options(body, limit=self._max_characters, ignore_speed=self._ignore_speed)
+            await self._respond(options, stream)
         except PrewarmError as error:
             await stream.send(response_for(error))
         except ClientDisconnect:

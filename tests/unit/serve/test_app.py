@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import uvicorn
@@ -51,13 +51,13 @@ FORM = (
 class Server:
     """The application on a port, with a worker process that plays the given part."""
 
-    def __init__(self, directory: Path, part: str, *, limit: int, wait_seconds: float) -> None:
+    def __init__(self, directory: Path, part: str, *, limit: int, wait_seconds: float, **settings: Any) -> None:
         aliases = {"John Smith=Bob": "default"}
         store = VoiceStore(directory, baked={}, variant=VARIANT, weights=WEIGHTS, aliases=aliases)
         processes = [(CONFIG, start(part)(CONFIG))]
         self.pool = Pool(processes, wait_seconds=wait_seconds, hang_seconds=20, voices=store)
         self.admission = Admission(self.pool, limit=limit)
-        app = App(self.pool, self.admission, store, max_characters=500).asgi()
+        app = App(self.pool, self.admission, store, max_characters=500, **settings).asgi()
         config = uvicorn.Config(
             close_while_draining(app, self.admission), lifespan="off", log_config=None, access_log=False
         )
@@ -103,8 +103,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Return a function that starts a server and waits for its worker, unless the worker never becomes ready."""
     servers: list[Server] = []
 
-    def start_server(part: str, *, limit: int = 32, wait_seconds: float = 20) -> Server:
-        servers.append(Server(tmp_path, part, limit=limit, wait_seconds=wait_seconds))
+    def start_server(part: str, *, limit: int = 32, wait_seconds: float = 20, **settings: Any) -> Server:
+        servers.append(Server(tmp_path, part, limit=limit, wait_seconds=wait_seconds, **settings))
         if part in {"ready", "slow", "stuck"}:
             servers[-1].wait_until(lambda: servers[-1].pool.ready)
         return servers[-1]
@@ -181,6 +181,14 @@ def test_a_compressed_body_is_refused_with_the_name_of_its_encoding(serve: Calla
     assert request(server.port, "POST", SPEECH, {"Content-Encoding": "identity"}, BODY)[0].status == 200
 
 
+def test_the_speed_is_ignored_with_the_option(serve: Callable[..., Server]) -> None:
+    assert serve("ready").speak(speed=1.5)[0].status == 400
+    server = serve("ready", ignore_speed=True)
+    assert server.speak(speed=1.5)[1] == b"Hello."
+    fields = json.loads(request(server.port, "GET", "/openapi.json")[1])["components"]["schemas"]["SpeechRequest"]
+    assert fields["properties"]["speed"].keys() == {"description"}
+
+
 def test_a_request_that_waits_too_long_for_a_worker_is_refused(serve: Callable[..., Server]) -> None:
     server = serve("slow", wait_seconds=0.2)
     with ThreadPoolExecutor() as clients:
@@ -243,8 +251,8 @@ def test_startupz_shows_the_reason_of_a_failed_worker(serve: Callable[..., Serve
 def test_the_openapi_document_is_built_once(serve: Callable[..., Server]) -> None:
     server = serve("silent")
     first, second = (request(server.port, "GET", "/openapi.json") for _ in range(2))
-    assert first[1] == second[1] == encoded_document(500)
-    assert encoded_document(500) is encoded_document(500)
+    assert first[1] == second[1] == encoded_document(500, False)
+    assert encoded_document(500, False) is encoded_document(500, False)
     assert first[0].headers["Content-Type"] == "application/json"
     assert json.loads(first[1])["components"]["schemas"]["SpeechRequest"]["properties"]["input"]["maxLength"] == 500
 

@@ -135,6 +135,11 @@ def test_the_text_limit_of_the_server_is_in_the_schema() -> None:
     assert build_document("1")["components"]["schemas"]["SpeechRequest"]["properties"]["input"]["maxLength"] == 4096
 
 
+def test_a_server_that_ignores_the_speed_allows_any_in_the_schema() -> None:
+    schema = build_document("1", ignore_speed=True)["components"]["schemas"]["SpeechRequest"]
+    assert schema["properties"]["speed"].keys() == {"description"}
+
+
 @pytest.mark.parametrize(
     "fields",
     [

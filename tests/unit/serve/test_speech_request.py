@@ -137,7 +137,7 @@ def test_values_at_the_bounds_are_accepted_and_values_beyond_are_refused(name: s
         ({"response_format": "MP3"}, "response_format", "'response_format' is 'MP3'"),
         ({"response_format": 5}, "response_format", "'response_format' is 5"),
         ({"stream_format": "events"}, "stream_format", "'stream_format' is 'events'"),
-        ({"speed": 1.25}, "speed", r"'speed' is 1\.25"),
+        ({"speed": 1.25}, "speed", r"(?s)'speed' is 1\.25.*--ignore-speed"),
         ({"speed": "1"}, "speed", "'speed' is '1'"),
         ({"seed": 1.0}, "seed", r"'seed' is 1\.0"),
         ({"seed": "one"}, "seed", "'seed' is 'one'"),
@@ -195,6 +195,12 @@ def test_a_body_that_is_not_a_json_object_is_refused(body: bytes, message: str) 
     with pytest.raises(BadInputError, match=message) as caught:
         parse_speech_options(body)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("speed", [1.25, 0, "fast", None])
+def test_the_speed_can_be_ignored(speed: object) -> None:
+    body = json.dumps({"input": "Hello.", "speed": speed}).encode()
+    assert parse_speech_options(body, ignore_speed=True) == parse_speech_options(b'{"input": "Hello."}')
 
 
 def test_a_byte_order_mark_before_the_json_is_accepted() -> None:
