@@ -112,7 +112,7 @@ if TYPE_CHECKING:
     help="Maximum number of connections. Beyond it, the one idle for longest is closed.",
 )
 @option("--log-format", default="text", type=click.Choice(log_lines.FORMATS), help="Format of log lines.")
-@option("--log-text", is_flag=True, help="Also log the spoken texts.")
+@option("--log-text", is_flag=True, help="Also log the spoken texts and complete paths.")
 @option(
     "--drain-seconds",
     default=100.0,

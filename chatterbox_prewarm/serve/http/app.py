@@ -22,7 +22,6 @@ from chatterbox_prewarm.serve.http.voice_routes import VoiceRoutes
 
 if TYPE_CHECKING:
     from starlette.requests import Request
-    from starlette.types import ASGIApp
 
     from chatterbox_prewarm.serve.http.admission import Admission
     from chatterbox_prewarm.serve.http.schemas import Model, Models, Status
@@ -64,7 +63,7 @@ class App:
         )
         self._voices = VoiceRoutes(voices, admission, prepare=pool.prepare_voice, speak=self._speech.respond)
 
-    def asgi(self) -> ASGIApp:
+    def asgi(self) -> Starlette:
         """Return the ASGI application."""
         return Starlette(
             routes=[

@@ -11,10 +11,15 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
+from starlette.routing import Match
+
 from chatterbox_prewarm.serve.http.access import PROBES
 from chatterbox_prewarm.serve.workers.log_lines import REQUEST_ID
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from starlette.routing import BaseRoute
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
@@ -25,6 +30,8 @@ _ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
 #: Kubernetes and Prometheus request these paths every few seconds, so they are logged at debug level.
 _QUIET = PROBES | {"/metrics"}
 _MAX_PATH = 200
+#: The route of a path that the server does not have.
+_NO_ROUTE = "unknown"
 #: The status that nginx logs for a client that disconnected before the response. It is never sent.
 _CLIENT_GONE = 499
 
@@ -37,12 +44,13 @@ def add_log_fields(scope: Scope, **fields: Any) -> None:
     scope.get(_KEY, {}).update({name: value for name, value in fields.items() if value is not None})
 
 
-def log_requests(app: ASGIApp, *, log_text: bool = False) -> ASGIApp:
+def log_requests(app: ASGIApp, routes: Sequence[BaseRoute], *, log_text: bool = False) -> ASGIApp:
     """Wrap `app` in the outermost middleware, which assigns request ids and logs each request after its response.
 
     Args:
         app: the application.
-        log_text: True to log the text of speech requests.
+        routes: its routes. The log contains the template of a route, because a path may contain any text.
+        log_text: True to log the text of speech requests, and complete paths.
     """
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,6 +63,7 @@ def log_requests(app: ASGIApp, *, log_text: bool = False) -> ASGIApp:
         fields: dict[str, Any] = {}
         scope[_KEY] = fields
         response = _LoggedResponse(request_id, send)
+        route = _shortened(scope["path"]) if log_text else _template(routes, scope)
         try:
             await app(scope, receive, response.send)
         except Exception:
@@ -64,7 +73,11 @@ def log_requests(app: ASGIApp, *, log_text: bool = False) -> ASGIApp:
             if not log_text:
                 fields.pop("text", None)
             level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
-            logger.log(level, "request", extra={"fields": {**_route(scope), **response.fields(), **fields}})
+            logger.log(
+                level,
+                "request",
+                extra={"fields": {"method": scope["method"], "route": route, **response.fields(), **fields}},
+            )
 
     return middleware
 
@@ -116,7 +129,13 @@ def _request_id(scope: Scope) -> str:
     return os.urandom(8).hex()
 
 
-def _route(scope: Scope) -> dict[str, str]:
-    """Return method and path. The query string is left out because it may contain secrets."""
-    path = scope["path"]
-    return {"method": scope["method"], "route": path if len(path) <= _MAX_PATH else f"{path[:_MAX_PATH]}..."}
+def _template(routes: Sequence[BaseRoute], scope: Scope) -> str:
+    """Return the template of the route that matches the path, even if it does not support the method."""
+    for route in routes:
+        if route.matches(scope)[0] is not Match.NONE:
+            return str(getattr(route, "path", _NO_ROUTE))
+    return _NO_ROUTE
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= _MAX_PATH else f"{path[:_MAX_PATH]}..."

@@ -154,10 +154,12 @@ async def _run(
     from chatterbox_prewarm.serve.http.request_log import log_requests
 
     admission = Admission(pool, limit=config.queue_limit)
-    app = App(pool, admission, voices, max_characters=config.max_characters, ignore_speed=config.ignore_speed).asgi()
-    app = close_while_draining(check_access(app, config.token), admission)
+    application = App(
+        pool, admission, voices, max_characters=config.max_characters, ignore_speed=config.ignore_speed
+    ).asgi()
+    app = close_while_draining(check_access(application, config.token), admission)
     server = connections.server(
-        log_requests(app, log_text=config.log_text),
+        log_requests(app, application.routes, log_text=config.log_text),
         listener,
         config.limits,
         headers=[("X-Content-Type-Options", "nosniff")],

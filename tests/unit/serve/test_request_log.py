@@ -9,8 +9,10 @@ import json
 import logging
 import sys
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import pytest
+from starlette.routing import Route
 
 from chatterbox_prewarm.serve.http.request_log import add_log_fields, log_requests
 from chatterbox_prewarm.serve.workers import log_lines
@@ -20,7 +22,7 @@ from tests.helpers.http_server import connect, request, respond, serving
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 TEXT = "The patient's name is Nemo."
 logger = logging.getLogger("chatterbox_prewarm.test")
@@ -50,6 +52,20 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
                 pass
         case _:
             await respond(send)
+
+
+def logged(**options: Any) -> ASGIApp:
+    paths = ("/", "/v1/audio/speech", "/fails", "/gone", "/livez", "/startupz", "/readyz", "/metrics", "/v1/models")
+    return log_requests(app, [Route(path, app) for path in (*paths, "/v1/audio/voices/{name}")], **options)
+
+
+def test_a_path_is_logged_only_with_the_option_log_text() -> None:
+    paths = ("/v1/audio/voices/Nemo", "/The%20patient%20Nemo")
+    for log_text, routes in ((False, ["/v1/audio/voices/{name}", "unknown"]), (True, [unquote(p) for p in paths])):
+        with collect_log(JsonLines("front")) as log, serving(logged(log_text=log_text)) as port:
+            for path in paths:
+                request(port, "DELETE", path)
+        assert [line["route"] for line in log.parsed("request")] == routes
 
 
 class LogCollector(logging.Handler):
@@ -82,7 +98,7 @@ def collect_log(formatter: logging.Formatter, level: int = logging.INFO) -> Iter
 
 
 def test_each_request_logs_one_line_with_its_fields_and_without_its_text() -> None:
-    with collect_log(JsonLines("front")) as log, serving(log_requests(app)) as port:
+    with collect_log(JsonLines("front")) as log, serving(logged()) as port:
         response, _ = request(port, "POST", "/v1/audio/speech?key=secret", {"X-Request-Id": "abc-1"})
         assert response.headers["x-request-id"] == "abc-1"
     (line,) = log.parsed("request")
@@ -106,13 +122,13 @@ def test_each_request_logs_one_line_with_its_fields_and_without_its_text() -> No
 
 
 def test_the_text_is_logged_with_the_option_log_text() -> None:
-    with collect_log(JsonLines("front")) as log, serving(log_requests(app, log_text=True)) as port:
+    with collect_log(JsonLines("front")) as log, serving(logged(log_text=True)) as port:
         request(port, "POST", "/v1/audio/speech")
     assert log.parsed("request")[0]["text"] == TEXT
 
 
 def test_other_log_lines_during_a_request_have_its_id() -> None:
-    with collect_log(JsonLines("front")) as log, serving(log_requests(app)) as port:
+    with collect_log(JsonLines("front")) as log, serving(logged()) as port:
         ids = [request(port, "POST", "/v1/audio/speech")[0].headers["x-request-id"] for _ in range(3)]
     assert len(set(ids)) == 3
     assert [line["request_id"] for line in log.parsed("speaking")] == ids
@@ -124,7 +140,7 @@ def test_other_log_lines_during_a_request_have_its_id() -> None:
     "value", [b"", b"a b", b"x" * 129, b"a\xff", b"\xc5\xbe", b"-a", b'a"', b"<script>", b"a\x1b[31m", b"a;b"]
 )
 def test_an_unsafe_request_id_is_replaced(value: bytes) -> None:
-    with collect_log(JsonLines("front")) as log, serving(log_requests(app)) as port:
+    with collect_log(JsonLines("front")) as log, serving(logged()) as port:
         head = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: " + value + b"\r\n\r\n"
         with connect(port, head) as connection:
             received = connection.recv(4096)
@@ -139,14 +155,14 @@ def test_an_unsafe_request_id_is_replaced(value: bytes) -> None:
 def test_probes_and_scrapes_are_logged_only_at_debug_level() -> None:
     paths = ("/livez", "/startupz", "/readyz", "/metrics", "/v1/models")
     for level, expected in ((logging.INFO, ["/v1/models"]), (logging.DEBUG, list(paths))):
-        with collect_log(JsonLines("front"), level) as log, serving(log_requests(app)) as port:
+        with collect_log(JsonLines("front"), level) as log, serving(logged()) as port:
             for path in paths:
                 assert "x-request-id" in request(port, "GET", path)[0].headers
         assert [line["route"] for line in log.parsed("request")] == expected
 
 
 def test_an_exception_is_logged_with_the_request_id_and_the_sent_status() -> None:
-    with collect_log(JsonLines("front")) as log, serving(log_requests(app)) as port:
+    with collect_log(JsonLines("front")) as log, serving(logged()) as port:
         assert request(port, "GET", "/fails", {"X-Request-Id": "it"})[0].status == 500
         with connect(port, b"GET /fails/late HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
             while connection.recv(4096):
@@ -160,7 +176,7 @@ def test_an_exception_is_logged_with_the_request_id_and_the_sent_status() -> Non
 
 
 def test_a_disconnected_client_is_logged_with_status_499() -> None:
-    with collect_log(JsonLines("front")) as log, serving(log_requests(app)) as port:
+    with collect_log(JsonLines("front")) as log, serving(logged()) as port:
         connect(port, b"GET /gone HTTP/1.1\r\nHost: x\r\n\r\n").close()
         request(port, "GET", "/")
     assert sorted((line["route"], line["status"]) for line in log.parsed("request")) == [("/", 200), ("/gone", 499)]
@@ -186,7 +202,7 @@ def test_a_message_or_field_cannot_forge_a_log_line() -> None:
 
 
 def test_a_path_cannot_forge_a_log_line() -> None:
-    with collect_log(TextLines("front")) as log, serving(log_requests(app)) as port:
+    with collect_log(TextLines("front")) as log, serving(logged(log_text=True)) as port:
         request(port, "GET", "/a%0A2026-01-01%20front%20INFO%20forged%1B%5B2K")
         request(port, "GET", "/" + "a" * 5000)
     lines = [line for line in log.lines if " request " in line]
