@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, IntegrityError
 from chatterbox_prewarm.state.manifest import MANIFEST_NAME
-from chatterbox_prewarm.state.state import State, refuse_if_writable
+from chatterbox_prewarm.state.ownership import refuse_changeable
+from chatterbox_prewarm.state.state import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -109,7 +110,7 @@ def select_state(folder: Path, facts: Facts, request: Request) -> Selection:
         request: the wishes of the start.
 
     Raises:
-        IntegrityError: no state can be read or is trusted, or other users can write the folder.
+        IntegrityError: no state can be read or is trusted, or other users own the folder or can write it.
         FingerprintMismatchError: with `strict`, several states were compared and none fits.
         BadInputError: there is no state with the given name.
         OSError: the only state cannot be read.
@@ -118,7 +119,7 @@ def select_state(folder: Path, facts: Facts, request: Request) -> Selection:
     if request.name is not None or not states or folder in states.values():
         state = State.open(state_path(folder, request.name), request.trust)
         return Selection(state=state, compatibility=_compare(state, facts, request))
-    refuse_if_writable(folder)
+    refuse_changeable(folder, [folder])
     unusable: dict[str, str] = {}
     candidates: list[tuple[State, Compatibility]] = []
     for name, path in states.items():

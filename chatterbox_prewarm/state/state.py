@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from chatterbox_prewarm.families.registry import FAMILIES
 from chatterbox_prewarm.state.compatibility import Compatibility, compare_families, compatibility_of
 from chatterbox_prewarm.state.manifest import MANIFEST_NAME, Manifest
 from chatterbox_prewarm.state.manifest_file import BAKE_AGAIN, parse_manifest, read_manifest_bytes
+from chatterbox_prewarm.state.ownership import refuse_changeable
 from chatterbox_prewarm.state.signature import Trust, check_same_state, default_signature
 from chatterbox_prewarm.system.digests import verify_files, walk_files
 from chatterbox_prewarm.system.fingerprint import ABSENT, device_kind
@@ -93,12 +93,12 @@ class State:
         return path
 
     def check_folder(self) -> None:
-        """Refuse unlisted files, links, empty folders, and paths that other users can write.
+        """Refuse unlisted files, links, empty folders, and paths that other users own or can write.
 
         An unlisted file means that someone else wrote here.
 
         Raises:
-            IntegrityError: naming the first path.
+            IntegrityError: naming the first paths.
         """
         root = self.path
         listed = {file.path for file in self.manifest.files} | {MANIFEST_NAME}
@@ -115,8 +115,7 @@ class State:
                 next_step=f"remove them, or {BAKE_AGAIN}",
             )
         directories = {root, *(root / parent for path in present for parent in PurePosixPath(path).parents)}
-        for path in (*sorted(directories), *(root / name for name in sorted(present))):
-            refuse_if_writable(path)
+        refuse_changeable(root, (*sorted(directories), *(root / name for name in sorted(present))))
 
     def check_files(self) -> None:
         """Compare size and digest of every file with the manifest.
@@ -147,18 +146,6 @@ class State:
             {family.name: family.size for family in manifest.families},
             baked=(manifest.reference.device, manifest.execution.profile),
             start=(device, profile),
-        )
-
-
-def refuse_if_writable(path: Path) -> None:
-    """Refuse a path that other users can write.
-
-    Raises:
-        IntegrityError: the group or others can write it.
-    """
-    if path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise IntegrityError(
-            f"{path} can be written by other users; compiled caches are code", next_step=f"chmod go-w {path}"
         )
 
 

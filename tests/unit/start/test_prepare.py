@@ -250,6 +250,8 @@ UNUSABLE: list[tuple[Callable[[Path], object], str]] = [
     (lambda warm: (warm / "link").symlink_to("/etc"), "is a link or a special file"),
     (lambda warm: (warm / "numba").chmod(0o777), "can be written by other users"),
 ]
+if os.geteuid() == 0:  # only root can give a file to another user
+    UNUSABLE.append((lambda warm: os.chown(warm / "bytecode" / PACK_NAME, 54321, 0), "belongs to another user"))
 
 
 @pytest.mark.parametrize(("damage", "message"), UNUSABLE)
