@@ -32,6 +32,7 @@ from chatterbox_prewarm.system.json_subprocess import parse_report, run_module
 from chatterbox_prewarm.system.locks import exclusive_lock
 from chatterbox_prewarm.system.paths import BAKE, make_cache, require_execution
 from chatterbox_prewarm.system.process import run as run_process
+from chatterbox_prewarm.system.regular_files import read_regular
 from chatterbox_prewarm.weights.record import verify
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def _check_target(warm: Path) -> None:
 def _looks_like_a_state(directory: Path) -> bool:
     """Return whether a folder holds only a manifest of this project and its families, even if they are damaged."""
     try:
-        raw = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+        raw = json.loads(read_regular(directory / MANIFEST_NAME))
         families = {entry["name"] for entry in raw["families"]}
         is_manifest = {"schema", "set_digest", "weights"} <= raw.keys()
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):

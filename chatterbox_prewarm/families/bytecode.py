@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.families.base import Family
+from chatterbox_prewarm.system.regular_files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,7 +84,7 @@ class BytecodeFamily(Family):
 
 def read_pack(path: Path) -> dict[str, memoryview]:
     """Map a pack into memory and return source path → content of its `.pyc`."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
     (length,) = struct.unpack("<Q", data[:8])
     contents = data[8 + length :]

@@ -42,7 +42,7 @@ def seed(target: Path, source: Path | None, *, in_use: Callable[[Path], bool] | 
     target.chmod(0o700)  # another user with write access could plant code
     lock = _HELD.get(target)
     if lock is None:
-        lock = _HELD[target] = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        lock = _HELD[target] = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if _lock(lock, wait=in_use is not None):
             _remove_unknown_files(target, source, in_use or (lambda _: False))

@@ -13,6 +13,8 @@ import subprocess
 import types
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.system.regular_files import read_regular
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -24,7 +26,7 @@ def load_versions(directory: Path | None) -> dict[str, str]:
     """Read the answers, by command line, from a verified folder of the warm state; empty without a folder."""
     if directory is None:
         return {}
-    answers: dict[str, str] = json.loads((directory / _FILE).read_text(encoding="ascii"))
+    answers: dict[str, str] = json.loads(read_regular(directory / _FILE))
     return answers
 
 

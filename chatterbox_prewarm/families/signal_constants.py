@@ -12,6 +12,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.families.base import Family, tensor_bytes
+from chatterbox_prewarm.system.regular_files import read_regular
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +50,7 @@ class SignalFamily(Family):
 
         device = device_key(context.synthesizer.model.device)
         tensors = load_file(directory / _FILE)
-        for key, config in json.loads((directory / _RESAMPLERS).read_text(encoding="utf-8")).items():
+        for key, config in json.loads(read_regular(directory / _RESAMPLERS)).items():
             source, target = config["orig_freq"], config["new_freq"]
             self._resamplers[source, target, device] = _resampler(config, tensors[f"resampler.{key}"]).to(device)
         mel = _mel_module()

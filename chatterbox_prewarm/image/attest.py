@@ -10,6 +10,7 @@ from chatterbox_prewarm.errors import BadInputError, EngineError, IntegrityError
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import read_states
 from chatterbox_prewarm.image.oci import INDEXES, OCI_EMPTY, Descriptor, digest_of, image_index, image_manifest
+from chatterbox_prewarm.system.regular_files import read_regular
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +58,7 @@ def attach_evidence(store: Store, reference: str, evidence: Path) -> str:
 
 def _read_evidence(evidence: Path) -> bytes:
     try:
-        raw = evidence.read_bytes()
+        raw = read_regular(evidence, follow_links=True)
         parsed = json.loads(raw)
         passed, set_digest = parsed["passed"], parsed["set_digest"]
     except (OSError, ValueError, LookupError, TypeError) as error:

@@ -29,6 +29,7 @@ from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.atomic_files import put_in_place, seal, staging_folder, write_whole
 from chatterbox_prewarm.system.locks import exclusive_lock
 from chatterbox_prewarm.system.paths import WARM
+from chatterbox_prewarm.system.regular_files import read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,7 +183,7 @@ def _stored_recipe(warm: Path) -> object:
     if not (warm / MANIFEST_NAME).is_file():
         return None
     try:
-        return json.loads(_recipe_path(warm).read_text(encoding="utf-8"))
+        return json.loads(read_regular(_recipe_path(warm)))
     except (OSError, ValueError):
         return None
 

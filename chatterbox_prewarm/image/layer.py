@@ -21,6 +21,7 @@ from chatterbox_prewarm.image.oci import OCI_LAYER, OCI_LAYER_GZIP, Descriptor
 from chatterbox_prewarm.image.parallel_gzip import MEMBER_SIZE, gzip_chunks
 from chatterbox_prewarm.system.atomic_files import atomic_file
 from chatterbox_prewarm.system.paths import WARM, WEIGHTS
+from chatterbox_prewarm.system.regular_files import open_regular
 from chatterbox_prewarm.weights.record import RECORD_NAME, verify
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _tar_chunks(entries: Sequence[Entry]) -> Generator[bytes]:
         if path is None:
             continue
         unread = info.size
-        with path.open("rb") as stream:
+        with open_regular(path, follow_links=True) as stream:
             while unread:
                 chunk = stream.read(min(_CHUNK, unread))
                 if not chunk:

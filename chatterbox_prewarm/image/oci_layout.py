@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -14,6 +15,7 @@ from chatterbox_prewarm.image.oci import INDEXES, MANIFESTS, MAX_DOCUMENT, Descr
 from chatterbox_prewarm.image.references import is_digest
 from chatterbox_prewarm.system.atomic_files import atomic_file, write_whole
 from chatterbox_prewarm.system.digests import hash_file
+from chatterbox_prewarm.system.locks import open_lock_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,7 +109,7 @@ class Layout:
         entry = descriptor.to_json()
         if reference != document.digest:
             entry["annotations"] = {_TAG: reference}
-        with _writing(self.path), (self.path / ".lock").open("w") as lock:
+        with _writing(self.path), os.fdopen(open_lock_file(self.path / ".lock"), "r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time reads and writes the index
             entries = self._entries()
             for existing in entries:

@@ -6,6 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError, from_os_error
+from chatterbox_prewarm.system.regular_files import read_regular
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,7 +77,7 @@ def read_public_key(path: Path) -> EllipticCurvePublicKey:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path, follow_links=True)
     except OSError as error:
         raise from_os_error(error, "reading the key") from error
 

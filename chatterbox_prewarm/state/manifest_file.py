@@ -27,6 +27,7 @@ from chatterbox_prewarm.state.manifest import (
 )
 from chatterbox_prewarm.system.atomic_files import write_whole
 from chatterbox_prewarm.system.digests import FileEntry, set_digest
+from chatterbox_prewarm.system.regular_files import read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -60,16 +61,18 @@ def read_manifest_bytes(root: Path) -> bytes:
     """Read `manifest.json` in `root` without parsing it.
 
     Raises:
-        IntegrityError: the file is missing or cannot be read.
+        IntegrityError: the file is missing, is not a regular file, or cannot be read.
     """
     try:
-        return (root / MANIFEST_NAME).read_bytes()
+        return read_regular(root / MANIFEST_NAME)
     except FileNotFoundError as error:
         raise IntegrityError(
             f"{root} has no {MANIFEST_NAME}, so it is not a warm state", next_step=BAKE_AGAIN
         ) from error
     except OSError as error:
-        raise IntegrityError(f"{root / MANIFEST_NAME} cannot be read: {error}", next_step=BAKE_AGAIN) from error
+        raise IntegrityError(
+            f"{root / MANIFEST_NAME} cannot be read: {error.strerror}", next_step=BAKE_AGAIN
+        ) from error
 
 
 def parse_manifest(data: bytes, *, source: str) -> Manifest:

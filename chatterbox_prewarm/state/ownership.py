@@ -61,7 +61,8 @@ def trusted_owners(uid_map: Path = _UID_MAP) -> frozenset[int]:
     """Return the ids of the users who may own a warm state: root and the user of this process.
 
     If the user namespace has no id for root, files of root seem to belong to the overflow id, usually 65534. This id
-    counts as root then, because the files of an image could not be used otherwise. docs/trust.md explains the consequences.
+    counts as root then, because the files of an image could not be used otherwise. docs/trust.md explains the
+    consequences.
     """
     owners = {0, os.geteuid()}
     try:

@@ -24,6 +24,7 @@ from chatterbox_prewarm.errors import BadInputError, IntegrityError
 from chatterbox_prewarm.state.keys import CURVES, key_hint, read_public_key
 from chatterbox_prewarm.state.manifest import MANIFEST_NAME
 from chatterbox_prewarm.system.digests import FileEntry, set_digest
+from chatterbox_prewarm.system.regular_files import read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -154,7 +155,7 @@ def _read_bundle(path: Path) -> _Bundle:
         IntegrityError: the file is missing or is not a bundle.
     """
     try:
-        bundle = json.loads(path.read_bytes())
+        bundle = json.loads(read_regular(path, follow_links=True))
         envelope = bundle["dsseEnvelope"]
         kind, payload = envelope["payloadType"], base64.b64decode(envelope["payload"], validate=True)
         (only,) = envelope["signatures"]

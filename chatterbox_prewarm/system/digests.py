@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import IntegrityError
+from chatterbox_prewarm.system.regular_files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,13 +32,14 @@ def set_digest(files: Iterable[FileEntry]) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(stream)
+    """Return the SHA-256 of a regular file, or of the one that a link names, in hexadecimal."""
+    with open_regular(path, follow_links=True) as stream:
+        return _hash(stream)
 
 
 def _hash(stream: Any) -> str:
-    """Hash a stream on Python 3.10, which lacks `hashlib.file_digest`."""
+    if hasattr(hashlib, "file_digest"):  # since Python 3.11
+        return hashlib.file_digest(stream, "sha256").hexdigest()
     digest = hashlib.sha256()
     while chunk := stream.read(1 << 20):
         digest.update(chunk)
@@ -78,20 +80,25 @@ def walk_files(root: Path, directory: Path) -> Iterable[str]:
                 )
 
 
-def verify_files(files: Sequence[FileEntry], root: Path) -> list[str]:
+def verify_files(files: Sequence[FileEntry], root: Path, *, follow_links: bool = False) -> list[str]:
     """Compare size and digest of each file with its entry.
+
+    Args:
+        files: the entries.
+        root: the folder that the paths of the entries are relative to.
+        follow_links: a file may be a link to a regular file.
 
     Returns:
         a sentence for each file that differs; empty if all match.
     """
 
     def problem(entry: FileEntry) -> str | None:
-        path = root / entry.path
         try:
-            size = path.stat().st_size
-            if size != entry.size:
-                return f"{entry.path}: {entry.size} bytes expected, {size} found"
-            digest = hash_file(path)
+            with open_regular(root / entry.path, follow_links=follow_links) as stream:
+                size = os.fstat(stream.fileno()).st_size
+                if size != entry.size:
+                    return f"{entry.path}: {entry.size} bytes expected, {size} found"
+                digest = _hash(stream)
         except OSError as error:
             return f"{entry.path}: {error.strerror}"
         if digest != entry.sha256:

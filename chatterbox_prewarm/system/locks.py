@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import stat
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -25,7 +27,7 @@ def exclusive_lock(target: Path) -> Iterator[None]:
     Raises:
         BadInputError: another process holds or shares the lock. The message names the holder.
     """
-    with _lock_file(target).open("a+", encoding="ascii") as lock:
+    with os.fdopen(open_lock_file(_lock_file(target)), "r+", encoding="ascii") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -50,10 +52,7 @@ def share_lock(target: Path) -> None:
     path = _lock_file(target)
     if path in _SHARED:
         return
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = open_lock_file(path, write=False)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -62,6 +61,41 @@ def share_lock(target: Path) -> None:
                 return
             raise _busy(lock, target) from None
     _SHARED[path] = descriptor
+
+
+def open_lock_file(path: Path, *, write: bool = True) -> int:
+    """Open a lock file, create it if it is missing, and return its descriptor.
+
+    The holder of a lock overwrites the content of its file. So another user who may create files in the folder must not
+    make it overwrite a different file, with a link or a hard link.
+
+    Raises:
+        BadInputError: the path is a link, has a second name, or is not a regular file.
+        OSError: it cannot be opened.
+    """
+    # Without O_CREAT first: Linux refuses it for another user's file in a folder such as /tmp.
+    flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        try:
+            descriptor = os.open(path, flags)
+        except FileNotFoundError:
+            descriptor = os.open(path, flags | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
+            raise _not_a_lock_file(path) from error
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise _not_a_lock_file(path)
+    return descriptor
+
+
+def _not_a_lock_file(path: Path) -> BadInputError:
+    return BadInputError(
+        f"{path} is not a lock file of this program: it is a link, or not a regular file",
+        next_step="remove it; the next run creates it again",
+    )
 
 
 def _lock_file(target: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError, WeightsError, from_os_error
 from chatterbox_prewarm.system.digests import hash_file
+from chatterbox_prewarm.system.regular_files import read_regular
 from chatterbox_prewarm.weights.record import RECORD_NAME, WeightsRecord, read_record, record
 from chatterbox_prewarm.weights.safetensors_header import FETCH_AGAIN
 
@@ -115,7 +116,7 @@ def _differs_from_etag(path: Path, etag: str | None) -> str | None:
     if len(etag) == 64:
         digest = hash_file(path)
     elif len(etag) == 40:
-        data = path.read_bytes()
+        data = read_regular(path, follow_links=True)
         digest = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     else:
         return f"the hub announces no digest for it (ETag {etag!r})"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.errors import WeightsError, from_os_error
 from chatterbox_prewarm.system.atomic_files import write_whole
 from chatterbox_prewarm.system.digests import FileEntry, hash_file, set_digest, verify_files
+from chatterbox_prewarm.system.regular_files import read_regular
 from chatterbox_prewarm.weights.safetensors_header import FETCH_AGAIN, read_safetensors_header
 from chatterbox_prewarm.weights.variants import VARIANTS, Variant, get_variant
 
@@ -93,7 +94,7 @@ def read_record(directory: Path) -> WeightsRecord:
     if not directory.is_dir():
         raise WeightsError(f"there is no weights directory {directory}", next_step=FETCH_AGAIN)
     try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        raw: Any = json.loads(read_regular(path, follow_links=True))
         if raw["schema"] != RECORD_SCHEMA:
             raise WeightsError(
                 f"{path} has schema {raw['schema']}; this version reads {RECORD_SCHEMA}",
@@ -140,7 +141,7 @@ def check_quickly(directory: Path, weights: WeightsRecord) -> None:
                 next_step=FETCH_AGAIN,
             )
     small = [entry for entry in weights.files if entry.size <= _SMALL or not entry.path.endswith(".safetensors")]
-    if problems := verify_files(small, directory):
+    if problems := verify_files(small, directory, follow_links=True):
         raise WeightsError(f"the weights in {directory} differ from their record: {problems[0]}", next_step=FETCH_AGAIN)
 
 
@@ -158,7 +159,7 @@ def verify(directory: Path) -> WeightsRecord:
     for name in variant.safetensors:
         if (directory / name).is_file():
             read_safetensors_header(directory / name)
-    if problems := verify_files(weights.files, directory):
+    if problems := verify_files(weights.files, directory, follow_links=True):
         raise WeightsError(
             f"the weights in {directory} differ from their record: {'; '.join(problems)}", next_step=FETCH_AGAIN
         )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from typing import TYPE_CHECKING, BinaryIO
 
 from chatterbox_prewarm.errors import WeightsError
+from chatterbox_prewarm.system.regular_files import open_regular
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,8 +37,8 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]
     Raises:
         WeightsError: the file is a pickle, is truncated, or is not a safetensors file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
+    with open_regular(path, follow_links=True) as stream:
+        size = os.fstat(stream.fileno()).st_size
         try:
             shapes, _, required = parse_safetensors_header(stream, size)
         except ValueError as error:

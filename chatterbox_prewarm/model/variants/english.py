@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from chatterbox_prewarm.errors import BadInputError, ModelError, WeightsError
 from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox, paused_gc
+from chatterbox_prewarm.system.regular_files import open_regular
 from chatterbox_prewarm.weights.record import Synthetic, check_quickly, read_record
 from chatterbox_prewarm.weights.safetensors_header import read_safetensors_header
 from chatterbox_prewarm.weights.variants import ENGLISH
@@ -114,11 +115,8 @@ def check_device(device: str) -> None:
 def read_ahead(directory: Path) -> None:
     """Ask the kernel to read the tensor files into the page cache while this process imports packages."""
     for name in ENGLISH.safetensors:
-        descriptor = os.open(directory / name, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(descriptor)
+        with open_regular(directory / name, follow_links=True) as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def populate(module: nn.Module) -> None:

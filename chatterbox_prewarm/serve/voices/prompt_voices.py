@@ -12,6 +12,7 @@ from pathlib import Path
 from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.serve.voices.voice_file import SUFFIX, digest_of
 from chatterbox_prewarm.system.atomic_files import atomic_file
+from chatterbox_prewarm.system.regular_files import read_regular
 
 #: Voices that are kept; each file has some hundred kilobytes.
 _MAX_VOICES = 256
@@ -81,7 +82,7 @@ def read_prompt(path: str | Path) -> bytes:
         BadInputError: the file does not exist or cannot be read.
     """
     try:
-        return Path(path).read_bytes()
+        return read_regular(Path(path), follow_links=True)
     except TypeError as error:
         raise BadInputError(f"the path of the clip is {path!r}", next_step="give the path of an audio file") from error
     except OSError as error:

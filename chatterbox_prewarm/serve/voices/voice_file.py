@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
-import stat
 import time
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.serve.voices.voice_errors import UnusableVoiceError
+from chatterbox_prewarm.system.regular_files import NotRegularError, open_regular
 from chatterbox_prewarm.weights.safetensors_header import parse_safetensors_header
 
 if TYPE_CHECKING:
@@ -72,11 +71,11 @@ def read_file(directory: Path, name: str) -> bytes:
         OSError: the file cannot be read.
     """
     path = directory / f"{name}{SUFFIX}"
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise UnusableVoiceError("it is not a regular file", next_step="delete it")
-    # The flags protect against a link or pipe that replaces the file after the check.
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:  # noqa: PTH123
-        return stream.read(MAX_BYTES + 1)
+    try:
+        with open_regular(path) as stream:
+            return stream.read(MAX_BYTES + 1)
+    except NotRegularError as error:
+        raise UnusableVoiceError(str(error.strerror), next_step="delete it") from error
 
 
 def check_bytes(data: bytes, *, variant: str, weights: str) -> int:

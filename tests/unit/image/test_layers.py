@@ -52,7 +52,7 @@ def layer(tmp_path: Path) -> Layer:
     return pack(State.open(tmp_path / "warm"), tmp_path / "layer.tar.gz")
 
 
-def test_a_packed_state_does_not_depend_on_path_times_permissions_or_owners(tmp_path: Path) -> None:
+def test_a_packed_state_does_not_depend_on_path_times_permissions_or_groups(tmp_path: Path) -> None:
     layers = []
     for number, mode in enumerate((0o644, 0o400)):
         warm = tmp_path / f"folder {number}" / "warm"
@@ -62,7 +62,7 @@ def test_a_packed_state_does_not_depend_on_path_times_permissions_or_owners(tmp_
             if path.is_file():
                 path.chmod(mode)
             if os.geteuid() == 0:
-                os.chown(path, 1000 + number, 1000 + number)
+                os.chown(path, 0, 1000 + number)
             os.utime(path, (number, number))
         layers.append(pack(State.open(warm), tmp_path / f"{number}.tar.gz"))
     assert (tmp_path / "0.tar.gz").read_bytes() == (tmp_path / "1.tar.gz").read_bytes()
@@ -372,3 +372,16 @@ def test_malformed_manifests_are_refused(layout: Layout) -> None:
         layout.put_manifest(Document(media_type=raw["mediaType"], raw=dump({**raw, **change})), "broken")
         with pytest.raises(EngineError):
             resolve(layout, "broken", platform="linux/amd64")
+
+
+def test_a_lock_file_of_a_layout_that_is_a_link_is_refused_and_its_target_is_kept(
+    layout: Layout, tmp_path: Path
+) -> None:
+    make_base(layout, "base")
+    document = layout.read_manifest("base")
+    (tmp_path / "victim").write_text("precious")
+    (layout.path / ".lock").unlink()
+    (layout.path / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(BadInputError, match=r"\.lock is not a lock file"):
+        layout.put_manifest(document, "other")
+    assert (tmp_path / "victim").read_text() == "precious"

@@ -33,7 +33,7 @@ def test_a_voice_is_kept_until_others_replace_it(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_clip_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    for path, problem in ((tmp_path / "nowhere.wav", "No such file"), (tmp_path, "Is a directory"), (3.5, "is 3.5")):
+    for path, problem in ((tmp_path / "nowhere.wav", "No such file"), (tmp_path, "it is a directory"), (3.5, "is 3.5")):
         with pytest.raises(BadInputError, match=problem) as refused:
             read_prompt(path)  # type: ignore[arg-type]
         assert refused.value.next_step == "give the path of an audio file"

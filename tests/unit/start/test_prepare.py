@@ -18,8 +18,10 @@ from chatterbox_prewarm.state.manifest_file import write_manifest
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.digests import scan, set_digest
 from chatterbox_prewarm.system.json_subprocess import parse_report
+from chatterbox_prewarm.weights.record import record
+from chatterbox_prewarm.weights.variants import ENGLISH
 from tests.helpers.children import TIMEOUT, call, start
-from tests.helpers.states import FITTING, make_state, record_weights
+from tests.helpers.states import FITTING, make_checkpoint, make_state, record_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -236,6 +238,11 @@ def remove_manifest(warm: Path) -> None:
     (warm / "manifest.json").unlink()
 
 
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def make_newer(warm: Path) -> None:
     path = warm / "manifest.json"
     raw = {**json.loads(path.read_text(encoding="utf-8")), "schema": 99}
@@ -246,12 +253,29 @@ def make_newer(warm: Path) -> None:
 UNUSABLE: list[tuple[Callable[[Path], object], str]] = [
     (remove_manifest, "has no manifest.json"),
     (make_newer, "has schema 99"),
+    (lambda warm: replace_by_pipe(warm / "manifest.json"), "cannot be read: it is a pipe and not a regular file"),
     (lambda warm: (warm / "numba" / "extra.nbi").write_text("x"), "does not list, the first: numba/extra.nbi"),
     (lambda warm: (warm / "link").symlink_to("/etc"), "is a link or a special file"),
     (lambda warm: (warm / "numba").chmod(0o777), "can be written by other users"),
 ]
 if os.geteuid() == 0:  # only root can give a file to another user
     UNUSABLE.append((lambda warm: os.chown(warm / "bytecode" / PACK_NAME, 54321, 0), "belongs to another user"))
+
+
+def test_a_pipe_in_place_of_the_manifest_does_not_block_a_start_that_ignores_the_state(tmp_path: Path) -> None:
+    replace_by_pipe(build(tmp_path) / "manifest.json")
+    assert prepare(tmp_path, "off")["usable"] == []
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", ["weights.json", "tokenizer.json"])
+def test_a_pipe_in_place_of_a_file_of_the_weights_ends_a_start(tmp_path: Path, policy: str, name: str) -> None:
+    build(tmp_path)
+    weights = make_checkpoint(tmp_path / "checkpoint")
+    record(weights, variant=ENGLISH, repository="someone/voice", revision="a" * 40)
+    replace_by_pipe(weights / name)
+    with pytest.raises(WeightsError, match=name):
+        prepare(tmp_path, policy, weights=str(weights))
 
 
 @pytest.mark.parametrize(("damage", "message"), UNUSABLE)

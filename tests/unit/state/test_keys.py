@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -84,3 +85,15 @@ def test_a_key_that_cannot_be_read_is_bad_input(tmp_path: Path) -> None:
             read_private_key(path, None)
         with pytest.raises(BadInputError, match="reading the key"):
             read_public_key(path)
+
+
+@pytest.mark.timeout(20)
+def test_a_key_may_be_a_link_but_not_a_pipe(tmp_path: Path) -> None:
+    _, public = make_keys(tmp_path)
+    link, pipe = tmp_path / "link.pem", tmp_path / "pipe.pem"
+    link.symlink_to(public)  # as Kubernetes mounts a secret
+    assert read_public_key(link) == read_public_key(public)
+    os.mkfifo(pipe)
+    for read in (read_public_key, lambda path: read_private_key(path, None)):
+        with pytest.raises(BadInputError, match="reading the key: it is a pipe and not a regular file"):
+            read(pipe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -337,3 +338,13 @@ def test_serve_under_require_refuses_an_unsigned_or_damaged_state(signed: Signed
     refused = run_cli("serve", *paths, "--policy=require", f"--port={port}", *options, timeout=60)
     assert refused.returncode == 12, refused.stderr
     assert "the family numba" in refused.stderr
+
+
+@pytest.mark.timeout(20)
+def test_a_signature_may_be_a_link_but_not_a_pipe(signed: SignedState) -> None:
+    link, pipe = signed.folder / "link.sig", signed.folder / "pipe.sig"
+    link.symlink_to(signed.folder / "warm.sig")  # as Kubernetes mounts a ConfigMap
+    assert signed.check(key=signed.public, signature=link)
+    os.mkfifo(pipe)
+    with pytest.raises(IntegrityError, match="cannot be read: it is a pipe and not a regular file"):
+        signed.check(key=signed.public, signature=pipe)

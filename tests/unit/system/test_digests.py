@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -35,14 +36,22 @@ def test_a_scan_lists_files_in_order_and_refuses_links(tmp_path: Path) -> None:
         scan(tmp_path)
 
 
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda path: path.write_bytes(b"machine c0de"), "sha256"),
         (lambda path: path.write_bytes(b"machine"), "12 bytes expected, 7 found"),
         (lambda path: path.unlink(), "No such file"),
+        (replace_by_pipe, "it is a pipe and not a regular file"),
+        (lambda path: (path.rename(path.with_name("moved")), path.symlink_to("moved")), "it is a link and not a"),
     ],
 )
+@pytest.mark.timeout(20)
 def test_only_the_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
     (tmp_path / "numba").mkdir()
     (tmp_path / "numba" / "index").write_bytes(b"index")
@@ -53,3 +62,12 @@ def test_only_the_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path],
     (problem,) = verify_files(files, tmp_path)
     assert problem.startswith("numba/code: ")
     assert message in problem
+
+
+def test_files_of_a_checkpoint_may_be_links(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"tensors")  # as in the cache of a hub client
+    files = scan(tmp_path)
+    (tmp_path / "blob").rename(tmp_path / "moved")
+    (tmp_path / "blob").symlink_to("moved")
+    assert verify_files(files, tmp_path, follow_links=True) == []
+    assert len(verify_files(files, tmp_path)) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from chatterbox_prewarm.system.process import PARENT
 from tests.helpers.children import start
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
     from subprocess import Popen
 
@@ -95,3 +96,39 @@ def test_the_lock_is_free_after_a_bake_that_failed(tmp_path: Path) -> None:
     assert not staging.exists()
     with exclusive_lock(warm):
         pass
+
+
+def make_link(lock: Path, victim: Path) -> None:
+    lock.symlink_to(victim)
+
+
+def make_hard_link(lock: Path, victim: Path) -> None:
+    lock.hardlink_to(victim)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "make", [make_link, make_hard_link, lambda lock, _: os.mkfifo(lock), lambda lock, _: lock.mkdir()]
+)
+def test_a_lock_file_that_leads_to_another_file_is_refused_and_nothing_is_overwritten(
+    tmp_path: Path, make: Callable[[Path, Path], None]
+) -> None:
+    victim, lock = tmp_path / "victim", tmp_path / ".bake.lock"
+    victim.write_text("precious")
+    make(lock, victim)
+    with (
+        pytest.raises(BadInputError, match=r"\.bake\.lock is not a lock file") as caught,
+        exclusive_lock(tmp_path / "bake"),
+    ):
+        pass
+    assert "remove it" in caught.value.next_step
+    with pytest.raises(BadInputError, match=r"\.bake\.lock is not a lock file"):
+        share_lock(tmp_path / "bake")
+    assert victim.read_text() == "precious"
+
+
+def test_a_link_without_target_does_not_create_a_file(tmp_path: Path) -> None:
+    (tmp_path / ".bake.lock").symlink_to(tmp_path / "new")
+    with pytest.raises(BadInputError, match="is not a lock file"), exclusive_lock(tmp_path / "bake"):
+        pass
+    assert not (tmp_path / "new").exists()
