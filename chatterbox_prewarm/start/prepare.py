@@ -126,6 +126,7 @@ def _select(options: StartOptions, metrics: StartMetrics) -> Selection | None:
     request = Request(device=options.device, profile=options.profile, strict=strict, trust=options.trust)
     try:
         selection = select_state(options.warm, lambda _: facts, request)
+        selection.state.check_sealed(strict=strict)
     except (IntegrityError, OSError) as error:
         if strict:
             if isinstance(error, OSError):

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 5
 MANIFEST_NAME = "manifest.json"
+#: The first schema that contains a digest of the manifest itself.
+FIRST_SEALED_SCHEMA = 3
 #: The value of a provenance field that the builder did not set, and of all fields before schema 4.
 UNKNOWN = "not recorded"
 
@@ -119,7 +121,11 @@ class Measurements:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything that a start needs to know before it opens a file of the state."""
+    """Everything that a start needs to know before it opens a file of the state.
+
+    Attributes:
+        schema: the schema of the file that was read. A manifest is always written with the present schema.
+    """
 
     schema: int = SCHEMA_VERSION
     tool: str

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, is_dataclass
 from functools import cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from chatterbox_prewarm.errors import BadInputError, IntegrityError
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.profiles import Execution
+from chatterbox_prewarm.model.text import check_text, check_voice_name
 from chatterbox_prewarm.state.manifest import (
+    FIRST_SEALED_SCHEMA,
     MANIFEST_NAME,
     SCHEMA_VERSION,
     FamilyEntry,
@@ -27,6 +31,7 @@ from chatterbox_prewarm.state.manifest import (
 )
 from chatterbox_prewarm.system.atomic_files import write_whole
 from chatterbox_prewarm.system.digests import FileEntry, set_digest
+from chatterbox_prewarm.system.limits import MAX_SEED, MAX_TOKENS, MIN_TOKENS
 from chatterbox_prewarm.system.regular_files import read_regular
 
 if TYPE_CHECKING:
@@ -34,6 +39,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BAKE_AGAIN = "bake the warm state again with `chatterbox-prewarm bake`"
+#: T3 has about one text token per character, and its cache has positions for 2046.
+MAX_REFERENCE_CHARACTERS = 1000
+#: Minimum and maximum of the numbers in a reference.
+_REFERENCE_LIMITS = {
+    "seed": (0, MAX_SEED),
+    "max_new_tokens": (MIN_TOKENS, MAX_TOKENS),
+    "threads": (1, 1 << 16),
+    "sample_rate": (1, 1 << 20),
+    "samples": (1, 1 << 40),
+}
 #: Types of a dataclass's fields. Cached, because Python evaluates the annotations in every call.
 _type_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 
@@ -45,7 +60,7 @@ def write_manifest(manifest: Manifest, root: Path) -> None:
 
 def manifest_to_json(manifest: Manifest) -> str:
     """Return the manifest as JSON text with sorted keys and the digest of all other fields."""
-    return _seal(asdict(manifest))
+    return _seal({**asdict(manifest), "schema": SCHEMA_VERSION})
 
 
 def _seal(raw: Mapping[str, Any]) -> str:
@@ -102,7 +117,9 @@ def parse_manifest(data: bytes, *, source: str) -> Manifest:
         manifest = _build(raw)
         expected = set_digest(manifest.files)
         sealed_fields = {key: value for key, value in raw.items() if key != "digest"}
-        changed = schema >= 3 and text != _seal(sealed_fields)  # schemas 1 and 2 have no digest of themselves
+        changed = schema >= FIRST_SEALED_SCHEMA and text != _seal(
+            sealed_fields
+        )  # schemas 1 and 2 have no digest of themselves
     except (KeyError, TypeError, ValueError, AttributeError, BadInputError) as error:
         raise IntegrityError(
             f"{source} does not have the fields of schema {schema}: {error!r}", next_step=BAKE_AGAIN
@@ -127,7 +144,6 @@ def _build(raw: Mapping[str, Any]) -> Manifest:
         raw["provenance"] = {}
     if raw["schema"] < 5:
         raw["measured"] = {}
-    raw["schema"] = SCHEMA_VERSION
     manifest = Manifest(
         **{
             **raw,
@@ -143,7 +159,26 @@ def _build(raw: Mapping[str, Any]) -> Manifest:
         }
     )
     _check_types(manifest)
+    _check_reference(manifest)
     return manifest
+
+
+def _check_reference(manifest: Manifest) -> None:
+    """Check that a start can speak the reference synthesis, so that no start fails because of it.
+
+    Raises:
+        BadInputError, ValueError: the message names the field.
+    """
+    reference = manifest.reference
+    check_text(reference.text, limit=MAX_REFERENCE_CHARACTERS)
+    check_voice_name(reference.voice)
+    if reference.voice not in {DEFAULT_VOICE, *manifest.voices}:
+        raise ValueError(f"the reference has the voice {reference.voice!r}, which the state does not have")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", reference.device):
+        raise ValueError(f"the reference has the unknown device {reference.device!r}")
+    for name, (lowest, highest) in _REFERENCE_LIMITS.items():
+        if not lowest <= (value := getattr(reference, name)) <= highest:
+            raise ValueError(f"{name} of the reference is {value}, not a number from {lowest} to {highest}")
 
 
 def _check_types(record: Any) -> None:

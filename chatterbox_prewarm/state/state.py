@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.errors import IntegrityError
 from chatterbox_prewarm.families.registry import FAMILIES
 from chatterbox_prewarm.state.compatibility import Compatibility, compare_families, compatibility_of
-from chatterbox_prewarm.state.manifest import MANIFEST_NAME, Manifest
+from chatterbox_prewarm.state.manifest import FIRST_SEALED_SCHEMA, MANIFEST_NAME, Manifest
 from chatterbox_prewarm.state.manifest_file import BAKE_AGAIN, parse_manifest, read_manifest_bytes
 from chatterbox_prewarm.state.ownership import refuse_changeable
 from chatterbox_prewarm.state.signature import Trust, check_same_state, default_signature
@@ -22,6 +23,8 @@ from chatterbox_prewarm.system.fingerprint import ABSENT, device_kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
 
 #: Facts that are not part of a key. All states of an image share its checkpoint and its cache path, so a bake for new
 #: weights has the key of the state that it replaces.
@@ -74,6 +77,24 @@ class State:
     def manifest_digest(self) -> str:
         """SHA-256 of `manifest.json` in hexadecimal. It covers everything, while the set digest covers only files."""
         return hashlib.sha256(self.manifest_bytes).hexdigest()
+
+    def check_sealed(self, *, strict: bool) -> None:
+        """Warn if a change of the manifest would not be noticed, or refuse it.
+
+        A manifest of schema 1 or 2 has no digest of itself. A signature or an expected digest covers it too.
+
+        Raises:
+            IntegrityError: `strict` is set.
+        """
+        if self.manifest.schema >= FIRST_SEALED_SCHEMA or self.trusted_by:
+            return
+        problem = (
+            f"{self.path / MANIFEST_NAME} has schema {self.manifest.schema}, which has no digest of the manifest, so a "
+            "change of it is not noticed"
+        )
+        if strict:
+            raise IntegrityError(problem, next_step=f"{BAKE_AGAIN}, or give its digest with --expect-digest")
+        logger.warning("%s; bake the warm state again", problem)
 
     @property
     def key(self) -> str:

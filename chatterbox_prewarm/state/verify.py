@@ -24,6 +24,7 @@ def verify(state: State, weights: Path, cache: Path) -> list[str]:
         IntegrityError: a file differs from the manifest.
         FingerprintMismatchError: a family was baked for something else. The message names every difference.
     """
+    state.check_sealed(strict=False)
     state.check_files()
     manifest = state.manifest
     differences = compare_families(manifest, machine_facts(weights, cache, manifest.reference.device))

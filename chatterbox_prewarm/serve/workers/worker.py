@@ -264,10 +264,14 @@ class Worker:
 
 
 def _first_synthesis(attached: Attached, reference: Reference | None) -> None:
-    """Speak the reference text of the warm state, or a short text when there is no warm state."""
+    """Speak the reference text of the warm state, or a short text when there is no warm state.
+
+    The voice of the reference is missing if the start left out the voices of the state.
+    """
+    voice = reference.voice if reference and reference.voice in attached.synthesizer.voices else DEFAULT_VOICE
     attached.synthesizer.synthesize(
         reference.text if reference else SHORT_TEXT,
-        voice=reference.voice if reference else DEFAULT_VOICE,
+        voice=voice,
         seed=reference.seed if reference else 0,
         max_new_tokens=reference.max_new_tokens if reference else REFERENCE_TOKENS,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -21,7 +22,7 @@ from chatterbox_prewarm.system.json_subprocess import parse_report
 from chatterbox_prewarm.weights.record import record
 from chatterbox_prewarm.weights.variants import ENGLISH
 from tests.helpers.children import TIMEOUT, call, start
-from tests.helpers.states import FITTING, make_checkpoint, make_state, record_weights
+from tests.helpers.states import FITTING, make_checkpoint, make_state, record_weights, rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -258,8 +259,35 @@ UNUSABLE: list[tuple[Callable[[Path], object], str]] = [
     (lambda warm: (warm / "link").symlink_to("/etc"), "is a link or a special file"),
     (lambda warm: (warm / "numba").chmod(0o777), "can be written by other users"),
 ]
+UNUSABLE += [
+    (lambda warm, change=change: rewrite(warm, lambda raw: raw["reference"].update(change)), next(iter(change)))  # type: ignore[misc]
+    for change in ({"voice": "x"}, {"text": ""}, {"seed": -1}, {"max_new_tokens": 10**12})
+]
 if os.geteuid() == 0:  # only root can give a file to another user
     UNUSABLE.append((lambda warm: os.chown(warm / "bytecode" / PACK_NAME, 54321, 0), "belongs to another user"))
+
+
+def downgrade(warm: Path) -> str:
+    """Turn the manifest into one of schema 2, and return its digest."""
+    path = warm / "manifest.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("digest", "provenance", "measured"):
+        del raw[name]
+    path.chmod(0o644)
+    path.write_text(json.dumps({**raw, "schema": 2}), encoding="utf-8")
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def test_a_manifest_without_a_digest_of_itself_is_used_with_one_warning_but_refused_under_require(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    digest = downgrade(build(tmp_path))
+    assert sorted(prepare(tmp_path)["usable"]) == sorted(ALL)
+    assert capfd.readouterr().err.count("has schema 2, which has no digest of the manifest") == 1
+    with pytest.raises(errors.IntegrityError, match="has schema 2, which has no digest") as caught:
+        prepare(tmp_path, "require")
+    assert "--expect-digest" in caught.value.next_step
+    assert prepare(tmp_path, "require", expected_digest=digest)["has_manifest"]
 
 
 def test_a_pipe_in_place_of_the_manifest_does_not_block_a_start_that_ignores_the_state(tmp_path: Path) -> None:

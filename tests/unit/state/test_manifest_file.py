@@ -64,7 +64,8 @@ def test_writing_leaves_one_read_only_file_and_no_temporary_file(tmp_path: Path)
 @pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
 def test_a_manifest_of_every_schema_can_be_read(version: int) -> None:
     manifest = parse(read_fixture(version))
-    assert manifest.schema == SCHEMA_VERSION
+    assert manifest.schema == version
+    assert parse(manifest_to_json(manifest)).schema == SCHEMA_VERSION
     assert manifest.execution == Execution(profile="eager")
     assert manifest.levels == (1, 2, 3)
     assert manifest.voices == ("default", "second")
@@ -119,6 +120,19 @@ def edited(change: Callable[[dict[str, Any]], object]) -> str:
         (edited(lambda raw: raw.update(voices=[1])), "voices holds 1"),
         (edited(lambda raw: raw.update(levels=[True])), "levels holds True"),
         (edited(lambda raw: raw["reference"].update(threads="2")), "threads holds '2'"),
+        (edited(lambda raw: raw["reference"].update(text=" ")), "the text is empty"),
+        (edited(lambda raw: raw["reference"].update(text="a" * 1001)), "more than the limit of 1000"),
+        (edited(lambda raw: raw["reference"].update(voice="nobody")), "the voice 'nobody', which the state does not"),
+        (edited(lambda raw: raw["reference"].update(voice="../x")), "cannot name a voice"),
+        (edited(lambda raw: raw["reference"].update(seed=-1)), "seed of the reference is -1"),
+        (edited(lambda raw: raw["reference"].update(seed=2**32)), "seed of the reference is 4294967296"),
+        (
+            edited(lambda raw: raw["reference"].update(max_new_tokens=10**12)),
+            "max_new_tokens of the reference is 10000",
+        ),
+        (edited(lambda raw: raw["reference"].update(max_new_tokens=2)), "max_new_tokens of the reference is 2"),
+        (edited(lambda raw: raw["reference"].update(threads=0)), "threads of the reference is 0"),
+        (edited(lambda raw: raw["reference"].update(device="tpu")), "unknown device 'tpu'"),
         (edited(lambda raw: raw.pop("provenance")), "provenance"),
         (edited(lambda raw: raw["provenance"].update(parameters={"levels": 1})), "parameters holds 1"),
         (edited(lambda raw: raw.pop("measured")), "measured"),
