@@ -9,7 +9,6 @@ difference between their times. It appears at its path atomically, or not at all
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -26,13 +25,13 @@ from chatterbox_prewarm.proof.checks import audio_check, counter_checks
 from chatterbox_prewarm.proof.prove import proof_command
 from chatterbox_prewarm.state.manifest import MANIFEST_NAME, Manifest, Measurements
 from chatterbox_prewarm.state.manifest_file import parse_manifest, read_manifest_bytes, write_manifest
+from chatterbox_prewarm.state.places import check_apart, check_cache_place, check_state_place
 from chatterbox_prewarm.state.provenance import check_base_image
 from chatterbox_prewarm.system.atomic_files import put_in_place, seal, staging_folder
 from chatterbox_prewarm.system.json_subprocess import parse_report, run_module
 from chatterbox_prewarm.system.locks import exclusive_lock
-from chatterbox_prewarm.system.paths import BAKE, make_cache, require_execution
+from chatterbox_prewarm.system.paths import BAKE, BYTECODE_FOLDER, COMPILED_FOLDER, make_cache, require_execution
 from chatterbox_prewarm.system.process import run as run_process
-from chatterbox_prewarm.system.regular_files import read_regular
 from chatterbox_prewarm.weights.record import verify
 
 if TYPE_CHECKING:
@@ -104,7 +103,9 @@ def _check(options: BakeOptions) -> BakeOptions:
         families=_needed_families(options),
         levels=check_levels(options.levels),
     )
-    _check_target(options.warm)
+    check_apart({"--warm": options.warm, "--weights": options.weights, "--cache": options.cache})
+    check_state_place(options.warm)
+    check_cache_place(options.cache, warm=options.warm, weights=options.weights)
     for name, clip in voices.items():
         check_clip(clip, name=name)
     check_base_image()
@@ -129,32 +130,6 @@ def _needed_families(options: BakeOptions) -> tuple[str, ...]:
             next_step="bake with that family, or with --profile eager",
         )
     return tuple(name for name in used if name in requested)
-
-
-def _check_target(warm: Path) -> None:
-    """Refuse to replace anything but a warm state.
-
-    Raises:
-        BadInputError: the target is a file, or a folder with other contents.
-    """
-    if warm.is_symlink() or (warm.exists() and not warm.is_dir()):
-        raise BadInputError(f"{warm} is not a directory", next_step="name another path with --warm")
-    if warm.is_dir() and any(warm.iterdir()) and not _looks_like_a_state(warm):
-        raise BadInputError(
-            f"{warm} holds something other than a warm state, and a bake would replace it",
-            next_step="name an empty or a new directory with --warm",
-        )
-
-
-def _looks_like_a_state(directory: Path) -> bool:
-    """Return whether a folder holds only a manifest of this project and its families, even if they are damaged."""
-    try:
-        raw = json.loads(read_regular(directory / MANIFEST_NAME))
-        families = {entry["name"] for entry in raw["families"]}
-        is_manifest = {"schema", "set_digest", "weights"} <= raw.keys()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return False
-    return is_manifest and {path.name for path in directory.iterdir()} <= {MANIFEST_NAME, *families}
 
 
 def _compiles(options: BakeOptions) -> bool:
@@ -196,7 +171,7 @@ def _run_process(module: str, options: BakeOptions, output: Path, compiled: Path
     """Run a process of the bake with empty caches and without bytecode, so that the costs of both are measured."""
     _empty_cache(options.cache)
     # In the cache, which this bake has locked. The next bake removes the files that a killed one leaves there.
-    bytecode = options.cache / "bake-bytecode"
+    bytecode = options.cache / BYTECODE_FOLDER
     shutil.rmtree(bytecode, ignore_errors=True)
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(bytecode)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -212,7 +187,7 @@ def _run_process(module: str, options: BakeOptions, output: Path, compiled: Path
 @contextlib.contextmanager
 def _compiled_folder(cache: Path) -> Iterator[Path]:
     """Yield an empty folder for compiled code. This bake runs that code, so only this user can enter the folder."""
-    folder = cache / "bake-compiled"
+    folder = cache / COMPILED_FOLDER
     shutil.rmtree(folder, ignore_errors=True)  # of a killed bake
     folder.mkdir(mode=0o700)
     try:

@@ -76,9 +76,12 @@ def check_output(path: Path) -> None:
     """Check that a result can be written, before the minutes that it takes to compute it.
 
     Raises:
-        BadInputError: the path is a directory.
+        BadInputError: the path is a directory, or is inside a warm state or a checkpoint.
         OSError: the path cannot be written.
     """
+    from chatterbox_prewarm.state.places import check_output_place
+
+    check_output_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise BadInputError(f"{path} is a directory", next_step="name a file")

@@ -154,8 +154,11 @@ def serve(
     from chatterbox_prewarm.serve.http.server import ServeConfig
     from chatterbox_prewarm.serve.http.server import serve as run_server
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, for_devices, parse_devices
+    from chatterbox_prewarm.state.places import check_cache_place, check_output_place
 
     log_lines.install(log_format, process="front")
+    check_output_place(voices_dir)
+    check_cache_place(cache, warm=warm, weights=weights)  # a start checks it too, but in a worker
     run_server(
         ServeConfig(
             host=host,

@@ -221,13 +221,13 @@ def prove(*, evidence: Path | None, here: bool, image: str | None, engine: str, 
     If --warm holds several states, prove the one that a start would use here. With --image the paths and the states are
     those of the image. --cache is used only with --here; otherwise the cache is a new folder.
     """
-    from chatterbox_prewarm.proof.checks import require_passed
+    from chatterbox_prewarm.proof.checks import remove_older_evidence, require_passed
     from chatterbox_prewarm.proof.prove import ProofOptions, prove_here
     from chatterbox_prewarm.proof.prove import prove as prove_isolated
 
     if evidence is not None and str(evidence) != "-":
         check_output(evidence)
-        evidence.unlink(missing_ok=True)  # an older proof must not be mistaken for this one
+        remove_older_evidence(evidence)
     proof = ProofOptions(
         warm=options["warm"], weights=options["weights"], device=options["device"], name=options["state"]
     )

@@ -24,8 +24,10 @@ def weights() -> None:
 @option("--revision", help="Full commit hash. Default: the pinned commit of the variant.")
 def weights_fetch(directory: Path, variant: str, revision: str | None) -> None:
     """Download a checkpoint from the model hub into DIRECTORY at a pinned commit, verify it and record it."""
+    from chatterbox_prewarm.state.places import check_weights_place
     from chatterbox_prewarm.weights.fetch import fetch
 
+    check_weights_place(directory)
     record = fetch(directory, variant=get_variant(variant), revision=revision or None)
     click.echo(f"{directory}: {len(record.files)} files of {record.repository} at {record.revision}")
 
@@ -35,7 +37,13 @@ def weights_fetch(directory: Path, variant: str, revision: str | None) -> None:
 @click.option("--size", default="full", show_default=True, help="full (3.2 GB, the published size) or mini.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random generator.")
 def weights_synthesize(directory: Path, size: str, seed: int) -> None:
-    """Make a checkpoint of random weights in DIRECTORY. Its speech is noise."""
+    """Make a checkpoint of random weights in DIRECTORY. Its speech is noise.
+
+    An older synthetic checkpoint in DIRECTORY is replaced. If DIRECTORY has any other file, the command fails.
+    """
+    from chatterbox_prewarm.state.places import check_weights_place
+
+    check_weights_place(directory)
     from chatterbox_prewarm.model.synthetic import synthesize
     from chatterbox_prewarm.system.json_subprocess import quiet_packages
 

@@ -19,6 +19,7 @@ from chatterbox_prewarm.image.labels import PREFIX
 from chatterbox_prewarm.image.oci import INDEXES, to_documents
 from chatterbox_prewarm.image.state_layers import change_for
 from chatterbox_prewarm.image.stores import open_store
+from chatterbox_prewarm.state.places import check_output_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,13 +86,16 @@ def append(
         options: see `AppendOptions`.
 
     Raises:
-        BadInputError: the states do not fit the base, the tag exists, or a label in `settings` is reserved.
+        BadInputError: the states do not fit the base, the tag exists, a label in `settings` is reserved, or the layout
+            or archive of the target is inside a state or a checkpoint.
         EngineError: the base cannot be read, or the target cannot be written. The tag does not change.
     """
     if reserved := sorted(name for name in options.settings.labels if name.startswith(PREFIX)):
         raise BadInputError(
             f"the label {reserved[0]} is reserved: it describes the image's content", next_step="choose another name"
         )
+    if target.path is not None:
+        check_output_place(target.path)
     with open_store(base, insecure=options.insecure) as (source, name):
         base_image = resolve(source, name, platform=options.platform or states.platform)
         digest = "" if base.kind == "docker-archive" else source.read_manifest(name).digest

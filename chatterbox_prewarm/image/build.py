@@ -21,8 +21,9 @@ from chatterbox_prewarm.image.compose import Change, add_layers
 from chatterbox_prewarm.image.engines.engine import ContainerRun, prove, run_build
 from chatterbox_prewarm.image.labels import EVIDENCE
 from chatterbox_prewarm.image.state_layers import change_for, pack_states
-from chatterbox_prewarm.proof.checks import require_passed
+from chatterbox_prewarm.proof.checks import remove_older_evidence, require_passed
 from chatterbox_prewarm.state.manifest import MANIFEST_NAME
+from chatterbox_prewarm.state.places import check_apart
 from chatterbox_prewarm.state.provenance import ARGUMENTS, builder_args
 from chatterbox_prewarm.state.signature import default_signature
 from chatterbox_prewarm.state.state import State
@@ -65,7 +66,8 @@ def build(
         NotWarmError: a container of the image had a cache miss. The image has no tag.
     """
     check_request(request, engine)
-    output.unlink(missing_ok=True)  # evidence of an earlier build would be misleading
+    check_apart({"--evidence": output, "--warm": request.warm})
+    remove_older_evidence(output)
     with contextlib.ExitStack() as stack:
 
         def temporary(stage: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.errors import BadInputError, EngineError, PrewarmError
 from chatterbox_prewarm.image.dockerfile import for_classic
 from chatterbox_prewarm.model.text import check_voice_name
+from chatterbox_prewarm.state.places import check_state_place
 from chatterbox_prewarm.state.provenance import builder_args, check_base_image
 from chatterbox_prewarm.system.digests import hash_file
 
@@ -148,6 +149,7 @@ def check_request(request: BuildRequest, engine: Engine) -> None:
     """
     if not (request.checkout / "Dockerfile").is_file():
         raise BadInputError(f"{request.checkout} has no Dockerfile", next_step="name a checkout of this project")
+    check_state_place(request.warm)
     for name, clip in request.voices.items():
         check_voice_name(name)
         if not clip.is_file():

@@ -19,6 +19,7 @@ from chatterbox_prewarm.errors import from_os_error
 from chatterbox_prewarm.image.byte_stream import chunk_stream
 from chatterbox_prewarm.image.oci import OCI_LAYER, OCI_LAYER_GZIP, Descriptor
 from chatterbox_prewarm.image.parallel_gzip import MEMBER_SIZE, gzip_chunks
+from chatterbox_prewarm.state.places import check_output_place
 from chatterbox_prewarm.system.atomic_files import atomic_file
 from chatterbox_prewarm.system.paths import WARM, WEIGHTS
 from chatterbox_prewarm.system.regular_files import open_regular
@@ -83,8 +84,9 @@ def pack(state: State, output: Path) -> Layer:
 
     Raises:
         IntegrityError: a file of the state differs from the manifest.
-        BadInputError: `output` cannot be written.
+        BadInputError: `output` cannot be written, or is inside a state or a checkpoint.
     """
+    check_output_place(output)
     state.check_files()
     key = state.key
     entries = [*_parents(_WARM / key), *_state_entries(state.path, _WARM / key)]

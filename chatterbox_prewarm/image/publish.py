@@ -21,7 +21,7 @@ from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.image.state_layers import pack_states
 from chatterbox_prewarm.image.stores import open_store
 from chatterbox_prewarm.model.profiles import default_execution
-from chatterbox_prewarm.proof.checks import default_evidence, require_passed
+from chatterbox_prewarm.proof.checks import default_evidence, remove_older_evidence, require_passed
 from chatterbox_prewarm.proof.prove import ProofOptions, prove, prove_here
 from chatterbox_prewarm.system.atomic_files import write_whole
 from chatterbox_prewarm.system.fingerprint import read_fingerprint
@@ -112,7 +112,7 @@ def _bake_and_prove(planned: Bake, options: PublishOptions) -> Path:
     """Bake a state and prove it; return the path of the evidence."""
     say = options.say
     path = default_evidence(options.warm)
-    path.unlink(missing_ok=True)  # the evidence of an older proof must not be attached
+    remove_older_evidence(path)
     say(f"bake: {planned.variant}, {planned.gpu or 'CPU'}, {planned.profile}")
     bake_options = BakeOptions(
         weights=options.weights,

@@ -23,6 +23,7 @@ from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox
 from chatterbox_prewarm.model.variants.english import make_t3, shorten_s3gen
 from chatterbox_prewarm.system.atomic_files import put_in_place, staging_folder
+from chatterbox_prewarm.system.digests import verify_files
 from chatterbox_prewarm.system.locks import exclusive_lock
 from chatterbox_prewarm.weights.record import RECORD_NAME, Synthetic, WeightsRecord, read_record, record
 from chatterbox_prewarm.weights.variants import ENGLISH
@@ -72,29 +73,23 @@ def synthesize(directory: Path, *, size: str, seed: int) -> WeightsRecord:
         seed: of torch's generator. The same seed gives the same bytes with the same version of torch.
 
     Raises:
-        BadInputError: the size is unknown, or the directory cannot be written or has other content.
+        BadInputError: the size is unknown, or the directory cannot be written or has a file that no synthesis wrote.
     """
     if size not in SIZES:
         raise BadInputError(f"unknown synthetic size {size!r}", next_step=f"choose one of: {', '.join(SIZES)}")
     layers = None if size == "full" else 2
     synthetic = Synthetic(size=size, seed=seed, t3_layers=layers, s3gen_blocks=layers)
     directory = Path(os.path.abspath(directory))  # noqa: PTH100 - gives "." a name, and does not resolve links
+    _check_replaceable(directory)
     import_chatterbox()
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        if directory.is_dir() and any(directory.iterdir()) and not (directory / RECORD_NAME).exists():
-            raise BadInputError(
-                f"{directory} does not contain a checkpoint", next_step="give an empty or a new directory"
-            )
-        if (directory / RECORD_NAME).exists() and read_record(directory).synthetic is None:
-            raise BadInputError(
-                f"{directory} contains a checkpoint that is not synthetic", next_step="give another directory"
-            )
         with exclusive_lock(directory), staging_folder(directory) as staging:
             _write(staging, synthetic)
             weights_record = record(
                 staging, variant=ENGLISH, repository=REPOSITORY, revision=f"{size}-seed-{seed}", synthetic=synthetic
             )
+            _check_replaceable(directory)  # generating the weights takes minutes
             put_in_place(staging, directory)
     except OSError as error:
         raise from_os_error(error, "writing the synthetic weights") from error
@@ -103,6 +98,38 @@ def synthesize(directory: Path, *, size: str, seed: int) -> WeightsRecord:
             f"writing the synthetic weights: {error}", next_step="free some space there, or give another directory"
         ) from error
     return weights_record
+
+
+def _check_replaceable(directory: Path) -> None:
+    """Check that a new checkpoint replaces only files that an earlier synthesis wrote, or nothing.
+
+    Raises:
+        BadInputError: naming a file that would be lost.
+        WeightsError: the record of the checkpoint cannot be read.
+    """
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise BadInputError(f"{directory} is not a directory", next_step="give an empty or a new directory")
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not (directory / RECORD_NAME).exists():
+        raise BadInputError(f"{directory} does not contain a checkpoint", next_step="give an empty or a new directory")
+    weights_record = read_record(directory)
+    if weights_record.synthetic is None:
+        raise BadInputError(
+            f"{directory} contains a checkpoint that is not synthetic", next_step="give another directory"
+        )
+    recorded = [file for file in weights_record.files if (directory / file.path).is_file()]
+    others = {path.name for path in directory.iterdir()} - {RECORD_NAME, *(file.path for file in recorded)}
+    if others:
+        raise BadInputError(
+            f"{directory / min(others)} does not belong to the synthetic checkpoint {directory}, and would be removed",
+            next_step="move it to another folder, or give another directory",
+        )
+    if changed := verify_files(recorded, directory):
+        raise BadInputError(
+            f"a file in {directory} was changed after the synthesis, and would be replaced: {changed[0]}",
+            next_step="move it to another folder, or give another directory",
+        )
 
 
 def _write(directory: Path, synthetic: Synthetic) -> None:

@@ -6,9 +6,11 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.errors import NotWarmError
+from chatterbox_prewarm.errors import BadInputError, NotWarmError
 from chatterbox_prewarm.families.numba_cache import COMPILE_TIMER
 from chatterbox_prewarm.proof.probes import names_a_compiler
+from chatterbox_prewarm.state.places import check_output_place
+from chatterbox_prewarm.system.regular_files import read_regular
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -137,6 +139,27 @@ def audio_check(observed: dict[str, Any]) -> Check:
 def default_evidence(warm: Path) -> Path:
     """Return the default path of a state's evidence: next to the state, which may hold no unlisted file."""
     return warm.with_name(f"{warm.name}.evidence.json")
+
+
+def remove_older_evidence(path: Path) -> None:
+    """Remove the evidence of an older proof, which must not be mistaken for that of the next one.
+
+    Raises:
+        BadInputError: the path is inside a state or a checkpoint, or has a file that is not evidence.
+        OSError: the file cannot be read or removed.
+    """
+    check_output_place(path)
+    try:
+        raw = json.loads(read_regular(path))
+    except FileNotFoundError:
+        return
+    except (ValueError, RecursionError):
+        raw = None
+    if not isinstance(raw, dict) or "passed" not in raw:
+        raise BadInputError(
+            f"{path} is not the evidence of a proof, and would be removed", next_step="name another path"
+        )
+    path.unlink()
 
 
 def require_passed(

@@ -18,6 +18,7 @@ from chatterbox_prewarm.families.registry import COMPILED, FAMILIES, applicable
 from chatterbox_prewarm.model.profiles import Execution
 from chatterbox_prewarm.start.usable import possible_execution, usable_families
 from chatterbox_prewarm.state.compatibility import machine_facts
+from chatterbox_prewarm.state.places import check_cache_place
 from chatterbox_prewarm.state.selection import Request, select_state
 from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.fingerprint import device_kind
@@ -80,7 +81,8 @@ def prepare(options: StartOptions, *, metrics: StartMetrics | None = None) -> Pr
         WeightsError: the weights are missing, or a file is truncated.
         FingerprintMismatchError: under "require", a family or every one of several states does not fit.
         IntegrityError: under "require", the state is damaged or not trusted.
-        BadInputError: the device, profile or key is invalid, the cache cannot be written, or a bake is using it.
+        BadInputError: the device, profile or key is invalid, the cache cannot be written or is refused by
+            `check_cache_place`, or a bake is using it.
         ModelError: this machine has no GPU.
     """
     metrics = metrics or StartMetrics()
@@ -92,6 +94,7 @@ def prepare(options: StartOptions, *, metrics: StartMetrics | None = None) -> Pr
     folders: dict[str, Path] = {}
     with metrics.phase("prepare"):
         check_quickly(options.weights, read_record(options.weights))  # no policy works without weights
+        check_cache_place(cache, warm=options.warm, weights=options.weights)
         make_cache(cache)
         share_lock(cache / BAKE)  # a bake would empty the cache
         if options.policy == "off":

@@ -16,6 +16,7 @@ from chatterbox_prewarm.start.attach import Attached
 from chatterbox_prewarm.state.compatibility import current_facts, machine_facts
 from chatterbox_prewarm.state.manifest import FamilyEntry, Manifest, Reference, WeightsEntry
 from chatterbox_prewarm.state.manifest_file import write_manifest
+from chatterbox_prewarm.state.places import check_output_place
 from chatterbox_prewarm.state.provenance import read_provenance
 from chatterbox_prewarm.system.digests import scan, set_digest
 from chatterbox_prewarm.system.fingerprint import read_fingerprint
@@ -118,11 +119,12 @@ def _empty_directory(path: str | Path) -> Path:
     """Make a directory if it does not exist, and refuse one that is not empty.
 
     Raises:
-        BadInputError: see above, or the directory cannot be made.
+        BadInputError: see above, or the directory cannot be made or is inside a state or a checkpoint.
     """
     if not isinstance(path, str | os.PathLike):
         raise BadInputError(f"the path is {path!r}", next_step="give the path of a new or empty directory")
     directory = Path(path)
+    check_output_place(directory.parent)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         empty = not any(directory.iterdir())

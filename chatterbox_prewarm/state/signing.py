@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.state.keys import read_private_key
+from chatterbox_prewarm.state.places import check_output_place
 from chatterbox_prewarm.state.signature import default_signature, verify_signature
 from chatterbox_prewarm.system.atomic_files import atomic_file
 
@@ -29,14 +30,10 @@ def sign(state: State, key: Path, output: Path | None = None, *, passphrase: str
 
     Raises:
         IntegrityError: a file of the state differs from its manifest.
-        BadInputError: the key cannot be used, or `output` cannot be written or is inside the state.
+        BadInputError: the key cannot be used, or `output` cannot be written or is inside a state or a checkpoint.
     """
     output = output or default_signature(state.path)
-    if output.resolve().is_relative_to(state.path.resolve()):
-        raise BadInputError(
-            f"{output} is inside the warm state, which may contain only files that its manifest lists",
-            next_step=f"name a path next to it, such as {default_signature(state.path)}",
-        )
+    check_output_place(output)
     if output.resolve() == key.resolve():
         raise BadInputError(f"the signature would replace the key {key}", next_step="name another path with --output")
     private_key = read_private_key(key, passphrase)

@@ -133,7 +133,7 @@ class State:
         if extra := sorted(present - listed):
             raise IntegrityError(
                 f"{root} holds {len(extra)} file(s) that its manifest does not list, the first: {extra[0]}",
-                next_step=f"remove them, or {BAKE_AGAIN}",
+                next_step="move them out of that folder; a bake does not replace a state with such files",
             )
         directories = {root, *(root / parent for path in present for parent in PurePosixPath(path).parents)}
         refuse_changeable(root, (*sorted(directories), *(root / name for name in sorted(present))))

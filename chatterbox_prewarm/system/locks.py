@@ -27,7 +27,7 @@ def exclusive_lock(target: Path) -> Iterator[None]:
     Raises:
         BadInputError: another process holds or shares the lock. The message names the holder.
     """
-    with os.fdopen(open_lock_file(_lock_file(target)), "r+", encoding="ascii") as lock:
+    with os.fdopen(open_lock_file(lock_file(target)), "r+", encoding="ascii") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -49,7 +49,7 @@ def share_lock(target: Path) -> None:
     Raises:
         BadInputError: another process holds the exclusive lock. The message names it.
     """
-    path = _lock_file(target)
+    path = lock_file(target)
     if path in _SHARED:
         return
     descriptor = open_lock_file(path, write=False)
@@ -98,7 +98,8 @@ def _not_a_lock_file(path: Path) -> BadInputError:
     )
 
 
-def _lock_file(target: Path) -> Path:
+def lock_file(target: Path) -> Path:
+    """Return the path of the file that is locked for `target`. It is next to `target`, and stays after the lock."""
     return target.parent / f".{target.name}.lock"
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chatterbox_prewarm.errors import WeightsError
+from chatterbox_prewarm.errors import BadInputError, WeightsError
 from chatterbox_prewarm.model.synthetic import shortened_upstream
 from chatterbox_prewarm.model.variants import english
 from chatterbox_prewarm.model.voices import builtin_voice
@@ -180,6 +180,27 @@ def test_same_seed_gives_the_same_checkpoint(mini: Path, tmp_path: Path) -> None
     digests = {file.path: file.sha256 for file in repeated.files if file.path in tensors}
     assert digests == {file.path: file.sha256 for file in read_record(mini).files if file.path in tensors}
     assert digests["t3_cfg.safetensors"] != {file.path: file.sha256 for file in other.files}["t3_cfg.safetensors"]
+
+
+def test_a_synthesis_replaces_only_files_of_an_older_synthesis(mini: Path, tmp_path: Path) -> None:
+    from chatterbox_prewarm.model.synthetic import synthesize
+
+    weights = writable_copy(mini, tmp_path / "weights")
+    for name, content in (("fine-tune/t3.safetensors", b"weeks of work"), ("tokenizer.json", b"{}")):
+        path = weights / name
+        path.parent.mkdir(exist_ok=True)
+        original = path.read_bytes() if path.exists() else None
+        path.write_bytes(content)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(BadInputError, match=path.relative_to(weights).parts[0]):
+            synthesize(weights, size="mini", seed=1)
+        assert path.read_bytes() == content
+        assert sorted(tmp_path.rglob("*")) == before
+        if original is None:
+            shutil.rmtree(path.parent)
+        else:
+            path.write_bytes(original)
+    assert synthesize(weights, size="mini", seed=1).revision == "mini-seed-1"
 
 
 _DEFERRED = """

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.bench.starts import checkpoint, machine, versions
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.profiles import PROFILES
+from chatterbox_prewarm.state.places import check_apart, check_output_place
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.version import __version__
 from chatterbox_prewarm.weights.record import read_record
@@ -103,6 +104,7 @@ class ReportOptions:
                 raise BadInputError(
                     f"{value!r} is not a number of rounds, requests or clients", next_step="give whole numbers from 1"
                 )
+        self._check_places()
         size = sum(file.size for file in read_record(self.weights).files)
         self.output.mkdir(parents=True, exist_ok=True)
         disk = (len(self.profiles) + 1) * _STATE_BYTES + _OTHER_BYTES
@@ -117,6 +119,21 @@ class ReportOptions:
             raise BadInputError(
                 f"{available / 1e9:.1f} GB of memory are available, and these parts need {memory / 1e9:.1f}",
                 next_step="end other processes, or leave out the part `load`, which runs two workers",
+            )
+
+    def _check_places(self) -> None:
+        """Check that the report writes and removes only its own files. It removes the folder `states` at the end.
+
+        Raises:
+            BadInputError: naming the path that must be another one.
+        """
+        check_output_place(self.output)
+        for option, place in (("--warm", self.warm), ("--weights", self.weights)):
+            check_apart({option: place, "the folder": self.states})
+        # A report writes its results before the first state.
+        if not self.results.exists() and self.states.exists():
+            raise BadInputError(
+                f"{self.states} was not written by a report, which would remove it", next_step="name another folder"
             )
 
 

@@ -66,6 +66,7 @@ def run_warmup_benchmarks(
     )
     report_options.check()
     record = RecordedSteps(report_options.results, report_options.plan(), say)
+    record.write(complete=False)  # it shows that the folder of the states is ours
     try:
         for part in report_options.parts:
             PART_FUNCTIONS[part](report_options, record)

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -104,10 +105,12 @@ def test_a_changed_file_in_the_cache_is_replaced(tmp_path: Path) -> None:
 
 def test_a_cache_that_others_can_write_is_emptied_and_made_private(tmp_path: Path) -> None:
     build(tmp_path)
+    prepare(tmp_path)
     numba = tmp_path / "cache" / "numba"
-    (numba / "planted").mkdir(parents=True)
+    (numba / "planted").mkdir()
     numba.chmod(0o777)
     (tmp_path / "elsewhere").mkdir()
+    shutil.rmtree(numba / "librosa")
     (numba / "librosa").symlink_to(tmp_path / "elsewhere")
     (numba / "planted" / "index.nbi").write_bytes(b"a pickle")
     prepare(tmp_path)
@@ -117,10 +120,28 @@ def test_a_cache_that_others_can_write_is_emptied_and_made_private(tmp_path: Pat
     assert not (numba / "planted" / "index.nbi").exists()
 
 
+def test_a_start_removes_no_file_that_this_project_did_not_write(tmp_path: Path) -> None:
+    warm = build(tmp_path)
+    mine = tmp_path / "projects" / "numba" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    for cache, message in (
+        (tmp_path / "projects", "that this program did not write"),
+        (warm, f"is the warm state {warm}"),
+        (warm / "cache", f"is inside the warm state {warm}"),
+        (tmp_path / "weights" / "cache", "is inside the checkpoint"),
+        (tmp_path, f"contains --warm {warm}"),
+    ):
+        with pytest.raises(errors.BadInputError, match=message):
+            prepare(tmp_path, cache=str(cache))
+    assert mine.read_text() == "years of work"
+    State.open(warm).check_files()
+
+
 def test_a_file_that_numba_writes_in_another_process_is_kept(tmp_path: Path) -> None:
     build(tmp_path)
+    prepare(tmp_path)
     writing = tmp_path / "cache" / "numba" / "librosa" / "other.nbi.tmp.0123456789abcdef"
-    writing.parent.mkdir(parents=True)
     writing.write_bytes(b"incomplete")
     prepare(tmp_path)
     assert writing.exists()
