@@ -16,6 +16,7 @@ import pytest
 
 from chatterbox_prewarm.errors import BadInputError, EngineError, IntegrityError, WeightsError
 from chatterbox_prewarm.image.append import AppendOptions, send
+from chatterbox_prewarm.image.attest import attach_evidence
 from chatterbox_prewarm.image.compose import Change, add_layers, resolve
 from chatterbox_prewarm.image.docker_archive import Archive, save_archive
 from chatterbox_prewarm.image.layer import Layer, pack, weight_layers
@@ -385,3 +386,10 @@ def test_a_lock_file_of_a_layout_that_is_a_link_is_refused_and_its_target_is_kep
     with pytest.raises(BadInputError, match=r"\.lock is not a lock file"):
         layout.put_manifest(document, "other")
     assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_evidence_is_refused(layout: Layout, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "evidence.json")
+    with pytest.raises(BadInputError, match="it is a pipe and not a regular file"):
+        attach_evidence(layout, "base", tmp_path / "evidence.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -37,3 +38,10 @@ def test_a_clip_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         with pytest.raises(BadInputError, match=problem) as refused:
             read_prompt(path)  # type: ignore[arg-type]
         assert refused.value.next_step == "give the path of an audio file"
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_does_not_block_the_server(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "clip.wav")
+    with pytest.raises(BadInputError, match="it is a pipe and not a regular file"):
+        read_prompt(tmp_path / "clip.wav")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from typing import TYPE_CHECKING
 
@@ -56,3 +57,10 @@ def test_an_invalid_header_is_refused(tmp_path: Path, header: bytes) -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     with pytest.raises(WeightsError, match="is not a safetensors file"):
         read_safetensors_header(path)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_does_not_block_the_reader(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(OSError, match="it is a pipe and not a regular file"):
+        read_safetensors_header(tmp_path / "model.safetensors")
