@@ -31,7 +31,7 @@ from chatterbox_prewarm.state.manifest import (
 )
 from chatterbox_prewarm.system.atomic_files import write_whole
 from chatterbox_prewarm.system.digests import FileEntry, set_digest
-from chatterbox_prewarm.system.limits import MAX_SEED, MAX_TOKENS, MIN_TOKENS
+from chatterbox_prewarm.system.limits import MAX_SEED, MIN_TOKENS
 from chatterbox_prewarm.system.regular_files import read_regular
 
 if TYPE_CHECKING:
@@ -39,12 +39,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BAKE_AGAIN = "bake the warm state again with `chatterbox-prewarm bake`"
-#: T3 has about one text token per character, and its cache has positions for 2046.
+#: A text has at most about one token per character. Together with the limit of `max_new_tokens` below, a reference fits
+#: into T3's KV cache, and a start never fails because it does not.
 MAX_REFERENCE_CHARACTERS = 1000
 #: Minimum and maximum of the numbers in a reference.
 _REFERENCE_LIMITS = {
     "seed": (0, MAX_SEED),
-    "max_new_tokens": (MIN_TOKENS, MAX_TOKENS),
+    "max_new_tokens": (MIN_TOKENS, 1000),
     "threads": (1, 1 << 16),
     "sample_rate": (1, 1 << 20),
     "samples": (1, 1 << 40),

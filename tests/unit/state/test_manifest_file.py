@@ -131,6 +131,7 @@ def edited(change: Callable[[dict[str, Any]], object]) -> str:
             "max_new_tokens of the reference is 10000",
         ),
         (edited(lambda raw: raw["reference"].update(max_new_tokens=2)), "max_new_tokens of the reference is 2"),
+        (edited(lambda raw: raw["reference"].update(max_new_tokens=1001)), "max_new_tokens of the reference is 1001"),
         (edited(lambda raw: raw["reference"].update(threads=0)), "threads of the reference is 0"),
         (edited(lambda raw: raw["reference"].update(device="tpu")), "unknown device 'tpu'"),
         (edited(lambda raw: raw.pop("provenance")), "provenance"),
