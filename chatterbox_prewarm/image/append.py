@@ -163,13 +163,12 @@ def send(
             put(descriptor, openers[descriptor.digest], titles.get(descriptor.digest, f"layer {number} of the base"))
     if not target.has_blob(config):
         put(config, lambda: BytesIO(raw), "the configuration")
-    check()  # sending can take minutes
     if options.evidence is not None:
+        check()  # sending can take minutes
         # Attach the evidence by digest before the tag exists, so that no tag names an image without its evidence.
         target.put_manifest(document, document.digest)
         attach_evidence(target, document.digest, options.evidence)
-        check()
-    target.put_manifest(document, reference)
+    target.put_manifest(document, reference, check=check)
     return AppendResult(document=document, blobs_sent=len(sent), bytes_sent=sum(sent))
 
 

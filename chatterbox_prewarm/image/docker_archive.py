@@ -28,7 +28,7 @@ from chatterbox_prewarm.image.oci import (
 from chatterbox_prewarm.system.atomic_files import atomic_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from chatterbox_prewarm.image.oci import OpenStream
@@ -99,7 +99,13 @@ class Archive:
         """Raise BadInputError: `save_archive` writes an archive as a whole."""
         self._refuse_change()
 
-    def put_manifest(self, document: Document, reference: str) -> None:  # noqa: ARG002
+    def put_manifest(
+        self,
+        document: Document,  # noqa: ARG002
+        reference: str,  # noqa: ARG002
+        *,
+        check: Callable[[], None] | None = None,  # noqa: ARG002
+    ) -> None:
         """Raise BadInputError: `save_archive` writes an archive as a whole."""
         self._refuse_change()
 

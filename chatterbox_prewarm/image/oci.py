@@ -134,8 +134,14 @@ class Store(Protocol):
             BadInputError: the store is read-only.
         """
 
-    def put_manifest(self, document: Document, reference: str) -> None:
+    def put_manifest(self, document: Document, reference: str, *, check: Callable[[], None] | None = None) -> None:
         """Store a manifest or an index under a tag, or under its own digest.
+
+        Args:
+            document: the manifest or the index.
+            reference: the tag or the digest.
+            check: called directly before the tag is set. An error of it leaves the tag unchanged. No other process can
+                set a tag of a layout between the call and the write; a registry has no such lock.
 
         Raises:
             BadInputError: the store is read-only.

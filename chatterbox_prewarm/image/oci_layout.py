@@ -18,7 +18,7 @@ from chatterbox_prewarm.system.digests import hash_file
 from chatterbox_prewarm.system.locks import open_lock_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from chatterbox_prewarm.image.oci import OpenStream
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _TAG = "org.opencontainers.image.ref.name"
 _CREATE_AGAIN = "create the layout again"
 _CHUNK = 1 << 20
+_MARKER = "oci-layout"
 
 
 class Layout:
@@ -40,8 +41,7 @@ class Layout:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        other = path.exists() and not (path / "oci-layout").is_file()
-        if other and any(child.name != ".lock" for child in path.iterdir()):
+        if path.exists() and not (path / _MARKER).is_file() and not _is_unfinished(path):
             raise EngineError(f"{path} is not an OCI image layout", next_step="name an empty or a new folder")
 
     def read_manifest(self, reference: str) -> Document:
@@ -102,7 +102,7 @@ class Layout:
                         next_step="try again; if it fails again, the source is damaged",
                     )
 
-    def put_manifest(self, document: Document, reference: str) -> None:
+    def put_manifest(self, document: Document, reference: str, *, check: Callable[[], None] | None = None) -> None:
         """See `Store.put_manifest`. The image that had the tag keeps its entry, without the tag."""
         descriptor = document.descriptor
         self.put_blob(descriptor, lambda: BytesIO(document.raw))
@@ -111,6 +111,8 @@ class Layout:
             entry["annotations"] = {_TAG: reference}
         with _writing(self.path), os.fdopen(open_lock_file(self.path / ".lock"), "r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time reads and writes the index
+            if check is not None:
+                check()
             entries = self._entries()
             for existing in entries:
                 if _tag(existing) == reference:
@@ -122,7 +124,6 @@ class Layout:
                 for other in entries
                 if _tag(other) or other["digest"] not in tagged
             }
-            write_whole(self.path / "oci-layout", dump({"imageLayoutVersion": "1.0.0"}).decode())
             write_whole(self.path / "index.json", image_index(list(unique.values())).raw.decode())
 
     def _find(self, reference: str) -> dict[str, Any] | None:
@@ -159,11 +160,24 @@ def _tag(entry: dict[str, Any]) -> str | None:
     return str(tag) if tag is not None else None
 
 
+def _is_unfinished(path: Path) -> bool:
+    """Return whether a folder has only the files of an unfinished first write. Older versions made `blobs` first."""
+    names = {child.name for child in path.iterdir() if not child.name.startswith(f".{_MARKER}.")}
+    if not names <= {".lock", "blobs"}:
+        return False
+    return "blobs" not in names or {child.name for child in (path / "blobs").iterdir()} <= {"sha256"}
+
+
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Create the layout's folder, and translate errors of the file system."""
+    """Create the layout's folder with the file that marks it, and translate errors of the file system.
+
+    The file is written first, so that the next run can use the folder if this run is killed.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if not (path / _MARKER).is_file():
+            write_whole(path / _MARKER, dump({"imageLayoutVersion": "1.0.0"}).decode())
         yield
     except OSError as error:
         raise from_os_error(error, f"writing the layout {path}") from error

@@ -19,7 +19,7 @@ from chatterbox_prewarm.image.registry.transport import Request, Transport
 from chatterbox_prewarm.image.registry.uploads import PIECE, Upload, cancel
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from chatterbox_prewarm.image.oci import Descriptor, OpenStream
     from chatterbox_prewarm.image.references import ImageReference
@@ -102,8 +102,8 @@ class Repository:
         """
         return self._send(self._manifest_request("HEAD", reference, {200, 404})).status == 200
 
-    def put_manifest(self, document: Document, reference: str) -> None:
-        """Store a manifest or an index under a tag, or under its own digest.
+    def put_manifest(self, document: Document, reference: str, *, check: Callable[[], None] | None = None) -> None:
+        """Store a manifest or an index under a tag, or under its own digest; see `Store.put_manifest`.
 
         Raises:
             EngineError: the registry lacks a blob that the manifest names.
@@ -114,6 +114,8 @@ class Repository:
                 f"a manifest with the digest {document.digest} cannot be stored as {reference}",
                 next_step="store it under a tag, or under its own digest",
             )
+        if check is not None:
+            check()
         request = self._manifest_request("PUT", reference, {200, 201, 202, 204}, document)
         stored = self._send(request).headers.get("Docker-Content-Digest", document.digest)
         if stored != document.digest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import io
@@ -9,6 +10,7 @@ import json
 import os
 import tarfile
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,61 @@ def test_a_folder_with_other_files_is_not_used_as_a_layout(tmp_path: Path) -> No
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(EngineError, match="not an OCI image layout"):
         Layout(tmp_path)
+
+
+def test_a_layout_whose_first_write_was_interrupted_is_used_by_the_next_run(
+    layer: Layer, layout: Layout, tmp_path: Path
+) -> None:
+    def fail() -> Any:
+        raise KeyboardInterrupt
+
+    image = add_layers(make_base(layout, "base"), [layer], Change(), created=CREATED)
+    target = tmp_path / "target"
+    with pytest.raises(KeyboardInterrupt):
+        send(image, layout, [replace(layer, open=fail)], Layout(target), "warm")
+    send(image, layout, [layer], Layout(target), "warm")
+    assert resolve(Layout(target), "warm", platform="linux/amd64") == image
+    assert json.loads((target / "oci-layout").read_text()) == {"imageLayoutVersion": "1.0.0"}
+
+
+def test_a_folder_that_has_only_blobs_of_an_older_version_is_used_as_a_layout(tmp_path: Path) -> None:
+    (tmp_path / "old" / "blobs" / "sha256").mkdir(parents=True)
+    (tmp_path / "old" / ".oci-layout.01234567").touch()
+    make_base(Layout(tmp_path / "old"), "base")
+    assert Layout(tmp_path / "old").has_manifest("base")
+    (tmp_path / "other" / "blobs" / "photos").mkdir(parents=True)
+    with pytest.raises(EngineError, match="not an OCI image layout"):
+        Layout(tmp_path / "other")
+
+
+def test_a_tag_that_another_process_sets_during_the_transfer_is_not_replaced(layer: Layer, layout: Layout) -> None:
+    base = make_base(layout, "base")
+    image = add_layers(base, [layer], Change(), created=CREATED)
+
+    class Raced(Layout):
+        """A layout in which another process sets the tag after all checks outside the lock."""
+
+        def put_manifest(self, document: Document, reference: str, **options: Any) -> None:
+            make_base(layout, reference)
+            super().put_manifest(document, reference, **options)
+
+    before = layout.read_manifest("base")
+    with pytest.raises(BadInputError, match="'warm' already"):
+        send(image, layout, [layer], Raced(layout.path), "warm")
+    assert layout.read_manifest("warm") == before
+
+
+def test_the_tag_of_a_layout_is_checked_under_its_lock(layout: Layout) -> None:
+    make_base(layout, "base")
+    checked = []
+
+    def check() -> None:
+        with (layout.path / ".lock").open("r") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        checked.append(True)
+
+    layout.put_manifest(layout.read_manifest("base"), "other", check=check)
+    assert checked
 
 
 def test_a_full_disk_leaves_no_partial_blob(layer: Layer, layout: Layout, small_disk: Path) -> None:

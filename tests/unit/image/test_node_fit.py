@@ -191,7 +191,8 @@ class Memory:
         with opened() as stream:
             self.blobs[descriptor.digest] = stream.read()
 
-    def put_manifest(self, document: Document, reference: str) -> None:
+    def put_manifest(self, document: Document, reference: str, *, check: Callable[[], None] | None = None) -> None:
+        assert check is None
         self.manifests[reference] = document
 
 
