@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
@@ -14,11 +12,13 @@ from chatterbox_prewarm.image.labels import EVIDENCE, PREFIX, STATES, image_labe
 from chatterbox_prewarm.image.layer import pack, signature_layer, weight_layers
 from chatterbox_prewarm.state.selection import states_in
 from chatterbox_prewarm.state.state import State
+from chatterbox_prewarm.system.atomic_files import scratch_folder
 from chatterbox_prewarm.system.fingerprint import ABSENT, device_kind
 from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from chatterbox_prewarm.image.layer import Layer
     from chatterbox_prewarm.image.oci import Image
@@ -79,10 +79,10 @@ def pack_states(folders: Sequence[Path], weights: Path | None = None) -> Iterato
                     f"{state.path} was baked with other weights than {weights}",
                     next_step="name the checkpoint that it was baked with, or bake it again",
                 )
-    with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-") as scratch:
+    with scratch_folder("chatterbox-prewarm-layers-") as scratch:
         layers = list(weight_layers(weights)) if weights is not None else []
         for number, state in enumerate(states):
-            layers.append(pack(state, Path(scratch) / f"{number}.tar.gz"))
+            layers.append(pack(state, scratch / f"{number}.tar.gz"))
             if (signature := state.find_signature()) is not None:
                 layers.append(signature_layer(state, signature))
         yield StateLayers(layers=tuple(layers), manifests=tuple(state.manifest for state in states))

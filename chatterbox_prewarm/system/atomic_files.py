@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import logging
 import os
 import secrets
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _OLD = "old-"
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @contextlib.contextmanager
@@ -97,6 +99,61 @@ def staging_folder(target: Path) -> Iterator[Path]:
         yield staging
     finally:
         remove(staging)
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """Yield an empty folder for temporary files, and remove it afterwards.
+
+    The process holds a lock on the folder. Folders with the same prefix that no process has locked belong to killed
+    processes of this user and are removed.
+
+    Args:
+        prefix: start of the folder's name. Only callers of this function use it.
+    """
+    parent = Path(tempfile.gettempdir())
+    for leftover in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            if leftover.lstat().st_uid == os.geteuid():
+                _remove_unless_locked(leftover)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        if (lock := _lock_folder(folder)) is not None:
+            break
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """Lock a new folder and return the descriptor. Return None if another process removed the folder before."""
+    try:
+        lock = os.open(folder, _FOLDER)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if folder.exists():
+        return lock
+    os.close(lock)
+    return None
+
+
+def _remove_unless_locked(folder: Path) -> None:
+    """Remove a folder unless a process holds its lock.
+
+    Raises:
+        BlockingIOError: a process holds the lock.
+        OSError: the path is a link or a file, or is missing.
+    """
+    lock = os.open(folder, _FOLDER)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        logger.info("removing %s, which an interrupted process left behind", folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def seal(root: Path) -> None:

@@ -202,6 +202,20 @@ def hold_lock(*, path: str) -> dict[str, Any]:
     return {}
 
 
+def hold_scratch_folder(*, path: str) -> dict[str, Any]:
+    """Act as a running append: hold a folder for temporary files next to a path until killed."""
+    import tempfile
+
+    from chatterbox_prewarm.system.atomic_files import scratch_folder
+
+    tempfile.tempdir = str(Path(path).parent)
+    with scratch_folder("layers-") as folder:
+        (folder / "0.tar.gz").write_text("incomplete")
+        Path(path).with_name("locked").touch()
+        time.sleep(TIMEOUT)
+    return {}
+
+
 def share_lock(*, path: str) -> dict[str, Any]:
     """Act as a server that started from a cache: share the lock of a path until killed."""
     from chatterbox_prewarm.system import locks
@@ -225,6 +239,7 @@ PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
         fetch,
         fill_numba_cache,
         hold_lock,
+        hold_scratch_folder,
         share_lock,
     )
 }

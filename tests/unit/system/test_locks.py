@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.system.atomic_files import staging_folder
+from chatterbox_prewarm.system.atomic_files import scratch_folder, staging_folder
 from chatterbox_prewarm.system.locks import exclusive_lock, share_lock
 from chatterbox_prewarm.system.process import PARENT
 from tests.helpers.children import start
@@ -132,3 +132,23 @@ def test_a_link_without_target_does_not_create_a_file(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="is not a lock file"), exclusive_lock(tmp_path / "bake"):
         pass
     assert not (tmp_path / "new").exists()
+
+
+def test_a_scratch_folder_of_a_killed_process_is_removed_and_that_of_a_running_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "layers-link").symlink_to(tmp_path / "other")
+    (tmp_path / "layers-file").touch()
+    with running("hold_scratch_folder", tmp_path / "path"):
+        (held,) = (path for path in tmp_path.glob("layers-*") if (path / "0.tar.gz").exists())
+        with scratch_folder("layers-") as folder, scratch_folder("layers-") as second:
+            assert held.is_dir()
+            assert folder.is_dir()
+            assert second != folder
+        assert not folder.exists()
+    assert held.is_dir(), "the process was killed"
+    with scratch_folder("layers-"):
+        assert not held.exists()
+    assert {path.name for path in tmp_path.glob("*")} == {"other", "layers-link", "layers-file", "locked"}
