@@ -213,7 +213,7 @@ def save_archive(image: Image, tag: str, blobs: Mapping[str, OpenStream], path: 
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        with atomic_file(path, leftovers=re.escape(path.name)) as temporary, temporary.open("wb") as stream:
             write_archive(image, tag, blobs, stream)
     except OSError as error:
         raise from_os_error(error, f"writing the archive {path}") from error

@@ -9,6 +9,7 @@ time they are read, so that the disk never has a second copy of the weights.
 from __future__ import annotations
 
 import hashlib
+import re
 import tarfile
 import zlib
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def pack(state: State, output: Path) -> Layer:
     layer_hash, tar_hash = hashlib.sha256(), hashlib.sha256()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(output) as temporary, temporary.open("wb") as stream:
+        with atomic_file(output, leftovers=re.escape(output.name)) as temporary, temporary.open("wb") as stream:
             for chunk in gzip_chunks(_hashed(_tar_chunks(entries), tar_hash), _GZIP_LEVEL):
                 layer_hash.update(chunk)
                 stream.write(chunk)

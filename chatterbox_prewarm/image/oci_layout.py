@@ -89,7 +89,7 @@ class Layout:
         sha256, size = hashlib.sha256(), 0
         with _writing(self.path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as temporary:
+            with atomic_file(path, leftovers="[0-9a-f]{64}") as temporary:
                 with temporary.open("wb") as target, open_stream() as source:
                     while chunk := source.read(_CHUNK):
                         sha256.update(chunk)

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -27,7 +28,12 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @contextlib.contextmanager
 def atomic_file(
-    path: Path, *, mode: int | None = None, durable: bool = False, exclusive: bool = False
+    path: Path,
+    *,
+    mode: int | None = None,
+    durable: bool = False,
+    exclusive: bool = False,
+    leftovers: str | None = None,
 ) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, and rename it to `path` when the block succeeds.
 
@@ -36,6 +42,8 @@ def atomic_file(
         mode: permission bits of the file; by default as the block leaves them.
         durable: flush the file to the disk before the rename, and its folder afterwards.
         exclusive: raise an error instead of replacing an existing file. Needs a file system with hard links.
+        leftovers: regular expression of final names. Temporary files of killed processes for them are removed first.
+            The block must write to the given path and not replace it, because the file is locked until the end.
 
     Raises:
         FileExistsError: `exclusive` is set and the path exists.
@@ -43,7 +51,11 @@ def atomic_file(
     """
     # Random, because processes in different containers can share a folder and have the same process id.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    lock = None
     try:
+        if leftovers is not None:
+            _remove_leftovers(path.parent, leftovers)
+            lock = _create_locked(temporary)
         yield temporary
         if mode is not None:
             temporary.chmod(mode)
@@ -62,6 +74,33 @@ def atomic_file(
             flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _create_locked(temporary: Path) -> int:
+    """Create a file and lock it, so that no other process removes it as a leftover. Return the descriptor."""
+    while True:
+        lock = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(OSError):  # without locks in a file system, no process removes leftovers in it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if temporary.exists():
+            return lock
+        os.close(lock)  # another process removed the file before it was locked
+
+
+def _remove_leftovers(folder: Path, names: str) -> None:
+    """Remove the temporary files of `atomic_file` that no process has locked, for final names that match `names`."""
+    pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{8}}")
+    for leftover in [path for path in folder.iterdir() if pattern.fullmatch(path.name)]:
+        with contextlib.suppress(OSError):  # another process has locked or removed it
+            lock = os.open(leftover, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+                logger.info("removed %s, which an interrupted process left behind", leftover)
+            finally:
+                os.close(lock)
 
 
 def flush(path: Path) -> None:
@@ -133,7 +172,8 @@ def _lock_folder(folder: Path) -> int | None:
         lock = os.open(folder, _FOLDER)
     except FileNotFoundError:
         return None
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.suppress(OSError):  # see _create_locked
+        fcntl.flock(lock, fcntl.LOCK_EX)
     if folder.exists():
         return lock
     os.close(lock)

@@ -216,6 +216,17 @@ def hold_scratch_folder(*, path: str) -> dict[str, Any]:
     return {}
 
 
+def hold_temporary_file(*, path: str) -> dict[str, Any]:
+    """Act as a running upload: write a temporary file of a path until killed."""
+    from chatterbox_prewarm.system.atomic_files import atomic_file
+
+    with atomic_file(Path(path), leftovers="blob-1") as temporary:
+        temporary.write_text("incomplete")
+        Path(path).with_name("locked").touch()
+        time.sleep(TIMEOUT)
+    return {}
+
+
 def share_lock(*, path: str) -> dict[str, Any]:
     """Act as a server that started from a cache: share the lock of a path until killed."""
     from chatterbox_prewarm.system import locks
@@ -240,6 +251,7 @@ PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
         fill_numba_cache,
         hold_lock,
         hold_scratch_folder,
+        hold_temporary_file,
         share_lock,
     )
 }

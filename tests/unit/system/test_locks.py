@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.system.atomic_files import scratch_folder, staging_folder
+from chatterbox_prewarm.system.atomic_files import atomic_file, scratch_folder, staging_folder
 from chatterbox_prewarm.system.locks import exclusive_lock, share_lock
 from chatterbox_prewarm.system.process import PARENT
 from tests.helpers.children import start
@@ -152,3 +152,19 @@ def test_a_scratch_folder_of_a_killed_process_is_removed_and_that_of_a_running_o
     with scratch_folder("layers-"):
         assert not held.exists()
     assert {path.name for path in tmp_path.glob("*")} == {"other", "layers-link", "layers-file", "locked"}
+
+
+def test_a_temporary_file_of_a_killed_process_is_removed_and_that_of_a_running_one_stays(tmp_path: Path) -> None:
+    (tmp_path / ".config.12345678").touch()
+    (tmp_path / ".blob-1.notes").touch()
+    with running("hold_temporary_file", tmp_path / "blob-1"):
+        (held,) = (path for path in tmp_path.glob(".blob-1.*") if path.suffix != ".notes")
+        with atomic_file(tmp_path / "blob-2", leftovers="blob-[0-9]") as temporary:
+            temporary.write_text("complete")
+        assert held.exists()
+    assert held.exists(), "the process was killed"
+    with atomic_file(tmp_path / "blob-3", leftovers="blob-[0-9]") as temporary:
+        temporary.write_text("complete")
+        assert not held.exists()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {".config.12345678", ".blob-1.notes", "blob-2", "blob-3", "locked"}
