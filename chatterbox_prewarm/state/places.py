@@ -56,7 +56,7 @@ def check_apart(places: Mapping[str, Path]) -> None:
         places: the path of each option by the option's name.
 
     Raises:
-        BadInputError: naming the first two paths that are not apart.
+        BadInputError: naming the first two paths that are equal or nested.
     """
     for (one, first), (other, second) in combinations(places.items(), 2):
         outer, inner = first.resolve(), second.resolve()
@@ -137,7 +137,7 @@ def check_weights_place(directory: Path) -> None:
 
 
 def _kind(folder: Path) -> str | None:
-    """Return what a folder is: a warm state, a checkpoint, or None for anything else."""
+    """Return the kind of a folder: a warm state, a checkpoint, or None for any other folder."""
     found, manifest = _read_json(folder / MANIFEST_NAME)
     if isinstance(manifest, dict) and manifest.keys() >= _STATE_KEYS:
         return "warm state"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Make a folder with a state, a checkpoint, a key, an image layout and other files."""
+    """Make a folder with a state, a checkpoint, a file of the user, and links into the state."""
     make_state(tmp_path / "warm", {"numba": {"index.nbi": b"index"}})
     make_checkpoint(tmp_path / "weights")
     record_weights(tmp_path / "weights")
