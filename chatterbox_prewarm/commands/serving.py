@@ -106,6 +106,13 @@ if TYPE_CHECKING:
     help="File with a token that all requests except probes need. Or set CHATTERBOX_PREWARM_TOKEN.",
 )
 @option(
+    "--allow-origin",
+    "origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Site whose pages may use the server from a browser, such as https://chat.example. *: every site.",
+)
+@option(
     "--max-connections",
     default=1000,
     type=click.IntRange(8),
@@ -143,6 +150,7 @@ def serve(
     hang_seconds: float,
     requests_per_minute: float,
     token_file: Path | None,
+    origins: tuple[str, ...],
     max_connections: int,
     log_format: str,
     log_text: bool,
@@ -151,6 +159,7 @@ def serve(
     """Serve speech over HTTP: /v1/audio/speech, /livez, /startupz, /readyz, /metrics, and a page at /."""
     from chatterbox_prewarm.serve.http.access import load_token
     from chatterbox_prewarm.serve.http.connections import Limits
+    from chatterbox_prewarm.serve.http.cross_origin import parse_origin
     from chatterbox_prewarm.serve.http.server import ServeConfig
     from chatterbox_prewarm.serve.http.server import serve as run_server
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, for_devices, parse_devices
@@ -174,6 +183,7 @@ def serve(
             hang_seconds=hang_seconds,
             drain_seconds=drain_seconds,
             token=load_token(token_file),
+            origins=tuple(map(parse_origin, origins)),
             limits=Limits(connections=max_connections),
             log_text=log_text,
         ),

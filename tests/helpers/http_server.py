@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import http.client
 import json
@@ -84,3 +85,8 @@ if __name__ == "__main__":
         print(own_listener.getsockname()[1], flush=True)
         limits = Limits(**json.loads(sys.argv[1]))
         asyncio.run(_server(_respond_at_once, own_listener, limits).serve(sockets=[own_listener]))
+
+
+def basic(secret: str, user: str = "user") -> dict[str, str]:
+    """Return the header that a browser sends for a user and a password."""
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{secret}".encode()).decode()}

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from chatterbox_prewarm.errors import BadInputError, from_os_error
+from chatterbox_prewarm.serve.http.cross_origin import EVERY
 from chatterbox_prewarm.serve.http.error_responses import error_response
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping
+    from collections.abc import Collection, Mapping, MutableMapping
     from pathlib import Path
 
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -36,6 +37,10 @@ PROBES = frozenset({"/livez", "/startupz", "/readyz"})
 _KEY = "chatterbox_prewarm.authorized"
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _REALM = 'realm="chatterbox-prewarm"'
+_CROSS_SITE = (
+    "a page of another site sent this request; send the token as a bearer token, or start the server with "
+    "--allow-origin for that site"
+)
 _MAX_LENGTH = 4096
 #: 96 bits in base64. A shorter token can be guessed in a feasible time.
 _MIN_STRONG_LENGTH = 16
@@ -137,12 +142,14 @@ def visible_status(scope: Scope, status: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in status.items() if authorized or name in {"phase", "attached", "ready"}}
 
 
-def check_access(app: ASGIApp, token: Token | None) -> ASGIApp:
+def check_access(app: ASGIApp, token: Token | None, origins: Collection[str] = ()) -> ASGIApp:
     """Wrap `app` in middleware that responds with 401 or 403 to requests without the necessary rights.
 
     Args:
         app: the application.
         token: required by all requests except the probes; None accepts requests without a token.
+        origins: the other sites whose pages may change something, as `parse_origin` returns them. A password that the
+            browser has stored does not count for them.
     """
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
@@ -155,11 +162,11 @@ def check_access(app: ASGIApp, token: Token | None) -> ASGIApp:
         scheme, secret = _credentials(headers)
         authorized = token is None or (secret is not None and token.matches(secret))
         scope[_KEY] = authorized
+        allowed = scheme != b"basic" and _is_allowed(headers, origins)
         if not authorized and scope["path"] not in PROBES:
             await _unauthorized(headers)(scope, receive, send)
-        elif scope["method"] not in _SAFE and not (authorized and scheme == b"bearer") and _is_cross_site(headers):
-            message = "a page of another site sent this request; send the token as a bearer token"
-            await error_response(403, message, "cross_site")(scope, receive, send)
+        elif scope["method"] not in _SAFE and scheme != b"bearer" and not allowed and _is_cross_site(headers):
+            await error_response(403, _CROSS_SITE, "cross_site")(scope, receive, send)
         else:
             await app(scope, receive, send)
 
@@ -191,6 +198,12 @@ def _credentials(headers: list[tuple[bytes, bytes]]) -> tuple[bytes, bytes | Non
             return scheme, None
         return scheme, password if colon else None
     return scheme, None
+
+
+def _is_allowed(headers: list[tuple[bytes, bytes]], origins: Collection[str]) -> bool:
+    """Return whether the page that made this request belongs to an allowed origin."""
+    origin = dict(headers).get(b"origin", b"").decode("latin-1")
+    return bool(origin) and (origin in origins or EVERY in origins)
 
 
 def _is_cross_site(headers: list[tuple[bytes, bytes]]) -> bool:

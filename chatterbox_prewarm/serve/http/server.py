@@ -49,6 +49,7 @@ class ServeConfig:
         hang_seconds: the time that a worker may be silent before it is replaced.
         drain_seconds: the time that requests have to finish after a signal.
         token: required by all requests except probes.
+        origins: other sites whose pages may use the server from a browser, as `parse_origin` returns them.
         limits: limits on connections.
         log_text: True to log the text of speech requests.
         ignore_speed: True to accept any value of the field `speed`, without an effect.
@@ -66,6 +67,7 @@ class ServeConfig:
     drain_seconds: float
     voice_aliases: Mapping[str, str] = field(default_factory=dict)
     token: Token | None = None
+    origins: Sequence[str] = ()
     limits: Limits = field(default_factory=Limits)
     log_text: bool = False
     ignore_speed: bool = False
@@ -151,13 +153,15 @@ async def _run(
     from chatterbox_prewarm.serve.http.access import check_access
     from chatterbox_prewarm.serve.http.admission import Admission, close_while_draining
     from chatterbox_prewarm.serve.http.app import App
+    from chatterbox_prewarm.serve.http.cross_origin import allow_origins
     from chatterbox_prewarm.serve.http.request_log import log_requests
 
     admission = Admission(pool, limit=config.queue_limit)
     application = App(
         pool, admission, voices, max_characters=config.max_characters, ignore_speed=config.ignore_speed
     ).asgi()
-    app = close_while_draining(check_access(application, config.token), admission)
+    checked = check_access(application, config.token, config.origins)
+    app = close_while_draining(allow_origins(checked, config.origins), admission)
     server = connections.server(
         log_requests(app, application.routes, log_text=config.log_text),
         listener,

@@ -13,7 +13,7 @@ import pytest
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.serve.http.access import TOKEN, Token, check_access, load_token, visible_status
 from tests.conftest import run_cli
-from tests.helpers.http_server import connect, request, respond, serving
+from tests.helpers.http_server import basic, connect, request, respond, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -54,10 +54,6 @@ def open_port() -> Iterator[int]:
     """A server without a token."""
     with serving(check_access(app, None)) as port:
         yield port
-
-
-def basic(secret: str, user: str = "user") -> dict[str, str]:
-    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{secret}".encode()).decode()}
 
 
 def status(port: int, path: str, headers: Mapping[str, str] | None = None, method: str = "GET") -> int:
