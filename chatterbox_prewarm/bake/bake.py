@@ -28,6 +28,7 @@ from chatterbox_prewarm.state.manifest_file import parse_manifest, read_manifest
 from chatterbox_prewarm.state.places import check_apart, check_cache_place, check_state_place
 from chatterbox_prewarm.state.provenance import check_base_image
 from chatterbox_prewarm.system.atomic_files import put_in_place, seal, staging_folder
+from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.json_subprocess import parse_report, run_module
 from chatterbox_prewarm.system.locks import exclusive_lock
 from chatterbox_prewarm.system.paths import BAKE, BYTECODE_FOLDER, COMPILED_FOLDER, make_cache, require_execution
@@ -176,7 +177,7 @@ def _run_process(module: str, options: BakeOptions, output: Path, compiled: Path
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(bytecode)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if module == "compile_process":  # all others use one thread, like a start
-        environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(len(os.sched_getaffinity(0))))
+        environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(usable_cpus()))
     arguments = {"options": options.to_dict(), "output": str(output), "compiled": str(compiled)}
     try:
         return run_module(f"chatterbox_prewarm.bake.{module}", arguments, env=environment)

@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 @option(
     "--threads",
     type=click.IntRange(1),
-    help="CPU threads of torch per worker. Default: the workers on the CPU share its cores.",
+    help="CPU threads of torch per worker. Default: the workers share the CPUs that the container may use.",
 )
 @option("--max-characters", default=MAX_CHARACTERS, type=click.IntRange(1), help="Maximum length of a text.")
 @option("--ignore-speed", is_flag=True, help="Speak requests with any speed, at the model's speed.")

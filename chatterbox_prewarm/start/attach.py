@@ -14,6 +14,7 @@ from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.state.signature import Trust
+from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def attach(
 
     Args:
         prepared: the result of `prepare` in this process.
-        threads: CPU threads of torch; by default all CPUs of the process.
+        threads: CPU threads of torch; by default torch's own number, but at most `usable_cpus`.
         voices: names and reference clips of voices to make at start unless they are baked.
 
     Raises:
@@ -115,8 +116,7 @@ def attach(
         from chatterbox_prewarm.model.t3_backend import keep_backend
         from chatterbox_prewarm.model.variants import english
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cpus()))
     english.check_device(device)
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device).index or 0)  # packages and graph captures use the current device

@@ -26,6 +26,7 @@ import torch
 from chatterbox_prewarm.errors import ModelError, as_prewarm_error, first_line
 from chatterbox_prewarm.model.regions.executors import LIBRARY
 from chatterbox_prewarm.model.regions.region import REGIONS
+from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.json_subprocess import DEBUG, describe, die_with_parent, quiet_packages, rebuild
 from chatterbox_prewarm.system.process import PARENT
 from chatterbox_prewarm.system.process import run as run_process
@@ -57,7 +58,7 @@ def compile_packages(
     Raises:
         ModelError: a compiling process failed or was killed.
     """
-    threads = max(int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") or len(os.sched_getaffinity(0))), 1)
+    threads = max(int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") or usable_cpus()), 1)
     # On a GPU compile one region at a time: Inductor chooses kernels by timing them, which needs an idle GPU. Its own
     # pool compiles the kernels in parallel.
     on_gpu = any(weight.is_cuda for tensors in weights.values() for weight in tensors)

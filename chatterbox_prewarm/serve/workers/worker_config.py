@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.state.signature import Trust
+from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.fingerprint import visible_gpus
 from chatterbox_prewarm.system.process import PARENT
 
@@ -102,9 +103,9 @@ def parse_devices(text: str) -> list[str]:
 
 
 def for_devices(devices: Sequence[str], worker: WorkerConfig) -> list[WorkerConfig]:
-    """Return one configuration for each device. Workers on the CPU divide its cores unless `threads` is set."""
+    """Return one configuration for each device. Workers on the CPU divide the usable CPUs unless `threads` is set."""
     on_cpu = sum(device.startswith("cpu") for device in devices)
-    share = max(1, len(os.sched_getaffinity(0)) // on_cpu) if on_cpu > 1 else None
+    share = max(1, usable_cpus() // on_cpu) if on_cpu > 1 else None
     return [
         replace(
             worker,
