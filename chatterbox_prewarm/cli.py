@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 
 import click
 
@@ -18,6 +17,7 @@ from chatterbox_prewarm.commands.states import bake, inspect, pack, prove, verif
 from chatterbox_prewarm.commands.trust import sbom, sign
 from chatterbox_prewarm.commands.weights import weights
 from chatterbox_prewarm.errors import as_prewarm_error
+from chatterbox_prewarm.redaction import RedactedFormatter, print_traceback
 from chatterbox_prewarm.system.json_subprocess import DEBUG
 from chatterbox_prewarm.version import __version__
 
@@ -56,11 +56,9 @@ def cli(*, debug: bool) -> None:
     Exit codes: 0 ok, 2 usage, 10 weights, 11 fingerprint mismatch, 12 integrity, 13 not warm, 14 engine or registry,
     15 model, 16 bad input, 70 bug.
     """
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactedFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler])
     if debug:
         os.environ[DEBUG] = "1"
     for noisy in ("httpx", "urllib3", "docker", "asyncio", "filelock"):
@@ -80,7 +78,7 @@ def main() -> None:
         os._exit(0)  # the reader of our output has ended, as with `| head`
     except Exception as error:  # noqa: BLE001 - every other error becomes a message too
         if "--debug" in sys.argv:
-            traceback.print_exc()
+            print_traceback()
         prewarm_error = as_prewarm_error(error)
         click.echo(f"error: {prewarm_error}", err=True)
         sys.exit(prewarm_error.exit_code)

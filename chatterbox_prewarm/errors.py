@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import sys
-import traceback
 from typing import TYPE_CHECKING
+
+from chatterbox_prewarm.redaction import print_traceback, redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,9 +27,9 @@ class PrewarmError(Exception):
     exit_code = 70
 
     def __init__(self, message: str, *, next_step: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.next_step = next_step
+        # A message can contain what a registry or a proxy returned, and what a user typed.
+        self.message, self.next_step = redact(message), redact(next_step)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message}\n  next: {self.next_step}"
@@ -103,7 +104,7 @@ def exit_with_code() -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - the last line of defence
         found = as_prewarm_error(error)
         if found.exit_code == PrewarmError.exit_code:  # a bug of this program, which has no option --debug
-            traceback.print_exc()
+            print_traceback()
         print(f"error: {found}", file=sys.stderr)
         sys.exit(found.exit_code)
 

@@ -7,11 +7,11 @@ import json
 import os
 import signal
 import sys
-import traceback
 import warnings
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import ModelError, PrewarmError, as_prewarm_error, error_with_code
+from chatterbox_prewarm.redaction import print_traceback
 from chatterbox_prewarm.system.process import PARENT
 from chatterbox_prewarm.system.process import run as run_process
 
@@ -51,7 +51,7 @@ def report(function: Callable[..., dict[str, Any]]) -> None:
             result = function(**json.loads(sys.argv[1]))
         except Exception as error:  # noqa: BLE001 - the parent reports every error
             if os.environ.get(DEBUG):
-                traceback.print_exc()
+                print_traceback()
             json.dump(describe(as_prewarm_error(error)), out)
         else:
             json.dump(result, out)

@@ -14,7 +14,6 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-import traceback
 import zipfile
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +25,7 @@ import torch
 from chatterbox_prewarm.errors import ModelError, as_prewarm_error, first_line
 from chatterbox_prewarm.model.regions.executors import LIBRARY
 from chatterbox_prewarm.model.regions.region import REGIONS
+from chatterbox_prewarm.redaction import print_traceback
 from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.json_subprocess import DEBUG, describe, die_with_parent, quiet_packages, rebuild
 from chatterbox_prewarm.system.process import PARENT
@@ -103,7 +103,7 @@ def _compile_in_child(name: str, layouts: Sequence[Layout], directory: Path) -> 
         compile_package(REGIONS[name], weights, directory)
     except Exception as error:  # noqa: BLE001 - the parent process reports every error
         if os.environ.get(DEBUG):
-            traceback.print_exc()
+            print_traceback()
         return describe(as_prewarm_error(error))
     return None
 

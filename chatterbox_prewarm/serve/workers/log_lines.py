@@ -14,6 +14,8 @@ import sys
 import time
 from typing import Any
 
+from chatterbox_prewarm.redaction import redact
+
 FORMATS = ("text", "json")
 #: Id of the current request. Each log line of the request contains it.
 REQUEST_ID: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
@@ -59,7 +61,7 @@ class TextLines(logging.Formatter):
         lines = [" ".join(words)]
         if record.exc_info and record.exc_info[0] is not None:
             lines += (f"    {escape(line)}" for line in self.formatException(record.exc_info).split("\n"))
-        return "\n".join(lines)
+        return redact("\n".join(lines))
 
 
 class JsonLines(TextLines):
@@ -77,7 +79,8 @@ class JsonLines(TextLines):
         }
         if record.exc_info and record.exc_info[0] is not None:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)  # ASCII only, so no character can end the line
+        hidden = {name: redact(value) if isinstance(value, str) else value for name, value in line.items()}
+        return json.dumps(hidden, default=str)  # ASCII only, so no character can end the line
 
 
 def escape(text: str) -> str:

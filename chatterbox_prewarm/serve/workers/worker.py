@@ -14,7 +14,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.warmup.adaptive import plan_for
 from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT, switched_off
 from chatterbox_prewarm.proof.probes import status_field
+from chatterbox_prewarm.redaction import print_traceback
 from chatterbox_prewarm.serve.workers import log_lines, messages
 from chatterbox_prewarm.serve.workers.fatal_errors import is_fatal
 from chatterbox_prewarm.serve.workers.messages import PROGRESS_SECONDS, PreemptedError, RequestQueue, Usage
@@ -65,7 +65,7 @@ def main() -> None:
             worker.start()
         except Exception as error:  # noqa: BLE001 - the front reports every error
             if os.environ.get(DEBUG):
-                traceback.print_exc()
+                print_traceback()
             failure = as_prewarm_error(error)
             worker.send({"type": "failed", "transient": is_fatal(error), **describe(failure)})
             sys.exit(failure.exit_code)
