@@ -61,7 +61,9 @@ if TYPE_CHECKING:
 @option("--policy", default="fallback", type=click.Choice(POLICIES), help="What to do if the warm state does not fit.")
 @profile_option("as baked")
 @trust_options
-@option("--host", default="127.0.0.1", help="Address to listen on.")
+@option(
+    "--host", default="127.0.0.1", help="Address to listen on. 0.0.0.0 is all of IPv4, and :: is all of IPv6 and IPv4."
+)
 @option("--port", default=8000, type=click.IntRange(1, 65535), help="Port to listen on.")
 @option(
     "--threads",

@@ -111,14 +111,21 @@ def serve(config: ServeConfig, workers: Sequence[WorkerConfig]) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens on the address. This happens before all slow work.
 
+    Args:
+        host: a name or an address; an IPv6 address may have brackets as in a URL. `::` listens on IPv4, too.
+        port: the port.
+
     Raises:
         BadInputError: the address is in use, or does not belong to this machine.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    address = host.removeprefix("[").removesuffix("]")
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
+        if address == "::":
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind((address, port))
         listener.listen(BACKLOG)  # early probes wait for the routes instead of being refused
     except OSError as error:
         listener.close()
