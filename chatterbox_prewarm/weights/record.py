@@ -16,6 +16,7 @@ from chatterbox_prewarm.system.digests import FileEntry, hash_file, set_digest, 
 from chatterbox_prewarm.system.regular_files import read_regular
 from chatterbox_prewarm.weights.safetensors_header import FETCH_AGAIN, read_safetensors_header
 from chatterbox_prewarm.weights.variants import VARIANTS, Variant, get_variant
+from chatterbox_prewarm.weights.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,6 +75,7 @@ def record(
         if name in variant.safetensors:
             read_safetensors_header(path)
         files.append(FileEntry(path=name, size=path.stat().st_size, sha256=hash_file(path)))
+    check_vocabulary(directory)
     written = WeightsRecord(
         variant=variant.name, repository=repository, revision=revision, synthetic=synthetic, files=tuple(files)
     )
@@ -143,6 +145,7 @@ def check_quickly(directory: Path, weights: WeightsRecord) -> None:
     small = [entry for entry in weights.files if entry.size <= _SMALL or not entry.path.endswith(".safetensors")]
     if problems := verify_files(small, directory, follow_links=True):
         raise WeightsError(f"the weights in {directory} differ from their record: {problems[0]}", next_step=FETCH_AGAIN)
+    check_vocabulary(directory)
 
 
 def verify(directory: Path) -> WeightsRecord:
@@ -163,4 +166,5 @@ def verify(directory: Path) -> WeightsRecord:
         raise WeightsError(
             f"the weights in {directory} differ from their record: {'; '.join(problems)}", next_step=FETCH_AGAIN
         )
+    check_vocabulary(directory)
     return weights

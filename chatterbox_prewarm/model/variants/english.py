@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from chatterbox_prewarm.errors import BadInputError, ModelError, WeightsError
+from chatterbox_prewarm.errors import BadInputError, ModelError, WeightsError, first_line
 from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox, paused_gc
 from chatterbox_prewarm.system.regular_files import open_regular
 from chatterbox_prewarm.weights.record import Synthetic, check_quickly, read_record
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox.models.t3 import T3
+    from chatterbox.models.tokenizers import EnTokenizer
     from chatterbox.tts import ChatterboxTTS
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,6 @@ def load(directory: Path, *, device: str = "cpu") -> ChatterboxTTS:
     read_ahead(directory)
     import_chatterbox()
 
-    from chatterbox.models.tokenizers import EnTokenizer
     from chatterbox.tts import ChatterboxTTS
 
     with paused_gc():
@@ -91,7 +91,24 @@ def load(directory: Path, *, device: str = "cpu") -> ChatterboxTTS:
         for module in (ve, t3, s3gen):
             module.to(device).eval()
             populate(module)
-        return ChatterboxTTS(t3, s3gen, ve, EnTokenizer(str(directory / "tokenizer.json")), device)
+        return ChatterboxTTS(t3, s3gen, ve, _read_tokenizer(directory / "tokenizer.json"), device)
+
+
+def _read_tokenizer(path: Path) -> EnTokenizer:
+    """Read the tokenizer.
+
+    Raises:
+        WeightsError: it is damaged.
+    """
+    from chatterbox.models.tokenizers import EnTokenizer
+
+    try:
+        return EnTokenizer(str(path))
+    except Exception as error:  # tokenizers raises Exception itself, and upstream asserts
+        raise WeightsError(
+            f"{path} is not a tokenizer for this model: {first_line(error)}",
+            next_step="use the tokenizer of the published checkpoint, or the one that this T3 was trained with",
+        ) from error
 
 
 def check_device(device: str) -> None:

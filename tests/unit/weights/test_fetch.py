@@ -147,7 +147,7 @@ def test_a_checkpoint_of_the_user_is_not_replaced(hub: Hub, tmp_path: Path, reco
     weights = tmp_path / "weights"
     weights.mkdir()
     for name in ENGLISH.files:
-        (weights / name).write_bytes(TENSORS[:-4] + b"user" if name in ENGLISH.safetensors else b"a fine-tune")
+        (weights / name).write_bytes(TENSORS[:-4] + b"user" if name in ENGLISH.safetensors else b"{}")
     if recorded:
         record(weights, variant=ENGLISH, repository="own", revision="unversioned")
     before = {path: path.read_bytes() for path in weights.iterdir()}

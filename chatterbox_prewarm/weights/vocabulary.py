@@ -1,0 +1,56 @@
+"""Check that a checkpoint's tokenizer and its T3 belong together."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm.errors import WeightsError
+from chatterbox_prewarm.system.regular_files import read_regular
+from chatterbox_prewarm.weights.safetensors_header import FETCH_AGAIN, read_safetensors_header
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_TOKENIZER, _T3 = "tokenizer.json", "t3_cfg.safetensors"
+#: T3's embedding of text tokens, (tokens, width).
+_EMBEDDING = "text_emb.weight"
+
+
+def check_vocabulary(directory: Path) -> None:
+    """Check that T3 has an embedding for every token of the tokenizer.
+
+    A token without one would fail only when a text uses it. Files without a vocabulary or an embedding are not judged:
+    a load checks the names of all tensors.
+
+    Raises:
+        WeightsError: the tokenizer is not readable, or has a token without an embedding.
+    """
+    path = directory / _TOKENIZER
+    if not path.exists() or not (directory / _T3).exists():
+        return  # the record says which files are missing
+    try:
+        raw = json.loads(read_regular(path, follow_links=True))
+        tokens = _tokens(raw)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{path} is not a tokenizer: {error!r}", next_step=FETCH_AGAIN) from error
+    shapes = read_safetensors_header(directory / _T3)
+    if not tokens or _EMBEDDING not in shapes:
+        return
+    word, number = max(tokens.items(), key=lambda token: token[1])
+    rows = shapes[_EMBEDDING][1][0]
+    if number >= rows:
+        raise WeightsError(
+            f"{path} has the token {word!r} with the number {number}, and T3 in {directory / _T3} has embeddings for "
+            f"{rows} tokens (0 to {rows - 1})",
+            next_step="use the tokenizer that this T3 was trained with",
+        )
+
+
+def _tokens(raw: Any) -> dict[str, int]:
+    """Return the number of each token. Models such as Unigram list their tokens as pairs of text and score."""
+    vocabulary = raw.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):
+        vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
+    added = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
+    return {str(word): int(number) for word, number in {**vocabulary, **added}.items()}
