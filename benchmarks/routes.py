@@ -130,7 +130,7 @@ class _Routes:
 
     def _build(self, name: str, *arguments: str, engine: str = "docker") -> dict[str, Any]:
         """Run `build` for one route. The first route also bakes the state."""
-        evidence = self._scratch / f"{name}.json"
+        evidence = self._scratch / f"{name}.evidence.json"
         started = time.monotonic()
         _cli(
             *("build", "--replace", "--engine", engine, "--evidence", str(evidence), "--tag", _tag(name)),
@@ -141,7 +141,7 @@ class _Routes:
 
     def _append(self, name: str, base: str, target: str, fetch: Sequence[str]) -> dict[str, Any]:
         """Run `append`, then pull the appended image with podman and prove it."""
-        evidence = self._scratch / f"{name}.json"
+        evidence = self._scratch / f"{name}.evidence.json"
         started = time.monotonic()
         self._say(f"append to {target}")
         printed = _cli("append", "--base", base, "--to", target, "--warm", str(self._warm))
