@@ -56,7 +56,7 @@ ARG VARIANT=english
 ARG REVISION=
 # URL of a mirror of the hub; empty for the hub itself.
 ARG HF_ENDPOINT=
-COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/version.py /build/chatterbox_prewarm/
+COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/redaction.py chatterbox_prewarm/version.py /build/chatterbox_prewarm/
 COPY chatterbox_prewarm/system /build/chatterbox_prewarm/system
 COPY chatterbox_prewarm/weights /build/chatterbox_prewarm/weights
 COPY build/fetch.py /build/
@@ -67,7 +67,7 @@ RUN --mount=type=cache,target=/var/cache/weights,sharing=locked \
 
 FROM deps AS weights-synthetic
 ARG SIZE=full
-COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/version.py /build/chatterbox_prewarm/
+COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/redaction.py chatterbox_prewarm/version.py /build/chatterbox_prewarm/
 COPY chatterbox_prewarm/system /build/chatterbox_prewarm/system
 COPY chatterbox_prewarm/weights /build/chatterbox_prewarm/weights
 COPY chatterbox_prewarm/model /build/chatterbox_prewarm/model
@@ -89,7 +89,7 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ python3-dev \
  && rm -rf /var/lib/apt/lists/*
 # Copy only the packages that the bake uses, so that a change of the server does not bake again.
-COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/version.py /build/chatterbox_prewarm/
+COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/redaction.py chatterbox_prewarm/version.py /build/chatterbox_prewarm/
 COPY chatterbox_prewarm/system /build/chatterbox_prewarm/system
 COPY chatterbox_prewarm/weights /build/chatterbox_prewarm/weights
 COPY chatterbox_prewarm/model /build/chatterbox_prewarm/model
