@@ -27,7 +27,7 @@ class PrewarmError(Exception):
     exit_code = 70
 
     def __init__(self, message: str, *, next_step: str) -> None:
-        # A message can contain what a registry or a proxy returned, and what a user typed.
+        # A message can quote a registry, a proxy or the user.
         self.message, self.next_step = redact(message), redact(next_step)
         super().__init__(self.message)
 

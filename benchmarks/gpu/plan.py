@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.bench.executions import select_executions
+from chatterbox_prewarm.bench.executions import file_name, select_executions
 from chatterbox_prewarm.model.profiles import PROFILES
 
 if TYPE_CHECKING:
     from chatterbox_prewarm.model.profiles import Execution
 
-#: Executions to measure on a GPU. Not all that `benchmarks profiles` knows, because each bake takes minutes.
+#: Executions to measure on a GPU: a selection, because each bake takes minutes.
 _ON_GPU = ("eager", "eager, graphs", "compiled, graphs", "aot, graphs", "aot, graphs, bf16")
 
 
@@ -49,4 +49,4 @@ class Plan:
 
     def state(self, name: str) -> Path:
         """Return the directory of the warm state of an execution."""
-        return Path(self.out) / "states" / name.replace(", ", "-")
+        return Path(self.out) / "states" / file_name(name)

@@ -1,4 +1,4 @@
-"""`benchmark_warmup_effectiveness`: what a warm state saves, measured in fresh processes."""
+"""`benchmark_warmup_effectiveness`: measure the savings of a warm state in fresh processes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.bake.bake import bake
-from chatterbox_prewarm.bake.options import BakeOptions
+from chatterbox_prewarm.bench.executions import given_or_baked, token_limit
+from chatterbox_prewarm.bench.report.figures import first_chunk, peak_memory
 from chatterbox_prewarm.bench.speak_process import COLD, WARM, SpeakOptions, speak_in_fresh_process
 from chatterbox_prewarm.bench.starts import SCRATCH, settle
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS
 from chatterbox_prewarm.model.text import check_text
 from chatterbox_prewarm.model.warmup.settings import MEDIUM_TEXT
 from chatterbox_prewarm.start.defaults import default_weights
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.devices import check_device
-from chatterbox_prewarm.system.paths import WARM as WARM_IN_IMAGE
-from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,7 +31,7 @@ RANDOM_WEIGHTS_TOKENS = 50
 
 @dataclass(frozen=True)
 class WarmupMetrics:
-    """What a warm start saves. Cold is this project's code without a warm state and without a warm-up.
+    """The savings of a warm start. A cold start has no warm state and no warm-up.
 
     Example:
         >>> metrics = benchmark_warmup_effectiveness("Hello, world.", iterations=3)
@@ -123,6 +120,7 @@ def benchmark_warmup_effectiveness(
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         warm = given_or_baked(warm, weights, device, Path(scratch), say=say)
         State.read(warm)  # report a damaged state before the first start
+        limit = token_limit(weights, RANDOM_WEIGHTS_TOKENS)
         runs: dict[str, list[dict[str, Any]]] = {COLD: [], WARM: []}
         for number in range(1, iterations + 1):
             for system, results in runs.items():
@@ -134,28 +132,11 @@ def benchmark_warmup_effectiveness(
                     warm=str(warm),
                     device=device,
                     text=test_text,
-                    max_new_tokens=token_limit(weights),
+                    max_new_tokens=limit,
                     second_model=system == COLD and number == 1,
                 )
                 results.append(speak_in_fresh_process(options))
     return summarize(runs[COLD], runs[WARM])
-
-
-def given_or_baked(
-    warm: str | Path | None, weights: Path, device: str, folder: Path, *, say: Callable[[str], None]
-) -> Path:
-    """Return the given state, or the one in an image, or a state that is baked in `folder`."""
-    if warm is not None or WARM_IN_IMAGE.is_dir():
-        return Path(warm or WARM_IN_IMAGE)
-    if not (folder / "warm").exists():
-        say("baking a warm state")
-        bake(BakeOptions(weights=weights, warm=folder / "warm", cache=folder / "cache", device=device))
-    return folder / "warm"
-
-
-def token_limit(weights: Path) -> int:
-    """Return the limit of speech tokens: upstream's, or a short one for random weights, which never stop."""
-    return MAX_NEW_TOKENS if read_record(weights).synthetic is None else RANDOM_WEIGHTS_TOKENS
 
 
 def summarize(cold: Sequence[dict[str, Any]], warm: Sequence[dict[str, Any]]) -> WarmupMetrics:
@@ -164,17 +145,11 @@ def summarize(cold: Sequence[dict[str, Any]], warm: Sequence[dict[str, Any]]) ->
     def median(runs: Sequence[dict[str, Any]], figure: Callable[[dict[str, Any]], float]) -> float:
         return statistics.median(figure(run) for run in runs)
 
-    def memory(run: dict[str, Any]) -> float:
-        return float(run["peak_gpu_bytes"] or run["peak_bytes"])
-
-    def first_chunk(run: dict[str, Any]) -> float:
-        return float(run["requests"][0]["first_chunk"])
-
     return WarmupMetrics(
         cold_start_latency=median(cold, lambda run: run["first_audio"]),
         warm_start_latency=median(warm, lambda run: run["first_audio"]),
         warmup_duration=median(warm, lambda run: run["ready"] - run["attached"]),
-        memory_overhead_mb=(median(warm, memory) - median(cold, memory)) / 1e6,
+        memory_overhead_mb=(median(warm, peak_memory) - median(cold, peak_memory)) / 1e6,
         first_chunk_improvement_ms=1000 * (median(cold, first_chunk) - median(warm, first_chunk)),
         second_model_latency=next((run["second_model"] for run in cold if "second_model" in run), None),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.bake.bake import bake
@@ -11,10 +12,12 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.families.registry import COMPILED
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.profiles import PROFILES, Execution
+from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS
+from chatterbox_prewarm.system.paths import WARM
+from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
 
 def select_executions(device: str, profiles: Sequence[str]) -> dict[str, Execution]:
@@ -29,6 +32,11 @@ def select_executions(device: str, profiles: Sequence[str]) -> dict[str, Executi
     else:
         found[f"{profiles[-1]}, bf16"] = Execution(profile=profiles[-1], t3_dtype="bfloat16")
     return found
+
+
+def file_name(name: str) -> str:
+    """Return the name of an execution as part of a path."""
+    return name.replace(", ", "-")
 
 
 def bake_one(weights: Path, warm: Path, cache: Path, device: str, execution: Execution) -> dict[str, float]:
@@ -50,3 +58,20 @@ def bake_one(weights: Path, warm: Path, cache: Path, device: str, execution: Exe
 def voice_of(state: Path) -> Path:
     """Return the file of the built-in voice of a state; upstream gets the same voice."""
     return state / "conditionals" / f"{DEFAULT_VOICE}.safetensors"
+
+
+def given_or_baked(
+    warm: str | Path | None, weights: Path, device: str, folder: Path, *, say: Callable[[str], None]
+) -> Path:
+    """Return the given state, or the one in an image, or a state that is baked in `folder`."""
+    if warm is not None or WARM.is_dir():
+        return Path(warm or WARM)
+    if not (folder / "warm").exists():
+        say("baking a warm state")
+        bake(BakeOptions(weights=weights, warm=folder / "warm", cache=folder / "cache", device=device))
+    return folder / "warm"
+
+
+def token_limit(weights: Path, tokens: int) -> int:
+    """Return a limit of speech tokens: `tokens` for random weights, which never stop, and otherwise upstream's."""
+    return MAX_NEW_TOKENS if read_record(weights).synthetic is None else tokens

@@ -88,8 +88,12 @@ def run(options: LoadOptions, *, say: Callable[[str], None]) -> dict[str, Any]:
     """
     bodies = options.bodies()
     with contextlib.ExitStack() as stack:
-        server = None if options.url else stack.enter_context(started_server(options))
-        target = Target.parse(options.url or "") if server is None else server.target
+        server = None
+        if options.url:
+            target = Target.parse(options.url)
+        else:
+            server = stack.enter_context(started_server(options))
+            target = server.target
         report = options.describe() | {"start": start_of(target)}
         say(f"{len(bodies)} requests without load, as the reference")
         unloaded = speak_in_sequence(target, bodies, streamed=True)

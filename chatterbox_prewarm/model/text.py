@@ -17,8 +17,8 @@ _SPACES = re.compile("[\v\f\x1c-\x1f\x85]")
 #: All other control characters, and surrogates.
 _REFUSED = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
 #: Characters without a glyph: soft hyphens, zero-width characters, byte order marks, and marks that select another
-#: glyph. The tokenizer knows none of them, and would speak a word that contains one wrongly. These are Unicode's
-#: Default_Ignorable_Code_Point and the marks of interlinear annotations.
+#: glyph. The tokenizer's vocabulary lacks them, so a word with such a character would be spoken wrongly. These are
+#: Unicode's Default_Ignorable_Code_Point and the marks of interlinear annotations.
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"

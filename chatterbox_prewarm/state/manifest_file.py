@@ -118,9 +118,7 @@ def parse_manifest(data: bytes, *, source: str) -> Manifest:
         manifest = _build(raw)
         expected = set_digest(manifest.files)
         sealed_fields = {key: value for key, value in raw.items() if key != "digest"}
-        changed = schema >= FIRST_SEALED_SCHEMA and text != _seal(
-            sealed_fields
-        )  # schemas 1 and 2 have no digest of themselves
+        changed = schema >= FIRST_SEALED_SCHEMA and text != _seal(sealed_fields)
     except (KeyError, TypeError, ValueError, AttributeError, BadInputError) as error:
         raise IntegrityError(
             f"{source} does not have the fields of schema {schema}: {error!r}", next_step=BAKE_AGAIN

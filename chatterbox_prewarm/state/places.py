@@ -38,7 +38,7 @@ def check_output_place(path: Path) -> None:
     """
     # A rename replaces a link, and other calls follow it. So check the link and its target.
     absolute = Path(os.path.abspath(path))  # noqa: PTH100 - gives "." a name, and does not resolve links
-    for place in (absolute.parent.resolve() / absolute.name, path.resolve()):
+    for place in dict.fromkeys((absolute.parent.resolve() / absolute.name, path.resolve())):
         for folder in (place, *place.parents):
             if (kind := _kind(folder)) is None:
                 continue

@@ -21,7 +21,7 @@ from tests.conftest import ROOT, run_cli
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: What the first test below measured at the last accepted change.
+#: The results of the first test below at the last accepted change.
 BASELINE = ROOT / "benchmarks" / "results" / "baseline-mini-cpu.json"
 
 

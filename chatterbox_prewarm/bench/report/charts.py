@@ -12,6 +12,7 @@ mpl.use("Agg")  # no display
 from matplotlib.figure import Figure
 
 from chatterbox_prewarm.bench.report.figures import (
+    TITLES,
     extra_seconds,
     first_request,
     length_points,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-Steps = "Mapping[str, dict[str, Any]]"
 #: Width of a chart in inches, and the height of one bar. At 180 dots per inch, text stays readable on a phone.
 _WIDTH, _BAR = 5.6, 0.5
 _DPI = 180
@@ -41,7 +41,6 @@ _PHASES = (
     ("ready", "warm-up"),
     ("first_audio", "first request"),
 )
-_TITLES = {UPSTREAM: "upstream", COLD: "ours, cold", WARM: "ours, warm"}
 
 
 def draw(steps: Mapping[str, dict[str, Any]]) -> dict[str, Figure]:
@@ -73,7 +72,7 @@ def _canvas(height: float, columns: int = 1) -> tuple[Figure, Any]:
 
 def _starts(steps: Mapping[str, dict[str, Any]]) -> Figure | None:
     """Draw the phases from exec to the first audio as a waterfall."""
-    systems = {name: rounds(steps, "starts", name) for name in _TITLES}
+    systems = {name: rounds(steps, "starts", name) for name in (UPSTREAM, COLD, WARM)}
     systems = {name: runs for name, runs in systems.items() if runs}
     if not systems:
         return None
@@ -81,14 +80,14 @@ def _starts(steps: Mapping[str, dict[str, Any]]) -> Figure | None:
     for row, runs in enumerate(systems.values()):
         begin = 0.0
         for color, (mark, _) in zip(_COLORS, _PHASES, strict=False):
-            end = median({number: run for number, run in runs.items() if mark in run}, itemgetter(mark))
+            end = median(runs, itemgetter(mark))
             if end is not None:
                 axes.barh(row, end - begin, left=begin, color=color, height=0.6)
                 begin = end
         axes.text(begin, row, f" {begin:.1f} s", va="center")
     for color, (_, title) in zip(_COLORS, _PHASES, strict=False):
         axes.barh(0, 0, color=color, label=title)
-    axes.set_yticks(range(len(systems)), [_TITLES[name] for name in systems])
+    axes.set_yticks(range(len(systems)), [TITLES[name] for name in systems])
     axes.invert_yaxis()
     axes.margins(x=0.1)
     axes.set_xlabel("seconds since exec")
@@ -108,7 +107,7 @@ def _chunks(steps: Mapping[str, dict[str, Any]]) -> Figure | None:
                 arrivals.append(arrivals[-1] + gap)
             axes.plot(arrivals, [row] * len(arrivals), "|", color=_COLORS[row * 2], markersize=22, markeredgewidth=2)
             drawn = True
-    axes.set_yticks((0, 1), [_TITLES[COLD], _TITLES[WARM]])
+    axes.set_yticks((0, 1), [TITLES[COLD], TITLES[WARM]])
     axes.set_ylim(1.6, -0.6)
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds since the first request: each line is a chunk")

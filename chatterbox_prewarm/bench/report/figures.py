@@ -5,6 +5,7 @@ No figure compares two rounds, because the speed of a shared machine changes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 Step = dict[str, Any]
+#: Titles of the systems.
+TITLES = {"torch": "import torch", UPSTREAM: "upstream", COLD: "ours, cold", WARM: "ours, warm"}
+TITLES[WARM_AGAIN] = "ours, warm, again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +55,16 @@ def rounds(steps: Mapping[str, Step], part: str, system: str) -> dict[int, Step]
 
 
 def median(steps: Mapping[int, Step], figure: Callable[[Step], float]) -> float | None:
-    """Return the median of a figure over the rounds, or None without rounds."""
-    return statistics.median(map(figure, steps.values())) if steps else None
+    """Return the median of a figure over the rounds that have it, or None without any."""
+    values = []
+    for step in steps.values():
+        with contextlib.suppress(KeyError, statistics.StatisticsError):  # upstream has no "ready" and no gaps
+            values.append(figure(step))
+    return statistics.median(values) if values else None
 
 
 def ratios(first: Mapping[int, Step], second: Mapping[int, Step], figure: Callable[[Step], float]) -> tuple[float, ...]:
-    """Return the figure of one system divided by that of another one, in each round that has both."""
+    """Divide the figure of one system by the figure of a second system, in each round that has both."""
     return tuple(figure(first[number]) / figure(second[number]) for number in sorted(first.keys() & second.keys()))
 
 

@@ -6,6 +6,7 @@ import base64
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.bench.executions import file_name
 from chatterbox_prewarm.bench.report.claims import claims
 from chatterbox_prewarm.bench.report.sections import sections
 from chatterbox_prewarm.errors import BadInputError
@@ -63,7 +64,7 @@ def _render(results: Mapping[str, Any], images: Mapping[str, str], audio: Path) 
     )
     recordings = {path.stem: _data_url(path, "audio/wav") for path in sorted(audio.glob("*.wav"))}
     names = [name.removeprefix("quality: ").split(" / ") for name in steps if name.startswith("quality: ")]
-    pairs = [[one.replace(", ", "-") for one in pair] for pair in names if len(pair) == 2]
+    pairs = [[file_name(one) for one in pair] for pair in names if len(pair) == 2]
     machine = plan["machine"]
     return environment.get_template("page.html").render(
         machine=f"{machine['cpu']}, {machine['cores']} cores" if machine["gpu"] in {"", ABSENT} else machine["gpu"],

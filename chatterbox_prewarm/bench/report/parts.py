@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bench import load as bench_load
-from chatterbox_prewarm.bench.executions import bake_one, select_executions
+from chatterbox_prewarm.bench.executions import bake_one, file_name, select_executions, token_limit
 from chatterbox_prewarm.bench.report.options import WARM_AGAIN, ReportOptions
 from chatterbox_prewarm.bench.report.quality import compare_audio
 from chatterbox_prewarm.bench.report.quality_process import QualityOptions
@@ -23,10 +23,8 @@ from chatterbox_prewarm.bench.starts import settle
 from chatterbox_prewarm.bench.startup import label_run, start_functions
 from chatterbox_prewarm.errors import ModelError, PrewarmError
 from chatterbox_prewarm.model.reference_clip import reference_clip
-from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS
 from chatterbox_prewarm.model.warmup.settings import LONG_TEXT, MEDIUM_TEXT, SHORT_TEXT
 from chatterbox_prewarm.state.state import State
-from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -137,7 +135,9 @@ def _speak_profile(options: ReportOptions, name: str) -> dict[str, Any]:
 def growth(options: ReportOptions, record: RecordedSteps) -> None:
     """Vary the length of the text and the number of baked voices."""
     for text, tokens in _TOKENS.items():
-        speak = replace(_options(options, WARM, requests=3), text=text, max_new_tokens=_limit(options, tokens))
+        speak = replace(
+            _options(options, WARM, requests=3), text=text, max_new_tokens=token_limit(options.weights, tokens)
+        )
         record.step(f"growth: text of {len(text)} characters", _speak, options, speak)
     for count in _VOICES:
         record.step(f"growth: {count} voices", _with_voices, options, count)
@@ -164,7 +164,7 @@ def _load(options: ReportOptions, workers: int) -> dict[str, Any]:
             device=",".join([options.device] * workers),
             clients=options.clients,
             requests=options.requests,
-            tokens=[_limit(options, tokens) for tokens in _TOKENS.values()],
+            tokens=[token_limit(options.weights, tokens) for tokens in _TOKENS.values()],
             seeds=1,
         ),
         say=lambda _: None,
@@ -192,7 +192,7 @@ def _synthesize(options: ReportOptions, name: str) -> dict[str, Any]:
         weights=str(options.weights),
         warm=None if state is None else str(state),
         device=options.device,
-        max_new_tokens=_limit(options, _TOKENS[MEDIUM_TEXT]),
+        max_new_tokens=token_limit(options.weights, _TOKENS[MEDIUM_TEXT]),
         audio=str(audio_of(options, name)),
         reference=str(options.audio / "upstream.pt"),
     )
@@ -201,7 +201,7 @@ def _synthesize(options: ReportOptions, name: str) -> dict[str, Any]:
 
 def audio_of(options: ReportOptions, name: str) -> Path:
     """Return the WAV file of a system of the part `quality`."""
-    return options.audio / f"{name.replace(', ', '-')}.wav"
+    return options.audio / f"{file_name(name)}.wav"
 
 
 def _pairs(systems: Sequence[str]) -> list[tuple[str, str]]:
@@ -221,13 +221,12 @@ def _bake(options: ReportOptions, record: RecordedSteps) -> list[str]:
 
 
 def _bake_one(options: ReportOptions, name: str, execution: Execution) -> dict[str, float]:
-    state = options.states / name.replace(", ", "-")
-    return bake_one(options.weights, state, options.cache, options.device, execution)
+    return bake_one(options.weights, options.states / file_name(name), options.cache, options.device, execution)
 
 
 def _state(options: ReportOptions, name: str) -> Path:
     """Return the state of an execution; bake it again if an earlier run removed it."""
-    state = options.states / name.replace(", ", "-")
+    state = options.states / file_name(name)
     if not state.exists():
         _bake_one(options, name, select_executions(options.device, options.profiles)[name])
     return state
@@ -240,14 +239,9 @@ def _options(options: ReportOptions, system: str, **more: Any) -> SpeakOptions:
         warm=str(options.warm),
         device=options.device,
         text=MEDIUM_TEXT,
-        max_new_tokens=_limit(options, _TOKENS[MEDIUM_TEXT]),
+        max_new_tokens=token_limit(options.weights, _TOKENS[MEDIUM_TEXT]),
         **more,
     )
-
-
-def _limit(options: ReportOptions, tokens: int) -> int:
-    """Return a limit of speech tokens: `tokens` for random weights, which never stop, and otherwise upstream's."""
-    return MAX_NEW_TOKENS if read_record(options.weights).synthetic is None else tokens
 
 
 def _cache(options: ReportOptions, name: str) -> Path | None:

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.bench.effectiveness import given_or_baked
+from chatterbox_prewarm.bench.executions import given_or_baked
 from chatterbox_prewarm.bench.recorded_steps import RecordedSteps
 from chatterbox_prewarm.bench.report.options import PARTS, ReportOptions
 from chatterbox_prewarm.bench.report.parts import PART_FUNCTIONS
@@ -67,11 +67,8 @@ def run_warmup_benchmarks(
     report_options.check()
     record = RecordedSteps(report_options.results, report_options.plan(), say)
     record.write(complete=False)  # it shows that the folder of the states is ours
-    try:
-        for part in report_options.parts:
-            PART_FUNCTIONS[part](report_options, record)
-    finally:
-        results = record.write(complete=False)
+    for part in report_options.parts:
+        PART_FUNCTIONS[part](report_options, record)
     results = record.write(complete=set(report_options.parts) == set(PARTS))
     if not record.failed and report_options.states.exists():
         remove(report_options.states)

@@ -8,6 +8,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bench.report.figures import (
+    TITLES,
     chunk_spread,
     extra_seconds,
     first_chunk,
@@ -21,16 +22,11 @@ from chatterbox_prewarm.bench.report.figures import (
     steady_request,
     voice_points,
 )
-from chatterbox_prewarm.bench.report.options import WARM_AGAIN
-from chatterbox_prewarm.bench.speak_process import COLD, UPSTREAM, WARM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     Steps = Mapping[str, dict[str, Any]]
-
-_TITLES = {"torch": "import torch", UPSTREAM: "upstream", COLD: "ours, cold", WARM: "ours, warm"}
-_TITLES[WARM_AGAIN] = "ours, warm, again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +68,7 @@ def _starts(steps: Steps) -> Section:
         "“Warm, again” is the same as “warm”: the difference between both is the noise of the machine.",
         chart="starts",
         head=("", *(title for title, _ in columns)),
-        rows=_rows(steps, "starts", _TITLES, [figure for _, figure in columns]),
+        rows=_rows(steps, "starts", TITLES, [figure for _, figure in columns]),
     )
 
 
@@ -80,7 +76,7 @@ def _requests(steps: Steps) -> Section:
     rows = _rows(
         steps,
         "requests",
-        _TITLES,
+        TITLES,
         [
             first_chunk,
             chunk_spread,
@@ -234,7 +230,7 @@ def _quality(steps: Steps) -> Section:
         if part == "quality" and " / " not in system:
             stages = ("greedy_tokens_equal", "next_tokens_equal", "mel_difference", "sound_decibels")
             cells = ["" if step.get(stage) is None else f"{step[stage]:.4g}" for stage in stages]
-            rows.append((_TITLES.get(system, system), f"{step['watermark']:.2f}", *cells))
+            rows.append((TITLES.get(system, system), f"{step['watermark']:.2f}", *cells))
     return Section(
         title="Quality of each stage",
         text="Confidence of upstream's detector that there is a watermark (0 to 1). Each stage gets upstream's result "
@@ -250,20 +246,10 @@ def _rows(
 ) -> list[tuple[str, ...]]:
     """Return a row of medians for each system that was measured; a figure that a system lacks stays empty."""
     return [
-        (title, *(_cell(_median_of(runs, figure)) for figure in columns))
+        (title, *(_cell(median(runs, figure)) for figure in columns))
         for system, title in titles.items()
         if (runs := rounds(steps, part, system))
     ]
-
-
-def _median_of(runs: Mapping[int, dict[str, Any]], figure: Callable[[dict[str, Any]], float]) -> float | None:
-    values = []
-    for run in runs.values():
-        try:
-            values.append(figure(run))
-        except (KeyError, statistics.StatisticsError):
-            continue
-    return statistics.median(values) if values else None
 
 
 def _cell(value: float | None) -> str:

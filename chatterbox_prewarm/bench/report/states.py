@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.bench.executions import voice_of
 from chatterbox_prewarm.state.manifest_file import write_manifest
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.atomic_files import remove
@@ -29,7 +29,7 @@ def without_family(state: Path, name: str, target: Path) -> Path:
 def with_voices(state: Path, count: int, target: Path) -> Path:
     """Copy a state to `target` with `count` voices: the built-in one, and copies of it under other names."""
     manifest = _copy(state, target)
-    voice = target / "conditionals" / f"{DEFAULT_VOICE}.safetensors"
+    voice = voice_of(target)
     names = [f"copy-{number}" for number in range(1, count)]
     for name in names:
         shutil.copyfile(voice, voice.with_name(f"{name}.safetensors"))
