@@ -100,6 +100,14 @@ class Server:
     def worker(self) -> int:
         return self.workers()[0]
 
+    def wait_log(self, text: str, seconds: float = 20.0) -> str:
+        """Wait until the log contains a text, and return the log. A request is logged after its response was sent."""
+        deadline = time.monotonic() + seconds
+        while text not in (log := self.log.read_text()):
+            assert time.monotonic() < deadline, f"{text!r} is not in the log: {log[-3000:]}"
+            time.sleep(0.02)
+        return log
+
     def end(self) -> int:
         if self.process.poll() is None:
             self.process.terminate()

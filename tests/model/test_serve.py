@@ -195,8 +195,7 @@ def test_a_dead_worker_is_noticed_and_replaced(server: Server) -> None:
 
 def test_the_log_does_not_contain_the_text_of_a_request(server: Server) -> None:
     assert server.speak()[0] == 200
-    log = server.log.read_text()
-    assert "route=/v1/audio/speech status=200" in log
+    log = server.wait_log("route=/v1/audio/speech status=200")
     assert SENTENCE["input"] not in log
 
 
@@ -289,7 +288,7 @@ def test_log_text_logs_the_text_of_answered_requests_only(guarded: Server) -> No
     assert guarded.ask("POST", "/v1/audio/speech", body)[0] == 401
     assert text not in guarded.log.read_text()
     assert guarded.ask("POST", "/v1/audio/speech", body, BEARER)[0] == 200
-    assert guarded.log.read_text().count(text) == 1
+    assert guarded.wait_log(text).count(text) == 1
 
 
 def test_requests_beyond_the_queue_limit_are_refused(guarded: Server) -> None:

@@ -287,15 +287,15 @@ def test_clips_are_decoded_one_at_a_time_while_the_server_stays_responsive(start
     ]
     for client in clients:
         client.start()
-    most_processes, slowest = 0, 0.0
+    most_processes, answered = 0, 0
     while any(client.is_alive() for client in clients):
-        most_processes = max(most_processes, len(children() - before))
-        started = time.monotonic()
+        decoding = children() - before
+        most_processes = max(most_processes, len(decoding))
         assert server.client.get(f"{PATH}/fox").status_code == 200
-        slowest = max(slowest, time.monotonic() - started)
+        answered += bool(decoding & children())  # the process that decoded before the request still runs
     assert statuses == [201] * 4
     assert most_processes == 1
-    assert slowest < 2.0
+    assert answered >= 4
 
 
 def test_an_upload_is_refused_early_when_the_store_is_full_or_missing(
