@@ -66,7 +66,6 @@ def _compile_packages(prepared: Prepared, directory: Path) -> None:
 
     from chatterbox_prewarm.model.regions.compile_packages import compile_packages
     from chatterbox_prewarm.model.regions.executors import eager, has_single_threaded_mode
-    from chatterbox_prewarm.model.regions.pipeline import bind_pipeline
     from chatterbox_prewarm.model.regions.region import IN_GRAPHS
     from chatterbox_prewarm.model.variants import english
 
@@ -77,8 +76,8 @@ def _compile_packages(prepared: Prepared, directory: Path) -> None:
         return eager(region, weights)
 
     execution = prepared.execution
-    model = english.load(options.weights, device=options.device)
-    bind_pipeline(model, record_weights, t3_dtype=getattr(torch, execution.t3_dtype))
+    t3_dtype = getattr(torch, execution.t3_dtype)
+    english.load(options.weights, device=options.device, executor=record_weights, t3_dtype=t3_dtype)
     if execution.graphs and not has_single_threaded_mode():
         weights_of = {name: weights for name, weights in weights_of.items() if name not in IN_GRAPHS}
     with prepared.metrics.phase("aot make"):
@@ -92,18 +91,17 @@ def _fill_compiler_caches(prepared: Prepared, compiled: Path, families: list[str
 
     import torch
 
-    from chatterbox_prewarm.model.regions.pipeline import pipeline_of
     from chatterbox_prewarm.model.sampling import Sampling
 
     for text, top_p in zip(TEXTS, (1.0, 0.9, 1.0), strict=True):
         synthesizer.synthesize(text, seed=0, max_new_tokens=_DRAWN_TOKENS, sampling=Sampling(top_p=top_p))
     # The number of usable tokens of a synthesis is random, so these lengths are fixed.
-    stages = pipeline_of(synthesizer.model)
+    model, voices = synthesizer.model, synthesizer.voices
     with torch.inference_mode():
         for count in _RENDERED_TOKENS:
-            tokens = torch.arange(count, device=synthesizer.model.device)
-            stages.vocoder(stages.flow(tokens, synthesizer.voices[DEFAULT_VOICE].gen))
-    context = prepared.family_context(synthesizer)
+            tokens = torch.arange(count, device=model.device)
+            model.vocoder(model.flow(tokens, voices[DEFAULT_VOICE].gen))
+    context = prepared.family_context(voices)
     for name in families:
         (compiled / name).mkdir(parents=True)
         FAMILIES[name].save(compiled / name, context)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.families.base import Family
+from chatterbox_prewarm.system.fingerprint import device_kind
 from chatterbox_prewarm.families.cache_folders import collect
 
 if TYPE_CHECKING:
@@ -39,5 +40,5 @@ class AotFamily(Family):
         """Copy the packages that this process uses."""
         if self._directory is not None:
             collect(self._directory, directory)
-        machine = ("gpu", "compute_capability") if context.device == "cuda" else ()
+        machine = ("gpu", "compute_capability") if device_kind(context.device) == "cuda" else ()
         return ("arch", "instruction_set", "torch", "regions", "device", *machine)

@@ -11,27 +11,29 @@ if TYPE_CHECKING:
 
     import torch
 
-    from chatterbox_prewarm.model.synthesis import Synthesizer
+    from chatterbox_prewarm.model.conditionals import Conditionals
     from chatterbox_prewarm.system.metrics import StartMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyContext:
-    """The loaded model that families attach to and save from.
+    """What families attach to and save from.
 
     Attributes:
-        synthesizer: the model and its voices.
+        voices: the voices of the model by name. Families may add voices.
         cache: the cache directory.
         metrics: counts hits, misses and times.
-        device: the kind of the device, "cpu" or "cuda".
+        device: of the model, such as "cuda:0".
         sources: at bake, the source files of all modules that a start imports until its first audio.
+        upstream_sources: at bake, the source files of the further modules that upstream's model imports.
     """
 
-    synthesizer: Synthesizer
+    voices: dict[str, Conditionals]
     cache: Path
     metrics: StartMetrics
     device: str
     sources: frozenset[str] = frozenset()
+    upstream_sources: frozenset[str] = frozenset()
 
 
 class Family:
@@ -42,11 +44,14 @@ class Family:
 
     Attributes:
         name: name of the family and of its folder in the warm state.
+        for_upstream: whether only upstream's code uses the family, which makes voices. A start then takes the steps of
+            the family when upstream's model is loaded (`start.upstream`).
         timers: the phases and timers of the metrics that measure this family's work. The family saves the difference
             between their sums in a cold and in a warm process.
     """
 
     name: ClassVar[str]
+    for_upstream: ClassVar[bool] = False
     timers: ClassVar[tuple[str, ...]] = ()
 
     def applies(self, profile: str, device: str) -> bool:  # noqa: ARG002

@@ -1,13 +1,14 @@
 """Family `bytecode`: the compiled form of every module that a start imports, in one file.
 
-A start imports thousands of modules before the first audio. On a fresh node Python would parse and compile each of
-them, and would open one cache file per module. The pack is read and verified in one pass. Python's own rules decide
-whether an entry is used: a `.pyc` records the size and the modification time of its source, and Python compiles the
-module again if they do not match.
+A start imports a thousand modules before the first audio. On a fresh node Python would parse and compile each of them,
+and would open one cache file per module. The pack is read and verified in one pass. Python's own rules decide whether
+an entry is used: a `.pyc` records the size and the modification time of its source, and Python compiles the module
+again if they do not match. A second pack has the modules that upstream's model and voices from clips import besides.
+It is compressed, because it is three times as large, and most starts do not read it.
 
-Layout of the pack, which follows safetensors: the length of the index (8 bytes, little-endian), the index as JSON
-(source path → [offset, size]), then the `.pyc` files. The pack leaves out this project's own modules, because they may
-change without a new bake.
+Layout of a pack, which follows safetensors: the length of the index (8 bytes, little-endian), the index as JSON (source
+path → [offset, size]), then the `.pyc` files. The packs leave out this project's own modules, because they may change
+without a new bake.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 import sysconfig
 import tempfile
 import warnings
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.system.metrics import StartMetrics
 
 PACK_NAME = "modules.pack"
+UPSTREAM_PACK_NAME = "upstream.pack.z"
 _OWN = "chatterbox_prewarm"
 #: Header of a `.pyc` (PEP 552): magic number, flags (0: checked by time and size), time and size of the source.
 _PYC_HEADER = struct.Struct("<4sIII")
@@ -52,6 +55,7 @@ class BytecodeFamily(Family):
         #: Source files of all imports since `prepare`, including imports that failed and modules that replaced
         #: themselves in `sys.modules`.
         self.imported: set[str] = set()
+        self._pack: dict[str, memoryview] = {}
 
     def environment(self, cache: Path) -> dict[str, str]:  # noqa: ARG002
         """Keep later child processes from writing bytecode."""
@@ -61,11 +65,20 @@ class BytecodeFamily(Family):
         """Make all later imports look into the pack first. Without a pack, only record which modules are imported."""
         if directory is not None:
             sys.dont_write_bytecode = True
-        install(read_pack(directory / PACK_NAME) if directory else None, metrics, self.imported)
+            self._pack = read_pack(directory / PACK_NAME)
+        install(self._pack if directory else None, metrics, self.imported)
+
+    def add_upstream_modules(self, directory: Path | None) -> None:
+        """Take the modules that upstream's model imports from the second pack, if the state has one."""
+        if directory is not None and (directory / UPSTREAM_PACK_NAME).exists():
+            self._pack |= read_pack(directory / UPSTREAM_PACK_NAME)
 
     def save(self, directory: Path, context: FamilyContext) -> tuple[str, ...]:
         """Pack the modules that a start imports, without the modules that only the warm-up needed."""
         write_pack(directory / PACK_NAME, {source: bytecode(source) for source in context.sources})
+        further = context.upstream_sources - context.sources
+        if further:
+            write_pack(directory / UPSTREAM_PACK_NAME, {source: bytecode(source) for source in further})
         return ("python", "site_packages", "torch", "transformers", "chatterbox")
 
     def start_sources(self) -> frozenset[str]:
@@ -83,9 +96,10 @@ class BytecodeFamily(Family):
 
 
 def read_pack(path: Path) -> dict[str, memoryview]:
-    """Map a pack into memory and return source path → content of its `.pyc`."""
+    """Read a pack and return source path → content of its `.pyc`. A pack that is not compressed is mapped."""
     with open_regular(path) as stream:
-        data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        data = memoryview(zlib.decompress(mapped) if path.suffix == ".z" else mapped)
     (length,) = struct.unpack("<Q", data[:8])
     contents = data[8 + length :]
     index: dict[str, tuple[int, int]] = json.loads(bytes(data[8 : 8 + length]))
@@ -93,18 +107,18 @@ def read_pack(path: Path) -> dict[str, memoryview]:
 
 
 def write_pack(path: Path, modules: Mapping[str, bytes]) -> None:
-    """Write a pack: source path → content of its `.pyc`, sorted by path."""
+    """Write a pack: source path → content of its `.pyc`, sorted by path. The suffix `.z` compresses it."""
     index: dict[str, list[int]] = {}
     offset = 0
     for source in sorted(modules):
         index[source] = [offset, len(modules[source])]
         offset += len(modules[source])
     header = json.dumps(index, separators=(",", ":")).encode()
+    parts = [struct.pack("<Q", len(header)), header, *(modules[source] for source in sorted(modules))]
+    if path.suffix == ".z":
+        parts = [zlib.compress(b"".join(parts))]
     with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(header)))
-        stream.write(header)
-        for source in sorted(modules):
-            stream.write(modules[source])
+        stream.writelines(parts)
 
 
 @functools.cache

@@ -1,13 +1,14 @@
 """Family `conditionals`: the voices, one safetensors file each.
 
 Computing a voice takes about 18 s in a fresh process; reading it takes a few milliseconds. The keys of a file are
-`t3.NAME` and `gen.NAME` for the two halves of upstream's `Conditionals`. A field that is None has no key.
+`t3.NAME` and `gen.NAME` for the two halves of `Conditionals`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chatterbox_prewarm.model.conditionals import Conditionals, T3Conditionals
 from chatterbox_prewarm.families.base import Family, tensor_bytes
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from chatterbox.tts import Conditionals
 
     from chatterbox_prewarm.families.base import FamilyContext
 
@@ -34,29 +34,29 @@ class ConditionalsFamily(Family):
         """Read all voices onto the model's device."""
         if directory is None:
             return
-        synthesizer = context.synthesizer
         with context.metrics.phase("conditionals"):
             for path in sorted(directory.glob(f"*{SUFFIX}")):
-                synthesizer.voices[path.stem] = load_voice(path, device=synthesizer.model.device)
+                context.voices[path.stem] = load_voice(path, device=context.device)
                 context.metrics.hit("conditionals")
 
     def save(self, directory: Path, context: FamilyContext) -> tuple[str, ...]:
         """Write all voices."""
-        for name, voice in context.synthesizer.voices.items():
+        for name, voice in context.voices.items():
             save_voice(voice, directory / f"{name}{SUFFIX}")
         return ("weights", "variant", "chatterbox")
 
 
 def save_voice(voice: Conditionals, path: Path) -> None:
-    """Write conditionals that no generation has changed. Equal conditionals give equal bytes."""
+    """Write conditionals. Equal conditionals give equal bytes."""
     path.write_bytes(tensor_bytes(voice_tensors(voice)))
 
 
 def load_voice(path: Path, *, device: str = "cpu") -> Conditionals:
     """Read conditionals. `model.voices.prepare_voice` documents the shapes and dtypes."""
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    return voice_of(load_file(path, device=device))
+    with safe_open(path, framework="pt", device=device) as file:
+        return voice_of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no dictionary
 
 
 def voice_tensors(voice: Conditionals) -> dict[str, torch.Tensor]:
@@ -67,9 +67,7 @@ def voice_tensors(voice: Conditionals) -> dict[str, torch.Tensor]:
 
 def voice_of(tensors: Mapping[str, torch.Tensor]) -> Conditionals:
     """Build conditionals from the result of `voice_tensors`."""
-    from chatterbox.tts import Conditionals, T3Cond
-
     return Conditionals(
-        T3Cond(**{key: tensors[f"t3.{key}"] for key in _T3_KEYS}),
-        {key: tensors.get(f"gen.{key}") for key in _GEN_KEYS},
+        t3=T3Conditionals(**{key: tensors[f"t3.{key}"] for key in _T3_KEYS}),
+        gen={key: tensors[f"gen.{key}"] for key in _GEN_KEYS if f"gen.{key}" in tensors},
     )

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.families.base import Family
+from chatterbox_prewarm.system.fingerprint import device_kind
 from chatterbox_prewarm.families.cache_folders import collect, seed
 from chatterbox_prewarm.families.compiler_version_cache import cache_versions, load_versions, save_versions
 
@@ -91,7 +92,7 @@ class InductorFamily(Family):
         collect(context.cache / "inductor", directory, skip=lambda path: path.suffix == ".lock")
         save_versions(self._versions, directory)
         software = ("arch", "instruction_set", "python", "site_packages", "torch", "triton", "regions", "cache")
-        machine = ("gpu", "compute_capability", "driver") if context.device == "cuda" else ()
+        machine = ("gpu", "compute_capability", "driver") if device_kind(context.device) == "cuda" else ()
         return (*software, "device", *machine)
 
 

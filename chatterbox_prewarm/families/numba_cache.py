@@ -1,7 +1,6 @@
 """Family `numba`: the machine code that Numba compiles from librosa's functions.
 
-Every synthesis uses librosa, because Perth's watermark does. The first calls of librosa spend 11 to 16 s on compiling.
-Numba's own on-disk cache stores the result. Numba compiles for a generic processor of the architecture, so that the
+Upstream's code uses librosa for every voice. The first calls of librosa spend 11 to 16 s on compiling. Numba's own on-disk cache stores the result. Numba compiles for a generic processor of the architecture, so that the
 code does not depend on the machine of the bake. A start copies the cache to a writable folder, because Numba tests
 whether it can write to its cache even when it only reads.
 """
@@ -30,6 +29,7 @@ class NumbaFamily(Family):
     """See the module's docstring."""
 
     name = "numba"
+    for_upstream = True
     timers = (COMPILE_TIMER, LOAD_TIMER)
 
     def __init__(self) -> None:

@@ -30,6 +30,7 @@ class SignalFamily(Family):
     """See the module's docstring."""
 
     name = "signal"
+    for_upstream = True
     timers = ("signal",)
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class SignalFamily(Family):
     def _fill(self, directory: Path, context: FamilyContext) -> None:
         from safetensors.torch import load_file
 
-        device = device_key(context.synthesizer.model.device)
+        device = device_key(context.device)
         tensors = load_file(directory / _FILE)
         for key, config in json.loads(read_regular(directory / _RESAMPLERS)).items():
             source, target = config["orig_freq"], config["new_freq"]
@@ -66,7 +67,7 @@ class SignalFamily(Family):
 
     def save(self, directory: Path, context: FamilyContext) -> tuple[str, ...]:
         """Write the constants that the warm-up's reference clips needed."""
-        device = device_key(context.synthesizer.model.device)
+        device = device_key(context.device)
         tensors: dict[str, torch.Tensor] = {}
         configs: dict[str, dict[str, int]] = {}
         for (source, target, _), resampler in self._resamplers.items():

@@ -16,7 +16,6 @@ import torch
 from chatterbox_prewarm.errors import ModelError
 from chatterbox_prewarm.model.chunk import Chunk
 from chatterbox_prewarm.model.regions.overlap import OverlappingWindows
-from chatterbox_prewarm.model.regions.pipeline import pipeline_of
 from chatterbox_prewarm.model.regions.region import MAX_FRAMES
 from chatterbox_prewarm.model.regions.vocoder import HELD_FRAMES, SAMPLES_PER_FRAME
 from chatterbox_prewarm.model.synthesis import preserved_generators, seed_everything
@@ -25,9 +24,9 @@ from chatterbox_prewarm.system.limits import MAX_SEED
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from chatterbox.tts import Conditionals
     from numpy.typing import NDArray
 
+    from chatterbox_prewarm.model.conditionals import Conditionals
     from chatterbox_prewarm.model.synthesis import Synthesizer
 
     Piece = tuple[torch.Tensor, torch.Tensor, bool]  # tokens, their mel spectrogram, whether the piece is the last
@@ -63,7 +62,7 @@ class Stream:
         stopped: Callable[[], bool],
     ) -> None:
         self._synthesizer = synthesizer
-        self._pipeline = pipeline_of(synthesizer.model)
+        self._model = synthesizer.model
         self._voice = voice.gen
         self._chunk_tokens = chunk_tokens
         self._look_ahead = look_ahead
@@ -94,7 +93,7 @@ class Stream:
                     tokens, ready, index = tokens[self._chunk_tokens :], ready[size:], index + 1
                     if chunk.index == 0:
                         logger.info("first chunk after %.3f s", chunk.seconds)
-                    with preserved_generators(self._synthesizer.model.device):
+                    with preserved_generators(self._model.device):
                         yield chunk
                     if self._stopped():
                         return
@@ -109,7 +108,7 @@ class Stream:
         else:
             noise = torch.Generator().manual_seed((seed + _NOISE_SEED) % (MAX_SEED + 1))
             pieces = self._mel_chunks(blocks, self._look_ahead, noise)
-        vocoder = self._pipeline.vocoder.stream(noise)
+        vocoder = self._model.vocoder.stream(noise)
         watermark = OverlappingWindows(self._watermarked, context=_WATERMARK_CONTEXT)
         with contextlib.closing(pieces):
             for tokens, mel, last in pieces:
@@ -133,7 +132,7 @@ class Stream:
             if self._stopped():
                 return
         tokens = self._synthesizer.usable(drawn)
-        yield tokens, self._pipeline.flow(tokens, self._voice, on_step=self._check), True
+        yield tokens, self._model.flow(tokens, self._voice, on_step=self._check), True
 
     @torch.inference_mode()
     def _mel_chunks(
@@ -144,7 +143,7 @@ class Stream:
         A frame has the same noise in each run. At the beginning of a chunk, the output of the previous run is blended
         into that of the new run.
         """
-        model, flow, voice = self._synthesizer.model, self._pipeline.flow, self._voice
+        model, flow, voice = self._model, self._model.flow, self._voice
         noise = torch.randn((1, MAX_FRAMES, 80), generator=generator).to(model.device)
         # A voice's spectrogram may have one frame more than its tokens. The first token then has one frame less.
         surplus = voice["prompt_feat"].size(1) - _FRAMES_PER_TOKEN * voice["prompt_token"].size(1)
@@ -153,7 +152,7 @@ class Stream:
         wanted = chunk + _HELD_FRAMES  # enough for the complete first chunk
         tail: torch.Tensor | None = None
         for block in blocks:
-            drawn = torch.cat([drawn, block[block < model.t3.hp.start_speech_token]])
+            drawn = torch.cat([drawn, block[block < model.codebook]])
             if self._stopped():
                 return
             known = drawn.numel() - look_ahead
@@ -171,13 +170,13 @@ class Stream:
             raise _StoppedError
 
     def _no_tokens(self) -> torch.Tensor:
-        return torch.empty(0, dtype=torch.int64, device=self._synthesizer.model.device)
+        return torch.empty(0, dtype=torch.int64, device=self._model.device)
 
     @torch.inference_mode()
     def _watermarked(self, steps: torch.Tensor) -> torch.Tensor:
         """Add the watermark to samples, (240, steps), and return them as (240 steps,)."""
         samples = steps.T.reshape(-1).numpy()
-        marked = self._synthesizer.watermarked(samples)
+        marked = self._model.marked(samples)
         if marked.shape != samples.shape:
             raise ModelError(
                 f"the watermarker returned {marked.size} samples for {samples.size}",

@@ -1,7 +1,6 @@
 """Turn text into watermarked speech: upstream's `generate` with a token limit, an explicit voice and a seed.
 
-Upstream stores the voice in the model and changes it during generation, so two requests would share it. Here each call
-uses a copy of its voice, and the model stores no voice.
+Upstream stores the voice in the model, so two requests would share it. Here the voice is an argument of each call.
 """
 
 from __future__ import annotations
@@ -17,17 +16,24 @@ import torch
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.regions.pipeline import pipeline_of
+from chatterbox_prewarm.model.conditionals import T3Conditionals
+from chatterbox_prewarm.model.regions.t3 import MAX_TEXT_TOKENS
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
 from chatterbox_prewarm.model.text import check_text
+from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT
 from chatterbox_prewarm.system.limits import MAX_SEED, MIN_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping
 
-    from chatterbox.models.t3.modules.cond_enc import T3Cond
-    from chatterbox.tts import ChatterboxTTS, Conditionals
     from numpy.typing import NDArray
+
+    from chatterbox_prewarm.model.conditionals import Conditionals
+    from chatterbox_prewarm.model.variants.english import English
+
+
+#: Speech tokens of `Synthesizer.check`: enough for one window of the watermark's Fourier transform.
+_CHECKED_TOKENS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,20 +103,10 @@ def preserved_generators(device: str) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def text_tokens(model: ChatterboxTTS, text: str) -> torch.Tensor:
-    """Return the text tokens that T3 expects, int64 (1, n), with the start and the stop token."""
-    from chatterbox.tts import punc_norm
-
-    tokens = model.tokenizer.text_to_tokens(punc_norm(text)).to(model.device)
-    tokens = torch.nn.functional.pad(tokens, (1, 0), value=model.t3.hp.start_text_token)
-    padded: torch.Tensor = torch.nn.functional.pad(tokens, (0, 1), value=model.t3.hp.stop_text_token)
-    return padded
-
-
 class Synthesizer:
     """A loaded model and its voices. Only one call may run at a time, because the model keeps state during a call."""
 
-    def __init__(self, model: ChatterboxTTS, voices: Mapping[str, Conditionals]) -> None:
+    def __init__(self, model: English, voices: Mapping[str, Conditionals]) -> None:
         self.model = model
         self.voices = dict(voices)
 
@@ -141,7 +137,7 @@ class Synthesizer:
         with torch.inference_mode():
             tokens = self.speech_tokens(text, voice=voice, max_new_tokens=max_new_tokens, sampling=sampling)
             samples = self.sound(tokens, conditionals)
-        return Speech(tokens=tokens.cpu().numpy(), samples=samples, sample_rate=self.model.sr)
+        return Speech(tokens=tokens.cpu().numpy(), samples=samples, sample_rate=self.model.sample_rate)
 
     @torch.inference_mode()
     def speech_tokens(
@@ -161,7 +157,7 @@ class Synthesizer:
         """
         sampling = sampling or Sampling()
         conditionals, prompt = self._t3_inputs(text, voice, sampling)
-        decoder = pipeline_of(self.model).decoder
+        decoder = self.model.decoder
         return self.usable(decoder(conditionals, prompt, sampling=sampling, max_new_tokens=max_new_tokens))
 
     @torch.inference_mode()
@@ -180,8 +176,23 @@ class Synthesizer:
         """
         sampling = sampling or Sampling()
         conditionals, prompt = self._t3_inputs(text, voice, sampling)
-        decoder = pipeline_of(self.model).decoder
-        return decoder.blocks(conditionals, prompt, sampling=sampling, max_new_tokens=max_new_tokens)
+        return self.model.decoder.blocks(conditionals, prompt, sampling=sampling, max_new_tokens=max_new_tokens)
+
+    @torch.inference_mode()
+    def check(self, voice: str = DEFAULT_VOICE) -> None:
+        """Run every stage once with little work: a few tokens of a short text, and one step of the flow.
+
+        The random generators keep their state. The sampler for `top_p` runs too, unless it needs a graph of its own.
+        """
+        conditionals, model = self.voice(voice), self.model
+        with preserved_generators(model.device):
+            for top_p in (1.0,) if model.decoder.graphs else (0.9, 1.0):
+                sampling = Sampling(top_p=top_p)
+                for _ in self.token_blocks(SHORT_TEXT, voice=voice, max_new_tokens=_CHECKED_TOKENS, sampling=sampling):
+                    pass
+            # Fixed tokens, because the decoder may have stopped too early for any audio.
+            tokens = torch.arange(_CHECKED_TOKENS, device=model.device)
+            model.marked(model.vocoder(model.flow(tokens, conditionals.gen, steps=1)).cpu().numpy())
 
     def usable(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the tokens of an utterance that are part of the codebook.
@@ -190,7 +201,7 @@ class Synthesizer:
             ModelError: there are too few of them.
         """
         # Start and stop token are the first ids after the codebook. Upstream drops both.
-        usable: torch.Tensor = tokens[tokens < self.model.t3.hp.start_speech_token]
+        usable: torch.Tensor = tokens[tokens < self.model.codebook]
         if usable.numel() < MIN_TOKENS:
             raise ModelError(
                 f"the model returned {usable.numel()} usable speech tokens for this text, too few for audio",
@@ -201,31 +212,23 @@ class Synthesizer:
     @torch.inference_mode()
     def sound(self, tokens: torch.Tensor, voice: Conditionals) -> NDArray[np.float32]:
         """Render speech tokens, int64 (n,), as watermarked mono audio at the model's sample rate."""
-        pipeline = pipeline_of(self.model)
-        return self.watermarked(pipeline.vocoder(pipeline.flow(tokens, voice.gen)).cpu().numpy())
+        model = self.model
+        return model.marked(model.vocoder(model.flow(tokens, voice.gen)).cpu().numpy())
 
-    def watermarked(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Add upstream's watermark to mono audio at the model's sample rate."""
-        return np.asarray(self.model.watermarker.apply_watermark(samples, sample_rate=self.model.sr), dtype=np.float32)
-
-    def _t3_inputs(self, text: str, voice: str, sampling: Sampling) -> tuple[T3Cond, torch.Tensor]:
+    def _t3_inputs(self, text: str, voice: str, sampling: Sampling) -> tuple[T3Conditionals, torch.Tensor]:
         """Return T3's inputs: the voice, and the text tokens, int64 (1, n), including start and stop tokens."""
-        from chatterbox.tts import T3Cond
-
         text = check_text(text, limit=None)  # the model limits the number of tokens instead, see below
         conditionals = self.voice(voice)
-        model = self.model
-        t3 = model.t3
-        tokens = text_tokens(model, text)
-        if tokens.size(1) > t3.hp.max_text_tokens:
+        tokens = self.model.text_tokens(text)
+        if tokens.size(1) > MAX_TEXT_TOKENS:
             raise BadInputError(
-                f"the text has {tokens.size(1) - 2} tokens; the model's limit is {t3.hp.max_text_tokens - 2}",
+                f"the text has {tokens.size(1) - 2} tokens; the model's limit is {MAX_TEXT_TOKENS - 2}",
                 next_step="split it at sentences and send the parts separately",
             )
         emotion = conditionals.t3.emotion_adv
         if sampling.exaggeration is not None:
             emotion = torch.full_like(emotion, sampling.exaggeration)
-        prompt = T3Cond(
+        prompt = T3Conditionals(
             speaker_emb=conditionals.t3.speaker_emb,
             cond_prompt_speech_tokens=conditionals.t3.cond_prompt_speech_tokens,
             emotion_adv=emotion,

@@ -56,6 +56,43 @@ def check_text(text: object, *, limit: int | None = MAX_CHARACTERS) -> str:
     return text
 
 
+#: What `normalize_punctuation` replaces, in this order.
+_PUNCTUATION = (
+    ("...", ", "),
+    ("…", ", "),
+    (":", ","),
+    (" - ", ", "),
+    (";", ", "),
+    ("—", "-"),
+    ("–", "-"),
+    (" ,", ","),
+    ("“", '"'),
+    ("”", '"'),
+    ("‘", "'"),
+    ("’", "'"),
+)
+_SENTENCE_ENDS = (".", "!", "?", "-", ",")
+
+
+def normalize_punctuation(text: str) -> str:
+    """Return a text in the form that the model was trained on, as upstream's `punc_norm` does.
+
+    The first letter becomes upper case, white space becomes single spaces, rare punctuation is replaced, and a full
+    stop is added if the text has no end of a sentence.
+
+    Example:
+        >>> normalize_punctuation("wait…  what")
+        'Wait, what.'
+    """
+    if text[:1].islower():
+        text = text[0].upper() + text[1:]
+    text = " ".join(text.split())
+    for old, new in _PUNCTUATION:
+        text = text.replace(old, new)
+    text = text.rstrip(" ")
+    return text if text.endswith(_SENTENCE_ENDS) else f"{text}."
+
+
 def decode_text(data: bytes) -> str:
     """Decode UTF-8.
 

@@ -1,26 +1,30 @@
-"""Voices: compute the conditionals of a reference clip.
+"""Voices: compute the conditionals of a reference clip with upstream's model, or read the checkpoint's.
 
-Conditionals contain the features of a reference clip that T3 and S3Gen use. A bake computes them once, in inference
-mode: upstream computes them with autograd, which keeps a graph of about 280 MB alive for each voice.
+A bake computes them once, in inference mode: upstream computes them with autograd, which keeps a graph of about 280 MB
+alive for each voice.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import pickle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from chatterbox_prewarm.errors import ModelError, WeightsError, first_line
-from chatterbox_prewarm.model.reference_clip import reference_clip
+from chatterbox_prewarm.model.conditionals import Conditionals, T3Conditionals
 from chatterbox_prewarm.weights.record import read_record
 from chatterbox_prewarm.weights.variants import ENGLISH
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from chatterbox.tts import ChatterboxTTS, Conditionals
+    from chatterbox.tts import ChatterboxTTS
+    from chatterbox.tts import Conditionals as UpstreamConditionals
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +33,14 @@ def prepare_voice(model: ChatterboxTTS, clip: Path) -> Conditionals:
     """Compute the conditionals of a reference clip without changing `model.conds`.
 
     Returns:
-        upstream's `Conditionals`, with all tensors detached and on the model's device.
-        T3: `speaker_emb` float32 (1, 256), `cond_prompt_speech_tokens` int64 (1, n <= 150), `emotion_adv` float32
-        (1, 1, 1). S3Gen: `prompt_token` int64 (1, m), `prompt_token_len` int64 (1,), `prompt_feat` float32
-        (1, 2m or 2m + 1, 80), `embedding` float32 (1, 192).
+        the conditionals, with all tensors detached and on the model's device.
 
     Raises:
         ModelError: upstream cannot process this clip.
     """
     saved = model.conds
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _without_a_search_for_decoders():
             model.prepare_conditionals(clip)
             return detached(model.conds)
     except (RuntimeError, ValueError) as error:
@@ -50,42 +51,78 @@ def prepare_voice(model: ChatterboxTTS, clip: Path) -> Conditionals:
         model.conds = saved
 
 
-def detached(conditionals: Conditionals) -> Conditionals:
-    """Copy conditionals into tensors without autograd history, and drop the values that a generation cached in them."""
-    from chatterbox.tts import Conditionals, T3Cond
+@contextlib.contextmanager
+def _without_a_search_for_decoders() -> Iterator[None]:
+    """Keep librosa's fallback from starting `gcc`, `ld` and `ffmpeg` to find decoders: libsndfile has read the clip."""
+    audioread: Any = importlib.import_module("audioread")
+    rawread: Any = importlib.import_module("audioread.rawread")
+    found = list(audioread.BACKENDS)
+    audioread.BACKENDS[:] = found or [rawread.RawAudioFile]
+    try:
+        yield
+    finally:
+        audioread.BACKENDS[:] = found
 
-    t3, gen = conditionals.t3, conditionals.gen
+
+def placeholder_voice(device: str = "cpu") -> Conditionals:
+    """Return conditionals without a voice, which run the same code as those of a clip."""
+    t3 = {
+        "speaker_emb": torch.zeros(1, 256, device=device),
+        "cond_prompt_speech_tokens": torch.zeros(1, 150, dtype=torch.int64, device=device),
+        "emotion_adv": torch.full((1, 1, 1), 0.5, device=device),
+    }
+    gen = {
+        "prompt_token": torch.zeros(1, 25, dtype=torch.int64, device=device),
+        "prompt_token_len": torch.tensor([25], device=device),
+        "prompt_feat": torch.zeros(1, 50, 80, device=device),
+        "embedding": torch.ones(1, 192, device=device),
+    }
+    return Conditionals(t3=T3Conditionals(**t3), gen=gen)
+
+
+def detached(conditionals: UpstreamConditionals) -> Conditionals:
+    """Copy upstream's conditionals into tensors without autograd history and without cached values."""
+    return _copied(vars(conditionals.t3), conditionals.gen)
+
+
+def for_upstream(conditionals: Conditionals) -> UpstreamConditionals:
+    """Copy conditionals into upstream's class, which changes them when it speaks."""
+    from chatterbox.tts import Conditionals as UpstreamConditionals
+    from chatterbox.tts import T3Cond
+
+    copy = _copied(vars(conditionals.t3), conditionals.gen)
+    return UpstreamConditionals(T3Cond(**vars(copy.t3)), {"prompt_feat_len": None, **copy.gen})
+
+
+def _copied(t3: Mapping[str, Any], gen: Mapping[str, Any]) -> Conditionals:
     return Conditionals(
-        T3Cond(
-            speaker_emb=t3.speaker_emb.detach().clone(),
-            cond_prompt_speech_tokens=t3.cond_prompt_speech_tokens.detach().clone(),
-            emotion_adv=torch.as_tensor(t3.emotion_adv, dtype=torch.float32).detach().clone(),
+        t3=T3Conditionals(
+            speaker_emb=t3["speaker_emb"].detach().clone(),
+            cond_prompt_speech_tokens=t3["cond_prompt_speech_tokens"].detach().clone(),
+            emotion_adv=torch.as_tensor(t3["emotion_adv"], dtype=torch.float32).detach().clone(),
         ),
-        {key: value.detach().clone() if torch.is_tensor(value) else value for key, value in gen.items()},
+        gen={key: value.detach().clone() for key, value in gen.items() if torch.is_tensor(value)},
     )
 
 
-def builtin_voice(model: ChatterboxTTS, weights: Path) -> Conditionals:
-    """Return the built-in voice: the checkpoint's voice, or a voice computed from a generated clip.
+def read_builtin_voice(weights: Path, *, device: str = "cpu") -> Conditionals | None:
+    """Read the checkpoint's voice. Return None if the checkpoint has none.
 
-    The checkpoint's voice is a pickle. torch reads it with `weights_only`, which runs no code from it.
+    The voice is a pickle. torch reads it with `weights_only`, which runs no code from it.
 
     Raises:
         WeightsError: the file does not contain a voice, or tries to run code.
     """
-    from chatterbox.tts import Conditionals
-
-    path = weights / ENGLISH.builtin_voice
     # A pickle that the record does not list has no digest, and must not be read.
-    if any(entry.path == ENGLISH.builtin_voice for entry in read_record(weights).files):
-        try:
-            loaded = Conditionals.load(path)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
-            raise WeightsError(
-                f"{path} does not contain a Chatterbox voice: {first_line(error)}",
-                next_step="fetch the published file; or remove it and record the checkpoint again, to generate one",
-            ) from error
-        return detached(loaded.to(model.device))
-    logger.info("the checkpoint has no voice; computing one from a generated clip")
-    with reference_clip() as clip:
-        return prepare_voice(model, clip)
+    if not any(entry.path == ENGLISH.builtin_voice for entry in read_record(weights).files):
+        logger.info("the checkpoint has no voice; one is made from a generated clip")
+        return None
+    path = weights / ENGLISH.builtin_voice
+    try:
+        halves = torch.load(path, map_location=device, weights_only=True)
+        return _copied(halves["t3"], halves["gen"])
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            f"{path} does not contain a Chatterbox voice: {first_line(error)}",
+            next_step="fetch the published file; or remove it and record the checkpoint again, to generate one",
+        ) from error

@@ -1,4 +1,4 @@
-"""The proof process: start from a state, repeat the bake's synthesis, and report what happened.
+"""The proof process: start from a state, repeat the bake's synthesis, make a voice, and report what happened.
 
 A bake runs it to check its result, and `prove` runs it in isolation.
 """
@@ -8,16 +8,21 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import IntegrityError
+from chatterbox_prewarm.model.reference_clip import reference_clip
 from chatterbox_prewarm.proof import probes
 from chatterbox_prewarm.start.attach import attach
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
+from chatterbox_prewarm.start.upstream import attach_upstream
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.json_subprocess import report
 from chatterbox_prewarm.system.metrics import StartMetrics
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
@@ -45,13 +50,20 @@ def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
     prepared = prepare(options, metrics=metrics)
     files_before = probes.listing(options.cache)
     attached = attach(prepared, threads=reference.threads)
+    from chatterbox_prewarm.model.voices import prepare_voice
+
     with metrics.phase("synthesis"):
         speech = attached.synthesizer.synthesize(
             reference.text, voice=reference.voice, seed=reference.seed, max_new_tokens=reference.max_new_tokens
         )
     metrics.mark("ready")
-    files_after = probes.listing(options.cache)
-    changed = [path for path, stamp in files_after.items() if stamp != files_before.get(path)]
+    changed = _changed(files_before, probes.listing(options.cache))
+    # A voice needs upstream's model, with the families that a synthesis does not use. They fill the cache first.
+    upstream = attach_upstream(prepared, lean=attached.synthesizer.model)
+    files_before = probes.listing(options.cache)
+    with metrics.phase("voice"), reference_clip() as clip:
+        prepare_voice(upstream, clip)
+    changed += _changed(files_before, probes.listing(options.cache))
     return {
         "isolation": surroundings,
         "metrics": metrics.to_dict(),
@@ -70,6 +82,10 @@ def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
             "expected_pcm_sha256": reference.pcm_sha256,
         },
     }
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    return [path for path, stamp in after.items() if stamp != before.get(path)]
 
 
 def _is_lock(path: Path) -> bool:

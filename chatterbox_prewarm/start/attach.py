@@ -1,29 +1,39 @@
-"""Attach: the second step of a start. Import the packages, load the weights, and add the warm state to the model."""
+"""Attach: the second step of a start. Import torch, map the weights, and add the warm state to the model.
+
+Upstream's packages are not imported; `start.upstream` does that for what needs them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chatterbox_prewarm.errors import ModelError
 from chatterbox_prewarm.families.registry import FAMILIES
-from chatterbox_prewarm.model.chatterbox_imports import free_import_frames, import_chatterbox
+from chatterbox_prewarm.model.chatterbox_imports import free_import_frames, paused_gc
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE, check_clip
+from chatterbox_prewarm.model.reference_clip import reference_clip
 from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
+from chatterbox_prewarm.system.regular_files import open_regular
+from chatterbox_prewarm.weights.variants import ENGLISH
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from chatterbox.tts import ChatterboxTTS
-
+    from chatterbox_prewarm.families.base import Family
+    from chatterbox_prewarm.model.conditionals import Conditionals
     from chatterbox_prewarm.model.regions.executors import Executor
     from chatterbox_prewarm.model.synthesis import Synthesizer
+    from chatterbox_prewarm.model.variants.english import English
     from chatterbox_prewarm.start.prepare import Prepared
     from chatterbox_prewarm.system.metrics import StartMetrics
 
@@ -48,6 +58,11 @@ class Attached:
     def metrics(self) -> StartMetrics:
         """The event log and counters of this start."""
         return self.prepared.metrics
+
+    def judged_again(self) -> Attached:
+        """Return this start with the misses until now."""
+        counters = self.metrics.to_dict()
+        return replace(self, misses=counters["misses"], reasons=tuple(counters["reasons"]))
 
 
 def load_warmup_cache(  # noqa: PLR0913 - public API: keywords are easier to use than an options object
@@ -92,7 +107,7 @@ def attach(
     threads: int | None = None,
     voices: Mapping[str, Path] | None = None,
 ) -> Attached:
-    """Import the model's packages, load the weights, and add the warm state to the model.
+    """Import torch, map the weights, add the warm state to the model, and make the voices that are missing.
 
     Args:
         prepared: the result of `prepare` in this process.
@@ -104,67 +119,86 @@ def attach(
         IntegrityError: under "require", a package cannot be loaded.
         BadInputError: a clip or a name of a voice is invalid.
     """
-    metrics, device = prepared.metrics, prepared.options.device
     clips = {check_voice_name(name): clip for name, clip in (voices or {}).items()}
     for name, clip in clips.items():
         check_clip(clip, name=name)  # before anything slow
-    with metrics.phase("import"):
+    attached = attach_baked(prepared, threads=threads)
+    make_missing_voices(attached, clips)
+    return attached.judged_again()
+
+
+def attach_baked(prepared: Prepared, *, threads: int | None = None) -> Attached:
+    """Do the same as `attach`, with the baked voices only."""
+    metrics, device = prepared.metrics, prepared.options.device
+    _read_ahead(prepared.options.weights)
+    with metrics.phase("import"), paused_gc():
         _import_packages(prepared)
         import torch
 
         from chatterbox_prewarm.model.synthesis import Synthesizer
-        from chatterbox_prewarm.model.t3_backend import keep_backend
-        from chatterbox_prewarm.model.variants import english
+        from chatterbox_prewarm.model.variants.english import check_device
 
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cpus()))
-    english.check_device(device)
+    check_device(device)
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device).index or 0)  # packages and graph captures use the current device
         torch.backends.cudnn.deterministic = True  # a proof compares every bit
-    with metrics.phase("weights"):
-        model = english.load(prepared.options.weights, device=device)
-        keep_backend(model.t3)
-    with metrics.phase("regions"):
-        _bind_regions(model, prepared)
-    context = prepared.family_context(Synthesizer(model, {}))
-    for name, family in FAMILIES.items():
-        if family.applies(prepared.execution.profile, device):
-            family.attach(prepared.folders.get(name), context)
-    _make_missing_voices(context.synthesizer, prepared, clips)
-    metrics.mark("attached")
-    counters = metrics.to_dict()
-    return Attached(
-        synthesizer=context.synthesizer,
-        prepared=prepared,
-        misses=counters["misses"],
-        reasons=tuple(counters["reasons"]),
-    )
+    with metrics.phase("weights"), paused_gc():
+        model = _load(prepared)
+    found: dict[str, Conditionals] = {}
+    context = prepared.family_context(found)
+    for name, family in lean_families(prepared).items():
+        family.attach(prepared.folders.get(name), context)
+    return Attached(synthesizer=Synthesizer(model, found), prepared=prepared, misses={}, reasons=()).judged_again()
+
+
+def _read_ahead(weights: Path) -> None:
+    """Ask the kernel to read the tensor files of a synthesis into the page cache while this process imports torch."""
+    for name in ENGLISH.safetensors:
+        with open_regular(weights / name, follow_links=True) as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+def lean_families(prepared: Prepared) -> dict[str, Family]:
+    """Return the families of this start, without those that only upstream's code uses."""
+    return {
+        name: family
+        for name, family in FAMILIES.items()
+        if family.applies(prepared.execution.profile, prepared.options.device) and not family.for_upstream
+    }
 
 
 def _import_packages(prepared: Prepared) -> None:
-    """Import Chatterbox and torch, with the families counting hits and misses from the first import on."""
-    for family in FAMILIES.values():
-        if family.applies(prepared.execution.profile, prepared.options.device):
-            family.watch(prepared.metrics)
-    if prepared.execution.profile == "compiled":
-        importlib.import_module("torch._dynamo")  # first, or the lean imports keep the compiler out
-    import_chatterbox()
+    """Import torch, with the families counting hits and misses from the first import on.
+
+    Raises:
+        ModelError: a package is missing.
+    """
+    for family in lean_families(prepared).values():
+        family.watch(prepared.metrics)
+    try:
+        importlib.import_module("chatterbox_prewarm.model.synthesis")
+    except ImportError as error:
+        raise ModelError(
+            f"the model's packages cannot be imported: {error}",
+            next_step="install the model extra: pip install 'chatterbox-prewarm[model]'",
+        ) from error
 
 
-def _bind_regions(model: ChatterboxTTS, prepared: Prepared) -> None:
-    """Bind the regions of the profile to the model's weights."""
+def _load(prepared: Prepared) -> English:
+    """Map the weights, and bind the regions of the profile to them."""
     import torch
 
-    from chatterbox_prewarm.model.regions.pipeline import bind_pipeline
+    from chatterbox_prewarm.model.variants import english
 
-    execution = prepared.execution
-    t3_dtype = getattr(torch, execution.t3_dtype)
-    # In place, so that memory holds T3 once; upstream's own code cannot run another dtype than the checkpoint's. The
-    # frequencies of the rotary embedding stay in float32, because they are too coarse in half the bits.
-    for part in (model.t3.tfmr.layers, model.t3.tfmr.norm):
-        part.to(t3_dtype)
-    graphs = execution.graphs and prepared.options.device.startswith("cuda")
-    bind_pipeline(model, _executor(prepared), t3_dtype=t3_dtype, graphs=graphs)
+    options, execution = prepared.options, prepared.execution
+    return english.load(
+        options.weights,
+        device=options.device,
+        executor=_executor(prepared),
+        t3_dtype=getattr(torch, execution.t3_dtype),
+        graphs=execution.graphs and options.device.startswith("cuda"),
+    )
 
 
 def _executor(prepared: Prepared) -> Executor:
@@ -189,16 +223,30 @@ def _executor(prepared: Prepared) -> Executor:
             return eager
 
 
-def _make_missing_voices(synthesizer: Synthesizer, prepared: Prepared, clips: Mapping[str, Path]) -> None:
-    """Make the built-in voice and the voices of `clips` that are not baked; each one is a miss."""
-    from chatterbox_prewarm.model.voices import builtin_voice, prepare_voice
+def make_missing_voices(attached: Attached, clips: Mapping[str, Path]) -> None:
+    """Make the built-in voice and the voices of `clips` that are not baked; each one is a miss. Then mark "attached"."""
+    _make_voices(attached, clips)
+    attached.metrics.mark("attached")
 
-    model, metrics = synthesizer.model, prepared.metrics
-    for name in (DEFAULT_VOICE, *clips):
-        if name in synthesizer.voices:
-            continue
-        metrics.miss("conditionals", f"the voice {name!r} was made at start")
-        with metrics.phase("conditionals"):
-            synthesizer.voices[name] = (
-                prepare_voice(model, clips[name]) if name in clips else builtin_voice(model, prepared.options.weights)
-            )
+
+def _make_voices(attached: Attached, clips: Mapping[str, Path]) -> None:
+    from chatterbox_prewarm.model.voices import prepare_voice, read_builtin_voice
+
+    model, voices, prepared = attached.synthesizer.model, attached.synthesizer.voices, attached.prepared
+    missing = [name for name in (DEFAULT_VOICE, *clips) if name not in voices]
+    for name in missing:
+        prepared.metrics.miss("conditionals", f"the voice {name!r} was made at start")
+    if DEFAULT_VOICE in missing:
+        builtin = read_builtin_voice(prepared.options.weights, device=model.device)
+        if builtin is not None:
+            voices[DEFAULT_VOICE] = builtin
+            missing.remove(DEFAULT_VOICE)
+    if not missing:
+        return
+    from chatterbox_prewarm.start.upstream import attach_upstream
+
+    upstream = attach_upstream(prepared, lean=model)
+    with prepared.metrics.phase("conditionals"), contextlib.ExitStack() as stack:
+        for name in missing:
+            clip = clips[name] if name in clips else stack.enter_context(reference_clip())
+            voices[name] = prepare_voice(upstream, clip)

@@ -21,7 +21,6 @@ from chatterbox_prewarm.state.compatibility import machine_facts
 from chatterbox_prewarm.state.places import check_cache_place
 from chatterbox_prewarm.state.selection import Request, select_state
 from chatterbox_prewarm.system.devices import check_device
-from chatterbox_prewarm.system.fingerprint import device_kind
 from chatterbox_prewarm.system.locks import share_lock
 from chatterbox_prewarm.system.metrics import StartMetrics
 from chatterbox_prewarm.system.paths import BAKE, make_cache, model_environment
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from chatterbox_prewarm.model.synthesis import Synthesizer
+    from chatterbox_prewarm.model.conditionals import Conditionals
     from chatterbox_prewarm.start.options import StartOptions
     from chatterbox_prewarm.state.selection import Selection
     from chatterbox_prewarm.state.state import State
@@ -59,14 +58,10 @@ class Prepared:
         """Names of the families that can be used."""
         return tuple(self.folders)
 
-    def family_context(self, synthesizer: Synthesizer, *, sources: frozenset[str] = frozenset()) -> FamilyContext:
-        """Make the context that families attach to, for a model that this start loaded."""
+    def family_context(self, voices: dict[str, Conditionals], *, device: str | None = None) -> FamilyContext:
+        """Make the context that families attach to, for a model on `device`; by default on the device of the start."""
         return FamilyContext(
-            synthesizer=synthesizer,
-            cache=self.options.cache,
-            metrics=self.metrics,
-            device=device_kind(self.options.device),
-            sources=sources,
+            voices=voices, cache=self.options.cache, metrics=self.metrics, device=device or self.options.device
         )
 
 
@@ -162,7 +157,7 @@ def _fill_caches(folders: Mapping[str, Path], profile: str, options: StartOption
         environment = model_environment(options.cache)
         for name, family in FAMILIES.items():
             environment |= family.environment(options.cache)
-            if family.applies(profile, options.device):
+            if family.applies(profile, options.device) and not family.for_upstream:
                 family.prepare(folders.get(name), options.cache, metrics)
     except OSError as error:
         raise from_os_error(error, f"filling the cache directory {options.cache}") from error

@@ -12,27 +12,26 @@ from chatterbox_prewarm.families.registry import applicable
 from chatterbox_prewarm.model.chatterbox_imports import free_import_frames
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
-from chatterbox_prewarm.model.text import check_text
 from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT, switched_off
 from chatterbox_prewarm.model.warmup.strategy import WARMUP_TOKENS, ChatterboxWarmupStrategy
 from chatterbox_prewarm.start.attach import Attached, attach
 from chatterbox_prewarm.start.defaults import default_cache, default_weights
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
+from chatterbox_prewarm.start.upstream import attach_upstream
 from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.limits import SAMPLING
 from chatterbox_prewarm.system.paths import WARM
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Generator
 
     import torch
     from chatterbox.tts import ChatterboxTTS as _Base
-    from chatterbox.tts import Conditionals
+    from chatterbox.tts import Conditionals as UpstreamConditionals
 
     from chatterbox_prewarm.model.chunk import Chunk
     from chatterbox_prewarm.model.synthesis import Synthesizer
-    from chatterbox_prewarm.start.prepare import Prepared
     from chatterbox_prewarm.state.manifest import Manifest
     from chatterbox_prewarm.system.metrics import StartMetrics
 
@@ -43,6 +42,9 @@ else:
 
 
 logger = logging.getLogger(__name__)
+
+#: What upstream speaks when the text is empty.
+_NO_TEXT = "You need to add some text for me to talk."
 
 
 class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
@@ -60,13 +62,9 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         warmup_completed: whether the warm-up ran to its end.
     """
 
-    # Not an `Attached`, which refers to the model: a cycle would keep the weights in memory after the last use, because
-    # the garbage collector leaves out what existed at a later load (`paused_gc`).
-    _prepared: Prepared
-    _baked_voices: Mapping[str, Conditionals]
-    _verdict: tuple[Mapping[str, int], tuple[str, ...]]
+    _start: Attached
     warmup_completed: bool
-    conds: Conditionals | None
+    conds: UpstreamConditionals | None
 
     @classmethod
     def from_pretrained_with_warmup(  # noqa: PLR0913 - public API with optional keyword arguments
@@ -135,24 +133,28 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
 
     @classmethod
     def _from_attached(cls, attached: Attached) -> PrewarmedChatterbox:
+        synthesizer = attached.synthesizer
+        upstream = attach_upstream(attached.prepared, lean=synthesizer.model)
+
         from chatterbox.tts import ChatterboxTTS
 
-        from chatterbox_prewarm.model.voices import detached
+        from chatterbox_prewarm.model.t3_backend import keep_backend
+        from chatterbox_prewarm.model.voices import for_upstream
 
         if not issubclass(PrewarmedChatterbox, ChatterboxTTS):
             PrewarmedChatterbox.__bases__ = (ChatterboxTTS,)
-        model: Any = attached.synthesizer.model
-        model.__class__ = cls  # not a new object, because the regions are bound to this one
-        model._prepared = attached.prepared
-        model._baked_voices = attached.synthesizer.voices
-        model._verdict = (attached.misses, attached.reasons)
+        model: Any = upstream
+        model.__class__ = cls
+        keep_backend(model.t3)
+        # What upstream's model needed belongs to this start.
+        model._start = attached.judged_again()
         model.warmup_completed = False
-        model.conds = detached(attached.synthesizer.voices[DEFAULT_VOICE])
+        model.conds = for_upstream(synthesizer.voices[DEFAULT_VOICE])
         prewarmed: PrewarmedChatterbox = model
         return prewarmed
 
     def _warm_up(self, strategy: ChatterboxWarmupStrategy | None) -> None:
-        prepared = self._prepared
+        prepared = self._start.prepared
         wanted = applicable(prepared.execution.profile, prepared.options.device)
         if strategy is None and set(wanted) <= set(prepared.usable):
             self.warmup_completed = self._speak_once()
@@ -174,16 +176,12 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
     @property
     def attached(self) -> Attached:
         """The start of this model: its warm state, its misses, and the baked voices."""
-        from chatterbox_prewarm.model.synthesis import Synthesizer
-
-        misses, reasons = self._verdict
-        synthesizer = Synthesizer(self, self._baked_voices)
-        return Attached(synthesizer=synthesizer, prepared=self._prepared, misses=misses, reasons=reasons)
+        return self._start
 
     @property
     def metrics(self) -> StartMetrics:
         """The event log and counters of this start."""
-        return self._prepared.metrics
+        return self._start.metrics
 
     @property
     def synthesizer(self) -> Synthesizer:
@@ -193,12 +191,14 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
             BadInputError: the model has no voice.
         """
         from chatterbox_prewarm.model.synthesis import Synthesizer
+        from chatterbox_prewarm.model.voices import detached
 
         if self.conds is None:
             raise BadInputError(
                 "the model has no voice", next_step="call prepare_conditionals, or give audio_prompt_path"
             )
-        return Synthesizer(self, {**self._baked_voices, DEFAULT_VOICE: self.conds})
+        baked = self._start.synthesizer
+        return Synthesizer(baked.model, {**baked.voices, DEFAULT_VOICE: detached(self.conds)})
 
     def prepare_conditionals(self, wav_fpath: str | Path, exaggeration: float = 0.5) -> None:
         """Compute the voice of a reference clip and set `conds`, as upstream does, but without keeping its graph.
@@ -209,7 +209,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         import torch
         from audioread import DecodeError
 
-        from chatterbox_prewarm.model.voices import detached
+        from chatterbox_prewarm.model.voices import detached, for_upstream
 
         step = "give the path of an audio file with 5 to 10 s of clean speech"
         if not isinstance(wav_fpath, str | os.PathLike) or not Path(wav_fpath).is_file():
@@ -217,7 +217,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         try:
             with torch.inference_mode():
                 super().prepare_conditionals(wav_fpath, exaggeration=exaggeration)
-                self.conds = detached(self.conds)
+                self.conds = for_upstream(detached(self.conds))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, EOFError, OSError, DecodeError) as error:
@@ -258,7 +258,6 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
             ModelError: the model returned too few speech tokens for audio.
         """
         import torch
-        from chatterbox.tts import punc_norm
 
         sampling = Sampling(
             repetition_penalty=repetition_penalty,
@@ -270,8 +269,8 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         )
         self._set_voice(audio_prompt_path, exaggeration)
         synthesizer = self.synthesizer
-        # Upstream replaces an empty text by a sentence; so this comes before the synthesizer's check of the text.
-        text = punc_norm(text) if isinstance(text, str) else check_text(text)
+        if text == "":
+            text = _NO_TEXT
         tokens = synthesizer.speech_tokens(text, max_new_tokens=MAX_NEW_TOKENS, sampling=sampling)
         samples = synthesizer.sound(tokens, synthesizer.voice(DEFAULT_VOICE))
         return torch.from_numpy(samples).unsqueeze(0)

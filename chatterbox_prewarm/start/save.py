@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -141,8 +141,11 @@ def _save_families(
     """Save each family into a folder of its name, and return their manifest entries, without costs."""
     options = attached.prepared.options
     facts = machine_facts(options.weights, options.cache, options.device)
-    context = attached.prepared.family_context(
-        attached.synthesizer, sources=frozenset(BYTECODE.start_sources() if sources is None else sources)
+    imported = BYTECODE.start_sources()
+    context = replace(
+        attached.prepared.family_context(attached.synthesizer.voices),
+        sources=frozenset(imported if sources is None else sources),
+        upstream_sources=imported,
     )
     entries = []
     for name in families:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
@@ -21,41 +22,47 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from chatterbox_prewarm.model.regions.executors import BoundRegion, Executor
+    from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 
 #: Upstream's number of steps for models that were not distilled.
 EULER_STEPS = 10
+#: Upstream's strength of the classifier-free guidance (`CFM_PARAMS`).
+_GUIDANCE = 0.7
+#: Sizes of the embeddings of a token's position and of a time step.
+_TOKEN_SIZE, _TIME_SIZE = 512, 320
+_TIME_SCALE = 1000
+_MAX_PERIOD = 10_000
+#: How many tokens the first layer of the encoder looks ahead, and how many frames a token has.
+_LOOK_AHEAD, _FRAMES_PER_TOKEN = 3, 2
 
 
 class Flow:
     """Computes the same as upstream's `CausalMaskedDiffWithXvec.inference`, for one utterance.
 
     Args:
-        flow: upstream's module; its weights are used in place.
+        weights: of upstream's module; they are used in place.
         executor: makes the regions callable.
     """
 
-    def __init__(self, flow: Any, executor: Executor) -> None:
-        self._flow = flow
-        encoder, estimator = flow.encoder, flow.decoder.estimator
-        self._encoders = [executor(FLOW_ENCODER_LAYER, encoder_weights(layer)) for layer in encoder.encoders]
-        self._up_encoders = [executor(FLOW_ENCODER_LAYER, encoder_weights(layer)) for layer in encoder.up_encoders]
-        stages = [
-            (resnet, transformers)
-            for blocks in (estimator.down_blocks, estimator.mid_blocks, estimator.up_blocks)
-            for resnet, transformers, *_ in blocks
-        ]
+    def __init__(self, weights: NamedTensors, executor: Executor) -> None:
+        self._weights = weights
+        self._encoder, self._estimator = weights.below("encoder"), weights.below("decoder.estimator")
+        self._encoders, self._up_encoders = (
+            [executor(FLOW_ENCODER_LAYER, encoder_weights(layer)) for layer in self._encoder.layers(name)]
+            for name in ("encoders", "up_encoders")
+        )
+        estimator = self._estimator
+        blocks = [block for name in ("down_blocks", "mid_blocks", "up_blocks") for block in estimator.layers(name)]
         self._stages: list[tuple[BoundRegion, list[BoundRegion]]] = [
             (
-                executor(FLOW_RESNETS[resnet.res_conv.in_channels], resnet_weights(resnet)),
-                [executor(FLOW_TRANSFORMER, transformer_weights(block)) for block in transformers],
+                executor(FLOW_RESNETS[block["0.res_conv.weight"].size(1)], resnet_weights(block.below("0"))),
+                [executor(FLOW_TRANSFORMER, transformer_weights(layer)) for layer in block.layers("1")],
             )
-            for resnet, transformers in stages
+            for block in blocks
         ]
-        (down,) = estimator.down_blocks
-        self._down = (down[2].weight.detach(), down[2].bias.detach())
-        (up,) = estimator.up_blocks
-        final = estimator.final_block.block
-        self._euler = executor(FLOW_EULER, _weights(up[2], final[0], final[2], estimator.final_proj))
+        self._down = estimator.pair("down_blocks.0.2")
+        last = ("up_blocks.0.2", "final_block.block.0", "final_block.block.2", "final_proj")
+        self._euler = executor(FLOW_EULER, estimator.pair(*last))
 
     @torch.inference_mode()
     def __call__(
@@ -65,6 +72,7 @@ class Flow:
         *,
         noise: torch.Tensor | None = None,
         on_step: Callable[[], None] | None = None,
+        steps: int = EULER_STEPS,
     ) -> torch.Tensor:
         """Compute the mel spectrogram of speech tokens.
 
@@ -74,6 +82,7 @@ class Flow:
             noise: (1, frames, 80), at least as many frames as the voice's clip and the speech have. None draws noise
                 from the generator of the device.
             on_step: called before each Euler step; its exceptions end the computation.
+            steps: how many of the Euler steps to run. Fewer give no speech; the check of a start runs one.
 
         Returns:
             (1, 80, 2n), 50 frames per second.
@@ -81,8 +90,9 @@ class Flow:
         Raises:
             BadInputError: the voice's clip and the speech have too many frames together.
         """
-        flow = self._flow
-        device, dtype = flow.encoder_proj.weight.device, flow.encoder_proj.weight.dtype
+        weights = self._weights
+        projection = weights["encoder_proj.weight"]
+        device, dtype = projection.device, projection.dtype
         prompt = voice["prompt_feat"].to(device, dtype)
         if (frames := prompt.size(1) + 2 * tokens.numel()) > MAX_FRAMES:
             raise BadInputError(
@@ -91,52 +101,54 @@ class Flow:
             )
         speaker = functional.normalize(voice["embedding"].to(device, dtype).reshape(1, -1), dim=1)
         sequence = torch.cat([voice["prompt_token"].to(device).long().reshape(1, -1), tokens[None]], dim=1)
-        mean = self._encode(flow.input_embedding(sequence))
+        mean = self._encode(weights["input_embedding.weight"][sequence])
         condition = torch.zeros_like(mean)
         condition[:, : prompt.size(1)] = prompt
-        mel = self._solve(mean, flow.spk_embed_affine_layer(speaker), condition, noise, on_step)
+        speaker = functional.linear(speaker, *weights.pair("spk_embed_affine_layer"))
+        known = torch.cat([mean, speaker[:, None].expand(-1, mean.size(1), -1), condition], dim=2)
+        if noise is None:
+            # Draw in upstream's layout, so that a seed gives upstream's noise.
+            noise = torch.randn_like(mean.transpose(1, 2).contiguous()).transpose(1, 2)
+        mel = self._solve(noise[:, : mean.size(1)].contiguous(), known, steps, on_step)
         return mel[:, prompt.size(1) :].transpose(1, 2).contiguous()
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         """Encode embedded tokens (1, n, 512) into the mean of the mel spectrogram (1, 2n, 80)."""
-        encoder = self._flow.encoder
-        x, distances = encoder.embed.pos_enc(encoder.embed.out(x))
-        x = encoder.pre_lookahead_layer(x)
+        encoder = self._encoder
+        x, distances = self._embed(x, "embed")
+        ahead = functional.pad(x.transpose(1, 2), (0, _LOOK_AHEAD))
+        ahead = functional.leaky_relu(functional.conv1d(ahead, *encoder.pair("pre_lookahead_layer.conv1")))
+        x = x + causal_convolution(ahead.transpose(1, 2), *encoder.pair("pre_lookahead_layer.conv2"))
         for layer in self._encoders:
             (x,) = layer(x, distances)
-        x, _ = encoder.up_layer(x.transpose(1, 2).contiguous(), x.size(1))
-        x, distances = encoder.up_embed.pos_enc(encoder.up_embed.out(x.transpose(1, 2)))
+        x = causal_convolution(x.repeat_interleave(_FRAMES_PER_TOKEN, dim=1), *encoder.pair("up_layer.conv"))
+        x, distances = self._embed(x, "up_embed")
         for layer in self._up_encoders:
             (x,) = layer(x, distances)
-        mean: torch.Tensor = self._flow.encoder_proj(encoder.after_norm(x))
-        return mean
+        x = functional.layer_norm(x, x.shape[-1:], *encoder.pair("after_norm"))
+        return functional.linear(x, *self._weights.pair("encoder_proj"))
+
+    def _embed(self, x: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project (1, n, 512) before a stack of encoder layers. Also return the embeddings of all distances."""
+        weights = self._encoder.below(f"{name}.out")
+        x = functional.linear(x, *weights.pair("0"))
+        x = functional.layer_norm(x, x.shape[-1:], *weights.pair("1")) * math.sqrt(_TOKEN_SIZE)
+        return x, distance_embeddings(x.size(1), x.device).to(x.dtype)
 
     def _solve(
-        self,
-        mean: torch.Tensor,
-        speaker: torch.Tensor,
-        condition: torch.Tensor,
-        noise: torch.Tensor | None,
-        on_step: Callable[[], None] | None,
+        self, mel: torch.Tensor, known: torch.Tensor, steps: int, on_step: Callable[[], None] | None
     ) -> torch.Tensor:
-        """Integrate the flow from noise to the mel spectrogram.
+        """Integrate the flow from noise to the mel spectrogram, (1, frames, 80).
 
-        All tensors are (1, frames, 80), except `speaker`, which is (1, 80). Only the first of the estimator's two rows
-        gets mean, speaker and condition.
+        `known` is (1, frames, 240): mean, speaker and condition. Only the first of the estimator's two rows gets it.
         """
-        decoder = self._flow.decoder
-        estimator = decoder.estimator
-        if noise is None:
-            # Draw in upstream's layout, so that a seed gives upstream's noise.
-            noise = torch.randn_like(mean.transpose(1, 2).contiguous()).transpose(1, 2)
-        mel = noise[:, : mean.size(1)].contiguous()
-        times = torch.linspace(0, 1, EULER_STEPS + 1, device=mean.device, dtype=mean.dtype)
+        times = torch.linspace(0, 1, EULER_STEPS + 1, device=mel.device, dtype=mel.dtype)
         times = 1 - torch.cos(times * 0.5 * torch.pi)
-        embedded = estimator.time_mlp(estimator.time_embeddings(times[:-1]).to(mean.dtype))
-        known = torch.cat([mean, speaker[:, None].expand(-1, mean.size(1), -1), condition], dim=2)
+        embedded = functional.linear(time_embeddings(times[:-1]), *self._estimator.pair("time_mlp.linear_1"))
+        embedded = functional.linear(functional.silu(embedded), *self._estimator.pair("time_mlp.linear_2"))
         known = torch.cat([known, torch.zeros_like(known)])
-        guidance = torch.full((1,), decoder.inference_cfg_rate, device=mean.device, dtype=mean.dtype)
-        for step in range(EULER_STEPS):
+        guidance = torch.full((1,), _GUIDANCE, device=mel.device, dtype=mel.dtype)
+        for step in range(steps):
             if on_step is not None:
                 on_step()
             hidden = self._estimate(mel, known, embedded[step : step + 1])
@@ -160,32 +172,47 @@ class Flow:
         return x
 
 
-def encoder_weights(layer: Any) -> list[torch.Tensor]:
+def distance_embeddings(tokens: int, device: torch.device) -> torch.Tensor:
+    """Compute the embeddings of the distances from `tokens` - 1 down to 1 - `tokens` (arXiv:1901.02860, appendix B).
+
+    Returns:
+        float32 (1, 2 tokens - 1, 512), with sines in even and cosines in odd columns.
+    """
+    columns = torch.arange(0, _TOKEN_SIZE, 2, dtype=torch.float32, device=device)
+    frequencies = torch.exp(columns * -(math.log(_MAX_PERIOD) / _TOKEN_SIZE))
+    angles = torch.arange(tokens - 1, -tokens, -1, dtype=torch.float32, device=device)[:, None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[None]
+
+
+def time_embeddings(times: torch.Tensor) -> torch.Tensor:
+    """Compute the sinusoidal embeddings of times (n,) from 0 to 1: (n, 320), with the sines first."""
+    half = _TIME_SIZE // 2
+    frequencies = torch.exp(
+        torch.arange(half, device=times.device, dtype=torch.float32) * -(math.log(_MAX_PERIOD) / (half - 1))
+    )
+    angles = _TIME_SCALE * times[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1).to(times.dtype)
+
+
+def encoder_weights(layer: NamedTensors) -> list[torch.Tensor]:
     """Return the weight arguments of `flow_blocks.encoder_layer` for upstream's `ConformerEncoderLayer`."""
-    attention, feed_forward = layer.self_attn, layer.feed_forward
+    attention = layer.below("self_attn")
     return [
-        *_weights(layer.norm_mha, attention.linear_q, attention.linear_k, attention.linear_v),
-        *(tensor.detach() for tensor in (attention.linear_pos.weight, attention.pos_bias_u, attention.pos_bias_v)),
-        *_weights(attention.linear_out, layer.norm_ff, feed_forward.w_1, feed_forward.w_2),
+        *layer.pair("norm_mha", "self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v"),
+        *(attention[name] for name in ("linear_pos.weight", "pos_bias_u", "pos_bias_v")),
+        *layer.pair("self_attn.linear_out", "norm_ff", "feed_forward.w_1", "feed_forward.w_2"),
     ]
 
 
-def transformer_weights(block: Any) -> list[torch.Tensor]:
+def transformer_weights(block: NamedTensors) -> list[torch.Tensor]:
     """Return the weight arguments of `flow_blocks.transformer` for upstream's `BasicTransformerBlock`."""
-    attention, feed_forward = block.attn1, block.ff.net
     return [
-        *_weights(block.norm1),
-        *(part.weight.detach() for part in (attention.to_q, attention.to_k, attention.to_v)),
-        *_weights(attention.to_out[0], block.norm3, feed_forward[0].proj, feed_forward[2]),
+        *block.pair("norm1"),
+        *(block[f"attn1.{name}.weight"] for name in ("to_q", "to_k", "to_v")),
+        *block.pair("attn1.to_out.0", "norm3", "ff.net.0.proj", "ff.net.2"),
     ]
 
 
-def resnet_weights(block: Any) -> list[torch.Tensor]:
+def resnet_weights(block: NamedTensors) -> list[torch.Tensor]:
     """Return the weight arguments of `flow_blocks.resnet` for upstream's `CausalResnetBlock1D`."""
-    first, second = block.block1.block, block.block2.block
-    return _weights(block.mlp[1], first[0], first[2], second[0], second[2], block.res_conv)
-
-
-def _weights(*layers: Any) -> list[torch.Tensor]:
-    """Return the weight and the bias of each layer."""
-    return [tensor.detach() for layer in layers for tensor in (layer.weight, layer.bias)]
+    return block.pair("mlp.1", "block1.block.0", "block1.block.2", "block2.block.0", "block2.block.2", "res_conv")

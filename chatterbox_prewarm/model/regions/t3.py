@@ -6,22 +6,24 @@ tokens and drops the tokens drawn after it. On a GPU a step can be captured as a
 
 from __future__ import annotations
 
+import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.regions.decode_state import DecodeState
 from chatterbox_prewarm.model.regions.region import MAX_POSITIONS, T3_DECODE, T3_PREFILL, T3_SAMPLE, T3_SAMPLE_NUCLEUS
+from chatterbox_prewarm.model.regions.t3_blocks import HEAD_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from chatterbox.models.t3 import T3
-    from chatterbox.models.t3.modules.cond_enc import T3Cond
-
+    from chatterbox_prewarm.model.conditionals import T3Conditionals
     from chatterbox_prewarm.model.regions.executors import BoundRegion, Executor
+    from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
     from chatterbox_prewarm.model.sampling import Sampling
 
 #: On a CPU, attention reads the used positions, rounded up to this number: few shapes and little wasted work.
@@ -33,39 +35,52 @@ _GPU_CACHE_SIZES = (1280, 2304, MAX_POSITIONS)
 #: costs a CPU as much as any other token.
 _CHECK_EVERY_ON_CPU = 1
 _CHECK_EVERY_ON_GPU = 16
+#: Tokens of upstream's `T3Config`. The start token is the first id after the codebook of speech tokens.
+START_TEXT_TOKEN, STOP_TEXT_TOKEN = 255, 0
+START_SPEECH_TOKEN, STOP_SPEECH_TOKEN = 6561, 6562
+#: The most text tokens of an utterance, with the start and the stop token.
+MAX_TEXT_TOKENS = 2048
+_PERCEIVER_HEADS = 4
+#: Upstream's settings of the rotary embedding (`LLAMA_520M_CONFIG_DICT`), scaled as in Llama 3.1 (arXiv:2407.21783).
+_ROPE_BASE = 500_000.0
+_ROPE_FACTOR, _ROPE_LOW, _ROPE_HIGH, _ROPE_LENGTH = 8.0, 1.0, 4.0, 8192
 
 
 class T3Decoder:
     """Draws speech tokens with T3's regions. Only one call may run at a time.
 
     Args:
-        t3: upstream's module; its weights are used in place.
+        weights: of upstream's `T3`; they are used in place.
         executor: makes the regions callable.
         dtype: of the transformer; None keeps the checkpoint's.
         graphs: capture the step of a token as a CUDA graph; needs a GPU.
     """
 
-    def __init__(self, t3: T3, executor: Executor, *, dtype: torch.dtype | None = None, graphs: bool = False) -> None:
-        self._t3 = t3
-        self._device = torch.device(t3.device)
-        self.dtype: torch.dtype = dtype or t3.speech_head.weight.dtype
-        self._graphs = graphs
-        layers = [[weight.to(self.dtype) for weight in layer_weights(layer)] for layer in t3.tfmr.layers]
+    def __init__(
+        self, weights: NamedTensors, executor: Executor, *, dtype: torch.dtype | None = None, graphs: bool = False
+    ) -> None:
+        self._weights = weights
+        self._device = weights["speech_head.weight"].device
+        self.dtype: torch.dtype = dtype or weights["speech_head.weight"].dtype
+        self.graphs = graphs
+        layers = [
+            [weight.to(self.dtype) for weight in layer_weights(layer)] for layer in weights.layers("tfmr.layers")
+        ]
         self._prefill = [executor(T3_PREFILL, weights) for weights in layers]
         self._decode = [executor(T3_DECODE, weights) for weights in layers]
-        last = (t3.tfmr.norm, t3.speech_head, t3.speech_emb, t3.speech_pos_emb.emb)
-        weights = [module.weight.detach().to(self.dtype) for module in last]
-        self._samplers = {False: executor(T3_SAMPLE, weights), True: executor(T3_SAMPLE_NUCLEUS, weights)}
-        positions = torch.arange(MAX_POSITIONS, device=self._device)[None]
-        cosine, sine = t3.tfmr.rotary_emb(torch.empty(0, device=self._device, dtype=self.dtype), positions)
-        self._cosine, self._sine = cosine[0].contiguous(), sine[0].contiguous()
+        last = [
+            weights[f"{name}.weight"].to(self.dtype)
+            for name in ("tfmr.norm", "speech_head", "speech_emb", "speech_pos_emb.emb")
+        ]
+        self._samplers = {False: executor(T3_SAMPLE, last), True: executor(T3_SAMPLE_NUCLEUS, last)}
+        self._cosine, self._sine = (table.to(self.dtype) for table in rotary_tables(MAX_POSITIONS, self._device))
         self._kept: DecodeState | None = None
         #: Seconds spent on capturing graphs so far.
         self.capture_seconds = 0.0
 
     @torch.inference_mode()
     def __call__(
-        self, conditionals: T3Cond, text_tokens: torch.Tensor, *, sampling: Sampling, max_new_tokens: int
+        self, conditionals: T3Conditionals, text_tokens: torch.Tensor, *, sampling: Sampling, max_new_tokens: int
     ) -> torch.Tensor:
         """Draw speech tokens until the stop token or `max_new_tokens`.
 
@@ -86,7 +101,7 @@ class T3Decoder:
 
     @torch.inference_mode()
     def blocks(
-        self, conditionals: T3Cond, text_tokens: torch.Tensor, *, sampling: Sampling, max_new_tokens: int
+        self, conditionals: T3Conditionals, text_tokens: torch.Tensor, *, sampling: Sampling, max_new_tokens: int
     ) -> Generator[torch.Tensor]:
         """Draw the same tokens as a call, one block between two checks for the end of speech at a time.
 
@@ -115,7 +130,7 @@ class T3Decoder:
                 if count % check_every == 0 or count == max_new_tokens:
                     block = state.drawn[checked:count]
                     checked = count
-                    ended = (block == self._t3.hp.stop_speech_token).nonzero()
+                    ended = (block == STOP_SPEECH_TOKEN).nonzero()
                     if ended.numel():
                         yield block[: int(ended[0, 0]) + 1].clone()
                         return
@@ -127,7 +142,7 @@ class T3Decoder:
 
     @torch.inference_mode()
     def hidden(
-        self, conditionals: T3Cond, text_tokens: torch.Tensor, speech_tokens: torch.Tensor, *, sampling: Sampling
+        self, conditionals: T3Conditionals, text_tokens: torch.Tensor, speech_tokens: torch.Tensor, *, sampling: Sampling
     ) -> torch.Tensor:
         """Return the transformer's outputs for a known sequence of speech tokens (teacher forcing).
 
@@ -142,13 +157,14 @@ class T3Decoder:
         Returns:
             (n, 2, 1024), before the last normalization.
         """
-        t3, count = self._t3, len(speech_tokens)
+        weights, count = self._weights, len(speech_tokens)
         prompt = self._embed_prompt(conditionals, text_tokens, sampling.cfg_weight)
         length = prompt.size(1)
         state = self._acquire_state(length + count, nucleus=False)
         self._run_prompt(state, prompt, sampling)
         numbers = torch.arange(1, count + 1, device=self._device)
-        tokens, positions = t3.speech_emb.weight[speech_tokens], t3.speech_pos_emb.emb.weight[numbers]
+        tokens = weights["speech_emb.weight"][speech_tokens]
+        positions = weights["speech_pos_emb.emb.weight"][numbers]
         outputs = [state.hidden.clone()]
         for number, embedding in enumerate(tokens.to(self.dtype) + positions.to(self.dtype), start=1):
             if number < count:
@@ -157,28 +173,45 @@ class T3Decoder:
                 outputs.append(state.hidden.clone())
         return torch.stack(outputs)[:, :, 0]
 
-    def _embed_prompt(self, conditionals: T3Cond, text_tokens: torch.Tensor, cfg_weight: float) -> torch.Tensor:
+    def _embed_prompt(self, conditionals: T3Conditionals, text_tokens: torch.Tensor, cfg_weight: float) -> torch.Tensor:
         """Embed voice, text and two start tokens: (2, length, 1024). The second row has no text, for guidance."""
-        t3 = self._t3
-        voice = t3.prepare_conditioning(copy_conditionals(conditionals))
-        text = t3.text_emb(text_tokens)
+        weights = self._weights
+        voice = self._embed_voice(conditionals)
+        text = weights["text_emb.weight"][text_tokens]
         # Upstream zeroes the text of the second row before it adds the positions, and only with guidance.
         unconditional = torch.zeros_like(text) if cfg_weight > 0.0 else text
-        text = torch.cat([text, unconditional]) + t3.text_pos_emb(text_tokens)
-        start = t3.speech_emb.weight[t3.hp.start_speech_token] + t3.speech_pos_emb.emb.weight[0]
+        text = torch.cat([text, unconditional]) + weights["text_pos_emb.emb.weight"][: text_tokens.size(1)]
+        start = weights["speech_emb.weight"][START_SPEECH_TOKEN] + weights["speech_pos_emb.emb.weight"][0]
         # Two start tokens: upstream embeds one with the prompt, and one as the first token of its loop.
         return torch.cat([voice.expand(2, -1, -1), text, start.expand(2, 2, -1)], dim=1).to(self.dtype)
 
+    def _embed_voice(self, conditionals: T3Conditionals) -> torch.Tensor:
+        """Compute the embeddings of a voice, (1, 34, 1024), as upstream's `T3CondEnc`.
+
+        They are the speaker, 32 tokens that a perceiver (arXiv:2103.03206) makes from the voice's speech tokens, and
+        the emotion.
+        """
+        weights = self._weights
+        encoder = weights.below("cond_enc")
+        speaker = functional.linear(conditionals.speaker_emb.view(1, 1, -1), *encoder.pair("spkr_enc"))
+        tokens = conditionals.cond_prompt_speech_tokens
+        prompt = weights["speech_emb.weight"][tokens] + weights["speech_pos_emb.emb.weight"][: tokens.size(1)]
+        attention = encoder.below("perceiver.attn")
+        summary = _attend(attention, encoder["perceiver.pre_attention_query"], prompt)
+        summary = _attend(attention, summary, summary)
+        emotion = functional.linear(conditionals.emotion_adv.view(1, 1, 1), encoder["emotion_adv_fc.weight"])
+        return torch.cat([speaker, summary, emotion], dim=1)
+
     def _acquire_state(self, positions: int, *, nucleus: bool) -> DecodeState:
         """Return tensors for a sequence of this length. On a GPU they are reused, because graphs store addresses."""
-        layers, vocabulary = len(self._decode), self._t3.hp.speech_tokens_dict_size
+        layers, vocabulary = len(self._decode), self._weights["speech_emb.weight"].size(0)
         if self._device.type == "cpu":
             return DecodeState(layers, positions, self._device, self.dtype, vocabulary)
         if self._kept is None or self._kept.positions < positions:
             self._kept = None  # free its memory before the larger one is allocated
             size = next(size for size in _GPU_CACHE_SIZES if size >= positions)
             self._kept = DecodeState(layers, size, self._device, self.dtype, vocabulary)
-        if self._graphs and nucleus not in self._kept.graphs:
+        if self.graphs and nucleus not in self._kept.graphs:
             self._capture(self._kept, nucleus=nucleus)
         return self._kept
 
@@ -193,7 +226,7 @@ class T3Decoder:
         x, length = prompt, prompt.size(1)
         for block, keys, values in zip(self._prefill, state.keys, state.values, strict=True):
             x, keys[:length], values[:length] = block(x, self._cosine[:length], self._sine[:length])
-        state.begin(x[:, -1:], length, sampling, self._t3.hp.start_speech_token)
+        state.begin(x[:, -1:], length, sampling, START_SPEECH_TOKEN)
 
     def _advance(self, state: DecodeState, *, nucleus: bool, positions: int) -> None:
         """Draw the next token, with the captured graph if there is one."""
@@ -246,27 +279,46 @@ class T3Decoder:
         self.capture_seconds += time.perf_counter() - started
 
 
-def layer_weights(layer: Any) -> list[torch.Tensor]:
+def layer_weights(layer: NamedTensors) -> list[torch.Tensor]:
     """Return the weight arguments of `t3_blocks.prefill` and `decode` for a Llama layer of `transformers`."""
-    attention, feed_forward = layer.self_attn, layer.mlp
-    modules = (
-        layer.input_layernorm,
-        attention.q_proj,
-        attention.k_proj,
-        attention.v_proj,
-        attention.o_proj,
-        layer.post_attention_layernorm,
-        feed_forward.gate_proj,
-        feed_forward.up_proj,
-        feed_forward.down_proj,
+    names = (
+        "input_layernorm",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "post_attention_layernorm",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
     )
-    return [module.weight.detach() for module in modules]
+    return [layer[f"{name}.weight"] for name in names]
 
 
-def copy_conditionals(conditionals: T3Cond) -> T3Cond:
-    """Make a shallow copy, because upstream writes intermediate results into the object that it gets."""
-    return type(conditionals)(
-        speaker_emb=conditionals.speaker_emb,
-        cond_prompt_speech_tokens=conditionals.cond_prompt_speech_tokens,
-        emotion_adv=conditionals.emotion_adv,
-    )
+def rotary_tables(positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the cosines and sines of T3's rotary embedding: float32 (positions, 64) each.
+
+    The frequencies are those of Llama 3.1: long wavelengths are stretched, short ones are not, and those between are
+    blended.
+    """
+    frequencies = 1.0 / (_ROPE_BASE ** (torch.arange(0, HEAD_SIZE, 2, dtype=torch.float32, device=device) / HEAD_SIZE))
+    wavelengths = 2 * math.pi / frequencies
+    share = (_ROPE_LENGTH / wavelengths - _ROPE_LOW) / (_ROPE_HIGH - _ROPE_LOW)
+    blended = (1 - share) * frequencies / _ROPE_FACTOR + share * frequencies
+    scaled = torch.where(wavelengths > _ROPE_LENGTH / _ROPE_LOW, frequencies / _ROPE_FACTOR, blended)
+    scaled = torch.where(wavelengths < _ROPE_LENGTH / _ROPE_HIGH, frequencies, scaled)
+    angles = torch.arange(positions, dtype=torch.float32, device=device)[:, None] * scaled
+    angles = torch.cat([angles, angles], dim=1)
+    return angles.cos(), angles.sin()
+
+
+def _attend(weights: NamedTensors, queries: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Run the perceiver's attention block: `queries` (1, m, 1024) attend to `x` (1, n, 1024), with a residual."""
+
+    def heads(x: torch.Tensor, name: str) -> torch.Tensor:
+        normalized = functional.layer_norm(x, x.shape[-1:], *weights.pair("norm"))
+        projected = functional.linear(normalized, *weights.pair(name))
+        return projected.view(1, x.size(1), _PERCEIVER_HEADS, -1).transpose(1, 2)
+
+    attended = functional.scaled_dot_product_attention(heads(queries, "to_q"), heads(x, "to_k"), heads(x, "to_v"))
+    return queries + functional.linear(attended.transpose(1, 2).reshape(queries.shape), *weights.pair("proj_out"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
@@ -13,12 +13,23 @@ from chatterbox_prewarm.model.regions.region import VOCODER_PITCH, VOCODER_TRUNK
 from chatterbox_prewarm.model.regions.vocoder_blocks import FFT_SIZE, pitch_weights, trunk_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from chatterbox_prewarm.model.regions.executors import Executor
+    from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 
 _HOP = 4
 _TURN = 2 * math.pi
 _MAX_MAGNITUDE = 1e2  # upstream clips the magnitude at this value
+_MAX_SAMPLE = 0.99  # and the samples at this one
+SAMPLE_RATE = 24_000
 SAMPLES_PER_FRAME = 480
+#: S3Gen silences the first 20 ms and fades the next 20 ms in.
+_FADE_SAMPLES = 480
+#: Settings of the excitation: the pitch and its eight harmonics, their amplitude, the deviation of the noise in voiced
+#: frames, and the pitch in Hz above which a frame is voiced.
+_WAVES = 9
+_AMPLITUDE, _NOISE, _VOICED_HZ = 0.1, 0.003, 10.0
 #: How many mel frames on each side the pitch depends on: five convolutions of three frames.
 _PITCH_CONTEXT = 5
 #: How many frames on each side the waveform depends on: 14.3 frames of the source, mostly because of the residual
@@ -32,16 +43,18 @@ class Vocoder:
     """Computes the same as upstream's `HiFTGenerator.inference` for one utterance, with the fade-in that S3Gen adds.
 
     Args:
-        s3gen: upstream's module; its weight norms are applied once, into new tensors.
+        weights: of upstream's `HiFTGenerator`; its weight norms are applied once, into new tensors.
         executor: makes the regions callable.
     """
 
-    def __init__(self, s3gen: Any, executor: Executor) -> None:
-        self._hift = hift = s3gen.mel2wav
-        self._fade = s3gen.trim_fade
-        self._pitch = executor(VOCODER_PITCH, pitch_weights(hift.f0_predictor))
-        self._trunk = executor(VOCODER_TRUNK, trunk_weights(hift))
-        self._window = hift.stft_window.to(self._fade.device)
+    def __init__(self, weights: NamedTensors, executor: Executor) -> None:
+        self._merge = weights.pair("m_source.l_linear")
+        device = self._merge[0].device
+        self._pitch = executor(VOCODER_PITCH, pitch_weights(weights.below("f0_predictor")))
+        self._trunk = executor(VOCODER_TRUNK, trunk_weights(weights))
+        self._window = torch.hann_window(FFT_SIZE, dtype=torch.float64).float().to(device)
+        ramp = (torch.cos(torch.linspace(math.pi, 0, _FADE_SAMPLES)) + 1) / 2
+        self._fade = torch.cat([torch.zeros(_FADE_SAMPLES), ramp]).to(device)
 
     @torch.inference_mode()
     def __call__(self, mel: torch.Tensor) -> torch.Tensor:
@@ -53,7 +66,7 @@ class Vocoder:
         Returns:
             (480 frames,), 24 kHz, within [-0.99, 0.99].
         """
-        wave = self.sound(mel, Source(self._hift)(self.pitch(mel)))
+        wave = self.sound(mel, Source(self._merge)(self.pitch(mel)))
         self.fade_in(wave, 0)
         return wave
 
@@ -68,8 +81,7 @@ class Vocoder:
         )
         magnitude, phase = self._trunk(mel, torch.cat([spectrum[..., 0], spectrum[..., 1]], dim=1))
         wave = self._inverse(torch.polar(magnitude.clip(max=_MAX_MAGNITUDE), phase))
-        limit = self._hift.audio_limit
-        return wave.clamp(-limit, limit)
+        return wave.clamp(-_MAX_SAMPLE, _MAX_SAMPLE)
 
     def fade_in(self, wave: torch.Tensor, begin: int) -> None:
         """Apply S3Gen's fade-in in place to a part of the waveform, (samples,), that begins at sample `begin`."""
@@ -82,7 +94,7 @@ class Vocoder:
         Args:
             generator: the CPU generator for the noise; None uses the global generators.
         """
-        return VocoderStream(self, Source(self._hift, generator))
+        return VocoderStream(self, Source(self._merge, generator))
 
     def _inverse(self, spectrum: torch.Tensor) -> torch.Tensor:
         """Apply the inverse short-time Fourier transform to (1, 9, n): 4 (n - 1) samples.
@@ -151,12 +163,12 @@ class Source:
     imports the compiler for that. Here and in upstream they are drawn on the CPU, for any device.
 
     Args:
-        hift: upstream's module.
+        merge: the weight and the bias of the layer that merges the waves.
         generator: the CPU generator; None uses the global generators, as upstream does.
     """
 
-    def __init__(self, hift: Any, generator: torch.Generator | None = None) -> None:
-        self._hift = hift
+    def __init__(self, merge: Sequence[torch.Tensor], generator: torch.Generator | None = None) -> None:
+        self._merge = merge
         self._generator = generator
         self._cycles: torch.Tensor | None = None
         self._phase: torch.Tensor | None = None
@@ -170,12 +182,10 @@ class Source:
         Returns:
             (1, 480 frames), within [-1, 1].
         """
-        module = self._hift.m_source
-        sines = module.l_sin_gen
-        frequency = self._hift.f0_upsamp(pitch[:, None])
-        voiced = (frequency > sines.voiced_threshold).to(pitch.dtype)
-        harmonics = torch.arange(1, sines.harmonic_num + 2, device=pitch.device)[:, None]
-        cycles = (frequency * harmonics / sines.sampling_rate).cumsum(dim=2)
+        frequency = pitch[:, None].repeat_interleave(SAMPLES_PER_FRAME, dim=2)
+        voiced = (frequency > _VOICED_HZ).to(pitch.dtype)
+        harmonics = torch.arange(1, _WAVES + 1, device=pitch.device)[:, None]
+        cycles = (frequency * harmonics / SAMPLE_RATE).cumsum(dim=2)
         if self._cycles is not None:
             cycles = cycles + self._cycles
         self._cycles = cycles[..., -1:] % 1
@@ -183,7 +193,7 @@ class Source:
             phase = torch.rand((1, *harmonics.shape), generator=self._generator) * _TURN - _TURN / 2
             phase[:, 0] = 0.0
             self._phase = phase.to(pitch.device, non_blocking=True)
-        waves = sines.sine_amp * torch.sin(_TURN * (cycles % 1) + self._phase)
+        waves = _AMPLITUDE * torch.sin(_TURN * (cycles % 1) + self._phase)
         if self._generator is None:
             noise = torch.randn_like(waves)
         else:
@@ -191,6 +201,6 @@ class Source:
             shape = (pitch.size(1), harmonics.size(0), SAMPLES_PER_FRAME)
             noise = torch.randn(shape, generator=self._generator).to(waves.device)
             noise = noise.transpose(0, 1).reshape(waves.shape)
-        loudness = voiced * sines.noise_std + (1 - voiced) * sines.sine_amp / 3
+        loudness = voiced * _NOISE + (1 - voiced) * _AMPLITUDE / 3
         waves = waves * voiced + loudness * noise
-        return torch.tanh(module.l_linear(waves.transpose(1, 2))).transpose(1, 2)[:, 0]
+        return torch.tanh(functional.linear(waves.transpose(1, 2), *self._merge)).transpose(1, 2)[:, 0]

@@ -5,7 +5,7 @@ Upstream recomputes the weight norm of 82 convolutions in every forward pass. He
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch.nn import functional
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 
 #: Upstream's sizes: three up-sampling stages, each with one residual block for the source and three for the signal.
 _STRIDES = (8, 5, 3)
@@ -89,26 +91,21 @@ def _snake(x: Tensor, alpha: Tensor) -> Tensor:
     return x + torch.sin(x * alpha).square() / (alpha + _EPSILON)
 
 
-def pitch_weights(predictor: Any) -> list[Tensor]:
+def pitch_weights(predictor: NamedTensors) -> list[Tensor]:
     """Return the weight arguments of `pitch` for upstream's `ConvRNNF0Predictor`."""
-    layers = [*list(predictor.condnet)[::2], predictor.classifier]
-    return [tensor for layer in layers for tensor in _pair(layer)]
+    return predictor.pair(*(f"condnet.{2 * layer}" for layer in range(_PITCH_LAYERS)), "classifier")
 
 
-def trunk_weights(hift: Any) -> list[Tensor]:
+def trunk_weights(hift: NamedTensors) -> list[Tensor]:
     """Return the weight arguments of `trunk` for upstream's `HiFTGenerator`, with weight norms applied."""
-    weights = _pair(hift.conv_pre)
+    weights = hift.pair("conv_pre")
     kernels = len(_KERNELS)
     for stage in range(len(_STRIDES)):
-        weights += [*_pair(hift.ups[stage]), *_pair(hift.source_downs[stage])]
-        blocks = hift.resblocks[stage * kernels : (stage + 1) * kernels]
-        for block in (hift.source_resblocks[stage], *blocks):
-            layers = zip(block.activations1, block.convs1, block.activations2, block.convs2, strict=True)
-            for first, convolution, second, other in layers:
-                weights += [first.alpha.detach(), *_pair(convolution), second.alpha.detach(), *_pair(other)]
-    return [*weights, *_pair(hift.conv_post)]
-
-
-def _pair(layer: Any) -> list[Tensor]:
-    """Return weight and bias. Reading a parametrized weight computes it."""
-    return [layer.weight.detach().contiguous(), layer.bias.detach()]
+        weights += hift.pair(f"ups.{stage}", f"source_downs.{stage}")
+        names = [f"resblocks.{number}" for number in range(stage * kernels, (stage + 1) * kernels)]
+        for name in (f"source_resblocks.{stage}", *names):
+            block = hift.below(name)
+            for layer in range(len(_DILATIONS)):
+                weights += [block[f"activations1.{layer}.alpha"], *block.pair(f"convs1.{layer}")]
+                weights += [block[f"activations2.{layer}.alpha"], *block.pair(f"convs2.{layer}")]
+    return weights + hift.pair("conv_post")

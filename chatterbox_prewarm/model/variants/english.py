@@ -1,74 +1,108 @@
-"""The English model: constructed without random initialization; the weights are mapped from the files without a copy.
+"""The English model: text → tokens → mel spectrogram → watermarked audio, from the tensors of a checkpoint.
 
-Filling 800 million parameters with random numbers takes 13 s of an upstream start. Non-persistent buffers and plain
-tensor attributes (position tables, windows, fades) are still computed; a meta device would lose them.
+Upstream's packages are not imported and its modules are not constructed: a start loads torch, numpy, safetensors,
+tokenizers and soxr, and maps the tensors. `model.upstream` loads upstream's model, which voices from clips need.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
 import mmap
-import os
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
-from torch.overrides import TorchFunctionMode
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 from chatterbox_prewarm.errors import BadInputError, ModelError, WeightsError, first_line
-from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox, paused_gc
-from chatterbox_prewarm.system.regular_files import open_regular
-from chatterbox_prewarm.weights.record import Synthetic, check_quickly, read_record
-from chatterbox_prewarm.weights.safetensors_header import read_safetensors_header
+from chatterbox_prewarm.model.regions.executors import eager
+from chatterbox_prewarm.model.regions.flow import Flow
+from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
+from chatterbox_prewarm.model.regions.t3 import START_SPEECH_TOKEN, START_TEXT_TOKEN, STOP_TEXT_TOKEN, T3Decoder
+from chatterbox_prewarm.model.regions.vocoder import SAMPLE_RATE, Vocoder
+from chatterbox_prewarm.model.text import normalize_punctuation
+from chatterbox_prewarm.model.watermark import Watermark
+from chatterbox_prewarm.weights.record import check_quickly, read_record
 from chatterbox_prewarm.weights.variants import ENGLISH
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from chatterbox.models.t3 import T3
-    from chatterbox.models.tokenizers import EnTokenizer
-    from chatterbox.tts import ChatterboxTTS
+    import numpy as np
+    from numpy.typing import NDArray
 
-logger = logging.getLogger(__name__)
+    from chatterbox_prewarm.model.regions.executors import Executor
 
-#: Constants that upstream's constructor computes and that published files may lack (`S3Token2Wav`).
-_COMPUTED = frozenset({"tokenizer._mel_filters", "tokenizer.window"})
-_SHORT_LLAMA = "chatterbox_prewarm_{layers}_layers"
+#: The parts of each file that a synthesis uses. S3Gen's other parts and the voice encoder make voices from clips.
+_PARTS = {"t3_cfg": ("",), "s3gen": ("flow.", "mel2wav.")}
+#: The parts of T3 that may run in another dtype than the checkpoint's.
+_TRANSFORMER = ("tfmr.layers.", "tfmr.norm.")
+_SPACE = "[SPACE]"
 #: `madvise(2)`, since Linux 5.14: map all pages now instead of one page fault each, and read missing pages from disk.
 _MADV_POPULATE_READ = 22
-#: Names of functions, because transformers replaces the functions of torch.nn.init while it constructs a model. The set
-#: also contains the initializers that call the fills: a mode is off while one of its functions runs.
-_RANDOM_FILLS = frozenset(
-    {
-        "kaiming_normal_",
-        "kaiming_uniform_",
-        "normal_",
-        "orthogonal_",
-        "trunc_normal_",
-        "uniform_",
-        "xavier_normal_",
-        "xavier_uniform_",
-    }
-)
 
 
-def load(directory: Path, *, device: str = "cpu") -> ChatterboxTTS:
-    """Build `ChatterboxTTS` from a weights directory. All tensors equal those of `ChatterboxTTS.from_local`.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class English:
+    """A loaded English model. Only one call may run at a time, because the decoder keeps state during a call.
 
-    On a CPU the parameters are mapped pages of the files. On a GPU each file is loaded directly to the device. The
-    voice (`conds`) is not set: it comes from the warm state, or from the caller.
+    Attributes:
+        tensors: the tensors by the stem of their file and their name in it, such as "t3_cfg.speech_head.weight".
+        tokenizer: turns text into tokens.
+        decoder: T3, draws speech tokens.
+        flow: turns speech tokens into a mel spectrogram.
+        vocoder: turns a mel spectrogram into a waveform.
+        watermark: marks the waveform.
+        device: a torch device as a string.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    tokenizer: Tokenizer
+    decoder: T3Decoder
+    flow: Flow
+    vocoder: Vocoder
+    watermark: Watermark
+    device: str
+    #: Of the audio, in Hz.
+    sample_rate: int = SAMPLE_RATE
+    #: The number of speech tokens that have a sound.
+    codebook: int = START_SPEECH_TOKEN
+
+    def text_tokens(self, text: str) -> torch.Tensor:
+        """Return the text tokens that the decoder expects, int64 (1, n), with the start and the stop token."""
+        ids = self.tokenizer.encode(normalize_punctuation(text).replace(" ", _SPACE)).ids
+        return torch.tensor([[START_TEXT_TOKEN, *ids, STOP_TEXT_TOKEN]], device=self.device)
+
+    def marked(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Add the watermark to mono audio, (samples,), at the model's sample rate."""
+        return self.watermark.apply(samples, sample_rate=self.sample_rate)
+
+
+def load(
+    directory: Path,
+    *,
+    device: str = "cpu",
+    executor: Executor = eager,
+    t3_dtype: torch.dtype | None = None,
+    graphs: bool = False,
+) -> English:
+    """Load the English model from a weights directory.
+
+    On a CPU the tensors are mapped pages of the files. On a GPU each is loaded directly to the device.
 
     Args:
         directory: contains the variant's files and `weights.json`.
         device: a torch device as a string, such as "cpu" or "cuda".
+        executor: makes the regions callable.
+        t3_dtype: of T3's transformer; None keeps the checkpoint's.
+        graphs: capture T3's step as a CUDA graph.
 
     Raises:
-        WeightsError: a file is missing or truncated, or the names or shapes of its tensors are wrong.
-        ModelError: the model's packages cannot be imported.
+        WeightsError: a file is missing or truncated, a tensor is missing, or the tokenizer is damaged.
+        ModelError: torch sees no GPU, or the watermark's weights are missing.
+        BadInputError: there is no GPU with this number.
     """
     record = read_record(directory)
     if record.variant != ENGLISH.name:
@@ -78,37 +112,62 @@ def load(directory: Path, *, device: str = "cpu") -> ChatterboxTTS:
         )
     check_quickly(directory, record)
     check_device(device)
-    read_ahead(directory)
-    import_chatterbox()
-
-    from chatterbox.tts import ChatterboxTTS
-
-    with paused_gc():
-        t3, s3gen, ve = construct(record.synthetic)
-        _assign(ve, directory / "ve.safetensors", device)
-        _assign(t3, directory / "t3_cfg.safetensors", device)
-        _assign(s3gen, directory / "s3gen.safetensors", device, may_lack=_COMPUTED, may_have_more=True)
-        for module in (ve, t3, s3gen):
-            module.to(device).eval()
-            populate(module)
-        return ChatterboxTTS(t3, s3gen, ve, _read_tokenizer(directory / "tokenizer.json"), device)
+    tensors = dict(_read(directory, device, t3_dtype))
+    populate(tensors)
+    return English(
+        tensors=tensors,
+        tokenizer=read_tokenizer(directory / "tokenizer.json"),
+        decoder=T3Decoder(NamedTensors(tensors, "t3_cfg."), executor, dtype=t3_dtype, graphs=graphs),
+        flow=Flow(NamedTensors(tensors, "s3gen.flow."), executor),
+        vocoder=Vocoder(NamedTensors(tensors, "s3gen.mel2wav."), executor),
+        watermark=Watermark(),
+        device=device,
+    )
 
 
-def _read_tokenizer(path: Path) -> EnTokenizer:
+def _read(directory: Path, device: str, t3_dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read the tensors of a synthesis. Half-precision files become float32, as in upstream.
+
+    The transformer is cast here, so that memory holds it once.
+    """
+    for stem, parts in _PARTS.items():
+        path = directory / f"{stem}.safetensors"
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                for name in file.keys():  # noqa: SIM118 - this is no dictionary
+                    if name.startswith(parts):
+                        tensor = file.get_tensor(name)
+                        narrow = stem == "t3_cfg" and name.startswith(_TRANSFORMER)
+                        yield f"{stem}.{name}", tensor.to((t3_dtype if narrow else None) or torch.float32)
+        except SafetensorError as error:
+            raise WeightsError(
+                f"{path} is not a safetensors file: {error}",
+                next_step="check that the files belong to this variant with `chatterbox-prewarm weights verify`",
+            ) from error
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
     """Read the tokenizer.
 
     Raises:
-        WeightsError: it is damaged.
+        WeightsError: it is damaged, or lacks the tokens that every text needs.
     """
-    from chatterbox.models.tokenizers import EnTokenizer
-
     try:
-        return EnTokenizer(str(path))
-    except Exception as error:  # tokenizers raises Exception itself, and upstream asserts
-        raise WeightsError(
-            f"{path} is not a tokenizer for this model: {first_line(error)}",
-            next_step="use the tokenizer of the published checkpoint, or the one that this T3 was trained with",
-        ) from error
+        tokenizer = Tokenizer.from_file(str(path))
+        missing = [token for token in ("[START]", "[STOP]", _SPACE) if tokenizer.token_to_id(token) is None]
+    except Exception as error:  # tokenizers raises Exception itself
+        missing, cause = [], first_line(error)
+        raise _tokenizer_error(path, cause) from error
+    if missing:
+        raise _tokenizer_error(path, f"it lacks the token {missing[0]}")
+    return tokenizer
+
+
+def _tokenizer_error(path: Path, cause: str) -> WeightsError:
+    return WeightsError(
+        f"{path} is not a tokenizer for this model: {cause}",
+        next_step="use the tokenizer of the published checkpoint, or the one that this T3 was trained with",
+    )
 
 
 def check_device(device: str) -> None:
@@ -129,121 +188,15 @@ def check_device(device: str) -> None:
         )
 
 
-def read_ahead(directory: Path) -> None:
-    """Ask the kernel to read the tensor files into the page cache while this process imports packages."""
-    for name in ENGLISH.safetensors:
-        with open_regular(directory / name, follow_links=True) as stream:
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-
-def populate(module: nn.Module) -> None:
-    """Map all pages of a module's parameters at once, so that the first forward pass causes no page faults.
+def populate(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Map all pages of tensors on the CPU at once, so that the first synthesis causes no page faults.
 
     The page faults of 3 GB took 0.4 s of the first synthesis; this call takes 0.06 s. An older kernel refuses it, which
     does no harm.
     """
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for parameter in module.parameters():
-        if parameter.device.type != "cpu":
-            continue
-        begin = parameter.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        madvise(begin, parameter.data_ptr() + parameter.nbytes - begin, _MADV_POPULATE_READ)
-
-
-def construct(synthetic: Synthetic | None) -> tuple[T3, nn.Module, nn.Module]:
-    """Construct T3, S3Gen and the voice encoder with uninitialized parameters.
-
-    Args:
-        synthetic: the number of layers in each stack of a shortened checkpoint, or None.
-    """
-    from chatterbox.models.s3gen import S3Gen
-    from chatterbox.models.voice_encoder import VoiceEncoder
-
-    with SkipRandomFills():
-        t3 = make_t3(synthetic.t3_layers if synthetic else None)
-        s3gen = S3Gen()
-        ve = VoiceEncoder()
-    if synthetic and synthetic.s3gen_blocks is not None:
-        shorten_s3gen(s3gen, synthetic.s3gen_blocks)
-    return t3, s3gen, ve
-
-
-class SkipRandomFills(TorchFunctionMode):
-    """While active, in-place random fills return their tensor unchanged. Memory that is never written costs nothing."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Skip random fills, and call every other function."""
-        if getattr(func, "__name__", "") in _RANDOM_FILLS:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def make_t3(layers: int | None, *, multilingual: bool = False) -> T3:
-    """Construct T3. `layers` shortens its transformer; None keeps the published number of layers."""
-    from chatterbox.models.t3 import T3
-    from chatterbox.models.t3.llama_configs import LLAMA_CONFIGS
-    from chatterbox.models.t3.modules.t3_config import T3Config
-
-    config = T3Config.multilingual() if multilingual else T3Config.english_only()
-    if layers is not None:
-        # Upstream looks up the transformer's configuration by name, so add an entry for the shorter one.
-        name = _SHORT_LLAMA.format(layers=layers)
-        LLAMA_CONFIGS[name] = {**LLAMA_CONFIGS[config.llama_config_name], "num_hidden_layers": layers}
-        config.llama_config_name = name
-    return T3(config)
-
-
-def shorten_s3gen(s3gen: nn.Module, blocks: int) -> None:
-    """Shorten S3Gen's four deep stacks to `blocks` layers each. The remaining layers keep their published shapes."""
-    encoder, estimator = s3gen.flow.encoder, s3gen.flow.decoder.estimator  # type: ignore[union-attr]
-    encoder.encoders = encoder.encoders[:blocks]  # type: ignore[union-attr,index]
-    encoder.up_encoders = encoder.up_encoders[:blocks]  # type: ignore[union-attr,index]
-    estimator.mid_blocks = estimator.mid_blocks[:blocks]  # type: ignore[union-attr,index]
-    tokenizer = s3gen.tokenizer.encoder  # type: ignore[union-attr]
-    tokenizer.blocks = tokenizer.blocks[:blocks]  # type: ignore[union-attr,index]
-
-
-def _assign(
-    module: nn.Module,
-    path: Path,
-    device: str,
-    *,
-    may_lack: frozenset[str] = frozenset(),
-    may_have_more: bool = False,
-) -> None:
-    """Load a file's tensors as the module's parameters and buffers.
-
-    Raises:
-        WeightsError: a tensor is missing, is unexpected or has a wrong shape. The message names the first one.
-    """
-    expected = module.state_dict()
-    header = read_safetensors_header(path)
-    step = "check that the files belong to this variant with `chatterbox-prewarm weights verify`"
-    if missing := sorted(expected.keys() - header.keys() - may_lack):
-        raise WeightsError(f"{path} lacks {len(missing)} tensor(s), the first: {missing[0]}", next_step=step)
-    if extra := sorted(header.keys() - expected.keys()):
-        if not may_have_more:
-            raise WeightsError(f"{path} has {len(extra)} unknown tensor(s), the first: {extra[0]}", next_step=step)
-        logger.info("%s: ignoring %d tensors that the model does not have", path.name, len(extra))
-    for name, (_, shape) in header.items():
-        if name in expected and tuple(expected[name].shape) != shape:
-            raise WeightsError(
-                f"{path}: {name} has shape {list(shape)}, the model needs {list(expected[name].shape)}", next_step=step
-            )
-    try:
-        tensors = load_file(path, device=device)
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is not a safetensors file: {error}", next_step=step) from error
-    module.load_state_dict(
-        # The cast only affects half-precision files. Upstream also copies them into float32 parameters.
-        {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items() if name in expected},
-        strict=False,
-        assign=True,
-    )
+    for tensor in tensors.values():
+        if tensor.device.type == "cpu":
+            begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+            madvise(begin, tensor.data_ptr() + tensor.nbytes - begin, _MADV_POPULATE_READ)

@@ -20,7 +20,9 @@ from chatterbox_prewarm.system.metrics import StartMetrics
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from chatterbox.tts import ChatterboxTTS, Conditionals
+    from chatterbox.tts import ChatterboxTTS
+
+    from chatterbox_prewarm.model.conditionals import Conditionals
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +33,9 @@ WARMUP_TOKENS = 8
 class ChatterboxWarmupStrategy:
     """Runs a loaded Chatterbox model, so that everything created on first use is created now.
 
-    It runs the code that the model will run: the regions if some are bound to the model, as after a start of this
-    project, and otherwise upstream's own code. For a model that upstream's `from_pretrained` or `from_local` returned,
-    it also lets T3 keep its backend between calls (see `t3_backend`).
+    It runs the code that the model will run: the regions if this project loaded the model, and otherwise upstream's own
+    code. For a model that upstream's `from_pretrained` or `from_local` returned, it also lets T3 keep its backend
+    between calls (see `t3_backend`).
 
     Level 1 runs each model once: voice encoder, T3, S3Gen. Level 2 runs the kernels that real use needs: a voice from a
     reference clip, complete syntheses of a short, a medium and a long text, the watermark. Level 3 first releases
@@ -205,11 +207,10 @@ class ChatterboxWarmupStrategy:
 
     def _speak(self, model: ChatterboxTTS, text: str, voice: Conditionals, max_new_tokens: int) -> None:
         """Speak a text with the code that the model will run."""
-        from chatterbox_prewarm.model.regions.pipeline import is_bound
         from chatterbox_prewarm.model.synthesis import Synthesizer
 
-        if is_bound(model):
-            synthesizer = Synthesizer(model, {DEFAULT_VOICE: voice})
+        if hasattr(model, "lean"):
+            synthesizer = Synthesizer(model.lean, {DEFAULT_VOICE: voice})
             synthesizer.synthesize(text, seed=0, max_new_tokens=max_new_tokens)
         else:
             _speak_with_upstream(model, text, voice, max_new_tokens)
@@ -219,17 +220,21 @@ def _speak_with_upstream(model: ChatterboxTTS, text: str, voice: Conditionals, m
     """Run what upstream's `generate` runs. That method has no limit on the number of tokens."""
     import torch
 
-    from chatterbox_prewarm.model.synthesis import seed_everything, text_tokens
+    from chatterbox_prewarm.model.synthesis import seed_everything
     from chatterbox_prewarm.model.t3_backend import keep_backend
+    from chatterbox_prewarm.model.voices import for_upstream
 
     keep_backend(model.t3)
     seed_everything(0)
-    prompt = text_tokens(model, text).repeat(2, 1)  # with and without guidance
+    ids = model.tokenizer.text_to_tokens(text).to(model.device)
+    ids = torch.nn.functional.pad(ids, (1, 0), value=model.t3.hp.start_text_token)
+    ids = torch.nn.functional.pad(ids, (0, 1), value=model.t3.hp.stop_text_token)
+    prompt, conditionals = ids.repeat(2, 1), for_upstream(voice)  # with and without guidance
     with torch.inference_mode():
-        model.t3.inference(t3_cond=voice.t3, text_tokens=prompt, max_new_tokens=max_new_tokens)
+        model.t3.inference(t3_cond=conditionals.t3, text_tokens=prompt, max_new_tokens=max_new_tokens)
         # Arbitrary tokens, because T3 may have stopped too early for any audio.
         tokens = torch.arange(max_new_tokens, device=model.device)
-        samples, _ = model.s3gen.inference(speech_tokens=tokens[None], ref_dict=dict(voice.gen))
+        samples, _ = model.s3gen.inference(speech_tokens=tokens[None], ref_dict=conditionals.gen)
         model.watermarker.apply_watermark(samples.squeeze(0).cpu().numpy(), sample_rate=model.sr)
 
 
