@@ -117,7 +117,7 @@ def routes(*, output: Path, checkout: Path, names: tuple[str, ...]) -> None:
 @seeds_option
 @voice_option
 def leak(*, output: Path, tokens: str, **fields: Any) -> None:
-    """Sample memory, handles, threads and hooks of a server during many requests; fail if one grows by over 1 %."""
+    """Sample memory, handles and threads of a server during many requests; fail if one grows by over 1 %."""
     from benchmarks.leak import LIMIT, run, table
     from chatterbox_prewarm.bench.load import LoadOptions
 

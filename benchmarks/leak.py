@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.bench.load import LoadOptions
     from chatterbox_prewarm.bench.server import MeasuredServer
 
-#: A larger relative growth is a leak. Handles, threads and hooks are few, so one more of them exceeds the limit.
+#: A larger relative growth is a leak. Handles and threads are few, so one more of them exceeds the limit.
 LIMIT = 0.01
 #: Share of the samples that belongs to the warm-up.
 _WARM_UP = 0.2
@@ -34,7 +34,7 @@ _SAMPLES = 100
 #: Both sides have released a closed connection after this time.
 _SETTLE_SECONDS = 0.1
 #: Figures of a worker in /startupz.
-_REPORTED = ("vram_bytes", "hooks")
+_REPORTED = ("vram_bytes",)
 
 
 def run(options: LoadOptions, *, say: Callable[[str], None]) -> dict[str, Any]:

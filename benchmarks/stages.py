@@ -19,7 +19,9 @@ from chatterbox_prewarm.system.metrics import StartMetrics
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chatterbox.tts import ChatterboxTTS, Conditionals
+    from chatterbox.tts import ChatterboxTTS
+
+    from chatterbox_prewarm.model.conditionals import Conditionals
 
 _REPEATS = 3
 _PAIRS = 5
@@ -135,11 +137,10 @@ def _ours(options: StageOptions, metrics: StartMetrics) -> _System:
     import torch
 
     from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-    from chatterbox_prewarm.model.regions.pipeline import pipeline_of
     from chatterbox_prewarm.model.synthesis import seed_everything
 
     clock = clock_of(device)
-    stages = pipeline_of(synthesizer.model)
+    stages = synthesizer.model
     voice = synthesizer.voices[DEFAULT_VOICE]
 
     @torch.inference_mode()
@@ -160,10 +161,12 @@ def _ours(options: StageOptions, metrics: StartMetrics) -> _System:
 
     def check(reference: Path) -> dict[str, Any]:
         from chatterbox_prewarm.bench.fidelity import compare
+        from chatterbox_prewarm.start.upstream import attach_upstream
 
         differences = compare(synthesizer, _TEXT, torch.load(reference, weights_only=True))
         with_t3 = attached.prepared.execution.t3_dtype == "float32"  # upstream's T3 needs float32
-        upstream = _upstreams_speak(synthesizer.model, voice, device, tokens, with_t3=with_t3)
+        model = attach_upstream(attached.prepared, lean=stages)
+        upstream = _upstreams_speak(model, voice, device, tokens, with_t3=with_t3)
         return {**differences, **_in_pairs(speak, upstream, with_t3=with_t3)}
 
     return _System(speak=speak, check=check, capture_seconds=stages.decoder.capture_seconds)
@@ -193,12 +196,13 @@ def _upstreams_speak(
     """Return a function that synthesizes with upstream's code and the weights of `model`, optionally without T3."""
     import torch
 
-    from chatterbox_prewarm.model.synthesis import seed_everything, text_tokens
-    from chatterbox_prewarm.model.voices import detached
+    from chatterbox_prewarm.model.synthesis import seed_everything
+    from chatterbox_prewarm.model.upstream import upstream_text_tokens
+    from chatterbox_prewarm.model.voices import for_upstream
 
     clock = clock_of(device)
-    text = text_tokens(model, _TEXT).repeat(2, 1)
-    conditionals = detached(voice).t3  # upstream modifies it
+    text = upstream_text_tokens(model, _TEXT)
+    conditionals = for_upstream(voice)
 
     @torch.inference_mode()
     def speak() -> dict[str, float]:
@@ -206,10 +210,10 @@ def _upstreams_speak(
         started = clock()
         speech = torch.arange(tokens)
         if with_t3:
-            speech = model.t3.inference(t3_cond=conditionals, text_tokens=text, max_new_tokens=tokens, top_p=1.0)[0]
+            speech = model.t3.inference(t3_cond=conditionals.t3, text_tokens=text, max_new_tokens=tokens, top_p=1.0)[0]
         speech = _fit_length(speech[speech < model.t3.hp.start_speech_token], tokens)
         decoded = clock()
-        mel = model.s3gen.flow_inference(speech.to(device), ref_dict=dict(voice.gen), finalize=True)
+        mel = model.s3gen.flow_inference(speech.to(device), ref_dict=conditionals.gen, finalize=True)
         flow_done = clock()
         samples, _ = model.s3gen.hift_inference(mel)
         samples = samples.cpu()

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
-    from chatterbox.tts import Conditionals
 
-    from chatterbox_prewarm.model.regions.pipeline import Pipeline
+    from chatterbox_prewarm.model.conditionals import Conditionals
+    from chatterbox_prewarm.model.variants.english import English
 
 _REPEATS = 3
 #: Two numbers of tokens. The difference of their times does not include the prompt.
@@ -43,18 +43,15 @@ def run(*, warm: str, weights: str, cache: str, device: str) -> dict[str, Any]:
     import torch
 
     from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-    from chatterbox_prewarm.model.regions.pipeline import pipeline_of
     from chatterbox_prewarm.model.sampling import Sampling
     from chatterbox_prewarm.model.synthesis import seed_everything
 
     synthesizer = attached.synthesizer
-    stages, voice = pipeline_of(synthesizer.model), synthesizer.voices[DEFAULT_VOICE]
+    stages, voice = synthesizer.model, synthesizer.voices[DEFAULT_VOICE]
     kind = torch.device(device).type
     clock = clock_of(device)
 
-    from chatterbox_prewarm.model.synthesis import text_tokens
-
-    prompt = text_tokens(synthesizer.model, TEXTS[1])
+    prompt = stages.text_tokens(TEXTS[1])
 
     def decode(count: int) -> None:
         seed_everything(1)
@@ -72,12 +69,12 @@ def run(*, warm: str, weights: str, cache: str, device: str) -> dict[str, Any]:
     few, many = _COUNTS[kind]
     short, long = seconds(lambda: decode(few)), seconds(lambda: decode(many))
     per_token = (long - short) / (many - few)
-    t3 = synthesizer.model.t3
+    prefixes = ("t3_cfg.tfmr.layers.", "t3_cfg.speech_head.")
     result: dict[str, Any] = {
         "seconds_per_token": per_token,
         "tokens_per_second": 1 / per_token,
         "prompt_seconds": short - few * per_token,
-        "token_bytes": sum(weight.nbytes for part in (t3.tfmr.layers, t3.speech_head) for weight in part.parameters()),
+        "token_bytes": sum(tensor.nbytes for name, tensor in stages.tensors.items() if name.startswith(prefixes)),
         "capture_seconds": stages.decoder.capture_seconds,
         "rendering": {},
     }
@@ -91,7 +88,7 @@ def run(*, warm: str, weights: str, cache: str, device: str) -> dict[str, Any]:
 
 
 def _render(
-    stages: Pipeline, voice: Conditionals, tokens: torch.Tensor, seconds: Callable[[Callable[[], object]], float]
+    stages: English, voice: Conditionals, tokens: torch.Tensor, seconds: Callable[[Callable[[], object]], float]
 ) -> dict[str, float]:
     import torch
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.regions.pipeline import pipeline_of
+from chatterbox_prewarm.model.regions.t3 import START_SPEECH_TOKEN
 from chatterbox_prewarm.model.regions.t3_blocks import rms_norm
 from chatterbox_prewarm.model.sampling import Sampling
-from chatterbox_prewarm.model.synthesis import seed_everything, text_tokens
-from chatterbox_prewarm.model.voices import detached
+from chatterbox_prewarm.model.synthesis import seed_everything
+from chatterbox_prewarm.model.upstream import upstream_text_tokens
+from chatterbox_prewarm.model.voices import for_upstream
 
 if TYPE_CHECKING:
-    from chatterbox.tts import ChatterboxTTS, Conditionals
+    from chatterbox.tts import ChatterboxTTS
 
+    from chatterbox_prewarm.model.conditionals import Conditionals
     from chatterbox_prewarm.model.synthesis import Synthesizer
+    from chatterbox_prewarm.model.variants.english import English
 
 #: Number of speech tokens that are decoded greedily (eight seconds), and number of those that are rendered as audio.
 TOKENS = 200
@@ -38,9 +41,10 @@ def reference(model: ChatterboxTTS, voice: Conditionals, text: str) -> dict[str,
         tensors on the CPU: `tokens`, int64 (at most 200,); `mel` of the first 50 tokens, float32 (1, 80, frames);
         `sound` of that mel, float32 (samples,).
     """
+    conditionals = for_upstream(voice)
     tokens = model.t3.inference(
-        t3_cond=detached(voice).t3,
-        text_tokens=text_tokens(model, text).repeat(2, 1),
+        t3_cond=conditionals.t3,
+        text_tokens=upstream_text_tokens(model, text),
         max_new_tokens=TOKENS,
         temperature=_GREEDY.temperature,
         cfg_weight=_GREEDY.cfg_weight,
@@ -49,7 +53,7 @@ def reference(model: ChatterboxTTS, voice: Conditionals, text: str) -> dict[str,
         top_p=_GREEDY.top_p,
     )[0]
     seed_everything(_SEED)
-    mel = model.s3gen.flow_inference(_tokens_to_render(model, tokens), ref_dict=dict(voice.gen), finalize=True)
+    mel = model.s3gen.flow_inference(_tokens_to_render(tokens), ref_dict=conditionals.gen, finalize=True)
     seed_everything(_SEED)
     sound = model.s3gen.hift_inference(mel)[0][0].clone()
     fade = model.s3gen.trim_fade
@@ -74,18 +78,17 @@ def compare(synthesizer: Synthesizer, text: str, upstreams: dict[str, torch.Tens
         sound_decibels: ratio of the energy of the audio to the energy of the difference, in dB.
     """
     model, voice = synthesizer.model, synthesizer.voices[DEFAULT_VOICE]
-    stages = pipeline_of(model)
     expected = upstreams["tokens"].to(model.device)
-    prompt = text_tokens(model, text)
-    decoded = stages.decoder(voice.t3, prompt, sampling=_GREEDY, max_new_tokens=len(expected))
+    prompt = model.text_tokens(text)
+    decoded = model.decoder(voice.t3, prompt, sampling=_GREEDY, max_new_tokens=len(expected))
     length = min(len(decoded), len(expected))
     differs = (decoded[:length] != expected[:length]).nonzero()
-    hidden = stages.decoder.hidden(voice.t3, prompt, expected, sampling=_GREEDY)
+    hidden = model.decoder.hidden(voice.t3, prompt, expected, sampling=_GREEDY)
     seed_everything(_SEED)
-    mel = stages.flow(_tokens_to_render(model, expected), voice.gen)
+    mel = model.flow(_tokens_to_render(expected), voice.gen)
     expected_mel = upstreams["mel"].to(model.device)
     seed_everything(_SEED)
-    sound = stages.vocoder(expected_mel).cpu()
+    sound = model.vocoder(expected_mel).cpu()
     error = (sound - upstreams["sound"]).square().sum().clamp(min=1e-30)
     return {
         "greedy_tokens_equal": float(differs[0, 0]) if differs.numel() else float(length),
@@ -95,25 +98,24 @@ def compare(synthesizer: Synthesizer, text: str, upstreams: dict[str, torch.Tens
     }
 
 
-def _tokens_to_render(model: ChatterboxTTS, tokens: torch.Tensor) -> torch.Tensor:
+def _tokens_to_render(tokens: torch.Tensor) -> torch.Tensor:
     """Return the first tokens that are in the codebook; random weights also sample tokens outside it."""
-    kept: torch.Tensor = tokens[tokens < model.t3.hp.start_speech_token][:_RENDERED]
+    kept: torch.Tensor = tokens[tokens < START_SPEECH_TOKEN][:_RENDERED]
     return kept
 
 
-def _likeliest(model: Any, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def _likeliest(model: English, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Return the most likely token at the position of each of `tokens`, given the tokens before it; int64 (n,).
 
     Args:
-        model: model of upstream.
+        model: the model.
         hidden: hidden states at these positions, (n, 2, 1024).
         tokens: int64 (n,).
     """
-    t3 = model.t3
-    normed = rms_norm(hidden, t3.tfmr.norm.weight.to(hidden.dtype))
-    logits = functional.linear(normed, t3.speech_head.weight.to(hidden.dtype)).float()
+    norm, head = (model.tensors[f"t3_cfg.{name}.weight"].to(hidden.dtype) for name in ("tfmr.norm", "speech_head"))
+    logits = functional.linear(rms_norm(hidden, norm), head).float()
     guided = logits[:, 0] + _GREEDY.cfg_weight * (logits[:, 0] - logits[:, 1])
-    before = torch.cat([tokens.new_tensor([t3.hp.start_speech_token]), tokens[:-1]])
+    before = torch.cat([tokens.new_tensor([START_SPEECH_TOKEN]), tokens[:-1]])
     # Row i marks the tokens that occur in the sequence before position i.
     used = functional.one_hot(before, guided.size(1)).cumsum(0) > 0
     penalty = _GREEDY.repetition_penalty

@@ -59,7 +59,9 @@ def weights_synthesize(directory: Path, size: str, seed: int) -> None:
 def weights_record(directory: Path, variant: str) -> None:
     """Record the digests of your own checkpoint in DIRECTORY."""
     from chatterbox_prewarm.weights.record import record
+    from chatterbox_prewarm.weights.tensor_shapes import check_tensors
 
+    check_tensors(directory, get_variant(variant))
     written = record(directory, variant=get_variant(variant), repository="own", revision="unversioned")
     click.echo(f"{directory}: recorded {len(written.files)} files, set digest {written.set_digest}")
 
@@ -67,8 +69,10 @@ def weights_record(directory: Path, variant: str) -> None:
 @weights.command("verify", short_help="Check the files of a checkpoint.")
 @click.argument("directory", type=PATH)
 def weights_verify(directory: Path) -> None:
-    """Compare every file in DIRECTORY with its recorded digest."""
+    """Compare every file in DIRECTORY with its recorded digest, and the names and shapes of the tensors."""
     from chatterbox_prewarm.weights.record import verify
+    from chatterbox_prewarm.weights.tensor_shapes import check_tensors
 
     record = verify(directory)
+    check_tensors(directory, get_variant(record.variant))
     click.echo(f"{directory}: {len(record.files)} files as recorded, set digest {record.set_digest}")

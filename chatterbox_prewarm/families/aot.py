@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.families.base import Family
-from chatterbox_prewarm.system.fingerprint import device_kind
 from chatterbox_prewarm.families.cache_folders import collect
+from chatterbox_prewarm.system.fingerprint import device_kind
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.model.conditionals import Conditionals, T3Conditionals
 from chatterbox_prewarm.families.base import Family, tensor_bytes
+from chatterbox_prewarm.model.conditionals import Conditionals, T3Conditionals
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,7 +55,7 @@ def load_voice(path: Path, *, device: str = "cpu") -> Conditionals:
     """Read conditionals. `model.voices.prepare_voice` documents the shapes and dtypes."""
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt", device=device) as file:
+    with safe_open(path, framework="pt", device=device) as file:  # type: ignore[no-untyped-call]
         return voice_of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no dictionary
 
 

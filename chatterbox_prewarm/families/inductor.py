@@ -12,9 +12,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.families.base import Family
-from chatterbox_prewarm.system.fingerprint import device_kind
 from chatterbox_prewarm.families.cache_folders import collect, seed
 from chatterbox_prewarm.families.compiler_version_cache import cache_versions, load_versions, save_versions
+from chatterbox_prewarm.system.fingerprint import device_kind
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,7 +20,6 @@ from chatterbox_prewarm.model.conditionals import T3Conditionals
 from chatterbox_prewarm.model.regions.t3 import MAX_TEXT_TOKENS
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
 from chatterbox_prewarm.model.text import check_text
-from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT
 from chatterbox_prewarm.system.limits import MAX_SEED, MIN_TOKENS
 
 if TYPE_CHECKING:
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.variants.english import English
 
 
-#: Speech tokens of `Synthesizer.check`: enough for one window of the watermark's Fourier transform.
-_CHECKED_TOKENS = 4
+#: Text and speech tokens of `Synthesizer.check`. The tokens fill a window of the watermark's Fourier transform.
+_CHECKED_TEXT, _CHECKED_TOKENS = "Hello.", 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +187,9 @@ class Synthesizer:
         with preserved_generators(model.device):
             for top_p in (1.0,) if model.decoder.graphs else (0.9, 1.0):
                 sampling = Sampling(top_p=top_p)
-                for _ in self.token_blocks(SHORT_TEXT, voice=voice, max_new_tokens=_CHECKED_TOKENS, sampling=sampling):
+                for _ in self.token_blocks(
+                    _CHECKED_TEXT, voice=voice, max_new_tokens=_CHECKED_TOKENS, sampling=sampling
+                ):
                     pass
             # Fixed tokens, because the decoder may have stopped too early for any audio.
             tokens = torch.arange(_CHECKED_TOKENS, device=model.device)

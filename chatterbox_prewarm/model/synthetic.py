@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox
-from chatterbox_prewarm.model.variants.english import make_t3, shorten_s3gen
+from chatterbox_prewarm.model.upstream import make_t3, shorten_s3gen
 from chatterbox_prewarm.system.atomic_files import put_in_place, staging_folder
 from chatterbox_prewarm.system.digests import verify_files
 from chatterbox_prewarm.system.locks import exclusive_lock

@@ -64,12 +64,12 @@ _PUNCTUATION = (
     (" - ", ", "),
     (";", ", "),
     ("—", "-"),
-    ("–", "-"),
+    ("\N{EN DASH}", "-"),
     (" ,", ","),
     ("“", '"'),
     ("”", '"'),
-    ("‘", "'"),
-    ("’", "'"),
+    ("\N{LEFT SINGLE QUOTATION MARK}", "'"),
+    ("\N{RIGHT SINGLE QUOTATION MARK}", "'"),
 )
 _SENTENCE_ENDS = (".", "!", "?", "-", ",")
 

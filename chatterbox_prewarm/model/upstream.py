@@ -7,17 +7,17 @@ attributes (position tables, windows, fades) are still computed; a meta device w
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from chatterbox_prewarm.errors import WeightsError
 from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox, paused_gc
 from chatterbox_prewarm.model.variants.english import check_device, read_tokenizer
-from chatterbox_prewarm.weights.record import Synthetic, check_quickly, read_record
-from chatterbox_prewarm.weights.safetensors_header import read_safetensors_header
+from chatterbox_prewarm.weights.record import Synthetic, read_record
+from chatterbox_prewarm.weights.tensor_shapes import check_tensors
+from chatterbox_prewarm.weights.variants import ENGLISH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.model.variants.english import English
 
-logger = logging.getLogger(__name__)
-
-#: Constants that upstream's constructor computes and that published files may lack (`S3Token2Wav`).
-_COMPUTED = frozenset({"tokenizer._mel_filters", "tokenizer.window"})
 _SHORT_LLAMA = "chatterbox_prewarm_{layers}_layers"
 #: Names of functions, because transformers replaces the functions of torch.nn.init while it constructs a model. The set
 #: also contains the initializers that call the fills: a mode is off while one of its functions runs.
@@ -67,7 +63,7 @@ def load_upstream(directory: Path, *, device: str = "cpu", lean: English | None 
         ModelError: the model's packages cannot be imported.
     """
     record = read_record(directory)
-    check_quickly(directory, record)
+    check_tensors(directory, ENGLISH)
     check_device(device)
     read_tokenizer(directory / "tokenizer.json")  # for its errors: upstream's are an assertion, or none
     import_chatterbox()
@@ -78,12 +74,20 @@ def load_upstream(directory: Path, *, device: str = "cpu", lean: English | None 
     loaded = lean.tensors if lean is not None else {}
     with paused_gc():
         t3, s3gen, ve = construct(record.synthetic)
-        _assign(ve, directory / "ve.safetensors", device, loaded)
-        _assign(t3, directory / "t3_cfg.safetensors", device, loaded)
-        _assign(s3gen, directory / "s3gen.safetensors", device, loaded, may_lack=_COMPUTED, may_have_more=True)
+        for stem, module in (("ve", ve), ("t3_cfg", t3), ("s3gen", s3gen)):
+            _assign(module, directory / f"{stem}.safetensors", device, loaded)
         for module in (ve, t3, s3gen):
             module.to(device).eval()
         return ChatterboxTTS(t3, s3gen, ve, EnTokenizer(str(directory / "tokenizer.json")), device)
+
+
+def upstream_text_tokens(model: ChatterboxTTS, text: str) -> torch.Tensor:
+    """Return the text tokens that upstream's T3 expects, (2, n): with and without guidance, with start and stop."""
+    from chatterbox.tts import punc_norm
+
+    tokens = model.tokenizer.text_to_tokens(punc_norm(text)).to(model.device)
+    tokens = functional.pad(tokens, (1, 0), value=model.t3.hp.start_text_token)
+    return functional.pad(tokens, (0, 1), value=model.t3.hp.stop_text_token).repeat(2, 1)
 
 
 def construct(synthetic: Synthetic | None) -> tuple[T3, nn.Module, nn.Module]:
@@ -145,43 +149,14 @@ def shorten_s3gen(s3gen: nn.Module, blocks: int) -> None:
     tokenizer.blocks = tokenizer.blocks[:blocks]  # type: ignore[union-attr,index]
 
 
-def _assign(  # noqa: PLR0913
-    module: nn.Module,
-    path: Path,
-    device: str,
-    loaded: Mapping[str, torch.Tensor],
-    *,
-    may_lack: frozenset[str] = frozenset(),
-    may_have_more: bool = False,
-) -> None:
-    """Use a file's tensors as the module's parameters and buffers; take those in `loaded` from there.
-
-    Raises:
-        WeightsError: a tensor is missing, is unexpected or has a wrong shape. The message names the first one.
-    """
-    expected = module.state_dict()
-    header = read_safetensors_header(path)
-    step = "check that the files belong to this variant with `chatterbox-prewarm weights verify`"
-    if missing := sorted(expected.keys() - header.keys() - may_lack):
-        raise WeightsError(f"{path} lacks {len(missing)} tensor(s), the first: {missing[0]}", next_step=step)
-    if extra := sorted(header.keys() - expected.keys()):
-        if not may_have_more:
-            raise WeightsError(f"{path} has {len(extra)} unknown tensor(s), the first: {extra[0]}", next_step=step)
-        logger.info("%s: ignoring %d tensors that the model does not have", path.name, len(extra))
-    for name, (_, shape) in header.items():
-        if name in expected and tuple(expected[name].shape) != shape:
-            raise WeightsError(
-                f"{path}: {name} has shape {list(shape)}, the model needs {list(expected[name].shape)}", next_step=step
-            )
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            for name in header.keys() & expected.keys():
-                tensor = loaded.get(f"{path.stem}.{name}")
-                if tensor is None:
-                    # The cast only affects half-precision files. Upstream also copies them into float32 parameters.
-                    tensor = file.get_tensor(name).to(expected[name].dtype)
-                tensors[name] = tensor
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is not a safetensors file: {error}", next_step=step) from error
+def _assign(module: nn.Module, path: Path, device: str, loaded: Mapping[str, torch.Tensor]) -> None:
+    """Use a file's tensors as the module's parameters and buffers; take those in `loaded` from there."""
+    expected, tensors = module.state_dict(), {}
+    with safe_open(path, framework="pt", device=device) as file:  # type: ignore[no-untyped-call]
+        for name in expected.keys() & set(file.keys()):
+            tensor = loaded.get(f"{path.stem}.{name}")
+            if tensor is None:
+                # The cast only affects half-precision files. Upstream also copies them into float32 parameters.
+                tensor = file.get_tensor(name).to(expected[name].dtype)
+            tensors[name] = tensor
     module.load_state_dict(tensors, strict=False, assign=True)

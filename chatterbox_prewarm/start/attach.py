@@ -224,7 +224,7 @@ def _executor(prepared: Prepared) -> Executor:
 
 
 def make_missing_voices(attached: Attached, clips: Mapping[str, Path]) -> None:
-    """Make the built-in voice and the voices of `clips` that are not baked; each one is a miss. Then mark "attached"."""
+    """Make the built-in voice and those of `clips` that are not baked; each is a miss. Then mark "attached"."""
     _make_voices(attached, clips)
     attached.metrics.mark("attached")
 

@@ -9,10 +9,9 @@ import torch
 
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.regions.executors import eager
-from chatterbox_prewarm.model.regions.pipeline import pipeline_of
+from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.t3 import T3Decoder
 from chatterbox_prewarm.model.sampling import Sampling
-from chatterbox_prewarm.model.synthesis import text_tokens
 from chatterbox_prewarm.start.attach import attach
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
@@ -46,12 +45,12 @@ def attached(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Attached:
 
 @pytest.fixture
 def plain(attached: Attached) -> T3Decoder:
-    return T3Decoder(attached.synthesizer.model.t3, eager)
+    return T3Decoder(NamedTensors(attached.synthesizer.model.tensors, "t3_cfg."), eager)
 
 
 @pytest.fixture
 def captured(attached: Attached) -> T3Decoder:
-    return T3Decoder(attached.synthesizer.model.t3, eager, graphs=True)
+    return T3Decoder(NamedTensors(attached.synthesizer.model.tensors, "t3_cfg."), eager, graphs=True)
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ def draw(decoder: T3Decoder, attached: Attached, sampling: Sampling, count: int,
     torch.manual_seed(3)
     tokens: list[int] = decoder(
         synthesizer.voices[DEFAULT_VOICE].t3,
-        text_tokens(synthesizer.model, text),
+        synthesizer.model.text_tokens(text),
         sampling=sampling,
         max_new_tokens=count,
     ).tolist()
@@ -108,9 +107,9 @@ def test_capture_keeps_the_state_of_the_generator(attached: Attached, captured: 
 
 @pytest.mark.usefixtures("forbid_host_syncs")
 def test_s3gen_has_no_host_sync(attached: Attached) -> None:
-    pipeline = pipeline_of(attached.synthesizer.model)
+    model = attached.synthesizer.model
     tokens = torch.arange(40, device="cuda")
-    sound: Any = pipeline.vocoder(pipeline.flow(tokens, attached.synthesizer.voices[DEFAULT_VOICE].gen))
+    sound: Any = model.vocoder(model.flow(tokens, attached.synthesizer.voices[DEFAULT_VOICE].gen))
     assert sound.is_cuda
 
 

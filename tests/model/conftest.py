@@ -15,6 +15,8 @@ from chatterbox_prewarm.model.reference_clip import reference_audio
 from tests.conftest import build_once, run_cli
 
 if TYPE_CHECKING:
+    from chatterbox.tts import ChatterboxTTS
+
     from chatterbox_prewarm.start.attach import Attached
 
 
@@ -92,3 +94,11 @@ def attached(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Attached:
 
     cache = tmp_path_factory.mktemp("cache")
     return attach(prepare(StartOptions(warm=Path("/nonexistent"), weights=mini, cache=cache, policy="off")))
+
+
+@pytest.fixture(scope="session")
+def upstream(attached: Attached) -> ChatterboxTTS:
+    """Load upstream's model with the tensors of `attached`."""
+    from chatterbox_prewarm.start.upstream import attach_upstream
+
+    return attach_upstream(attached.prepared, lean=attached.synthesizer.model)

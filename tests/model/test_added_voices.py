@@ -16,14 +16,19 @@ from chatterbox_prewarm.model.synthesis import Synthesizer
 from chatterbox_prewarm.model.voices import prepare_voice
 from chatterbox_prewarm.serve.http.decode_clip import decode
 from chatterbox_prewarm.serve.voices.voice_errors import UnusableVoiceError
+from chatterbox_prewarm.serve.voices.voice_file import make_metadata
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
-from chatterbox_prewarm.serve.workers.worker_voices import VoiceCache, voice_bytes, voice_sizes
+from chatterbox_prewarm.serve.workers.voice_process import make_voice, voice_bytes
+from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
+from chatterbox_prewarm.serve.workers.worker_voices import VoiceCache, voice_sizes
 from chatterbox_prewarm.weights.record import read_record
 from tests.helpers.added_voices import sound_file, tone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from chatterbox.tts import ChatterboxTTS
 
     from chatterbox_prewarm.start.attach import Attached
 
@@ -33,7 +38,16 @@ TEXT: dict[str, Any] = {"text": "Hello, world.", "seed": 5, "max_new_tokens": 12
 @pytest.fixture(scope="module")
 def made(attached: Attached, clip: Path) -> bytes:
     """Return the file of a voice that is made from an uploaded clip."""
-    return voice_bytes(attached, asyncio.run(decode(clip.read_bytes())))
+    return asyncio.run(_upload(attached, clip.read_bytes()))
+
+
+async def _upload(attached: Attached, clip: bytes) -> bytes:
+    return await make_voice(WorkerConfig(start=attached.prepared.options), await decode(clip))
+
+
+def _metadata(attached: Attached) -> dict[str, str]:
+    record = read_record(attached.prepared.options.weights)
+    return make_metadata(variant=record.variant, weights=record.set_digest, clip_sha256="0" * 64)
 
 
 @pytest.fixture
@@ -44,9 +58,9 @@ def store(attached: Attached, tmp_path: Path) -> VoiceStore:
 
 
 def test_an_uploaded_voice_equals_the_baked_voice_of_the_same_clip(
-    attached: Attached, clip: Path, made: bytes, store: VoiceStore, tmp_path: Path
+    attached: Attached, upstream: ChatterboxTTS, clip: Path, made: bytes, store: VoiceStore, tmp_path: Path
 ) -> None:
-    baked = prepare_voice(attached.synthesizer.model, clip)
+    baked = prepare_voice(upstream, clip)
     entry = store.add("ann", made)
     digest = store.digest("ann")
     assert digest is not None
@@ -65,23 +79,25 @@ def test_an_uploaded_voice_equals_the_baked_voice_of_the_same_clip(
 
 
 def test_making_a_voice_changes_neither_the_model_nor_the_disk(
-    attached: Attached, clip: Path, monkeypatch: pytest.MonkeyPatch
+    attached: Attached, upstream: ChatterboxTTS, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", "/nonexistent")
     monkeypatch.setattr("tempfile.tempdir", None)
     before = attached.synthesizer.synthesize(**TEXT)
-    first, second = (load(voice_bytes(attached, clip.read_bytes())) for _ in range(2))
+    first, second = (load(voice_bytes(upstream, clip.read_bytes(), {})) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert np.array_equal(attached.synthesizer.synthesize(**TEXT).samples, before.samples)
-    assert attached.synthesizer.model.conds is None
+    assert upstream.conds is None
 
 
-def test_the_shortest_and_the_longest_clip_make_a_voice_of_bounded_size(attached: Attached, store: VoiceStore) -> None:
+def test_the_shortest_and_the_longest_clip_make_a_voice_of_bounded_size(
+    attached: Attached, upstream: ChatterboxTTS, store: VoiceStore
+) -> None:
     sizes = {}
     for seconds in (1.0, 10.0, 12.3, 60.0):
         random = np.random.default_rng(0).normal(0, 0.05, int(seconds * 24_000))
         wav = sound_file(np.tile(tone(1.0), 60)[: len(random)] + random, subtype="PCM_16")
-        sizes[seconds] = store.add(f"v{seconds:.0f}", voice_bytes(attached, wav)).size
+        sizes[seconds] = store.add(f"v{seconds:.0f}", voice_bytes(upstream, wav, _metadata(attached))).size
     assert sizes[1.0] < 25_000
     assert sizes[10.0] == pytest.approx(sizes[60.0], abs=1000)
     assert sizes[60.0] < 180_000, "mostly the frames: 500 with 80 values each"
@@ -111,7 +127,7 @@ def test_a_worker_keeps_the_most_recently_used_voices(
 
 
 def test_a_new_voice_with_the_same_name_is_loaded(
-    attached: Attached, made: bytes, store: VoiceStore, tmp_path: Path
+    attached: Attached, upstream: ChatterboxTTS, made: bytes, store: VoiceStore, tmp_path: Path
 ) -> None:
     cache = VoiceCache(attached, tmp_path)
     store.add("ann", made)
@@ -119,7 +135,7 @@ def test_a_new_voice_with_the_same_name_is_loaded(
     first = cache.synthesizer("ann", old)
     store.delete("ann")
     assert cache.synthesizer("ann", old) is first, "a request that has begun keeps its voice"
-    store.add("ann", voice_bytes(attached, sound_file(tone(3.0))))
+    store.add("ann", voice_bytes(upstream, sound_file(tone(3.0)), _metadata(attached)))
     new = store.digest("ann") or ""
     assert cache.synthesizer("ann", new) is not first
     assert cache.voices == 1
@@ -164,5 +180,6 @@ def test_values_that_would_crash_a_gpu_are_refused(
 
 
 def test_a_clip_that_the_model_cannot_process_is_bad_input(attached: Attached) -> None:
+    config = WorkerConfig(start=attached.prepared.options)
     with pytest.raises(BadInputError, match="no voice could be made from the clip"):
-        voice_bytes(attached, sound_file(tone(0.001)))
+        asyncio.run(make_voice(config, sound_file(tone(0.001))))

@@ -16,6 +16,7 @@ from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.regions.compile_packages import _find_driver, compile_packages
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.flow import Flow
+from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,7 +53,7 @@ def test_full_disk_is_not_reported_as_a_missing_compiler(
         weights_of[region.name] = weights
         return eager(region, weights)
 
-    Flow(attached.synthesizer.model.s3gen.flow, record_weights)
+    Flow(NamedTensors(attached.synthesizer.model.tensors, "s3gen.flow."), record_weights)
     monkeypatch.setenv("TMPDIR", str(small_disk))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(small_disk / "inductor"))
     with pytest.raises(BadInputError, match="No space left on device") as caught:

@@ -21,12 +21,10 @@ from chatterbox_prewarm.state.state import State
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_prewarm.start.attach import Attached
-
 
 @pytest.fixture(scope="module")
-def fox(attached: Attached, clip: Path) -> Any:
-    return prepare_voice(attached.synthesizer.model, clip)
+def fox(upstream: Any, clip: Path) -> Any:
+    return prepare_voice(upstream, clip)
 
 
 def _tensors(voice: Any) -> dict[str, torch.Tensor]:
@@ -61,9 +59,9 @@ def test_conditionals_have_the_documented_shapes(fox: Any) -> None:
     assert tensors["gen.embedding"].shape == (1, 192)
 
 
-def test_preparing_a_voice_does_not_change_the_voice_of_the_model(attached: Attached, fox: Any) -> None:
+def test_preparing_a_voice_does_not_change_the_voice_of_the_model(upstream: Any, fox: Any) -> None:
     assert fox is not None
-    assert attached.synthesizer.model.conds is None
+    assert upstream.conds is None
 
 
 def test_baked_voice_equals_the_voice_computed_at_run_time(baked: Path, fox: Any) -> None:
@@ -169,7 +167,8 @@ from chatterbox_prewarm.start.prepare import prepare
 warm, weights, cache = map(Path, sys.argv[1:4])
 options = StartOptions(warm=warm, weights=weights, cache=cache, policy="require")
 attached = attach(prepare(options))
-metrics, model = attached.metrics, attached.synthesizer.model
+from chatterbox_prewarm.start.upstream import attach_upstream
+metrics, model = attached.metrics, attach_upstream(attached.prepared, lean=attached.synthesizer.model)
 seen = {"loaded": metrics.loaded["signal"]}
 count = lambda: [metrics.hits["signal"], metrics.misses["signal"]]
 seen["before"] = count()

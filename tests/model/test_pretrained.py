@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +20,9 @@ import chatterbox_prewarm
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.families.conditionals import load_voice
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.regions import pipeline as pipelines
 from chatterbox_prewarm.model.regions.executors import eager
+from chatterbox_prewarm.model.synthesis import Synthesizer
+from chatterbox_prewarm.model.upstream import load_upstream
 from chatterbox_prewarm.model.variants import english
 from chatterbox_prewarm.model.voices import detached
 from chatterbox_prewarm.model.warmup.settings import SWITCH
@@ -80,7 +82,7 @@ def test_generate_gives_the_audio_of_upstream(
     model: PrewarmedChatterbox, mini: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, float]
 ) -> None:
     """Both draw from torch's global generator, and neither seeds it."""
-    theirs = english.load(mini)
+    theirs = load_upstream(mini)
     original = type(theirs.t3).inference
     monkeypatch.setattr(
         type(theirs.t3), "inference", lambda self, **given: original(self, **{**given, "max_new_tokens": 12})
@@ -104,7 +106,7 @@ def test_generate_gives_the_audio_of_upstream(
 
 
 @pytest.mark.usefixtures("short")
-def test_generate_runs_the_regions(model: PrewarmedChatterbox) -> None:
+def test_generate_runs_the_regions(model: PrewarmedChatterbox, mini: Path) -> None:
     calls: list[str] = []
 
     def counting(region: Region, weights: Any) -> BoundRegion:
@@ -116,12 +118,13 @@ def test_generate_runs_the_regions(model: PrewarmedChatterbox) -> None:
 
         return call
 
-    bound = pipelines.pipeline_of(model)
+    kept = model._start
     try:
-        pipelines.bind_pipeline(model, counting)
+        counted = english.load(mini, executor=counting)
+        model._start = replace(kept, synthesizer=Synthesizer(counted, kept.synthesizer.voices))
         model.generate(TEXT)
     finally:
-        pipelines._PIPELINES[model] = bound
+        model._start = kept
     assert {"t3_prefill", "t3_decode", "t3_sample", "flow_euler", "vocoder_trunk"} <= set(calls)
 
 

@@ -12,13 +12,14 @@ from chatterbox_prewarm.bench import fidelity
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.profiles import Execution
-from chatterbox_prewarm.model.regions import t3, t3_blocks
+from chatterbox_prewarm.model.regions import flow, t3, t3_blocks, vocoder
 from chatterbox_prewarm.model.regions.executors import eager
-from chatterbox_prewarm.model.regions.pipeline import Pipeline, pipeline_of
+from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.region import MAX_FRAMES, MAX_POSITIONS, REGIONS
 from chatterbox_prewarm.model.regions.t3 import T3Decoder
 from chatterbox_prewarm.model.sampling import Sampling
-from chatterbox_prewarm.model.synthesis import text_tokens
+from chatterbox_prewarm.model.upstream import upstream_text_tokens
+from chatterbox_prewarm.model.voices import for_upstream
 from chatterbox_prewarm.start.attach import attach
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
@@ -26,8 +27,10 @@ from chatterbox_prewarm.start.prepare import prepare
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox.tts import ChatterboxTTS, Conditionals
+    from chatterbox.tts import ChatterboxTTS
 
+    from chatterbox_prewarm.model.conditionals import Conditionals
+    from chatterbox_prewarm.model.variants.english import English
     from chatterbox_prewarm.start.attach import Attached
 
 GREEDY = Sampling(min_p=1.0)
@@ -35,7 +38,7 @@ TEXT = "The quick brown fox jumps over the lazy dog."
 
 
 @pytest.fixture(scope="module")
-def model(attached: Attached) -> ChatterboxTTS:
+def model(attached: Attached) -> English:
     return attached.synthesizer.model
 
 
@@ -44,17 +47,12 @@ def voice(attached: Attached) -> Conditionals:
     return attached.synthesizer.voices[DEFAULT_VOICE]
 
 
-@pytest.fixture(scope="module")
-def pipeline(model: ChatterboxTTS) -> Pipeline:
-    return pipeline_of(model)
-
-
-def upstream_tokens(model: ChatterboxTTS, voice: Conditionals, sampling: Sampling, count: int) -> torch.Tensor:
+def upstream_tokens(upstream: ChatterboxTTS, voice: Conditionals, sampling: Sampling, count: int) -> torch.Tensor:
     """Draw tokens with upstream's own loop and a fixed seed."""
     torch.manual_seed(3)
-    drawn: torch.Tensor = model.t3.inference(
-        t3_cond=t3.copy_conditionals(voice.t3),
-        text_tokens=text_tokens(model, TEXT).repeat(2, 1),
+    drawn: torch.Tensor = upstream.t3.inference(
+        t3_cond=for_upstream(voice).t3,
+        text_tokens=upstream_text_tokens(upstream, TEXT),
         max_new_tokens=count,
         temperature=sampling.temperature,
         cfg_weight=sampling.cfg_weight,
@@ -65,15 +63,15 @@ def upstream_tokens(model: ChatterboxTTS, voice: Conditionals, sampling: Samplin
     return drawn
 
 
-def our_tokens(decoder: T3Decoder, model: ChatterboxTTS, voice: Conditionals, sampling: Sampling, count: int) -> Any:
+def our_tokens(decoder: T3Decoder, model: English, voice: Conditionals, sampling: Sampling, count: int) -> Any:
     torch.manual_seed(3)
-    return decoder(voice.t3, text_tokens(model, TEXT), sampling=sampling, max_new_tokens=count)
+    return decoder(voice.t3, model.text_tokens(TEXT), sampling=sampling, max_new_tokens=count)
 
 
-def test_greedy_tokens_equal_those_of_upstream(model: ChatterboxTTS, voice: Conditionals, pipeline: Pipeline) -> None:
+def test_greedy_tokens_equal_those_of_upstream(model: English, upstream: ChatterboxTTS, voice: Conditionals) -> None:
     """The sequence is long enough for attention to read more positions than at the beginning."""
-    theirs = upstream_tokens(model, voice, GREEDY, 220)
-    ours = our_tokens(pipeline.decoder, model, voice, GREEDY, 220)
+    theirs = upstream_tokens(upstream, voice, GREEDY, 220)
+    ours = our_tokens(model.decoder, model, voice, GREEDY, 220)
     assert theirs.shape == (220,)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
@@ -91,11 +89,11 @@ def test_greedy_tokens_equal_those_of_upstream(model: ChatterboxTTS, voice: Cond
     ids=str,
 )
 def test_seeded_tokens_equal_those_of_upstream(
-    model: ChatterboxTTS, voice: Conditionals, pipeline: Pipeline, sampling: Sampling
+    model: English, upstream: ChatterboxTTS, voice: Conditionals, sampling: Sampling
 ) -> None:
     """On a CPU, a seed gives exactly the tokens of upstream."""
-    theirs = upstream_tokens(model, voice, sampling, 60)
-    ours = our_tokens(pipeline.decoder, model, voice, sampling, 60)
+    theirs = upstream_tokens(upstream, voice, sampling, 60)
+    ours = our_tokens(model.decoder, model, voice, sampling, 60)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
@@ -126,37 +124,40 @@ def test_draws_follow_the_distribution(region: str) -> None:
 
 @pytest.mark.parametrize("check_every", [1, 7, 1000])
 def test_tokens_after_the_stop_token_are_dropped(
-    model: ChatterboxTTS, voice: Conditionals, monkeypatch: pytest.MonkeyPatch, check_every: int
+    model: English,
+    upstream: ChatterboxTTS,
+    voice: Conditionals,
+    monkeypatch: pytest.MonkeyPatch,
+    check_every: int,
 ) -> None:
-    head = model.t3.speech_head
+    head = upstream.t3.speech_head
     kept = head.weight
     try:
         # Make the seventh greedy token the stop token.
-        free = our_tokens(T3Decoder(model.t3, eager), model, voice, GREEDY, 12)
+        free = our_tokens(model.decoder, model, voice, GREEDY, 12)
         changed = kept.detach().clone()
-        changed[[model.t3.hp.stop_speech_token, int(free[6])]] = changed[[int(free[6]), model.t3.hp.stop_speech_token]]
+        changed[[t3.STOP_SPEECH_TOKEN, int(free[6])]] = changed[[int(free[6]), t3.STOP_SPEECH_TOKEN]]
         head.weight = torch.nn.Parameter(changed)
-        theirs = upstream_tokens(model, voice, GREEDY, 12)
+        theirs = upstream_tokens(upstream, voice, GREEDY, 12)
         monkeypatch.setattr(t3, "_CHECK_EVERY_ON_CPU", check_every)
-        ours = our_tokens(T3Decoder(model.t3, eager), model, voice, GREEDY, 12)
+        tensors = {**model.tensors, "t3_cfg.speech_head.weight": changed}
+        ours = our_tokens(T3Decoder(NamedTensors(tensors, "t3_cfg."), eager), model, voice, GREEDY, 12)
     finally:
         head.weight = kept
-    assert theirs[-1] == model.t3.hp.stop_speech_token
+    assert theirs[-1] == t3.STOP_SPEECH_TOKEN == upstream.t3.hp.stop_speech_token
     assert len(theirs) == 7
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_text_longer_than_the_kv_cache_is_refused(
-    model: ChatterboxTTS, voice: Conditionals, pipeline: Pipeline
-) -> None:
+def test_text_longer_than_the_kv_cache_is_refused(model: English, voice: Conditionals) -> None:
     with pytest.raises(BadInputError, match=f"the cache has at most {MAX_POSITIONS}") as caught:
-        pipeline.decoder(voice.t3, text_tokens(model, TEXT), sampling=GREEDY, max_new_tokens=MAX_POSITIONS)
+        model.decoder(voice.t3, model.text_tokens(TEXT), sampling=GREEDY, max_new_tokens=MAX_POSITIONS)
     assert "split the text" in caught.value.next_step
 
 
-def test_speech_longer_than_the_limit_of_the_flow_is_refused(voice: Conditionals, pipeline: Pipeline) -> None:
+def test_speech_longer_than_the_limit_of_the_flow_is_refused(model: English, voice: Conditionals) -> None:
     with pytest.raises(BadInputError, match=f"the limit is {MAX_FRAMES}") as caught:
-        pipeline.flow(torch.zeros(MAX_FRAMES // 2, dtype=torch.int64), voice.gen)
+        model.flow(torch.zeros(MAX_FRAMES // 2, dtype=torch.int64), voice.gen)
     assert "split the text" in caught.value.next_step
 
 
@@ -177,17 +178,15 @@ def test_gpu_attention_equals_cpu_attention(positions: int, dtype: torch.dtype, 
     assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
-def test_t3_computes_in_bfloat16_and_s3gen_in_float32(
-    model: ChatterboxTTS, voice: Conditionals, pipeline: Pipeline
-) -> None:
-    decoder = T3Decoder(model.t3, eager, dtype=torch.bfloat16)
+def test_t3_computes_in_bfloat16_and_s3gen_in_float32(model: English, voice: Conditionals) -> None:
+    decoder = T3Decoder(NamedTensors(model.tensors, "t3_cfg."), eager, dtype=torch.bfloat16)
     with torch.inference_mode():
-        wide = pipeline.decoder._embed_prompt(voice.t3, text_tokens(model, TEXT), 0.5)
-        narrow = decoder._embed_prompt(voice.t3, text_tokens(model, TEXT), 0.5)
+        wide = model.decoder._embed_prompt(voice.t3, model.text_tokens(TEXT), 0.5)
+        narrow = decoder._embed_prompt(voice.t3, model.text_tokens(TEXT), 0.5)
     assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
     outputs = []
     for prefill, x, cosine, sine in (
-        (pipeline.decoder._prefill[0], wide, pipeline.decoder._cosine, pipeline.decoder._sine),
+        (model.decoder._prefill[0], wide, model.decoder._cosine, model.decoder._sine),
         (decoder._prefill[0], narrow, decoder._cosine, decoder._sine),
     ):
         output, _, _ = prefill(x, cosine[: x.size(1)], sine[: x.size(1)])
@@ -197,46 +196,46 @@ def test_t3_computes_in_bfloat16_and_s3gen_in_float32(
     drawn = our_tokens(decoder, model, voice, GREEDY, 5)
     assert drawn.shape == (5,)
     assert ((drawn >= 0) & (drawn < 8194)).all()
-    assert model.t3.speech_head.weight.dtype == torch.float32
-    assert {weight.dtype for weight in model.s3gen.flow.parameters()} == {torch.float32}
+    assert {tensor.dtype for tensor in model.tensors.values()} == {torch.float32}
 
 
-def test_rotary_embedding_is_exact_in_bfloat16(mini: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_rotary_embedding_is_exact_in_bfloat16(mini: Path, model: English, tmp_path: Path) -> None:
     execution = Execution(t3_dtype="bfloat16")
     cache = tmp_path / "cache"
     options = StartOptions(warm=tmp_path, weights=mini, cache=cache, policy="off", execution=execution)
     narrow = attach(prepare(options))
-    decoder = pipeline_of(narrow.synthesizer.model).decoder
+    decoder = narrow.synthesizer.model.decoder
     assert decoder.dtype == torch.bfloat16
-    assert {weight.dtype for weight in narrow.synthesizer.model.t3.tfmr.layers.parameters()} == {torch.bfloat16}
-    assert (decoder._cosine.float() - pipeline.decoder._cosine).abs().max() <= 2**-8, "rounded once, at the end"
+    tensors = narrow.synthesizer.model.tensors.items()
+    assert {tensor.dtype for name, tensor in tensors if ".tfmr.layers." in name} == {torch.bfloat16}
+    assert (decoder._cosine.float() - model.decoder._cosine).abs().max() <= 2**-8, "rounded once, at the end"
     speech = narrow.synthesizer.synthesize("Hello, world.", seed=1, max_new_tokens=12)
     assert len(speech.samples) > 0
 
 
 @pytest.mark.parametrize("count", [3, 12, 61])
 def test_mel_spectrogram_equals_that_of_upstream(
-    model: ChatterboxTTS, voice: Conditionals, pipeline: Pipeline, count: int
+    model: English, upstream: ChatterboxTTS, voice: Conditionals, count: int
 ) -> None:
     tokens = torch.arange(count) * 97 % 6561
     torch.manual_seed(5)
-    theirs = model.s3gen.flow_inference(tokens[None], ref_dict=dict(voice.gen), finalize=True)
+    theirs = upstream.s3gen.flow_inference(tokens[None], ref_dict=for_upstream(voice).gen, finalize=True)
     torch.manual_seed(5)
-    ours = pipeline.flow(tokens, voice.gen)
+    ours = model.flow(tokens, voice.gen)
     assert ours.shape == theirs.shape == (1, 80, 2 * count)
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("count", [3, 12, 61])
 def test_audio_equals_that_of_upstream(
-    model: ChatterboxTTS, voice: Conditionals, pipeline: Pipeline, count: int
+    model: English, upstream: ChatterboxTTS, voice: Conditionals, count: int
 ) -> None:
-    mel = pipeline.flow(torch.arange(count) * 89 % 6561, voice.gen)
+    mel = model.flow(torch.arange(count) * 89 % 6561, voice.gen)
     torch.manual_seed(6)
-    theirs = model.s3gen.hift_inference(mel)[0].clone()
-    theirs[:, : len(model.s3gen.trim_fade)] *= model.s3gen.trim_fade
+    theirs = upstream.s3gen.hift_inference(mel)[0].clone()
+    theirs[:, : len(upstream.s3gen.trim_fade)] *= upstream.s3gen.trim_fade
     torch.manual_seed(6)
-    ours = pipeline.vocoder(mel)
+    ours = model.vocoder(mel)
     assert ours.shape == (960 * count,)
     assert signal_to_noise(theirs[0], ours) >= 50
 
@@ -246,15 +245,47 @@ def signal_to_noise(signal: torch.Tensor, other: torch.Tensor) -> float:
     return float(10 * torch.log10(signal.square().sum() / (signal - other).square().sum()))
 
 
+def test_constants_and_voice_embeddings_equal_those_of_upstream(
+    model: English, upstream: ChatterboxTTS, voice: Conditionals
+) -> None:
+    """What upstream's modules compute in their constructors is computed here without them, bit by bit."""
+    flow_module, vocoder_module = upstream.s3gen.flow, upstream.s3gen.mel2wav
+    tables = upstream.t3.tfmr.rotary_emb(torch.empty(0), torch.arange(MAX_POSITIONS)[None])
+    x, times = torch.randn(1, 77, 512), torch.linspace(0, 1, 11)
+    embedded, distances, _ = flow_module.encoder.embed(x, torch.ones(1, 1, 77, dtype=torch.bool))
+    with torch.inference_mode():
+        pairs = {
+            "voice": (model.decoder._embed_voice(voice.t3), upstream.t3.prepare_conditioning(for_upstream(voice).t3)),
+            "cosines": (model.decoder._cosine, tables[0][0]),
+            "sines": (model.decoder._sine, tables[1][0]),
+            "tokens": (model.flow._embed(x, "embed")[0], embedded),
+            "distances": (model.flow._embed(x, "embed")[1], distances),
+            "times": (flow.time_embeddings(times), flow_module.decoder.estimator.time_embeddings(times)),
+            "window": (model.vocoder._window, vocoder_module.stft_window),
+            "fade": (model.vocoder._fade, upstream.s3gen.trim_fade),
+        }
+    for name, (ours, theirs) in pairs.items():
+        assert torch.equal(ours, theirs), name
+    sines = vocoder_module.m_source.l_sin_gen
+    assert (sines.sine_amp, sines.noise_std, sines.voiced_threshold) == (
+        vocoder._AMPLITUDE,
+        vocoder._NOISE,
+        vocoder._VOICED_HZ,
+    )
+    assert sines.harmonic_num + 1 == vocoder._WAVES
+    assert vocoder_module.audio_limit == vocoder._MAX_SAMPLE
+    assert flow_module.decoder.inference_cfg_rate == flow._GUIDANCE
+    hp = upstream.t3.hp
+    assert (hp.start_text_token, hp.stop_text_token) == (t3.START_TEXT_TOKEN, t3.STOP_TEXT_TOKEN)
+    assert (hp.start_speech_token, hp.max_text_tokens) == (t3.START_SPEECH_TOKEN, t3.MAX_TEXT_TOKENS)
+
+
 @pytest.mark.slow
-def test_comparison_with_upstream_detects_differences(attached: Attached, model: ChatterboxTTS) -> None:
+def test_comparison_with_upstream_detects_differences(attached: Attached, upstream: ChatterboxTTS) -> None:
     text = "Hello, world."
     synthesizer = attached.synthesizer
     voice = synthesizer.voices[DEFAULT_VOICE]
-    upstreams = fidelity.reference(model, voice, text)
-    assert voice.t3.cond_prompt_speech_emb is None, (
-        "upstream changes its voice argument, and other tests share this voice"
-    )
+    upstreams = fidelity.reference(upstream, voice, text)
     found = fidelity.compare(synthesizer, text, upstreams)
     assert found["greedy_tokens_equal"] == len(upstreams["tokens"]) == fidelity.TOKENS
     assert found["next_tokens_equal"] == 1.0
@@ -289,33 +320,33 @@ def syncs(names: list[str]) -> list[str]:
 
 
 def test_hot_path_has_no_host_sync(
-    model: ChatterboxTTS, voice: Conditionals, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+    model: English, upstream: ChatterboxTTS, voice: Conditionals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Operations() as flow:
-        mel = pipeline.flow(torch.arange(12), voice.gen)
-    with Operations() as vocoder:
-        pipeline.vocoder(mel)
-    assert len(flow.names) > 100
-    assert syncs(flow.names) == []
-    assert len(vocoder.names) > 100
-    assert syncs(vocoder.names) == []
+    with Operations() as flowing:
+        mel = model.flow(torch.arange(12), voice.gen)
+    with Operations() as vocoding:
+        model.vocoder(mel)
+    assert len(flowing.names) > 100
+    assert syncs(flowing.names) == []
+    assert len(vocoding.names) > 100
+    assert syncs(vocoding.names) == []
     with Operations() as upstreams:
-        model.s3gen.flow_inference(torch.arange(12)[None], ref_dict=dict(voice.gen), finalize=True)
+        upstream.s3gen.flow_inference(torch.arange(12)[None], ref_dict=for_upstream(voice).gen, finalize=True)
     assert syncs(upstreams.names), "upstream has host syncs; otherwise this test detects nothing"
     monkeypatch.setattr(t3, "_CHECK_EVERY_ON_CPU", 8)
     counts = []
     for count in (8, 16):
         with Operations() as decoding:
-            our_tokens(pipeline.decoder, model, voice, GREEDY, count)
+            our_tokens(model.decoder, model, voice, GREEDY, count)
         counts.append(len(syncs(decoding.names)))
     assert counts[1] - counts[0] <= 1, "one more check for the end of speech, and nothing per token"
 
 
-def test_synthesis_does_not_compute_weight_norms(model: ChatterboxTTS, voice: Conditionals, pipeline: Pipeline) -> None:
-    mel = pipeline.flow(torch.arange(12), voice.gen)
+def test_synthesis_does_not_compute_weight_norms(model: English, upstream: ChatterboxTTS, voice: Conditionals) -> None:
+    mel = model.flow(torch.arange(12), voice.gen)
     with Operations() as ours:
-        pipeline.vocoder(mel)
+        model.vocoder(mel)
     with Operations() as theirs:
-        model.s3gen.hift_inference(mel)
+        upstream.s3gen.hift_inference(mel)
     assert [name for name in ours.names if "weight_norm" in name] == []
     assert len([name for name in theirs.names if "weight_norm" in name]) > 70

@@ -17,13 +17,12 @@ import chatterbox_prewarm
 from chatterbox_prewarm.errors import BadInputError, ModelError, NotWarmError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.regions import vocoder as vocoder_module
+from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.overlap import OverlappingWindows
-from chatterbox_prewarm.model.regions.pipeline import pipeline_of
 from chatterbox_prewarm.model.regions.vocoder import SAMPLES_PER_FRAME, Source
 from chatterbox_prewarm.model.stream import Stream
 from chatterbox_prewarm.model.streaming import generate_stream
 from chatterbox_prewarm.model.synthesis import Speech, Synthesizer
-from chatterbox_prewarm.model.voices import detached
 from chatterbox_prewarm.start.attach import Attached
 from chatterbox_prewarm.start.streaming import generate_stream_with_warmup_check
 from chatterbox_prewarm.system.metrics import StartMetrics
@@ -31,6 +30,7 @@ from chatterbox_prewarm.system.metrics import StartMetrics
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from chatterbox.tts import ChatterboxTTS
     from numpy.typing import NDArray
 
     from chatterbox_prewarm.model.chunk import Chunk
@@ -151,7 +151,7 @@ def test_look_ahead_draws_the_same_tokens(early: list[Chunk], speech: Speech) ->
 def test_look_ahead_returns_audio_before_the_last_token(
     synthesizer: Synthesizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = drawn_by(pipeline_of(synthesizer.model).decoder, monkeypatch)
+    drawn = drawn_by(synthesizer.model.decoder, monkeypatch)
     stream = generate_stream(synthesizer, TEXT, **EARLY)
     first = next(stream)
     assert not first.is_last
@@ -164,7 +164,7 @@ def test_look_ahead_has_no_seams(synthesizer: Synthesizer, early: list[Chunk], m
 
     The spectrogram has no joints: frames at the border of two chunks differ no more than elsewhere.
     """
-    pipeline = pipeline_of(synthesizer.model)
+    pipeline = synthesizer.model
     pieces = []
     stream = Stream(synthesizer, synthesizer.voices[DEFAULT_VOICE], 8, 3, lambda: False)
     mel_chunks = stream._mel_chunks
@@ -182,7 +182,7 @@ def test_look_ahead_has_no_seams(synthesizer: Synthesizer, early: list[Chunk], m
     torch.randn((1, 4096, 80), generator=generator)  # the noise of the flow
     vocoder = pipeline.vocoder.stream(generator)
     sound = vocoder.sound(vocoder.excite(mel, last=True), last=True)
-    assert decibels(synthesizer.watermarked(sound.numpy()), found) >= 60
+    assert decibels(synthesizer.model.marked(sound.numpy()), found) >= 60
     jumps = (mel[..., 1:] - mel[..., :-1]).square().mean(dim=(0, 1)).sqrt()
     borders = np.cumsum([piece.size(2) for piece in pieces])[:-1]
     assert len(borders) > 1
@@ -208,7 +208,7 @@ def test_use_of_the_generators_between_chunks_does_not_change_the_stream(
 def test_closing_a_stream_stops_the_synthesis(
     synthesizer: Synthesizer, speech: Speech, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = drawn_by(pipeline_of(synthesizer.model).decoder, monkeypatch)
+    drawn = drawn_by(synthesizer.model.decoder, monkeypatch)
     blocks = synthesizer.token_blocks(TEXT, max_new_tokens=COUNT)
     monkeypatch.setattr(synthesizer, "token_blocks", lambda *_, **__: blocks)
     stream = generate_stream(synthesizer, TEXT, **EARLY)
@@ -228,7 +228,7 @@ def test_closing_a_stream_stops_the_synthesis(
 def test_stopped_stream_ends_before_the_first_chunk(
     synthesizer: Synthesizer, monkeypatch: pytest.MonkeyPatch, look_ahead: int | None
 ) -> None:
-    drawn = drawn_by(pipeline_of(synthesizer.model).decoder, monkeypatch)
+    drawn = drawn_by(synthesizer.model.decoder, monkeypatch)
     stream = generate_stream(
         synthesizer, TEXT, seed=7, max_new_tokens=COUNT, look_ahead=look_ahead, stopped=lambda: drawn() >= 4
     )
@@ -244,8 +244,10 @@ def test_stopped_stream_ends_between_chunks(synthesizer: Synthesizer) -> None:
     assert list(stream) == []
 
 
-def test_every_part_of_a_stream_has_the_watermark(synthesizer: Synthesizer, early: list[Chunk]) -> None:
-    watermarker, rate = synthesizer.model.watermarker, synthesizer.model.sr
+def test_every_part_of_a_stream_has_the_watermark(
+    synthesizer: Synthesizer, upstream: ChatterboxTTS, early: list[Chunk]
+) -> None:
+    watermarker, rate = upstream.watermarker, synthesizer.model.sample_rate
     exact = list(generate_stream(synthesizer, TEXT, seed=7, max_new_tokens=COUNT, chunk_tokens=9))
     for chunks in (exact, early):
         samples = samples_of(chunks)
@@ -264,7 +266,7 @@ def test_watermark_in_windows_equals_the_watermark_of_the_complete_audio(synthes
     windows = OverlappingWindows(stream._watermarked, context=24)
     pieces = torch.split(torch.from_numpy(samples).view(-1, 240).T, [10, 60, 0, 50, 30], dim=1)
     found = torch.cat([windows(piece, last=number == 4) for number, piece in enumerate(pieces)]).numpy()
-    complete = synthesizer.watermarked(samples)
+    complete = synthesizer.model.marked(samples)
     assert decibels(complete, samples) < 40, "the watermark changes the audio; otherwise this test detects nothing"
     assert decibels(complete, found) >= 80
 
@@ -290,7 +292,7 @@ def test_overlapping_windows_give_the_output_for_the_complete_signal(sizes: list
 
 
 def test_vocoder_in_pieces_gives_the_audio_of_the_complete_spectrogram(synthesizer: Synthesizer) -> None:
-    vocoder = pipeline_of(synthesizer.model).vocoder
+    vocoder = synthesizer.model.vocoder
     mel = 2 * torch.randn(1, 80, 120, generator=torch.Generator().manual_seed(1)) - 5
 
     def sound(sizes: list[int]) -> Any:
@@ -310,7 +312,7 @@ def test_vocoder_in_pieces_gives_the_audio_of_the_complete_spectrogram(synthesiz
 
 def test_context_of_the_vocoder_is_exact(synthesizer: Synthesizer) -> None:
     """NaN in one frame spreads to all frames that depend on it, for any weights."""
-    vocoder = pipeline_of(synthesizer.model).vocoder
+    vocoder = synthesizer.model.vocoder
     mel, source = torch.zeros(1, 80, 100), torch.zeros(1, 100 * SAMPLES_PER_FRAME)
     spoilt_mel, spoilt_source = mel.clone(), source.clone()
     spoilt_mel[..., 50] = torch.nan
@@ -330,12 +332,12 @@ def test_context_of_the_vocoder_is_exact(synthesizer: Synthesizer) -> None:
 
 def test_phase_of_the_source_continues_from_chunk_to_chunk(synthesizer: Synthesizer) -> None:
     """Random weights give no voiced frame, so this test gives the source a pitch."""
-    hift = synthesizer.model.s3gen.mel2wav
+    merge = NamedTensors(synthesizer.model.tensors, "s3gen.mel2wav.").pair("m_source.l_linear")
     pitch = 200 + 80 * torch.sin(torch.arange(120) / 9)[None]
     sizes = [40, 1, 49, 30]
 
     def source() -> Source:
-        return Source(hift, torch.Generator().manual_seed(3))
+        return Source(merge, torch.Generator().manual_seed(3))
 
     with torch.inference_mode():
         complete = source()(pitch)
@@ -349,8 +351,9 @@ def test_phase_of_the_source_continues_from_chunk_to_chunk(synthesizer: Synthesi
 
 @pytest.mark.parametrize("look_ahead", [None, 3])
 def test_voice_with_a_surplus_frame_can_be_streamed(synthesizer: Synthesizer, look_ahead: int | None) -> None:
-    voice = detached(synthesizer.voices[DEFAULT_VOICE])
-    voice.gen["prompt_feat"] = torch.cat([voice.gen["prompt_feat"], voice.gen["prompt_feat"][:, -1:]], dim=1)
+    voice = synthesizer.voices[DEFAULT_VOICE]
+    frames = torch.cat([voice.gen["prompt_feat"], voice.gen["prompt_feat"][:, -1:]], dim=1)
+    voice = replace(voice, gen={**voice.gen, "prompt_feat": frames})
     odd = Synthesizer(synthesizer.model, {DEFAULT_VOICE: voice})
     speech = odd.synthesize(TEXT, seed=7, max_new_tokens=COUNT // 2)
     chunks = list(

@@ -12,25 +12,31 @@ import torch
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.regions.flow import Flow
+from chatterbox_prewarm.model.regions.t3 import T3Decoder
+from chatterbox_prewarm.model.regions.vocoder import Vocoder
 from chatterbox_prewarm.model.sampling import Sampling
-from chatterbox_prewarm.model.synthesis import seed_everything
-from chatterbox_prewarm.model.voices import detached
+from chatterbox_prewarm.model.synthesis import Synthesizer, seed_everything
+from chatterbox_prewarm.model.text import normalize_punctuation
+from chatterbox_prewarm.model.voices import for_upstream, placeholder_voice
+from chatterbox_prewarm.model.watermark import Watermark
 from chatterbox_prewarm.system.limits import SAMPLING
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from chatterbox.tts import ChatterboxTTS
 
     from chatterbox_prewarm.start.attach import Attached
 
 TEXT = "Hello, world."
 
 
-def _upstream_generate(attached: Attached, seed: int, **arguments: Any) -> torch.Tensor:
+def _upstream_generate(model: ChatterboxTTS, attached: Attached, seed: int, **arguments: Any) -> torch.Tensor:
     """Run upstream's own `generate` with a limit of 12 tokens."""
-    model = attached.synthesizer.model
     inference = model.t3.inference
     model.t3.inference = lambda **given: inference(**{**given, "max_new_tokens": 12})
-    model.conds = detached(attached.synthesizer.voices[DEFAULT_VOICE])
+    model.conds = for_upstream(attached.synthesizer.voices[DEFAULT_VOICE])
     seed_everything(seed)
     try:
         sound: torch.Tensor = model.generate(TEXT, **arguments)
@@ -46,8 +52,8 @@ def decibels(signal: Any, other: Any) -> float:
 
 
 @pytest.mark.parametrize("settings", [{}, {"cfg_weight": 0.7, "temperature": 0.5}, {"exaggeration": 1.0}])
-def test_audio_equals_that_of_upstream(attached: Attached, settings: dict[str, float]) -> None:
-    theirs = _upstream_generate(attached, 7, **settings).squeeze(0).numpy()
+def test_audio_equals_that_of_upstream(attached: Attached, upstream: ChatterboxTTS, settings: dict[str, float]) -> None:
+    theirs = _upstream_generate(upstream, attached, 7, **settings).squeeze(0).numpy()
     ours = attached.synthesizer.synthesize(TEXT, seed=7, max_new_tokens=12, sampling=Sampling(**settings))
     assert ours.sample_rate == 24_000
     assert len(ours.samples) > 5_000
@@ -66,14 +72,17 @@ import sys, warnings
 warnings.simplefilter("ignore")
 import chatterbox.tts as tts
 import numpy as np
-from chatterbox_prewarm.model.variants import english
-from chatterbox_prewarm.model.synthesis import seed_everything
+from chatterbox_prewarm.model import upstream
+from chatterbox_prewarm.model.regions.flow import Flow
+from chatterbox_prewarm.model.regions.t3 import T3Decoder
+from chatterbox_prewarm.model.regions.vocoder import Vocoder
+from chatterbox_prewarm.model.synthesis import Synthesizer, seed_everything
 make = tts.S3Gen
 def s3gen():
     model = make()
-    english.shorten_s3gen(model, 2)
+    upstream.shorten_s3gen(model, 2)
     return model
-tts.T3, tts.S3Gen = lambda: english.make_t3(2), s3gen
+tts.T3, tts.S3Gen = lambda: upstream.make_t3(2), s3gen
 model = tts.ChatterboxTTS.from_local(sys.argv[1], "cpu")
 inference = model.t3.inference
 model.t3.inference = lambda **given: inference(**{**given, "max_new_tokens": 12})
@@ -86,23 +95,23 @@ np.save(sys.argv[2], samples)
 
 @pytest.mark.slow
 def test_audio_equals_that_of_upstream_imported_and_loaded_normally(
-    attached: Attached, mini: Path, tmp_path: Path
+    attached: Attached, upstream: ChatterboxTTS, mini: Path, tmp_path: Path
 ) -> None:
     """The skipped imports and the mapped weights do not change the audio audibly.
 
     It is not equal bit by bit: on some processors, kernels round differently for weights at other addresses modulo 64.
     """
     file = tmp_path / "samples.npy"
-    upstream = subprocess.run(
+    normal = subprocess.run(
         [sys.executable, "-c", _UPSTREAM, str(mini), str(file)],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
-    assert upstream.returncode == 0, upstream.stderr
+    assert normal.returncode == 0, normal.stderr
     theirs = np.load(file)
-    here = _upstream_generate(attached, 7).squeeze(0).numpy()
+    here = _upstream_generate(upstream, attached, 7).squeeze(0).numpy()
     assert len(theirs) > 5_000
     assert here.shape == theirs.shape
     assert decibels(theirs, here) >= 80
@@ -134,16 +143,72 @@ def test_synthesis_does_not_change_the_voice(attached: Attached) -> None:
     voice = attached.synthesizer.voices[DEFAULT_VOICE]
     before = {key: value.clone() for key, value in voice.gen.items() if torch.is_tensor(value)}
     attached.synthesizer.synthesize(TEXT, seed=1, max_new_tokens=6)
-    assert voice.t3.cond_prompt_speech_emb is None
     for key, value in before.items():
         assert voice.gen[key].dtype == value.dtype, key
         assert torch.equal(voice.gen[key], value), key
 
 
-def test_speech_has_the_watermark(attached: Attached) -> None:
+def test_speech_has_the_watermark(attached: Attached, upstream: ChatterboxTTS) -> None:
     speech = attached.synthesizer.synthesize(TEXT, seed=1, max_new_tokens=50)
-    found = attached.synthesizer.model.watermarker.get_watermark(speech.samples, sample_rate=speech.sample_rate)
+    found = upstream.watermarker.get_watermark(speech.samples, sample_rate=speech.sample_rate)
     assert found.mean() > 0.5
+
+
+@pytest.mark.parametrize("seconds", [0.4, 1.0, 3.21, 30.0])
+def test_the_watermark_equals_that_of_upstream(attached: Attached, upstream: ChatterboxTTS, seconds: float) -> None:
+    time = np.arange(int(seconds * 24_000)) / 24_000
+    noise = np.random.default_rng(0).normal(size=time.size)
+    samples = (0.3 * np.sin(2 * np.pi * 200 * time) + 0.01 * noise).astype(np.float32)
+    theirs = np.asarray(upstream.watermarker.apply_watermark(samples, sample_rate=24_000))
+    assert np.array_equal(attached.synthesizer.model.marked(samples), theirs)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT,
+        "",
+        "wait...what",
+        "a  tab\tand   spaces ",
+        "lower: case; with — dashes \N{EN DASH} and “quotes” or \u2018these\u2019",
+        "Ends with a comma ,",
+        "…",
+        "ß is lower",
+        "1. A list - of things:  more",
+        "Question?",
+        "ends with a dash-",
+        "Ünïcödé 漢字",
+    ],
+)
+def test_text_tokens_equal_those_of_upstream(attached: Attached, upstream: ChatterboxTTS, text: str) -> None:
+    from chatterbox.tts import punc_norm
+
+    if text:
+        assert normalize_punctuation(text) == punc_norm(text)
+    ids = upstream.tokenizer.text_to_tokens(normalize_punctuation(text))
+    assert attached.synthesizer.model.text_tokens(text)[0, 1:-1].tolist() == ids[0].tolist()
+
+
+def test_the_check_of_a_start_runs_every_stage_and_keeps_the_generators(
+    attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    model = attached.synthesizer.model
+    for stage in (T3Decoder, Flow, Vocoder, Watermark):
+        name = "blocks" if stage is T3Decoder else "apply" if stage is Watermark else "__call__"
+        original = getattr(stage, name)
+
+        def record(*arguments: Any, original: Any = original, stage: type = stage, **named: Any) -> Any:
+            called.append(stage.__name__)
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(stage, name, record)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    Synthesizer(model, {"nobody": placeholder_voice()}).check("nobody")
+    assert torch.equal(torch.rand(3), expected)
+    assert called == ["T3Decoder", "T3Decoder", "Flow", "Vocoder", "Watermark"]
 
 
 @pytest.mark.parametrize(

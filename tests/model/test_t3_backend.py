@@ -11,7 +11,7 @@ from chatterbox.models.t3 import t3 as t3_module
 from chatterbox.models.t3.modules.cond_enc import T3Cond
 
 from chatterbox_prewarm.model.t3_backend import PersistentT3, keep_backend
-from chatterbox_prewarm.model.variants.english import make_t3
+from chatterbox_prewarm.model.upstream import make_t3
 
 CALLS = 12
 

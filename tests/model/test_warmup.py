@@ -13,9 +13,8 @@ import torch
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.reference_clip import reference_audio, reference_clip
-from chatterbox_prewarm.model.regions.pipeline import is_bound
-from chatterbox_prewarm.model.variants import english
-from chatterbox_prewarm.model.voices import detached
+from chatterbox_prewarm.model.upstream import load_upstream
+from chatterbox_prewarm.model.voices import for_upstream
 from chatterbox_prewarm.model.warmup.settings import LONG_TEXT, MEDIUM_TEXT, SHORT_TEXT, SWITCH
 from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
 from chatterbox_prewarm.system.metrics import StartMetrics
@@ -29,11 +28,11 @@ if TYPE_CHECKING:
 
 
 def test_all_levels_run_and_do_not_change_the_model(
-    attached: Attached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    attached: Attached, upstream: ChatterboxTTS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    model = attached.synthesizer.model
-    model.conds = voice = detached(attached.synthesizer.voices[DEFAULT_VOICE])
+    model = upstream
+    model.conds = voice = for_upstream(attached.synthesizer.voices[DEFAULT_VOICE])
     torch.manual_seed(11)
     state, python = torch.random.get_rng_state(), random.getstate()
     lines: list[str] = []
@@ -50,15 +49,15 @@ def test_all_levels_run_and_do_not_change_the_model(
     assert random.getstate() == python
 
 
-def test_only_the_chosen_levels_run(attached: Attached) -> None:
+def test_only_the_chosen_levels_run(upstream: ChatterboxTTS) -> None:
     metrics = StartMetrics()
     strategy = ChatterboxWarmupStrategy(levels=[1], metrics=metrics, progress=lambda _: None)
-    strategy.perform_full_warmup(attached.synthesizer.model)
+    strategy.perform_full_warmup(upstream)
     assert [phase["name"] for phase in metrics.phases] == ["warm-up level 1"]
 
 
 def test_warm_up_stops_before_the_level_that_runs_out_of_memory(
-    attached: Attached, monkeypatch: pytest.MonkeyPatch
+    upstream: ChatterboxTTS, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This test cannot fill a GPU's memory, so the level raises the error of torch."""
 
@@ -68,7 +67,7 @@ def test_warm_up_stops_before_the_level_that_runs_out_of_memory(
     lines: list[str] = []
     strategy = ChatterboxWarmupStrategy(levels=[1, 2, 3], progress=lines.append)
     monkeypatch.setattr(strategy, "warm_up_cuda_kernels", fill)
-    metrics = strategy.perform_full_warmup(attached.synthesizer.model)
+    metrics = strategy.perform_full_warmup(upstream)
     assert strategy.levels == (1,), "the manifest records these levels"
     assert [phase["name"] for phase in metrics.phases] == ["warm-up level 1", "warm-up level 2"]
     assert lines[-1] == "level 2: out of memory; the warm-up stops before this level"
@@ -81,14 +80,16 @@ def test_unknown_levels_are_refused(levels: list[int]) -> None:
         ChatterboxWarmupStrategy(levels=levels)
 
 
-def test_argument_and_environment_switch_the_warm_up_off(attached: Attached, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_argument_and_environment_switch_the_warm_up_off(
+    upstream: ChatterboxTTS, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines: list[str] = []
     off = ChatterboxWarmupStrategy(enabled=False, progress=lines.append)
     monkeypatch.setenv(SWITCH, "off")
     also_off = ChatterboxWarmupStrategy(progress=lines.append)
     for strategy in (off, also_off):
-        assert strategy.perform_full_warmup(attached.synthesizer.model).phases == []
-        strategy.warm_up_models(attached.synthesizer.model)
+        assert strategy.perform_full_warmup(upstream).phases == []
+        strategy.warm_up_models(upstream)
     assert lines == ["warm-up is switched off"] * 2
 
 
@@ -109,15 +110,15 @@ def test_reference_audio_is_deterministic_and_its_file_is_removed() -> None:
 
 @pytest.fixture(scope="module")
 def plain(mini: Path) -> ChatterboxTTS:
-    """Return a model as upstream loads it: no regions are bound to it."""
-    return english.load(mini)
+    """Return a model as upstream loads it."""
+    return load_upstream(mini)
 
 
 def test_a_model_of_upstream_is_warmed_up_with_the_code_that_it_runs(plain: ChatterboxTTS) -> None:
     strategy = ChatterboxWarmupStrategy("cpu", levels=[1, 2], progress=lambda _: None)
     strategy.perform_full_warmup(plain)
     assert strategy.warmup_completed
-    assert not is_bound(plain), "regions would take memory that this model never uses"
+    assert not hasattr(plain, "lean"), "regions would take memory that this model never uses"
     backend = plain.t3.patched_model
     ChatterboxWarmupStrategy(device="cpu", texts=[SHORT_TEXT], progress=lambda _: None).warm_up_cuda_kernels(plain)
     assert plain.t3.patched_model is backend, "a call does not build the backend again"

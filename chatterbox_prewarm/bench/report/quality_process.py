@@ -66,11 +66,12 @@ def _upstream(options: QualityOptions) -> dict[str, Any]:
 
     from chatterbox_prewarm.bench.fidelity import reference
     from chatterbox_prewarm.model.synthesis import seed_everything
+    from chatterbox_prewarm.model.voices import detached
 
-    torch.save(reference(model, model.conds, options.text), options.reference)
+    torch.save(reference(model, detached(model.conds), options.text), options.reference)
     limit_tokens(model, options.max_new_tokens)
     seed_everything(_SEED)
-    return _save(options, model, model.generate(options.text)[0].numpy(), None)
+    return _save(options, model.sr, model.generate(options.text)[0].numpy(), None)
 
 
 def _ours(options: QualityOptions, cache: str) -> dict[str, Any]:
@@ -91,18 +92,23 @@ def _ours(options: QualityOptions, cache: str) -> dict[str, Any]:
 
     synthesizer = attached.synthesizer
     speech = synthesizer.synthesize(options.text, seed=_SEED, max_new_tokens=options.max_new_tokens)
-    result = _save(options, synthesizer.model, speech.samples, speech.tokens)
+    result = _save(options, speech.sample_rate, speech.samples, speech.tokens)
     return result | compare(synthesizer, options.text, torch.load(options.reference, weights_only=True))
 
 
 def _save(
-    options: QualityOptions, model: Any, samples: NDArray[np.float32], tokens: NDArray[np.int64] | None
+    options: QualityOptions, sample_rate: int, samples: NDArray[np.float32], tokens: NDArray[np.int64] | None
 ) -> dict[str, Any]:
     """Write the audio, its tokens and its mel spectrogram (natural logarithm, as S3Gen uses it)."""
     import numpy as np
     import soundfile
     import torch
+
+    from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox
+
+    import_chatterbox()
     from chatterbox.models.s3gen.utils.mel import mel_spectrogram
+    from perth import PerthImplicitWatermarker
 
     mel = mel_spectrogram(torch.from_numpy(samples)[None])[0].numpy()
     np.savez(
@@ -111,9 +117,9 @@ def _save(
         samples=samples,
         mel=mel,
     )
-    soundfile.write(options.audio, samples, model.sr, subtype="PCM_16")
-    confidence = model.watermarker.get_watermark(samples, sample_rate=model.sr, round=False)
-    return {"watermark": float(np.mean(confidence)), "seconds": len(samples) / model.sr}
+    soundfile.write(options.audio, samples, sample_rate, subtype="PCM_16")
+    confidence = PerthImplicitWatermarker().get_watermark(samples, sample_rate=sample_rate, round=False)
+    return {"watermark": float(np.mean(confidence)), "seconds": len(samples) / sample_rate}
 
 
 if __name__ == "__main__":

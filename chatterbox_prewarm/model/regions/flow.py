@@ -62,7 +62,7 @@ class Flow:
         ]
         self._down = estimator.pair("down_blocks.0.2")
         last = ("up_blocks.0.2", "final_block.block.0", "final_block.block.2", "final_proj")
-        self._euler = executor(FLOW_EULER, estimator.pair(*last))
+        self._euler = executor(FLOW_EULER, estimator.pairs(*last))
 
     @torch.inference_mode()
     def __call__(
@@ -125,14 +125,14 @@ class Flow:
         x, distances = self._embed(x, "up_embed")
         for layer in self._up_encoders:
             (x,) = layer(x, distances)
-        x = functional.layer_norm(x, x.shape[-1:], *encoder.pair("after_norm"))
+        x = functional.layer_norm(x, [x.size(-1)], *encoder.pair("after_norm"))
         return functional.linear(x, *self._weights.pair("encoder_proj"))
 
     def _embed(self, x: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Project (1, n, 512) before a stack of encoder layers. Also return the embeddings of all distances."""
         weights = self._encoder.below(f"{name}.out")
         x = functional.linear(x, *weights.pair("0"))
-        x = functional.layer_norm(x, x.shape[-1:], *weights.pair("1")) * math.sqrt(_TOKEN_SIZE)
+        x = functional.layer_norm(x, [x.size(-1)], *weights.pair("1")) * math.sqrt(_TOKEN_SIZE)
         return x, distance_embeddings(x.size(1), x.device).to(x.dtype)
 
     def _solve(
@@ -198,9 +198,9 @@ def encoder_weights(layer: NamedTensors) -> list[torch.Tensor]:
     """Return the weight arguments of `flow_blocks.encoder_layer` for upstream's `ConformerEncoderLayer`."""
     attention = layer.below("self_attn")
     return [
-        *layer.pair("norm_mha", "self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v"),
+        *layer.pairs("norm_mha", "self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v"),
         *(attention[name] for name in ("linear_pos.weight", "pos_bias_u", "pos_bias_v")),
-        *layer.pair("self_attn.linear_out", "norm_ff", "feed_forward.w_1", "feed_forward.w_2"),
+        *layer.pairs("self_attn.linear_out", "norm_ff", "feed_forward.w_1", "feed_forward.w_2"),
     ]
 
 
@@ -209,10 +209,10 @@ def transformer_weights(block: NamedTensors) -> list[torch.Tensor]:
     return [
         *block.pair("norm1"),
         *(block[f"attn1.{name}.weight"] for name in ("to_q", "to_k", "to_v")),
-        *block.pair("attn1.to_out.0", "norm3", "ff.net.0.proj", "ff.net.2"),
+        *block.pairs("attn1.to_out.0", "norm3", "ff.net.0.proj", "ff.net.2"),
     ]
 
 
 def resnet_weights(block: NamedTensors) -> list[torch.Tensor]:
     """Return the weight arguments of `flow_blocks.resnet` for upstream's `CausalResnetBlock1D`."""
-    return block.pair("mlp.1", "block1.block.0", "block1.block.2", "block2.block.0", "block2.block.2", "res_conv")
+    return block.pairs("mlp.1", "block1.block.0", "block1.block.2", "block2.block.0", "block2.block.2", "res_conv")

@@ -53,9 +53,13 @@ class NamedTensors:
         numbers = itertools.takewhile(lambda number: str(number) in starts, itertools.count())
         return [self.below(f"{name}.{number}") for number in numbers]
 
-    def pair(self, *names: str) -> list[torch.Tensor]:
-        """Return the weight and the bias of each layer. A weight norm (arXiv:1602.07868) is applied."""
-        return [tensor for name in names for tensor in (self._weight(name), self[f"{name}.bias"])]
+    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weight and the bias of a layer. A weight norm (arXiv:1602.07868) is applied."""
+        return self._weight(name), self[f"{name}.bias"]
+
+    def pairs(self, *names: str) -> list[torch.Tensor]:
+        """Return the weight and the bias of each layer."""
+        return [tensor for name in names for tensor in self.pair(name)]
 
     def _weight(self, name: str) -> torch.Tensor:
         norm = f"{name}.parametrizations.weight.original"

@@ -63,9 +63,7 @@ class T3Decoder:
         self._device = weights["speech_head.weight"].device
         self.dtype: torch.dtype = dtype or weights["speech_head.weight"].dtype
         self.graphs = graphs
-        layers = [
-            [weight.to(self.dtype) for weight in layer_weights(layer)] for layer in weights.layers("tfmr.layers")
-        ]
+        layers = [[weight.to(self.dtype) for weight in layer_weights(layer)] for layer in weights.layers("tfmr.layers")]
         self._prefill = [executor(T3_PREFILL, weights) for weights in layers]
         self._decode = [executor(T3_DECODE, weights) for weights in layers]
         last = [
@@ -142,7 +140,12 @@ class T3Decoder:
 
     @torch.inference_mode()
     def hidden(
-        self, conditionals: T3Conditionals, text_tokens: torch.Tensor, speech_tokens: torch.Tensor, *, sampling: Sampling
+        self,
+        conditionals: T3Conditionals,
+        text_tokens: torch.Tensor,
+        speech_tokens: torch.Tensor,
+        *,
+        sampling: Sampling,
     ) -> torch.Tensor:
         """Return the transformer's outputs for a known sequence of speech tokens (teacher forcing).
 
@@ -316,7 +319,7 @@ def _attend(weights: NamedTensors, queries: torch.Tensor, x: torch.Tensor) -> to
     """Run the perceiver's attention block: `queries` (1, m, 1024) attend to `x` (1, n, 1024), with a residual."""
 
     def heads(x: torch.Tensor, name: str) -> torch.Tensor:
-        normalized = functional.layer_norm(x, x.shape[-1:], *weights.pair("norm"))
+        normalized = functional.layer_norm(x, [x.size(-1)], *weights.pair("norm"))
         projected = functional.linear(normalized, *weights.pair(name))
         return projected.view(1, x.size(1), _PERCEIVER_HEADS, -1).transpose(1, 2)
 

@@ -93,19 +93,19 @@ def _snake(x: Tensor, alpha: Tensor) -> Tensor:
 
 def pitch_weights(predictor: NamedTensors) -> list[Tensor]:
     """Return the weight arguments of `pitch` for upstream's `ConvRNNF0Predictor`."""
-    return predictor.pair(*(f"condnet.{2 * layer}" for layer in range(_PITCH_LAYERS)), "classifier")
+    return predictor.pairs(*(f"condnet.{2 * layer}" for layer in range(_PITCH_LAYERS)), "classifier")
 
 
 def trunk_weights(hift: NamedTensors) -> list[Tensor]:
     """Return the weight arguments of `trunk` for upstream's `HiFTGenerator`, with weight norms applied."""
-    weights = hift.pair("conv_pre")
+    weights = hift.pairs("conv_pre")
     kernels = len(_KERNELS)
     for stage in range(len(_STRIDES)):
-        weights += hift.pair(f"ups.{stage}", f"source_downs.{stage}")
+        weights += hift.pairs(f"ups.{stage}", f"source_downs.{stage}")
         names = [f"resblocks.{number}" for number in range(stage * kernels, (stage + 1) * kernels)]
         for name in (f"source_resblocks.{stage}", *names):
             block = hift.below(name)
             for layer in range(len(_DILATIONS)):
                 weights += [block[f"activations1.{layer}.alpha"], *block.pair(f"convs1.{layer}")]
                 weights += [block[f"activations2.{layer}.alpha"], *block.pair(f"convs2.{layer}")]
-    return weights + hift.pair("conv_post")
+    return weights + hift.pairs("conv_post")

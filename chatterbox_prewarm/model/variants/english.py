@@ -23,7 +23,8 @@ from chatterbox_prewarm.model.regions.t3 import START_SPEECH_TOKEN, START_TEXT_T
 from chatterbox_prewarm.model.regions.vocoder import SAMPLE_RATE, Vocoder
 from chatterbox_prewarm.model.text import normalize_punctuation
 from chatterbox_prewarm.model.watermark import Watermark
-from chatterbox_prewarm.weights.record import check_quickly, read_record
+from chatterbox_prewarm.weights.record import read_record
+from chatterbox_prewarm.weights.tensor_shapes import check_tensors
 from chatterbox_prewarm.weights.variants import ENGLISH
 
 if TYPE_CHECKING:
@@ -93,14 +94,14 @@ def load(
     On a CPU the tensors are mapped pages of the files. On a GPU each is loaded directly to the device.
 
     Args:
-        directory: contains the variant's files and `weights.json`.
+        directory: contains the variant's files and `weights.json`; `weights.record.check_quickly` has checked it.
         device: a torch device as a string, such as "cpu" or "cuda".
         executor: makes the regions callable.
         t3_dtype: of T3's transformer; None keeps the checkpoint's.
         graphs: capture T3's step as a CUDA graph.
 
     Raises:
-        WeightsError: a file is missing or truncated, a tensor is missing, or the tokenizer is damaged.
+        WeightsError: a tensor is missing, unknown, or has another shape or dtype, or the tokenizer is damaged.
         ModelError: torch sees no GPU, or the watermark's weights are missing.
         BadInputError: there is no GPU with this number.
     """
@@ -110,7 +111,7 @@ def load(
             f"{directory} contains the variant {record.variant!r}, not {ENGLISH.name!r}",
             next_step="give the directory of the English weights",
         )
-    check_quickly(directory, record)
+    check_tensors(directory, ENGLISH)
     check_device(device)
     tensors = dict(_read(directory, device, t3_dtype))
     populate(tensors)
@@ -133,7 +134,7 @@ def _read(directory: Path, device: str, t3_dtype: torch.dtype | None) -> Iterato
     for stem, parts in _PARTS.items():
         path = directory / f"{stem}.safetensors"
         try:
-            with safe_open(path, framework="pt", device=device) as file:
+            with safe_open(path, framework="pt", device=device) as file:  # type: ignore[no-untyped-call]
                 for name in file.keys():  # noqa: SIM118 - this is no dictionary
                     if name.startswith(parts):
                         tensor = file.get_tensor(name)

@@ -46,8 +46,7 @@ class WarmupPlan:
     """The warm-up that an expected load needs.
 
     Attributes:
-        level: 1 needs nothing after the start; 2 adds lengths; 3 adds a voice and the lengths for which memory pools
-            grow.
+        level: 1 needs nothing after the start; 2 adds lengths; 3 adds the lengths for which memory pools grow.
         tokens: the lengths, in speech tokens.
     """
 
@@ -56,13 +55,10 @@ class WarmupPlan:
 
     def steps(self, synthesizer: Synthesizer) -> list[WarmupStep]:
         """Return the steps of the plan, shortest first."""
-        steps = [
+        return [
             WarmupStep(name=f"{count} speech tokens", run=functools.partial(_render, synthesizer, count))
             for count in self.tokens
         ]
-        if self.level >= 3:
-            steps.append(WarmupStep(name="a voice from a clip", run=functools.partial(_compute_voice, synthesizer)))
-        return steps
 
 
 def plan_for(requests_per_minute: float) -> WarmupPlan:
@@ -82,19 +78,9 @@ def _render(synthesizer: Synthesizer, count: int, on_step: Callable[[], None]) -
     import torch
 
     from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-    from chatterbox_prewarm.model.regions.pipeline import pipeline_of
 
-    pipeline = pipeline_of(synthesizer.model)
+    model = synthesizer.model
     with torch.inference_mode():
-        tokens = torch.arange(count, device=synthesizer.model.device)
-        mel = pipeline.flow(tokens, synthesizer.voice(DEFAULT_VOICE).gen, on_step=on_step)
-        pipeline.vocoder(mel)
-
-
-def _compute_voice(synthesizer: Synthesizer, _on_step: Callable[[], None]) -> None:
-    """Compute a voice, as for an upload. This step cannot be interrupted."""
-    from chatterbox_prewarm.model.reference_clip import reference_clip
-    from chatterbox_prewarm.model.voices import prepare_voice
-
-    with reference_clip() as clip:
-        prepare_voice(synthesizer.model, clip)
+        tokens = torch.arange(count, device=model.device)
+        mel = model.flow(tokens, synthesizer.voice(DEFAULT_VOICE).gen, on_step=on_step)
+        model.vocoder(mel)

@@ -222,14 +222,12 @@ def _speak_with_upstream(model: ChatterboxTTS, text: str, voice: Conditionals, m
 
     from chatterbox_prewarm.model.synthesis import seed_everything
     from chatterbox_prewarm.model.t3_backend import keep_backend
+    from chatterbox_prewarm.model.upstream import upstream_text_tokens
     from chatterbox_prewarm.model.voices import for_upstream
 
     keep_backend(model.t3)
     seed_everything(0)
-    ids = model.tokenizer.text_to_tokens(text).to(model.device)
-    ids = torch.nn.functional.pad(ids, (1, 0), value=model.t3.hp.start_text_token)
-    ids = torch.nn.functional.pad(ids, (0, 1), value=model.t3.hp.stop_text_token)
-    prompt, conditionals = ids.repeat(2, 1), for_upstream(voice)  # with and without guidance
+    prompt, conditionals = upstream_text_tokens(model, text), for_upstream(voice)
     with torch.inference_mode():
         model.t3.inference(t3_cond=conditionals.t3, text_tokens=prompt, max_new_tokens=max_new_tokens)
         # Arbitrary tokens, because T3 may have stopped too early for any audio.

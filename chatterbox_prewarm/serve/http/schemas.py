@@ -55,8 +55,6 @@ class Worker(TypedDict):
     """Device memory held by the allocator."""
     vram_peak_bytes: int
     """Peak device memory in use."""
-    hooks: int
-    """Number of hooks on the model's modules. A growing number indicates a leak."""
     voices: int
     """Number of added voices in memory."""
     voice_bytes: int

@@ -55,14 +55,12 @@ class Usage:
         rss_bytes: resident memory of the process.
         vram_bytes: GPU memory that PyTorch's allocator has reserved.
         vram_peak_bytes: the most GPU memory that was allocated at one time.
-        hooks: hooks registered on modules of the model. A growing number is a leak.
         voices, voice_bytes: number and size of the added voices in memory.
     """
 
     rss_bytes: int = 0
     vram_bytes: int = 0
     vram_peak_bytes: int = 0
-    hooks: int = 0
     voices: int = 0
     voice_bytes: int = 0
 

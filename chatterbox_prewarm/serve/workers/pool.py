@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.errors import ModelError
 from chatterbox_prewarm.serve.workers.sentence_split import split
 from chatterbox_prewarm.serve.workers.supervisor import Supervisor
+from chatterbox_prewarm.serve.workers.voice_process import make_voice
 from chatterbox_prewarm.serve.workers.worker_client import WorkerGoneError
 from chatterbox_prewarm.system.limits import MAX_SEED
 
@@ -75,6 +76,7 @@ class Pool:
         self._voices = voices
         self._queue: collections.deque[asyncio.Future[Supervisor]] = collections.deque()
         self._part_seconds = 1.0
+        self._making_voice = asyncio.Lock()
 
     @property
     def attached(self) -> bool:
@@ -155,7 +157,7 @@ class Pool:
             await asyncio.gather(producer, return_exceptions=True)
 
     async def prepare_voice(self, clip: bytes) -> bytes:
-        """Compute a voice from a reference clip.
+        """Compute a voice from a reference clip in a process of its own, one at a time.
 
         Args:
             clip: a WAV file.
@@ -164,10 +166,13 @@ class Pool:
             the voice as a safetensors file.
 
         Raises:
-            BusyError, WorkerGoneError, PrewarmError: as for `speak`.
+            WorkerGoneError: no worker is ready.
+            PrewarmError: as `voice_process.make_voice`.
         """
-        voice: bytes = await self._with_retry(lambda worker: worker.prepare_voice(clip))
-        return voice
+        if not self.ready:
+            raise WorkerGoneError("no worker is ready", next_step="try again when the server is ready")
+        async with self._making_voice:
+            return await make_voice(self.leading.config, clip)
 
     async def _produce(
         self, options: SpeechOptions, buffer: asyncio.Queue[Chunk | None], has_room: asyncio.Event

@@ -1,4 +1,4 @@
-"""The worker process: load the model, run one synthesis, then handle one request at a time until the front stops it.
+"""The worker process: load the model, check it, then handle one request at a time until the front stops it.
 
 The front starts it with a socket and a JSON configuration. The worker reports each phase of its start, so that the
 front can answer probes while this process imports packages and loads weights.
@@ -18,9 +18,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import ModelError, PrewarmError, as_prewarm_error, first_line
-from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.warmup.adaptive import plan_for
-from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT, switched_off
+from chatterbox_prewarm.model.warmup.settings import switched_off
 from chatterbox_prewarm.proof.probes import status_field
 from chatterbox_prewarm.redaction import print_traceback
 from chatterbox_prewarm.serve.workers import log_lines, messages
@@ -30,7 +29,6 @@ from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
 from chatterbox_prewarm.start.attach import attach
 from chatterbox_prewarm.start.prepare import prepare
-from chatterbox_prewarm.start.save import REFERENCE_TOKENS
 from chatterbox_prewarm.system.json_subprocess import DEBUG, claim_stdout, describe, die_with_parent
 from chatterbox_prewarm.system.metrics import StartMetrics
 
@@ -38,15 +36,11 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.warmup.adaptive import WarmupStep
     from chatterbox_prewarm.serve.workers.worker_voices import VoiceCache
     from chatterbox_prewarm.start.attach import Attached
-    from chatterbox_prewarm.state.manifest import Reference
 
 logger = logging.getLogger(__name__)
 
 #: After this many seconds without a request, a worker is idle and continues its warm-up.
 _IDLE_SECONDS = 2.0
-#: The computation of a voice cannot report progress in between. It takes 1 to 8 s on a CPU; the worker reports progress
-#: for it until this timeout.
-_VOICE_SECONDS = 60.0
 #: Chunk size when the caller needs all audio at once: 10 s of audio. The vocoder reports no progress within a chunk, so
 #: chunks must not be longer.
 _LONG_CHUNK_TOKENS = 250
@@ -87,11 +81,9 @@ class Worker:
         self._progress_sent = 0.0
         self._send_lock = threading.Lock()
         self._warmup_steps: list[WarmupStep] = []
-        #: Id of a request whose work cannot report progress, and until when the worker reports it instead.
-        self._opaque_work = (0, 0.0)
 
     def start(self) -> None:
-        """Load the model and its warm state, then run one synthesis.
+        """Load the model and its warm state, then run every stage of a synthesis once.
 
         Raises:
             PrewarmError: the model cannot be loaded, or the policy forbids a cold start.
@@ -107,7 +99,7 @@ class Worker:
         sizes = voice_sizes(attached.synthesizer)
         self.send({"type": "attached", "voices": sizes, "metrics": self._metrics.to_dict()})
         with self._metrics.phase("first synthesis"):
-            _first_synthesis(attached, prepared.state.manifest.reference if prepared.state else None)
+            attached.synthesizer.check()
         self._metrics.mark("ready")
         if not switched_off():
             self._warmup_steps = [step for step in plan.steps(attached.synthesizer) if step.name not in config.skipped]
@@ -125,7 +117,7 @@ class Worker:
                 continue
             if message is None or message[0]["type"] == "stop":
                 return
-            self._handle(requests, *message)
+            self._handle(requests, message[0])
 
     def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
         """Send a message to the front. Any thread may call this."""
@@ -136,14 +128,10 @@ class Worker:
         """Tell the front every second that this process runs, until the connection is closed."""
         with contextlib.suppress(OSError):
             while True:
-                request_id, until = self._opaque_work
-                if time.monotonic() < until:
-                    self.send({"type": "progress", "id": request_id})
-                else:
-                    self.send({"type": "alive"})
+                self.send({"type": "alive"})
                 time.sleep(PROGRESS_SECONDS)
 
-    def _handle(self, requests: RequestQueue, header: dict[str, Any], payload: bytes) -> None:
+    def _handle(self, requests: RequestQueue, header: dict[str, Any]) -> None:
         """Handle a request and send its answer or its error.
 
         Raises:
@@ -152,10 +140,7 @@ class Worker:
         request_id = header["id"]
         log_lines.REQUEST_ID.set(header["request"])
         try:
-            if header["type"] == "speak":
-                self._speak(requests, request_id, SpeechOptions(**header["options"]))
-            else:
-                self._prepare_voice(request_id, payload)
+            self._speak(requests, request_id, SpeechOptions(**header["options"]))
         except PrewarmError as error:
             self.send({"type": "error", "id": request_id, "fatal": False, **describe(error)})
         except Exception as error:
@@ -206,16 +191,6 @@ class Worker:
             self.send({"type": "progress", "id": request_id})
         return requests.is_cancelled(request_id)
 
-    def _prepare_voice(self, request_id: int, clip: bytes) -> None:
-        from chatterbox_prewarm.serve.workers.worker_voices import voice_bytes
-
-        self._opaque_work = (request_id, time.monotonic() + _VOICE_SECONDS)
-        try:
-            voice = voice_bytes(self._loaded, clip)
-        finally:
-            self._opaque_work = (0, 0.0)
-        self.send({"type": "voice", "id": request_id}, voice)
-
     def _warm_up(self, step: WarmupStep, requests: RequestQueue) -> bool:
         """Run a step of the idle warm-up. Return False when a request preempted it, True when it need not run again.
 
@@ -256,32 +231,10 @@ class Worker:
             rss_bytes=1024 * (status_field(os.getpid(), "VmRSS") or 0),
             vram_bytes=torch.cuda.memory_reserved(device) if on_gpu else 0,
             vram_peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else 0,
-            hooks=_count_hooks(self._attached) if self._attached else 0,
             voices=self._added_voices.voices if self._added_voices else 0,
             voice_bytes=self._added_voices.size if self._added_voices else 0,
         )
         return {"metrics": self._metrics.to_dict(), "usage": asdict(usage)}
-
-
-def _first_synthesis(attached: Attached, reference: Reference | None) -> None:
-    """Speak the reference text of the warm state, or a short text when there is no warm state.
-
-    The voice of the reference is missing if the start left out the voices of the state.
-    """
-    voice = reference.voice if reference and reference.voice in attached.synthesizer.voices else DEFAULT_VOICE
-    attached.synthesizer.synthesize(
-        reference.text if reference else SHORT_TEXT,
-        voice=voice,
-        seed=reference.seed if reference else 0,
-        max_new_tokens=reference.max_new_tokens if reference else REFERENCE_TOKENS,
-    )
-
-
-def _count_hooks(attached: Attached) -> int:
-    """Count the hooks on all modules of the model."""
-    model = attached.synthesizer.model
-    modules = (module for part in (model.t3, model.s3gen, model.ve) for module in part.modules())
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
 
 
 if __name__ == "__main__":

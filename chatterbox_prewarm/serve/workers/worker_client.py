@@ -96,7 +96,7 @@ class WorkerClient:
         return self._process.pid
 
     def reserve(self) -> None:
-        """Reserve the worker for one call of `speak` or `prepare_voice`, or until `release`."""
+        """Reserve the worker for one call of `speak`, or until `release`."""
         self.busy = True
 
     def release(self) -> None:
@@ -116,20 +116,6 @@ class WorkerClient:
         async with contextlib.aclosing(self._request({"type": "speak", "options": asdict(options)})) as answers:
             async for header, payload in answers:
                 yield Chunk(pcm=payload, tokens=header["tokens"], seconds=header.get("seconds"))
-
-    async def prepare_voice(self, clip: bytes) -> bytes:
-        """Have the reserved worker compute a voice. Reservation and errors are as for `speak`.
-
-        Args:
-            clip: a WAV file.
-
-        Returns:
-            the voice as a safetensors file.
-        """
-        async with contextlib.aclosing(self._request({"type": "voice"}, clip)) as answers:
-            async for _, payload in answers:
-                return payload
-        raise AssertionError("a request ends with an answer or an error")
 
     async def _request(self, header: dict[str, Any], payload: bytes = b"") -> AsyncGenerator[Message]:
         """Send a request and yield its answers up to the last one."""

@@ -1,28 +1,22 @@
-"""Added voices in a worker: compute them from a clip, and keep them on the device while they are in use."""
+"""Added voices in a worker: they stay on the device while they are in use."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import OrderedDict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from chatterbox_prewarm.errors import BadInputError, ModelError, first_line
-from chatterbox_prewarm.families.base import tensor_bytes
 from chatterbox_prewarm.families.conditionals import voice_of, voice_tensors
 from chatterbox_prewarm.model.synthesis import Synthesizer
 from chatterbox_prewarm.model.text import check_voice_name
-from chatterbox_prewarm.model.voices import prepare_voice
 from chatterbox_prewarm.serve.voices.voice_errors import UnusableVoiceError
-from chatterbox_prewarm.serve.voices.voice_file import check_bytes, digest_of, make_metadata, read_file
-from chatterbox_prewarm.serve.workers.fatal_errors import is_fatal
+from chatterbox_prewarm.serve.voices.voice_file import check_bytes, digest_of, read_file
 from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from chatterbox_prewarm.start.attach import Attached
     from chatterbox_prewarm.weights.record import WeightsRecord
@@ -30,40 +24,6 @@ if TYPE_CHECKING:
 #: Tensors of speech tokens. A token outside the codebook would break the CUDA context, not only the request.
 _TOKENS = ("t3.cond_prompt_speech_tokens", "gen.prompt_token")
 _RETRY = "send the request again"
-
-
-def voice_bytes(attached: Attached, clip_wav: bytes) -> bytes:
-    """Compute the conditionals of a clip.
-
-    Args:
-        attached: the model.
-        clip_wav: a WAV file, as `decode_clip.decode` returned it.
-
-    Returns:
-        a safetensors file for `VoiceStore.add`.
-
-    Raises:
-        BadInputError: the model cannot make a voice from this clip.
-        RuntimeError: an error of PyTorch that the clip did not cause: the device failed, or its memory is full.
-    """
-    # A memory file, because the clip contains a person's voice: a killed process must not leave a copy on a disk.
-    with os.fdopen(os.memfd_create("clip", os.MFD_CLOEXEC), "wb") as file:
-        file.write(clip_wav)
-        file.flush()
-        try:
-            voice = prepare_voice(attached.synthesizer.model, Path(f"/proc/self/fd/{file.fileno()}"))
-        except ModelError as error:
-            cause = error.__cause__ or error
-            if is_fatal(cause) or "CUDA" in str(cause):
-                raise cause from None
-            raise BadInputError(
-                f"no voice could be made from the clip: {first_line(cause)}",
-                next_step="give 5 to 10 s of clean speech",
-            ) from error
-    record = _weights_record(attached)
-    clip_sha256 = hashlib.sha256(clip_wav).hexdigest()
-    metadata = make_metadata(variant=record.variant, weights=record.set_digest, clip_sha256=clip_sha256)
-    return tensor_bytes(voice_tensors(voice), metadata)
 
 
 def voice_sizes(synthesizer: Synthesizer) -> dict[str, int]:
@@ -141,7 +101,7 @@ class VoiceCache:
                 raise UnusableVoiceError("another voice has just replaced it", next_step=_RETRY)  # noqa: TRY301
             check_bytes(data, variant=self._record.variant, weights=self._record.set_digest)
             tensors: dict[str, torch.Tensor] = load(data)
-            check_values(tensors, codebook=self._model.t3.hp.start_speech_token)
+            check_values(tensors, codebook=self._model.codebook)
         except UnusableVoiceError as error:
             raise UnusableVoiceError(
                 f"the voice {name!r} cannot be used: {error.message}", next_step=error.next_step

@@ -111,14 +111,10 @@ def test_a_fatal_error_in_a_warm_up_step_ends_the_worker(
     assert worker.end() == 15
 
 
-def test_a_worker_reports_every_second_that_it_is_alive_or_at_work(start_idle: Callable[..., IdleWorker]) -> None:
+def test_a_worker_reports_every_second_that_it_is_alive(start_idle: Callable[..., IdleWorker]) -> None:
     worker = start_idle()
     threading.Thread(target=worker.worker.report_alive, name="alive", daemon=True).start()
-    assert worker.next() == {"type": "alive"}
-    worker.worker._opaque_work = (7, float("inf"))
-    assert worker.next() == {"type": "progress", "id": 7}
-    worker.worker._opaque_work = (7, 0.0)
-    assert worker.next() == {"type": "alive"}
+    assert [worker.next() for _ in range(2)] == [{"type": "alive"}] * 2
     assert PROGRESS_SECONDS <= 1
     worker.end()
 
