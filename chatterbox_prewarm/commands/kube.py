@@ -14,6 +14,7 @@ from chatterbox_prewarm.commands.options import PATH, check_output, insecure_opt
 from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.image.matrix import MATRIX_NAME
 from chatterbox_prewarm.kube.budgets import QUEUE_LIMIT, Measured
+from chatterbox_prewarm.kube.documents import NAME
 from chatterbox_prewarm.kube.nodes import MIG_STRATEGIES, Cluster
 from chatterbox_prewarm.start.options import POLICIES
 from chatterbox_prewarm.system.atomic_files import write_whole
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _POSITIVE = click.FloatRange(0, min_open=True)
 _MIB = click.IntRange(1)
+_LOGIN_TYPE = "of type kubernetes.io/dockerconfigjson"
 
 
 @click.group()
@@ -33,8 +35,8 @@ def k8s() -> None:
     """Render manifests for Kubernetes. Pipe them to `kubectl apply -f -`."""
 
 
-def _cluster_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that describe the cluster, which the command gets as `cluster`."""
+def _common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of both renderings. The command gets those that describe the nodes as `cluster`."""
 
     @wraps(command)
     def with_cluster(
@@ -49,6 +51,12 @@ def _cluster_options(command: Callable[..., None]) -> Callable[..., None]:
         command(cluster=cluster, **options)
 
     for add in (
+        click.option(
+            "--name",
+            default=NAME,
+            show_default=True,
+            help="Name of the deployment. Deployments in the same namespace need different names.",
+        ),
         click.option("--output", type=PATH, help="Write to this file instead of standard output."),
         click.option(
             "--runtime-class", default="", help="Runtime class that gives containers a GPU, if the default does not."
@@ -87,6 +95,7 @@ def _parse_label(text: str) -> tuple[str, str]:
 
 @k8s.command()
 @click.option("--image", required=True, help="Image of the pods. Its labels are read from the registry.")
+@click.option("--pull-secret", default="", help=f"Secret with the login to pull the image, {_LOGIN_TYPE}.")
 @click.option("--platform", default="linux/amd64", show_default=True, help="Platform of a multi-platform image.")
 @click.option("--labels", type=PATH, help="Read the labels from this JSON file, written by docker inspect.")
 @click.option(
@@ -104,7 +113,7 @@ def _parse_label(text: str) -> tuple[str, str]:
 @click.option("--gpu-memory", "gpu_memory_mib", type=_MIB, help="Measured: peak GPU memory, MiB.")
 @click.option("--cache-size", "cache_mib", type=_MIB, help="Size of the cache volume, MiB. Default: computed.")
 @click.option("--pre-pull", is_flag=True, help="Also pull the image on all matching nodes before a pod starts.")
-@_cluster_options
+@_common_options
 @insecure_option
 def render(
     *, image: str, platform: str, labels: Path | None, output: Path | None, insecure: bool | None, **fields: Any
@@ -120,19 +129,18 @@ def render(
 
     if output is not None:
         check_output(output)
-    name, states = _states(image, labels, platform=platform, insecure=insecure)
+    image, states = _states(image, labels, platform=platform, insecure=insecure)
     measured = Measured(**{field.name: fields.pop(field.name) for field in dataclasses.fields(Measured)})
-    request = Request(image=name, states=states, measured=measured, **fields)
+    request = Request(image=image, states=states, measured=measured, **fields)
     _write(render_deployment(request), output)
 
 
 @k8s.command("render-bake")
 @click.option("--matrix", type=PATH, default=Path(MATRIX_NAME), show_default=True, help="File with the bakes.")
 @click.option("--image", required=True, help="Image of the stage `tools`, which the jobs run.")
+@click.option("--registry-secret", default="", help=f"Secret with the login of the registry, {_LOGIN_TYPE}.")
 @click.option(
-    "--registry-secret",
-    default="",
-    help="Secret with the login of the registry, of type kubernetes.io/dockerconfigjson.",
+    "--pull-secret", default="", help="Secret with the login to pull the image. Default: that of --registry-secret."
 )
 @click.option("--parallelism", default=1, show_default=True, type=click.IntRange(1), help="Concurrent pods of a job.")
 @click.option("--cpu", default=4, show_default=True, type=click.IntRange(1), help="CPU request of a bake.")
@@ -140,7 +148,7 @@ def render(
 @click.option(
     "--deadline", default=7200, show_default=True, type=click.IntRange(1), help="Time limit of a job, seconds."
 )
-@_cluster_options
+@_common_options
 @insecure_option
 def render_bake(*, matrix: Path, output: Path | None, **fields: Any) -> None:
     """Render an Indexed Job for each type of GPU in a matrix. It bakes on a node with that GPU, proves, and appends."""

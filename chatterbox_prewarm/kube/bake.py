@@ -26,12 +26,12 @@ from chatterbox_prewarm.errors import (
 from chatterbox_prewarm.image.matrix import MATRIX_NAME, Matrix, to_toml
 from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.kube.documents import (
+    NAME,
     USER,
+    Component,
     Rendering,
     container,
-    document,
     empty_dir,
-    labels,
     network_policy,
     pod_base,
     resources,
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.kube.documents import Document
 
 _BAKE = "bake"
-_NAME = "chatterbox-bake"
+#: Maximum length of the name of a Job. Its pods have the index and a random suffix, and at most 63 characters.
+_JOB_NAME = 52
 _FOLDER = "/etc/chatterbox-prewarm"
 _LOGIN = "/etc/registry-login"
 #: Maximum size of a ConfigMap in Kubernetes.
@@ -80,7 +81,9 @@ class Request:
     Attributes:
         matrix: the bakes. Voice clips are read from the paths in it.
         image: image of the stage `tools`.
+        name: prefix of the names of all documents.
         registry_secret: name of a secret with the login of the registry; empty if no login is needed.
+        pull_secret: secret with the login to pull the image of the stage `tools`; empty for `registry_secret`.
         parallelism: concurrent pods of a Job. They may add their states to the same image concurrently.
         cpu: CPU request.
         memory_mib: memory request and limit.
@@ -91,13 +94,20 @@ class Request:
 
     matrix: Matrix
     image: str
+    name: str = NAME
     registry_secret: str = ""
+    pull_secret: str = ""
     parallelism: int = 1
     cpu: int = 4
     memory_mib: int = 16384
     deadline: int = 7200
     insecure: bool | None = None
     cluster: Cluster = field(default_factory=Cluster)
+
+    @property
+    def component(self) -> Component:
+        """The component of the bakes."""
+        return Component(instance=self.name, kind=_BAKE)
 
 
 def render_bakes(request: Request) -> Rendering:
@@ -109,34 +119,32 @@ def render_bakes(request: Request) -> Rendering:
     by_gpu: dict[str, list[Bake]] = {}
     for bake in request.matrix.bakes:
         by_gpu.setdefault(bake.gpu, []).append(bake)
-    names = _names(by_gpu)
+    names = _names(request.component.name, by_gpu)
     documents: list[Document] = [
-        service_account(_BAKE, _NAME),
-        network_policy(_BAKE, _NAME, [], _egress(request.matrix)),
+        service_account(request.component),
+        network_policy(request.component, [], _egress(request.matrix)),
     ]
     for gpu, bakes in by_gpu.items():
-        documents += [_config_map(names[gpu], request.matrix, bakes), _job(request, names[gpu], gpu, len(bakes))]
+        documents += [_config_map(request, names[gpu], bakes), _job(request, names[gpu], gpu, len(bakes))]
     notes = [_RENDERED]
     if len(by_gpu) > 1 and not request.cluster.feature_discovery and not request.cluster.labels:
         notes.append(NO_FEATURE_DISCOVERY)
     return Rendering(documents=tuple(documents), notes=tuple(notes))
 
 
-def _names(gpus: Mapping[str, Any]) -> dict[str, str]:
-    """Return a unique name for the documents of each type of GPU.
-
-    It is short enough for the suffix that a Job adds for its pods: a name has at most 63 characters.
-    """
+def _names(prefix: str, gpus: Mapping[str, Any]) -> dict[str, str]:
+    """Return a unique name for the documents of each type of GPU."""
+    room = _JOB_NAME - len(prefix) - 1
     names: dict[str, str] = {}
     for gpu in gpus:
         slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") or "cpu"
-        if len(slug) > 32 or f"{_NAME}-{slug}" in names.values():
-            slug = f"{slug[:24].strip('-')}-{hashlib.sha256(gpu.encode()).hexdigest()[:7]}"
-        names[gpu] = f"{_NAME}-{slug}"
+        if len(slug) > room or f"{prefix}-{slug}" in names.values():
+            slug = f"{slug[: room - 8].strip('-')}-{hashlib.sha256(gpu.encode()).hexdigest()[:7]}"
+        names[gpu] = f"{prefix}-{slug}"
     return names
 
 
-def _config_map(name: str, matrix: Matrix, bakes: Sequence[Bake]) -> Document:
+def _config_map(request: Request, name: str, bakes: Sequence[Bake]) -> Document:
     """Return the ConfigMap with the matrix of one type and the clips of its voices."""
     clips: dict[str, bytes] = {}
 
@@ -152,13 +160,13 @@ def _config_map(name: str, matrix: Matrix, bakes: Sequence[Bake]) -> Document:
     bakes_in_map = [
         replace(bake, voices={voice: add_clip(clip) for voice, clip in bake.voices.items()}) for bake in bakes
     ]
-    text = to_toml(replace(matrix, bakes=tuple(bakes_in_map)))
+    text = to_toml(replace(request.matrix, bakes=tuple(bakes_in_map)))
     if (size := len(text.encode()) + sum(map(len, clips.values()))) > _MAP_BYTES:
         raise BadInputError(
             f"the clips for {bakes[0].gpu or 'the CPU'} have {size} bytes, more than the {_MAP_BYTES} of a ConfigMap",
             next_step="use mono clips of 5 to 10 s, or copy them into the tools image and use their paths there",
         )
-    config_map = document("v1", "ConfigMap", name, labels(_BAKE), data={MATRIX_NAME: text})
+    config_map = request.component.document("v1", "ConfigMap", name, data={MATRIX_NAME: text})
     if clips:
         config_map["binaryData"] = {key: base64.b64encode(clips[key]).decode() for key in sorted(clips)}
     return config_map
@@ -179,9 +187,9 @@ def _job(request: Request, name: str, gpu: str, bakes: int) -> Document:
                 {"action": "FailIndex", "onExitCodes": {"containerName": _BAKE, "operator": "In", "values": _FINAL}},
             ]
         },
-        "template": {"metadata": {"labels": labels(_BAKE)}, "spec": _pod(request, name, gpu)},
+        "template": {"metadata": {"labels": request.component.labels}, "spec": _pod(request, name, gpu)},
     }
-    job = document("batch/v1", "Job", name, labels(_BAKE), spec=spec)
+    job = request.component.document("batch/v1", "Job", name, spec=spec)
     if gpu:
         job["metadata"]["annotations"] = {"chatterbox-prewarm/gpu": gpu}
     return job
@@ -189,7 +197,7 @@ def _job(request: Request, name: str, gpu: str, bakes: int) -> Document:
 
 def _pod(request: Request, name: str, gpu: str) -> Document:
     # The image of the stage `tools` runs as root, for builds on an engine. A bake needs only the two writable volumes.
-    pod = {**pod_base(_NAME), "restartPolicy": "Never"}
+    pod = {**pod_base(request.component.name, request.pull_secret or request.registry_secret), "restartPolicy": "Never"}
     pod["securityContext"]["fsGroup"] = USER
     fields, gpu_resource = gpu_fields([gpu], request.cluster) if gpu else ({}, "")
     pod |= product_affinity(gpu, request.cluster) | fields

@@ -6,16 +6,24 @@ Pods and containers comply with the restricted Pod Security Standard
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.errors import BadInputError
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 Document = dict[str, Any]
 
 #: UID and GID of every container. They are numbers because the kubelet cannot check that a user name is not root.
 USER = 12345
+#: Default name of a deployment.
+NAME = "chatterbox"
+#: A name of a Service (https://kubernetes.io/docs/concepts/overview/working-with-objects/names). It is short enough
+#: for the suffixes that this package and Kubernetes add for a Job and its pods: these names have at most 63 characters.
+_NAME = re.compile(r"[a-z]([a-z0-9-]{0,30}[a-z0-9])?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,41 +55,82 @@ def _dump(content: Document) -> str:
     return str(yaml.dump(content, Dumper=Dumper, sort_keys=False, width=120))
 
 
-def document(api: str, kind: str, name: str, labels: Mapping[str, str], /, **fields: Any) -> Document:
-    """Return a document with its metadata. Users and tools add the namespace."""
-    return {"apiVersion": api, "kind": kind, "metadata": {"name": name, "labels": dict(labels)}, **fields}
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """A component of a deployment. It determines the labels and the usual name of its documents.
+
+    Attributes:
+        instance: name of the deployment. Deployments in the same namespace need different names.
+        kind: kind of the component: "server", "pre-pull" or "bake".
+
+    Raises:
+        BadInputError: the name of the deployment is invalid.
+    """
+
+    instance: str
+    kind: str
+
+    def __post_init__(self) -> None:
+        """Check the name."""
+        if not _NAME.fullmatch(self.instance):
+            raise BadInputError(
+                f"{self.instance!r} cannot be the name of a deployment",
+                next_step="use at most 32 lower-case letters, digits and hyphens, with a letter at the start and no "
+                "hyphen at the end",
+            )
+
+    @property
+    def name(self) -> str:
+        """Name of the documents of the component."""
+        return self.instance if self.kind == "server" else f"{self.instance}-{self.kind}"
+
+    @property
+    def selector(self) -> dict[str, str]:
+        """The labels that select the pods of the component."""
+        return {
+            "app.kubernetes.io/name": "chatterbox",
+            "app.kubernetes.io/instance": self.instance,
+            "app.kubernetes.io/component": self.kind,
+        }
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The labels of all documents and pods of the component."""
+        return {**self.selector, "app.kubernetes.io/part-of": "chatterbox-prewarm"}
+
+    def document(self, api: str, kind: str, name: str = "", /, **fields: Any) -> Document:
+        """Return a document with its metadata. Users and tools add the namespace."""
+        metadata = {"name": name or self.name, "labels": self.labels}
+        return {"apiVersion": api, "kind": kind, "metadata": metadata, **fields}
 
 
-def labels(component: str) -> dict[str, str]:
-    """Return the labels of all documents of a component, such as "server"."""
-    return {**selector(component), "app.kubernetes.io/part-of": "chatterbox-prewarm"}
-
-
-def selector(component: str) -> dict[str, str]:
-    """Return the labels that select the pods of a component."""
-    return {"app.kubernetes.io/name": "chatterbox", "app.kubernetes.io/component": component}
-
-
-def service_account(component: str, name: str) -> Document:
+def service_account(component: Component) -> Document:
     """Return a service account without a token."""
-    return document("v1", "ServiceAccount", name, labels(component), automountServiceAccountToken=False)
+    return component.document("v1", "ServiceAccount", automountServiceAccountToken=False)
 
 
-def network_policy(component: str, name: str, ingress: Sequence[Document], egress: Sequence[Document]) -> Document:
+def network_policy(component: Component, ingress: Sequence[Document], egress: Sequence[Document]) -> Document:
     """Return a policy that allows only the given traffic."""
     spec = {
-        "podSelector": {"matchLabels": selector(component)},
+        "podSelector": {"matchLabels": component.selector},
         "policyTypes": ["Ingress", "Egress"],
         "ingress": list(ingress),
         "egress": list(egress),
     }
-    return document("networking.k8s.io/v1", "NetworkPolicy", name, labels(component), spec=spec)
+    return component.document("networking.k8s.io/v1", "NetworkPolicy", spec=spec)
 
 
-def pod_base(account: str) -> Document:
-    """Return the fields that every pod has: no access to the API of the cluster, and the restricted profile."""
+def pod_base(account: str, pull_secret: str) -> Document:
+    """Return the fields that every pod has: no access to the API of the cluster, and the restricted profile.
+
+    Args:
+        account: name of its service account.
+        pull_secret: secret with the login to pull its image, or "". The pod names it, and not the service account,
+            because a changed service account does not replace a pod that cannot pull.
+    """
     return {
         "serviceAccountName": account,
+        **({"imagePullSecrets": [{"name": pull_secret}]} if pull_secret else {}),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "securityContext": {

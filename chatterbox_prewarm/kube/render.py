@@ -21,15 +21,14 @@ from chatterbox_prewarm.kube.budgets import (
     with_baked_values,
 )
 from chatterbox_prewarm.kube.documents import (
+    NAME,
+    Component,
     Rendering,
     container,
-    document,
     empty_dir,
-    labels,
     network_policy,
     pod_base,
     resources,
-    selector,
     service_account,
 )
 from chatterbox_prewarm.kube.nodes import Cluster, gpu_fields, gpu_product, state_affinity
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.image.labels import StateLabel
     from chatterbox_prewarm.kube.documents import Document
 
-NAME = "chatterbox"
 _SERVER = "server"
 _PORT = 8000
 _CPUS = 2
@@ -63,6 +61,8 @@ class Request:
     Attributes:
         image: image of the pods, with its digest if that is known.
         states: states of the image, from its labels.
+        name: name of the deployment. Deployments in the same namespace need different names.
+        pull_secret: secret with the login to pull the image; empty if no login is needed.
         device: "cuda" or "cpu"; empty for "cuda" if there is a state for it.
         gpus: use only the states for these products; empty for all.
         policy: policy of a start. With "require", pods run only on nodes that fit a state, because others fail to
@@ -77,6 +77,8 @@ class Request:
 
     image: str
     states: tuple[StateLabel, ...]
+    name: str = NAME
+    pull_secret: str = ""
     device: str = ""
     gpus: tuple[str, ...] = ()
     policy: str = "fallback"
@@ -86,6 +88,11 @@ class Request:
     pre_pull: bool = False
     cluster: Cluster = field(default_factory=Cluster)
     measured: Measured = field(default_factory=Measured)
+
+    @property
+    def server(self) -> Component:
+        """The component of the servers."""
+        return Component(instance=self.name, kind=_SERVER)
 
 
 def render(request: Request) -> Rendering:
@@ -101,17 +108,17 @@ def render(request: Request) -> Rendering:
     settings = _settings(request, device, sizes)
     deployment = _deployment(request, device, states, sizes, settings)
     documents = [
-        service_account(_SERVER, NAME),
-        document("v1", "ConfigMap", NAME, labels(_SERVER), data=settings),
-        network_policy(_SERVER, NAME, [{"ports": [{"port": "http", "protocol": "TCP"}]}], []),
-        _service(),
+        service_account(request.server),
+        request.server.document("v1", "ConfigMap", data=settings),
+        network_policy(request.server, [{"ports": [{"port": "http", "protocol": "TCP"}]}], []),
+        _service(request.server),
         deployment,
-        _disruption_budget(),
+        _disruption_budget(request.server),
     ]
     if request.pre_pull:
         pod = deployment["spec"]["template"]["spec"]
         node_fields = {field: pod[field] for field in ("affinity", "tolerations") if field in pod}
-        documents += pre_pull(request.image, NAME, node_fields)
+        documents += pre_pull(request.image, request.name, request.pull_secret, node_fields)
     return Rendering(documents=tuple(documents), notes=tuple(_notes(request, device, states)))
 
 
@@ -154,25 +161,25 @@ def _deployment(
 ) -> Document:
     checksum = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     metadata = {
-        "labels": labels(_SERVER),
+        "labels": request.server.labels,
         # The name of the ConfigMap is fixed, so that users can patch it. The checksum makes a change restart the pods.
         "annotations": {"checksum/config": checksum},
     }
     spec: dict[str, Any] = {
         "progressDeadlineSeconds": max(_PROGRESS_SECONDS, 2 * sizes.startup_seconds),
-        "selector": {"matchLabels": selector(_SERVER)},
+        "selector": {"matchLabels": request.server.selector},
         "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
         "template": {"metadata": metadata, "spec": _pod(request, device, states, sizes)},
     }
     if request.replicas is not None:
         spec = {"replicas": request.replicas, **spec}
-    deployment = document("apps/v1", "Deployment", NAME, labels(_SERVER), spec=spec)
+    deployment = request.server.document("apps/v1", "Deployment", spec=spec)
     deployment["metadata"]["annotations"] = {"chatterbox-prewarm/states": ", ".join(state.key for state in states)}
     return deployment
 
 
 def _pod(request: Request, device: str, states: Sequence[StateLabel], sizes: Budgets) -> Document:
-    pod = {**pod_base(NAME), "terminationGracePeriodSeconds": sizes.grace_seconds}
+    pod = {**pod_base(request.name, request.pull_secret), "terminationGracePeriodSeconds": sizes.grace_seconds}
     pod |= state_affinity(
         states,
         request.cluster,
@@ -182,12 +189,12 @@ def _pod(request: Request, device: str, states: Sequence[StateLabel], sizes: Bud
     products = [product for state in states if (product := gpu_product(state))]
     fields, gpu_resource = gpu_fields(products, request.cluster) if device == "cuda" else ({}, "")
     pod |= fields
-    pod["containers"] = [_container(request.image, sizes, gpu_resource)]
+    pod["containers"] = [_container(request, sizes, gpu_resource)]
     pod["volumes"] = [empty_dir("cache", sizes.cache_mib), empty_dir("tmp", _TMP_MIB)]
     return pod
 
 
-def _container(image: str, sizes: Budgets, gpu_resource: str) -> Document:
+def _container(request: Request, sizes: Budgets, gpu_resource: str) -> Document:
     liveness = _probe(
         "/livez",
         periodSeconds=5,
@@ -197,9 +204,9 @@ def _container(image: str, sizes: Budgets, gpu_resource: str) -> Document:
     )
     return container(
         _SERVER,
-        image,
+        request.image,
         ports=[{"name": "http", "containerPort": _PORT, "protocol": "TCP"}],
-        envFrom=[{"configMapRef": {"name": NAME}}],
+        envFrom=[{"configMapRef": {"name": request.name}}],
         # The `sleep` action of Kubernetes is disabled by default in version 1.29.
         lifecycle={"preStop": {"exec": {"command": ["sleep", str(PRE_STOP_SECONDS)]}}},
         resources=resources(_CPUS, sizes.memory_request_mib, sizes.memory_limit_mib, gpu_resource),
@@ -214,19 +221,19 @@ def _probe(path: str, **fields: int) -> Document:
     return {"httpGet": {"path": path, "port": "http"}, **fields}
 
 
-def _service() -> Document:
+def _service(server: Component) -> Document:
     ports = [{"name": "http", "port": _PORT, "targetPort": "http", "protocol": "TCP"}]
-    spec = {"type": "ClusterIP", "selector": selector(_SERVER), "ports": ports}
-    return document("v1", "Service", NAME, labels(_SERVER), spec=spec)
+    spec = {"type": "ClusterIP", "selector": server.selector, "ports": ports}
+    return server.document("v1", "Service", spec=spec)
 
 
-def _disruption_budget() -> Document:
+def _disruption_budget(server: Component) -> Document:
     spec = {
-        "selector": {"matchLabels": selector(_SERVER)},
+        "selector": {"matchLabels": server.selector},
         "maxUnavailable": 1,
         "unhealthyPodEvictionPolicy": "AlwaysAllow",
     }
-    return document("policy/v1", "PodDisruptionBudget", NAME, labels(_SERVER), spec=spec)
+    return server.document("policy/v1", "PodDisruptionBudget", spec=spec)
 
 
 def _notes(request: Request, device: str, states: Sequence[StateLabel]) -> list[str]:

@@ -65,6 +65,45 @@ def pods(documents: Iterable[Document]) -> Iterator[tuple[str, Document]]:
             yield f"{document['kind']}/{document['metadata']['name']}", document["spec"]["template"]["spec"]
 
 
+def references(documents: Iterable[Document], name: str) -> list[str]:
+    """List the texts in the documents that are a name or begin with a name and a hyphen, outside labels and hosts."""
+
+    def search(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if key not in {"labels", "matchLabels", "selector", "hosts", "image"}:
+                    yield from search(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from search(inner)
+        elif isinstance(value, str) and (value == name or value.startswith(f"{name}-")):
+            yield value
+
+    return [text for document in documents for text in search(document)]
+
+
+def conflicts(first: Iterable[Document], second: Iterable[Document]) -> list[str]:
+    """List the documents of two deployments that overwrite each other, and selectors that select pods of the other."""
+    first, second = list(first), list(second)
+    problems = [f"both have {one}" for one in {*map(_identity, first)} & {*map(_identity, second)}]
+    for ours, others in ((first, second), (second, first)):
+        templates = [
+            one["spec"]["template"]["metadata"]["labels"] for one in others if "template" in one.get("spec", {})
+        ]
+        for document in ours:
+            spec = document.get("spec", {})
+            for field in ("selector", "podSelector"):
+                selector = spec.get(field, {})
+                labels = selector.get("matchLabels", selector)
+                if labels and any(labels.items() <= template.items() for template in templates):
+                    problems.append(f"{_identity(document)} selects pods of the other deployment")
+    return problems
+
+
+def _identity(document: Document) -> tuple[str, str]:
+    return document["kind"], document["metadata"]["name"]
+
+
 def violations(pod: Document) -> list[str]:
     """List how a pod violates the restricted Pod Security Standard and the additional rules of this project."""
     problems = [name for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]

@@ -16,7 +16,18 @@ from chatterbox_prewarm.image import matrix as matrices
 from chatterbox_prewarm.kube.bake import Request, render_bakes
 from chatterbox_prewarm.kube.nodes import Cluster
 from chatterbox_prewarm.system.paths import CACHE
-from tests.helpers.manifests import K8S, VERSIONS, Document, document_of, kustomize, pods, validate, violations
+from tests.helpers.manifests import (
+    K8S,
+    VERSIONS,
+    Document,
+    conflicts,
+    document_of,
+    kustomize,
+    pods,
+    references,
+    validate,
+    violations,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -201,14 +212,28 @@ def test_without_feature_discovery_a_note_warns_about_the_wrong_gpu(matrix: Path
     assert any("ends with 11" in note for note in rendering.notes)
 
 
+def test_a_job_can_pull_its_image_with_the_login_of_the_registry(matrix: Path) -> None:
+    for fields, secret in ({"registry_secret": "login"}, "login"), ({"registry_secret": "a", "pull_secret": "b"}, "b"):
+        rendering = rendering_of(matrix, **fields)
+        assert all(pod["imagePullSecrets"] == [{"name": secret}] for _, pod in pods(rendering.documents))
+
+
+def test_bakes_of_two_projects_in_a_namespace_are_separate(matrix: Path) -> None:
+    one, two = (rendering_of(matrix, name=name).documents for name in ("one", "two"))
+    assert conflicts(one, two) == []
+    assert all(name.startswith("one-bake") for name in references(one, "one"))
+    assert references(one, "chatterbox") == []
+
+
 def test_long_and_similar_products_get_unique_names(tmp_path: Path) -> None:
     products = ["NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "NVIDIA L4", "NVIDIA L4+"]
     (tmp_path / "prewarm.toml").write_text(
         MATRIX.replace("[[bake]]\ngpus", f"[[bake]]\ngpus = {products}\n#", 1).replace("voices", "# voices")
     )
-    names = list(jobs(rendering_of(tmp_path / "prewarm.toml")))
-    assert len(set(names)) == 4
-    assert all(len(name) <= 52 for name in names)
+    for project in ("chatterbox", "a" * 32):
+        names = list(jobs(rendering_of(tmp_path / "prewarm.toml", name=project)))
+        assert len(set(names)) == 4
+        assert all(len(name) <= 52 for name in names)
 
 
 def test_clips_that_do_not_fit_into_a_config_map_are_refused(matrix: Path, tmp_path: Path) -> None:

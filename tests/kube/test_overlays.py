@@ -11,7 +11,19 @@ import pytest
 import yaml
 
 from chatterbox_prewarm.kube.nodes import product_label
-from tests.helpers.manifests import FOREIGN, K8S, VERSIONS, Document, document_of, kustomize, pods, validate, violations
+from tests.helpers.manifests import (
+    FOREIGN,
+    K8S,
+    VERSIONS,
+    Document,
+    conflicts,
+    document_of,
+    kustomize,
+    pods,
+    references,
+    validate,
+    violations,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -155,19 +167,17 @@ def test_weights_from_an_image_are_mounted_at_the_path_of_the_server(tmp_path: P
 def test_resources_of_other_projects_refer_to_our_documents(tmp_path: Path) -> None:
     documents = with_components(tmp_path, "keda", "monitor", "alerts")
     foreign = {document["kind"]: document for document in documents if document not in ours(documents)}
-    assert foreign.keys() == {"ScaledObject", "HTTPScaledObject", "PodMonitor", "PrometheusRule"}
-    scaled, http = foreign["ScaledObject"], foreign["HTTPScaledObject"]
-    assert scaled["spec"]["scaleTargetRef"]["name"] == http["spec"]["scaleTargetRef"]["name"] == "chatterbox"
-    assert scaled["spec"]["minReplicaCount"] == http["spec"]["replicas"]["min"] == 0
-    assert scaled["spec"]["maxReplicaCount"] == http["spec"]["replicas"]["max"]
-    # The controller of the add-on removes a ScaledObject with its own name.
-    assert scaled["metadata"]["name"] != http["metadata"]["name"]
-    assert http["metadata"]["annotations"] == {"httpscaledobject.keda.sh/skip-scaledobject-creation": "true"}
-    triggers = {trigger["type"]: trigger["metadata"] for trigger in scaled["spec"]["triggers"]}
-    assert triggers["external-push"]["httpScaledObject"] == http["metadata"]["name"]
-    assert float(triggers["prometheus"]["threshold"]) > 0
-    service = document_of(documents, "Service")["spec"]
-    assert http["spec"]["scaleTargetRef"]["port"] == service["ports"][0]["port"]
+    assert foreign.keys() == {"ScaledObject", "InterceptorRoute", "PodMonitor", "PrometheusRule"}
+    scaled, route = foreign["ScaledObject"], foreign["InterceptorRoute"]
+    assert scaled["spec"]["scaleTargetRef"]["name"] == document_of(documents, "Deployment")["metadata"]["name"]
+    assert scaled["spec"]["minReplicaCount"] == 0
+    (trigger,) = scaled["spec"]["triggers"]
+    assert trigger["metadata"]["interceptorRoute"] == route["metadata"]["name"]
+    service = document_of(documents, "Service")
+    assert route["spec"]["target"] == {
+        "service": service["metadata"]["name"],
+        "portName": service["spec"]["ports"][0]["name"],
+    }
     monitor = foreign["PodMonitor"]["spec"]
     template = document_of(documents, "Deployment")["spec"]["template"]
     assert monitor["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
@@ -176,6 +186,28 @@ def test_resources_of_other_projects_refer_to_our_documents(tmp_path: Path) -> N
     rules = foreign["PrometheusRule"]["spec"]["groups"][0]["rules"]
     assert all({"summary", "description", "why", "mend"} == rule["annotations"].keys() for rule in rules)
     assert len({rule["alert"] for rule in rules}) == len(rules)
+
+
+def test_two_overlays_with_different_prefixes_are_separate(tmp_path: Path) -> None:
+    """`labels` distinguishes the pods, and every reference follows the prefix."""
+    one, two = (
+        with_components(
+            tmp_path / name,
+            *("keda", "hpa", "monitor", "voices"),
+            overlay="../k8s/overlays/gpu-l4",
+            namePrefix=f"{name}-",
+            labels=[{"pairs": {"app.kubernetes.io/instance": name}, "includeSelectors": True}],
+        )
+        for name in ("one", "two")
+    )
+    assert conflicts(one, two) == []
+    assert len(references(one, "one-chatterbox")) > len(one), "each document has a name, and some refer to others"
+    assert references(one, "chatterbox") == []
+
+
+def test_a_pull_secret_is_used_by_every_pod(tmp_path: Path) -> None:
+    documents = with_components(tmp_path, "pull-secret", overlay="../k8s/overlays/gpu-l4")
+    assert [pod["imagePullSecrets"] for _, pod in pods(documents)] == [[{"name": "registry-login"}]] * 2
 
 
 def test_an_autoscaler_scales_the_deployment(tmp_path: Path) -> None:

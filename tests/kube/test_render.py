@@ -18,11 +18,22 @@ from chatterbox_prewarm.image.oci_layout import Layout
 from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.image.stores import open_store
 from chatterbox_prewarm.kube.budgets import Measured
+from chatterbox_prewarm.kube.documents import NAME
 from chatterbox_prewarm.kube.nodes import Cluster, product_label
-from chatterbox_prewarm.kube.render import NAME
 from chatterbox_prewarm.state.manifest import Measurements
 from tests.helpers.images import make_base
-from tests.helpers.manifests import K8S, VERSIONS, Document, document_of, kustomize, pods, validate, violations
+from tests.helpers.manifests import (
+    K8S,
+    VERSIONS,
+    Document,
+    conflicts,
+    document_of,
+    kustomize,
+    pods,
+    references,
+    validate,
+    violations,
+)
 from tests.helpers.registry_server import serve
 from tests.helpers.renderings import CPU, H100, H200, IMAGE, L4, MIB, SLICE, render_for, state
 from tests.helpers.states import make_state_for
@@ -133,7 +144,7 @@ RENDERINGS = {
     "several": render_for([H100, L4, CPU], replicas=2, policy="require", queue_limit=4),
     "slice": render_for([SLICE], cluster=Cluster(mig_strategy="mixed", runtime_class="nvidia")),
     "unlabelled": render_for([L4], cluster=Cluster(feature_discovery=False, labels={"gpu": "l4"})),
-    "pulled before": render_for([H100, L4], pre_pull=True),
+    "pulled before": render_for([H100, L4], pre_pull=True, name="a" * 32, pull_secret="login"),
     "measured": render_for(
         [H100], measured=Measured(cold_seconds=200.5, request_seconds=7.5, rss_mib=5000, gpu_memory_mib=7000)
     ),
@@ -148,6 +159,26 @@ def test_every_rendering_is_valid_and_restricted_on_every_version(name: str) -> 
         for version in VERSIONS:
             validate(document, version)
     assert {name: problems for name, pod in pods(documents) if (problems := violations(pod))} == {}
+
+
+def test_two_deployments_in_a_namespace_are_separate() -> None:
+    one, two = (render_for([L4], name=name, pre_pull=True).documents for name in (NAME, "two"))
+    assert conflicts(one, two) == []
+    assert references(one, NAME), "the search finds names"
+    assert references(two, NAME) == []
+    assert len(conflicts(one, one)) > len(one), "each document overwrites itself, and each selector selects its pods"
+
+
+def test_every_pod_pulls_with_the_given_secret() -> None:
+    rendered = [pod for _, pod in pods(render_for([L4], pull_secret="login", pre_pull=True).documents)]
+    assert [pod["imagePullSecrets"] for pod in rendered] == [[{"name": "login"}]] * 2
+    assert not any("imagePullSecrets" in pod for _, pod in pods(render_for([L4], pre_pull=True).documents))
+
+
+@pytest.mark.parametrize("name", ["", "Speech", "1st", "a_b", "a-", "a" * 33])
+def test_an_invalid_name_is_refused(name: str) -> None:
+    with pytest.raises(BadInputError, match="cannot be the name of a deployment"):
+        render_for([CPU], name=name)
 
 
 def test_a_compute_capability_is_required_and_a_product_preferred() -> None:
