@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import click
 from chatterbox_prewarm.commands.options import PATH, check_output, insecure_option, say
 from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.image.matrix import MATRIX_NAME
+from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.kube.budgets import QUEUE_LIMIT, Measured
 from chatterbox_prewarm.kube.documents import NAME
 from chatterbox_prewarm.kube.nodes import MIG_STRATEGIES, Cluster
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 _POSITIVE = click.FloatRange(0, min_open=True)
 _MIB = click.IntRange(1)
+#: Keys and values of labels (https://kubernetes.io/docs/concepts/overview/working-with-objects/labels).
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
+_LABEL_KEY = re.compile(rf"([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_LABEL_VALUE.pattern}")
 _LOGIN_TYPE = "of type kubernetes.io/dockerconfigjson"
 
 
@@ -36,7 +41,7 @@ def k8s() -> None:
 
 
 def _common_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of both renderings. The command gets those that describe the nodes as `cluster`."""
+    """Add the options of both renderings. The command gets the options of the nodes as `cluster`."""
 
     @wraps(command)
     def with_cluster(
@@ -88,9 +93,21 @@ def _common_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _parse_label(text: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise BadInputError(f"--node-label {text!r} has no value", next_step="write --node-label KEY=VALUE")
+    if not (separator and _LABEL_KEY.fullmatch(key) and (not value or _LABEL_VALUE.fullmatch(value))):
+        raise BadInputError(
+            f"--node-label {text!r} is not a label",
+            next_step="write --node-label KEY=VALUE, as `kubectl get nodes --show-labels` prints it",
+        )
     return key, value
+
+
+def _check_image(image: str) -> None:
+    """Check that nodes can pull an image."""
+    if parse(image).kind != "registry":
+        raise BadInputError(
+            f"{image} is not in a registry, so no node can pull it",
+            next_step="pass the name that nodes pull with --image, and the labels with --labels",
+        )
 
 
 @k8s.command()
@@ -101,7 +118,7 @@ def _parse_label(text: str) -> tuple[str, str]:
 @click.option(
     "--device", default="", type=click.Choice(["", "cuda", "cpu"]), help="Default: cuda if there is a state for it."
 )
-@click.option("--gpu", "gpus", multiple=True, help="Use only states for this GPU, as NVML names it; repeatable.")
+@click.option("--gpu", "gpus", multiple=True, help="Use only states for this GPU, such as L4; repeatable.")
 @click.option("--policy", default="fallback", show_default=True, type=click.Choice(POLICIES), help="Policy of a start.")
 @click.option("--replicas", type=click.IntRange(0), help="Number of pods. Default: 1, or the current number.")
 @click.option(
@@ -129,6 +146,7 @@ def render(
 
     if output is not None:
         check_output(output)
+    _check_image(image)
     image, states = _states(image, labels, platform=platform, insecure=insecure)
     measured = Measured(**{field.name: fields.pop(field.name) for field in dataclasses.fields(Measured)})
     request = Request(image=image, states=states, measured=measured, **fields)
@@ -140,7 +158,9 @@ def render(
 @click.option("--image", required=True, help="Image of the stage `tools`, which the jobs run.")
 @click.option("--registry-secret", default="", help=f"Secret with the login of the registry, {_LOGIN_TYPE}.")
 @click.option(
-    "--pull-secret", default="", help="Secret with the login to pull the image. Default: that of --registry-secret."
+    "--pull-secret",
+    default="",
+    help="Secret with the login to pull the image. Default: the secret of --registry-secret.",
 )
 @click.option("--parallelism", default=1, show_default=True, type=click.IntRange(1), help="Concurrent pods of a job.")
 @click.option("--cpu", default=4, show_default=True, type=click.IntRange(1), help="CPU request of a bake.")
@@ -150,14 +170,15 @@ def render(
 )
 @_common_options
 @insecure_option
-def render_bake(*, matrix: Path, output: Path | None, **fields: Any) -> None:
+def render_bake(*, matrix: Path, image: str, output: Path | None, **fields: Any) -> None:
     """Render an Indexed Job for each type of GPU in a matrix. It bakes on a node with that GPU, proves, and appends."""
     from chatterbox_prewarm.image.matrix import read_matrix
     from chatterbox_prewarm.kube.bake import Request, render_bakes
 
     if output is not None:
         check_output(output)
-    request = Request(matrix=read_matrix(matrix), **fields)
+    _check_image(image)
+    request = Request(matrix=read_matrix(matrix), image=image, **fields)
     _write(render_bakes(request), output)
 
 
@@ -177,18 +198,11 @@ def _states(
     """Return the image that the pods run, with its digest if it is in a registry, and its states."""
     from chatterbox_prewarm.image.compose import resolve
     from chatterbox_prewarm.image.labels import read_states
-    from chatterbox_prewarm.image.references import parse
     from chatterbox_prewarm.image.stores import open_store
 
     if labels is not None:
         return image, read_states(_read_labels(labels))
-    reference = parse(image)
-    if reference.kind != "registry":
-        raise BadInputError(
-            f"{image} is not in a registry, so no node can pull it",
-            next_step="pass the name that nodes pull with --image, and the labels with --labels",
-        )
-    with open_store(reference, insecure=insecure) as (store, name):
+    with open_store(parse(image), insecure=insecure) as (store, name):
         digest = store.read_manifest(name).digest
         labels_of_image = resolve(store, digest, platform=platform).labels
     return f"{image.partition('@')[0]}@{digest}", read_states(labels_of_image)

@@ -24,6 +24,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, from_os_error
+from chatterbox_prewarm.image.gpu_names import nvml_name
 from chatterbox_prewarm.model.profiles import PROFILES, T3_DTYPES
 from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.system.fingerprint import ABSENT
@@ -105,7 +106,7 @@ def read_matrix(path: Path) -> Matrix:
     """Read a matrix. Paths of clips are relative to its folder.
 
     Raises:
-        BadInputError: the file cannot be read, is not a matrix, or has an unknown variant, profile or dtype.
+        BadInputError: the file cannot be read, is not a matrix, or has an unknown variant, GPU, profile or dtype.
     """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -219,10 +220,11 @@ def _read_bakes(path: Path, raw: Any) -> list[Bake]:
         raise _invalid(path, f'levels is {levels!r}, but must be text such as "1,2,3"')
     if not isinstance(clips, dict) or not all(isinstance(clip, str) for clip in clips.values()):
         raise _invalid(path, "voices must be a table of names and clips")
+    gpus = [nvml_name(gpu) for gpu in table["gpus"]]
     voices = {check_voice_name(name): path.parent / clip for name, clip in clips.items()}
     return [
         Bake(variant=variant, gpu=gpu, profile=profile, t3_dtype=table["t3_dtype"], levels=levels, voices=voices)
-        for variant, gpu, profile in product(table["variants"], table["gpus"] or [""], table["profiles"])
+        for variant, gpu, profile in product(table["variants"], gpus or [""], table["profiles"])
     ]
 
 

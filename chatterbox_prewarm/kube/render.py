@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.image.gpu_names import nvml_name
 from chatterbox_prewarm.kube.budgets import (
     EXIT_SECONDS,
     PRE_STOP_SECONDS,
@@ -135,13 +136,14 @@ def _choose(request: Request) -> tuple[str, list[StateLabel]]:
             f"the image has no state for the device {device!r}, only for {', '.join(sorted(kinds))}",
             next_step="leave out --device, or bake a state for that device and append it",
         )
-    if unknown := [gpu for gpu in request.gpus if gpu not in {state.gpu for state in states}]:
-        known = ", ".join(sorted({state.gpu for state in states}))
+    known = {state.gpu for state in states}
+    gpus = {gpu if gpu in known else nvml_name(gpu) for gpu in request.gpus}
+    if unknown := sorted(gpus - known):
         raise BadInputError(
-            f"no state of the image is for the GPU {unknown[0]!r}; the states are for: {known}",
+            f"no state of the image is for the GPU {unknown[0]!r}; the states are for: {', '.join(sorted(known))}",
             next_step="choose one of those, or bake on a node with that GPU: `chatterbox-prewarm k8s render-bake`",
         )
-    return device, [state for state in states if not request.gpus or state.gpu in request.gpus]
+    return device, [state for state in states if not gpus or state.gpu in gpus]
 
 
 def _settings(request: Request, device: str, sizes: Budgets) -> dict[str, str]:

@@ -19,7 +19,7 @@ target = "registry.example.com/speech:1"
 """
 MATRIX = f"""{IMAGE}
 [[bake]]
-gpus = ["NVIDIA H100 80GB HBM3", "NVIDIA L4"]
+gpus = ["NVIDIA H100 80GB HBM3", "L4"]
 profiles = ["aot", "compiled"]
 voices = {{ fox = "clips/fox.wav" }}
 
@@ -73,6 +73,7 @@ def test_the_bakes_are_listed_with_their_numbers(tmp_path: Path) -> None:
         (f"{IMAGE}[[bake]]\nvariants = ['klingon']", "'klingon'; choose from: english"),
         (f"{IMAGE}[[bake]]\nprofiles = 'aot'", "must be a list of texts"),
         (f"{IMAGE}[[bake]]\ngpus = [1]", "must be a list of texts"),
+        (f"{IMAGE}[[bake]]\ngpus = ['H100']", "the name of several GPUs"),
         (f"{IMAGE}[[bake]]\nlevels = 1", "must be text"),
         (f"{IMAGE}[[bake]]\nvoices = ['fox.wav']", "must be a table of names and clips"),
         (f"{IMAGE}[[bake]]\nvoices = {{ 'a/b' = 'fox.wav' }}", "a/b"),
