@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, EngineError, IntegrityError, NotWarmError
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import read_states
-from chatterbox_prewarm.image.oci import INDEXES, OCI_EMPTY, Descriptor, digest_of, image_index, image_manifest
+from chatterbox_prewarm.image.oci import (
+    INDEXES,
+    OCI_EMPTY,
+    Descriptor,
+    digest_of,
+    image_index,
+    image_manifest,
+    read_index,
+)
 from chatterbox_prewarm.system.regular_files import read_regular
 
 if TYPE_CHECKING:
@@ -84,7 +92,11 @@ def _add_to_referrers(store: Store, subject: Document, referrer: Document) -> No
     Its tag is the subject's digest with a dash (OCI distribution specification, "Referrers Tag Schema").
     """
     tag = subject.digest.replace(":", "-")
-    entries = json.loads(store.read_manifest(tag).raw).get("manifests", []) if store.has_manifest(tag) else []
+    entries: list[dict[str, Any]] = []
+    if store.has_manifest(tag):
+        referrers = store.read_manifest(tag)
+        read_index(referrers)  # checks it
+        entries = json.loads(referrers.raw)["manifests"]
     entry = {**referrer.descriptor.to_json(), "artifactType": EVIDENCE_TYPE}
     if entry not in entries:
         store.put_manifest(image_index([*entries, entry]), tag)

@@ -25,6 +25,7 @@ from chatterbox_prewarm.image.oci import (
     image_manifest,
     to_documents,
 )
+from chatterbox_prewarm.image.references import familiar_name
 from chatterbox_prewarm.system.atomic_files import atomic_file
 
 if TYPE_CHECKING:
@@ -62,7 +63,12 @@ class Archive:
         try:
             with tarfile.open(path, "r:") as tar:
                 self._read_images(tar)
-        except (OSError, tarfile.TarError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, tarfile.TarError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            if _is_oci_archive(path):
+                raise EngineError(
+                    f"{path} is an OCI archive and not an archive of `docker save`",
+                    next_step=f"unpack it: mkdir layout && tar -xf {path} -C layout; then name it oci:layout:TAG",
+                ) from error
             raise EngineError(
                 f"{path} is not an archive of `docker save`: {error!r}", next_step="save the image again, uncompressed"
             ) from error
@@ -121,7 +127,8 @@ class Archive:
             config = Descriptor(media_type=OCI_CONFIG, digest=digest_of(raw_config), size=len(raw_config))
             manifest = image_manifest(config, layers)
             self._manifests.append(manifest)
-            self._tags.update(dict.fromkeys(entry.get("RepoTags") or (), manifest))
+            # podman writes "docker.io/acme/x:1" where Docker writes "acme/x:1".
+            self._tags.update(dict.fromkeys(map(familiar_name, entry.get("RepoTags") or ()), manifest))
             self._blobs[config.digest] = raw_config
             self._blobs.update((layer.digest, name) for layer, name in zip(layers, names, strict=True))
 
@@ -135,6 +142,12 @@ class Archive:
             f"the Docker archive {self.path} cannot be changed",
             next_step="name a registry, or a layout as oci:PATH:TAG",
         )
+
+
+def _is_oci_archive(path: Path) -> bool:
+    with contextlib.suppress(OSError, tarfile.TarError, LookupError), tarfile.open(path, "r:") as tar:
+        return tar.getmember("oci-layout").isfile()
+    return False
 
 
 def _read_document(tar: tarfile.TarFile, name: str) -> bytes:

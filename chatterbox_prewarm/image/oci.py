@@ -158,6 +158,21 @@ def dump(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def own_media_type(raw: bytes, subject: str) -> str:
+    """Return the media type that a manifest or an index states. OCI's documents need not state it.
+
+    Raises:
+        EngineError: it is neither.
+    """
+    with _parsing(f"a manifest: {subject}"):
+        document = json.loads(raw)
+        fallback = OCI_INDEX if "manifests" in document else OCI_MANIFEST if "layers" in document else ""
+        media_type = document.get("mediaType", fallback)
+        if media_type not in (*INDEXES, *MANIFESTS):
+            raise ValueError(f"its media type is {media_type!r}")
+    return str(media_type)
+
+
 def read_index(document: Document) -> tuple[Descriptor, ...]:
     """Parse the entries of an index.
 
@@ -177,9 +192,9 @@ def read_image(document: Document, config: bytes) -> Image:
     with _parsing("an image"):
         manifest = json.loads(document.raw)
         image = Image(
-            config=json.loads(config),
+            config=_check_config(json.loads(config)),
             layers=tuple(map(_descriptor, manifest["layers"])),
-            annotations=dict(manifest.get("annotations") or {}),
+            annotations=_texts(manifest.get("annotations")),
         )
         counts = len(image.layers), len(image.diff_ids)
     if counts[0] != counts[1]:
@@ -231,6 +246,8 @@ def image_index(entries: list[dict[str, Any]]) -> Document:
 def _descriptor(raw: Mapping[str, Any]) -> Descriptor:
     """Parse a descriptor, and replace Docker's media types by OCI's."""
     media_type, digest, size = raw["mediaType"], raw["digest"], raw["size"]
+    if not isinstance(media_type, str):
+        raise TypeError(f"the media type is {media_type!r}")
     if not isinstance(digest, str) or not is_digest(digest):
         raise ValueError(f"{digest!r} is not a SHA-256 digest")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
@@ -239,9 +256,30 @@ def _descriptor(raw: Mapping[str, Any]) -> Descriptor:
         media_type=_AS_OCI.get(media_type, media_type),
         digest=digest,
         size=size,
-        annotations=dict(raw.get("annotations") or {}),
+        annotations=_texts(raw.get("annotations")),
         platform=_platform(raw.get("platform") or {}),
     )
+
+
+def _check_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Check the types of the fields of a configuration that this package reads or changes."""
+    settings = config.get("config") or {}
+    _texts(settings.get("Labels"))
+    names = [config.get(name, "") for name in ("os", "architecture", "variant")]
+    for texts in (settings.get("Env") or [], config["rootfs"]["diff_ids"], names):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"{texts!r} is not a list of texts")
+    if not isinstance(config.get("history") or [], list):
+        raise TypeError("its history is not a list")
+    return config
+
+
+def _texts(raw: Any) -> dict[str, str]:
+    """Read labels or annotations."""
+    texts = dict(raw.items()) if raw is not None else {}
+    if not all(isinstance(value, str) for value in texts.values()):
+        raise TypeError(f"{texts!r} has values that are not text")
+    return texts
 
 
 def _platform(raw: Mapping[str, Any]) -> str:

@@ -11,11 +11,21 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from chatterbox_prewarm.errors import EngineError, from_os_error
-from chatterbox_prewarm.image.oci import INDEXES, MANIFESTS, MAX_DOCUMENT, Descriptor, Document, dump, image_index
-from chatterbox_prewarm.image.references import is_digest
+from chatterbox_prewarm.image.oci import (
+    INDEXES,
+    MANIFESTS,
+    MAX_DOCUMENT,
+    Descriptor,
+    Document,
+    dump,
+    image_index,
+    own_media_type,
+)
+from chatterbox_prewarm.image.references import familiar_name, is_digest
 from chatterbox_prewarm.system.atomic_files import atomic_file, write_whole
 from chatterbox_prewarm.system.digests import hash_file
 from chatterbox_prewarm.system.locks import open_lock_file
+from chatterbox_prewarm.system.regular_files import read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,6 +34,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.image.oci import OpenStream
 
 _TAG = "org.opencontainers.image.ref.name"
+_NAME = "io.containerd.image.name"
 _CREATE_AGAIN = "create the layout again"
 _CHUNK = 1 << 20
 _MARKER = "oci-layout"
@@ -46,22 +57,22 @@ class Layout:
 
     def read_manifest(self, reference: str) -> Document:
         """See `Store.read_manifest`. If a layout has only one image and no tags, every tag finds it."""
-        entry = self._find(reference)
-        if entry is None:
+        digest = self._digest_of(reference)
+        if digest is None:
             known = ", ".join(sorted(filter(None, map(_tag, self._entries())))) or "(no tags)"
             raise EngineError(f"{self.path} has no image {reference!r}", next_step=f"choose a tag that it has: {known}")
-        if entry["size"] > MAX_DOCUMENT:
+        size = self._blob_path(digest).stat().st_size
+        if size > MAX_DOCUMENT:
             raise EngineError(
-                f"the manifest {entry['digest']} has {entry['size']} bytes; the limit is {MAX_DOCUMENT}",
-                next_step=_CREATE_AGAIN,
+                f"the manifest {digest} has {size} bytes; the limit is {MAX_DOCUMENT}", next_step=_CREATE_AGAIN
             )
-        descriptor = Descriptor(media_type=entry["mediaType"], digest=entry["digest"], size=entry["size"])
-        with self.open_blob(descriptor) as stream:
-            return Document(media_type=descriptor.media_type, raw=stream.read())
+        with self.open_blob(Descriptor(media_type="", digest=digest, size=size)) as stream:
+            raw = stream.read()
+        return Document(media_type=own_media_type(raw, f"the blob {digest} of {self.path}"), raw=raw)
 
     def has_manifest(self, reference: str) -> bool:
         """See `Store.has_manifest`."""
-        return self._find(reference) is not None
+        return self._digest_of(reference) is not None
 
     @contextlib.contextmanager
     def open_blob(self, descriptor: Descriptor) -> Iterator[BinaryIO]:
@@ -72,6 +83,8 @@ class Layout:
         except OSError as error:
             raise EngineError(f"{self.path} lacks the blob {descriptor.digest}", next_step=_CREATE_AGAIN) from error
         with stream:
+            if (size := path.stat().st_size) != descriptor.size:
+                raise EngineError(f"{path} has {size} bytes instead of {descriptor.size}", next_step=_CREATE_AGAIN)
             if (digest := f"sha256:{hash_file(path)}") != descriptor.digest:
                 raise EngineError(f"{path} was changed: its digest is {digest}", next_step=_CREATE_AGAIN)
             yield stream
@@ -126,12 +139,21 @@ class Layout:
             }
             write_whole(self.path / "index.json", image_index(list(unique.values())).raw.decode())
 
-    def _find(self, reference: str) -> dict[str, Any] | None:
+    def _digest_of(self, reference: str) -> str | None:
+        """Return the digest of a manifest or an index by tag, name or digest.
+
+        Only the tagged documents have to be in the layout's index: `skopeo copy --all` and buildx put an index there,
+        whose images are only blobs.
+        """
         entries = self._entries()
-        for entry in entries:
-            if reference in {entry["digest"], _tag(entry)}:
-                return entry
-        return entries[0] if len(entries) == 1 and _tag(entries[0]) is None and not is_digest(reference) else None
+        if is_digest(reference):
+            known = any(entry["digest"] == reference for entry in entries)
+            return reference if known or self._blob_path(reference).is_file() else None
+        name = familiar_name(reference)
+        tagged = [entry for entry in entries if _tag(entry) == reference]
+        named = [entry for entry in entries if name in _names(entry)]
+        only = [entry for entry in entries if len(entries) == 1 and _tag(entry) is None]
+        return next((str(entry["digest"]) for entry in (*tagged, *named, *only)), None)
 
     def _entries(self) -> list[dict[str, Any]]:
         """Read the manifests and indexes of the layout's index."""
@@ -139,13 +161,14 @@ class Layout:
         if not path.exists():
             return []
         try:
-            entries: list[dict[str, Any]] = json.loads(path.read_bytes())["manifests"]
+            raw = read_regular(path, follow_links=True, limit=MAX_DOCUMENT)
+            entries: list[dict[str, Any]] = json.loads(raw)["manifests"]
             images = [entry for entry in entries if entry["mediaType"] in (*INDEXES, *MANIFESTS)]
             for entry in images:
                 self._blob_path(entry["digest"])
                 _tag(entry)
                 int(entry["size"])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise EngineError(f"{path} is not an index of images: {error!r}", next_step=_CREATE_AGAIN) from error
         return images
 
@@ -153,6 +176,12 @@ class Layout:
         if not is_digest(digest):
             raise ValueError(f"{digest!r} is not a SHA-256 digest")
         return self.path / "blobs" / digest.replace(":", "/")
+
+
+def _names(entry: dict[str, Any]) -> set[str]:
+    """Return the names of an image as Docker shows them. podman stores the name as the tag, Docker separately."""
+    annotations = entry.get("annotations") or {}
+    return {familiar_name(str(annotations[key])) for key in (_TAG, _NAME) if annotations.get(key)}
 
 
 def _tag(entry: dict[str, Any]) -> str | None:

@@ -29,6 +29,8 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _LAYOUT_TAG = re.compile(
     r"[A-Za-z0-9]+(?:(?:[-._:@+]|--)[A-Za-z0-9]+)*(?:/[A-Za-z0-9]+(?:(?:[-._:@+]|--)[A-Za-z0-9]+)*)*"
 )
+#: Transports of skopeo that would otherwise be read as the name of a repository.
+_OTHER_TRANSPORTS = {"oci-archive", "docker-daemon", "containers-storage", "dir"}
 _EXPECTED = "HOST[:PORT]/REPOSITORY[:TAG][@sha256:…], oci:PATH[:TAG] or docker-archive:PATH[:REPOSITORY[:TAG]]"
 
 
@@ -95,7 +97,18 @@ def parse(text: str) -> ImageReference:
         return _parse_layout(text, rest)
     if colon and transport == "docker-archive":
         return _parse_archive(text, rest)
+    if colon and transport in _OTHER_TRANSPORTS:
+        raise _bad(text, f"the transport {transport} is not supported; copy the image to an oci: folder with skopeo")
     return _parse_registry(text, text.removeprefix("docker://"))
+
+
+def familiar_name(text: str) -> str:
+    """Return the name of an image as Docker shows it: "acme/x:1" for "docker.io/acme/x:1". Other text is unchanged."""
+    try:
+        named = _parse_registry(text, text)
+    except BadInputError:
+        return text
+    return f"{named.familiar}:{named.target}"
 
 
 def is_tag(text: str) -> bool:

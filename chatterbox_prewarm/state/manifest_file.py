@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BAKE_AGAIN = "bake the warm state again with `chatterbox-prewarm bake`"
+#: Maximum size. A manifest of ten thousand files has 2 MB, and parsing one takes about a second for each megabyte.
+_MAX_BYTES = 4 << 20
 #: A text has at most about one token per character. Together with the limit of `max_new_tokens` below, a reference fits
 #: into T3's KV cache, and a start never fails because it does not.
 MAX_REFERENCE_CHARACTERS = 1000
@@ -77,10 +79,10 @@ def read_manifest_bytes(root: Path) -> bytes:
     """Read `manifest.json` in `root` without parsing it.
 
     Raises:
-        IntegrityError: the file is missing, is not a regular file, or cannot be read.
+        IntegrityError: the file is missing, is not a regular file, is too large, or cannot be read.
     """
     try:
-        return read_regular(root / MANIFEST_NAME)
+        return read_regular(root / MANIFEST_NAME, limit=_MAX_BYTES)
     except FileNotFoundError as error:
         raise IntegrityError(
             f"{root} has no {MANIFEST_NAME}, so it is not a warm state", next_step=BAKE_AGAIN

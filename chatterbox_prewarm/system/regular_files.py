@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, BinaryIO
 if TYPE_CHECKING:
     from pathlib import Path
 
+#: Default limit for the size of a document. Git files of the hub have at most 10 MB.
+_MAX_BYTES = 16 << 20
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFDIR: "a directory",
@@ -50,10 +52,17 @@ def open_regular(path: Path, *, follow_links: bool = False) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_regular(path: Path, *, follow_links: bool = False) -> bytes:
-    """Read a regular file; the arguments and errors are those of `open_regular`."""
+def read_regular(path: Path, *, follow_links: bool = False, limit: int = _MAX_BYTES) -> bytes:
+    """Read a regular file, with the arguments and errors of `open_regular`.
+
+    Raises:
+        OSError: it has more than `limit` bytes.
+    """
     with open_regular(path, follow_links=follow_links) as stream:
-        return stream.read()
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
+    return content
 
 
 def _not_regular(path: Path, kind: str) -> NotRegularError:

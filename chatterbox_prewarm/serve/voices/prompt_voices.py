@@ -14,6 +14,8 @@ from chatterbox_prewarm.serve.voices.voice_file import SUFFIX, digest_of
 from chatterbox_prewarm.system.atomic_files import atomic_file
 from chatterbox_prewarm.system.regular_files import read_regular
 
+#: More than the decoder of clips accepts, so that its message names the limit.
+_MAX_CLIP_BYTES = 64 << 20
 #: Voices that are kept; each file has some hundred kilobytes.
 _MAX_VOICES = 256
 
@@ -82,7 +84,7 @@ def read_prompt(path: str | Path) -> bytes:
         BadInputError: the file does not exist or cannot be read.
     """
     try:
-        return read_regular(Path(path), follow_links=True)
+        return read_regular(Path(path), follow_links=True, limit=_MAX_CLIP_BYTES)
     except TypeError as error:
         raise BadInputError(f"the path of the clip is {path!r}", next_step="give the path of an audio file") from error
     except OSError as error:

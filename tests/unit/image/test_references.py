@@ -88,6 +88,8 @@ def test_a_reference_is_parsed_and_survives_a_round_trip(text: str, expected: Im
         ("docker-archive:a.tar:", "names no repository"),
         ("docker-archive:a.tar:Voice", "is not a repository"),
         (f"docker-archive:a.tar:voice@{DIGEST}", "names its images by tags"),
+        ("oci-archive:a.tar", "the transport oci-archive is not supported"),
+        ("docker-daemon:voice:1", "the transport docker-daemon is not supported"),
     ],
 )
 def test_a_malformed_reference_is_refused_with_the_reason_and_the_syntax(text: str, reason: str) -> None:

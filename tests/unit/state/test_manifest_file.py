@@ -155,6 +155,13 @@ def test_an_invalid_manifest_is_refused_with_the_reason(text: str | bytes, messa
     assert caught.value.exit_code == 12
 
 
+def test_a_manifest_of_100_megabytes_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    with (tmp_path / "manifest.json").open("wb") as stream:
+        stream.truncate(100 << 20)
+    with pytest.raises(IntegrityError, match="cannot be read: it has more than 4194304 bytes"):
+        read_manifest_bytes(tmp_path)
+
+
 def test_a_newer_schema_is_refused_with_the_advice_to_upgrade() -> None:
     with pytest.raises(IntegrityError, match="has schema 6; this version reads schemas up to 5") as caught:
         parse('{"schema": 6, "fields": "unknown"}')
