@@ -60,6 +60,8 @@ def docker_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("DOCKER_CONFIG", str(folder))
     monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(variable, raising=False)
     return folder
 
 
@@ -710,6 +712,40 @@ def test_the_login_is_read_from_a_credential_helper(
     with connect(private.address, name) as repository:
         document = push_image(repository, "1.0")
         assert repository.read_manifest("1.0") == document
+
+
+PODMAN_FILES = {
+    "REGISTRY_AUTH_FILE": "auth.json",
+    "XDG_RUNTIME_DIR": "containers/auth.json",
+    "XDG_CONFIG_HOME": "containers/auth.json",
+    "HOME": ".config/containers/auth.json",
+}
+
+
+@pytest.mark.parametrize("variable", PODMAN_FILES)
+def test_the_login_of_podman_is_read(
+    private: Registry, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    path = tmp_path / "podman" / PODMAN_FILES[variable]
+    path.parent.mkdir(parents=True)
+    monkeypatch.setenv(variable, str(path if variable == "REGISTRY_AUTH_FILE" else tmp_path / "podman"))
+    log_in(path.parent, private.address)
+    (path.parent / "config.json").rename(path)
+    with connect(private.address, name) as repository:
+        push_image(repository, "1.0")
+    path.write_text("{")
+    with connect(private.address, name) as repository, pytest.raises(EngineError, match=r"logins .*auth\.json is not"):
+        repository.has_manifest("1.0")
+
+
+def test_the_login_of_docker_is_used_if_podman_has_a_login_for_another_registry(
+    private: Registry, name: str, docker_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_in(tmp_path, "registry.example")
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "config.json"))
+    log_in(docker_config, private.address)
+    with connect(private.address, name) as repository:
+        push_image(repository, "1.0")
 
 
 def test_a_missing_or_broken_credential_helper_is_reported(

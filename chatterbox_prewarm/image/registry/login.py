@@ -1,4 +1,4 @@
-"""The login to a registry: the credentials that `docker login` stored, and the tokens that registries require.
+"""The login to a registry: the credentials that Docker or podman stored, and the tokens that registries require.
 
 A registry answers 401 with a challenge (WWW-Authenticate): it wants the password itself (Basic), or a token (Bearer)
 from a token server for one scope, e.g. "repository:NAME:pull". Tokens are kept per scope.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import json
+import os
 import re
 import time
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,13 @@ class Login:
         user = f"as {self._credentials['username']!r}" if self._credentials else "without a login"
         return EngineError(
             f"the registry {self._host} refuses ({user}): {reason}",
-            next_step=f"log in with docker login {self._host}, as a user with this permission, and check the reference",
+            next_step=f"log in with docker login {self._host}, or podman login, as a user with this permission, "
+            "and check the reference",
         )
 
     def _read_credentials(self) -> Mapping[str, str]:
         if self._credentials is None:
-            self._credentials = read_docker_credentials(self._host)
+            self._credentials = read_credentials(self._host)
         return self._credentials
 
     def _renew(self, challenge: Mapping[str, str], scope: str) -> str:
@@ -182,26 +184,45 @@ def parse_challenges(header: str) -> list[tuple[str, dict[str, str]]]:
     return challenges
 
 
-def read_docker_credentials(host: str) -> Mapping[str, str]:
-    """Read what `docker login` stored for a registry, in Docker's configuration or in a credential helper.
-
-    docker-py reads it, but ignores a broken configuration and raises errors of many types; both are handled here.
+def read_credentials(host: str) -> Mapping[str, str]:
+    """Read what `docker login` or `podman login` stored for a registry, in a file or in a credential helper.
 
     Returns:
         "username", and "password" or "identitytoken"; empty without a login.
 
     Raises:
-        EngineError: the configuration cannot be read, or its credential helper is missing or fails.
+        EngineError: a file cannot be read, or its credential helper is missing or fails.
+    """
+    return next((found for path in _login_files() if (found := _read_login(path, host))), {})
+
+
+def _login_files() -> Iterator[Path]:
+    """Yield the files with logins, first the file that the user names, then Docker's, then podman's.
+
+    Podman's are documented in containers-auth.json(5). They have the format of Docker's.
+    """
+    import docker.utils.config
+
+    if named := os.environ.get("REGISTRY_AUTH_FILE"):
+        yield Path(named)
+    if config := docker.utils.config.find_config_file():
+        yield Path(str(config))
+    configuration = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    for folder in (os.environ.get("XDG_RUNTIME_DIR"), configuration):
+        if folder and (path := Path(folder, "containers", "auth.json")).exists():
+            yield path
+
+
+def _read_login(file: Path, host: str) -> Mapping[str, str]:
+    """Read the login for a registry from a file.
+
+    docker-py reads it, but ignores a broken file and raises errors of many types; both are handled here.
     """
     import docker.auth
     import docker.errors
-    import docker.utils.config
 
-    config = docker.utils.config.find_config_file()
-    if config is None:
-        return {}
-    path = str(config)
-    _check_docker_config(Path(path))
+    _check_login_file(file)
+    path = str(file)
     try:
         with warnings.catch_warnings():
             # docker-py warns about a missing credential helper, and then raises the same message.
@@ -226,16 +247,16 @@ def read_docker_credentials(host: str) -> Mapping[str, str]:
         ) from None
 
 
-def _check_docker_config(path: Path) -> None:
-    """Refuse a broken config.json; docker-py treats it as empty. The older .dockercfg is not JSON."""
+def _check_login_file(path: Path) -> None:
+    """Refuse a broken file; docker-py treats it as empty. The older .dockercfg of Docker is not JSON."""
     try:
-        readable = path.name != "config.json" or isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        readable = path.name == ".dockercfg" or isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
     except (OSError, ValueError, RecursionError):
         readable = False
     if not readable:
         raise EngineError(
-            f"Docker's configuration {path} is not a readable JSON object",
-            next_step="repair it, or name another folder in DOCKER_CONFIG",
+            f"the file with logins {path} is not a readable JSON object",
+            next_step="repair it, or name another folder in DOCKER_CONFIG or another file in REGISTRY_AUTH_FILE",
         )
 
 
