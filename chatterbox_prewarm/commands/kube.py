@@ -197,6 +197,7 @@ def _states(
 ) -> tuple[str, tuple[StateLabel, ...]]:
     """Return the image that the pods run, with its digest if it is in a registry, and its states."""
     from chatterbox_prewarm.image.compose import resolve
+    from chatterbox_prewarm.image.image_states import with_states
     from chatterbox_prewarm.image.labels import read_states
     from chatterbox_prewarm.image.stores import open_store
 
@@ -204,7 +205,7 @@ def _states(
         return image, read_states(_read_labels(labels))
     with open_store(parse(image), insecure=insecure) as (store, name):
         digest = store.read_manifest(name).digest
-        labels_of_image = resolve(store, digest, platform=platform).labels
+        labels_of_image = with_states(store, resolve(store, digest, platform=platform)).labels
     return f"{image.partition('@')[0]}@{digest}", read_states(labels_of_image)
 
 

@@ -136,7 +136,7 @@ def inspect(*, warm: Path, state: str | None, as_json: bool, diff: tuple[Path, P
 @weights_option
 @cache_option
 @trust_options
-@click.option("--image", metavar="IMAGE", help="Check only the labels of an image; nothing is pulled.")
+@click.option("--image", metavar="IMAGE", help="Check only the labels of an image; it is not pulled.")
 @click.option("--host-facts", type=PATH, help="With --image: the node, as written by `facts`. Default: this machine.")
 @insecure_option
 def verify(
@@ -179,6 +179,7 @@ def _refuse_trust(trust: Trust) -> None:
 def _verify_image(reference: str, host_facts: Path | None, device: str | None, *, insecure: bool | None) -> None:
     from chatterbox_prewarm.commands.nodes import report_node_fit
     from chatterbox_prewarm.image.compose import platform_of, resolve
+    from chatterbox_prewarm.image.image_states import with_states
     from chatterbox_prewarm.image.node_fit import compare_with_node
     from chatterbox_prewarm.image.references import parse
     from chatterbox_prewarm.image.stores import open_store
@@ -186,7 +187,7 @@ def _verify_image(reference: str, host_facts: Path | None, device: str | None, *
 
     facts = read_node_facts(host_facts) if host_facts else node_facts(device)
     with open_store(parse(reference), insecure=insecure) as (store, name):
-        image = resolve(store, name, platform=platform_of(facts["arch"]))
+        image = with_states(store, resolve(store, name, platform=platform_of(facts["arch"])))
         report_node_fit(compare_with_node(image, facts))
 
 

@@ -169,7 +169,8 @@ def read_states(labels: Mapping[str, str]) -> tuple[StateLabel, ...]:
     if STATES not in labels:
         raise EngineError(
             f"the image has no label {STATES}, so it is unknown which nodes would hit",
-            next_step="check the reference, or label the image by adding its warm state with this version",
+            next_step="check the reference. The states of a plain `docker build` are read from the image itself, in a "
+            "registry or in a file of `docker save`: leave out --labels",
         )
     try:
         return _parse(json.loads(labels[STATES]))

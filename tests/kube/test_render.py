@@ -13,6 +13,8 @@ from click.testing import CliRunner
 
 from chatterbox_prewarm.commands.kube import k8s
 from chatterbox_prewarm.errors import BadInputError, EngineError
+from chatterbox_prewarm.image.append import send
+from chatterbox_prewarm.image.compose import Change, add_layers
 from chatterbox_prewarm.image.labels import STATES, image_labels
 from chatterbox_prewarm.image.oci_layout import Layout
 from chatterbox_prewarm.image.references import parse
@@ -21,7 +23,7 @@ from chatterbox_prewarm.kube.budgets import Measured
 from chatterbox_prewarm.kube.documents import NAME
 from chatterbox_prewarm.kube.nodes import Cluster, product_label
 from chatterbox_prewarm.state.manifest import Measurements
-from tests.helpers.images import make_base
+from tests.helpers.images import layer_of, make_base
 from tests.helpers.manifests import (
     K8S,
     VERSIONS,
@@ -417,6 +419,21 @@ def test_the_digest_of_an_image_in_a_registry_is_rendered(labels: Path, tmp_path
     assert finished.exit_code == 0, finished.output
     (server,) = document_of(yaml.safe_load_all(finished.stdout), "Deployment")["spec"]["template"]["spec"]["containers"]
     assert server["image"] == f"{registry.address}/speech:1@{digest}"
+
+
+@pytest.mark.programs
+def test_the_image_of_a_plain_docker_build_is_rendered_from_its_layer(tmp_path: Path) -> None:
+    make_state_for(tmp_path / "warm", {"arch": "x86_64", "gpu": "NVIDIA L4", "compute_capability": "8.9"})
+    content = (tmp_path / "warm" / "manifest.json").read_bytes()
+    layer = layer_of({"opt/chatterbox-prewarm/warm/manifest.json": content})
+    with serve(tmp_path / "registry") as registry:
+        reference = parse(f"{registry.address}/speech:1")
+        with open_store(reference) as (store, tag):
+            base = make_base(store, "base", Labels={"io.chatterbox-prewarm.profile": "aot"})
+            send(add_layers(base, [layer], Change(), created="2025-01-02T03:04:05+00:00"), store, [layer], store, tag)
+        finished = call("render", "--image", str(reference))
+    assert finished.exit_code == 0, finished.output
+    assert "NVIDIA-L4" in finished.stdout
 
 
 def test_an_image_outside_a_registry_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""Read the states of an image whose labels do not describe them: the image of a plain `docker build`.
+
+A Dockerfile cannot set labels from the result of a step. So the manifests of the states are read from the layers.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import tarfile
+import zlib
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from chatterbox_prewarm.errors import EngineError
+from chatterbox_prewarm.image.labels import PREFIX, STATES, image_labels
+from chatterbox_prewarm.image.oci import MAX_DOCUMENT
+from chatterbox_prewarm.state.manifest import MANIFEST_NAME
+from chatterbox_prewarm.state.manifest_file import parse_manifest
+from chatterbox_prewarm.system.paths import WARM
+
+if TYPE_CHECKING:
+    from chatterbox_prewarm.image.oci import Descriptor, Image, Store
+    from chatterbox_prewarm.state.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+#: Only the image of the Dockerfile's last stage has this label. Its last layer contains the state.
+_PROFILE = f"{PREFIX}profile"
+#: Layers that are read, from the top, for images that add some layers. Larger layers contain weights or packages.
+_LAYERS, _MAX_LAYER = 8, 512 << 20
+_CHUNK = 1 << 20
+_MANIFEST = re.compile(rf"(\./)?{WARM.relative_to('/')}/(?P<state>([^/]+/)?){re.escape(MANIFEST_NAME)}")
+
+
+def with_states(store: Store, image: Image) -> Image:
+    """Return an image with the labels of its states. It is returned unchanged if it has them, or has no state.
+
+    Args:
+        store: has the image.
+        image: the image.
+
+    Raises:
+        EngineError: a layer cannot be read.
+        IntegrityError: the manifest of a state is malformed.
+    """
+    if STATES in image.labels or _PROFILE not in image.labels:
+        return image
+    for layer in image.layers[: -_LAYERS - 1 : -1]:
+        if layer.size <= _MAX_LAYER and (manifests := _manifests(store, layer)):
+            settings = dict(image.config.get("config") or {})
+            settings["Labels"] = {**image.labels, **image_labels(manifests)}
+            return replace(image, config={**image.config, "config": settings})
+    return image
+
+
+def _manifests(store: Store, layer: Descriptor) -> list[Manifest]:
+    """Read the manifests of the states in a layer. The layer is read to its end, which verifies its digest."""
+    logger.info("reading the states of the image from layer %s, %.1f MB", layer.digest, layer.size / 1e6)
+    found: dict[str, bytes] = {}
+    try:
+        with store.open_blob(layer) as stream:
+            with tarfile.open(fileobj=stream, mode="r|*") as tar:
+                for member in tar:
+                    match = _MANIFEST.fullmatch(member.name)
+                    if match and member.size <= MAX_DOCUMENT and (content := tar.extractfile(member)):
+                        found[match["state"]] = content.read()
+            while stream.read(_CHUNK):
+                pass
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise EngineError(
+            f"the layer {layer.digest} cannot be read: {error!r}",
+            next_step="build the image with `chatterbox-prewarm build`, which sets the labels of its states",
+        ) from error
+    # With a manifest of its own, the folder is one state, and its folders are cache families.
+    roots = [""] if "" in found else sorted(found)
+    return [parse_manifest(found[root], source=f"{MANIFEST_NAME} in the layer {layer.digest}") for root in roots]
