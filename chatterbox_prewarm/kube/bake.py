@@ -237,9 +237,12 @@ def _container(request: Request, name: str, gpu_resource: str) -> Document:
 
 
 def _egress(matrix: Matrix) -> list[Document]:
-    """Allow DNS and the ports of the registries. A network policy cannot contain host names."""
+    """Allow DNS and the ports of the registries. A network policy cannot contain host names.
+
+    A policy applies to the port of the pod behind a service, and the DNS pods of OpenShift listen on 5353.
+    """
     ports = {_port(reference) for reference in (matrix.base, matrix.target)}
-    dns = [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")]
+    dns = [{"port": port, "protocol": protocol} for port in (53, 5353) for protocol in ("UDP", "TCP")]
     return [{"ports": [*dns, *({"port": port, "protocol": "TCP"} for port in sorted({443, *ports}))]}]
 
 

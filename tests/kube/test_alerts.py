@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.programs
 
 LABELS = "{" + ",".join(f'{name}="{value}"' for name, value in POD.items()) + "}"
+VOICE = LABELS.replace("}", ',family="conditionals"}')
 FAMILY = LABELS.replace("}", ',family="aot"}')
 
 
@@ -29,6 +30,7 @@ IN_FLIGHT = sample("requests_in_flight")
 CASES: list[tuple[str, dict[str, str], str, str | None, dict[str, str]]] = [
     ("ChatterboxWarmStateMissed", {sample("cache_misses_total", FAMILY): "_ 1x20"}, "0s", "15s", {"family": "aot"}),
     ("ChatterboxWarmStateMissed", {sample("cache_hits_total", FAMILY): "5x20"}, "0s", None, {}),
+    ("ChatterboxWarmStateMissed", {sample("cache_misses_total", VOICE): "1x20"}, "0s", None, {}),
     ("ChatterboxWithoutWarmState", {sample("ready"): "1x20"}, "45s", "60s", {}),
     ("ChatterboxWithoutWarmState", {sample("ready"): "1x20", sample("state"): "1x20"}, "60s", None, {}),
     ("ChatterboxSlowStart", {sample("attached"): "0x20"}, "105s", "120s", {}),

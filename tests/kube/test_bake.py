@@ -186,6 +186,8 @@ def test_only_dns_and_the_registries_can_be_reached(matrix: Path) -> None:
     assert {(port["port"], port["protocol"]) for port in rule["ports"]} == {
         (53, "UDP"),
         (53, "TCP"),
+        (5353, "UDP"),
+        (5353, "TCP"),
         (443, "TCP"),
         (5000, "TCP"),
     }

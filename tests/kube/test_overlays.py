@@ -59,7 +59,8 @@ def ours(documents: list[Document]) -> list[Document]:
 
 
 def test_there_is_an_overlay_for_each_kind_of_machine() -> None:
-    assert OVERLAYS == ["cpu-demo", "gpu-a10", "gpu-h100", "gpu-h200", "gpu-l4", "multi-gpu-node"]
+    products = ["a10", "a100", "b200", "h100", "h200", "l4", "l40s", "t4"]
+    assert set(OVERLAYS) == {"cpu-demo", "multi-gpu-node", *(f"gpu-{product}" for product in products)}
 
 
 @pytest.mark.parametrize("path", [*(f"overlays/{name}" for name in OVERLAYS), "bake"])
@@ -118,7 +119,9 @@ def test_an_overlay_for_a_gpu_requests_one_and_selects_the_nodes(name: str) -> N
     assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     affinity = pod["affinity"]["nodeAffinity"]
     (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
-    assert all(one["key"].startswith("nvidia.com/gpu.") for one in term["matchExpressions"])
+    arch, *others = term["matchExpressions"]
+    assert arch == {"key": "kubernetes.io/arch", "operator": "In", "values": ["amd64"]}
+    assert all(one["key"].startswith("nvidia.com/gpu.") for one in others)
     pre_pull = document_of(documents, "DaemonSet")["spec"]["template"]["spec"]
     assert pre_pull["affinity"] == pod["affinity"], "the image is pulled on the nodes of the pods"
     assert "nvidia.com/gpu" not in pre_pull["containers"][0]["resources"]["limits"]
@@ -131,12 +134,16 @@ def test_an_overlay_for_a_gpu_requests_one_and_selects_the_nodes(name: str) -> N
         ("gpu-a10", "8.6", "NVIDIA A10"),
         ("gpu-h100", "9.0", "NVIDIA H100 80GB HBM3"),
         ("gpu-h200", "9.0", "NVIDIA H200"),
+        ("gpu-a100", "8.0", "NVIDIA A100 80GB PCIe"),
+        ("gpu-t4", "7.5", "Tesla T4"),
+        ("gpu-l40s", "8.9", "NVIDIA L40S"),
+        ("gpu-b200", "10.0", "NVIDIA B200"),
     ],
 )
 def test_an_overlay_uses_the_product_label_of_its_nodes(name: str, capability: str, product: str) -> None:
     affinity = document_of(kustomize(K8S / "overlays" / name), "Deployment")["spec"]["template"]["spec"]["affinity"]
     (term,) = affinity["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
-    assert ".".join(one["values"][0] for one in term["matchExpressions"]) == capability
+    assert ".".join(one["values"][0] for one in term["matchExpressions"][1:]) == capability
     (preferred,) = affinity["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
     (expression,) = preferred["preference"]["matchExpressions"]
     assert expression["key"] == "nvidia.com/gpu.product"
@@ -147,6 +154,18 @@ def test_an_update_of_a_full_node_has_a_free_gpu_for_an_additional_pod() -> None
     spec = document_of(kustomize(K8S / "overlays" / "multi-gpu-node"), "Deployment")["spec"]
     assert spec["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
     assert spec["replicas"] == 8 - spec["strategy"]["rollingUpdate"]["maxSurge"]
+
+
+def test_the_component_no_surge_updates_a_node_without_a_free_gpu(tmp_path: Path) -> None:
+    documents = with_components(
+        tmp_path,
+        "no-surge",
+        overlay="../k8s/overlays/multi-gpu-node",
+        replicas=[{"name": "chatterbox", "count": 8}],
+    )
+    spec = document_of(documents, "Deployment")["spec"]
+    assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 1, "maxSurge": 0}}
+    assert spec["replicas"] == 8
 
 
 def test_only_the_overlay_for_a_multi_gpu_node_sets_the_number_of_pods() -> None:
