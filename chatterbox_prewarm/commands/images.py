@@ -32,6 +32,7 @@ from chatterbox_prewarm.model.profiles import PROFILES, T3_DTYPES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from chatterbox_prewarm.image.append import AppendResult
     from chatterbox_prewarm.image.build_request import BuildRequest
 
 #: Options that each bake of a matrix sets itself. Its evidence is next to its state.
@@ -193,8 +194,7 @@ def append(
     _exit_on_sigterm()
     with pack_states(states, weights) as addition:
         made = append_image(below, result, addition, AppendOptions(settings=settings, say=say, **more))
-    click.echo(f"{result}: {made.blobs_sent} blobs sent, {made.bytes_sent / 1e6:.1f} MB")
-    click.echo(f"digest {made.document.digest}")
+    _print_result(result, made)
 
 
 @click.command(short_help="Attach the evidence of a proof to an image.")
@@ -216,13 +216,7 @@ def attest(*, image: str, evidence: Path, insecure: bool | None) -> None:
 @click.option("--for", "variant", required=True, type=click.Choice(VARIANTS), help="Builder for the Dockerfile.")
 @click.option("--checkout", type=PATH, default=Path(), help="Checkout of this project. Default: the current directory.")
 @click.option("--target", default="runtime", show_default=True, help="Last stage, for the classic builder.")
-@click.option(
-    "--build-arg",
-    "arguments",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Selects stages; repeatable.",
-)
+@click.option("--build-arg", "arguments", multiple=True, metavar="NAME=VALUE", help="Selects stages; repeatable.")
 def dockerfile(*, variant: str, checkout: Path, target: str, arguments: tuple[str, ...]) -> None:
     """Print the Dockerfile for another builder: with a GPU in the bake step (cdi), or without mounts (classic).
 
@@ -273,8 +267,11 @@ def publish(
     options = publishing.PublishOptions(weights=weights, warm=warm, cache=cache, insecure=insecure, say=say)
     made = publishing.publish(found.bakes[index], found.base, found.target, options)
     if made is not None:
-        click.echo(f"{found.target}: {made.blobs_sent} blobs sent, {made.bytes_sent / 1e6:.1f} MB")
-        click.echo(f"digest {made.document.digest}")
+        _print_result(found.target, made)
+
+
+def _print_result(image: object, made: AppendResult) -> None:
+    click.echo(f"{image}: {made.blobs_sent} blobs sent, {made.bytes_sent / 1e6:.1f} MB\ndigest {made.document.digest}")
 
 
 def _exit_on_sigterm() -> None:

@@ -162,13 +162,9 @@ def _refuse_trust(trust: Trust) -> None:
     Raises:
         BadInputError: a trust option is set, on the command line or in the environment.
     """
-    options = (
-        ("--key", "KEY", trust.key),
-        ("--signature", "SIGNATURE", trust.signature),
-        ("--expect-digest", "EXPECT_DIGEST", trust.expected_digest),
-    )
-    for option_name, variable, value in options:
+    for name, value in (("key", trust.key), ("signature", trust.signature), ("expect-digest", trust.expected_digest)):
         if value is not None:
+            option_name, variable = f"--{name}", name.upper().replace("-", "_")
             raise BadInputError(
                 f"{option_name} is checked against the manifest of a state, but --image reads only labels",
                 next_step=f"leave {option_name} out, or unset CHATTERBOX_PREWARM_{variable}; a start of the image "
