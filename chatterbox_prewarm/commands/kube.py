@@ -15,7 +15,7 @@ from chatterbox_prewarm.commands.options import PATH, check_output, insecure_opt
 from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.image.matrix import MATRIX_NAME
 from chatterbox_prewarm.image.references import parse
-from chatterbox_prewarm.kube.budgets import QUEUE_LIMIT, Measured
+from chatterbox_prewarm.kube.budgets import PRE_STOP_SECONDS, QUEUE_LIMIT, Measured
 from chatterbox_prewarm.kube.documents import NAME
 from chatterbox_prewarm.kube.nodes import MIG_STRATEGIES, Cluster
 from chatterbox_prewarm.start.options import POLICIES
@@ -123,6 +123,13 @@ def _check_image(image: str) -> None:
 @click.option("--replicas", type=click.IntRange(0), help="Number of pods. Default: 1, or the current number.")
 @click.option(
     "--queue-limit", default=QUEUE_LIMIT, show_default=True, type=click.IntRange(1), help="Maximum requests in a pod."
+)
+@click.option(
+    "--pre-stop",
+    default=PRE_STOP_SECONDS,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Seconds in which load balancers learn that a pod ends, before it refuses requests.",
 )
 @click.option("--cold-seconds", type=_POSITIVE, help="Measured: exec to attached without a usable state.")
 @click.option("--request-seconds", type=_POSITIVE, help="Measured: longest request that must not be interrupted.")

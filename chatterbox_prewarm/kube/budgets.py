@@ -62,6 +62,7 @@ class Budgets:
     Attributes:
         startup_seconds: limit of the startup probe.
         drain_seconds: time for running requests to finish.
+        pre_stop_seconds: time before the drain.
         grace_seconds: termination grace period: preStop, drain and exit.
         memory_request_mib, memory_limit_mib: memory of the container.
         cache_mib: size limit of the cache volume.
@@ -69,6 +70,7 @@ class Budgets:
 
     startup_seconds: int
     drain_seconds: int
+    pre_stop_seconds: int
     grace_seconds: int
     memory_request_mib: int
     memory_limit_mib: int
@@ -76,7 +78,12 @@ class Budgets:
 
 
 def budgets(
-    states: Sequence[StateLabel], measured: Measured, *, queue_limit: int = QUEUE_LIMIT, cache_mib: int | None = None
+    states: Sequence[StateLabel],
+    measured: Measured,
+    *,
+    queue_limit: int = QUEUE_LIMIT,
+    pre_stop: int = PRE_STOP_SECONDS,
+    cache_mib: int | None = None,
 ) -> Budgets:
     """Compute the budgets of a pod.
 
@@ -85,6 +92,7 @@ def budgets(
         measured: measurements of such a pod.
         queue_limit: maximum number of requests in the pod. It processes them one after the other, so the last one waits
             for all others.
+        pre_stop: seconds in which the proxies learn that a pod ends.
         cache_mib: size of the cache; None to compute it.
 
     Raises:
@@ -99,7 +107,8 @@ def budgets(
     return Budgets(
         startup_seconds=max(STARTUP_SECONDS, math.ceil(_COLD_MARGIN * (measured.cold_seconds or 0))),
         drain_seconds=drain,
-        grace_seconds=PRE_STOP_SECONDS + drain + EXIT_SECONDS,
+        pre_stop_seconds=pre_stop,
+        grace_seconds=pre_stop + drain + EXIT_SECONDS,
         memory_request_mib=request,
         memory_limit_mib=limit,
         cache_mib=_cache_mib(states, cache_mib),

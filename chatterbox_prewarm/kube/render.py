@@ -70,6 +70,7 @@ class Request:
             start.
         replicas: number of pods; None leaves it to an autoscaler.
         queue_limit: maximum number of requests in a pod.
+        pre_stop: seconds in which the proxies learn that a pod ends, before it drains.
         cache_mib: size of the cache volume in MiB; None to compute it.
         pre_pull: pull the image on all matching nodes before a pod starts there.
         cluster: the cluster.
@@ -85,6 +86,7 @@ class Request:
     policy: str = "fallback"
     replicas: int | None = None
     queue_limit: int = QUEUE_LIMIT
+    pre_stop: int = PRE_STOP_SECONDS
     cache_mib: int | None = None
     pre_pull: bool = False
     cluster: Cluster = field(default_factory=Cluster)
@@ -105,7 +107,13 @@ def render(request: Request) -> Rendering:
     """
     device, states = _choose(request)
     request = replace(request, measured=with_baked_values(request.measured, states))
-    sizes = budgets(states, request.measured, queue_limit=request.queue_limit, cache_mib=request.cache_mib)
+    sizes = budgets(
+        states,
+        request.measured,
+        queue_limit=request.queue_limit,
+        pre_stop=request.pre_stop,
+        cache_mib=request.cache_mib,
+    )
     settings = _settings(request, device, sizes)
     deployment = _deployment(request, device, states, sizes, settings)
     documents = [
@@ -202,7 +210,7 @@ def _container(request: Request, sizes: Budgets, gpu_resource: str) -> Document:
         periodSeconds=5,
         timeoutSeconds=5,
         failureThreshold=3,
-        terminationGracePeriodSeconds=PRE_STOP_SECONDS + EXIT_SECONDS,  # a hung server does not drain
+        terminationGracePeriodSeconds=sizes.pre_stop_seconds + EXIT_SECONDS,  # a hung server does not drain
     )
     return container(
         _SERVER,
@@ -210,7 +218,7 @@ def _container(request: Request, sizes: Budgets, gpu_resource: str) -> Document:
         ports=[{"name": "http", "containerPort": _PORT, "protocol": "TCP"}],
         envFrom=[{"configMapRef": {"name": request.name}}],
         # The `sleep` action of Kubernetes is disabled by default in version 1.29.
-        lifecycle={"preStop": {"exec": {"command": ["sleep", str(PRE_STOP_SECONDS)]}}},
+        lifecycle={"preStop": {"exec": {"command": ["sleep", str(sizes.pre_stop_seconds)]}}},
         resources=resources(_CPUS, sizes.memory_request_mib, sizes.memory_limit_mib, gpu_resource),
         startupProbe=_probe("/startupz", periodSeconds=1, failureThreshold=sizes.startup_seconds),
         livenessProbe=liveness,

@@ -323,6 +323,13 @@ def test_the_drain_time_covers_a_full_queue() -> None:
     assert pod_of(rendering)["terminationGracePeriodSeconds"] == 5 + 100 + 15
 
 
+def test_the_grace_periods_contain_the_time_before_the_drain() -> None:
+    rendering = render_for([L4], pre_stop=30)
+    assert server_of(rendering)["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "30"]
+    assert pod_of(rendering)["terminationGracePeriodSeconds"] == 30 + 100 + 15
+    assert server_of(rendering)["livenessProbe"]["terminationGracePeriodSeconds"] == 30 + 15
+
+
 def test_memory_is_computed_from_the_measured_resident_memory() -> None:
     resources = server_of(render_for([L4], measured=Measured(rss_mib=5000)))["resources"]
     assert resources["requests"]["memory"] == "5632Mi"
