@@ -20,6 +20,8 @@ class Chunk:
         index: of the chunk, from 0.
         seconds: from the call to this chunk.
         is_last: whether this is the last chunk.
+        is_truncated: whether the speech ended at the token limit instead of the stop token, so that its end may be
+            missing. With `look_ahead`, this is known only in the last chunk.
     """
 
     samples: NDArray[np.float32]
@@ -27,6 +29,7 @@ class Chunk:
     index: int
     seconds: float
     is_last: bool
+    is_truncated: bool = False
 
     @property
     def pcm(self) -> NDArray[np.int16]:

@@ -67,6 +67,7 @@ class Stream:
         self._chunk_tokens = chunk_tokens
         self._look_ahead = look_ahead
         self._stopped = stopped
+        self._is_truncated = False
 
     def chunks(self, blocks: Generator[torch.Tensor], seed: int, called: float) -> Generator[Chunk]:
         """Yield the chunks; `blocks` draws the tokens."""
@@ -89,6 +90,7 @@ class Stream:
                         index=index,
                         seconds=time.perf_counter() - called,
                         is_last=last and ready.size <= size,
+                        is_truncated=self._is_truncated,
                     )
                     tokens, ready, index = tokens[self._chunk_tokens :], ready[size:], index + 1
                     if chunk.index == 0:
@@ -132,6 +134,7 @@ class Stream:
             if self._stopped():
                 return
         tokens = self._synthesizer.usable(drawn)
+        self._is_truncated = self._synthesizer.is_truncated(drawn)
         yield tokens, self._model.flow(tokens, self._voice, on_step=self._check), True
 
     @torch.inference_mode()
@@ -151,7 +154,9 @@ class Stream:
         chunk = _FRAMES_PER_TOKEN * self._chunk_tokens
         wanted = chunk + _HELD_FRAMES  # enough for the complete first chunk
         tail: torch.Tensor | None = None
+        last_block = drawn
         for block in blocks:
+            last_block = block
             drawn = torch.cat([drawn, block[block < model.codebook]])
             if self._stopped():
                 return
@@ -163,6 +168,7 @@ class Stream:
             yield drawn[count:known], _blended(mel[..., frames:end], tail), False
             count, frames, tail, wanted = known, end, mel[..., end:], chunk
         mel = flow(self._synthesizer.usable(drawn), voice, noise=noise, on_step=self._check)
+        self._is_truncated = self._synthesizer.is_truncated(last_block)
         yield drawn[count:], _blended(mel[..., frames:], tail), True
 
     def _check(self) -> None:

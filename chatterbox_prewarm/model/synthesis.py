@@ -43,11 +43,14 @@ class Speech:
         tokens: int64 (n,), speech tokens, 25 per second.
         samples: float32 (m,) within [-1, 1], watermarked mono audio.
         sample_rate: in Hz.
+        is_truncated: whether the speech ended at the token limit instead of the stop token, so that its end may be
+            missing.
     """
 
     tokens: NDArray[np.int64]
     samples: NDArray[np.float32]
     sample_rate: int
+    is_truncated: bool = False
 
     @property
     def pcm(self) -> NDArray[np.int16]:
@@ -134,9 +137,15 @@ class Synthesizer:
         conditionals = self.voice(voice)
         seed_everything(chosen_seed(seed))
         with torch.inference_mode():
-            tokens = self.speech_tokens(text, voice=voice, max_new_tokens=max_new_tokens, sampling=sampling)
+            drawn = self._draw(text, voice, max_new_tokens, sampling)
+            tokens = self.usable(drawn)
             samples = self.sound(tokens, conditionals)
-        return Speech(tokens=tokens.cpu().numpy(), samples=samples, sample_rate=self.model.sample_rate)
+        return Speech(
+            tokens=tokens.cpu().numpy(),
+            samples=samples,
+            sample_rate=self.model.sample_rate,
+            is_truncated=self.is_truncated(drawn),
+        )
 
     @torch.inference_mode()
     def speech_tokens(
@@ -154,10 +163,14 @@ class Synthesizer:
         Returns:
             int64 (n,), 25 per second of audio, without start and stop tokens.
         """
+        return self.usable(self._draw(text, voice, max_new_tokens, sampling))
+
+    def _draw(self, text: str, voice: str, max_new_tokens: int, sampling: Sampling | None) -> torch.Tensor:
+        """Draw speech tokens, int64 (n,), including the tokens that `usable` drops."""
         sampling = sampling or Sampling()
         conditionals, prompt = self._t3_inputs(text, voice, sampling)
         decoder = self.model.decoder
-        return self.usable(decoder(conditionals, prompt, sampling=sampling, max_new_tokens=max_new_tokens))
+        return decoder(conditionals, prompt, sampling=sampling, max_new_tokens=max_new_tokens)
 
     @torch.inference_mode()
     def token_blocks(
@@ -209,6 +222,10 @@ class Synthesizer:
                 next_step="try again, or use another text",
             )
         return usable
+
+    def is_truncated(self, drawn: torch.Tensor) -> bool:
+        """Return whether drawn tokens end at the token limit: the stop token is not the last one."""
+        return not drawn.numel() or int(drawn[-1]) != self.model.t3.hp.stop_speech_token
 
     @torch.inference_mode()
     def sound(self, tokens: torch.Tensor, voice: Conditionals) -> NDArray[np.float32]:

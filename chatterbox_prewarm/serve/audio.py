@@ -19,10 +19,12 @@ class Audio:
     Attributes:
         data: 16-bit little-endian samples.
         sample_rate: in Hz.
+        is_truncated: whether the speech of a part reached the token limit, so that its end may be missing.
     """
 
     data: bytes
     sample_rate: int = 24_000
+    is_truncated: bool = False
 
     @property
     def pcm(self) -> NDArray[np.int16]:

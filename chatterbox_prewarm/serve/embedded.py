@@ -162,7 +162,7 @@ class ChatterboxServer:
             ClosedError: the server is closed, or was closed during the call.
         """
         checked = self._with_prompt(_speech_options(text, options), audio_prompt_path)
-        return Audio(data=self._wait(self._speak(replace(checked, chunk_tokens=None))))
+        return self._wait(self._speak(replace(checked, chunk_tokens=None)))
 
     def generate_stream(
         self, text: str, *, audio_prompt_path: str | Path | None = None, **options: Any
@@ -229,13 +229,16 @@ class ChatterboxServer:
         try:
             while (chunk := self._wait(next_chunk())) is not None:
                 if chunk.pcm:
-                    yield Audio(data=chunk.pcm)
+                    yield Audio(data=chunk.pcm, is_truncated=chunk.truncated)
         finally:
             with contextlib.suppress(ClosedError):  # `close` has cancelled the work already
                 self._wait(chunks.aclose())
 
-    async def _speak(self, options: SpeechOptions) -> bytes:
-        return b"".join([chunk.pcm async for chunk in self._pool.speak(options)])
+    async def _speak(self, options: SpeechOptions) -> Audio:
+        chunks = [chunk async for chunk in self._pool.speak(options)]
+        return Audio(
+            data=b"".join(chunk.pcm for chunk in chunks), is_truncated=any(chunk.truncated for chunk in chunks)
+        )
 
     async def _start(self, workers: list[WorkerConfig], wait_seconds: float, hang_seconds: float) -> Pool:
         return Pool(spawn_all(workers), wait_seconds=wait_seconds, hang_seconds=hang_seconds)

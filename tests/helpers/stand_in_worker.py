@@ -37,9 +37,9 @@ def start(*behaviours: str, configs: list[WorkerConfig] | None = None) -> Callab
     """Return a function that starts one process for each behaviour, in this order.
 
     Args:
-        *behaviours: "ready" answers requests; "slow" answers each after a second; "stuck" answers none; "silent" sends
-            nothing at all; "dies" ends before it is ready; "weights" and "memory" report an error during the start;
-            "warming" dies in the idle warm-up.
+        *behaviours: "ready" answers requests, and reports that the word "endless" reaches the token limit; "slow"
+            answers each after a second; "stuck" answers none; "silent" sends nothing at all; "dies" ends before it is
+            ready; "weights" and "memory" report an error during the start; "warming" dies in the idle warm-up.
         configs: receives the configuration of each process.
     """
     remaining = list(behaviours)
@@ -99,8 +99,9 @@ class StandIn:
 
     def _answer(self, header: dict[str, Any]) -> None:
         if header["type"] == "speak":
+            text = header["options"]["text"]
             answer = {"type": "audio", "id": header["id"], "tokens": 1, "last": True, "seconds": 0.1}
-            self.send(answer, header["options"]["text"].encode())
+            self.send({**answer, "truncated": "endless" in text}, text.encode())
         if header["type"] == "voice":
             from tests.helpers.added_voices import voice
 

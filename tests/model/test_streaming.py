@@ -141,6 +141,26 @@ def test_no_empty_chunk_follows_if_the_speech_ends_with_a_chunk(synthesizer: Syn
     assert len(chunk.tokens) == len(speech.tokens)
 
 
+@pytest.mark.parametrize("look_ahead", [None, 3])
+def test_a_stream_and_a_synthesis_tell_whether_the_token_limit_ended_the_speech(
+    synthesizer: Synthesizer, look_ahead: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random token takes the part of the stop token, which random weights do not draw at a known place."""
+    blocks = torch.cat(list(synthesizer.token_blocks(TEXT, max_new_tokens=20)))
+    stop = synthesizer.model.t3.hp.stop_speech_token
+
+    def truncated(*, with_stop_token: bool) -> list[bool]:
+        drawn = torch.cat([blocks[blocks != stop], torch.tensor([stop] * with_stop_token, dtype=torch.int64)])
+        monkeypatch.setattr(synthesizer, "token_blocks", lambda *_, **__: (block for block in torch.split(drawn, 7)))
+        monkeypatch.setattr(synthesizer, "_draw", lambda *_: drawn)
+        chunks = list(generate_stream(synthesizer, TEXT, seed=7, chunk_tokens=4, look_ahead=look_ahead))
+        assert len(chunks) > 1
+        return [synthesizer.synthesize(TEXT, seed=7).is_truncated, chunks[-1].is_truncated]
+
+    assert truncated(with_stop_token=False) == [True, True]
+    assert truncated(with_stop_token=True) == [False, False]
+
+
 def test_look_ahead_draws_the_same_tokens(early: list[Chunk], speech: Speech) -> None:
     assert tokens_of(early) == speech.tokens.tolist()
     assert len(samples_of(early)) == len(speech.samples)

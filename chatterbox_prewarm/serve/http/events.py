@@ -11,7 +11,7 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from chatterbox_prewarm.serve.http.schemas import ErrorFields, SpeechEvent, SpeechUsage
+    from chatterbox_prewarm.serve.http.schemas import ErrorFields, FinishReason, SpeechEvent, SpeechUsage
 
 MEDIA_TYPE = "text/event-stream"
 
@@ -21,16 +21,17 @@ def delta(audio: bytes) -> bytes:
     return _event({"type": "speech.audio.delta", "audio": base64.b64encode(audio).decode("ascii")})
 
 
-def done(*, input_tokens: int, output_tokens: int) -> bytes:
+def done(*, input_tokens: int, output_tokens: int, finish_reason: FinishReason) -> bytes:
     """Return the event that ends complete audio.
 
     Args:
         input_tokens: number of characters in the text.
         output_tokens: number of speech tokens, 25 per second of audio.
+        finish_reason: "length" if a part of the text reached the token limit.
     """
     total = input_tokens + output_tokens
     usage: SpeechUsage = {"input_tokens": input_tokens, "output_tokens": output_tokens, "total_tokens": total}
-    return _event({"type": "speech.audio.done", "usage": usage})
+    return _event({"type": "speech.audio.done", "usage": usage, "finish_reason": finish_reason})
 
 
 def failed(error: ErrorFields) -> bytes:

@@ -38,6 +38,7 @@ class HttpMetrics(Collector):
         first_chunk: seconds from a request to its first audio.
         real_time_factor: a worker's seconds per second of audio, for each part of a text.
         audio: seconds of generated audio.
+        truncated: parts of texts whose speech ended at the token limit.
     """
 
     def __init__(self, pool: Pool, admission: Admission) -> None:
@@ -47,6 +48,7 @@ class HttpMetrics(Collector):
         self.responses = self._counter("speech_answers", "Speech requests by status.", "status")
         self.abandoned = self._counter("speech_abandoned", "Speech requests whose client disconnected.")
         self.audio = self._counter("audio_seconds", "Seconds of generated audio.")
+        self.truncated = self._counter("truncated_parts", "Parts of texts whose speech ended at the token limit.")
         self.first_chunk = self._histogram("first_chunk_seconds", "Time from a request to its first audio.", _SECONDS)
         self.real_time_factor = self._histogram("real_time_factor", "Seconds of work per second of audio.", _FACTORS)
         self._registry.register(self)

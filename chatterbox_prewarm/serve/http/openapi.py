@@ -162,6 +162,13 @@ def _speech() -> dict[str, Any]:
     audio = {
         "description": "Mono audio at 24 kHz in the requested format, or server-sent events if `stream_format` is sse.",
         "content": {**media, events.MEDIA_TYPE: {"schema": _ref("SpeechEvent")}},
+        "headers": {
+            "X-Finish-Reason": {
+                "description": "`length` if a part reached the token limit, otherwise `stop`. A stream has this header "
+                "only if that is known before its first byte.",
+                "schema": {"type": "string", "enum": list(get_args(schemas.FinishReason))},
+            }
+        },
     }
     body = {"required": True, "content": {"application/json": {"schema": _ref("SpeechRequest")}}}
     responses = {200: audio, **_errors(400, 403, 408, 413, 415, 422, 429, 500, 503)}

@@ -39,7 +39,7 @@ _CLIENT_GONE = 499
 def add_log_fields(scope: Scope, **fields: Any) -> None:
     """Add fields to the log line of this request. A value of None is left out.
 
-    The routes use `characters`, `voice`, `format` and `text`. Without `log_text`, the log omits `text`.
+    The routes use `characters`, `voice`, `format`, `truncated` and `text`. Without `log_text`, the log omits `text`.
     """
     scope.get(_KEY, {}).update({name: value for name, value in fields.items() if value is not None})
 

@@ -11,6 +11,9 @@ from typing import Literal
 
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this TypedDict before Python 3.12
 
+#: Why the speech ended, with the words of OpenAI's chat API.
+FinishReason = Literal["stop", "length"]
+
 
 class ErrorFields(TypedDict):
     """Details of an error."""
@@ -178,6 +181,8 @@ class SpeechAudioDone(TypedDict):
 
     type: Literal["speech.audio.done"]
     usage: SpeechUsage
+    finish_reason: FinishReason
+    """`length` if the speech of a part reached the token limit, so that its end may be missing; otherwise `stop`."""
 
 
 class SpeechFailed(TypedDict):

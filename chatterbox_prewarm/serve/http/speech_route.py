@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.serve.http.admission import Admission
     from chatterbox_prewarm.serve.http.http_metrics import HttpMetrics
+    from chatterbox_prewarm.serve.http.schemas import FinishReason
     from chatterbox_prewarm.serve.workers.messages import Chunk
     from chatterbox_prewarm.serve.workers.pool import Pool
     from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
@@ -145,7 +146,7 @@ class SpeechRoute:
         if one_shot:
             options = replace(options, chunk_tokens=None)
         async with contextlib.aclosing(self._pool.speak(options)) as generated:
-            chunks = self._measured(generated, started)
+            chunks = self._measured(generated, started, stream)
             if options.stream_format == "sse":
                 await self._send_events(options, chunks, stream)
             elif one_shot:
@@ -153,19 +154,28 @@ class SpeechRoute:
             else:
                 await self._send_stream(options, chunks, stream)
 
-    async def _measured(self, chunks: AsyncGenerator[Chunk], started: float) -> AsyncIterator[Chunk]:
-        """Pass on the chunks, and record the time to the first one."""
-        first = True
+    async def _measured(
+        self, chunks: AsyncGenerator[Chunk], started: float, stream: _ResponseStream
+    ) -> AsyncIterator[Chunk]:
+        """Pass on the chunks. Record the time to the first one, and the parts that reached the token limit."""
+        first, truncated_parts = True, 0
         async for chunk in chunks:
             if first:
                 self._http_metrics.first_chunk.observe(time.monotonic() - started)
                 first = False
+            if chunk.truncated:
+                stream.finish_reason = "length"
+                if chunk.seconds is not None:
+                    truncated_parts += 1
+                    self._http_metrics.truncated.inc()
+                    add_log_fields(stream.scope, truncated=truncated_parts)
             yield chunk
 
     async def _send_file(self, options: SpeechOptions, chunks: AsyncIterator[Chunk], stream: _ResponseStream) -> None:
         media_type, parts = await encoded(options.format, chunks, one_shot=True)
         audio = b"".join([data async for data in parts])
-        await stream.send(Response(audio, media_type=media_type))
+        headers = {"X-Finish-Reason": stream.finish_reason}
+        await stream.send(Response(audio, media_type=media_type, headers=headers))
 
     async def _send_stream(self, options: SpeechOptions, chunks: AsyncIterator[Chunk], stream: _ResponseStream) -> None:
         media_type, parts = await encoded(options.format, chunks)
@@ -189,7 +199,9 @@ class SpeechRoute:
             async for data in parts:
                 await stream.start(events.MEDIA_TYPE)
                 await stream.write(events.delta(data))
-            await stream.write(events.done(input_tokens=len(options.text), output_tokens=tokens))
+            await stream.write(
+                events.done(input_tokens=len(options.text), output_tokens=tokens, finish_reason=stream.finish_reason)
+            )
         except PrewarmError as error:
             if not stream.status:
                 raise
@@ -237,13 +249,19 @@ async def encoded(
 
 
 class _ResponseStream:
-    """One HTTP response, sent at once or in parts. Its status is 0 before the start."""
+    """One HTTP response, sent at once or in parts.
+
+    Attributes:
+        status: the HTTP status; 0 before the start.
+        finish_reason: "length" once a part of the text has reached the token limit.
+    """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
         self._receive = receive
         self._send = send
         self.status = 0
+        self.finish_reason: FinishReason = "stop"
 
     async def send(self, response: Response) -> None:
         """Send a complete response."""
@@ -256,6 +274,8 @@ class _ResponseStream:
             return
         self.status = 200
         headers = [(b"content-type", media_type.encode()), (b"cache-control", b"no-store")]
+        if self.finish_reason == "length":  # "stop" would be a guess: a later part may still reach the limit
+            headers.append((b"x-finish-reason", b"length"))
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, data: bytes) -> None:

@@ -40,11 +40,14 @@ class Chunk:
         pcm: mono audio at 24 kHz, 16-bit little-endian samples.
         tokens: number of speech tokens in it.
         seconds: how long the worker needed for the text; None for all chunks but the last.
+        truncated: True if the speech ends at the token limit, so that its end may be missing. With `look_ahead`, only
+            the last chunk tells.
     """
 
     pcm: bytes
     tokens: int
     seconds: float | None = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

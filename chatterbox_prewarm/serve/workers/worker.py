@@ -177,7 +177,13 @@ class Worker:
         finished = False
         for chunk in stream:
             finished = chunk.is_last
-            header = {"type": "audio", "id": request_id, "tokens": int(chunk.tokens.size), "last": finished}
+            header = {
+                "type": "audio",
+                "id": request_id,
+                "tokens": int(chunk.tokens.size),
+                "truncated": chunk.is_truncated,
+                "last": finished,
+            }
             if finished:
                 header |= {"seconds": time.monotonic() - started, **self._report()}
             self.send(header, chunk.pcm.astype("<i2").tobytes())

@@ -115,7 +115,12 @@ class WorkerClient:
         """
         async with contextlib.aclosing(self._request({"type": "speak", "options": asdict(options)})) as answers:
             async for header, payload in answers:
-                yield Chunk(pcm=payload, tokens=header["tokens"], seconds=header.get("seconds"))
+                yield Chunk(
+                    pcm=payload,
+                    tokens=header["tokens"],
+                    seconds=header.get("seconds"),
+                    truncated=header["truncated"],
+                )
 
     async def _request(self, header: dict[str, Any], payload: bytes = b"") -> AsyncGenerator[Message]:
         """Send a request and yield its answers up to the last one."""

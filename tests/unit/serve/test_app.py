@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import http.client
 import json
+import logging
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from chatterbox_prewarm.serve.http import encoding, speech_route
 from chatterbox_prewarm.serve.http.admission import Admission, close_while_draining
 from chatterbox_prewarm.serve.http.app import App
 from chatterbox_prewarm.serve.http.openapi import encoded_document
+from chatterbox_prewarm.serve.http.request_log import log_requests
 from chatterbox_prewarm.serve.http.schemas import Status
 from chatterbox_prewarm.serve.http.speech_route import encoded
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
@@ -59,7 +61,10 @@ class Server:
         self.admission = Admission(self.pool, limit=limit)
         app = App(self.pool, self.admission, store, max_characters=500, **settings).asgi()
         config = uvicorn.Config(
-            close_while_draining(app, self.admission), lifespan="off", log_config=None, access_log=False
+            log_requests(close_while_draining(app, self.admission), app.routes),
+            lifespan="off",
+            log_config=None,
+            access_log=False,
         )
         self._server = uvicorn.Server(config)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -179,6 +184,29 @@ def test_a_compressed_body_is_refused_with_the_name_of_its_encoding(serve: Calla
             assert (response.status, error["code"]) == (415, "unsupported_encoding")
             assert name.split()[-1] in error["message"]
     assert request(server.port, "POST", SPEECH, {"Content-Encoding": "identity"}, BODY)[0].status == 200
+
+
+def test_speech_that_reaches_the_token_limit_is_reported(
+    serve: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve("ready")
+    whole, cut = "Hello.", "An endless word."
+    late = "x" * 280 + " " + cut  # only the second part reaches the limit, which the head of a stream cannot tell
+
+    def reason(text: str, audio_format: str) -> str | None:
+        return server.speak(input=text, response_format=audio_format)[0].headers["X-Finish-Reason"]
+
+    def last_event(text: str) -> Any:
+        events = server.speak(input=text, response_format="pcm", stream_format="sse")[1].decode().split("\n\n")
+        return json.loads(events[-2].removeprefix("data: "))["finish_reason"]
+
+    assert [reason(text, "wav") for text in (whole, cut, late)] == ["stop", "length", "length"]
+    assert [reason(text, "pcm") for text in (whole, cut, late)] == [None, "length", None]
+    assert server.metric("truncated_parts_total") == 4
+    assert [last_event(text) for text in (whole, cut, late)] == ["stop", "length", "length"]
+    with caplog.at_level(logging.INFO):
+        reason(late, "wav")
+        server.wait_until(lambda: any(getattr(record, "fields", {}).get("truncated") == 1 for record in caplog.records))
 
 
 def test_the_speed_is_ignored_with_the_option(serve: Callable[..., Server]) -> None:

@@ -22,7 +22,8 @@ def parse(stream: bytes) -> list[dict[str, Any]]:
 
 def test_audio_is_sent_in_openais_events() -> None:
     audio = bytes(range(256)) * 20
-    stream = events.delta(audio[:1001]) + events.delta(audio[1001:]) + events.done(input_tokens=3, output_tokens=50)
+    end = events.done(input_tokens=3, output_tokens=50, finish_reason="length")
+    stream = events.delta(audio[:1001]) + events.delta(audio[1001:]) + end
     first, second, last = parse(stream)
     assert first.keys() == second.keys() == {"type", "audio"}
     assert first["type"] == second["type"] == "speech.audio.delta"
@@ -30,6 +31,7 @@ def test_audio_is_sent_in_openais_events() -> None:
     assert last == {
         "type": "speech.audio.done",
         "usage": {"input_tokens": 3, "output_tokens": 50, "total_tokens": 53},
+        "finish_reason": "length",
     }
 
 

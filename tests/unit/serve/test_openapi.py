@@ -197,7 +197,9 @@ def test_errors_and_events_match_their_schemas() -> None:
     error = error_responses.RequestError("no", param="seed", next_step="yes")
     fields = error_responses.error_fields(error)
     assert TypeAdapter(schemas.Error).validate_python({"error": fields})["error"]["param"] == "seed"
-    stream = events.delta(b"ab") + events.done(input_tokens=1, output_tokens=2) + events.failed(fields)
+    stream = (
+        events.delta(b"ab") + events.done(input_tokens=1, output_tokens=2, finish_reason="stop") + events.failed(fields)
+    )
     sent = [json.loads(block.removeprefix("data: ")) for block in stream.decode().split("\n\n")[:-1]]
     for event, shape in zip(sent, get_args(schemas.SpeechEvent), strict=True):
         assert TypeAdapter(shape).validate_python(event, strict=True) == event
