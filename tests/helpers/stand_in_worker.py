@@ -37,9 +37,10 @@ def start(*behaviours: str, configs: list[WorkerConfig] | None = None) -> Callab
     """Return a function that starts one process for each behaviour, in this order.
 
     Args:
-        *behaviours: "ready" answers requests, and reports that the word "endless" reaches the token limit; "slow"
-            answers each after a second; "stuck" answers none; "silent" sends nothing at all; "dies" ends before it is
-            ready; "weights" and "memory" report an error during the start; "warming" dies in the idle warm-up.
+        *behaviours: "ready" answers requests: the audio is the text, repeated to megabytes if it contains "loud", and
+            the token limit is reached if it contains "endless"; "slow" answers each after a second; "stuck" answers
+            none; "silent" sends nothing at all; "dies" ends before it is ready; "weights" and "memory" report an error
+            during the start; "warming" dies in the idle warm-up.
         configs: receives the configuration of each process.
     """
     remaining = list(behaviours)
@@ -101,7 +102,8 @@ class StandIn:
         if header["type"] == "speak":
             text = header["options"]["text"]
             answer = {"type": "audio", "id": header["id"], "tokens": 1, "last": True, "seconds": 0.1}
-            self.send({**answer, "truncated": "endless" in text}, text.encode())
+            audio = text.encode() * ((1 << 22) if "loud" in text else 1)
+            self.send({**answer, "truncated": "endless" in text}, audio)
         if header["type"] == "voice":
             from tests.helpers.added_voices import voice
 

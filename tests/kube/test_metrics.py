@@ -39,7 +39,9 @@ class Worker:
 @pytest.fixture(scope="module")
 def exposed() -> dict[str, set[str]]:
     """Return the names of all samples with their labels."""
-    pool: Any = SimpleNamespace(attached=True, ready=True, waiting=0, leading=Worker(), workers=[Worker()])
+    pool: Any = SimpleNamespace(
+        attached=True, ready=True, waiting=0, leading=Worker(), workers=[Worker()], backlog=SimpleNamespace(size=0)
+    )
     admission: Any = SimpleNamespace(in_flight=2, limit=32)
     text = HttpMetrics(pool, admission).render().decode()
     labels: dict[str, set[str]] = {}

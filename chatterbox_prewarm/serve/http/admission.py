@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.serve.http.error_responses import error_response
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,7 +25,7 @@ class Admission:
         limit: the maximum number of requests in flight, both queued and being processed.
 
     Attributes:
-        in_flight: the number of accepted requests that have no complete response yet.
+        in_flight: the number of accepted requests that still need a worker.
         draining: True when the server accepts no more requests.
     """
 
@@ -33,6 +33,7 @@ class Admission:
         self._pool = pool
         self.limit = limit
         self.in_flight = 0
+        self._responding = 0
         self.draining = False
 
     def refusal(self) -> Response | None:
@@ -44,23 +45,40 @@ class Admission:
         if self.in_flight >= self.limit:
             message = f"the queue is full: {self.in_flight} requests are in flight"
             return error_response(429, message, "queue_full", retry_after=self._pool.retry_after)
+        if self._pool.backlog.is_full:
+            message = f"{self._pool.backlog.size >> 20} MiB of audio wait for clients that read slowly"
+            return error_response(429, message, "queue_full", retry_after=self._pool.retry_after)
         return None
 
     @contextlib.contextmanager
-    def accepted(self) -> Iterator[None]:
-        """Count a request as in flight within the `with` block."""
+    def accepted(self) -> Iterator[Callable[[], None]]:
+        """Count a request as in flight within the `with` block.
+
+        Yields:
+            a function that makes room for another request before the end of the block: the workers have finished, and
+            only the client has to read. A drain waits for the end of the block.
+        """
         self.in_flight += 1
+        self._responding += 1
+        released = False
+
+        def release() -> None:
+            nonlocal released
+            self.in_flight -= not released
+            released = True
+
         try:
-            yield
+            yield release
         finally:
-            self.in_flight -= 1
+            release()
+            self._responding -= 1
 
     async def drained(self, seconds: float) -> bool:
-        """Wait up to `seconds` for the requests in flight. Returns False if some remain."""
+        """Wait up to `seconds` for the responses to accepted requests. Returns False if some are not complete."""
         deadline = asyncio.get_running_loop().time() + seconds
-        while self.in_flight and asyncio.get_running_loop().time() < deadline:
+        while self._responding and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
-        return not self.in_flight
+        return not self._responding
 
 
 def close_while_draining(app: ASGIApp, admission: Admission) -> ASGIApp:

@@ -46,13 +46,15 @@ class Limits:
         connections: the maximum number of connections. A further one closes the connection that is idle the longest.
         head_seconds: time for the head of a request, from the connection's start or from the previous response.
         body_seconds: time for the body of a request that has no complete response yet.
-        send_seconds: time without progress while a response is being sent.
+        send_seconds, send_bytes: while a response waits for its client, the client must read this many bytes in this
+            time: 4 kB/s, less than the slowest audio format needs (Opus, 6 kB/s).
     """
 
     connections: int = 1000
     head_seconds: float = 10.0
     body_seconds: float = 60.0
     send_seconds: float = 30.0
+    send_bytes: int = 128 * 1024
 
 
 class Stage(enum.IntEnum):
@@ -68,7 +70,7 @@ class _Connection:
     """The progress of one connection.
 
     Args:
-        protocol: uvicorn's `H11Protocol`. This class uses its attributes `transport` and `cycle`. The cycle is the
+        protocol: a `LimitedProtocol`. This class uses its attributes `conn`, `transport` and `cycle`. The cycle is the
             current or the last request. Its `more_body` is True until the request body is complete. Its
             `response_complete` is True once the application has sent the complete response.
         now: the time of the event loop.
@@ -78,8 +80,8 @@ class _Connection:
         self._protocol = protocol
         self.stage = Stage.IDLE
         self.stage_began = now
-        self._pending_bytes = 0
-        self._progressed = now
+        #: When the client began to be slow, or a later moment, and how many bytes it had read then.
+        self._slow_since: tuple[float, int] | None = None
 
     def current_stage(self) -> Stage:
         cycle = self._protocol.cycle
@@ -87,20 +89,27 @@ class _Connection:
             return Stage.BODY if cycle.more_body else Stage.RESPONDING
         return Stage.SENDING if self._protocol.transport.get_write_buffer_size() else Stage.IDLE
 
-    def update(self, now: float) -> None:
+    def is_overdue(self, limits: Limits, now: float) -> bool:
+        """Return whether the connection takes too long. Must be called regularly."""
         stage = self.current_stage()
         if stage != self.stage:
             self.stage, self.stage_began = stage, now
-        # The buffer grows until flow control stops the application. So a constant size means that no data is sent.
-        pending = self._protocol.transport.get_write_buffer_size()
-        if not pending or pending != self._pending_bytes:
-            self._pending_bytes, self._progressed = pending, now
-
-    def is_overdue(self, limits: Limits, now: float) -> bool:
-        if self._pending_bytes and now - self._progressed > limits.send_seconds:
+        if self._reads_too_slowly(limits, now):
             return True
         allowed = {Stage.IDLE: limits.head_seconds, Stage.BODY: limits.body_seconds}.get(self.stage)
         return allowed is not None and now - self.stage_began > allowed
+
+    def _reads_too_slowly(self, limits: Limits, now: float) -> bool:
+        pending = self._protocol.transport.get_write_buffer_size()
+        if not pending:
+            self._slow_since = None
+            return False
+        read = self._protocol.conn.sent_bytes - pending
+        began, read_before = self._slow_since = self._slow_since or (now, read)
+        if now - began <= limits.send_seconds:
+            return False
+        self._slow_since = now, read
+        return bool(read - read_before < limits.send_bytes)
 
 
 class Connections:
@@ -150,7 +159,6 @@ class Connections:
         loop = asyncio.get_running_loop()
         now = loop.time()
         for protocol, connection in list(self._all.items()):
-            connection.update(now)
             if connection.is_overdue(self._limits, now):
                 self.abort(protocol)
         if self._closed_for_room:

@@ -69,8 +69,9 @@ class HttpMetrics(Collector):
         for name, text, value in (
             ("attached", "1 if the model and the warm state are loaded, otherwise 0.", pool.attached),
             ("ready", "1 if a first synthesis has succeeded, otherwise 0.", pool.ready),
-            ("requests_in_flight", "Requests accepted and not yet answered.", admission.in_flight),
+            ("requests_in_flight", "Accepted requests that still need a worker.", admission.in_flight),
             ("queue_limit", "Limit on requests in flight. Further requests get status 429.", admission.limit),
+            ("buffered_bytes", "Audio that clients have not read yet.", pool.backlog.size),
             ("queue_parts", "Parts of texts that wait for a worker.", pool.waiting),
         ):
             yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value=float(value))

@@ -1,7 +1,7 @@
 """`POST /v1/audio/speech`: from the request body to the speech as one file, as a stream, or as server-sent events.
 
-`SpeechRoute` is an ASGI application, not a handler that returns a response, for two reasons: a request stays in flight
-until its audio is complete, and a disconnected client frees its worker even before the first byte of the response.
+`SpeechRoute` is an ASGI application, not a handler that returns a response, for two reasons: a drain waits until a
+response is complete, and a disconnected client frees its worker even before the first byte of the response.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 
 from chatterbox_prewarm.errors import PrewarmError
 from chatterbox_prewarm.model.text import is_voice_name
@@ -24,6 +23,7 @@ from chatterbox_prewarm.serve.http.encoding import encoder
 from chatterbox_prewarm.serve.http.error_responses import error_fields, response_for
 from chatterbox_prewarm.serve.http.request_body import read_body
 from chatterbox_prewarm.serve.http.request_log import add_log_fields
+from chatterbox_prewarm.serve.http.response_stream import ResponseStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.serve.http.admission import Admission
     from chatterbox_prewarm.serve.http.http_metrics import HttpMetrics
-    from chatterbox_prewarm.serve.http.schemas import FinishReason
     from chatterbox_prewarm.serve.workers.messages import Chunk
     from chatterbox_prewarm.serve.workers.pool import Pool
     from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
@@ -71,7 +70,7 @@ class SpeechRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to a request with `SpeechRequest` as its body."""
-        stream = _ResponseStream(scope, receive, send)
+        stream = ResponseStream(scope, receive, send)
         try:
             if (refusal := self._admission.refusal()) is not None:
                 await stream.send(refusal)
@@ -92,7 +91,7 @@ class SpeechRoute:
         """Return a response with the speech for `options`, for other routes."""
 
         async def response(scope: Scope, receive: Receive, send: Send) -> None:
-            stream = _ResponseStream(scope, receive, send)
+            stream = ResponseStream(scope, receive, send)
             try:
                 await self._respond(options, stream)
             finally:
@@ -100,12 +99,12 @@ class SpeechRoute:
 
         return response
 
-    def _count(self, stream: _ResponseStream) -> None:
+    def _count(self, stream: ResponseStream) -> None:
         """Count a response that has ended, by its status."""
         if stream.status:
             self._http_metrics.responses.labels(str(stream.status)).inc()
 
-    async def _respond(self, options: SpeechOptions, stream: _ResponseStream) -> None:
+    async def _respond(self, options: SpeechOptions, stream: ResponseStream) -> None:
         text = options.text
         # A client can send any text as a voice. Only a possible name of a voice is safe to log.
         voice = options.voice if is_voice_name(options.voice) else None
@@ -115,8 +114,8 @@ class SpeechRoute:
             await stream.send(refusal)
             return
         try:
-            with self._admission.accepted():
-                await self._speak_while_connected(options, stream)
+            with self._admission.accepted() as release:
+                await self._speak_while_connected(options, stream, release)
         except PrewarmError as error:
             if not stream.status:
                 await stream.send(response_for(error, retry_after=self._pool.retry_after))
@@ -125,8 +124,10 @@ class SpeechRoute:
                 # notices the failure.
                 logger.error("a stream ended early: %s", error.message)  # noqa: TRY400 - not a bug of this program
 
-    async def _speak_while_connected(self, options: SpeechOptions, stream: _ResponseStream) -> None:
-        speech = asyncio.create_task(self._speak(options, stream))
+    async def _speak_while_connected(
+        self, options: SpeechOptions, stream: ResponseStream, release: Callable[[], None]
+    ) -> None:
+        speech = asyncio.create_task(self._speak(options, stream, release))
         disconnect = asyncio.create_task(stream.disconnected())
         try:
             await asyncio.wait([speech, disconnect], return_when=asyncio.FIRST_COMPLETED)
@@ -139,13 +140,13 @@ class SpeechRoute:
             with contextlib.suppress(asyncio.CancelledError):
                 await speech
 
-    async def _speak(self, options: SpeechOptions, stream: _ResponseStream) -> None:
+    async def _speak(self, options: SpeechOptions, stream: ResponseStream, release: Callable[[], None]) -> None:
         started = time.monotonic()
         # The headers of WAV and FLAC contain the length, so these formats are streamed only on request.
         one_shot = options.stream_format is None and options.format in {"wav", "flac"}
         if one_shot:
             options = replace(options, chunk_tokens=None)
-        async with contextlib.aclosing(self._pool.speak(options)) as generated:
+        async with contextlib.aclosing(self._pool.speak(options, on_complete=release)) as generated:
             chunks = self._measured(generated, started, stream)
             if options.stream_format == "sse":
                 await self._send_events(options, chunks, stream)
@@ -155,7 +156,7 @@ class SpeechRoute:
                 await self._send_stream(options, chunks, stream)
 
     async def _measured(
-        self, chunks: AsyncGenerator[Chunk], started: float, stream: _ResponseStream
+        self, chunks: AsyncGenerator[Chunk], started: float, stream: ResponseStream
     ) -> AsyncIterator[Chunk]:
         """Pass on the chunks. Record the time to the first one, and the parts that reached the token limit."""
         first, truncated_parts = True, 0
@@ -171,13 +172,13 @@ class SpeechRoute:
                     add_log_fields(stream.scope, truncated=truncated_parts)
             yield chunk
 
-    async def _send_file(self, options: SpeechOptions, chunks: AsyncIterator[Chunk], stream: _ResponseStream) -> None:
+    async def _send_file(self, options: SpeechOptions, chunks: AsyncIterator[Chunk], stream: ResponseStream) -> None:
         media_type, parts = await encoded(options.format, chunks, one_shot=True)
         audio = b"".join([data async for data in parts])
-        headers = {"X-Finish-Reason": stream.finish_reason}
-        await stream.send(Response(audio, media_type=media_type, headers=headers))
+        with self._pool.backlog.holding(len(audio)):
+            await stream.send_file(media_type, audio)
 
-    async def _send_stream(self, options: SpeechOptions, chunks: AsyncIterator[Chunk], stream: _ResponseStream) -> None:
+    async def _send_stream(self, options: SpeechOptions, chunks: AsyncIterator[Chunk], stream: ResponseStream) -> None:
         media_type, parts = await encoded(options.format, chunks)
         async for data in parts:
             # Started only with the first audio, so that an earlier failure gets an error status.
@@ -185,7 +186,7 @@ class SpeechRoute:
             await stream.write(data)
         await stream.end()
 
-    async def _send_events(self, options: SpeechOptions, chunks: AsyncIterator[Chunk], stream: _ResponseStream) -> None:
+    async def _send_events(self, options: SpeechOptions, chunks: AsyncIterator[Chunk], stream: ResponseStream) -> None:
         tokens = 0
 
         async def counted() -> AsyncIterator[Chunk]:
@@ -246,47 +247,3 @@ async def encoded(
             yield rest
 
     return encoding.media_type, parts()
-
-
-class _ResponseStream:
-    """One HTTP response, sent at once or in parts.
-
-    Attributes:
-        status: the HTTP status; 0 before the start.
-        finish_reason: "length" once a part of the text has reached the token limit.
-    """
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.scope = scope
-        self._receive = receive
-        self._send = send
-        self.status = 0
-        self.finish_reason: FinishReason = "stop"
-
-    async def send(self, response: Response) -> None:
-        """Send a complete response."""
-        self.status = response.status_code
-        await response(self.scope, self._receive, self._send)
-
-    async def start(self, media_type: str) -> None:
-        """Send status 200 and the headers, unless this has been done before."""
-        if self.status:
-            return
-        self.status = 200
-        headers = [(b"content-type", media_type.encode()), (b"cache-control", b"no-store")]
-        if self.finish_reason == "length":  # "stop" would be a guess: a later part may still reach the limit
-            headers.append((b"x-finish-reason", b"length"))
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-
-    async def write(self, data: bytes) -> None:
-        """Send a part of the body. Waits if the client reads more slowly than the model speaks."""
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def end(self) -> None:
-        """Complete the response."""
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def disconnected(self) -> None:
-        """Return when the client has disconnected."""
-        while (await self._receive())["type"] != "http.disconnect":
-            pass

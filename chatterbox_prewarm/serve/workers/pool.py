@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import ModelError
+from chatterbox_prewarm.serve.workers.audio_buffer import AudioBuffer, Backlog
 from chatterbox_prewarm.serve.workers.sentence_split import split
 from chatterbox_prewarm.serve.workers.supervisor import Supervisor
 from chatterbox_prewarm.serve.workers.voice_process import make_voice
@@ -34,9 +35,6 @@ logger = logging.getLogger(__name__)
 
 #: How often a part is sent to another worker after its worker died.
 _RETRIES = 1
-#: A new part starts only while fewer chunks than this wait for the client: 20 s of a stream. That covers the gap
-#: between two parts, and limits the memory that a client which does not read can use.
-_BUFFERED_CHUNKS = 20
 #: Weight of the latest part in the moving average of the time per part.
 _AVERAGE_WEIGHT = 0.2
 _BYTES_PER_SECOND = 48_000  # 16-bit samples at 24 kHz
@@ -56,6 +54,7 @@ class Pool:
         voices: the store of added voices, if there is one. The pool tells it which voices are baked.
 
     Attributes:
+        backlog: the amount of audio that waits for clients.
         on_part: called after each part with the worker's seconds and the seconds of audio.
     """
 
@@ -71,6 +70,7 @@ class Pool:
             Supervisor(config, first, hang_seconds=hang_seconds, on_change=self._worker_changed)
             for config, first in workers
         ]
+        self.backlog = Backlog()
         self.on_part: Callable[[float, float], None] = lambda *_: None
         self._wait_seconds = wait_seconds
         self._voices = voices
@@ -128,33 +128,35 @@ class Pool:
         """End all workers."""
         await asyncio.gather(*(worker.stop() for worker in self.workers))
 
-    async def speak(self, options: SpeechOptions) -> AsyncGenerator[Chunk]:
+    async def speak(
+        self, options: SpeechOptions, *, on_complete: Callable[[], None] = lambda: None
+    ) -> AsyncGenerator[Chunk]:
         """Speak a text and yield its audio in order.
 
-        The workers run ahead of the caller by a limited amount. Closing the generator stops the work. Without a seed, a
-        random one is used.
+        The workers do not wait for the caller: the audio waits in a buffer. Closing the generator stops the work.
+        Without a seed, a random one is used.
+
+        Args:
+            options: the text and the settings.
+            on_complete: called when no worker is needed any more, even if the caller has not taken all audio.
 
         Raises:
             BusyError: no worker was free before the deadline.
             WorkerGoneError: the worker of a part ended, and so did the worker of its retry.
             PrewarmError: the error that a worker reported for this request.
         """
-        buffer: asyncio.Queue[Chunk | None] = asyncio.Queue()
-        has_room = asyncio.Event()
-        producer = asyncio.create_task(self._produce(options, buffer, has_room))
-        producer.add_done_callback(lambda _: buffer.put_nowait(None))
+        buffer = AudioBuffer(self.backlog)
+        producer = asyncio.create_task(self._produce(options, buffer))
+        producer.add_done_callback(lambda _: on_complete())
+        producer.add_done_callback(lambda _: buffer.end())
         try:
-            while True:
-                if buffer.qsize() < _BUFFERED_CHUNKS:
-                    has_room.set()
-                chunk = await buffer.get()
-                if chunk is None:
-                    break
+            while (chunk := await buffer.get()) is not None:
                 yield chunk
             await producer
         finally:
             producer.cancel()
             await asyncio.gather(producer, return_exceptions=True)
+            buffer.close()
 
     async def prepare_voice(self, clip: bytes) -> bytes:
         """Compute a voice from a reference clip in a process of its own, one at a time.
@@ -174,9 +176,7 @@ class Pool:
         async with self._making_voice:
             return await make_voice(self.leading.config, clip)
 
-    async def _produce(
-        self, options: SpeechOptions, buffer: asyncio.Queue[Chunk | None], has_room: asyncio.Event
-    ) -> None:
+    async def _produce(self, options: SpeechOptions, buffer: AudioBuffer) -> None:
         """Speak all parts of a text into a buffer."""
         seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(31)
         # In threads, because the first split imports the splitter and the store reads a volume.
@@ -189,12 +189,10 @@ class Pool:
         def put(chunk: Chunk) -> None:
             nonlocal spoken
             spoken = True
-            buffer.put_nowait(chunk)
+            buffer.put(chunk)
 
         for number, text in enumerate(texts):
-            if buffer.qsize() >= _BUFFERED_CHUNKS:
-                has_room.clear()
-                await has_room.wait()
+            await buffer.room()
             # Each part has another seed, or all of them would begin with the same breath.
             part_seed = (seed + number) % (MAX_SEED + 1)
             part = replace(options, text=text, voice=voice, voice_digest=digest, seed=part_seed)

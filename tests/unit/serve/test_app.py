@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import http.client
 import json
@@ -28,6 +29,7 @@ from chatterbox_prewarm.serve.http.request_log import log_requests
 from chatterbox_prewarm.serve.http.schemas import Status
 from chatterbox_prewarm.serve.http.speech_route import encoded
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
+from chatterbox_prewarm.serve.workers import audio_buffer
 from chatterbox_prewarm.serve.workers.messages import Chunk
 from chatterbox_prewarm.serve.workers.pool import Pool
 from tests.helpers.added_voices import VARIANT, WEIGHTS, sound_file, tone
@@ -207,6 +209,59 @@ def test_speech_that_reaches_the_token_limit_is_reported(
     with caplog.at_level(logging.INFO):
         reason(late, "wav")
         server.wait_until(lambda: any(getattr(record, "fields", {}).get("truncated") == 1 for record in caplog.records))
+
+
+@contextlib.contextmanager
+def unread_speech(server: Server, audio_format: str) -> Iterator[socket.socket]:
+    """Request megabytes of audio, and wait until the response has begun. The caller reads it."""
+    body = json.dumps({"input": "loud", "response_format": audio_format})
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+        connection.settimeout(20)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(f"POST {SPEECH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        yield connection
+
+
+def read_to_end(connection: socket.socket) -> int:
+    connection.shutdown(socket.SHUT_WR)
+    size = 0
+    while data := connection.recv(1 << 20):
+        size += len(data)
+    return size
+
+
+@pytest.mark.parametrize("audio_format", ["pcm", "wav"])
+def test_a_client_that_does_not_read_holds_neither_the_worker_nor_the_queue(
+    audio_format: str, serve: Callable[..., Server]
+) -> None:
+    server = serve("ready", limit=1)
+    with unread_speech(server, audio_format):
+        assert server.metric("requests_in_flight") == 0
+        assert server.speak()[1] == b"Hello."
+        assert not asyncio.run(server.admission.drained(0)), "a drain waits for the client"
+    server.wait_until(lambda: asyncio.run(server.admission.drained(0)))
+
+
+def test_a_client_that_reads_late_gets_the_complete_audio(serve: Callable[..., Server]) -> None:
+    server = serve("ready")
+    with unread_speech(server, "pcm") as connection:
+        server.wait_until(lambda: server.metric("requests_in_flight") == 0)
+        assert read_to_end(connection) > 2 << 20
+    assert server.metric("buffered_bytes") == 0
+
+
+def test_requests_are_refused_while_too_much_audio_waits_for_clients(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audio_buffer, "_ALL_BYTES", 1 << 20)
+    server = serve("ready")
+    with unread_speech(server, "wav"):
+        assert server.metric("buffered_bytes") > 1 << 20
+        assert_refused(server.speak(), 429, "queue_full")
+    server.wait_until(lambda: server.speak()[0].status == 200)
+    assert server.metric("buffered_bytes") == 0
 
 
 def test_the_speed_is_ignored_with_the_option(serve: Callable[..., Server]) -> None:

@@ -233,6 +233,19 @@ def test_an_invalid_request_closes_the_connection(invalid_request: bytes) -> Non
         assert request(port, "GET", "/")[0].status == 200
 
 
+def test_the_longest_head_has_16_kib() -> None:
+    with serving(App()) as port:
+        for size, status in ((16_384, b"200"), (16_385, b"400"), (32_000, b"400"), (60_000, b"400")):
+            head = HEAD + b"X: " + b"a" * (size - len(HEAD) - 7) + b"\r\n\r\n"
+            assert len(head) == size
+            with connect(port, head) as connection:
+                answer = connection.recv(4096)
+                assert answer.startswith(b"HTTP/1.1 " + status)
+                while status == b"400" and (more := connection.recv(4096)):
+                    answer += more
+                assert (b"longer than 16 KiB" in answer) == (status == b"400")
+
+
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 READ = b"POST /read HTTP/1.1\r\nHost: x\r\n"
 HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -352,6 +365,20 @@ def test_a_large_response_that_the_client_does_not_read_is_closed() -> None:
     with serving(App(), Limits(send_seconds=0.6, head_seconds=0.2)) as port, small_reader(port, "/large") as connection:
         time.sleep(1.5)
         assert read_remaining(connection) < 32 << 20
+
+
+def test_a_client_that_reads_too_slowly_is_closed() -> None:
+    limits = Limits(send_seconds=0.5, send_bytes=1 << 20)
+    with (
+        serving(App(), limits) as port,
+        small_reader(port, "/large") as slow,
+        contextlib.suppress(ConnectionResetError),
+    ):
+        total = 0
+        while data := slow.recv(2048):
+            total += len(data)
+            assert total < 4 << 20, "the server did not close the connection"
+            time.sleep(0.01)
 
 
 def test_a_slow_reader_gets_the_complete_response() -> None:

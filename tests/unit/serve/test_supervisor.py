@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import pytest
 
 from chatterbox_prewarm.errors import WeightsError
+from chatterbox_prewarm.serve.workers import audio_buffer
 from chatterbox_prewarm.serve.workers.pool import Pool
 from chatterbox_prewarm.serve.workers.sentence_split import LIMIT
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
@@ -227,16 +228,27 @@ async def test_the_failure_of_one_of_two_workers_is_logged_and_reported(caplog: 
 
 
 @in_event_loop
-async def test_a_text_is_spoken_only_a_limited_number_of_chunks_ahead_of_a_slow_client() -> None:
+async def test_a_long_text_is_spoken_only_a_limited_amount_ahead_of_a_slow_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("regex")
     pytest.importorskip("sentencex")
+    monkeypatch.setattr(audio_buffer, "_REQUEST_BYTES", 20 * LIMIT)
     parts: list[float] = []
+    complete = asyncio.Event()
     async with running_pool("ready") as pool:
         await until(lambda: pool.ready)
         pool.on_part = lambda _, seconds: parts.append(seconds)
-        stream = pool.speak(replace(OPTIONS, text="x" * 40 * LIMIT))
-        first = await anext(stream)
-        await until(lambda: len(parts) >= 20)
-        await asyncio.sleep(0.5)
-        assert len(parts) <= 22
-        assert len([first] + [chunk async for chunk in stream]) == len(parts) == 40
+        stream = pool.speak(replace(OPTIONS, text="x" * 40 * LIMIT), on_complete=complete.set)
+        chunks = [await anext(stream)]
+        await until(lambda: len(parts) == 21)
+        for _ in range(3):  # the worker takes one part of a text after another, so a 22nd part would be among these
+            assert await spoken(pool) == b"Hello."
+        assert len(parts) == 21 + 3
+        assert pool.backlog.size == 20 * LIMIT
+        while len(chunks) < 20:
+            chunks.append(await anext(stream))
+        await complete.wait()
+        assert len(parts) == 40 + 3, "the last part is spoken before the client has read it"
+        assert len(chunks + [chunk async for chunk in stream]) == 40
+        assert pool.backlog.size == 0
