@@ -12,8 +12,9 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.serve.http import connections
-from chatterbox_prewarm.serve.http.connections import BACKLOG, Limits
+from chatterbox_prewarm.serve.http import limited_server
+from chatterbox_prewarm.serve.http.connections import Limits
+from chatterbox_prewarm.serve.http.limited_server import BACKLOG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _server(app: ASGIApp, listener: socket.socket, limits: Limits) -> Any:
-    return connections.server(app, listener, limits, timeout_keep_alive=60, timeout_graceful_shutdown=2)
+    return limited_server.server(app, listener, limits, timeout_keep_alive=60, timeout_graceful_shutdown=2)
 
 
 @contextlib.contextmanager
@@ -75,8 +76,11 @@ async def respond(send: Send, body: bytes = b"ok", status: int = 200) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-async def _respond_at_once(scope: Scope, _: Receive, send: Send) -> None:
+async def _respond(scope: Scope, receive: Receive, send: Send) -> None:
+    """Respond at once, but to `/slow` only when the client is gone."""
     assert scope["type"] == "http"
+    while scope["path"] == "/slow" and (await receive())["type"] != "http.disconnect":
+        pass
     await respond(send)
 
 
@@ -84,7 +88,7 @@ if __name__ == "__main__":
     with listen() as own_listener:
         print(own_listener.getsockname()[1], flush=True)
         limits = Limits(**json.loads(sys.argv[1]))
-        asyncio.run(_server(_respond_at_once, own_listener, limits).serve(sockets=[own_listener]))
+        asyncio.run(_server(_respond, own_listener, limits).serve(sockets=[own_listener]))
 
 
 def basic(secret: str, user: str = "user") -> dict[str, str]:

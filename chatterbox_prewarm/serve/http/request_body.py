@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 _BODY_SECONDS = 10.0
 _BODY_BYTES = 1 << 20
+#: Every request may use this much memory for its body: enough for the default limit of 4096 characters in any encoding.
+_OWN_BYTES = 1 << 16
+#: The memory that larger bodies share.
+_SHARED_BYTES = 1 << 26
 
 
 def check_encoding(headers: Headers) -> None:
@@ -33,25 +37,44 @@ def check_encoding(headers: Headers) -> None:
             )
 
 
-async def read_body(request: Request) -> bytes:
-    """Read a request body of limited size within a limited time.
+class BodyReader:
+    """Reads request bodies of limited size within a limited time.
 
-    Raises:
-        RequestError: the body is compressed (status 415), too large (status 413) or too slow (status 408).
+    A body of the usual size has its own memory. Larger bodies share a fixed amount, so that many clients that withhold
+    the end of a large body cannot fill the memory, and requests of the usual size still succeed.
     """
-    check_encoding(request.headers)
 
-    async def read() -> bytes:
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > _BODY_BYTES:
-                message = f"the body is larger than {_BODY_BYTES} bytes"
-                raise RequestError(message, next_step="send a shorter text", status=413, code="too_large")
-        return bytes(body)
+    def __init__(self) -> None:
+        self._shared = 0
 
-    try:
-        return await asyncio.wait_for(read(), _BODY_SECONDS)
-    except (asyncio.TimeoutError, TimeoutError) as error:
-        message = f"the body did not arrive within {_BODY_SECONDS:.0f} s"
-        raise RequestError(message, next_step="send it again", status=408, code="timeout") from error
+    async def read(self, request: Request) -> bytes:
+        """Read the body of a request.
+
+        Raises:
+            RequestError: the body is compressed (status 415), too large (status 413) or too slow (status 408), or too
+                many large bodies arrive at the same time (status 429).
+        """
+        check_encoding(request.headers)
+        try:
+            return await asyncio.wait_for(self._read(request), _BODY_SECONDS)
+        except (asyncio.TimeoutError, TimeoutError) as error:
+            message = f"the body did not arrive within {_BODY_SECONDS:.0f} s"
+            raise RequestError(message, next_step="send it again", status=408, code="timeout") from error
+
+    async def _read(self, request: Request) -> bytes:
+        body, shared = bytearray(), 0
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > _BODY_BYTES:
+                    message = f"the body is larger than {_BODY_BYTES} bytes"
+                    raise RequestError(message, next_step="send a shorter text", status=413, code="too_large")
+                more = max(0, len(body) - _OWN_BYTES) - shared
+                shared += more
+                self._shared += more
+                if self._shared > _SHARED_BYTES:
+                    message = f"bodies of more than {_OWN_BYTES} bytes already use all memory for bodies"
+                    raise RequestError(message, next_step="try again later", status=429, code="too_many_bodies")
+            return bytes(body)
+        finally:
+            self._shared -= shared

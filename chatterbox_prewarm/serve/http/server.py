@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.serve.http import connections
-from chatterbox_prewarm.serve.http.connections import BACKLOG, Limits
+from chatterbox_prewarm.serve.http import limited_server
+from chatterbox_prewarm.serve.http.connections import Limits
+from chatterbox_prewarm.serve.http.limited_server import BACKLOG
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
 from chatterbox_prewarm.serve.workers.worker_config import spawn_all
 from chatterbox_prewarm.system.metrics import exec_time
@@ -169,7 +170,7 @@ async def _run(
     ).asgi()
     checked = check_access(application, config.token, config.origins)
     app = close_while_draining(allow_origins(checked, config.origins), admission)
-    server = connections.server(
+    server = limited_server.server(
         log_requests(app, application.routes, log_text=config.log_text),
         listener,
         config.limits,

@@ -21,7 +21,7 @@ from chatterbox_prewarm.model.text import is_voice_name
 from chatterbox_prewarm.serve.http import events
 from chatterbox_prewarm.serve.http.encoding import encoder
 from chatterbox_prewarm.serve.http.error_responses import error_fields, response_for
-from chatterbox_prewarm.serve.http.request_body import read_body
+from chatterbox_prewarm.serve.http.request_body import BodyReader
 from chatterbox_prewarm.serve.http.request_log import add_log_fields
 from chatterbox_prewarm.serve.http.response_stream import ResponseStream
 
@@ -67,6 +67,7 @@ class SpeechRoute:
         self._http_metrics = http_metrics
         self._max_characters = max_characters
         self._ignore_speed = ignore_speed
+        self._bodies = BodyReader()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to a request with `SpeechRequest` as its body."""
@@ -76,7 +77,7 @@ class SpeechRoute:
                 await stream.send(refusal)
                 return
             # The request is not in flight yet, so a slow body does not occupy the queue or delay a drain.
-            body = await read_body(Request(scope, receive))
+            body = await self._bodies.read(Request(scope, receive))
             parse_speech_options = await asyncio.to_thread(_import_parser)
             options = parse_speech_options(body, limit=self._max_characters, ignore_speed=self._ignore_speed)
             await self._respond(options, stream)

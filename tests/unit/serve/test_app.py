@@ -21,7 +21,7 @@ import pytest
 import uvicorn
 from pydantic import TypeAdapter
 
-from chatterbox_prewarm.serve.http import encoding, speech_route
+from chatterbox_prewarm.serve.http import encoding, request_body, speech_route
 from chatterbox_prewarm.serve.http.admission import Admission, close_while_draining
 from chatterbox_prewarm.serve.http.app import App
 from chatterbox_prewarm.serve.http.openapi import encoded_document
@@ -262,6 +262,20 @@ def test_requests_are_refused_while_too_much_audio_waits_for_clients(
         assert_refused(server.speak(), 429, "queue_full")
     server.wait_until(lambda: server.speak()[0].status == 200)
     assert server.metric("buffered_bytes") == 0
+
+
+def test_large_bodies_share_a_limited_amount_of_memory(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_body, "_SHARED_BYTES", 1 << 20)
+    server = serve("ready")
+    part = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n" % SPEECH.encode() + b" " * 999_999
+    large = BODY + " " * 300_000
+    with connect(server.port, part), connect(server.port, part) as second:
+        assert second.recv(12) == b"HTTP/1.1 429"
+        assert server.speak()[1] == b"Hello."
+        assert_refused(request(server.port, "POST", SPEECH, body=large), 429, "too_many_bodies")
+    server.wait_until(lambda: request(server.port, "POST", SPEECH, body=large)[1] == b"Hello.")
 
 
 def test_the_speed_is_ignored_with_the_option(serve: Callable[..., Server]) -> None:
