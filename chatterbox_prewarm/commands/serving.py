@@ -115,6 +115,13 @@ if TYPE_CHECKING:
     help="Site whose pages may use the server from a browser, such as https://chat.example. *: every site.",
 )
 @option(
+    "--allowed-host",
+    "hosts",
+    multiple=True,
+    metavar="HOST",
+    help="Name in the addresses of this server, such as tts.example. Requests to other names are refused.",
+)
+@option(
     "--max-connections",
     default=1000,
     type=click.IntRange(8),
@@ -153,6 +160,7 @@ def serve(
     requests_per_minute: float,
     token_file: Path | None,
     origins: tuple[str, ...],
+    hosts: tuple[str, ...],
     max_connections: int,
     log_format: str,
     log_text: bool,
@@ -161,7 +169,7 @@ def serve(
     """Serve speech over HTTP: /v1/audio/speech, /livez, /startupz, /readyz, /metrics, and a page at /."""
     from chatterbox_prewarm.serve.http.access import load_token
     from chatterbox_prewarm.serve.http.connections import Limits
-    from chatterbox_prewarm.serve.http.cross_origin import parse_origin
+    from chatterbox_prewarm.serve.http.cross_origin import Sites, parse_host, parse_origin
     from chatterbox_prewarm.serve.http.server import ServeConfig
     from chatterbox_prewarm.serve.http.server import serve as run_server
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, for_devices, parse_devices
@@ -185,7 +193,7 @@ def serve(
             hang_seconds=hang_seconds,
             drain_seconds=drain_seconds,
             token=load_token(token_file),
-            origins=tuple(map(parse_origin, origins)),
+            sites=Sites(hosts=tuple(map(parse_host, hosts)), origins=tuple(map(parse_origin, origins))),
             limits=Limits(connections=max_connections),
             log_text=log_text,
         ),

@@ -37,10 +37,10 @@ def start(*behaviours: str, configs: list[WorkerConfig] | None = None) -> Callab
     """Return a function that starts one process for each behaviour, in this order.
 
     Args:
-        *behaviours: "ready" answers requests: the audio is the text, repeated to megabytes if it contains "loud", and
-            the token limit is reached if it contains "endless"; "slow" answers each after a second; "stuck" answers
-            none; "silent" sends nothing at all; "dies" ends before it is ready; "weights" and "memory" report an error
-            during the start; "warming" dies in the idle warm-up.
+        *behaviours: "ready" answers requests: the audio is the text, repeated to megabytes if it contains "loud", the
+            token limit is reached if it contains "endless", and there is no answer if it contains "unanswered"; "slow"
+            answers each after a second; "stuck" answers none; "silent" sends nothing at all; "dies" ends before it is
+            ready; "weights" and "memory" report an error during the start; "warming" dies in the idle warm-up.
         configs: receives the configuration of each process.
     """
     remaining = list(behaviours)
@@ -101,6 +101,8 @@ class StandIn:
     def _answer(self, header: dict[str, Any]) -> None:
         if header["type"] == "speak":
             text = header["options"]["text"]
+            if "unanswered" in text:
+                return
             answer = {"type": "audio", "id": header["id"], "tokens": 1, "last": True, "seconds": 0.1}
             audio = text.encode() * ((1 << 22) if "loud" in text else 1)
             self.send({**answer, "truncated": "endless" in text}, audio)

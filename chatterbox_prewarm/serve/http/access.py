@@ -1,8 +1,7 @@
-"""Access control: the bearer token that a server can require, and protection against cross-site requests.
+"""Access control: the bearer token that a server can require, and protection against the pages of other sites.
 
-A browser adds credentials to requests that another site's page makes: a Basic password, or access to a private network.
-Such a page could add voices or request speech. Therefore a request that changes something must either contain a bearer
-token, which no browser adds by itself, or come from a page of this server.
+A request that changes something or makes the model speak must either contain a bearer token, which no browser adds by
+itself, or come from a page of this server. `cross_origin` explains why.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ import hashlib
 import hmac
 import logging
 import os
+import re
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from chatterbox_prewarm.errors import BadInputError, from_os_error
-from chatterbox_prewarm.serve.http.cross_origin import EVERY
+from chatterbox_prewarm.serve.http.cross_origin import Sites
 from chatterbox_prewarm.serve.http.error_responses import error_response
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, MutableMapping
+    from collections.abc import Mapping, MutableMapping
     from pathlib import Path
 
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -37,10 +36,8 @@ PROBES = frozenset({"/livez", "/startupz", "/readyz"})
 _KEY = "chatterbox_prewarm.authorized"
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _REALM = 'realm="chatterbox-prewarm"'
-_CROSS_SITE = (
-    "a page of another site sent this request; send the token as a bearer token, or start the server with "
-    "--allow-origin for that site"
-)
+#: A route that makes the model speak, although its method is GET.
+_PREVIEW = re.compile(r"/v1/audio/voices/[^/]+/preview")
 _MAX_LENGTH = 4096
 #: 96 bits in base64. A shorter token can be guessed in a feasible time.
 _MIN_STRONG_LENGTH = 16
@@ -142,15 +139,16 @@ def visible_status(scope: Scope, status: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in status.items() if authorized or name in {"phase", "attached", "ready"}}
 
 
-def check_access(app: ASGIApp, token: Token | None, origins: Collection[str] = ()) -> ASGIApp:
+def check_access(app: ASGIApp, token: Token | None, sites: Sites | None = None) -> ASGIApp:
     """Wrap `app` in middleware that responds with 401 or 403 to requests without the necessary rights.
 
     Args:
         app: the application.
         token: required by all requests except the probes; None accepts requests without a token.
-        origins: the other sites whose pages may change something, as `parse_origin` returns them. A password that the
-            browser has stored does not count for them.
+        sites: whose pages may change something. A password that the browser has stored does not count for the pages of
+            an allowed origin.
     """
+    known = sites or Sites()
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -162,13 +160,15 @@ def check_access(app: ASGIApp, token: Token | None, origins: Collection[str] = (
         scheme, secret = _credentials(headers)
         authorized = token is None or (secret is not None and token.matches(secret))
         scope[_KEY] = authorized
-        allowed = scheme != b"basic" and _is_allowed(headers, origins)
-        if not authorized and scope["path"] not in PROBES:
-            await _unauthorized(headers)(scope, receive, send)
-        elif scope["method"] not in _SAFE and scheme != b"bearer" and not allowed and _is_cross_site(headers):
-            await error_response(403, _CROSS_SITE, "cross_site")(scope, receive, send)
-        else:
-            await app(scope, receive, send)
+        refusal: ASGIApp | None = None
+        if scope["path"] not in PROBES:
+            if not authorized:
+                refusal = _unauthorized(headers)
+            elif scheme != b"bearer" or token is None:
+                refusal = _site_refusal(
+                    scope, dict(headers), known, is_basic=scheme == b"basic", has_token=token is not None
+                )
+        await (refusal or app)(scope, receive, send)
 
     return middleware
 
@@ -200,32 +200,25 @@ def _credentials(headers: list[tuple[bytes, bytes]]) -> tuple[bytes, bytes | Non
     return scheme, None
 
 
-def _is_allowed(headers: list[tuple[bytes, bytes]], origins: Collection[str]) -> bool:
-    """Return whether the page that made this request belongs to an allowed origin."""
-    origin = dict(headers).get(b"origin", b"").decode("latin-1")
-    return bool(origin) and (origin in origins or EVERY in origins)
-
-
-def _is_cross_site(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Check whether a page of another site made this request.
-
-    Browsers send `Sec-Fetch-Site` to this machine or over HTTPS. Over plain HTTP to another machine they send only
-    `Origin`, which is compared with the requested host; a proxy may keep the original host in `X-Forwarded-Host`. A
-    page cannot set these headers without a CORS preflight. A client that sends neither header is not a browser.
-    """
-    by_name = dict(headers)
-    site = by_name.get(b"sec-fetch-site")
-    if site is not None:
-        return site not in {b"same-origin", b"none"}
-    origin = by_name.get(b"origin")
-    if origin is None:
-        return False
-    hosts = {by_name.get(name, b"").strip().lower() for name in (b"host", b"x-forwarded-host")}
-    try:
-        netloc = urlsplit(origin.decode("ascii")).netloc.lower().encode()
-    except ValueError:  # not ASCII, or not a URL
-        return True
-    return not netloc or netloc not in hosts
+def _site_refusal(
+    scope: Scope, headers: Mapping[bytes, bytes], sites: Sites, *, is_basic: bool, has_token: bool
+) -> ASGIApp | None:
+    """Return the response to a request that a page of another site may have made; None if there is no such doubt."""
+    if not sites.knows_host(headers):
+        host = headers.get(b"host", b"").decode("latin-1")
+        return error_response(403, f"{host[:100]!r} is no name of this server: see --allowed-host", "unknown_host")
+    if scope["method"] in _SAFE and not _PREVIEW.fullmatch(scope["path"]):
+        return None
+    if not is_basic and sites.allows_origin(headers):
+        return None
+    if not sites.is_foreign(headers, has_password=is_basic and has_token):
+        return None
+    origin = headers.get(b"origin", b"another site").decode("latin-1")
+    message = (
+        f"a page of {origin[:100]!r} sent this request. If this server sent the page, start it with --allowed-host and "
+        "the name in the address of the page. If another site may use this server, start it with --allow-origin"
+    )
+    return error_response(403, message + (", or send the token as a bearer token" if has_token else ""), "cross_site")
 
 
 def _unauthorized(headers: list[tuple[bytes, bytes]]) -> ASGIApp:

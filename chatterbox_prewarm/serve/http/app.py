@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from chatterbox_prewarm.serve.http import page
 from chatterbox_prewarm.serve.http.access import visible_status
@@ -65,7 +65,7 @@ class App:
 
     def asgi(self) -> Starlette:
         """Return the ASGI application."""
-        return Starlette(
+        application = Starlette(
             routes=[
                 Route("/livez", self._livez),
                 Route("/startupz", self._startupz),
@@ -80,6 +80,9 @@ class App:
             ],
             exception_handlers={HTTPException: _route_not_found, Exception: _internal_error},
         )
+        # Starlette redirects to a URL with the host of the request, which a client or a proxy may have changed.
+        application.router.redirect_slashes = False
+        return application
 
     async def _livez(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -140,10 +143,23 @@ def _openapi_body(*, max_characters: int, ignore_speed: bool) -> bytes:
     return encoded_document(max_characters, ignore_speed)
 
 
-async def _route_not_found(_: Request, error: Exception) -> Response:
+def _without_slash(request: Request) -> str | None:
+    """Return the relative URL of the same path without its last slash, if there is such a route."""
+    scope = {**request.scope, "path": request.scope["path"][:-1]}
+    if not request.scope["path"].endswith("/") or not any(
+        route.matches(scope)[0] is not Match.NONE for route in request.app.routes
+    ):
+        return None
+    name = request.scope["raw_path"][:-1].rpartition(b"/")[2].decode("ascii")
+    return f"../{name}" + (f"?{request.url.query}" if request.url.query else "")
+
+
+async def _route_not_found(request: Request, error: Exception) -> Response:
     """Respond to an unknown path or an unsupported method."""
     if not isinstance(error, HTTPException):
         raise TypeError(error)
+    if error.status_code == 404 and (location := _without_slash(request)):
+        return Response(status_code=307, headers={"Location": location})
     response = error_response(error.status_code, f"{error.detail}: /openapi.json lists all routes", "no_such_route")
     response.headers.update(error.headers or {})
     return response

@@ -184,7 +184,7 @@ def _voices() -> dict[str, Any]:
     deleted = {200: _json("The voice was deleted.", "VoiceDeleted"), **_errors(400, 403, 404, 503)}
     found = {200: _json("The voice.", "Voice"), **_errors(400, 404)}
     audio = {"description": "A sentence in this voice.", "content": {MEDIA_TYPES["wav"]: {"schema": _BINARY}}}
-    preview = {200: audio, **_errors(400, 404, 422, 429, 500, 503)}
+    preview = {200: audio, **_errors(400, 403, 404, 422, 429, 500, 503)}
     voice = {"parameters": [{"$ref": "#/components/parameters/voice"}]}
     return {
         "/v1/audio/voices": {

@@ -51,7 +51,9 @@ class ResponseStream:
             return
         self.status = 200
         headers = [(b"content-type", media_type.encode()), (b"cache-control", b"no-store")]
-        if size is not None:
+        if size is None:
+            headers.append((b"x-accel-buffering", b"no"))  # nginx would hold the first audio until its buffer is full
+        else:
             headers.append((b"content-length", b"%d" % size))
         if size is not None or self.finish_reason == "length":  # in a stream, a later part may still reach the limit
             headers.append((b"x-finish-reason", self.finish_reason.encode()))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.serve.http import limited_server
 from chatterbox_prewarm.serve.http.connections import Limits
+from chatterbox_prewarm.serve.http.cross_origin import Sites
 from chatterbox_prewarm.serve.http.limited_server import BACKLOG
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
 from chatterbox_prewarm.serve.workers.worker_config import spawn_all
@@ -50,7 +51,7 @@ class ServeConfig:
         hang_seconds: the time that a worker may be silent before it is replaced.
         drain_seconds: the time that requests have to finish after a signal.
         token: required by all requests except probes.
-        origins: other sites whose pages may use the server from a browser, as `parse_origin` returns them.
+        sites: whose pages may use the server from a browser.
         limits: limits on connections.
         log_text: True to log the text of speech requests.
         ignore_speed: True to accept any value of the field `speed`, without an effect.
@@ -68,7 +69,7 @@ class ServeConfig:
     drain_seconds: float
     voice_aliases: Mapping[str, str] = field(default_factory=dict)
     token: Token | None = None
-    origins: Sequence[str] = ()
+    sites: Sites = field(default_factory=Sites)
     limits: Limits = field(default_factory=Limits)
     log_text: bool = False
     ignore_speed: bool = False
@@ -168,14 +169,15 @@ async def _run(
     application = App(
         pool, admission, voices, max_characters=config.max_characters, ignore_speed=config.ignore_speed
     ).asgi()
-    checked = check_access(application, config.token, config.origins)
-    app = close_while_draining(allow_origins(checked, config.origins), admission)
+    checked = check_access(application, config.token, config.sites)
+    app = close_while_draining(allow_origins(checked, config.sites.origins), admission)
     server = limited_server.server(
         log_requests(app, application.routes, log_text=config.log_text),
         listener,
         config.limits,
         headers=[("X-Content-Type-Options", "nosniff")],
         server_header=False,
+        proxy_headers=False,  # the application uses neither the client's address nor the scheme
         timeout_graceful_shutdown=5,  # starts after the drain, for clients that do not read their responses
     )
     serving = loop.create_task(server.serve(sockets=[listener]))

@@ -159,8 +159,10 @@ CROSS_SITE_CASES = [
     ({"Sec-Fetch-Site": "none"}, 200),
     ({"Sec-Fetch-Site": "cross-site"}, 403),
     ({"Sec-Fetch-Site": "same-site"}, 403),
-    ({"Host": "tts.example:8000", "Origin": "http://tts.example:8000"}, 200),
-    ({"Host": "TTS.example", "Origin": "http://tts.example"}, 200),
+    ({"Host": "tts:8000", "Origin": "http://tts:8000"}, 200),
+    ({"Host": "TTS.local", "Origin": "http://tts.local"}, 200),
+    ({"Host": "10.0.0.1:8000", "Origin": "http://10.0.0.1:8000"}, 200),
+    ({"Host": "[fd00::1]:8000", "Origin": "http://[fd00::1]:8000"}, 200),
     ({"Host": "inside", "X-Forwarded-Host": "tts.example", "Origin": "https://tts.example"}, 200),
     ({"Host": "tts.example", "Origin": "http://evil.example"}, 403),
     ({"Host": "tts.example", "Origin": "null"}, 403),
@@ -181,6 +183,7 @@ def test_cross_site_requests_cannot_change_anything_with_the_visitors_credential
         )
         assert status(port, "/v1/audio/voices", headers, method) == 401
     assert status(open_port, "/v1/audio/voices", headers) == 200, "safe methods are allowed from any site"
+    assert status(open_port, "/v1/audio/voices/fox/preview", headers) == expected, "a preview makes the model speak"
 
 
 def test_a_token_file_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

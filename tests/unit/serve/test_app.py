@@ -10,8 +10,11 @@ import json
 import logging
 import os
 import re
+import select
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +24,12 @@ import pytest
 import uvicorn
 from pydantic import TypeAdapter
 
+from chatterbox_prewarm.bench.server import free_port
 from chatterbox_prewarm.serve.http import encoding, request_body, speech_route
+from chatterbox_prewarm.serve.http.access import check_access
 from chatterbox_prewarm.serve.http.admission import Admission, close_while_draining
 from chatterbox_prewarm.serve.http.app import App
+from chatterbox_prewarm.serve.http.cross_origin import Sites
 from chatterbox_prewarm.serve.http.openapi import encoded_document
 from chatterbox_prewarm.serve.http.request_log import log_requests
 from chatterbox_prewarm.serve.http.schemas import Status
@@ -32,6 +38,7 @@ from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
 from chatterbox_prewarm.serve.workers import audio_buffer
 from chatterbox_prewarm.serve.workers.messages import Chunk
 from chatterbox_prewarm.serve.workers.pool import Pool
+from tests.conftest import ROOT
 from tests.helpers.added_voices import VARIANT, WEIGHTS, sound_file, tone
 from tests.helpers.http_server import connect, request
 from tests.helpers.stand_in_worker import CONFIG, start
@@ -55,7 +62,16 @@ FORM = (
 class Server:
     """The application on a port, with a worker process that plays the given part."""
 
-    def __init__(self, directory: Path, part: str, *, limit: int, wait_seconds: float, **settings: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        part: str,
+        *,
+        limit: int,
+        wait_seconds: float,
+        sites: Sites | None = None,
+        **settings: Any,
+    ) -> None:
         aliases = {"John Smith=Bob": "default"}
         store = VoiceStore(directory, baked={}, variant=VARIANT, weights=WEIGHTS, aliases=aliases)
         processes = [(CONFIG, start(part)(CONFIG))]
@@ -63,7 +79,7 @@ class Server:
         self.admission = Admission(self.pool, limit=limit)
         app = App(self.pool, self.admission, store, max_characters=500, **settings).asgi()
         config = uvicorn.Config(
-            log_requests(close_while_draining(app, self.admission), app.routes),
+            log_requests(close_while_draining(check_access(app, None, sites), self.admission), app.routes),
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -271,11 +287,92 @@ def test_large_bodies_share_a_limited_amount_of_memory(
     server = serve("ready")
     part = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n" % SPEECH.encode() + b" " * 999_999
     large = BODY + " " * 300_000
-    with connect(server.port, part), connect(server.port, part) as second:
-        assert second.recv(12) == b"HTTP/1.1 429"
+    with connect(server.port, part) as one, connect(server.port, part) as other:
+        (refused, *_), _, _ = select.select([one, other], [], [], 20)
+        assert refused.recv(12) == b"HTTP/1.1 429"
         assert server.speak()[1] == b"Hello."
         assert_refused(request(server.port, "POST", SPEECH, body=large), 429, "too_many_bodies")
     server.wait_until(lambda: request(server.port, "POST", SPEECH, body=large)[1] == b"Hello.")
+
+
+def test_a_path_with_a_slash_at_its_end_is_redirected_without_a_host(serve: Callable[..., Server]) -> None:
+    server = serve("silent")
+    for path, location in (
+        ("/v1/audio/speech/", "../speech"),
+        ("/v1/audio/voices/?limit=1", "../voices?limit=1"),
+        ("/v1/audio/voices/a%2Fb/", None),
+        ("/nowhere/", None),
+        ("//evil.example/", None),
+        ("/livez//", None),
+    ):
+        response, _ = request(server.port, "GET", path, {"Host": "evil.example"})
+        assert (response.status, response.headers["Location"]) == (307 if location else 404, location)
+
+
+@contextlib.contextmanager
+def nginx(directory: Path, server: Server) -> Iterator[int]:
+    """Run nginx with the configuration of the documentation in front of a server; yield its port.
+
+    Requests to `/plain/` do not pass on the `Host` header.
+    """
+    snippets = re.findall(r"```nginx\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
+    (location,) = [snippet.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}") for snippet in snippets]
+    plain = re.sub(r".*proxy_set_header Host.*", "", location).replace("location /tts/", "location /plain/")
+    port = free_port()
+    folders = " ".join(
+        f"{name}_temp_path {directory};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (directory / "nginx.conf").write_text(
+        f"daemon off; master_process off; pid {directory}/pid; error_log stderr; events {{}}\n"
+        f"http {{ access_log off; {folders} server {{ listen 127.0.0.1:{port};\n{location}\n{plain}\n}} }}\n"
+    )
+    command = ["nginx", "-p", str(directory), "-e", "stderr", "-c", str(directory / "nginx.conf")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 20
+            while True:
+                with contextlib.suppress(ConnectionRefusedError), connect(port):
+                    break
+                assert process.poll() is None, process.stderr and process.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            yield port
+        finally:
+            process.terminate()
+
+
+@pytest.mark.programs
+def test_the_documented_nginx_passes_on_pages_requests_and_streams(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    if shutil.which("nginx") is None:
+        pytest.skip("nginx is not installed (Debian: apt-get install nginx-light)")
+    pytest.importorskip("regex")
+    pytest.importorskip("sentencex")
+    server = serve("ready", sites=Sites(hosts=["tts.example"]))
+    folder = tmp_path / "nginx"
+    folder.mkdir()
+    with nginx(folder, server) as port:
+        own = {"Host": f"tts.example:{port}", "Origin": f"http://tts.example:{port}"}
+        for prefix in ("/tts", "/plain"):
+            assert request(port, "GET", f"{prefix}/", own)[0].status == 200
+            assert request(port, "POST", prefix + SPEECH, own, BODY)[1] == b"Hello."
+            foreign = {**own, "Origin": "http://evil.example"}
+            assert_refused_page(request(port, "POST", prefix + SPEECH, foreign, BODY))
+            redirect = request(port, "GET", prefix + VOICES + "/", own)[0]
+            assert (redirect.status, redirect.headers["Location"]) == (307, "../voices")
+        # The second part never gets an answer, so the first one must pass without the end of the response.
+        body = json.dumps({"input": "x" * 280 + " unanswered", "response_format": "pcm"})
+        head = f"POST /tts{SPEECH} HTTP/1.1\r\nHost: tts.example\r\nContent-Length: {len(body)}\r\n\r\n"
+        with connect(port, (head + body).encode()) as stream:
+            received = b""
+            while b"x" * 280 not in received:
+                received += stream.recv(4096)
+
+
+def assert_refused_page(result: Response) -> None:
+    response, body = result
+    assert (response.status, json.loads(body)["error"]["code"]) == (403, "cross_site")
 
 
 def test_the_speed_is_ignored_with_the_option(serve: Callable[..., Server]) -> None:

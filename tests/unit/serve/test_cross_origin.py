@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.serve.http.access import Token, check_access
-from chatterbox_prewarm.serve.http.cross_origin import allow_origins, parse_origin
+from chatterbox_prewarm.serve.http.cross_origin import Sites, allow_origins, parse_host, parse_origin
 from tests.conftest import run_cli
 from tests.helpers.http_server import basic, request, respond, serving
 
@@ -31,7 +32,7 @@ async def app(_: Scope, __: Receive, send: Send) -> None:
 def port(request: pytest.FixtureRequest) -> Iterator[int]:
     """A server that allows one origin, with a token and without one."""
     token = Token(text=request.param) if request.param else None
-    with serving(allow_origins(check_access(app, token, [CHAT]), [CHAT])) as port:
+    with serving(allow_origins(check_access(app, token, Sites(origins=[CHAT])), [CHAT])) as port:
         yield port
 
 
@@ -71,8 +72,65 @@ def test_a_stored_password_does_not_count_for_a_page_of_an_allowed_origin(port: 
 def test_without_a_token_an_allowed_page_needs_none() -> None:
     headers = {"Origin": CHAT, "Sec-Fetch-Site": "cross-site", "Host": "tts.example"}
     for origins, expected in (([CHAT], 200), (["*"], 200), ([], 403), (["https://other.example"], 403)):
-        with serving(allow_origins(check_access(app, None, origins), origins)) as port:
+        with serving(allow_origins(check_access(app, None, Sites(origins=origins)), origins)) as port:
             assert request(port, "POST", "/v1/audio/speech", headers)[0].status == expected
+
+
+#: Requests of a page that has the same name as this server: headers, and the status without and with --allowed-host.
+SAME_NAME = [
+    ({"Host": "evil.example:8000", "Origin": "http://evil.example:8000"}, 403, 403),
+    ({"Host": "localhost.evil.example", "Origin": "http://localhost.evil.example"}, 403, 403),
+    ({"Host": "evil.example", "Origin": "http://evil.example", "Authorization": "Bearer any"}, 403, 403),
+    ({"Host": "x", "X-Forwarded-Host": "evil.example", "Origin": "http://evil.example"}, 403, 403),
+    ({"Host": "tts.example", "Origin": "http://tts.example"}, 403, 200),
+    ({"Host": "TTS.example.:8000", "Origin": "http://tts.example:8000"}, 403, 200),
+    ({"Host": "tts.example", "Origin": "http://tts.example:8080"}, 403, 200),  # a proxy has dropped the port
+    ({"Host": "127.0.0.1:8000", "Origin": "http://tts.example"}, 403, 200),  # a proxy has replaced the host
+    ({"Host": "other.example:81", "Origin": "http://other.example:81"}, 403, 200),
+    ({"Host": "other.example:82", "Origin": "http://other.example:82"}, 403, 403),
+    ({"Host": "tts.example", "Origin": "https://tts.example"}, 200, 200),
+    ({"Host": "tts.other", "Origin": "https://tts.other"}, 200, 403),
+    ({"Host": "tts.localhost:8000", "Origin": "http://tts.localhost:8000"}, 200, 200),
+    ({"Host": "tts.example"}, 200, 200),
+    ({"Host": "chatterbox.default.svc"}, 200, 403),
+    ({"Host": "127.0.0.1:8000"}, 200, 200),
+    ({"Host": "chatterbox"}, 200, 200),
+]
+
+
+def test_a_page_cannot_use_the_server_under_a_name_that_it_has_chosen() -> None:
+    named = Sites(hosts=(parse_host("TTS.example"), parse_host("other.example:81")))
+    with serving(check_access(app, None)) as default, serving(check_access(app, None, named)) as strict:
+        for headers, by_default, with_names in SAME_NAME:
+            assert request(default, "POST", "/v1/audio/speech", headers)[0].status == by_default, headers
+            assert request(strict, "POST", "/v1/audio/speech", headers)[0].status == with_names, headers
+        evil = {"Host": "evil.example"}
+        assert request(default, "GET", "/v1/audio/voices", evil)[0].status == 200
+        response, body = request(strict, "GET", "/v1/audio/voices", evil)
+        assert (response.status, json.loads(body)["error"]["code"]) == (403, "unknown_host")
+        assert request(strict, "GET", "/livez", evil)[0].status == 200
+
+
+def test_a_stored_password_shows_that_the_visitor_knows_the_name() -> None:
+    headers = {"Host": "tts.example:8000", "Origin": "http://tts.example:8000", **basic(SECRET)}
+    with serving(check_access(app, Token(text=SECRET))) as port:
+        assert request(port, "POST", "/v1/audio/speech", headers)[0].status == 200
+
+
+def test_the_refusal_advises_a_token_only_if_the_server_has_one(port: int) -> None:
+    headers = {"Host": "127.0.0.1", "Origin": "http://tts.example", **basic(SECRET)}
+    message = json.loads(request(port, "POST", "/v1/audio/speech", headers)[1])["error"]["message"]
+    assert "'http://tts.example'" in message
+    assert "--allowed-host" in message
+    with serving(check_access(app, None)) as without:
+        shorter = json.loads(request(without, "POST", "/v1/audio/speech", headers)[1])["error"]["message"]
+    assert "token" not in shorter
+
+
+@pytest.mark.parametrize("text", ["", "https://tts.example", "tts.example/a", "a b:x", "user@tts.example", "[::1"])
+def test_other_texts_are_no_hosts(text: str) -> None:
+    with pytest.raises(BadInputError, match="is not the name of a host"):
+        parse_host(text)
 
 
 @pytest.mark.parametrize(
