@@ -10,10 +10,10 @@ import json
 import socket
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.serve.http import limited_server
-from chatterbox_prewarm.serve.http.connections import Limits
+from chatterbox_prewarm.serve.http.connections import Connections, Limits
 from chatterbox_prewarm.serve.http.limited_server import BACKLOG
 
 if TYPE_CHECKING:
@@ -22,21 +22,28 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 
-def _server(app: ASGIApp, listener: socket.socket, limits: Limits) -> Any:
-    return limited_server.server(app, listener, limits, timeout_keep_alive=60, timeout_graceful_shutdown=2)
+async def _serve(app: ASGIApp, listener: socket.socket, limits: Limits, stop: asyncio.Event) -> None:
+    connections = Connections(limited_server.reduce_to(limited_server.raise_open_files(), limits))
+    server = limited_server.server(app, listener, connections, timeout_keep_alive=60, timeout_graceful_shutdown=20)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    await stop.wait()
+    await connections.finish(2.0)
+    server.should_exit = True
+    await serving
 
 
 @contextlib.contextmanager
 def serving(app: ASGIApp, limits: Limits | None = None) -> Iterator[int]:
     """Serve `app` in a thread. Yields the port."""
-    with listen() as listener:
-        server = _server(app, listener, limits or Limits())
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    loop, stop = asyncio.new_event_loop(), asyncio.Event()
+    with contextlib.closing(loop), listen() as listener:
+        work = _serve(app, listener, limits or Limits(), stop)
+        thread = threading.Thread(target=lambda: loop.run_until_complete(work))
         thread.start()
         try:
             yield listener.getsockname()[1]
         finally:
-            server.should_exit = True
+            loop.call_soon_threadsafe(stop.set)
             thread.join(timeout=20)
             assert not thread.is_alive(), "the server did not end"
 
@@ -87,8 +94,7 @@ async def _respond(scope: Scope, receive: Receive, send: Send) -> None:
 if __name__ == "__main__":
     with listen() as own_listener:
         print(own_listener.getsockname()[1], flush=True)
-        limits = Limits(**json.loads(sys.argv[1]))
-        asyncio.run(_server(_respond, own_listener, limits).serve(sockets=[own_listener]))
+        asyncio.run(_serve(_respond, own_listener, Limits(**json.loads(sys.argv[1])), asyncio.Event()))
 
 
 def basic(secret: str, user: str = "user") -> dict[str, str]:

@@ -26,6 +26,8 @@ class Admission:
 
     Attributes:
         in_flight: the number of accepted requests that still need a worker.
+        responding: the number of accepted requests without a complete response: those in flight, and those whose client
+            has not read everything.
         draining: True when the server accepts no more requests.
     """
 
@@ -33,7 +35,7 @@ class Admission:
         self._pool = pool
         self.limit = limit
         self.in_flight = 0
-        self._responding = 0
+        self.responding = 0
         self.draining = False
 
     def refusal(self) -> Response | None:
@@ -59,7 +61,7 @@ class Admission:
             only the client has to read. A drain waits for the end of the block.
         """
         self.in_flight += 1
-        self._responding += 1
+        self.responding += 1
         released = False
 
         def release() -> None:
@@ -71,14 +73,14 @@ class Admission:
             yield release
         finally:
             release()
-            self._responding -= 1
+            self.responding -= 1
 
     async def drained(self, seconds: float) -> bool:
         """Wait up to `seconds` for the responses to accepted requests. Returns False if some are not complete."""
         deadline = asyncio.get_running_loop().time() + seconds
-        while self._responding and asyncio.get_running_loop().time() < deadline:
+        while self.responding and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
-        return not self._responding
+        return not self.responding
 
 
 def close_while_draining(app: ASGIApp, admission: Admission) -> ASGIApp:

@@ -110,7 +110,7 @@ class Connections:
     """
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self.limits = limits
         #: By peer. Those of a peer are in the order of their last complete request head, oldest first.
         self._peers: dict[str, dict[Any, _Connection]] = {}
         self._count = 0
@@ -122,7 +122,7 @@ class Connections:
         loop = asyncio.get_running_loop()
         self._peers.setdefault(_peer_of(protocol), {})[protocol] = _Connection(protocol, loop.time())
         self._count += 1
-        if self._count > self._limits.connections + PROBE_CONNECTIONS:
+        if self._count > self.limits.connections + PROBE_CONNECTIONS:
             self._close_least_useful(protocol, (Stage.IDLE, Stage.BODY, Stage.SENDING))
         if self._timer is None:
             self._timer = loop.call_later(_SWEEP_SECONDS, self._sweep)
@@ -145,7 +145,7 @@ class Connections:
             # A request with a fast response may fall between two sweeps, so its stage might never be seen.
             connection.stage_began = asyncio.get_running_loop().time()
             connections[protocol] = connection
-            if self._count > self._limits.connections and protocol.scope["path"] not in PROBES:
+            if self._count > self.limits.connections and protocol.scope["path"] not in PROBES:
                 self._make_room_for_request(protocol)
 
     def abort(self, protocol: Any) -> None:
@@ -153,10 +153,28 @@ class Connections:
         self.remove(protocol)
         protocol.transport.abort()
 
+    async def finish(self, seconds: float) -> None:
+        """Close the connections that wait for the application, and after `seconds` those whose client still reads.
+
+        uvicorn would cancel their tasks at the end, and log that as an exception of the application.
+        """
+        self._abort_all(Stage.BODY, Stage.RESPONDING)
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self._in_stage(Stage.SENDING) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        self._abort_all(Stage.BODY, Stage.SENDING, Stage.RESPONDING)
+
+    def _abort_all(self, *stages: Stage) -> None:
+        for protocol in self._in_stage(*stages):
+            self.abort(protocol)
+
+    def _in_stage(self, *stages: Stage) -> list[Any]:
+        everything = [item for connections in self._peers.values() for item in connections.items()]
+        return [protocol for protocol, connection in everything if connection.current_stage() in stages]
+
     def _make_room_for_request(self, newest: Any) -> None:
         """Close a connection if all within the limit have a request. Idle ones stay, because a probe may follow."""
-        stages = [connection.current_stage() for peer in self._peers.values() for connection in peer.values()]
-        if len(stages) - stages.count(Stage.IDLE) > self._limits.connections:
+        if len(self._in_stage(Stage.BODY, Stage.SENDING, Stage.RESPONDING)) > self.limits.connections:
             self._close_least_useful(newest, (Stage.BODY, Stage.SENDING))
 
     def _close_least_useful(self, newest: Any, stages: Sequence[Stage]) -> None:
@@ -176,10 +194,10 @@ class Connections:
         now = loop.time()
         everything = [item for connections in self._peers.values() for item in connections.items()]
         for protocol, connection in everything:
-            if connection.is_overdue(self._limits, now):
+            if connection.is_overdue(self.limits, now):
                 self.abort(protocol)
         if self._closed_for_room:
-            logger.warning("closed %d connection(s): the limit is %d", self._closed_for_room, self._limits.connections)
+            logger.warning("closed %d connection(s): the limit is %d", self._closed_for_room, self.limits.connections)
             self._closed_for_room = 0
         self._timer = loop.call_later(_SWEEP_SECONDS, self._sweep) if self._peers else None
 

@@ -9,13 +9,13 @@ import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from chatterbox_prewarm.serve.http.connections import Connections, Limits
-
 if TYPE_CHECKING:
     import asyncio
 
     import uvicorn
     from starlette.types import ASGIApp
+
+    from chatterbox_prewarm.serve.http.connections import Connections, Limits
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +34,16 @@ _RESERVE = 256
 _MAX_FILES = 1 << 20
 
 
-def server(app: ASGIApp, listener: socket.socket, limits: Limits, **options: Any) -> uvicorn.Server:
-    """Create a uvicorn server for `app` that enforces `limits` and leaves signals to its caller.
+def server(app: ASGIApp, listener: socket.socket, connections: Connections, **options: Any) -> uvicorn.Server:
+    """Create a uvicorn server for `app` that limits its connections and leaves signals to its caller.
 
     Args:
         app: the application.
         listener: the socket that `serve` will receive.
-        limits: on connections.
+        connections: the connections, with their limits.
         **options: further options of `uvicorn.Config`.
     """
     import uvicorn
-
-    limits = _reduce_to(raise_open_files(), limits)
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -60,9 +58,9 @@ def server(app: ASGIApp, listener: socket.socket, limits: Limits, **options: Any
         uvicorn.Config(
             app,
             lifespan="off",
-            http=_http_protocol(limits),
+            http=_http_protocol(connections),
             ws="none",
-            backlog=min(_ACCEPT_BATCH, max(1, limits.connections // 4)),
+            backlog=min(_ACCEPT_BATCH, max(1, connections.limits.connections // 4)),
             log_config=None,
             access_log=False,
             **options,
@@ -70,14 +68,12 @@ def server(app: ASGIApp, listener: socket.socket, limits: Limits, **options: Any
     )
 
 
-def _http_protocol(limits: Limits) -> type[asyncio.Protocol]:
+def _http_protocol(connections: Connections) -> type[asyncio.Protocol]:
     """Return a protocol class for uvicorn's option `http`."""
     from h11 import LocalProtocolError
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     from chatterbox_prewarm.serve.http.strict_http import StrictConnection
-
-    connections = Connections(limits)
 
     class LimitedProtocol(H11Protocol):
         conn: StrictConnection
@@ -145,8 +141,8 @@ def raise_open_files() -> int:
     return wanted
 
 
-def _reduce_to(open_files: int, limits: Limits) -> Limits:
-    """Reduce the number of connections to what the limit on open files allows."""
+def reduce_to(open_files: int, limits: Limits) -> Limits:
+    """Reduce the number of connections, if the limit on open files is too low for them."""
     possible = max(1, open_files - min(_RESERVE, open_files * 3 // 4))
     if limits.connections <= possible:
         return limits

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.serve.http import limited_server
-from chatterbox_prewarm.serve.http.connections import Limits
+from chatterbox_prewarm.serve.http.connections import Connections, Limits
 from chatterbox_prewarm.serve.http.cross_origin import Sites
 from chatterbox_prewarm.serve.http.limited_server import BACKLOG
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+#: After the drain, clients have this time to read the rest of complete responses.
+_LAST_READ_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,20 +174,22 @@ async def _run(
     ).asgi()
     checked = check_access(application, config.token, config.sites)
     app = close_while_draining(allow_origins(checked, config.sites.origins), admission)
+    connections = Connections(limited_server.reduce_to(limited_server.raise_open_files(), config.limits))
     server = limited_server.server(
         log_requests(app, application.routes, log_text=config.log_text),
         listener,
-        config.limits,
+        connections,
         headers=[("X-Content-Type-Options", "nosniff")],
         server_header=False,
         proxy_headers=False,  # the application uses neither the client's address nor the scheme
-        timeout_graceful_shutdown=5,  # starts after the drain, for clients that do not read their responses
+        timeout_graceful_shutdown=5,
     )
     serving = loop.create_task(server.serve(sockets=[listener]))
     stopping = loop.create_task(stop.wait())
     await asyncio.wait([serving, supervision, stopping], return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     await _drain(pool, admission, config.drain_seconds)
+    await connections.finish(_LAST_READ_SECONDS)
     server.should_exit = True
     await serving
     await supervision
@@ -195,7 +200,7 @@ async def _run(
 async def _drain(pool: Pool, admission: Admission, seconds: float) -> None:
     admission.draining = True
     pool.close()
-    logger.info("draining: %d request(s) in flight", admission.in_flight)
+    logger.info("draining: %d response(s) are not complete", admission.responding)
     if not await admission.drained(seconds):
-        logger.error("%d request(s) did not finish within %.0f s", admission.in_flight, seconds)
+        logger.error("%d response(s) were not complete within %.0f s", admission.responding, seconds)
     await pool.stop()

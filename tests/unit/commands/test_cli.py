@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -207,3 +209,21 @@ def test_a_voice_alias_can_be_any_text(name: str) -> None:
 def test_an_incomplete_voice_alias_is_refused(text: str) -> None:
     with pytest.raises(BadInputError):
         parse_alias(text)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_during_the_imports_of_the_server_ends_it_quietly(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "click.py").write_text("import time; print('importing', flush=True); time.sleep(600)")
+    with subprocess.Popen(
+        [sys.executable, "-m", "chatterbox_prewarm", "serve"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == code

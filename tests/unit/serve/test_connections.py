@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import select
 import socket
@@ -57,8 +58,10 @@ class App:
         match scope["path"]:
             case "/slow":
                 self.running.release()
-                while not self.release.is_set():
+                gone = asyncio.ensure_future(_disconnected(receive))
+                while not (self.release.is_set() or gone.done()):
                     await asyncio.sleep(0.02)
+                gone.cancel()
                 await respond(send)
             case "/read":
                 self.running.release()
@@ -83,6 +86,11 @@ class App:
             self.sent += 4800
             await asyncio.sleep(0)
         self.ended.set()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def closed_after(connection: socket.socket, seconds: float) -> float | None:
@@ -415,6 +423,23 @@ def test_a_stream_that_the_client_does_not_read_is_paused_and_then_closed() -> N
         assert app.sent < 1 << 20, "64 KiB in this process, 64 KiB in its kernel, and the buffer of the client's kernel"
 
 
+def test_the_end_of_the_server_cuts_off_a_client_that_does_not_read_without_an_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = App()
+    with contextlib.ExitStack() as stack:
+        with serving(app) as port:
+            stack.enter_context(small_reader(port, "/endless"))
+            stack.enter_context(small_reader(port, "/large"))
+            stack.enter_context(connect(port, SLOW))
+            stack.enter_context(connect(port, POST.replace(b"/", b"/read", 1)))
+            assert app.running.acquire(timeout=20)
+            assert app.running.acquire(timeout=20)
+            assert wait_until(lambda: app.sent > 0)
+        assert app.ended.wait(5)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_a_large_response_that_the_client_does_not_read_is_closed() -> None:
     with serving(App(), Limits(send_seconds=0.6, head_seconds=0.2)) as port, small_reader(port, "/large") as connection:
         time.sleep(1.5)
@@ -478,9 +503,9 @@ def test_uvicorn_has_the_internals_that_the_limits_use() -> None:
 
 
 def test_the_limit_on_open_files_reduces_the_limit_on_connections(caplog: pytest.LogCaptureFixture) -> None:
-    assert limited_server._reduce_to(1024, Limits(connections=1000)) == Limits(connections=768)
+    assert limited_server.reduce_to(1024, Limits(connections=1000)) == Limits(connections=768)
     assert "1024 open files" in caplog.text
-    assert limited_server._reduce_to(4096, Limits(connections=1000)) == Limits(connections=1000)
+    assert limited_server.reduce_to(4096, Limits(connections=1000)) == Limits(connections=1000)
 
 
 def test_the_soft_limit_on_open_files_is_raised() -> None:
