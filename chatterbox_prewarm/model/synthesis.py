@@ -17,9 +17,9 @@ import torch
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.conditionals import T3Conditionals
-from chatterbox_prewarm.model.regions.t3 import MAX_TEXT_TOKENS
+from chatterbox_prewarm.model.regions.t3 import MAX_TEXT_TOKENS, STOP_SPEECH_TOKEN
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
-from chatterbox_prewarm.model.text import check_text
+from chatterbox_prewarm.model.text import check_known, check_text
 from chatterbox_prewarm.system.limits import MAX_SEED, MIN_TOKENS
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class Synthesizer:
 
     def is_truncated(self, drawn: torch.Tensor) -> bool:
         """Return whether drawn tokens end at the token limit: the stop token is not the last one."""
-        return not drawn.numel() or int(drawn[-1]) != self.model.t3.hp.stop_speech_token
+        return not drawn.numel() or int(drawn[-1]) != STOP_SPEECH_TOKEN
 
     @torch.inference_mode()
     def sound(self, tokens: torch.Tensor, voice: Conditionals) -> NDArray[np.float32]:
@@ -237,6 +237,7 @@ class Synthesizer:
         """Return T3's inputs: the voice, and the text tokens, int64 (1, n), including start and stop tokens."""
         text = check_text(text, limit=None)  # the model limits the number of tokens instead, see below
         conditionals = self.voice(voice)
+        check_known(self.model.tokenizer, text)
         tokens = self.model.text_tokens(text)
         if tokens.size(1) > MAX_TEXT_TOKENS:
             raise BadInputError(

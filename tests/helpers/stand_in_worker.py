@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.errors import ModelError, WeightsError
+from chatterbox_prewarm.errors import BadInputError, ModelError, WeightsError
 from chatterbox_prewarm.serve.workers import messages
 from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
 from chatterbox_prewarm.start.options import StartOptions
@@ -32,15 +32,16 @@ _START_ERRORS = {
     "memory": (ModelError("out of memory", next_step="give it more"), True),
 }
 
+_FOREIGN = BadInputError("the model does not know this text", next_step="send another")
+
 
 def start(*behaviours: str, configs: list[WorkerConfig] | None = None) -> Callable[[WorkerConfig], WorkerProcess]:
     """Return a function that starts one process for each behaviour, in this order.
 
     Args:
-        *behaviours: "ready" answers requests: the audio is the text, repeated to megabytes if it contains "loud", the
-            token limit is reached if it contains "endless", and there is no answer if it contains "unanswered"; "slow"
-            answers each after a second; "stuck" answers none; "silent" sends nothing at all; "dies" ends before it is
-            ready; "weights" and "memory" report an error during the start; "warming" dies in the idle warm-up.
+        *behaviours: "ready" answers requests, and the text decides how: see `_answer`; "slow" answers each after a
+            second; "stuck" answers none; "silent" sends nothing at all; "dies" ends before it is ready; "weights" and
+            "memory" report an error during the start; "warming" dies in the idle warm-up.
         configs: receives the configuration of each process.
     """
     remaining = list(behaviours)
@@ -99,9 +100,17 @@ class StandIn:
                 self._answer(message[0])
 
     def _answer(self, header: dict[str, Any]) -> None:
+        """Send the text as its audio.
+
+        The text can contain the words "loud" (megabytes of audio), "endless" (the token limit is reached), "foreign"
+        (the text is refused) and "unanswered".
+        """
         if header["type"] == "speak":
             text = header["options"]["text"]
             if "unanswered" in text:
+                return
+            if "foreign" in text:
+                self.send({"type": "error", "id": header["id"], "fatal": False, **describe(_FOREIGN)})
                 return
             answer = {"type": "audio", "id": header["id"], "tokens": 1, "last": True, "seconds": 0.1}
             audio = text.encode() * ((1 << 22) if "loud" in text else 1)

@@ -58,6 +58,7 @@ class App:
         self._document = functools.partial(_openapi_body, max_characters=max_characters, ignore_speed=ignore_speed)
         self._http_metrics = HttpMetrics(pool, admission)
         pool.on_part = self._http_metrics.count_part
+        pool.on_skipped = self._http_metrics.skipped.inc
         self._speech = SpeechRoute(
             pool, admission, self._http_metrics, max_characters=max_characters, ignore_speed=ignore_speed
         )

@@ -39,6 +39,7 @@ class HttpMetrics(Collector):
         real_time_factor: a worker's seconds per second of audio, for each part of a text.
         audio: seconds of generated audio.
         truncated: parts of texts whose speech ended at the token limit.
+        skipped: parts of texts that could not be spoken.
     """
 
     def __init__(self, pool: Pool, admission: Admission) -> None:
@@ -49,6 +50,7 @@ class HttpMetrics(Collector):
         self.abandoned = self._counter("speech_abandoned", "Speech requests whose client disconnected.")
         self.audio = self._counter("audio_seconds", "Seconds of generated audio.")
         self.truncated = self._counter("truncated_parts", "Parts of texts whose speech ended at the token limit.")
+        self.skipped = self._counter("skipped_parts", "Parts of texts that could not be spoken.")
         self.first_chunk = self._histogram("first_chunk_seconds", "Time from a request to its first audio.", _SECONDS)
         self.real_time_factor = self._histogram("real_time_factor", "Seconds of work per second of audio.", _FACTORS)
         self._registry.register(self)

@@ -14,7 +14,7 @@ import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.errors import ModelError
+from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.serve.workers.audio_buffer import AudioBuffer, Backlog
 from chatterbox_prewarm.serve.workers.sentence_split import split
 from chatterbox_prewarm.serve.workers.supervisor import Supervisor
@@ -56,6 +56,7 @@ class Pool:
     Attributes:
         backlog: the amount of audio that waits for clients.
         on_part: called after each part with the worker's seconds and the seconds of audio.
+        on_skipped: called for each part that cannot be spoken.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Pool:
         ]
         self.backlog = Backlog()
         self.on_part: Callable[[float, float], None] = lambda *_: None
+        self.on_skipped: Callable[[], None] = lambda: None
         self._wait_seconds = wait_seconds
         self._voices = voices
         self._queue: collections.deque[asyncio.Future[Supervisor]] = collections.deque()
@@ -200,8 +202,9 @@ class Pool:
                 await self._speak_part(part, put)
             except (BusyError, WorkerGoneError):
                 raise
-            except ModelError as error:
-                # For example a row of dots. The other parts of the text can still be spoken.
+            except (BadInputError, ModelError) as error:
+                # For example a row of dots, or another script. The other parts of the text can still be spoken.
+                self.on_skipped()
                 logger.warning("part %d of %d is left out: %s", number + 1, len(texts), error.message)
                 skipped_error = error
         if skipped_error is not None and not spoken:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import string
 import sys
+from typing import Any
 
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.model.text import MAX_CHARACTERS, check_text, check_voice_name, decode_text
+from chatterbox_prewarm.model.text import MAX_CHARACTERS, check_known, check_text, check_voice_name, decode_text
 
 
 @pytest.mark.parametrize(
@@ -131,3 +133,31 @@ def test_invalid_voice_name_is_refused(name: str) -> None:
     with pytest.raises(BadInputError, match="cannot name a voice") as caught:
         check_voice_name(name)
     assert caught.value.exit_code == 16
+
+
+def tokenizer_of_letters() -> Any:
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = ["[UNK]", "[SPACE]", *string.ascii_letters, *string.punctuation]
+    vocabulary = {token: index for index, token in enumerate(letters)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["[UNK]", "[SPACE]"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("你好世界", "4 of the 4 tokens of this text, mostly CJK characters"),
+        ("Say this: Привет, как дела?", "tokens of this text, mostly CYRILLIC characters"),
+        ("مرحبا", "mostly ARABIC"),
+        ("\ue000\ue000", "mostly unnamed"),
+    ],
+)
+def test_a_text_that_the_tokenizer_mostly_does_not_know_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(BadInputError, match=reason):
+        check_known(tokenizer_of_letters(), text)
+
+
+@pytest.mark.parametrize("text", ["Hello.", "A caf\u00e9 in \u4e16\u754c.", "a\u4e16", "a " * 50, "..."])
+def test_a_text_with_some_unknown_characters_is_accepted(text: str) -> None:
+    check_known(tokenizer_of_letters(), text)

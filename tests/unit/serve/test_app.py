@@ -227,6 +227,17 @@ def test_speech_that_reaches_the_token_limit_is_reported(
         server.wait_until(lambda: any(getattr(record, "fields", {}).get("truncated") == 1 for record in caplog.records))
 
 
+def test_a_part_that_cannot_be_spoken_is_left_out_and_counted(serve: Callable[..., Server]) -> None:
+    pytest.importorskip("regex")
+    pytest.importorskip("sentencex")
+    server = serve("ready")
+    response, body = server.speak(input="foreign " + "x" * 280)
+    assert (response.status, body) == (200, b"x" * 280)
+    assert server.metric("skipped_parts_total") == 1
+    response, body = server.speak(input="foreign")
+    assert (response.status, "does not know" in json.loads(body)["error"]["message"]) == (400, True)
+
+
 @contextlib.contextmanager
 def unread_speech(server: Server, audio_format: str) -> Iterator[socket.socket]:
     """Request megabytes of audio, and wait until the response has begun. The caller reads it."""
