@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -119,6 +120,11 @@ def as_prewarm_error(error: Exception) -> PrewarmError:
             f"a package is missing: {error}",
             next_step=f"install the {extra} extra: pip install 'chatterbox-prewarm[{extra}]'",
         )
+    if is_out_of_threads(error):
+        return ModelError(
+            f"the system allows no further thread or process: {first_line(error)}",
+            next_step="allow more of them (a container's limit on processes, or ulimit -u), or use fewer --threads",
+        )
     if isinstance(error, OSError):
         return from_os_error(error, "reading or writing a file")
     if is_out_of_memory(error):
@@ -132,6 +138,8 @@ def as_prewarm_error(error: Exception) -> PrewarmError:
     )
 
 
+#: How Python's and C++'s threads report that none can be started.
+_OUT_OF_THREADS = ("can't start new thread", os.strerror(errno.EAGAIN))
 #: How PyTorch's CPU allocator and oneDNN report that memory ran out.
 _OUT_OF_MEMORY = ("can't allocate memory", "could not create a")
 
@@ -142,6 +150,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
+
+
+def is_out_of_threads(error: BaseException) -> bool:
+    """Return whether the system refused to start a thread or a process."""
+    if isinstance(error, OSError):
+        return error.errno == errno.EAGAIN
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_THREADS)
 
 
 def first_line(error: BaseException) -> str:
@@ -156,7 +171,14 @@ def from_os_error(error: OSError, doing: str) -> BadInputError:
         error: the error of the operating system.
         doing: the operation in words, such as "writing the warm state".
     """
+    if "No usable temporary directory" in str(error):  # the module tempfile; its message lists the directories
+        return BadInputError(
+            f"{doing}: {error.strerror}",
+            next_step="make one of them writable, or set TMPDIR; in a container, mount a tmpfs or an emptyDir at /tmp",
+        )
     steps = {
+        errno.EMFILE: "allow this process more open files: ulimit -n, or the limit of the container",
+        errno.ENFILE: "close files of other programs: the system has too many open files",
         errno.ENOSPC: "free some space on that file system, or name another path",
         errno.EDQUOT: "free some of your quota, or name another path",
         errno.EACCES: "make the path accessible to this user, or name another path",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 #: The tokens of upstream's vocabulary for a space and for an unknown character.
-_SPACE, _UNKNOWN = "[SPACE]", "[UNK]"
+SPACE, _UNKNOWN = "[SPACE]", "[UNK]"
 #: Default limit of a request's text, as in OpenAI's API. The model accepts less in one call (2046 text tokens, at most
 #: about one per character); the server splits longer texts.
 MAX_CHARACTERS = 4096
@@ -111,10 +111,10 @@ def check_known(tokenizer: Tokenizer, text: str) -> None:
     Raises:
         BadInputError: more than half of the tokens, without spaces, are unknown.
     """
-    marked = text.replace(" ", _SPACE)
+    marked = text.replace(" ", SPACE)
     encoding = tokenizer.encode(marked)
     spans = [span for token, span in zip(encoding.tokens, encoding.offsets, strict=True) if token == _UNKNOWN]
-    count = len(encoding.tokens) - encoding.tokens.count(_SPACE)
+    count = len(encoding.tokens) - encoding.tokens.count(SPACE)
     if 2 * len(spans) > count:
         names = (unicodedata.name(character, "") for start, end in spans for character in marked[start:end])
         ((script, _), *_) = collections.Counter(name.partition(" ")[0] for name in names).most_common(1)

@@ -21,7 +21,7 @@ from chatterbox_prewarm.model.regions.flow import Flow
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.t3 import START_SPEECH_TOKEN, START_TEXT_TOKEN, STOP_TEXT_TOKEN, T3Decoder
 from chatterbox_prewarm.model.regions.vocoder import SAMPLE_RATE, Vocoder
-from chatterbox_prewarm.model.text import normalize_punctuation
+from chatterbox_prewarm.model.text import SPACE, normalize_punctuation
 from chatterbox_prewarm.model.watermark import Watermark
 from chatterbox_prewarm.weights.record import read_record
 from chatterbox_prewarm.weights.tensor_shapes import check_tensors
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 _PARTS = {"t3_cfg": ("",), "s3gen": ("flow.", "mel2wav.")}
 #: The parts of T3 that may run in another dtype than the checkpoint's.
 _TRANSFORMER = ("tfmr.layers.", "tfmr.norm.")
-_SPACE = "[SPACE]"
 #: `madvise(2)`, since Linux 5.14: map all pages now instead of one page fault each, and read missing pages from disk.
 _MADV_POPULATE_READ = 22
 
@@ -73,7 +72,7 @@ class English:
 
     def text_tokens(self, text: str) -> torch.Tensor:
         """Return the text tokens that the decoder expects, int64 (1, n), with the start and the stop token."""
-        ids = self.tokenizer.encode(normalize_punctuation(text).replace(" ", _SPACE)).ids
+        ids = self.tokenizer.encode(normalize_punctuation(text).replace(" ", SPACE)).ids
         return torch.tensor([[START_TEXT_TOKEN, *ids, STOP_TEXT_TOKEN]], device=self.device)
 
     def marked(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -155,7 +154,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
-        missing = [token for token in ("[START]", "[STOP]", _SPACE) if tokenizer.token_to_id(token) is None]
+        missing = [token for token in ("[START]", "[STOP]", SPACE) if tokenizer.token_to_id(token) is None]
     except Exception as error:  # tokenizers raises Exception itself
         missing, cause = [], first_line(error)
         raise _tokenizer_error(path, cause) from error

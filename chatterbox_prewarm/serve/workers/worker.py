@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.errors import ModelError, PrewarmError, as_prewarm_error, first_line
+from chatterbox_prewarm.errors import ModelError, PrewarmError, as_prewarm_error, first_line, is_out_of_threads
 from chatterbox_prewarm.model.warmup.adaptive import plan_for
 from chatterbox_prewarm.model.warmup.settings import switched_off
 from chatterbox_prewarm.proof.probes import status_field
@@ -146,10 +146,13 @@ class Worker:
         except Exception as error:
             logger.exception("request %d failed", request_id)
             fatal = is_fatal(error)
-            failure = (ModelError if fatal else PrewarmError)(
-                f"the worker's device failed: {first_line(error)}" if fatal else f"a fault: {type(error).__name__}",
-                next_step="try again; if the error stays, see the server's log",
-            )
+            if is_out_of_threads(error):
+                failure = as_prewarm_error(error)
+            else:
+                failure = (ModelError if fatal else PrewarmError)(
+                    f"the worker's device failed: {first_line(error)}" if fatal else f"a fault: {type(error).__name__}",
+                    next_step="try again; if the error stays, see the server's log",
+                )
             self.send({"type": "error", "id": request_id, "fatal": fatal, **describe(failure)})
             if fatal:
                 sys.exit(failure.exit_code)
