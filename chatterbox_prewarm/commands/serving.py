@@ -105,7 +105,7 @@ if TYPE_CHECKING:
 @option(
     "--token-file",
     type=PATH,
-    help="File with a token that all requests except probes need. Or set CHATTERBOX_PREWARM_TOKEN.",
+    help="File with a token that all requests except probes need. Safer than CHATTERBOX_PREWARM_TOKEN.",
 )
 @option(
     "--allow-origin",

@@ -116,7 +116,8 @@ class Token:
 def load_token(path: Path | None, environment: MutableMapping[str, str] | None = None) -> Token | None:
     """Load the required token from the file `path` or from the environment. Returns None if there is no token.
 
-    The variable is removed from the environment, so that child processes do not inherit it.
+    The variable is removed from the environment, so that child processes do not inherit it. `/proc/PID/environ` still
+    shows it, so a file is safer.
 
     Raises:
         BadInputError: both sources have a token, or the token is empty or does not fit in an HTTP header.
