@@ -75,7 +75,7 @@ class Server:
         aliases = {"John Smith=Bob": "default"}
         store = VoiceStore(directory, baked={}, variant=VARIANT, weights=WEIGHTS, aliases=aliases)
         processes = [(CONFIG, start(part)(CONFIG))]
-        self.pool = Pool(processes, wait_seconds=wait_seconds, hang_seconds=20, voices=store)
+        self.pool = Pool(processes, wait_seconds=wait_seconds, hang_seconds=600, voices=store)
         self.admission = Admission(self.pool, limit=limit)
         app = App(self.pool, self.admission, store, max_characters=500, **settings).asgi()
         config = uvicorn.Config(
@@ -115,7 +115,7 @@ class Server:
         return float(match[1])
 
     def wait_until(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -340,7 +340,7 @@ def nginx(directory: Path, server: Server) -> Iterator[int]:
     command = ["nginx", "-p", str(directory), "-e", "stderr", "-c", str(directory / "nginx.conf")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while True:
                 with contextlib.suppress(ConnectionRefusedError), connect(port):
                     break
@@ -431,7 +431,7 @@ def test_a_draining_server_closes_connections_after_the_response(serve: Callable
 
 
 def test_a_worker_that_dies_during_a_drain_fails_its_requests_at_once(serve: Callable[..., Server]) -> None:
-    server = serve("stuck")
+    server = serve("stuck", wait_seconds=600)
     with ThreadPoolExecutor() as clients:
         requests = [clients.submit(server.speak) for _ in range(2)]
         server.wait_until(lambda: server.metric("requests_in_flight") == 2)
@@ -439,10 +439,8 @@ def test_a_worker_that_dies_during_a_drain_fails_its_requests_at_once(serve: Cal
         server.admission.draining = True
         server.pool.close()
         os.kill(server.pool.workers[0].pid, signal.SIGKILL)
-        started = time.monotonic()
         for pending in requests:
-            assert_refused(pending.result(), 503, "worker_gone")
-        assert time.monotonic() - started < 10
+            assert_refused(pending.result(60), 503, "worker_gone")
 
 
 def test_startupz_shows_the_reason_of_a_failed_worker(serve: Callable[..., Server]) -> None:

@@ -178,7 +178,7 @@ def test_no_character_of_any_unicode_plane_is_lost(seed: int) -> None:
         check("".join(chr(point) for point in points if not 0xD800 <= point < 0xE000))
 
 
-def test_the_longest_texts_are_split_within_a_second() -> None:
+def test_the_longest_texts_are_split_within_a_few_seconds_of_processor_time() -> None:
     # These texts were chosen to be slow.
     for text in (
         "Mr. " * 1024,
@@ -191,6 +191,6 @@ def test_the_longest_texts_are_split_within_a_second() -> None:
         "“" * 4096,
     ):
         check_text(text)
-        began = time.perf_counter()
+        began = time.process_time()  # does not count the time of other processes
         check(text)
-        assert time.perf_counter() - began < 1.0
+        assert time.process_time() - began < 5.0
