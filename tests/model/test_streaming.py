@@ -19,6 +19,7 @@ from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.regions import vocoder as vocoder_module
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.overlap import OverlappingWindows
+from chatterbox_prewarm.model.regions.t3 import STOP_SPEECH_TOKEN
 from chatterbox_prewarm.model.regions.vocoder import SAMPLES_PER_FRAME, Source
 from chatterbox_prewarm.model.stream import Stream
 from chatterbox_prewarm.model.streaming import generate_stream
@@ -147,7 +148,7 @@ def test_a_stream_and_a_synthesis_tell_whether_the_token_limit_ended_the_speech(
 ) -> None:
     """A random token takes the part of the stop token, which random weights do not draw at a known place."""
     blocks = torch.cat(list(synthesizer.token_blocks(TEXT, max_new_tokens=20)))
-    stop = synthesizer.model.t3.hp.stop_speech_token
+    stop = STOP_SPEECH_TOKEN
 
     def truncated(*, with_stop_token: bool) -> list[bool]:
         drawn = torch.cat([blocks[blocks != stop], torch.tensor([stop] * with_stop_token, dtype=torch.int64)])
