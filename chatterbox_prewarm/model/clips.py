@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, BinaryIO
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.model.mp3_length import with_endless_length
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
     import numpy as np
     from numpy.typing import NDArray
@@ -23,9 +27,13 @@ MIN_SAMPLE_RATE = 16_000
 MAX_SAMPLE_RATE = 192_000
 _SILENCE = 1e-4
 _BLOCK = 1 << 16
-#: libsndfile reports at least this length if the header has no length. python-soundfile cannot read such a file.
-_UNKNOWN_LENGTH = 1 << 62
-_CONVERT_STEP = "convert it: sox IN -r 24000 -c 1 OUT.wav"
+#: A header that promises more samples than this (66 days at 192 kHz) does not state the length. libsndfile reports such
+#: a number for a FLAC file that was written to a pipe, and `with_endless_length` promises one.
+_UNKNOWN_LENGTH = 1 << 40
+CONVERT_STEP = (
+    "use WAV, FLAC, OGG (Vorbis, Opus), MP3, AIFF or CAF; other formats, such as M4A, MP4, AAC, WebM and WMA, must be "
+    "converted: ffmpeg -i IN -ac 1 -ar 24000 OUT.wav"
+)
 _SPEECH_STEP = "give 5 to 10 s of clean speech"
 
 
@@ -51,7 +59,7 @@ def check_clip(path: Path, *, name: str) -> None:
 def read_clip(
     source: Path | BinaryIO, *, what: str, channels: int = 1, max_samples: int | None = None
 ) -> tuple[NDArray[np.float32], int]:
-    """Decode a reference clip. Never decodes more than the maximum length, even if the header promises more.
+    """Decode a reference clip to its end. Never decodes more than the maximum length, even if the header promises more.
 
     Args:
         source: a file in a format that libsndfile reads.
@@ -68,28 +76,16 @@ def read_clip(
     import numpy as np
     import soundfile
 
-    def bad(problem: str, step: str) -> BadInputError:
-        return BadInputError(f"{what} {problem}", next_step=step)
-
     try:
-        with soundfile.SoundFile(source) as sound:
-            rate = sound.samplerate
-            if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
-                raise bad(
-                    f"is sampled at {rate} Hz; {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} Hz are needed",
-                    "record it at 24000 Hz or more; resampling cannot restore missing frequencies",
-                )
-            if sound.channels > channels:
-                raise bad(
-                    f"has {sound.channels} channels; at most {channels} can be used",
-                    "mix it down to one: sox IN -c 1 OUT.wav",
-                )
-            if sound.frames >= _UNKNOWN_LENGTH:
-                raise bad("does not say how long it is, like a FLAC file written to a pipe", _CONVERT_STEP)
+        with _opened(source) as sound:
+            _check_header(sound, what=what, channels=channels)
+            rate, promised = sound.samplerate, sound.frames
             limit = int(MAX_SECONDS * rate)
-            blocks, total = [], sound.frames if sound.frames > limit else 0  # do not decode a clip that is too long
+            unknown = promised > _UNKNOWN_LENGTH
+            blocks: list[NDArray[np.float32]] = []
+            total = promised if promised > limit and not unknown else 0  # do not decode a clip that is too long
             while total <= min(limit, max_samples or limit):
-                block = sound.read(_BLOCK, dtype="float32", always_2d=True)
+                block = sound.read(min(_BLOCK, promised - total), dtype="float32", always_2d=True)
                 if not len(block):
                     break
                 with np.errstate(all="ignore"):  # check_samples finds NaN and infinity
@@ -101,15 +97,69 @@ def read_clip(
         TypeError,
     ) as error:  # TypeError: soundfile asks for the format of a .raw file
         reason = getattr(error, "error_string", str(error))  # without the file name, which `what` contains
-        raise bad(f"is not audio that can be read ({reason})", _CONVERT_STEP) from error
+        raise BadInputError(f"{what} is not audio that can be read ({reason})", next_step=CONVERT_STEP) from error
     # The header may promise more samples than the file contains.
     if not MIN_SECONDS <= total / rate <= MAX_SECONDS:
-        raise bad(f"is {total / rate:.2f} s long; {MIN_SECONDS:.0f} to {MAX_SECONDS:.0f} s are needed", _SPEECH_STEP)
+        seconds = f"more than {MAX_SECONDS:.0f}" if unknown and total > limit else f"{total / rate:.2f}"
+        problem = f"is {seconds} s long; {MIN_SECONDS:.0f} to {MAX_SECONDS:.0f} s are needed"
+        raise BadInputError(f"{what} {problem}", next_step=_SPEECH_STEP)
     if max_samples is not None and total > max_samples:
-        raise bad(f"has more than {max_samples} samples", f"use a lower sample rate, or {_SPEECH_STEP}")
+        step = f"use a lower sample rate, or {_SPEECH_STEP}"
+        raise BadInputError(f"{what} has more than {max_samples} samples", next_step=step)
     samples = np.concatenate(blocks)
     check_samples(samples, what=what)
     return samples, rate
+
+
+@contextlib.contextmanager
+def _opened(source: Path | BinaryIO) -> Iterator[Any]:
+    """Open a clip for reading from its beginning to its end. Yields a `soundfile.SoundFile`."""
+    import soundfile
+
+    with source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source) as stream:
+        endless = with_endless_length(stream)
+        stream.seek(0)
+        with soundfile.SoundFile(endless or source) as sound:
+            # Otherwise soundfile seeks after each read, which fails at the end of a FLAC file without a length.
+            sound.seekable = lambda: False
+            yield sound
+
+
+def _check_header(sound: Any, *, what: str, channels: int) -> None:
+    """Check the sample rate and the number of channels.
+
+    Raises:
+        BadInputError: one of them cannot be used.
+    """
+    rate = sound.samplerate
+    if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
+        raise BadInputError(
+            f"{what} is sampled at {rate} Hz; {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} Hz are needed",
+            next_step="record it at 24000 Hz or more; resampling cannot restore missing frequencies",
+        )
+    if sound.channels > channels:
+        raise BadInputError(
+            f"{what} has {sound.channels} channels; at most {channels} can be used",
+            next_step="mix it down to one: ffmpeg -i IN -ac 1 OUT.wav",
+        )
+
+
+@contextlib.contextmanager
+def decoded_clip(source: Path | BinaryIO, *, what: str) -> Iterator[Path]:
+    """Decode a clip into a WAV file of float32, for readers that would trust a wrong length in its header.
+
+    It is a memory file, because the clip contains a person's voice: a killed process must not leave a copy on a disk.
+
+    Raises:
+        BadInputError: the clip would give a bad voice, see `check_clip`.
+    """
+    import soundfile
+
+    samples, rate = read_clip(source, what=what)
+    with os.fdopen(os.memfd_create("clip", os.MFD_CLOEXEC), "wb") as file:
+        path = Path(f"/proc/self/fd/{file.fileno()}")
+        soundfile.write(path, samples, rate, format="WAV", subtype="FLOAT")
+        yield path
 
 
 def check_samples(samples: NDArray[np.float32], *, what: str) -> None:
@@ -125,6 +175,6 @@ def check_samples(samples: NDArray[np.float32], *, what: str) -> None:
     import numpy as np
 
     if not np.isfinite(samples).all():
-        raise BadInputError(f"{what} contains NaN or infinity", next_step=_CONVERT_STEP)
+        raise BadInputError(f"{what} contains NaN or infinity", next_step=CONVERT_STEP)
     if np.abs(samples).max() < _SILENCE:
         raise BadInputError(f"{what} is silent", next_step=_SPEECH_STEP)

@@ -10,18 +10,19 @@ import contextlib
 import importlib
 import logging
 import pickle
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
 from chatterbox_prewarm.errors import ModelError, WeightsError, first_line
+from chatterbox_prewarm.model.clips import decoded_clip
 from chatterbox_prewarm.model.conditionals import Conditionals, T3Conditionals
 from chatterbox_prewarm.weights.record import read_record
 from chatterbox_prewarm.weights.variants import ENGLISH
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from chatterbox.tts import ChatterboxTTS
     from chatterbox.tts import Conditionals as UpstreamConditionals
@@ -29,23 +30,28 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def prepare_voice(model: ChatterboxTTS, clip: Path) -> Conditionals:
+def prepare_voice(model: ChatterboxTTS, clip: Path | BinaryIO) -> Conditionals:
     """Compute the conditionals of a reference clip without changing `model.conds`.
+
+    Args:
+        model: upstream's model.
+        clip: a mono file in a format that libsndfile reads.
 
     Returns:
         the conditionals, with all tensors detached and on the model's device.
 
     Raises:
+        BadInputError: the clip would give a bad voice, see `clips.check_clip`.
         ModelError: upstream cannot process this clip.
     """
-    saved = model.conds
+    saved, what = model.conds, f"the clip {clip}" if isinstance(clip, Path) else "the clip"
     try:
-        with torch.inference_mode(), _without_a_search_for_decoders():
-            model.prepare_conditionals(clip)
+        with torch.inference_mode(), decoded_clip(clip, what=what) as path, _without_a_search_for_decoders():
+            model.prepare_conditionals(path)
             return detached(model.conds)
     except (RuntimeError, ValueError) as error:
         raise ModelError(
-            f"the conditionals of {clip} cannot be computed: {error}", next_step="try another clip of clean speech"
+            f"the conditionals of {what} cannot be computed: {error}", next_step="try another clip of clean speech"
         ) from error
     finally:
         model.conds = saved

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from chatterbox_prewarm.errors import BadInputError, PrewarmError, as_prewarm_error
-from chatterbox_prewarm.model.clips import MAX_SECONDS, read_clip
+from chatterbox_prewarm.model.clips import CONVERT_STEP, MAX_SECONDS, read_clip
 from chatterbox_prewarm.system.json_subprocess import claim_stdout, describe, die_with_parent, rebuild
 from chatterbox_prewarm.system.process import PARENT
 
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 MAX_SAMPLES = int(MAX_SECONDS) * 48_000
 _MAX_OUTPUT = 2 * MAX_SAMPLES + 1024
 _MAX_CHANNELS = 2
-_CONVERT = "convert it: sox IN -r 24000 -c 1 OUT.wav"
 _WHAT = "the clip"
 #: The variables that a Python process needs to find its packages. The rest of the environment may contain secrets.
 _INHERITED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV", "LANG")
@@ -100,7 +99,7 @@ async def decode(clip: bytes, limits: UploadLimits | None = None) -> bytes:
         output, log = await asyncio.wait_for(_communicate(process, clip), limits.wall_seconds)
     except (asyncio.TimeoutError, TimeoutError) as error:
         raise BadInputError(
-            f"{_WHAT} takes longer than {limits.wall_seconds:.0f} s to decode", next_step=_CONVERT
+            f"{_WHAT} takes longer than {limits.wall_seconds:.0f} s to decode", next_step=CONVERT_STEP
         ) from error
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -160,9 +159,9 @@ def _failure(status: int, output: bytes, log: bytes) -> PrewarmError:
         return rebuild(json.loads(output))
     logger.warning("decoding a clip ended with status %d: %s", status, log.decode(errors="replace"))
     if status in {-signal.SIGXCPU, -signal.SIGKILL}:
-        return BadInputError(f"{_WHAT} takes too much time or memory to decode", next_step=_CONVERT)
+        return BadInputError(f"{_WHAT} takes too much time or memory to decode", next_step=CONVERT_STEP)
     if status < 0:
-        return BadInputError(f"{_WHAT} is not audio that can be read (the decoder crashed)", next_step=_CONVERT)
+        return BadInputError(f"{_WHAT} is not audio that can be read (the decoder crashed)", next_step=CONVERT_STEP)
     return PrewarmError("the decoding process failed to start", next_step="see the server's log")
 
 
@@ -180,7 +179,7 @@ def main() -> None:
             _lower_limit(resource.RLIMIT_NOFILE, 0)
             wav = to_wav(clip)
         except MemoryError:
-            _fail(out, BadInputError(f"{_WHAT} takes too much memory to decode", next_step=_CONVERT))
+            _fail(out, BadInputError(f"{_WHAT} takes too much memory to decode", next_step=CONVERT_STEP))
         except Exception as error:  # noqa: BLE001 - the server reports every error to the client
             _fail(out, as_prewarm_error(error))
         else:

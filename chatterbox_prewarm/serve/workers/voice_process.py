@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError, ModelError, as_prewarm_error, first_line
@@ -112,16 +112,13 @@ def voice_bytes(model: ChatterboxTTS, clip: bytes, metadata: dict[str, str]) -> 
     """
     from chatterbox_prewarm.model.voices import prepare_voice
 
-    with os.fdopen(os.memfd_create("clip", os.MFD_CLOEXEC), "wb") as file:
-        file.write(clip)
-        file.flush()
-        try:
-            voice = prepare_voice(model, Path(f"/proc/self/fd/{file.fileno()}"))
-        except ModelError as error:
-            raise BadInputError(
-                f"no voice could be made from the clip: {first_line(error.__cause__ or error)}",
-                next_step="give 5 to 10 s of clean speech",
-            ) from error
+    try:
+        voice = prepare_voice(model, io.BytesIO(clip))
+    except ModelError as error:
+        raise BadInputError(
+            f"no voice could be made from the clip: {first_line(error.__cause__ or error)}",
+            next_step="give 5 to 10 s of clean speech",
+        ) from error
     return tensor_bytes(voice_tensors(voice), metadata)
 
 

@@ -101,14 +101,6 @@ def with_length(length: int) -> bytes:
     return bytes(data)
 
 
-def without_length() -> bytes:
-    """Return a FLAC file without a length in its header. An encoder that writes to a pipe makes such files."""
-    data = bytearray(sound_file(tone(), kind="FLAC"))
-    data[21] &= 0xF0
-    data[22:26] = bytes(4)
-    return bytes(data)
-
-
 def silence(hours: float, rate: int, kind: str, subtype: str) -> bytes:
     """Return hours of silence, which is a small file in a compressed format."""
     data = io.BytesIO()
@@ -150,7 +142,6 @@ UNUSABLE: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: sound_file(np.full((48_000, 2), [3e38, 3e38], np.float32), subtype="FLOAT"),
         "contains NaN or infinity",
     ),
-    "FLAC from a pipe": (without_length, "does not say how long it is"),
     "cut FLAC": (lambda: sound_file(tone(), kind="FLAC")[:600], "can be read|s long"),
     "six minutes": (lambda: silence(0.1, 16_000, "WAV", "PCM_16"), "360.00 s long"),
     "many samples": (
@@ -177,6 +168,19 @@ def test_the_process_reports_an_unusable_clip_and_ends() -> None:
             asyncio.run(decode(clip))
         assert caught.value.next_step
     assert children() == before
+
+
+def test_the_message_for_an_unsupported_format_names_the_supported_ones_and_a_converter_that_reads_it() -> None:
+    clip = b"\x00\x00\x00\x1cftypM4A \x00\x00\x00\x00M4A mp42isom" + bytes(5000)
+    with pytest.raises(BadInputError, match="not audio that can be read") as caught:
+        asyncio.run(decode(clip))
+    for word in ("WAV", "FLAC", "OGG", "MP3", "M4A", "WebM", "ffmpeg -i IN -ac 1 -ar 24000 OUT.wav"):
+        assert word in caught.value.next_step
+
+
+def test_an_executable_is_refused() -> None:
+    with pytest.raises(BadInputError, match="not audio that can be read"):
+        asyncio.run(decode(Path(sys.executable).resolve().read_bytes()[: 4 << 20]))
 
 
 @pytest.mark.parametrize(
