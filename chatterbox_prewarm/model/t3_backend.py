@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from chatterbox.models.t3 import T3
-from chatterbox.models.t3.inference.alignment_stream_analyzer import AlignmentStreamAnalyzer
 
 if TYPE_CHECKING:
     from torch import nn
+
+#: The class whose hooks stay after a call. Upstream removed it after chatterbox-tts 0.1.7, so it is not imported.
+_ANALYZER = "AlignmentStreamAnalyzer"
 
 
 class PersistentT3(T3):  # type: ignore[misc]
@@ -62,8 +64,7 @@ def keep_backend(t3: T3) -> None:
 
 def _remove_analyzer_hooks(transformer: nn.Module) -> None:
     """Remove the forward hooks of upstream's analyzer, which does not store their handles."""
-    owner = AlignmentStreamAnalyzer.__name__
     for layer in transformer.layers:  # type: ignore[union-attr]
         hooks = layer.self_attn._forward_hooks
-        for key in [key for key, hook in hooks.items() if hook.__qualname__.startswith(owner)]:
+        for key in [key for key, hook in hooks.items() if hook.__qualname__.startswith(_ANALYZER)]:
             del hooks[key]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -107,3 +109,43 @@ def test_multilingual_model_keeps_its_hooks_and_its_attention(multilingual_t3: T
     assert (config._attn_implementation, config.output_attentions) == attention
     assert all(torch.equal(result, first) for result in later)
     assert builds == [CALLS], "the analyzer belongs to one utterance"
+
+
+#: Imports the backend as with upstream's main branch, which no longer has the analyzer.
+_WITHOUT_ANALYZER = """
+import importlib.machinery, sys
+ANALYZER = "chatterbox.models.t3.inference.alignment_stream_analyzer"
+LINE = "from .inference.alignment_stream_analyzer import AlignmentStreamAnalyzer"
+
+class WithoutLine(importlib.machinery.SourceFileLoader):
+    def get_code(self, name):
+        source = self.get_data(self.path).decode()
+        assert LINE in source
+        return compile(source.replace(LINE, ""), self.path, "exec")
+
+class MainBranch:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == ANALYZER:
+            raise ModuleNotFoundError(name)
+        spec = None
+        if name == "chatterbox.models.t3.t3":
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+            spec.loader = WithoutLine(name, spec.origin)
+        return spec
+
+sys.meta_path.insert(0, MainBranch)
+from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox
+import_chatterbox()
+from chatterbox_prewarm.model.t3_backend import PersistentT3, keep_backend
+from chatterbox_prewarm.model.variants.english import make_t3
+t3 = make_t3(1)
+keep_backend(t3)
+assert isinstance(t3, PersistentT3)
+assert ANALYZER not in sys.modules
+"""
+
+
+def test_the_backend_needs_no_module_that_upstreams_main_branch_lacks() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", _WITHOUT_ANALYZER], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
