@@ -1,6 +1,8 @@
 """Predict whether a start on a node would hit: compare the labels of an image with the facts of the node before a pull.
 
-Only facts about machines are compared. Torch, sources, weights and paths are part of the image, so they always fit.
+Facts about machines are compared with the node. Torch, sources and weights are part of the image, so they always fit.
+The Python version and the path of the packages fit if the state was baked in this image or in one like it. They are
+compared with the environment of the image, because a state may have been baked elsewhere and appended.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ def compare_with_node(image: Image, host: Mapping[str, str]) -> NodeFit:
         compared.append(
             compatibility_of(
                 state.key,
-                {family.name: _differences(family, facts) for family in state.families},
+                {family.name: _differences(family, facts, image) for family in state.families},
                 {family.name: family.size for family in state.families},
                 baked=(state.device, state.profile),
                 start=(device, profile),
@@ -96,17 +98,46 @@ def compare_with_node(image: Image, host: Mapping[str, str]) -> NodeFit:
     return NodeFit(states=tuple(sorted(compared, key=lambda state: state.rank)))
 
 
+def explain_python(image: Image, required: Mapping[str, str]) -> list[str]:
+    """Say where the Python of an image differs from the one that a family requires, as far as its environment tells.
+
+    The program `python` is in a folder of PATH, and its packages are next to that folder. Docker's official images of
+    Python also set PYTHON_VERSION.
+
+    Args:
+        image: the image; only its configuration is used.
+        required: the facts that the family requires.
+    """
+    variables, differences = _environment(image), []
+    prefix, separator, _ = required.get("site_packages", "").rpartition("/lib/python")
+    folders = variables.get("PATH", "").split(":")
+    if separator and "PATH" in variables and f"{prefix}/bin" not in folders:
+        differences.append(
+            f"{describe_fact('site_packages')}: baked with {required['site_packages']}, but {prefix}/bin is not in the "
+            f"image's PATH ({variables['PATH']})"
+        )
+    version = variables.get("PYTHON_VERSION", "")
+    if version and "python" in required and required["python"].split()[-1] != version:
+        differences.append(f"{describe_fact('python')}: baked with {required['python']}, the image has {version}")
+    return differences
+
+
+def _environment(image: Image) -> dict[str, str]:
+    """Return the environment variables of an image."""
+    return dict(str(line).partition("=")[::2] for line in (image.config.get("config") or {}).get("Env") or ())
+
+
 def _setting(image: Image, name: str) -> str | None:
     """Read an option of `serve` from the environment of the image."""
-    variables = dict(str(line).partition("=")[::2] for line in (image.config.get("config") or {}).get("Env") or ())
-    return variables.get(f"CHATTERBOX_PREWARM_{name}") or None
+    return _environment(image).get(f"CHATTERBOX_PREWARM_{name}") or None
 
 
-def _differences(family: FamilyLabel, facts: Mapping[str, str]) -> list[str]:
+def _differences(family: FamilyLabel, facts: Mapping[str, str], image: Image) -> list[str]:
     """Say what differs for a family. A fact that this version does not know counts as different."""
     required = {name: value for name, value in family.requires.items() if name not in _FIXED_BY_IMAGE}
     unknown = [name for name in required if name not in {*MACHINE, "device"}]
     return [
         *explain({name: value for name, value in required.items() if name not in unknown}, facts),
+        *explain_python(image, family.requires),
         *(f"{describe_fact(name)}: baked with {required[name]}, which this version cannot compare" for name in unknown),
     ]

@@ -10,6 +10,7 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.image.compose import Change, platform_of
 from chatterbox_prewarm.image.labels import EVIDENCE, PREFIX, STATES, image_labels, read_states
 from chatterbox_prewarm.image.layer import pack, signature_layer, weight_layers
+from chatterbox_prewarm.image.node_fit import explain_python
 from chatterbox_prewarm.state.selection import states_in
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.atomic_files import scratch_folder
@@ -99,8 +100,8 @@ def change_for(base: Image, added: StateLayers, *, name: str = "", digest: str =
         device: device of a start. By default the device of the states, unless the base sets one.
 
     Raises:
-        BadInputError: the base is not an image of this project, or is for another torch or variant, or it contains a
-            state for the same machine and software.
+        BadInputError: the base is not an image of this project, or is for another torch, Python or variant, or it
+            contains a state for the same machine and software.
     """
     _check_base(base, added.manifests)
     existing = read_states(base.labels) if STATES in base.labels else ()
@@ -118,7 +119,7 @@ def _check_base(base: Image, manifests: Sequence[Manifest]) -> None:
     """Refuse a base in which a start could not use the states.
 
     Raises:
-        BadInputError: the base is not an image of this project, or is for another torch or variant.
+        BadInputError: the base is not an image of this project, or is for another torch, Python or variant.
     """
     torch = base.labels.get(_TORCH, "")
     if not torch:
@@ -140,3 +141,9 @@ def _check_base(base: Image, manifests: Sequence[Manifest]) -> None:
                 f"the base is for the model variant {variants}, but the state is for {manifest.variant}",
                 next_step="use a base for that variant",
             )
+        for family in manifest.families:
+            if differences := explain_python(base, family.requires):
+                raise BadInputError(
+                    f"the base cannot use the family {family.name} of the state: {'; '.join(differences)}",
+                    next_step="bake in a container of the base, as `chatterbox-prewarm build` does",
+                )

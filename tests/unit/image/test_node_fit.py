@@ -12,13 +12,14 @@ import click.testing
 import pytest
 
 from chatterbox_prewarm.commands.nodes import report_node_fit
-from chatterbox_prewarm.errors import EngineError, FingerprintMismatchError
+from chatterbox_prewarm.errors import BadInputError, EngineError, FingerprintMismatchError
 from chatterbox_prewarm.families.registry import applicable
 from chatterbox_prewarm.image import oci
 from chatterbox_prewarm.image.compose import platform_of, resolve
 from chatterbox_prewarm.image.labels import STATES, image_labels
 from chatterbox_prewarm.image.node_fit import compare_with_node
 from chatterbox_prewarm.image.oci import Descriptor, Document, Image
+from chatterbox_prewarm.image.state_layers import StateLayers, change_for
 from chatterbox_prewarm.system.fingerprint import ABSENT
 from tests.helpers.states import make_state_for
 
@@ -116,6 +117,54 @@ def test_the_device_is_that_of_the_host_then_of_the_image_then_of_the_state(labe
     assert not on_cpu.hits
     assert "  device: baked for cuda, here cpu" in on_cpu.lines()
     assert compare_with_node(image_of(labels, "CHATTERBOX_PREWARM_DEVICE=cpu"), {**host, "device": "cuda"}).hits
+
+
+VENV = "PATH=/opt/venv/bin:/usr/local/bin:/usr/bin"
+
+
+def host_baked(tmp_path: Path, packages: str, python: str = "cpython-311 3.11.2") -> Manifest:
+    """Make a complete state whose compiled family requires this path of the Python packages and this Python."""
+    facts = {**H100, "torch": "2.6.0", "site_packages": packages, "python": python}
+    return complete(make_state_for(tmp_path / "states" / "one", facts))
+
+
+@pytest.mark.parametrize(
+    ("packages", "python", "env", "words"),
+    [
+        ("/opt/venv/lib/python3.11/site-packages", "cpython-311 3.11.2", [VENV], ""),
+        ("/usr/local/lib/python3.11/dist-packages", "cpython-311 3.11.2", [VENV], ""),
+        ("/opt/venv/lib/python3.11/site-packages", "cpython-311 3.11.2", [VENV, "PYTHON_VERSION=3.11.2"], ""),
+        ("/opt/venv/lib/python3.11/site-packages", "cpython-311 3.11.2", [], ""),
+        (
+            "/home/me/.venv/lib/python3.11/site-packages",
+            "cpython-311 3.11.2",
+            [VENV],
+            "baked with /home/me/.venv/lib/python3.11/site-packages, but /home/me/.venv/bin is not in the image's PATH",
+        ),
+        (
+            "/opt/venv/lib/python3.11/site-packages",
+            "cpython-311 3.11.2",
+            [VENV, "PYTHON_VERSION=3.12.1"],
+            "Python: baked with cpython-311 3.11.2, the image has 3.12.1",
+        ),
+    ],
+)
+def test_a_state_that_was_baked_with_another_python_would_miss_and_is_not_appended(
+    packages: str, python: str, env: list[str], words: str, tmp_path: Path
+) -> None:
+    manifest = host_baked(tmp_path, packages, python)
+    image = image_of(image_labels([manifest]), *env)
+    node_fit = compare_with_node(image, {**CPU, **H100})
+    assert node_fit.hits == (not words)
+    assert words in "\n".join(node_fit.lines())
+    base = image_of({"io.chatterbox-prewarm.torch": "torch-2.6"}, *env)
+    added = StateLayers(layers=(), manifests=(manifest,))
+    if not words:
+        assert change_for(base, added).labels
+        return
+    with pytest.raises(BadInputError, match="cannot use the family aot of the state") as caught:
+        change_for(base, added)
+    assert words in caught.value.message
 
 
 def test_a_fact_that_this_version_cannot_compare_counts_as_a_miss(labels: dict[str, str]) -> None:
