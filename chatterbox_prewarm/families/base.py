@@ -44,8 +44,8 @@ class Family:
 
     Attributes:
         name: name of the family and of its folder in the warm state.
-        for_upstream: whether only upstream's code uses the family, which makes voices. A start then takes the steps of
-            the family when upstream's model is loaded (`start.upstream`).
+        for_upstream: whether only upstream's code uses the family, which makes voices. `watch` and `attach` then wait
+            until upstream's model is loaded (`start.upstream`).
         timers: the phases and timers of the metrics that measure this family's work. The family saves the difference
             between their sums in a cold and in a warm process.
     """

@@ -2,8 +2,8 @@
 
 Upstream's code uses librosa for every voice. The first calls of librosa spend 11 to 16 s on compiling. Numba's own
 on-disk cache stores the result. Numba compiles for a generic processor of the architecture, so that the code does not
-depend on the machine of the bake. When upstream's model is loaded, the cache is copied to a writable folder, because
-Numba tests whether it can write to its cache even when it only reads.
+depend on the machine of the bake. A start copies the cache to a writable folder, because Numba tests whether it can
+write to its cache even when it only reads.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from chatterbox_prewarm.errors import IntegrityError
 from chatterbox_prewarm.model.reference_clip import reference_clip
@@ -20,9 +20,6 @@ from chatterbox_prewarm.start.upstream import attach_upstream
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.json_subprocess import report
 from chatterbox_prewarm.system.metrics import StartMetrics
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
@@ -57,13 +54,11 @@ def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
             reference.text, voice=reference.voice, seed=reference.seed, max_new_tokens=reference.max_new_tokens
         )
     metrics.mark("ready")
-    changed = _changed(files_before, probes.listing(options.cache))
-    # A voice needs upstream's model, with the families that a synthesis does not use. They fill the cache first.
-    upstream = attach_upstream(prepared, lean=attached.synthesizer.model)
-    files_before = probes.listing(options.cache)
+    # A voice needs upstream's model, with the families that a synthesis does not use.
     with metrics.phase("voice"), reference_clip() as clip:
-        prepare_voice(upstream, clip)
-    changed += _changed(files_before, probes.listing(options.cache))
+        prepare_voice(attach_upstream(prepared, lean=attached.synthesizer.model), clip)
+    files_after = probes.listing(options.cache)
+    changed = [path for path, stamp in files_after.items() if stamp != files_before.get(path)]
     return {
         "isolation": surroundings,
         "metrics": metrics.to_dict(),
@@ -82,10 +77,6 @@ def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
             "expected_pcm_sha256": reference.pcm_sha256,
         },
     }
-
-
-def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    return [path for path, stamp in after.items() if stamp != before.get(path)]
 
 
 def _is_lock(path: Path) -> bool:

@@ -157,7 +157,7 @@ def _fill_caches(folders: Mapping[str, Path], profile: str, options: StartOption
         environment = model_environment(options.cache)
         for name, family in FAMILIES.items():
             environment |= family.environment(options.cache)
-            if family.applies(profile, options.device) and not family.for_upstream:
+            if family.applies(profile, options.device):
                 family.prepare(folders.get(name), options.cache, metrics)
     except OSError as error:
         raise from_os_error(error, f"filling the cache directory {options.cache}") from error

@@ -32,8 +32,6 @@ def attach_upstream(prepared: Prepared, *, lean: English | None = None) -> Chatt
         if family.for_upstream and family.applies(prepared.execution.profile, options.device)
     }
     BYTECODE.add_upstream_modules(prepared.folders.get(BYTECODE.name))
-    for name, family in families.items():
-        family.prepare(prepared.folders.get(name), options.cache, metrics)
     with metrics.phase("import of upstream"):
         for family in families.values():
             family.watch(metrics)
