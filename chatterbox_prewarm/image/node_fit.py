@@ -99,7 +99,7 @@ def compare_with_node(image: Image, host: Mapping[str, str]) -> NodeFit:
 
 
 def explain_python(image: Image, required: Mapping[str, str]) -> list[str]:
-    """Say where the Python of an image differs from the one that a family requires, as far as its environment tells.
+    """Say how the Python of an image differs from the required one, according to the environment of the image.
 
     The program `python` is in a folder of PATH, and its packages are next to that folder. Docker's official images of
     Python also set PYTHON_VERSION.

@@ -23,7 +23,7 @@ DELAY = 0.1
 
 
 def mp3(rate: int = 24_000, channels: int = 1, *, loud_first: bool = False, mode: str = "VARIABLE") -> bytes:
-    """Return an MP3 file whose bit rate at the beginning differs from that of the rest."""
+    """Return an MP3 file whose bit rate changes in the middle."""
     samples = tone(SECONDS, rate, channels) * 0.3
     half = slice(0, len(samples) // 2) if loud_first else slice(len(samples) // 2, None)
     samples[half] += np.random.default_rng(0).uniform(-0.5, 0.5, samples[half].shape).astype(np.float32)
