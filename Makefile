@@ -13,11 +13,12 @@ export PYTHONPATH := $(CURDIR)
 
 CHECKS := .venv-checks
 RAY := .venv-ray
+UNLOCKED := .venv-unlocked
 
 # OMP_WAIT_POLICY: idle OpenMP threads sleep instead of spinning, so test processes do not slow each other down.
 PYTEST := PATH="$$PATH:$(CURDIR)/$(CHECKS)/bin" OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --no-loadscope-reorder
 
-.PHONY: demo test test-all lint format checks ray image bench lock clean
+.PHONY: demo test test-all lint format checks unlocked ray image bench lock clean
 
 demo: $(VENV)/.complete  ## bake, pack, prove and serve on this machine, with random weights
 	$(BIN)/python -m chatterbox_prewarm.bench.demo
@@ -37,6 +38,22 @@ lint: $(VENV)/.complete
 
 checks: $(CHECKS)/.complete  ## lint the Dockerfile with hadolint; also installs checkov, which tests/kube uses
 	$(CHECKS)/bin/hadolint Dockerfile
+
+# The core comes first and without extras, because an extra could bring a package that the core uses without requiring
+# it. The extra `model` is only resolved: its packages have several gigabytes. --no-config: pip knows no overrides.
+unlocked:  ## install without the locks, as `pip install .` does, and run unit tests that need no torch
+	rm -rf $(UNLOCKED) && $(PYTHON) -m venv $(UNLOCKED)
+	$(UNLOCKED)/bin/pip install --quiet --require-hashes -r build/locks/uv.txt
+	VIRTUAL_ENV=$(UNLOCKED) $(UNLOCKED)/bin/uv pip install --quiet --no-config . pytest pytest-timeout pytest-xdist \
+	    filelock numpy packaging safetensors
+	$(UNLOCKED)/bin/python -m pytest -q -n $(JOBS) tests/unit/weights tests/unit/commands tests/unit/test_dependencies.py
+	VIRTUAL_ENV=$(UNLOCKED) $(UNLOCKED)/bin/uv pip install --quiet --no-config '.[report,trust]' \
+	    'cyclonedx-python-lib[json-validation]'
+	$(UNLOCKED)/bin/python -m pytest -q -n $(JOBS) tests/unit/state/test_signing.py tests/unit/bench/report/test_compare.py \
+	    tests/unit/image/test_sbom.py::test_the_timestamp_comes_from_source_date_epoch
+	for extra in model dev; do \
+	    $(UNLOCKED)/bin/uv pip compile --quiet --no-config --extra $$extra pyproject.toml -o $(UNLOCKED)/$$extra.txt || exit; \
+	done
 
 ray: $(RAY)/.complete  ## install Ray in its own environment, to test docs/examples/ray_serve_app.py
 

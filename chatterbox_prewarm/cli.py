@@ -61,7 +61,7 @@ def cli(*, debug: bool) -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler])
     if debug:
         os.environ[DEBUG] = "1"
-    for noisy in ("httpx", "urllib3", "docker", "asyncio", "filelock"):
+    for noisy in ("httpx", "httpx2", "urllib3", "docker", "asyncio", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -71,9 +71,10 @@ def _fetch_file(directory: Path, name: str, variant: Variant, commit: str) -> No
         BadInputError: the file cannot be written.
         WeightsError: the file cannot be downloaded, or has another digest than announced.
     """
-    import httpx
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    # HTTPError is the base class of network errors in the HTTP client of the hub: httpx, or httpx2 since version 2.
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
     path = directory / name
     try:
@@ -87,7 +88,7 @@ def _fetch_file(directory: Path, name: str, variant: Variant, commit: str) -> No
         if problem := _differs_from_etag(path, announced.etag):
             path.unlink()
             raise WeightsError(f"{name} of {variant.repository}: {problem}", next_step=FETCH_AGAIN)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+    except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
             raise from_os_error(error, f"writing {name}") from error
         raise WeightsError(
