@@ -38,7 +38,7 @@ class VoiceRoutes:
     Args:
         store: the baked and the added voices.
         admission: decides whether the server accepts an upload.
-        prepare: makes the file of a voice from a WAV file, in a worker. Raises `PrewarmError`.
+        prepare: makes the file of a voice from a WAV file. Raises `PrewarmError`.
         speak: returns the response with the speech for some options, or with an error.
         limits: limits on uploads.
     """
