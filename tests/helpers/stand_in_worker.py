@@ -115,10 +115,6 @@ class StandIn:
             answer = {"type": "audio", "id": header["id"], "tokens": 1, "last": True, "seconds": 0.1}
             audio = text.encode() * ((1 << 22) if "loud" in text else 1)
             self.send({**answer, "truncated": "endless" in text}, audio)
-        if header["type"] == "voice":
-            from tests.helpers.added_voices import voice
-
-            self.send({"type": "voice", "id": header["id"]}, voice())
 
 
 def main(behaviour: str, connection: socket.socket) -> None:

@@ -138,7 +138,7 @@ sys.meta_path.insert(0, MainBranch)
 from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox
 import_chatterbox()
 from chatterbox_prewarm.model.t3_backend import PersistentT3, keep_backend
-from chatterbox_prewarm.model.variants.english import make_t3
+from chatterbox_prewarm.model.upstream import make_t3
 t3 = make_t3(1)
 keep_backend(t3)
 assert isinstance(t3, PersistentT3)

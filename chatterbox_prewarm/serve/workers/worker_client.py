@@ -248,7 +248,7 @@ class WorkerClient:
                 self._warmup_step = None
             case "alive":
                 pass
-            case "error" | "cancelled" | "voice" | "audio" | "progress":
+            case "error" | "cancelled" | "audio" | "progress":
                 self._deliver(header, payload)
             case other:
                 raise AssertionError(f"a worker sent a message of the unknown type {other!r}")
@@ -262,7 +262,7 @@ class WorkerClient:
                 self.phase, self.ready = "ending", False
             case "error":
                 answer = rebuild(header)
-            case "cancelled" | "voice":
+            case "cancelled":
                 answer = ({**header, "last": True}, payload)
         if header["id"] in self._answers:
             self._answers[header["id"]].put_nowait(answer)

@@ -40,6 +40,7 @@ from chatterbox_prewarm.serve.workers.messages import Chunk
 from chatterbox_prewarm.serve.workers.pool import Pool
 from tests.conftest import ROOT
 from tests.helpers.added_voices import VARIANT, WEIGHTS, sound_file, tone
+from tests.helpers.added_voices import voice as voice_file
 from tests.helpers.http_server import connect, request
 from tests.helpers.stand_in_worker import CONFIG, start
 
@@ -156,6 +157,18 @@ def test_an_upload_is_refused_before_its_body_is_read(serve: Callable[..., Serve
         assert upload.recv(100).startswith(b"HTTP/1.1 503")
 
 
+@pytest.fixture
+def slow_voice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take a second for a voice, without a model."""
+
+    async def make_voice(*_: object) -> bytes:
+        await asyncio.sleep(1)
+        return voice_file()
+
+    monkeypatch.setattr("chatterbox_prewarm.serve.workers.pool.make_voice", make_voice)
+
+
+@pytest.mark.usefixtures("slow_voice")
 def test_an_upload_counts_toward_the_queue_limit(serve: Callable[..., Server]) -> None:
     server = serve("slow", limit=1)
     assert server.metric("queue_limit") == 1
@@ -403,6 +416,7 @@ def test_a_request_that_waits_too_long_for_a_worker_is_refused(serve: Callable[.
         assert first.result()[1] == b"Hello."
 
 
+@pytest.mark.usefixtures("slow_voice")
 def test_a_drain_waits_for_an_upload_and_refuses_new_ones(serve: Callable[..., Server]) -> None:
     server = serve("slow")
     with ThreadPoolExecutor() as clients:

@@ -131,15 +131,18 @@ def opened(port: int, *sent: bytes) -> Iterator[list[socket.socket]]:
 
 
 def accepted_socket(client: socket.socket) -> socket.socket:
-    """Return the server's end of a connection. The server runs in a thread of this process."""
-    for descriptor in Path("/proc/self/fd").iterdir():
-        if not descriptor.is_socket():
-            continue
-        candidate = socket.socket(fileno=os.dup(int(descriptor.name)))
-        with contextlib.suppress(OSError):  # not connected
-            if candidate.getpeername() == client.getsockname():
-                return candidate
-        candidate.close()
+    """Wait for the server's end of a connection, and return it. The server runs in a thread of this process."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for descriptor in Path("/proc/self/fd").iterdir():
+            if not descriptor.is_socket():  # or closed in the meantime
+                continue
+            candidate = socket.socket(fileno=os.dup(int(descriptor.name)))
+            with contextlib.suppress(OSError):  # not connected
+                if candidate.getpeername() == client.getsockname():
+                    return candidate
+            candidate.close()
+        time.sleep(0.01)
     raise AssertionError("the server has no such connection")
 
 
