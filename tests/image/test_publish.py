@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,8 +28,6 @@ from tests.helpers.images import make_base
 from tests.helpers.states import make_state_for, rewrite
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from chatterbox_prewarm.image.append import AppendResult
 
 STACK = ".".join(version("torch").split(".")[:2])
@@ -39,7 +38,8 @@ L4 = {"arch": "x86_64", "gpu": "NVIDIA L4", "compute_capability": "8.9", "driver
 def layout(tmp_path: Path) -> Layout:
     layout = Layout(tmp_path / "layout")
     labels = {"io.chatterbox-prewarm.torch": f"torch-{STACK}", "io.chatterbox-prewarm.variant": "english"}
-    make_base(layout, "cold", Labels=labels)
+    # A state is baked in a container of the base, so the base has the Python of the bake.
+    make_base(layout, "cold", Labels=labels, Env=[f"PATH={Path(sys.executable).parent}:/bin"])
     return layout
 
 
