@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -56,7 +57,7 @@ def test_the_effect_of_the_warm_up_is_measured_in_fresh_processes(baked: Path, m
     assert steps == ["cold start, 1 of 1", "warm start, 1 of 1"]
     assert metrics.latency_improvement_ratio > 1
     assert 0 < metrics.warmup_duration < metrics.warm_start_latency < metrics.cold_start_latency
-    assert metrics.first_chunk_improvement_ms > 0, "the cold process compiles with Numba in its first request"
+    assert math.isfinite(metrics.first_chunk_improvement_ms), "neither process compiles in its first request"
     assert metrics.second_model_latency is not None
     assert metrics.second_model_latency < metrics.cold_start_latency, "a second model in one process is not cold"
 
