@@ -106,7 +106,7 @@ def test_warm_and_cold_starts_are_measured_and_an_update_loses_no_request(
     report = json.loads(output.read_text())
     (warm,), (cold,) = report["starts"]["warm"], report["starts"]["cold"]
     assert warm["misses"] == {}
-    assert warm["hits"]["numba"] > 0
+    assert warm["hits"]["bytecode"] > 0
     assert cold["hits"] == {}
     assert cold["profile"] == "eager"
     assert warm["restarts"] == cold["restarts"] == 0
@@ -147,7 +147,7 @@ def test_a_corrupted_state_causes_a_slow_start_but_no_crash_loop(
         wait_ready(pod, watched)
         status = pod.target.status()
         assert status["misses"].keys() == {"aot"}
-        assert status["hits"].keys() >= {"numba", "conditionals"}, "intact families are used"
+        assert status["hits"].keys() >= {"bytecode", "conditionals"}, "intact families are used"
         assert "miss in aot" in pod.log()
         assert request_speech(pod.target, BODIES[0], streamed=False).outcome == "sound"
         assert [event.kind for event in watched.events] == ["started", "ready"]
