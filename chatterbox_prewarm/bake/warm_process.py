@@ -51,10 +51,9 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
         voice = load_voice(Path(folder) / "voice.safetensors", device=bake.device)
     Synthesizer(synthesizer.model, {DEFAULT_VOICE: voice}).check()
     sources = BYTECODE.start_sources()
-    make_missing_voices(attached, {})
+    upstream = make_missing_voices(attached, {}) or attach_upstream(attached.prepared, lean=synthesizer.model)
     with metrics.phase("reference"):
         reference = make_reference(attached)
-    upstream = attach_upstream(attached.prepared, lean=synthesizer.model)
     for name, clip in bake.voices.items():
         print(f"voice {name}", file=sys.stderr)
         with metrics.phase("conditionals"):

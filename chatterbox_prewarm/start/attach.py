@@ -29,6 +29,8 @@ from chatterbox_prewarm.weights.variants import ENGLISH
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from chatterbox.tts import ChatterboxTTS
+
     from chatterbox_prewarm.families.base import Family
     from chatterbox_prewarm.model.conditionals import Conditionals
     from chatterbox_prewarm.model.regions.executors import Executor
@@ -223,13 +225,18 @@ def _executor(prepared: Prepared) -> Executor:
             return eager
 
 
-def make_missing_voices(attached: Attached, clips: Mapping[str, Path]) -> None:
-    """Make the built-in voice and those of `clips` that are not baked; each is a miss. Then mark "attached"."""
-    _make_voices(attached, clips)
+def make_missing_voices(attached: Attached, clips: Mapping[str, Path]) -> ChatterboxTTS | None:
+    """Make the built-in voice and those of `clips` that are not baked; each is a miss. Then mark "attached".
+
+    Returns:
+        upstream's model, if a voice needed it.
+    """
+    upstream = _make_voices(attached, clips)
     attached.metrics.mark("attached")
+    return upstream
 
 
-def _make_voices(attached: Attached, clips: Mapping[str, Path]) -> None:
+def _make_voices(attached: Attached, clips: Mapping[str, Path]) -> ChatterboxTTS | None:
     from chatterbox_prewarm.model.voices import prepare_voice, read_builtin_voice
 
     model, voices, prepared = attached.synthesizer.model, attached.synthesizer.voices, attached.prepared
@@ -242,7 +249,7 @@ def _make_voices(attached: Attached, clips: Mapping[str, Path]) -> None:
             voices[DEFAULT_VOICE] = builtin
             missing.remove(DEFAULT_VOICE)
     if not missing:
-        return
+        return None
     from chatterbox_prewarm.start.upstream import attach_upstream
 
     upstream = attach_upstream(prepared, lean=model)
@@ -250,3 +257,4 @@ def _make_voices(attached: Attached, clips: Mapping[str, Path]) -> None:
         for name in missing:
             clip = clips[name] if name in clips else stack.enter_context(reference_clip())
             voices[name] = prepare_voice(upstream, clip)
+    return upstream
