@@ -14,7 +14,11 @@ ARG BASE=debian:bookworm-slim
 # The source of the weights: hub (the published weights), synthetic (random weights, whose speech is noise), or none
 # (the weights are appended or mounted later).
 ARG WEIGHTS=hub
-# The source of the Python packages: the stage that installs them, or an image that was built from the stage `deps`.
+# The Python packages of the image: lean (what speech with baked voices needs), or full (also upstream's model, which
+# makes voices, and Triton, which the profile `compiled` needs). A bake always has the full set.
+ARG PACKAGES=lean
+# The source of the Python packages: the stages that install them, or NAME for the images NAME-lean and NAME-full that
+# were built from the stages `deps-lean` and `deps-full`.
 ARG DEPS=packages
 
 # ---- base: the operating system --------------------------------------------------------------------------------------
@@ -28,30 +32,45 @@ RUN apt-get update \
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1
 
-# ---- deps: the Python packages of one software stack, from its hashed lock -------------------------------------------
-FROM base AS installed
+# ---- deps: the Python packages of one software stack, from its hashed locks ------------------------------------------
+# uv and the locks are only mounted in the steps below, so they are in no layer of the image.
+FROM base AS uv
 ARG STACK=torch-2.6
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends python3-venv \
  && rm -rf /var/lib/apt/lists/*
-COPY build/sync build/locks/uv.txt build/locks/${STACK}.txt /build/
+COPY build/locks/uv.txt build/sync /opt/uv/
+RUN --mount=type=secret,id=ca --mount=type=secret,id=pip \
+    UV_TOOLS=/opt/uv sh /opt/uv/sync /opt/uv/uv.txt
+COPY build/locks/${STACK}-lean.txt /opt/lean/lock.txt
+COPY build/locks/${STACK}.txt /opt/full/lock.txt
+
+FROM base AS packages-lean
 RUN --mount=type=cache,target=/var/cache/uv \
     --mount=type=secret,id=ca --mount=type=secret,id=pip \
-    UV_CACHE_DIR=/var/cache/uv sh /build/sync /build/uv.txt "/build/${STACK}.txt" /opt/venv
+    --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
+    --mount=type=bind,from=uv,source=/opt/lean,target=/opt/lock \
+    UV_TOOLS=/opt/uv UV_CACHE_DIR=/var/cache/uv sh /opt/uv/sync /opt/uv/uv.txt /opt/lock/lock.txt /opt/venv
 
-# Leave out the tools that installed the packages. All stages below start from this one, so a build with DEPS set to an
-# image does not copy a gigabyte of packages.
-FROM base AS packages
-COPY --from=installed /opt/venv /opt/venv
+# The lean packages stay as they are, and the others are added: state that was baked with these serves an image without
+# them. All stages below start from one of these two, so a build with DEPS set to images does not copy gigabytes.
+FROM packages-lean AS packages-full
+RUN --mount=type=cache,target=/var/cache/uv \
+    --mount=type=secret,id=ca --mount=type=secret,id=pip \
+    --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
+    --mount=type=bind,from=uv,source=/opt/full,target=/opt/lock \
+    UV_TOOLS=/opt/uv UV_CACHE_DIR=/var/cache/uv sh /opt/uv/sync /opt/uv/uv.txt /opt/lock/lock.txt /opt/venv
 
-# DEPS is a stage of this file or the name of an image.
+# DEPS begins the name of a stage of this file or of an image.
 # hadolint ignore=DL3006
-FROM ${DEPS} AS deps
+FROM ${DEPS}-lean AS deps-lean
+# hadolint ignore=DL3006
+FROM ${DEPS}-full AS deps-full
 
 # ---- weights: downloaded at a pinned commit, or random ---------------------------------------------------------------
 # Copy only the packages that the download uses, so that a change of other code does not download the weights again.
-FROM deps AS weights-hub
+FROM deps-lean AS weights-hub
 ARG VARIANT=english
 ARG REVISION=
 # URL of a mirror of the hub; empty for the hub itself.
@@ -65,7 +84,7 @@ RUN --mount=type=cache,target=/var/cache/weights,sharing=locked \
     --mount=type=secret,id=ca --mount=type=secret,id=hf_token \
     PYTHONPATH=/build python /build/fetch.py /var/cache/weights /opt/chatterbox-prewarm/weights
 
-FROM deps AS weights-synthetic
+FROM deps-full AS weights-synthetic
 ARG SIZE=full
 COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/redaction.py chatterbox_prewarm/version.py /build/chatterbox_prewarm/
 COPY chatterbox_prewarm/system /build/chatterbox_prewarm/system
@@ -82,7 +101,7 @@ RUN mkdir -p /opt/chatterbox-prewarm/weights
 FROM weights-${WEIGHTS} AS weights
 
 # ---- bake: the warm-up on the device DEVICE --------------------------------------------------------------------------
-FROM deps AS bake
+FROM deps-full AS bake
 # Compilers for the bake. The result does not contain them.
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -117,14 +136,22 @@ RUN --mount=type=bind,from=weights,source=/opt/chatterbox-prewarm/weights,target
     --levels "${LEVELS}" --profile "${PROFILE}" --t3-dtype "${T3_DTYPE}"
 
 # ---- cold: everything except the warm state --------------------------------------------------------------------------
-FROM deps AS cold
+# PACKAGES selects one of the stages above.
+# hadolint ignore=DL3006
+FROM deps-${PACKAGES} AS cold
 ARG STACK=torch-2.6
 ARG VARIANT=english
+ARG PACKAGES
+ARG PROFILE=aot
+RUN if [ "${PROFILE}-${PACKAGES}" = compiled-lean ]; then \
+      echo "The profile compiled needs Triton: add --build-arg PACKAGES=full" >&2; exit 1; \
+    fi
 LABEL org.opencontainers.image.title="chatterbox-prewarm" \
       org.opencontainers.image.description="Chatterbox TTS with its warm state baked in" \
       org.opencontainers.image.licenses="MIT" \
       io.chatterbox-prewarm.variant="${VARIANT}" \
-      io.chatterbox-prewarm.torch="${STACK}"
+      io.chatterbox-prewarm.torch="${STACK}" \
+      io.chatterbox-prewarm.packages="${PACKAGES}"
 COPY --from=weights /opt/chatterbox-prewarm/weights /opt/chatterbox-prewarm/weights
 COPY chatterbox_prewarm /opt/chatterbox-prewarm/app/chatterbox_prewarm
 # Compile this project's modules here and not in the bake, so that a change of them does not bake again. -B keeps Python
@@ -143,15 +170,18 @@ USER 12345:12345
 ENTRYPOINT ["python", "-m", "chatterbox_prewarm"]
 CMD ["serve"]
 
-# ---- tools: cold with compilers, for the container in which `chatterbox-prewarm build` bakes -------------------------
-FROM cold AS tools
+# ---- tools: all packages and compilers, for the container in which `chatterbox-prewarm build` bakes ------------------
 # The user is root, because this image only bakes and is not shipped.
-# hadolint ignore=DL3002
-USER 0:0
+FROM deps-full AS tools
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ python3-dev \
- && rm -rf /var/lib/apt/lists/*
+ && rm -rf /var/lib/apt/lists/* \
+ && mkdir -m 1777 /var/cache/chatterbox-prewarm
+COPY --from=cold /opt/chatterbox-prewarm /opt/chatterbox-prewarm
+ENV PYTHONPATH=/opt/chatterbox-prewarm/app \
+    HF_HUB_OFFLINE=1
+ENTRYPOINT ["python", "-m", "chatterbox_prewarm"]
 
 # ---- runtime ---------------------------------------------------------------------------------------------------------
 FROM cold AS runtime

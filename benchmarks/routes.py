@@ -1,7 +1,8 @@
 """`benchmarks routes`: add one warm state to an image by every route that needs no GPU, and prove each image.
 
-The classic builder bakes the state, and the other routes use it. The packages are installed once, in BuildKit's stage
-`deps`; podman gets a copy of that image. `build` loads its images into Docker as archives, so that route is included.
+The classic builder bakes the state, and the other routes use it. BuildKit installs the packages once, in the stages
+`deps-lean` and `deps-full`; podman gets a copy of the lean image. `build` loads its images into Docker as archives, so
+that route is included.
 """
 
 from __future__ import annotations
@@ -101,16 +102,17 @@ class _Routes:
     def run(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the result of each route by its name."""
         results = {}
-        with self._timed("the stage deps, with BuildKit"):
-            build(self._context, _DEPS, ["--target", "deps"])
+        with self._timed("the packages, with BuildKit"):
+            for packages in ("lean", "full"):
+                build(self._context, f"{_DEPS}-{packages}", ["--target", f"deps-{packages}"])
         deps = ("--build-arg", f"DEPS={_DEPS}")
         results["classic builder"] = self._build("classic", *deps, "--builder", "classic", "--route", "dockerfile")
         if "BuildKit" in names:
             results["BuildKit"] = self._build("buildkit")
         if {"podman", "OCI layout", "registry"}.isdisjoint(names):
             return results
-        with self._timed("the stage deps, for podman"):
-            give_to_podman(_DEPS)
+        with self._timed("the packages, for podman"):
+            give_to_podman(f"{_DEPS}-lean")  # no other route bakes
         if "podman" in names:
             results["podman"] = self._build("podman", *deps, engine="podman")
         layout = Layout(self._scratch / "layout")

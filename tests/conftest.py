@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -102,6 +103,17 @@ def run_benchmark(*arguments: str | Path, timeout: float = 600.0) -> subprocess.
     """Run `python -m benchmarks ARGUMENTS` in a subprocess."""
     command = [sys.executable, "-m", "benchmarks", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT)
+
+
+@pytest.fixture
+def lean_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide upstream's package, as in an image with the lean packages."""
+    find = importlib.util.find_spec
+
+    def find_all_but_upstream(name: str, package: str | None = None) -> Any:
+        return None if name == "chatterbox" else find(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_all_but_upstream)
 
 
 @pytest.fixture

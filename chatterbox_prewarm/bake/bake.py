@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, NotWarmError, from_os_error
 from chatterbox_prewarm.families.registry import COMPILED, FAMILIES, applicable
+from chatterbox_prewarm.model.chatterbox_imports import require_upstream
 from chatterbox_prewarm.model.clips import check_clip
 from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.model.warmup.settings import SWITCH, check_levels, switched_off
@@ -96,6 +97,7 @@ def _check(options: BakeOptions) -> BakeOptions:
         raise BadInputError(
             f"{SWITCH} switches the warm-up off, and a bake needs a warm-up", next_step=f"unset {SWITCH}"
         )
+    require_upstream()
     voices = {check_voice_name(name): clip.resolve() for name, clip in options.voices.items()}
     options = replace(
         options,

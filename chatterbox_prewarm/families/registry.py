@@ -12,6 +12,7 @@ from chatterbox_prewarm.families.inductor import InductorFamily
 from chatterbox_prewarm.families.numba_cache import NumbaFamily
 from chatterbox_prewarm.families.signal_constants import SignalFamily
 from chatterbox_prewarm.families.triton_cache import TritonFamily
+from chatterbox_prewarm.system.fingerprint import upstream_installed
 
 if TYPE_CHECKING:
     from chatterbox_prewarm.families.base import Family
@@ -38,5 +39,11 @@ MAY_BE_EMPTY = ("cuda",)
 
 
 def applicable(profile: str, device: str) -> tuple[str, ...]:
-    """List the families that a model uses when it runs with this profile on this device."""
-    return tuple(name for name, family in FAMILIES.items() if family.applies(profile, device))
+    """List the families that are used here when a model runs with this profile on this device."""
+    return tuple(name for name, family in FAMILIES.items() if family.applies(profile, device) and is_used(name))
+
+
+def is_used(name: str) -> bool:
+    """Return False for a family that only upstream's code uses, where upstream is not installed."""
+    family = FAMILIES.get(name)
+    return family is None or not family.for_upstream or upstream_installed()

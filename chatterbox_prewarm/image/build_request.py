@@ -155,6 +155,11 @@ def check_request(request: BuildRequest, engine: Engine) -> None:
         if not clip.is_file():
             raise BadInputError(f"there is no clip {clip}", next_step="name an audio file: --voice NAME=PATH")
     check_base_image(builder_args(request.arguments, os.environ).get("BASE_DIGEST", ""))
+    if request.profile == "compiled" and request.arguments.get("PACKAGES") != "full":
+        raise BadInputError(
+            "the profile compiled needs Triton, which an image has only with all packages",
+            next_step="add --build-arg PACKAGES=full",
+        )
     check_tag(request, engine)
     _check_route(request, engine)
     if request.classic:
@@ -162,7 +167,8 @@ def check_request(request: BuildRequest, engine: Engine) -> None:
         if request.secrets:
             raise BadInputError(
                 "the classic builder does not support secrets",
-                next_step="build the stage `deps` with BuildKit, and name that image with --build-arg DEPS=IMAGE",
+                next_step="build the stages `deps-lean` and `deps-full` with BuildKit as IMAGE-lean and IMAGE-full, "
+                "and add --build-arg DEPS=IMAGE",
             )
     free = engine.info.free_bytes
     if free is not None and free < _BUILD_BYTES:

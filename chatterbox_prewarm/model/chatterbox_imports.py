@@ -23,9 +23,16 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import ModelError
+from chatterbox_prewarm.system.fingerprint import upstream_installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+#: Advice where packages are missing.
+FULL_PACKAGES = (
+    "in an image, use one that was built with `--build-arg PACKAGES=full`; "
+    "elsewhere, install the model extra: pip install 'chatterbox-prewarm[model]'"
+)
 
 #: Functions of transformers that decide about imports which decoding with Llama never uses.
 _UNUSED_EXTRAS = ("is_torch_flex_attn_available", "is_sklearn_available")
@@ -40,6 +47,16 @@ _DEFERRED: dict[str, str | None] = {
 }
 
 
+def require_upstream() -> None:
+    """Check that upstream's model is installed.
+
+    Raises:
+        ModelError: it is not. An image has it only if it was built with `PACKAGES=full`.
+    """
+    if not upstream_installed():
+        raise ModelError("upstream's model is not installed, and only it makes voices", next_step=FULL_PACKAGES)
+
+
 def import_chatterbox() -> None:
     """Import the modules of torch, transformers, chatterbox and perth that loading and synthesis need.
 
@@ -49,6 +66,7 @@ def import_chatterbox() -> None:
     Raises:
         ModelError: a package is missing, or the watermarker cannot be loaded.
     """
+    require_upstream()
     with paused_gc(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated", category=UserWarning)
         try:
@@ -62,7 +80,7 @@ def import_chatterbox() -> None:
         except ImportError as error:
             raise ModelError(
                 f"the model's packages cannot be imported: {error}",
-                next_step="install the model extra: pip install 'chatterbox-prewarm[model]'",
+                next_step=FULL_PACKAGES,
             ) from error
     if perth.PerthImplicitWatermarker is None:
         raise ModelError(

@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 SIZES = ("full", "mini")
 REPOSITORY = "synthetic"
 
-#: Length of the random voice prompt in S3 speech tokens (25 per second). A published voice has up to 10 s.
-_PROMPT_TOKENS = 75
+#: Lengths of the random voice prompt in S3 speech tokens (25 per second). A published voice has up to 10 s.
+_PROMPT_TOKENS = {"full": 75, "mini": 25}
 
 
 @contextlib.contextmanager
@@ -137,6 +137,7 @@ def _write(directory: Path, synthetic: Synthetic) -> None:
     from chatterbox.models.voice_encoder import VoiceEncoder
     from chatterbox.tts import Conditionals, T3Cond
 
+    prompt = _PROMPT_TOKENS[synthetic.size]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(synthetic.seed)
         logger.info("generating random weights: T3")
@@ -155,9 +156,9 @@ def _write(directory: Path, synthetic: Synthetic) -> None:
                 emotion_adv=0.5 * torch.ones(1, 1, 1),
             ),
             {
-                "prompt_token": torch.randint(0, 6561, (1, _PROMPT_TOKENS)),
-                "prompt_token_len": torch.tensor([_PROMPT_TOKENS]),
-                "prompt_feat": torch.randn(1, 2 * _PROMPT_TOKENS, 80) - 5.0,  # typical log-mel values are around -5
+                "prompt_token": torch.randint(0, 6561, (1, prompt)),
+                "prompt_token_len": torch.tensor([prompt]),
+                "prompt_feat": torch.randn(1, 2 * prompt, 80) - 5.0,  # typical log-mel values are around -5
                 "prompt_feat_len": None,
                 "embedding": torch.randn(1, 192),
             },

@@ -101,7 +101,7 @@ def _installed_checkpoint() -> Path:
     if spec is None or spec.origin is None:
         raise ModelError(
             "the package resemble-perth is missing, and speech without a watermark is not allowed",
-            next_step="install the model extra: pip install 'chatterbox-prewarm[model]'",
+            next_step="install the lean extra: pip install 'chatterbox-prewarm[lean]'",
         )
     return Path(spec.origin).parent / _CHECKPOINT
 

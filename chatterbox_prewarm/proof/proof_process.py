@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from chatterbox_prewarm.errors import IntegrityError
+from chatterbox_prewarm.families.registry import is_used
 from chatterbox_prewarm.model.reference_clip import reference_clip
 from chatterbox_prewarm.proof import probes
 from chatterbox_prewarm.start.attach import attach
@@ -18,6 +19,7 @@ from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.start.upstream import attach_upstream
 from chatterbox_prewarm.state.state import State
+from chatterbox_prewarm.system.fingerprint import upstream_installed
 from chatterbox_prewarm.system.json_subprocess import report
 from chatterbox_prewarm.system.metrics import StartMetrics
 
@@ -54,15 +56,17 @@ def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
             reference.text, voice=reference.voice, seed=reference.seed, max_new_tokens=reference.max_new_tokens
         )
     metrics.mark("ready")
-    # A voice needs upstream's model, with the families that a synthesis does not use.
-    with metrics.phase("voice"), reference_clip() as clip:
-        prepare_voice(attach_upstream(prepared, lean=attached.synthesizer.model), clip)
+    if upstream_installed():  # with the families that only it uses
+        with metrics.phase("voice"), reference_clip() as clip:
+            prepare_voice(attach_upstream(prepared, lean=attached.synthesizer.model), clip)
     files_after = probes.listing(options.cache)
     changed = [path for path, stamp in files_after.items() if stamp != files_before.get(path)]
     return {
         "isolation": surroundings,
         "metrics": metrics.to_dict(),
-        "families": {entry.name: list(entry.requires) for entry in state.manifest.families if entry.files},
+        "families": {
+            entry.name: list(entry.requires) for entry in state.manifest.families if entry.files and is_used(entry.name)
+        },
         "network": observer.network,
         "packets": {name: count - packets.get(name, 0) for name, count in probes.outgoing_packets().items()},
         "programs": observer.programs,

@@ -183,7 +183,7 @@ def _import_packages(prepared: Prepared) -> None:
     except ImportError as error:
         raise ModelError(
             f"the model's packages cannot be imported: {error}",
-            next_step="install the model extra: pip install 'chatterbox-prewarm[model]'",
+            next_step="install the lean extra: pip install 'chatterbox-prewarm[lean]'",
         ) from error
 
 

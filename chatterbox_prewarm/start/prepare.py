@@ -155,9 +155,10 @@ def _fill_caches(folders: Mapping[str, Path], profile: str, options: StartOption
     """
     try:
         environment = model_environment(options.cache)
+        used = applicable(profile, options.device)
         for name, family in FAMILIES.items():
             environment |= family.environment(options.cache)
-            if family.applies(profile, options.device):
+            if name in used:
                 family.prepare(folders.get(name), options.cache, metrics)
     except OSError as error:
         raise from_os_error(error, f"filling the cache directory {options.cache}") from error

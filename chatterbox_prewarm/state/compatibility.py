@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import WeightsError
-from chatterbox_prewarm.families.registry import COMPILED, FAMILIES, applicable
-from chatterbox_prewarm.system.fingerprint import ABSENT, device_kind, explain, package_digest, read_fingerprint
+from chatterbox_prewarm.families.registry import COMPILED, FAMILIES, applicable, is_used
+from chatterbox_prewarm.system.fingerprint import (
+    ABSENT,
+    device_kind,
+    explain,
+    package_digest,
+    read_fingerprint,
+    used_facts,
+)
 from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
@@ -144,8 +151,12 @@ def machine_facts(weights: Path, cache: Path, device: str) -> dict[str, str]:
 
 
 def compare_families(manifest: Manifest, facts: Mapping[str, str]) -> dict[str, list[str]]:
-    """Compare the requirements of every family with `facts`; an empty list means that the family fits."""
-    return {entry.name: explain(entry.requires, current_facts(entry.requires, facts)) for entry in manifest.families}
+    """Compare the requirements of every family that is used here with `facts`; an empty list means that it fits."""
+    return {
+        entry.name: explain(used_facts(entry.requires), current_facts(entry.requires, facts))
+        for entry in manifest.families
+        if is_used(entry.name)
+    }
 
 
 def current_facts(names: Iterable[str], facts: Mapping[str, str]) -> dict[str, str]:

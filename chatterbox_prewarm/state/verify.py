@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import FingerprintMismatchError
 from chatterbox_prewarm.state.compatibility import compare_families, machine_facts
-from chatterbox_prewarm.system.fingerprint import explain, read_fingerprint
+from chatterbox_prewarm.system.fingerprint import explain, read_fingerprint, used_facts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,9 +33,13 @@ def verify(state: State, weights: Path, cache: Path) -> list[str]:
             f"all files are intact, but not every family fits this machine: {', '.join(incompatible)}",
             next_step="bake on this kind of machine; with --policy fallback a start leaves these families out",
         )
-    notes = explain(manifest.fingerprint, read_fingerprint(manifest.reference.device).fields())
+    notes = explain(used_facts(manifest.fingerprint), read_fingerprint(manifest.reference.device).fields())
     return [
         *state.trusted_by,
-        *(f"{entry.name}: {len(entry.files)} file(s) intact, fits this machine" for entry in manifest.families),
+        *(
+            f"{entry.name}: {len(entry.files)} file(s) intact, "
+            + ("fits this machine" if entry.name in differences else "not used: upstream's model is not installed")
+            for entry in manifest.families
+        ),
         *(f"note: {sentence}; no family depends on it" for sentence in notes),
     ]

@@ -30,6 +30,9 @@ ABSENT = "absent"
 #: The fields that describe the machine. All others describe the software, which is part of the image.
 MACHINE = ("arch", "cpu_model", "cpu_features", "instruction_set", "gpu", "compute_capability", "driver")
 
+#: The fields that describe packages which only upstream's model imports. A lean installation does not have them.
+UPSTREAM = ("torchaudio", "transformers", "numba", "llvmlite", "librosa", "chatterbox")
+
 #: CPU flags that `-march=native` turns into instructions. Other flags change with the kernel and its settings.
 _INSTRUCTION_FLAG = re.compile(
     r"sse\d?|sse4_[12]|ssse3|avx|avx2|avx_\w+|avx512\w*|avx10\w*|amx_\w+|fma|f16c|bmi[12]|abm|popcnt|movbe|adx|gfni|vaes"
@@ -121,6 +124,18 @@ def read_fingerprint(device: str = "cpu") -> Fingerprint:
         librosa=_version("librosa"),
         chatterbox=package_digest("chatterbox"),
     )
+
+
+def upstream_installed() -> bool:
+    """Return whether upstream's model can be imported, which makes voices. A lean installation speaks without it."""
+    return importlib.util.find_spec("chatterbox") is not None
+
+
+def used_facts(required: Mapping[str, str]) -> dict[str, str]:
+    """Leave out facts about packages that nothing uses here, because upstream's model is not installed."""
+    if upstream_installed():
+        return dict(required)
+    return {name: value for name, value in required.items() if name not in UPSTREAM}
 
 
 def device_kind(device: str) -> str:

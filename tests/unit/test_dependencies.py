@@ -54,6 +54,14 @@ def test_packages_that_inference_never_imports_are_not_locked() -> None:
         assert not excluded & _locked(stack).keys()
 
 
+@pytest.mark.parametrize("stack", ["torch-2.6", "torch-2.11"])
+def test_the_lean_lock_has_the_versions_of_the_full_lock_and_neither_upstream_nor_triton(stack: str) -> None:
+    """A bake with all packages serves an image with the lean ones."""
+    lean, full = _locked(f"{stack}-lean.txt"), _locked(f"{stack}.txt")
+    assert lean.items() < full.items()
+    assert not {"chatterbox-tts", "librosa", "numba", "scipy", "torchaudio", "transformers", "triton"} & lean.keys()
+
+
 def test_ray_and_the_tests_use_the_same_versions() -> None:
     tests = _locked("torch-2.6.txt") | _locked("dev.txt")
     different = {name for name, version in _locked("ray.txt").items() if tests.get(name, version) != version}

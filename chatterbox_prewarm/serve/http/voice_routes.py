@@ -15,6 +15,7 @@ from chatterbox_prewarm.serve.http.error_responses import error_response, respon
 from chatterbox_prewarm.serve.http.upload import read_upload
 from chatterbox_prewarm.serve.voices.voice_errors import VoiceError
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
+from chatterbox_prewarm.system.fingerprint import upstream_installed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -105,6 +106,13 @@ class VoiceRoutes:
 
     async def _add(self, request: Request) -> Response:
         limits = self._limits
+        if not upstream_installed():
+            error = VoiceError(
+                "this server cannot make voices from clips, because upstream's model is not installed",
+                next_step="bake the voice, or use an image that was built with `--build-arg PACKAGES=full`",
+                code="uploads_unsupported",
+            )
+            return _response_for(error)
         if (refusal := self._admission.refusal()) is not None:
             return refusal
         if self._uploads >= limits.concurrent:

@@ -9,6 +9,7 @@ _STATUS = {
     "voice_is_baked": 403,
     "voice_not_found": 404,
     "voice_exists": 409,
+    "uploads_unsupported": 501,
     "voices_unavailable": 503,
     "voices_full": 507,
 }
@@ -19,7 +20,8 @@ class VoiceError(BadInputError):
 
     Attributes:
         code: "voice_is_baked", "voice_exists", "voices_full" (the disk is full or the limit is reached),
-            "voices_unavailable" (the directory is missing or not writable), or the code of a subclass.
+            "voices_unavailable" (the directory is missing or not writable), "uploads_unsupported" (upstream's model is
+            not installed), or the code of a subclass.
         status: HTTP status of the response.
     """
 

@@ -22,6 +22,7 @@ from chatterbox_prewarm.model.text import ANY, check_voice_name, is_voice_name
 from chatterbox_prewarm.serve.voices.voice_errors import UnknownVoiceError, UnusableVoiceError, VoiceError
 from chatterbox_prewarm.serve.voices.voice_file import SUFFIX, check_bytes, digest_of, read_file
 from chatterbox_prewarm.system.atomic_files import atomic_file, flush
+from chatterbox_prewarm.system.fingerprint import upstream_installed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -270,7 +271,8 @@ class VoiceStore:
     def _unknown(self, name: str, *other_steps: str) -> UnknownVoiceError:
         names = sorted({*self.baked, *self._names()})
         shown = ", ".join(names[:_MAX_NAMES_SHOWN]) + (" and others" if len(names) > _MAX_NAMES_SHOWN else "")
-        next_step = ", or ".join((f"choose one of: {shown}", *other_steps))
+        add = "add it with POST /v1/audio/voices" if upstream_installed() else "bake it into the image"
+        next_step = ", or ".join((f"choose one of: {shown}", add, *other_steps))
         return UnknownVoiceError(f"there is no voice {reprlib.repr(name)}", next_step=next_step)
 
     def _write_error(self, error: OSError, message: str) -> VoiceError:

@@ -28,9 +28,11 @@ def test_the_variant_for_the_classic_builder_has_no_mounts_and_only_the_stages_t
     assert "--mount" not in variant
     assert STAGE.findall(variant) == [
         "base",
-        "installed",
-        "packages",
-        "deps",
+        "uv",
+        "packages-lean",
+        "packages-full",
+        "deps-lean",
+        "deps-full",
         "weights-synthetic",
         "weights",
         "bake",
@@ -40,12 +42,12 @@ def test_the_variant_for_the_classic_builder_has_no_mounts_and_only_the_stages_t
     bake = variant[variant.index("AS bake") : variant.index("AS cold")]
     copy_before_run = "COPY --from=weights /opt/chatterbox-prewarm/weights /opt/chatterbox-prewarm/weights\nRUN echo"
     assert copy_before_run in bake, "a bound folder is copied before the step"
-    assert STAGE.findall(for_classic(TEXT, {}, "runtime"))[4] == "weights-hub", "the default of the Dockerfile"
+    assert STAGE.findall(for_classic(TEXT, {}, "runtime"))[6] == "weights-hub", "the default of the Dockerfile"
     assert STAGE.findall(for_classic(TEXT, {"DEPS": "other/image:1"}, "runtime")) == [
-        *("deps", "weights-hub", "weights", "bake", "cold", "runtime"),
+        *("deps-lean", "deps-full", "weights-hub", "weights", "bake", "cold", "runtime"),
     ]
     assert STAGE.findall(for_classic(TEXT, {"WEIGHTS": "none"}, "cold")) == [
-        *("base", "installed", "packages", "deps", "weights-none", "weights", "cold"),
+        *("base", "uv", "packages-lean", "deps-lean", "weights-none", "weights", "cold"),
     ]
 
 

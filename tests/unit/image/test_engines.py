@@ -136,6 +136,16 @@ def test_only_the_classic_builder_gives_a_step_a_gpu(tmp_path: Path) -> None:
     assert "--file=-" in built
 
 
+def test_an_image_for_the_profile_compiled_needs_all_packages(tmp_path: Path) -> None:
+    compiled = ("--profile", "compiled", "--dry-run")
+    with engine_of("28.2.2", "1.50", tmp_path) as address:
+        refused = build(address, tmp_path, *compiled)
+        allowed = build(address, tmp_path, *compiled, "--build-arg", "PACKAGES=full")
+    assert refused.returncode == 16, refused.stderr
+    assert "add --build-arg PACKAGES=full" in refused.stderr
+    assert allowed.returncode == 0, allowed.stderr
+
+
 def test_the_classic_builder_refuses_secrets(tmp_path: Path) -> None:
     with engine_of("20.10.24", "1.41", tmp_path) as address:
         refused = build(address, tmp_path, "--builder", "classic", "--secret", "id=ca,src=ca.pem")

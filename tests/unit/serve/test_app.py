@@ -188,7 +188,8 @@ def test_an_unknown_voice_is_refused_with_the_name_of_the_field_and_the_option(s
         response, body = server.speak(voice=voice)
         error = json.loads(body)["error"]
         assert (response.status, error["param"]) == (400, "voice")
-        assert "choose one of: default, or start the server with --voice-alias" in error["message"]
+        advice = "choose one of: default, or add it with POST /v1/audio/voices, or start the server with --voice-alias"
+        assert advice in error["message"]
     assert server.speak(voice="John Smith=Bob")[0].status == 200
 
 

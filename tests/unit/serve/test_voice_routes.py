@@ -323,6 +323,12 @@ def test_an_upload_is_refused_early_when_the_store_is_full_or_missing(
     assert server.clips == full.clips == []
 
 
+@pytest.mark.usefixtures("lean_installation")
+def test_a_lean_installation_refuses_uploads_before_it_reads_them(server: Server) -> None:
+    assert_error(server.add(), 501, "uploads_unsupported", "PACKAGES=full")
+    assert server.clips == []
+
+
 def test_a_full_disk_gives_status_507(start: Callable[..., Server], small_disk: Path) -> None:
     server = start(small_disk)
     assert server.add().status_code == 201

@@ -54,6 +54,12 @@ def has_tensors(path: Path, seed: int) -> bool:
     return actual.keys() == expected.keys() and all(np.array_equal(actual[name], expected[name]) for name in expected)
 
 
+@pytest.mark.usefixtures("lean_installation")
+def test_a_lean_installation_advises_to_bake_an_unknown_voice(store: VoiceStore) -> None:
+    with pytest.raises(UnknownVoiceError, match=r"(?s)no voice 'nobody'.*choose one of: default, fox, or bake it"):
+        store.get("nobody")
+
+
 def test_all_servers_of_a_directory_see_an_added_voice_until_it_is_deleted(store: VoiceStore, tmp_path: Path) -> None:
     other = open_store(tmp_path)
     added = store.add("Ann-1", voice())
