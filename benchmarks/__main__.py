@@ -75,6 +75,21 @@ def image(*, output: Path, size: str, checkout: Path) -> None:
         click.echo(f"  {step}")
 
 
+@benchmarks.command("containers")
+@click.option("--image", required=True, help="Image in Docker's store.")
+@output_option
+@click.option("--counts", default="1,2,4,8", show_default=True, help="Numbers of containers that start at once.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Starts of a single container.")
+def containers(*, image: str, output: Path, counts: str, rounds: int) -> None:
+    """Pull an image into an empty containerd, and start containers from it, one or several at once."""
+    from benchmarks.containers import run, table
+
+    check_output(output)
+    report = run(image, counts=numbers(counts), rounds=rounds, say=say)
+    write_report(report, output)
+    click.echo(table(report))
+
+
 @benchmarks.command("append")
 @warm_option
 @output_option

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.bench.clients import request_speech
 from chatterbox_prewarm.bench.server import measured_server
 from chatterbox_prewarm.bench.upstream import STEADY_REQUESTS
 from chatterbox_prewarm.errors import ModelError, from_os_error
@@ -166,7 +167,10 @@ def time_server(
             first_audio = server.since_exec()
             steady = statistics.median(server.speak(request)[1] for _ in range(STEADY_REQUESTS))
             new_length = server.speak({**request, "max_new_tokens": request["max_new_tokens"] + 2})[1]
-            read_bytes = server.read_bytes()
+            read_bytes, resident_bytes = server.read_bytes(), server.resident_bytes()
+            chunks = [
+                request_speech(server.target, request, streamed=True).first_chunk for _ in range(1 + STEADY_REQUESTS)
+            ]
     if hello is not None:
         hello.write_bytes(audio)
     phases = {phase["name"]: phase["start"] + phase["seconds"] for phase in status["phases"]}
@@ -182,7 +186,11 @@ def time_server(
         "first_request": first,
         "steady_request": steady,
         "first_to_steady": first / steady,
+        "first_to_sum": first_audio / (marks["attached"] + steady),
         "new_length_request": new_length,
+        "first_chunk_to_steady": chunks[0] / statistics.median(chunks[1:]),
+        "modules": float(status["modules"]),
+        "resident_bytes": float(resident_bytes),
         **{f"livez_{name}": getattr(server, f"livez_{name}") for name in ("first", "worst", "failed")},
         **{name: status[name] for name in ("hits", "misses", "phases")},
         "read_bytes": read_bytes,

@@ -36,16 +36,18 @@ _TITLES = {
     "warm": "ours, warm",
 }
 _HOT_LIMIT = 60_000_000
-#: Rows of the table: key of the figure and its title.
+#: Rows of the table: key of the figure, its title, what to divide it by, and decimal places.
 _ROWS = (
-    ("imported", "imports done"),
-    ("loaded", "weights loaded"),
-    ("attached", "attached"),
-    ("ready", "ready"),
-    ("first_audio", "first audio"),
-    ("first_request", "first request"),
-    ("steady_request", "steady request"),
-    ("new_length_request", "  of a new length"),
+    ("imported", "imports done", 1, 2),
+    ("loaded", "weights loaded", 1, 2),
+    ("attached", "attached", 1, 2),
+    ("ready", "ready", 1, 2),
+    ("first_audio", "first audio", 1, 2),
+    ("first_request", "first request", 1, 2),
+    ("steady_request", "steady request", 1, 2),
+    ("new_length_request", "  of a new length", 1, 2),
+    ("modules", "modules at ready", 1, 0),
+    ("resident_bytes", "peak memory, MB", 1_000_000, 0),
 )
 
 
@@ -151,6 +153,8 @@ def _ratios(medians: dict[str, dict[str, float]]) -> dict[str, float]:
         "first request / steady request, upstream": ("upstream", "first_to_steady"),
         "first request / steady request, warm": ("warm", "first_to_steady"),
         "attached to ready / steady request, warm": ("warm", "ready_to_steady"),
+        "first audio / (attached + steady request), warm": ("warm", "first_to_sum"),
+        "first chunk of a first stream / of later streams, warm": ("warm", "first_chunk_to_steady"),
     }
     ratios = {
         title: medians[system][name] for title, (system, name) in paired.items() if name in medians.get(system, {})
@@ -169,10 +173,10 @@ def table(report: dict[str, Any]) -> str:
             continue
         lines.append(f"page cache {pages}, seconds since exec (medians)")
         lines.append("  " + " " * 18 + "".join(f"{_TITLES[system]:>20}" for system in medians))
-        for name, title in _ROWS:
+        for name, title, unit, digits in _ROWS:
             cells = [medians[system].get(name) for system in medians]
             if any(cell is not None for cell in cells):
-                shown = "".join(f"{'' if cell is None else f'{cell:.2f}':>20}" for cell in cells)
+                shown = "".join(f"{'' if cell is None else f'{cell / unit:.{digits}f}':>20}" for cell in cells)
                 lines.append(f"  {title:<18}{shown}")
         lines.extend(
             f"  every run of {_TITLES[system]!r} read more than {_HOT_LIMIT // 1_000_000} MB from storage"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -55,6 +56,7 @@ class StartMetrics:
         timers: seconds of work that is spread over a phase, by name.
         profile: how the model runs.
         state: the key of the warm state in use (see `state_key`), or "".
+        modules: number of imported modules at the last mark.
 
     `on_phase` is called with the name of each phase when it begins.
     """
@@ -71,6 +73,7 @@ class StartMetrics:
         self.timers: dict[str, float] = {}
         self.profile = ""
         self.state = ""
+        self.modules = 0
         self._before_reading: list[Callable[[], None]] = []
 
     def before_reading(self, update: Callable[[], None]) -> None:
@@ -92,6 +95,7 @@ class StartMetrics:
     def mark(self, name: str) -> float:
         """Record the present time under a name, and return it in seconds since the origin."""
         self.marks[name] = now() - self.origin
+        self.modules = len(sys.modules)
         return self.marks[name]
 
     def add_seconds(self, name: str, seconds: float) -> None:
@@ -126,5 +130,6 @@ class StartMetrics:
             "reasons": list(self.reasons),
             "profile": self.profile,
             "state": self.state,
+            "modules": self.modules,
             "timers": {name: round(value, 4) for name, value in self.timers.items()},
         }

@@ -92,6 +92,8 @@ class Status(TypedDict):
     state: NotRequired[str | None]
     """The key of the warm state."""
     timers: NotRequired[dict[str, float]]
+    modules: NotRequired[int]
+    """Number of modules that the worker had imported when it was ready."""
 
 
 class Model(TypedDict):

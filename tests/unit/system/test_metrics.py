@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -59,7 +60,9 @@ def test_the_log_can_be_written_as_json_with_every_field() -> None:
     metrics.add_seconds("numba load", 0.25)
     assert metrics.mark("attached") == metrics.marks["attached"]
     log = json.loads(json.dumps(metrics.to_dict()))
-    assert set(log) == {"phases", "marks", "loaded", "hits", "misses", "reasons", "profile", "state", "timers"}
+    counters = {"loaded", "hits", "misses", "reasons", "modules"}
+    assert set(log) == {"phases", "marks", "profile", "state", "timers"} | counters
+    assert 0 < log["modules"] <= len(sys.modules)
     assert log["hits"] == {"numba": 1}
     assert log["misses"] == {"signal": 1}
     assert log["reasons"] == ["signal: not found"]
