@@ -201,10 +201,11 @@ def _containerd() -> Iterator[_Containerd]:
     with tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True) as scratch:
         root = Path(scratch)
         engine = _Containerd(address=root / "socket")
-        command = ["containerd", "--root", root / "root", "--state", root / "state", "--address", engine.address]
         config = root / "config.toml"
         config.write_text('version = 2\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n', encoding="utf-8")
-        with (root / "log").open("wb") as log, subprocess.Popen([*command, "--config", config], stderr=log) as process:
+        paths = {"root": root / "root", "state": root / "state", "address": engine.address, "config": config}
+        command = ["containerd", *(f"--{name}={path}" for name, path in paths.items())]
+        with (root / "log").open("wb") as log, subprocess.Popen(command, stderr=log) as process:
             try:
                 for _ in range(100):
                     if engine.address.exists():
