@@ -34,6 +34,7 @@ from chatterbox_prewarm.kube.documents import (
 )
 from chatterbox_prewarm.kube.nodes import Cluster, gpu_fields, gpu_product, state_affinity
 from chatterbox_prewarm.kube.pre_pull import pre_pull
+from chatterbox_prewarm.system.cpus import REQUEST
 from chatterbox_prewarm.system.paths import CACHE
 
 if TYPE_CHECKING:
@@ -217,6 +218,12 @@ def _container(request: Request, sizes: Budgets, gpu_resource: str) -> Document:
         request.image,
         ports=[{"name": "http", "containerPort": _PORT, "protocol": "TCP"}],
         envFrom=[{"configMapRef": {"name": request.name}}],
+        env=[
+            {
+                "name": REQUEST,
+                "valueFrom": {"resourceFieldRef": {"containerName": _SERVER, "resource": "requests.cpu"}},
+            }
+        ],
         # The `sleep` action of Kubernetes is disabled by default in version 1.29.
         lifecycle={"preStop": {"exec": {"command": ["sleep", str(sizes.pre_stop_seconds)]}}},
         resources=resources(_CPUS, sizes.memory_request_mib, sizes.memory_limit_mib, gpu_resource),
@@ -252,7 +259,9 @@ def _notes(request: Request, device: str, states: Sequence[StateLabel]) -> list[
         if not request.cluster.feature_discovery:
             notes.append(NO_FEATURE_DISCOVERY)
         elif not all(gpu_product(state) for state in states):
-            notes.append("A state was baked without a GPU. It fits any node, but every start has some misses.")
+            notes.append(
+                "A state was baked without a GPU. It fits any node, but has nothing that is compiled for a GPU."
+            )
     measurements = {
         "--cold-seconds": measured.cold_seconds,
         "--request-seconds": measured.request_seconds,

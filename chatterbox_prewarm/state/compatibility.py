@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import WeightsError
-from chatterbox_prewarm.families.registry import COMPILED, FAMILIES, applicable, is_used
+from chatterbox_prewarm.families.registry import COMPILED, FAMILIES, MAY_BE_EMPTY, applicable, is_used
 from chatterbox_prewarm.system.fingerprint import (
     ABSENT,
     device_kind,
@@ -129,7 +129,7 @@ def compatibility_of(
             for family, words in differences.items()
             if family in wanted or family not in FAMILIES
         },
-        missing=tuple(family for family in wanted if family not in differences),
+        missing=tuple(family for family in wanted if family not in differences and family not in MAY_BE_EMPTY),
         other_device=start_device if start_device != baked_device else "",
         requested_profile=requested_profile,
     )

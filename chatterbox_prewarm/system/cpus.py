@@ -1,7 +1,8 @@
-"""The number of CPUs that this process may use: its affinity, and the CPU limit of its control groups.
+"""The number of CPUs that this process should use: its affinity, the limit of its control groups, the pod's request.
 
 A container with a CPU limit sees all CPUs of its node. With a thread on each of them, the container uses up its limit
-in a fraction of each period, and then the kernel stops all its threads until the next period.
+in a fraction of each period, and then the kernel stops all its threads until the next period. A pod without a limit
+has that problem on a busy node: it gets only the CPUs that it requests, and its threads wait for each other.
 """
 
 from __future__ import annotations
@@ -14,18 +15,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+#: Environment variable with the CPU request of the pod in whole CPUs; 0 or absent without a request. The manifests set
+#: it, because the control groups show only a weight.
+REQUEST = "CHATTERBOX_PREWARM_CPU_REQUEST"
+
 _MOUNT = Path("/sys/fs/cgroup")
 _GROUPS = Path("/proc/self/cgroup")
 
 
 def usable_cpus(mount: Path = _MOUNT, groups: Path = _GROUPS) -> int:
-    """Return the number of CPUs that this process may use, at least 1. A limit of 2.5 CPUs counts as 2.
+    """Return the number of CPUs that this process should use, at least 1. A limit of 2.5 CPUs counts as 2.
 
     Args:
         mount: where the control groups are mounted, version 1 or 2.
         groups: the list of the control groups of this process.
     """
     limits = [quota // period for quota, period in _limits(mount, groups) if quota > 0 and period > 0]
+    request = os.environ.get(REQUEST, "")
+    if request.isdecimal() and int(request) > 0:
+        limits.append(int(request))
     return max(1, min([len(os.sched_getaffinity(0)), *limits]))
 
 

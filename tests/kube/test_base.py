@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from chatterbox_prewarm.kube.budgets import EXIT_SECONDS, PRE_STOP_SECONDS
+from chatterbox_prewarm.system.cpus import REQUEST
 from chatterbox_prewarm.system.paths import CACHE
 from chatterbox_prewarm.system.process import run
 from tests.helpers.manifests import K8S, OLDEST, ROOT, VERSIONS, document_of, kustomize, validate, violations
@@ -220,8 +221,14 @@ def test_every_mount_has_a_volume_with_a_size_limit(pod: dict[str, Any], server:
 
 def test_a_pod_without_a_gpu_request_sees_no_gpu(server: dict[str, Any], environment: dict[str, str]) -> None:
     assert "NVIDIA_VISIBLE_DEVICES" not in environment
-    assert "env" not in server
     assert server["resources"] == {"requests": {"cpu": "2", "memory": "6Gi"}, "limits": {"memory": "8Gi"}}
+
+
+def test_the_container_knows_its_cpu_request(server: dict[str, Any]) -> None:
+    (variable,) = server["env"]
+    assert variable["name"] == REQUEST
+    source = variable["valueFrom"]["resourceFieldRef"]
+    assert source == {"containerName": server["name"], "resource": "requests.cpu"}
 
 
 def test_the_container_runs_the_entrypoint_of_the_image(server: dict[str, Any]) -> None:

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, IntegrityError
+from chatterbox_prewarm.families.registry import applicable
+from chatterbox_prewarm.start.usable import usable_families
 from chatterbox_prewarm.state.selection import Request, Selection, select_state, state_path, states_in
 from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.state.state import State
+from chatterbox_prewarm.system.metrics import StartMetrics
 from tests.conftest import run_cli
 from tests.helpers.children import call
 from tests.helpers.states import FITTING, make_state, make_state_for, record_weights, rewrite
@@ -175,6 +178,18 @@ def test_only_the_selected_state_must_match_the_trusted_digest(warm: Path) -> No
     assert digests["h100"] in selection.state.trusted_by[0]
     with pytest.raises(IntegrityError, match=f"expected was {digests['l4']}"):
         select(warm, H100, trust=Trust(expected_digest=digests["l4"]))
+
+
+def test_a_state_that_was_baked_without_a_gpu_misses_nothing_on_a_gpu(tmp_path: Path) -> None:
+    """It has no cache of the driver. Such a cache may be empty, so a missing one shows no miss."""
+    families = {name: {"file": b"x"} for name in ("bytecode", "numba", "signal", "conditionals")}
+    make_state(tmp_path / "warm", families)
+    metrics = StartMetrics()
+    wanted = applicable("eager", "cuda")
+    assert "cuda" in wanted
+    usable = usable_families(select(tmp_path / "warm", FITTING), wanted, policy="require", metrics=metrics)
+    assert set(usable) == set(families)
+    assert not metrics.misses
 
 
 def settings(profile: str = "aot", device: str = "cuda", code: bytes = b"code") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_prewarm.system.cpus import usable_cpus
+from chatterbox_prewarm.system.cpus import REQUEST, usable_cpus
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,3 +58,12 @@ def test_the_limit_of_version_1(quota: str, expected: int, controllers: str, tmp
 def test_without_control_groups_the_affinity_counts(tmp_path: Path) -> None:
     assert usable_cpus(tmp_path / "mount", tmp_path / "missing") == ALL
     assert 1 <= usable_cpus() <= ALL
+
+
+@pytest.mark.parametrize(("request_", "expected"), [("1", 1), ("0", ALL), ("", ALL), ("64", ALL), ("two", ALL)])
+def test_the_request_of_a_pod_is_not_exceeded(
+    request_: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(REQUEST, request_)
+    write(tmp_path / "groups", "0::/")
+    assert usable_cpus(tmp_path / "mount", tmp_path / "groups") == expected
