@@ -203,17 +203,13 @@ def _states(
     image: str, labels: Path | None, *, platform: str, insecure: bool | None
 ) -> tuple[str, tuple[StateLabel, ...]]:
     """Return the image that the pods run, with its digest if it is in a registry, and its states."""
-    from chatterbox_prewarm.image.compose import resolve
-    from chatterbox_prewarm.image.image_states import with_states
+    from chatterbox_prewarm.image.image_states import image_with_states
     from chatterbox_prewarm.image.labels import read_states
-    from chatterbox_prewarm.image.stores import open_store
 
     if labels is not None:
         return image, read_states(_read_labels(labels))
-    with open_store(parse(image), insecure=insecure) as (store, name):
-        digest = store.read_manifest(name).digest
-        labels_of_image = with_states(store, resolve(store, digest, platform=platform)).labels
-    return f"{image.partition('@')[0]}@{digest}", read_states(labels_of_image)
+    digest, found = image_with_states(parse(image), platform=platform, insecure=insecure)
+    return f"{image.partition('@')[0]}@{digest}" if digest else image, read_states(found.labels)
 
 
 def _read_labels(path: Path) -> dict[str, str]:

@@ -174,17 +174,15 @@ def _refuse_trust(trust: Trust) -> None:
 
 def _verify_image(reference: str, host_facts: Path | None, device: str | None, *, insecure: bool | None) -> None:
     from chatterbox_prewarm.commands.nodes import report_node_fit
-    from chatterbox_prewarm.image.compose import platform_of, resolve
-    from chatterbox_prewarm.image.image_states import with_states
+    from chatterbox_prewarm.image.compose import platform_of
+    from chatterbox_prewarm.image.image_states import image_with_states
     from chatterbox_prewarm.image.node_fit import compare_with_node
     from chatterbox_prewarm.image.references import parse
-    from chatterbox_prewarm.image.stores import open_store
     from chatterbox_prewarm.state.node_facts import node_facts, read_node_facts
 
     facts = read_node_facts(host_facts) if host_facts else node_facts(device)
-    with open_store(parse(reference), insecure=insecure) as (store, name):
-        image = with_states(store, resolve(store, name, platform=platform_of(facts["arch"])))
-        report_node_fit(compare_with_node(image, facts))
+    _, image = image_with_states(parse(reference), platform=platform_of(facts["arch"]), insecure=insecure)
+    report_node_fit(compare_with_node(image, facts))
 
 
 def _verify_here(

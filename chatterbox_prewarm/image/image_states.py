@@ -5,6 +5,7 @@ A Dockerfile cannot set labels from the result of a step. So the manifests of th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import tarfile
@@ -13,14 +14,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import EngineError
+from chatterbox_prewarm.image.compose import resolve
+from chatterbox_prewarm.image.engines.connect import connect
+from chatterbox_prewarm.image.engines.engine import ContainerRun
 from chatterbox_prewarm.image.labels import PREFIX, STATES, image_labels
 from chatterbox_prewarm.image.oci import MAX_DOCUMENT
+from chatterbox_prewarm.image.stores import open_store
 from chatterbox_prewarm.state.manifest import MANIFEST_NAME
 from chatterbox_prewarm.state.manifest_file import parse_manifest
 from chatterbox_prewarm.system.paths import WARM
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from chatterbox_prewarm.image.oci import Descriptor, Image, Store
+    from chatterbox_prewarm.image.references import ImageReference
     from chatterbox_prewarm.state.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -48,10 +56,57 @@ def with_states(store: Store, image: Image) -> Image:
         return image
     for layer in image.layers[: -_LAYERS - 1 : -1]:
         if layer.size <= _MAX_LAYER and (manifests := _manifests(store, layer)):
-            settings = dict(image.config.get("config") or {})
-            settings["Labels"] = {**image.labels, **image_labels(manifests)}
-            return replace(image, config={**image.config, "config": settings})
+            return _labelled(image, manifests)
     return image
+
+
+def image_with_states(reference: ImageReference, *, platform: str, insecure: bool | None) -> tuple[str, Image]:
+    """Read an image with the labels of its states.
+
+    An image that its registry does not have, or whose registry does not answer, is read from the local engine.
+
+    Args:
+        reference: names the image.
+        platform: of the image, if the reference is an index.
+        insecure: for a registry, see `Repository`.
+
+    Returns:
+        the digest of the image, "" if it comes from the engine, and the image.
+
+    Raises:
+        EngineError: neither the store nor an engine has the image.
+        IntegrityError: the manifest of a state is malformed.
+    """
+    try:
+        with open_store(reference, insecure=insecure) as (store, name):
+            digest = store.read_manifest(name).digest
+            return digest, with_states(store, resolve(store, digest, platform=platform))
+    except EngineError as error:
+        local = _from_engine(reference) if reference.kind == "registry" else None
+        if local is None:
+            raise
+        logger.warning("%s; using the image of the local engine", error.message)
+        return "", local
+
+
+def _from_engine(reference: ImageReference) -> Image | None:
+    """Return the image of the local engine with the labels of its states, or None if no engine has the image."""
+    name = f"{reference.familiar}:{reference.tag}"
+    with contextlib.suppress(EngineError), contextlib.closing(connect()) as engine:
+        if not reference.digest and engine.exists(name):
+            image = engine.image(name)
+            if STATES in image.labels or _PROFILE not in image.labels:
+                return image
+            _, manifest = engine.run(ContainerRun(image=name, command=["inspect", "--json"]))
+            return _labelled(image, [parse_manifest(manifest.encode(), source=f"the manifest in {name}")])
+    return None
+
+
+def _labelled(image: Image, manifests: Sequence[Manifest]) -> Image:
+    """Return the image with the labels of states."""
+    settings = dict(image.config.get("config") or {})
+    settings["Labels"] = {**image.labels, **image_labels(manifests)}
+    return replace(image, config={**image.config, "config": settings})
 
 
 def _manifests(store: Store, layer: Descriptor) -> list[Manifest]:

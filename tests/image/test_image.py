@@ -155,6 +155,15 @@ def test_the_image_has_the_documented_labels_and_no_gpu_setting(docker: str, ima
     assert "HF_HUB_OFFLINE=1" in config["Env"]
 
 
+def test_an_image_that_is_only_in_the_engine_is_rendered_and_judged(image: str) -> None:
+    rendered = run_cli("k8s", "render", "--image", image)
+    assert rendered.returncode == 0, rendered.stderr
+    assert f"image: {image}" in rendered.stdout
+    judged = run_cli("verify", "--image", image)
+    assert judged.returncode == 0, judged.stderr
+    assert "using the image of the local engine" in judged.stderr
+
+
 def test_file_times_survive_a_registry(docker: str, image: str) -> None:
     """A registry drops fractions of a second from modification times, but Numba compares exact times."""
     script = "find /opt/venv /opt/chatterbox-prewarm/weights -type f -printf '%T@\\n' | sort -u"

@@ -290,7 +290,7 @@ def test_a_state_that_was_baked_without_a_gpu_fits_every_gpu() -> None:
     for rendering in (render_for([state("absent", "absent")]), render_for([CPU], device="cuda")):
         assert terms(rendering) == [{"kubernetes.io/arch": ("amd64",)}]
         assert server_of(rendering)["resources"]["limits"]["nvidia.com/gpu"] == "1"
-        assert any("nothing that is compiled for a GPU" in note for note in rendering.notes)
+        assert any("nothing of it is compiled for a GPU" in note for note in rendering.notes)
 
 
 def test_an_image_with_states_for_both_devices_uses_the_gpu_by_default() -> None:
