@@ -14,7 +14,7 @@ from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
 from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT, switched_off
 from chatterbox_prewarm.model.warmup.strategy import WARMUP_TOKENS, ChatterboxWarmupStrategy
-from chatterbox_prewarm.start.attach import Attached, attach
+from chatterbox_prewarm.start.attach import Attached, attach_baked, make_missing_voices
 from chatterbox_prewarm.start.defaults import default_cache, default_weights
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
@@ -103,7 +103,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         device = check_device(device)
         if warm is None and WARM.is_dir():
             warm = WARM
-        attached = attach(
+        attached = attach_baked(
             prepare(
                 StartOptions(
                     warm=Path(warm or os.devnull),
@@ -114,8 +114,9 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
                 )
             )
         )
+        upstream = make_missing_voices(attached, {})
         free_import_frames()
-        model = cls._from_attached(attached)
+        model = cls._from_attached(attached, upstream)
         if warmup:
             model._warm_up(strategy)
             model.metrics.mark("ready")
@@ -132,9 +133,10 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         return cls.from_pretrained_with_warmup(device, weights=ckpt_dir)
 
     @classmethod
-    def _from_attached(cls, attached: Attached) -> PrewarmedChatterbox:
+    def _from_attached(cls, attached: Attached, upstream: _Base | None) -> PrewarmedChatterbox:
+        """Turn upstream's model into one of this class; load it unless a missing voice needed it already."""
         synthesizer = attached.synthesizer
-        upstream = attach_upstream(attached.prepared, lean=synthesizer.model)
+        upstream = upstream or attach_upstream(attached.prepared, lean=synthesizer.model)
 
         from chatterbox.tts import ChatterboxTTS
 

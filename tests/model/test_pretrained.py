@@ -29,6 +29,7 @@ from chatterbox_prewarm.model.warmup.settings import SWITCH
 from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
 from chatterbox_prewarm.start.pretrained import PrewarmedChatterbox, from_pretrained_with_warmup
 from chatterbox_prewarm.state.state import State
+from chatterbox_prewarm.weights.record import RECORD_NAME, read_record, record
 from chatterbox_prewarm.weights.variants import ENGLISH
 from tests.conftest import run_cli, writable_copy
 
@@ -232,6 +233,20 @@ def test_the_environment_switches_the_warm_up_off(
     monkeypatch.setenv(SWITCH, "off")
     model = from_pretrained_with_warmup("cpu", True, weights=mini, warm=baked, cache=tmp_path / "cache")
     assert not model.warmup_completed
+
+
+def test_upstreams_model_is_loaded_once_for_a_checkpoint_without_a_voice(mini: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for path in mini.iterdir():
+        if path.name not in {ENGLISH.builtin_voice, RECORD_NAME}:
+            os.link(path, weights / path.name)
+    synthetic = read_record(mini).synthetic
+    record(weights, variant=ENGLISH, repository="someone/voice", revision="a" * 40, synthetic=synthetic)
+    model = from_pretrained_with_warmup("cpu", False, weights=weights, cache=tmp_path / "cache")
+    assert model.conds is not None
+    loads = [phase["name"] for phase in model.metrics.phases].count("upstream's model")
+    assert loads == 1
 
 
 def test_a_subclass_and_a_strategy_can_be_given(mini: Path, tmp_path: Path) -> None:
