@@ -90,6 +90,22 @@ def containers(*, image: str, output: Path, counts: str, rounds: int) -> None:
     click.echo(table(report))
 
 
+@benchmarks.command("snapshot")
+@weights_option
+@warm_option
+@output_option
+@click.option("--criu", default="criu", show_default=True, help="The program CRIU.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Starts and restores.")
+def snapshot(*, weights: Path, warm: Path, output: Path, criu: str, rounds: int) -> None:
+    """Freeze a ready process with CRIU, and compare its restore with a warm start."""
+    from benchmarks.snapshot import run, table
+
+    check_output(output)
+    report = run(weights, warm, criu=criu, rounds=rounds, say=say)
+    write_report(report, output)
+    click.echo(table(report))
+
+
 @benchmarks.command("append")
 @warm_option
 @output_option
