@@ -115,7 +115,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _push(image: str, reference: str, compression: str) -> None:
-    source = f"docker-daemon:{image if ':' in image else f'{image}:latest'}"
+    source = f"docker-daemon:{image if ':' in image.rpartition('/')[2] else f'{image}:latest'}"
     host = os.environ.get("DOCKER_HOST")
     finished = run_process(
         [
@@ -138,15 +138,18 @@ def _pull(engine: _Containerd, reference: str) -> dict[str, Any]:
 
 
 def _start_at_once(engine: _Containerd, reference: str, count: int) -> list[dict[str, float]]:
+    ports: set[int] = set()
+    while len(ports) < count:  # a port is free until its server listens, so it can be returned twice
+        ports.add(free_port())
     with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(lambda _: _start(engine, reference), range(count)))
+        return list(pool.map(lambda port: _start(engine, reference, port=port), ports))
 
 
-def _start(engine: _Containerd, reference: str, *, cold: bool = False) -> dict[str, float]:
+def _start(engine: _Containerd, reference: str, *, cold: bool = False, port: int | None = None) -> dict[str, float]:
     """Start a container with the flags that the README promises, ask it to speak, and remove it."""
     if cold:
         drop_page_cache()
-    port = free_port()
+    port = port or free_port()
     name, target = f"start-{port}", Target(port=port)
     tmpfs = [f"--mount=type=tmpfs,src=tmpfs,dst={path},options=mode=1777:exec" for path in ("/tmp", str(CACHE))]  # noqa: S108
     started = time.monotonic()

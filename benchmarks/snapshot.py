@@ -7,7 +7,6 @@ the kernel. A process on a GPU cannot be frozen in this way.
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -48,38 +47,33 @@ def run(weights: Path, warm: Path, *, criu: str, rounds: int, say: Callable[[str
         ModelError: the process failed.
     """
     version = run_process([criu, "--version"])
-    if shutil.which(criu) is None or version.returncode != 0:
-        raise EngineError(f"{criu} does not run", next_step="install CRIU, and name it with --criu")
     report: dict[str, Any] = {"machine": machine(), "criu": version.stdout.split()[1], "start": [], "restore": []}
-    for number in range(rounds):
+    for number in range(1, rounds + 1):
         with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
             folder, images = Path(scratch), Path(scratch) / "images"
             images.mkdir()
             settle(weights, warm)
-            say(f"warm start, {number + 1} of {rounds}")
+            say(f"warm start and freeze, {number} of {rounds}")
             started = now()
             process = _start(weights, warm, folder)
-            ready = _wait(folder / _READY) - started
-            memory = _memory(process.pid)
-            say("freeze")
-            frozen = time.monotonic()
-            _criu(criu, "dump", images, f"--tree={process.pid}", "--leave-running")
-            report["freeze"] = {
-                "seconds": round(time.monotonic() - frozen, 2),
-                "bytes": sum(path.stat().st_size for path in images.iterdir()),
-                **memory,
-            }
-            report["start"].append(_speak(folder, started) | {"ready": round(ready, 3)})
-            process.wait()
+            try:
+                ready = _wait(folder / _READY, process) - started
+                report["freeze"] = _memory(process.pid) | _freeze(criu, images, process.pid)
+                report["start"].append(_speak(folder, process, started) | {"ready": round(ready, 3)})
+            finally:
+                process.kill()
+                process.wait()
             for name in (_SPEAK, _SPOKEN):
                 (folder / name).unlink()
-            say(f"restore, {number + 1} of {rounds}")
+            say(f"restore, {number} of {rounds}")
             started = now()
             # In a new PID namespace the process gets its old number, even if that is taken here.
-            restoring = ["unshare", "--pid", "--fork", "--mount-proc"]
+            restoring = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
             with subprocess.Popen([*restoring, *_command(criu, "restore", images)]) as restored:
-                report["restore"].append(_speak(folder, started))
-                restored.wait()
+                try:
+                    report["restore"].append(_speak(folder, restored, started))
+                finally:
+                    restored.kill()
     for kind in ("start", "restore"):
         report[f"first audio, {kind}"] = round(statistics.median(one["first_audio"] for one in report[kind]), 3)
     return report
@@ -101,25 +95,28 @@ def _start(weights: Path, warm: Path, folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
 
 
-def _speak(folder: Path, started: float) -> dict[str, float]:
+def _speak(folder: Path, process: subprocess.Popen[bytes], started: float) -> dict[str, float]:
     """Let the process speak; return the seconds from the start to its audio, and those of the synthesis."""
     (folder / _SPEAK).touch()
-    ended = _wait(folder / _SPOKEN)
+    ended = _wait(folder / _SPOKEN, process)
     return {"first_audio": round(ended - started, 3), **json.loads((folder / _SPOKEN).read_text(encoding="ascii"))}
 
 
-def _wait(path: Path) -> float:
-    """Wait for a file; return the time in seconds since boot.
+def _wait(path: Path, process: subprocess.Popen[bytes] | None = None) -> float:
+    """Wait for a file of a process; return the time in seconds since boot.
 
     Raises:
-        ModelError: it does not appear.
+        ModelError: the process ended without it, or it does not appear.
     """
     deadline = now() + _SECONDS
     while now() < deadline:
         if path.exists():
             return now()
+        if process is not None and process.poll() is not None:
+            logs = [log.read_text(errors="replace")[-500:] for log in path.parent.rglob("restore.log")]
+            raise ModelError(f"the process ended with {process.returncode}: {logs}", next_step="start it by hand")
         time.sleep(0.002)
-    raise ModelError(f"the process did not write {path.name} in {_SECONDS:.0f} s", next_step="start it by hand")
+    raise ModelError(f"there is no {path.name} after {_SECONDS:.0f} s", next_step="start the process by hand")
 
 
 def _memory(pid: int) -> dict[str, int]:
@@ -132,10 +129,18 @@ def _command(criu: str, action: str, images: Path, *options: str) -> list[str]:
     return [criu, action, f"--images-dir={images}", "--file-locks", "--shell-job", log, "-v2", *options]
 
 
-def _criu(criu: str, action: str, images: Path, *options: str) -> None:
-    if run_process(_command(criu, action, images, *options)).returncode != 0:
-        log = (images / f"{action}.log").read_text(errors="replace")
-        raise EngineError(f"criu {action} failed: {log[-500:]}", next_step="see its log above")
+def _freeze(criu: str, images: Path, pid: int) -> dict[str, float]:
+    """Freeze a process, which goes on afterwards; return the seconds and bytes.
+
+    Raises:
+        EngineError: CRIU failed.
+    """
+    began = time.monotonic()
+    if run_process(_command(criu, "dump", images, f"--tree={pid}", "--leave-running")).returncode != 0:
+        log = (images / "dump.log").read_text(errors="replace")
+        raise EngineError(f"criu dump failed: {log[-500:]}", next_step="see its log above")
+    seconds = time.monotonic() - began
+    return {"seconds": round(seconds, 2), "bytes": sum(path.stat().st_size for path in images.iterdir())}
 
 
 def _process(weights: Path, warm: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 import tempfile
@@ -50,6 +51,7 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
         save_voice(placeholder_voice(), Path(folder) / "voice.safetensors")
         voice = load_voice(Path(folder) / "voice.safetensors", device=bake.device)
     Synthesizer(synthesizer.model, {DEFAULT_VOICE: voice}).check()
+    importlib.import_module("soundfile")  # a start with `--voice` checks the clips
     sources = BYTECODE.start_sources()
     upstream = make_missing_voices(attached, {}) or attach_upstream(attached.prepared, lean=synthesizer.model)
     with metrics.phase("reference"):

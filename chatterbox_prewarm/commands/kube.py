@@ -101,13 +101,18 @@ def _parse_label(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _check_image(image: str) -> None:
-    """Check that nodes can pull an image."""
+def _pullable(image: str) -> str:
+    """Return the name by which nodes pull an image.
+
+    Raises:
+        BadInputError: the image is not in a registry.
+    """
     if parse(image).kind != "registry":
         raise BadInputError(
             f"{image} is not in a registry, so no node can pull it",
             next_step="pass the name that nodes pull with --image, and the labels with --labels",
         )
+    return image.removeprefix("docker://")
 
 
 @k8s.command()
@@ -153,7 +158,7 @@ def render(
 
     if output is not None:
         check_output(output)
-    _check_image(image)
+    image = _pullable(image)
     image, states = _states(image, labels, platform=platform, insecure=insecure)
     measured = Measured(**{field.name: fields.pop(field.name) for field in dataclasses.fields(Measured)})
     request = Request(image=image, states=states, measured=measured, **fields)
@@ -184,7 +189,7 @@ def render_bake(*, matrix: Path, image: str, output: Path | None, **fields: Any)
 
     if output is not None:
         check_output(output)
-    _check_image(image)
+    image = _pullable(image)
     request = Request(matrix=read_matrix(matrix), image=image, **fields)
     _write(render_bakes(request), output)
 

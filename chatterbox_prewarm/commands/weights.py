@@ -74,5 +74,5 @@ def weights_verify(directory: Path) -> None:
     from chatterbox_prewarm.weights.tensor_shapes import check_tensors
 
     record = verify(directory)
-    check_tensors(directory, get_variant(record.variant))
+    check_tensors(directory, get_variant(record.variant), record.synthetic)
     click.echo(f"{directory}: {len(record.files)} files as recorded, set digest {record.set_digest}")

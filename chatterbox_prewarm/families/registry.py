@@ -38,12 +38,20 @@ COMPILED = ("aot", "inductor", "triton")
 MAY_BE_EMPTY = ("cuda",)
 
 
-def applicable(profile: str, device: str) -> tuple[str, ...]:
-    """List the families that are used here when a model runs with this profile on this device."""
-    return tuple(name for name, family in FAMILIES.items() if family.applies(profile, device) and is_used(name))
+def applicable(profile: str, device: str, *, upstream: bool | None = None) -> tuple[str, ...]:
+    """List the families that are used when a model runs with this profile on this device.
+
+    Args:
+        profile: of the start.
+        device: of the start.
+        upstream: whether upstream's model is installed; by default as here.
+    """
+    applying = (name for name, family in FAMILIES.items() if family.applies(profile, device))
+    return tuple(name for name in applying if is_used(name, upstream=upstream))
 
 
-def is_used(name: str) -> bool:
+def is_used(name: str, *, upstream: bool | None = None) -> bool:
     """Return False for a family that only upstream's code uses, where upstream is not installed."""
     family = FAMILIES.get(name)
-    return family is None or not family.for_upstream or upstream_installed()
+    installed = upstream_installed() if upstream is None else upstream
+    return family is None or not family.for_upstream or installed

@@ -135,7 +135,8 @@ class Archive:
     def _find(self, reference: str) -> Document | None:
         if not reference and len(self._manifests) == 1:
             return self._manifests[0]
-        return self._tags.get(reference)
+        digests = {manifest.digest: manifest for manifest in self._manifests}
+        return self._tags.get(reference) or digests.get(reference)
 
     def _refuse_change(self) -> None:
         raise BadInputError(

@@ -91,7 +91,7 @@ def image_with_states(reference: ImageReference, *, platform: str, insecure: boo
 
 def _from_engine(reference: ImageReference) -> Image | None:
     """Return the image of the local engine with the labels of its states, or None if no engine has the image."""
-    name = f"{reference.familiar}:{reference.tag}"
+    name = f"{reference.familiar}:{reference.target}"
     with contextlib.suppress(EngineError), contextlib.closing(connect()) as engine:
         if not reference.digest and engine.exists(name):
             image = engine.image(name)

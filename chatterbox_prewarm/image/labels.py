@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 PREFIX = "io.chatterbox-prewarm."
 STATES = f"{PREFIX}states"
+#: The set of Python packages of an image, "lean" or "full". The Dockerfile sets it; other bases have no such label.
+PACKAGES = f"{PREFIX}packages"
 #: Digest of the evidence that proved the image with exactly the states that it contains.
 EVIDENCE = f"{PREFIX}evidence"
 #: Schema of the label `states`. It is independent of the manifest's schema.

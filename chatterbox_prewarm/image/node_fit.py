@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import FingerprintMismatchError
-from chatterbox_prewarm.image.labels import read_states
+from chatterbox_prewarm.image.labels import PACKAGES, read_states
 from chatterbox_prewarm.state.compatibility import compatibility_of
 from chatterbox_prewarm.system.fingerprint import MACHINE, Fingerprint, describe_fact, device_kind, explain
 
@@ -93,6 +93,7 @@ def compare_with_node(image: Image, host: Mapping[str, str]) -> NodeFit:
                 {family.name: family.size for family in state.families},
                 baked=(state.device, state.profile),
                 start=(device, profile),
+                upstream=image.labels.get(PACKAGES) != "lean",
             )
         )
     return NodeFit(states=tuple(sorted(compared, key=lambda state: state.rank)))

@@ -259,9 +259,7 @@ def _notes(request: Request, device: str, states: Sequence[StateLabel]) -> list[
         if not request.cluster.feature_discovery:
             notes.append(NO_FEATURE_DISCOVERY)
         elif not all(gpu_product(state) for state in states):
-            notes.append(
-                "A state was baked without a GPU. It fits any node, but has nothing that is compiled for a GPU."
-            )
+            notes.append("A state was baked without a GPU. It fits any node, but nothing of it is compiled for a GPU.")
     measurements = {
         "--cold-seconds": measured.cold_seconds,
         "--request-seconds": measured.request_seconds,

@@ -54,7 +54,7 @@ def require_upstream() -> None:
         ModelError: it is not. An image has it only if it was built with `PACKAGES=full`.
     """
     if not upstream_installed():
-        raise ModelError("upstream's model is not installed, and only it makes voices", next_step=FULL_PACKAGES)
+        raise ModelError("the package chatterbox-tts is not installed, which this needs", next_step=FULL_PACKAGES)
 
 
 def import_chatterbox() -> None:

@@ -13,10 +13,11 @@ from safetensors import safe_open
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from chatterbox_prewarm.errors import ModelError
 from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox, paused_gc
 from chatterbox_prewarm.model.variants.english import check_device, read_tokenizer
 from chatterbox_prewarm.weights.record import Synthetic, read_record
-from chatterbox_prewarm.weights.tensor_shapes import check_tensors
+from chatterbox_prewarm.weights.tensor_shapes import COMPUTED, check_tensors
 from chatterbox_prewarm.weights.variants import ENGLISH
 
 if TYPE_CHECKING:
@@ -48,7 +49,10 @@ _RANDOM_FILLS = frozenset(
 
 
 def load_upstream(directory: Path, *, device: str = "cpu", lean: English | None = None) -> ChatterboxTTS:
-    """Build `ChatterboxTTS` from a weights directory. All tensors equal those of `ChatterboxTTS.from_local`.
+    """Build `ChatterboxTTS` from a weights directory.
+
+    All tensors equal those of `ChatterboxTTS.from_local`. If `lean` runs T3 in bfloat16, T3's layers are in bfloat16
+    here, too, and upstream's own `T3.inference` cannot run.
 
     On a CPU the parameters are mapped pages of the files. On a GPU each file is loaded directly to the device. The
     voice (`conds`) is not set: it comes from the warm state, or from the caller.
@@ -60,10 +64,10 @@ def load_upstream(directory: Path, *, device: str = "cpu", lean: English | None 
 
     Raises:
         WeightsError: a file is missing or truncated, or the names or shapes of its tensors are wrong.
-        ModelError: the model's packages cannot be imported.
+        ModelError: the model's packages cannot be imported, or the installed version needs other tensors.
     """
     record = read_record(directory)
-    check_tensors(directory, ENGLISH)
+    check_tensors(directory, ENGLISH, record.synthetic)
     check_device(device)
     read_tokenizer(directory / "tokenizer.json")  # for its errors: upstream's are an assertion, or none
     import_chatterbox()
@@ -159,4 +163,9 @@ def _assign(module: nn.Module, path: Path, device: str, loaded: Mapping[str, tor
                 # The cast only affects half-precision files. Upstream also copies them into float32 parameters.
                 tensor = file.get_tensor(name).to(expected[name].dtype)
             tensors[name] = tensor
+    if missing := expected.keys() - tensors.keys() - COMPUTED:
+        raise ModelError(
+            f"the installed chatterbox-tts needs the tensor {min(missing)!r}, which {path} lacks",
+            next_step="install the version of chatterbox-tts that the locks name",
+        )
     module.load_state_dict(tensors, strict=False, assign=True)

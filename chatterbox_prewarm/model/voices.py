@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
-from chatterbox_prewarm.errors import ModelError, WeightsError, first_line
+from chatterbox_prewarm.errors import ModelError, WeightsError, first_line, is_out_of_memory, is_out_of_threads
 from chatterbox_prewarm.model.clips import decoded_clip
 from chatterbox_prewarm.model.conditionals import Conditionals, T3Conditionals
 from chatterbox_prewarm.weights.record import read_record
@@ -50,6 +50,8 @@ def prepare_voice(model: ChatterboxTTS, clip: Path | BinaryIO) -> Conditionals:
             model.prepare_conditionals(path)
             return detached(model.conds)
     except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error) or is_out_of_threads(error):
+            raise  # another clip would not help
         raise ModelError(
             f"the conditionals of {what} cannot be computed: {error}", next_step="try another clip of clean speech"
         ) from error

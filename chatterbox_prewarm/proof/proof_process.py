@@ -14,14 +14,14 @@ from chatterbox_prewarm.errors import IntegrityError
 from chatterbox_prewarm.families.registry import is_used
 from chatterbox_prewarm.model.reference_clip import reference_clip
 from chatterbox_prewarm.proof import probes
-from chatterbox_prewarm.start.attach import attach
+from chatterbox_prewarm.start.attach import attach_baked, make_missing_voices
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.start.upstream import attach_upstream
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.fingerprint import upstream_installed
 from chatterbox_prewarm.system.json_subprocess import report
-from chatterbox_prewarm.system.metrics import StartMetrics
+from chatterbox_prewarm.system.metrics import StartMetrics, now
 
 
 def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
@@ -48,17 +48,19 @@ def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
     )
     prepared = prepare(options, metrics=metrics)
     files_before = probes.listing(options.cache)
-    attached = attach(prepared, threads=reference.threads)
+    attached = attach_baked(prepared, threads=reference.threads)
+    upstream = make_missing_voices(attached, {})
     from chatterbox_prewarm.model.voices import prepare_voice
 
     with metrics.phase("synthesis"):
         speech = attached.synthesizer.synthesize(
             reference.text, voice=reference.voice, seed=reference.seed, max_new_tokens=reference.max_new_tokens
         )
-    metrics.mark("ready")
+    ready = now() - metrics.origin
     if upstream_installed():  # with the families that only it uses
         with metrics.phase("voice"), reference_clip() as clip:
-            prepare_voice(attach_upstream(prepared, lean=attached.synthesizer.model), clip)
+            prepare_voice(upstream or attach_upstream(prepared, lean=attached.synthesizer.model), clip)
+    metrics.marks["ready"] = ready  # only now, because misses of bytecode count until then
     files_after = probes.listing(options.cache)
     changed = [path for path, stamp in files_after.items() if stamp != files_before.get(path)]
     return {

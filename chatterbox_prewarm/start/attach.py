@@ -140,7 +140,7 @@ def attach_baked(prepared: Prepared, *, threads: int | None = None) -> Attached:
         from chatterbox_prewarm.model.synthesis import Synthesizer
         from chatterbox_prewarm.model.variants.english import check_device
 
-    torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cpus()))
+    set_threads(threads)
     check_device(device)
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device).index or 0)  # packages and graph captures use the current device
@@ -154,8 +154,15 @@ def attach_baked(prepared: Prepared, *, threads: int | None = None) -> Attached:
     return Attached(synthesizer=Synthesizer(model, found), prepared=prepared, misses={}, reasons=()).judged_again()
 
 
+def set_threads(threads: int | None) -> None:
+    """Set the CPU threads of torch; by default torch's own number, but at most `usable_cpus`."""
+    import torch
+
+    torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cpus()))
+
+
 def _read_ahead(weights: Path) -> None:
-    """Ask the kernel to read the tensor files of a synthesis into the page cache while this process imports torch."""
+    """Ask the kernel to read the tensor files into the page cache while this process imports torch."""
     for name in ENGLISH.safetensors:
         with open_regular(weights / name, follow_links=True) as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, first_line
 from chatterbox_prewarm.families.registry import applicable
-from chatterbox_prewarm.model.chatterbox_imports import free_import_frames
+from chatterbox_prewarm.model.chatterbox_imports import free_import_frames, require_upstream
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
 from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT, switched_off
@@ -100,6 +100,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         Raises:
             PrewarmError: as `check_device`, `default_weights`, `prepare` and `attach`.
         """
+        require_upstream()
         device = check_device(device)
         if warm is None and WARM.is_dir():
             warm = WARM
@@ -114,9 +115,8 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
                 )
             )
         )
-        upstream = make_missing_voices(attached, {})
+        model = cls._from_attached(attached, make_missing_voices(attached, {}))
         free_import_frames()
-        model = cls._from_attached(attached, upstream)
         if warmup:
             model._warm_up(strategy)
             model.metrics.mark("ready")
@@ -273,6 +273,8 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         synthesizer = self.synthesizer
         if text == "":
             text = _NO_TEXT
+        elif isinstance(text, str) and not text.strip():
+            text = "."  # as upstream normalizes it
         tokens = synthesizer.speech_tokens(text, max_new_tokens=MAX_NEW_TOKENS, sampling=sampling)
         samples = synthesizer.sound(tokens, synthesizer.voice(DEFAULT_VOICE))
         return torch.from_numpy(samples).unsqueeze(0)

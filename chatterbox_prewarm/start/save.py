@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.families.registry import BYTECODE, FAMILIES, applicable
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.reference_clip import reference_clip
 from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT
 from chatterbox_prewarm.start.attach import Attached
+from chatterbox_prewarm.start.upstream import attach_upstream, is_upstream_attached
 from chatterbox_prewarm.state.compatibility import current_facts, machine_facts
 from chatterbox_prewarm.state.manifest import FamilyEntry, Manifest, Reference, WeightsEntry
 from chatterbox_prewarm.state.manifest_file import write_manifest
@@ -93,8 +95,14 @@ def save_warmup_cache(
     options, execution = attached.prepared.options, attached.prepared.execution
     weights = read_record(options.weights)
     families = [name for name in families if name in applicable(execution.profile, options.device)]
-    # The reference comes first, because it loads things that belong into the families.
+    # The reference and a voice come first, because they load things that belong into the families.
     reference = record.reference or make_reference(attached)
+    if any(FAMILIES[name].for_upstream for name in families) and not is_upstream_attached(attached.prepared):
+        from chatterbox_prewarm.model.voices import prepare_voice
+
+        upstream = attach_upstream(attached.prepared, lean=attached.synthesizer.model)
+        with reference_clip() as clip:
+            prepare_voice(upstream, clip)
     entries = _save_families(attached, directory, families, record.sources)
     manifest = Manifest(
         tool=f"chatterbox-prewarm {__version__}",

@@ -6,12 +6,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.families.registry import BYTECODE, FAMILIES
+from chatterbox_prewarm.model.chatterbox_imports import require_upstream
 
 if TYPE_CHECKING:
     from chatterbox.tts import ChatterboxTTS
 
     from chatterbox_prewarm.model.variants.english import English
     from chatterbox_prewarm.start.prepare import Prepared
+
+
+#: The phase in which upstream's model is loaded.
+_LOAD = "upstream's model"
+
+
+def is_upstream_attached(prepared: Prepared) -> bool:
+    """Return whether `attach_upstream` has run in this start."""
+    return any(phase["name"] == _LOAD for phase in prepared.metrics.phases)
 
 
 def attach_upstream(prepared: Prepared, *, lean: English | None = None) -> ChatterboxTTS:
@@ -23,8 +33,10 @@ def attach_upstream(prepared: Prepared, *, lean: English | None = None) -> Chatt
             Without it, upstream's model is loaded onto the CPU.
 
     Raises:
+        ModelError: upstream's packages are not installed.
         WeightsError, ModelError: as `model.upstream.load_upstream`.
     """
+    require_upstream()
     metrics, options = prepared.metrics, prepared.options
     families = {
         name: family
@@ -42,7 +54,7 @@ def attach_upstream(prepared: Prepared, *, lean: English | None = None) -> Chatt
         import_chatterbox()
         from chatterbox_prewarm.model.upstream import load_upstream
     device = lean.device if lean is not None else "cpu"
-    with metrics.phase("upstream's model"):
+    with metrics.phase(_LOAD):
         model: Any = load_upstream(options.weights, device=device, lean=lean)
     model.lean = lean
     context = prepared.family_context({}, device=device)

@@ -105,6 +105,7 @@ def compatibility_of(
     *,
     baked: tuple[str, str],
     start: tuple[str | None, str | None],
+    upstream: bool | None = None,
 ) -> Compatibility:
     """Keep only the differences of families that a start uses.
 
@@ -114,10 +115,11 @@ def compatibility_of(
         sizes: bytes of every family.
         baked: the device and the profile that the state was baked for.
         start: the device and the profile of the start; None for those of the state.
+        upstream: whether upstream's model is installed where the start runs; by default as here.
     """
     device, requested_profile = start
     baked_device, start_device = device_kind(baked[0]), device_kind(device or baked[0])
-    wanted = applicable(requested_profile or baked[1], start_device)
+    wanted = applicable(requested_profile or baked[1], start_device, upstream=upstream)
     return Compatibility(
         name=name,
         device=baked_device,

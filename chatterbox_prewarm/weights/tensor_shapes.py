@@ -1,7 +1,7 @@
 """Check that the tensors of a checkpoint are those of its variant. Importing this module does not import torch.
 
 The expected tensors lie in `VARIANT_tensors.json`: for each file, the name of a tensor → [dtype, shape]. In the names
-of a stack of equal layers, `*` is the number of the layer, because a synthetic checkpoint may have fewer layers.
+of a stack of equal layers, `*` is the number of the layer. A synthetic checkpoint may have fewer layers than `_LAYERS`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,20 @@ from chatterbox_prewarm.errors import WeightsError
 from chatterbox_prewarm.weights.safetensors_header import read_safetensors_header
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from chatterbox_prewarm.weights.record import Synthetic
     from chatterbox_prewarm.weights.variants import Variant
 
-#: The stacks of equal layers.
-_STACKS = re.compile(
-    r"(tfmr\.layers|flow\.encoder\.encoders|flow\.encoder\.up_encoders|mid_blocks|tokenizer\.encoder\.blocks)\.(\d+)\."
-)
+#: The stacks of equal layers, and their published numbers of layers. T3's is the first.
+_LAYERS = {
+    "tfmr.layers": 30,
+    "flow.encoder.encoders": 6,
+    "flow.encoder.up_encoders": 4,
+    "flow.decoder.estimator.mid_blocks": 12,
+    "tokenizer.encoder.blocks": 6,
+}
+_STACKS = re.compile(rf"^({'|'.join(map(re.escape, _LAYERS))})\.\d+\.")
 #: Constants that upstream's constructor computes, so that a file may lack them.
 COMPUTED = frozenset({"tokenizer._mel_filters", "tokenizer.window"})
 #: Dtypes that are read in place of float32.
@@ -28,10 +36,15 @@ _FLOATS = frozenset({"F32", "F16", "BF16"})
 _STEP = "check that the files belong to this variant, and that a fine-tune kept upstream's names and shapes"
 
 
-def check_tensors(directory: Path, variant: Variant) -> None:
+def check_tensors(directory: Path, variant: Variant, synthetic: Synthetic | None = None) -> None:
     """Compare names, dtypes and shapes in the headers of a checkpoint's files with those of the variant.
 
     S3Gen's file may have more tensors, which upstream ignores too.
+
+    Args:
+        directory: of the checkpoint.
+        variant: its variant.
+        synthetic: how a synthetic checkpoint was made; None for a real one, which has all layers.
 
     Raises:
         WeightsError: naming the first tensor that is missing, unknown, or has another dtype or shape.
@@ -40,12 +53,8 @@ def check_tensors(directory: Path, variant: Variant) -> None:
     for name, expected in json.loads(data).items():
         path = directory / name
         header = read_safetensors_header(path)
-        layers: dict[str, set[int]] = {}
         extra = []
         for tensor, (dtype, shape) in header.items():
-            stack = _STACKS.search(tensor)
-            if stack is not None:
-                layers.setdefault(stack[1], set()).add(int(stack[2]))
             wanted = expected.get(_STACKS.sub(r"\1.*.", tensor))
             if wanted is None:
                 extra.append(tensor)
@@ -55,21 +64,30 @@ def check_tensors(directory: Path, variant: Variant) -> None:
                 )
             elif dtype not in (_FLOATS if wanted[0] in _FLOATS else {wanted[0]}):
                 raise WeightsError(f"{path}: {tensor} has dtype {dtype}, the model needs {wanted[0]}", next_step=_STEP)
-        missing = sorted(_all_names(expected, layers) - header.keys() - COMPUTED)
+        names = _all_names(expected, synthetic)
+        surplus = {tensor for tensor in header if _STACKS.match(tensor)} - names
+        missing = sorted(names - header.keys() - COMPUTED)
         if missing:
             raise WeightsError(f"{path} lacks {len(missing)} tensor(s), the first: {missing[0]}", next_step=_STEP)
-        if extra and name != "s3gen.safetensors":
-            raise WeightsError(f"{path} has {len(extra)} unknown tensor(s), the first: {min(extra)}", next_step=_STEP)
+        if name != "s3gen.safetensors":
+            surplus.update(extra)
+        if surplus:
+            raise WeightsError(
+                f"{path} has {len(surplus)} unknown tensor(s), the first: {min(surplus)}", next_step=_STEP
+            )
 
 
-def _all_names(expected: dict[str, object], layers: dict[str, set[int]]) -> set[str]:
-    """Return the expected names with the numbers of the layers that a file has, from 0 to the last, at least one."""
+def _all_names(expected: Iterable[str], synthetic: Synthetic | None) -> set[str]:
+    """Return the names of all tensors, with the number of each layer."""
     names = set()
     for name in expected:
         stack, star, rest = name.partition(".*.")
         if not star:
             names.add(name)
             continue
-        last = max(next((found for key, found in layers.items() if stack.endswith(key)), {0}))
-        names |= {f"{stack}.{number}.{rest}" for number in range(last + 1)}
+        count = _LAYERS[stack]
+        if synthetic is not None:
+            shortened = synthetic.t3_layers if stack == "tfmr.layers" else synthetic.s3gen_blocks
+            count = min(count, shortened or count)
+        names |= {f"{stack}.{number}.{rest}" for number in range(count)}
     return names

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @contextlib.asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Start the server before the first request; its constructor returns after a real synthesis has succeeded."""
+    """Start the server before the first request; its constructor returns when every stage of a synthesis has run."""
     places = Path("/opt/chatterbox-prewarm")
     with ChatterboxServer(warm=places / "warm", weights=places / "weights") as app.state.speech:
         yield

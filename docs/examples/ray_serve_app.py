@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # lets Ray's autoscaler see the requests that wait.
 @serve.deployment(max_ongoing_requests=2, ray_actor_options={"num_cpus": 1})
 class Speech:
-    """A replica. Ray counts it as running when its constructor returns, after a real synthesis has succeeded."""
+    """A replica. Ray counts it as running when its constructor returns, when every stage of a synthesis has run."""
 
     def __init__(self, warm: str, weights: str, cache: str) -> None:
         from chatterbox_prewarm import ChatterboxServer

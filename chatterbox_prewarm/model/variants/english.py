@@ -110,7 +110,7 @@ def load(
             f"{directory} contains the variant {record.variant!r}, not {ENGLISH.name!r}",
             next_step="give the directory of the English weights",
         )
-    check_tensors(directory, ENGLISH)
+    check_tensors(directory, ENGLISH, record.synthetic)
     check_device(device)
     tensors = dict(_read(directory, device, t3_dtype))
     populate(tensors)

@@ -1,8 +1,8 @@
 """Adaptive warm-up: choose how much of the warm-up after readiness pays off for an expected load.
 
-A start is ready after one synthesis. Requests of other lengths then still meet cold parts: kernels that convolutions
-choose by length, memory pools that must grow, and the computation of a voice. Each cold part delays one request by some
-tenths of a second. So a server with few requests needs no further warm-up, and a busy one should warm up everything.
+A start is ready when every stage has run once. Requests of other lengths then still meet cold parts: kernels that
+convolutions choose by length, and memory pools that must grow. Each cold part delays one request by some tenths of a
+second. So a server with few requests needs no further warm-up, and a busy one should warm up everything.
 """
 
 from __future__ import annotations

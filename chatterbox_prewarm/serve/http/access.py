@@ -36,8 +36,8 @@ PROBES = frozenset({"/livez", "/startupz", "/readyz"})
 _KEY = "chatterbox_prewarm.authorized"
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _REALM = 'realm="chatterbox-prewarm"'
-#: A route that makes the model speak, although its method is GET.
-_PREVIEW = re.compile(r"/v1/audio/voices/[^/]+/preview")
+#: A route that makes the model speak, although its method is GET. Starlette's routes also match with a final newline.
+_PREVIEW = re.compile(r"/v1/audio/voices/[^/]+/preview\n?")
 _MAX_LENGTH = 4096
 #: 96 bits in base64. A shorter token can be guessed in a feasible time.
 _MIN_STRONG_LENGTH = 16

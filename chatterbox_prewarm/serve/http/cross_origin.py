@@ -92,6 +92,10 @@ def parse_host(text: str) -> str:
             f"{text!r} is not the name of a host",
             next_step="write it as tts.example, with the port if only that counts",
         )
+    if parts.port in {80, 443}:
+        raise BadInputError(
+            f"{text!r} has a default port, which browsers leave out", next_step=f"write it as {parts.hostname}"
+        )
     return _with_port(parts)
 
 

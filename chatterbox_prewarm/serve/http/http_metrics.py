@@ -70,7 +70,7 @@ class HttpMetrics(Collector):
         pool, admission, log = self._pool, self._admission, self._pool.leading.log
         for name, text, value in (
             ("attached", "1 if the model and the warm state are loaded, otherwise 0.", pool.attached),
-            ("ready", "1 if a first synthesis has succeeded, otherwise 0.", pool.ready),
+            ("ready", "1 if every stage of a synthesis has run, otherwise 0.", pool.ready),
             ("requests_in_flight", "Accepted requests that still need a worker.", admission.in_flight),
             ("queue_limit", "Limit on requests in flight. Further requests get status 429.", admission.limit),
             ("buffered_bytes", "Audio that clients have not read yet.", pool.backlog.size),

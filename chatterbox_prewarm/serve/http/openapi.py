@@ -130,7 +130,7 @@ def _probes() -> dict[str, Any]:
     return {
         "/livez": {"get": _operation("live", live, {200: _TEXT})},
         "/startupz": {"get": _operation("started", "Check that the model and the warm state are loaded.", states)},
-        "/readyz": {"get": _operation("ready", "Check that a first synthesis has succeeded.", states)},
+        "/readyz": {"get": _operation("ready", "Check that every stage of a synthesis has run.", states)},
     }
 
 

@@ -72,7 +72,7 @@ class Status(TypedDict):
     attached: bool
     """True when the model and the warm state are loaded."""
     ready: bool
-    """True when a first synthesis has succeeded."""
+    """True when every stage of a synthesis has run once."""
     voices: list[str]
     restarts: int
     """Number of workers that died and were replaced."""

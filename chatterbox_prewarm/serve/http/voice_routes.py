@@ -9,12 +9,14 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from chatterbox_prewarm.errors import PrewarmError
+from chatterbox_prewarm.errors import ModelError, PrewarmError
 from chatterbox_prewarm.serve.http.decode_clip import UploadLimits, decode
 from chatterbox_prewarm.serve.http.error_responses import error_response, response_for
 from chatterbox_prewarm.serve.http.upload import read_upload
 from chatterbox_prewarm.serve.voices.voice_errors import VoiceError
+from chatterbox_prewarm.serve.workers.pool import BusyError
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
+from chatterbox_prewarm.serve.workers.worker_client import WorkerGoneError
 from chatterbox_prewarm.system.fingerprint import upstream_installed
 
 if TYPE_CHECKING:
@@ -166,4 +168,6 @@ def _response_for(error: PrewarmError) -> Response:
     """Return the response for an exception: here the voice is the resource, so an unknown one gives 404 and not 400."""
     if isinstance(error, VoiceError):
         return error_response(error.status, str(error), error.code)
+    if isinstance(error, ModelError) and not isinstance(error, (BusyError, WorkerGoneError)):
+        return error_response(503, error.message, "voice_failed")
     return response_for(error)

@@ -23,6 +23,7 @@ from chatterbox_prewarm.families.conditionals import voice_tensors
 from chatterbox_prewarm.serve.voices.voice_file import make_metadata
 from chatterbox_prewarm.serve.workers import log_lines
 from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
+from chatterbox_prewarm.start.attach import set_threads
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.start.upstream import attach_upstream
 from chatterbox_prewarm.system.json_subprocess import claim_stdout, describe, die_with_parent, parse_report, rebuild
@@ -96,6 +97,7 @@ def _voice_bytes(config: WorkerConfig, clip: bytes) -> bytes:
     # The voice is the same for every device. On the CPU it takes no memory from the workers' GPU.
     prepared = prepare(config.start)
     model = attach_upstream(prepared)
+    set_threads(config.threads)
     record = read_record(config.start.weights)
     return voice_bytes(
         model,

@@ -147,7 +147,9 @@ class Worker:
             logger.exception("request %d failed", request_id)
             fatal = is_fatal(error)
             if is_out_of_threads(error):
-                failure = as_prewarm_error(error)
+                # Not the error's own class: the server would take a ModelError for a part without speech.
+                reason = as_prewarm_error(error)
+                failure = PrewarmError(reason.message, next_step=reason.next_step)
             else:
                 failure = (ModelError if fatal else PrewarmError)(
                     f"the worker's device failed: {first_line(error)}" if fatal else f"a fault: {type(error).__name__}",

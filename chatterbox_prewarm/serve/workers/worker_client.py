@@ -47,8 +47,8 @@ class WorkerClient:
         on_change: called whenever `free` or `ready` may have changed.
 
     Attributes:
-        phase: current activity of the worker, for people; "ready" after the first synthesis.
-        attached, ready: whether the model and the warm state are loaded; whether a first synthesis has succeeded.
+        phase: current activity of the worker, for people; "ready" after the check.
+        attached, ready: whether the model and the warm state are loaded; whether every stage of a synthesis has run.
         voices: names of the voices in the worker since its start, and the bytes of each on its device.
         log: event log and counters that the worker sent last, as `StartMetrics.to_dict` returns them.
         usage: resource usage that the worker sent last.

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
 from chatterbox_prewarm.errors import EngineError, IntegrityError
 from chatterbox_prewarm.image.compose import Change, add_layers
-from chatterbox_prewarm.image.image_states import with_states
+from chatterbox_prewarm.image.docker_archive import save_archive
+from chatterbox_prewarm.image.image_states import image_with_states, with_states
 from chatterbox_prewarm.image.labels import PREFIX, STATES, image_labels, read_states
 from chatterbox_prewarm.image.oci import OCI_LAYER, Descriptor, Image, digest_of
 from chatterbox_prewarm.image.oci_layout import Layout
+from chatterbox_prewarm.image.references import parse
 from tests.helpers.images import layer_of, make_base
 from tests.helpers.states import make_state_for
 
@@ -56,6 +59,18 @@ def test_the_state_of_a_plain_build_gets_the_labels_that_append_would_set(layout
     labels = with_states(layout, image).labels
     assert labels.items() >= image_labels([manifest]).items()
     assert labels["kept"] == "yes"
+
+
+def test_the_states_of_an_image_in_an_archive_are_read(layout: Layout, tmp_path: Path) -> None:
+    manifest, content = make_manifest_file(tmp_path / "warm")
+    image = build(layout, {f"{WARM}/manifest.json": content})
+    blobs = {layer.digest: partial(layout.open_blob, layer) for layer in image.layers}
+    save_archive(image, "acme/x:1", blobs, tmp_path / "image.tar")
+    for name in (":acme/x:1", ""):
+        reference = parse(f"docker-archive:{tmp_path}/image.tar{name}")
+        digest, found = image_with_states(reference, platform="linux/amd64", insecure=None)
+        assert digest.startswith("sha256:")
+        assert found.labels.items() >= image_labels([manifest]).items()
 
 
 def test_the_states_of_a_folder_of_several_are_found(layout: Layout, tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from chatterbox_prewarm.errors import BadInputError, EngineError, FingerprintMis
 from chatterbox_prewarm.families.registry import applicable
 from chatterbox_prewarm.image import oci
 from chatterbox_prewarm.image.compose import platform_of, resolve
-from chatterbox_prewarm.image.labels import STATES, image_labels
+from chatterbox_prewarm.image.labels import PACKAGES, STATES, image_labels
 from chatterbox_prewarm.image.node_fit import compare_with_node
 from chatterbox_prewarm.image.oci import Descriptor, Document, Image
 from chatterbox_prewarm.image.state_layers import StateLayers, change_for
 from chatterbox_prewarm.system.fingerprint import ABSENT
-from tests.helpers.states import make_state_for
+from tests.helpers.states import make_state, make_state_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -191,6 +191,15 @@ def test_a_state_without_a_family_that_the_image_uses_would_miss(tmp_path: Path)
     assert "  aot: not in the state" in node_fit.lines()
     with pytest.raises(FingerprintMismatchError, match=r"aot \(not in the state\)"):
         node_fit.require_hit()
+
+
+@pytest.mark.parametrize(("packages", "hits"), [("lean", True), ("full", False), ("", False)])
+def test_a_lean_image_needs_no_families_of_upstream(packages: str, hits: bool, tmp_path: Path) -> None:
+    """The label of the image counts, and not the packages of the machine that runs the command."""
+    state = {"bytecode": {"pack": b"x"}, "conditionals": {"voice": b"x"}}
+    labels = image_labels([make_state(tmp_path / "state", state, {name: {"arch": "x86_64"} for name in state})])
+    image = image_of(labels | ({PACKAGES: packages} if packages else {}))
+    assert compare_with_node(image, {**CPU, **NO_GPU}).hits == hits
 
 
 def test_the_command_prints_the_prediction_and_exits_with_11_for_a_miss(labels: dict[str, str]) -> None:

@@ -183,7 +183,9 @@ def test_cross_site_requests_cannot_change_anything_with_the_visitors_credential
         )
         assert status(port, "/v1/audio/voices", headers, method) == 401
     assert status(open_port, "/v1/audio/voices", headers) == 200, "safe methods are allowed from any site"
-    assert status(open_port, "/v1/audio/voices/fox/preview", headers) == expected, "a preview makes the model speak"
+    for end in ("", "%0A"):  # Starlette's routes match a final newline
+        preview = f"/v1/audio/voices/fox/preview{end}"
+        assert status(open_port, preview, headers) == expected, "a preview makes the model speak"
 
 
 def test_a_token_file_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

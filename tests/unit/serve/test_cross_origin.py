@@ -127,6 +127,12 @@ def test_the_refusal_advises_a_token_only_if_the_server_has_one(port: int) -> No
     assert "token" not in shorter
 
 
+@pytest.mark.parametrize("text", ["tts.example:80", "tts.example:443"])
+def test_a_default_port_is_refused_because_browsers_leave_it_out(text: str) -> None:
+    with pytest.raises(BadInputError, match=r"(?s)default port.*write it as tts\.example$"):
+        parse_host(text)
+
+
 @pytest.mark.parametrize("text", ["", "https://tts.example", "tts.example/a", "a b:x", "user@tts.example", "[::1"])
 def test_other_texts_are_no_hosts(text: str) -> None:
     with pytest.raises(BadInputError, match="is not the name of a host"):

@@ -20,6 +20,7 @@ import soundfile
 from starlette.applications import Starlette
 from starlette.responses import Response
 
+from chatterbox_prewarm.errors import ModelError, PrewarmError
 from chatterbox_prewarm.serve.http.admission import Admission
 from chatterbox_prewarm.serve.http.decode_clip import UploadLimits
 from chatterbox_prewarm.serve.http.voice_routes import PREVIEW_TEXT, VoiceRoutes
@@ -51,7 +52,7 @@ class Server:
         self.spoken: list[SpeechOptions] = []
         self.free = threading.Event()
         self.free.set()
-        self.worker_gone = False
+        self.failure: PrewarmError | None = None
         ready = cast("Pool", SimpleNamespace(ready=True, backlog=Backlog()))
         admission = Admission(ready, limit=32)
         self.routes = VoiceRoutes(self.store, admission, prepare=self._prepare, speak=self._speak, limits=limits)
@@ -70,8 +71,8 @@ class Server:
         self.clips.append(wav)
         while not self.free.is_set():
             await asyncio.sleep(0.01)
-        if self.worker_gone:
-            raise WorkerGoneError("the worker ended", next_step="try again")
+        if self.failure is not None:
+            raise self.failure
         return voice(clip_sha256=hashlib.sha256(wav).hexdigest())
 
     def _speak(self, options: SpeechOptions) -> Response:
@@ -337,11 +338,17 @@ def test_a_full_disk_gives_status_507(start: Callable[..., Server], small_disk: 
 
 
 def test_a_failed_worker_leaves_no_voice(server: Server, tmp_path: Path) -> None:
-    server.worker_gone = True
+    server.failure = WorkerGoneError("the worker ended", next_step="try again")
     assert_error(server.add(), 503, "worker_gone", "the worker ended")
     assert list(tmp_path.iterdir()) == []
-    server.worker_gone = False
+    server.failure = None
     assert server.add().status_code == 201
+
+
+def test_a_failed_voice_process_is_not_the_fault_of_the_clip(server: Server, tmp_path: Path) -> None:
+    server.failure = ModelError("the process was killed", next_step="provide more memory")
+    assert_error(server.add(), 503, "voice_failed", "the process was killed")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unusable_voice_is_listed_but_not_previewed(server: Server, tmp_path: Path) -> None:
