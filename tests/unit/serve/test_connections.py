@@ -130,27 +130,35 @@ def opened(port: int, *sent: bytes) -> Iterator[list[socket.socket]]:
         yield [stack.enter_context(connect(port, data)) for data in sent]
 
 
+def find_accepted(client: socket.socket) -> socket.socket | None:
+    """Return the server's end of a connection, if it is open. The server runs in a thread of this process."""
+    for descriptor in Path("/proc/self/fd").iterdir():
+        if not descriptor.is_socket():  # or closed in the meantime
+            continue
+        candidate = socket.socket(fileno=os.dup(int(descriptor.name)))
+        with contextlib.suppress(OSError):  # not connected
+            if candidate.getpeername() == client.getsockname():
+                return candidate
+        candidate.close()
+    return None
+
+
 def accepted_socket(client: socket.socket) -> socket.socket:
-    """Wait for the server's end of a connection, and return it. The server runs in a thread of this process."""
+    """Wait for the server's end of a connection, and return it."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        for descriptor in Path("/proc/self/fd").iterdir():
-            if not descriptor.is_socket():  # or closed in the meantime
-                continue
-            candidate = socket.socket(fileno=os.dup(int(descriptor.name)))
-            with contextlib.suppress(OSError):  # not connected
-                if candidate.getpeername() == client.getsockname():
-                    return candidate
-            candidate.close()
+        if (accepted := find_accepted(client)) is not None:
+            return accepted
         time.sleep(0.01)
     raise AssertionError("the server has no such connection")
 
 
 def is_accepted(client: socket.socket) -> bool:
     """Return whether the server still has its end of a connection."""
-    with contextlib.suppress(AssertionError), accepted_socket(client):
-        return True
-    return False
+    if (accepted := find_accepted(client)) is None:
+        return False
+    accepted.close()
+    return True
 
 
 def test_an_accepted_connection_sends_small_packets_without_delay() -> None:
