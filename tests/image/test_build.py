@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from benchmarks.image import copy_context
+from chatterbox_prewarm.families.bytecode import PACK_NAME, read_pack, write_pack
 from chatterbox_prewarm.image.labels import read_states
 from chatterbox_prewarm.state.signature import default_signature
 from chatterbox_prewarm.state.signing import sign
@@ -193,10 +194,10 @@ def test_a_matrix_builds_the_bakes_for_this_machine_and_reports_the_others(
 @pytest.mark.usefixtures("built")
 def test_an_image_with_a_miss_gets_no_tag(docker: str, context: Path, place: Path, tmp_path: Path) -> None:
     warm = _copy_state(place, tmp_path)
-    index_files = list((warm / "numba").rglob("*.nbi"))
-    assert index_files
-    for path in index_files:
-        path.unlink()
+    pack = warm / "bytecode" / PACK_NAME
+    modules = {source: bytes(code) for source, code in read_pack(pack).items()}
+    del modules[next(source for source in modules if source.endswith("/torch/nn/functional.py"))]
+    write_pack(pack, modules)
     rewrite(warm, rescan=True)  # the state is valid and fits, so `verify` finds no problem
     private, _ = make_keys(tmp_path)
     signature = sign(State.read(warm), private)
@@ -206,12 +207,12 @@ def test_an_image_with_a_miss_gets_no_tag(docker: str, context: Path, place: Pat
         missed = _build(context, tmp_path, tag=tag)
         assert missed.returncode == 13, missed.stderr
         assert "the stored state fits the image: no bake is needed" in missed.stderr
-        assert "numba was used (seen: " in missed.stderr
+        assert "bytecode was used (seen: " in missed.stderr
         assert "build with --rebake" in missed.stderr
         assert f"see every detail in {tmp_path / 'warm.evidence.json'}" in missed.stderr
         evidence = json.loads((tmp_path / "warm.evidence.json").read_text())
         assert not evidence["passed"]
-        assert evidence["observed"]["metrics"]["misses"]["numba"] > 0
+        assert evidence["observed"]["metrics"]["misses"] == {"bytecode": 1}
         assert {path: path.read_bytes() for path in warm.rglob("*") if path.is_file()} == before
         assert signature.exists()
         assert _ask(docker, "images", "--quiet", tag) == ""
@@ -323,6 +324,8 @@ def test_an_interrupted_build_leaves_nothing_new(
         finally:
             process.kill()
     assert process.returncode in {130, 143}
+    if step.startswith("--target"):
+        time.sleep(5)  # BuildKit in Docker 20.10 can panic if it is still cancelling a build when the next one begins
     assert _leftovers(docker) == []
     assert _ask(docker, "images", "--quiet", f"{TAG}-interrupted") == ""
     left = {path.name for path in tmp_path.iterdir()}
