@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 STEPS = {f"warm-up of {count} speech tokens" for count in (50, 100, 200)}
 
 
+@pytest.mark.slow
 def test_adaptive_warm_up_keeps_the_state_of_the_generators(attached: Attached) -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)

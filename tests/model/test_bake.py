@@ -205,6 +205,7 @@ def test_verify_accepts_an_intact_state_that_fits(baked: Path, mini: Path) -> No
     assert fine.stdout.count("intact, fits this machine") == len(AS_WRITTEN)
 
 
+@pytest.mark.slow
 def test_a_killed_bake_keeps_the_old_state_and_a_second_bake_is_refused(
     state: Path, mini: Path, tmp_path: Path
 ) -> None:

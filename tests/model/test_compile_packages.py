@@ -43,6 +43,7 @@ def test_error_names_the_region_that_cannot_be_compiled(tmp_path: Path) -> None:
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_full_disk_is_not_reported_as_a_missing_compiler(
     small_disk: Path, tmp_path: Path, attached: Attached, monkeypatch: pytest.MonkeyPatch

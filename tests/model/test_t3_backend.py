@@ -92,6 +92,7 @@ def _upstream_hooks_after(t3: T3, calls: int) -> int:
     return _hooks(t3)
 
 
+@pytest.mark.slow
 def test_multilingual_model_keeps_its_hooks_and_its_attention(multilingual_t3: T3, builds: list[int]) -> None:
     config = multilingual_t3.tfmr.config
     attention = (config._attn_implementation, config.output_attentions)

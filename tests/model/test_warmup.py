@@ -124,6 +124,7 @@ def test_a_model_of_upstream_is_warmed_up_with_the_code_that_it_runs(plain: Chat
     assert plain.t3.patched_model is backend, "a call does not build the backend again"
 
 
+@pytest.mark.slow
 def test_the_warm_up_of_a_model_of_upstream_leaves_no_tensors(plain: ChatterboxTTS) -> None:
     strategy = ChatterboxWarmupStrategy("cpu", levels=[1, 3], texts=[SHORT_TEXT], progress=lambda _: None)
     strategy.perform_full_warmup(plain)  # the first run creates the backend and the tables that belong to it

@@ -100,6 +100,7 @@ def test_both_workers_speak_at_the_same_time(server: Server) -> None:
         assert [request.result()[0] for request in requests] == [200, 200]
 
 
+@pytest.mark.slow
 def test_a_long_text_is_spoken_in_order_and_short_texts_overtake_it(server: Server) -> None:
     ended: dict[str, float] = {}
 
