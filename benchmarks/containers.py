@@ -40,7 +40,7 @@ _READY_SECONDS = 600.0
 
 @dataclass(frozen=True, kw_only=True)
 class _Containerd:
-    """A containerd of its own, with an empty store."""
+    """A separate containerd with an empty store."""
 
     address: Path
 

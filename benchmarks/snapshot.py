@@ -130,7 +130,7 @@ def _command(criu: str, action: str, images: Path, *options: str) -> list[str]:
 
 
 def _freeze(criu: str, images: Path, pid: int) -> dict[str, float]:
-    """Freeze a process, which goes on afterwards; return the seconds and bytes.
+    """Freeze a process and let it continue; return the seconds and bytes.
 
     Raises:
         EngineError: CRIU failed.
