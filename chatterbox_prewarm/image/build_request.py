@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 ROUTES = ("export", "dockerfile", "no-gpu")
 #: Docker's builders: BuildKit supports mounts and secrets, its predecessor does not.
 BUILDERS = ("buildkit", "classic")
+#: The build arguments that select stages, with the Dockerfile's defaults. They are always passed, because podman 4.3
+#: ignores the defaults when it decides which stages a target needs.
+STAGE_ARGUMENTS = {"DEPS": "packages", "PACKAGES": "lean", "WEIGHTS": "hub"}
 #: Bytes that a build needs where the engine stores images: twice the packages, the weights, and temporary files.
 _BUILD_BYTES = 20_000_000_000
 
@@ -102,7 +105,7 @@ class BuildRequest:
 
     def build_arguments(self, stage: str, tag: str) -> list[str]:
         """Return the arguments of the engine's build of a stage."""
-        arguments = dict(self.arguments)
+        arguments = {**STAGE_ARGUMENTS, **self.arguments}
         if stage == "bake":
             arguments |= {
                 "DEVICE": self.device,

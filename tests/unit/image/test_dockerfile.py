@@ -7,6 +7,7 @@ import re
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.image.build_request import STAGE_ARGUMENTS
 from chatterbox_prewarm.image.dockerfile import for_cdi, for_classic
 from tests.conftest import ROOT, run_cli
 
@@ -49,6 +50,13 @@ def test_the_variant_for_the_classic_builder_has_no_mounts_and_only_the_stages_t
     assert STAGE.findall(for_classic(TEXT, {"WEIGHTS": "none"}, "cold")) == [
         *("base", "uv", "packages-lean", "deps-lean", "weights-none", "weights", "cold"),
     ]
+
+
+def test_the_arguments_that_select_stages_have_the_defaults_of_the_dockerfile() -> None:
+    head = TEXT[: TEXT.index("\nFROM ")]
+    defaults = dict(re.findall(r"^ARG (\w+)=(\S+)$", head, re.MULTILINE))
+    selecting = set(re.findall(r"^FROM \S*\$\{(\w+)\}", TEXT, re.MULTILINE)) - {"BASE"}
+    assert {name: defaults[name] for name in selecting} == STAGE_ARGUMENTS
 
 
 def test_no_step_of_the_variant_for_the_classic_builder_is_empty() -> None:
