@@ -24,7 +24,6 @@ from benchmarks.append import registry
 from benchmarks.image import build, copy_context, docker
 from chatterbox_prewarm.bench.starts import SCRATCH, machine
 from chatterbox_prewarm.errors import BadInputError, EngineError, error_with_code
-from chatterbox_prewarm.image.build_request import STAGE_ARGUMENTS
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.engines.connect import connect
 from chatterbox_prewarm.image.oci import config_descriptor, to_documents
@@ -206,8 +205,8 @@ def _build_arguments(*builder_args: str) -> list[str]:
     """Return the arguments of every build: a mini checkpoint, the host network, and the CA bundle if there is one."""
     bundle = "" if "classic" in builder_args else os.environ.get("SSL_CERT_FILE", "")
     secret = ("--secret", f"id=ca,src={bundle}") if bundle else ()
-    stages = [*STAGE_ARGUMENTS.items(), ("WEIGHTS", "synthetic"), ("SIZE", "mini")]
-    arguments = [word for name, value in dict(stages).items() for word in ("--build-arg", f"{name}={value}")]
+    stages = {"WEIGHTS": "synthetic", "SIZE": "mini", "PACKAGES": "lean"}
+    arguments = [word for name, value in stages.items() for word in ("--build-arg", f"{name}={value}")]
     return ["--network=host", *secret, *arguments, *builder_args]
 
 
