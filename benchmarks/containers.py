@@ -8,6 +8,7 @@ container runtime.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -146,7 +147,7 @@ def _start_at_once(engine: _Containerd, reference: str, count: int) -> list[dict
 
 
 def _start(engine: _Containerd, reference: str, *, cold: bool = False, port: int | None = None) -> dict[str, float]:
-    """Start a container with the flags that the README promises, ask it to speak, and remove it."""
+    """Start a container, read-only and as user 12345, on the host's network; ask it to speak, and remove it."""
     if cold:
         drop_page_cache()
     port = port or free_port()
@@ -175,7 +176,7 @@ def _start(engine: _Containerd, reference: str, *, cold: bool = False, port: int
 
 def _wait_ready(target: Target, started: float) -> None:
     while time.monotonic() < started + _READY_SECONDS:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, http.client.HTTPException):
             if target.get("/readyz")[0] == 200:
                 return
         time.sleep(0.02)

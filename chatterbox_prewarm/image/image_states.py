@@ -52,7 +52,7 @@ def with_states(store: Store, image: Image) -> Image:
         EngineError: a layer cannot be read.
         IntegrityError: the manifest of a state is malformed.
     """
-    if STATES in image.labels or _PROFILE not in image.labels:
+    if not _lacks_labels(image):
         return image
     for layer in image.layers[: -_LAYERS - 1 : -1]:
         if layer.size <= _MAX_LAYER and (manifests := _manifests(store, layer)):
@@ -95,11 +95,16 @@ def _from_engine(reference: ImageReference) -> Image | None:
     with contextlib.suppress(EngineError), contextlib.closing(connect()) as engine:
         if not reference.digest and engine.exists(name):
             image = engine.image(name)
-            if STATES in image.labels or _PROFILE not in image.labels:
+            if not _lacks_labels(image):
                 return image
             _, manifest = engine.run(ContainerRun(image=name, command=["inspect", "--json"]))
             return _labelled(image, [parse_manifest(manifest.encode(), source=f"the manifest in {name}")])
     return None
+
+
+def _lacks_labels(image: Image) -> bool:
+    """Return whether an image comes from a plain build: it has a state, and no label that describes it."""
+    return _PROFILE in image.labels and STATES not in image.labels
 
 
 def _labelled(image: Image, manifests: Sequence[Manifest]) -> Image:
@@ -127,6 +132,6 @@ def _manifests(store: Store, layer: Descriptor) -> list[Manifest]:
             f"the layer {layer.digest} cannot be read: {error!r}",
             next_step="build the image with `chatterbox-prewarm build`, which sets the labels of its states",
         ) from error
-    # With a manifest of its own, the folder is one state, and its folders are cache families.
+    # If the folder has a manifest, it is one state, and its folders are cache families.
     roots = [""] if "" in found else sorted(found)
     return [parse_manifest(found[root], source=f"{MANIFEST_NAME} in the layer {layer.digest}") for root in roots]

@@ -1,4 +1,4 @@
-"""Check that the tensors of a checkpoint are those of its variant. Importing this module does not import torch.
+"""Check that a checkpoint has the tensors of its variant. Importing this module does not import torch.
 
 The expected tensors lie in `VARIANT_tensors.json`: for each file, the name of a tensor → [dtype, shape]. In the names
 of a stack of equal layers, `*` is the number of the layer. A synthetic checkpoint may have fewer layers than `_LAYERS`.
@@ -37,7 +37,7 @@ _STEP = "check that the files belong to this variant, and that a fine-tune kept 
 
 
 def check_tensors(directory: Path, variant: Variant, synthetic: Synthetic | None = None) -> None:
-    """Compare names, dtypes and shapes in the headers of a checkpoint's files with those of the variant.
+    """Compare the names, dtypes and shapes in the headers of a checkpoint's files with the variant.
 
     S3Gen's file may have more tensors, which upstream ignores too.
 

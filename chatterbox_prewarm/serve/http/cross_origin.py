@@ -27,7 +27,7 @@ _LOCAL = (".localhost", ".local", ".internal")
 
 @dataclass(frozen=True, kw_only=True)
 class Sites:
-    """The pages that may use this server from a browser, besides those that it has certainly sent itself.
+    """The pages that may use this server from a browser. Pages that this server has certainly sent need no entry.
 
     Attributes:
         hosts: names of this server, as `parse_host` returns them. If there are any, requests to others are refused.
