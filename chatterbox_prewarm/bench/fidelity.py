@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional
 
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.regions.t3 import START_SPEECH_TOKEN
 from chatterbox_prewarm.model.regions.t3_blocks import rms_norm
+from chatterbox_prewarm.model.regions.t3_prompt import START_SPEECH_TOKEN
 from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.synthesis import seed_everything
 from chatterbox_prewarm.model.upstream import upstream_text_tokens

@@ -144,18 +144,34 @@ def _check_header(sound: Any, *, what: str, channels: int) -> None:
         )
 
 
+def has_no_length(path: Path) -> bool:
+    """Return whether a clip's header does not state its length. Other readers would stop too early, or not at all."""
+    import soundfile
+
+    try:
+        with _opened(path) as sound:
+            return bool(sound.frames > _UNKNOWN_LENGTH)
+    except (soundfile.SoundFileError, OSError, TypeError):  # as in `read_clip`
+        return False
+
+
 @contextlib.contextmanager
-def decoded_clip(source: Path | BinaryIO, *, what: str) -> Iterator[Path]:
+def decoded_clip(source: Path | BinaryIO, *, what: str, channels: int = 1) -> Iterator[Path]:
     """Decode a clip into a WAV file of float32, for readers that would trust a wrong length in its header.
 
     It is a memory file, because the clip contains a person's voice: a killed process must not leave a copy on a disk.
+
+    Args:
+        source: a file in a format that libsndfile reads.
+        what: describes the clip in messages.
+        channels: the maximum number of channels; several are mixed down to one.
 
     Raises:
         BadInputError: the clip would give a bad voice, see `check_clip`.
     """
     import soundfile
 
-    samples, rate = read_clip(source, what=what)
+    samples, rate = read_clip(source, what=what, channels=channels)
     with os.fdopen(os.memfd_create("clip", os.MFD_CLOEXEC), "wb") as file:
         path = Path(f"/proc/self/fd/{file.fileno()}")
         soundfile.write(path, samples, rate, format="WAV", subtype="FLOAT")

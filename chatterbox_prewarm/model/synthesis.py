@@ -17,7 +17,7 @@ import torch
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.conditionals import T3Conditionals
-from chatterbox_prewarm.model.regions.t3 import MAX_TEXT_TOKENS, STOP_SPEECH_TOKEN
+from chatterbox_prewarm.model.regions.t3_prompt import MAX_TEXT_TOKENS, STOP_SPEECH_TOKEN
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
 from chatterbox_prewarm.model.text import check_known, check_text
 from chatterbox_prewarm.system.limits import MAX_SEED, MIN_TOKENS
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.variants.english import English
 
 
-#: Text and speech tokens of `Synthesizer.check`. The tokens fill a window of the watermark's Fourier transform.
-_CHECKED_TEXT, _CHECKED_TOKENS = "Hello.", 4
+#: Of `Synthesizer.check`: the text, and the number of speech tokens, of the speech and of the voice's clip. They fill a
+#: window of the watermark's Fourier transform.
+_CHECKED_TEXT, _CHECKED_TOKENS = "Hi.", 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,21 +193,19 @@ class Synthesizer:
 
     @torch.inference_mode()
     def check(self, voice: str = DEFAULT_VOICE) -> None:
-        """Run every stage once with little work: a few tokens of a short text, and one step of the flow.
+        """Run every region once with little work: T3 draws two tokens, and the flow runs one step for a short clip.
 
-        The random generators keep their state. The sampler for `top_p` runs too, unless it needs a graph of its own.
+        The random generators keep their state.
         """
         conditionals, model = self.voice(voice), self.model
+        gen = dict(conditionals.gen)
+        gen["prompt_token"] = gen["prompt_token"][:, :_CHECKED_TOKENS]
+        gen["prompt_feat"] = gen["prompt_feat"][:, : 2 * _CHECKED_TOKENS]
         with preserved_generators(model.device):
-            for top_p in (1.0,) if model.decoder.graphs else (0.9, 1.0):
-                sampling = Sampling(top_p=top_p)
-                for _ in self.token_blocks(
-                    _CHECKED_TEXT, voice=voice, max_new_tokens=_CHECKED_TOKENS, sampling=sampling
-                ):
-                    pass
-            # Fixed tokens, because the decoder may have stopped too early for any audio.
+            model.decoder.check(conditionals.t3, model.text_tokens(_CHECKED_TEXT))
+            # Fixed tokens, because the decoder may have drawn some that have no sound.
             tokens = torch.arange(_CHECKED_TOKENS, device=model.device)
-            model.marked(model.vocoder(model.flow(tokens, conditionals.gen, steps=1)).cpu().numpy())
+            model.marked(model.vocoder(model.flow(tokens, gen, steps=1)).cpu().numpy())
 
     def usable(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the tokens of an utterance that are part of the codebook.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.errors import BadInputError, first_line
 from chatterbox_prewarm.families.registry import applicable
 from chatterbox_prewarm.model.chatterbox_imports import free_import_frames, require_upstream
-from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE, decoded_clip, has_no_length
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
 from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT, switched_off
 from chatterbox_prewarm.model.warmup.strategy import WARMUP_TOKENS, ChatterboxWarmupStrategy
@@ -217,8 +218,11 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         if not isinstance(wav_fpath, str | os.PathLike) or not Path(wav_fpath).is_file():
             raise BadInputError(f"the clip {wav_fpath} does not exist", next_step=step)
         try:
-            with torch.inference_mode():
-                super().prepare_conditionals(wav_fpath, exaggeration=exaggeration)
+            with torch.inference_mode(), contextlib.ExitStack() as stack:
+                path: str | Path = wav_fpath
+                if has_no_length(Path(path)):
+                    path = stack.enter_context(decoded_clip(Path(path), what=f"the clip {path}", channels=2))
+                super().prepare_conditionals(path, exaggeration=exaggeration)
                 self.conds = for_upstream(detached(self.conds))
         except torch.OutOfMemoryError:
             raise

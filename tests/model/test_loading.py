@@ -286,13 +286,16 @@ def two_states(baked: Path, tmp_path: Path) -> Path:
 def test_start_selects_the_compatible_one_of_two_states_and_misses_nothing(
     two_states: Path, mini: Path, tmp_path: Path
 ) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     ran = subprocess.run(
         [sys.executable, "-c", _START, str(two_states), str(mini), str(tmp_path / "cache")],
         capture_output=True,
         text=True,
         check=False,
+        env={**environment, "OMP_DISPLAY_ENV": "VERBOSE"},
     )
     assert ran.returncode == 0, ran.stderr
+    assert "GOMP_SPINCOUNT = '1000'" in ran.stderr, "OpenMP was loaded before the setting, or ignores it"
     log = json.loads(ran.stdout.rpartition("JSON")[2])
     assert log["misses"] == {}
     assert log["state"] == State.read(two_states / "here").key

@@ -32,6 +32,7 @@ from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.weights.record import RECORD_NAME, read_record, record
 from chatterbox_prewarm.weights.variants import ENGLISH
 from tests.conftest import run_cli, writable_copy
+from tests.helpers.clips import DELAY, SECONDS, mp3, without_tag
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.regions.region import Region
 
 TEXT = "Hello, world."
+#: Frames per second of the mel spectrogram of a voice.
+MEL_RATE = 50
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,26 @@ def test_prepare_conditionals_sets_the_voice_without_a_graph(model: PrewarmedCha
         assert not any(t.requires_grad for t in model.conds.gen.values() if torch.is_tensor(t))
     finally:
         model.conds = kept
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_voice_of_an_mp3_file_without_a_length_is_that_of_the_complete_file(
+    model: PrewarmedChatterbox, tmp_path: Path, channels: int
+) -> None:
+    complete, cut = tmp_path / "complete.mp3", tmp_path / "cut.mp3"
+    complete.write_bytes(file := mp3(channels=channels, loud_first=True))
+    cut.write_bytes(without_tag(file))
+    kept = model.conds
+    lengths = []
+    try:
+        for path in (complete, cut):
+            model.prepare_conditionals(path)
+            assert model.conds is not None
+            lengths.append(model.conds.gen["prompt_feat"].size(1) / MEL_RATE)
+    finally:
+        model.conds = kept
+    assert lengths[0] == pytest.approx(SECONDS, abs=DELAY)
+    assert lengths[1] == pytest.approx(SECONDS, abs=DELAY)
 
 
 def test_a_stream_has_the_audio_of_the_synthesizer(

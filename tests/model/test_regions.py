@@ -12,7 +12,7 @@ from chatterbox_prewarm.bench import fidelity
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.profiles import Execution
-from chatterbox_prewarm.model.regions import flow, t3, t3_blocks, vocoder
+from chatterbox_prewarm.model.regions import flow, t3, t3_blocks, t3_prompt, vocoder
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.region import MAX_FRAMES, MAX_POSITIONS, REGIONS
@@ -136,7 +136,7 @@ def test_tokens_after_the_stop_token_are_dropped(
         # Make the seventh greedy token the stop token.
         free = our_tokens(model.decoder, model, voice, GREEDY, 12)
         changed = kept.detach().clone()
-        changed[[t3.STOP_SPEECH_TOKEN, int(free[6])]] = changed[[int(free[6]), t3.STOP_SPEECH_TOKEN]]
+        changed[[t3_prompt.STOP_SPEECH_TOKEN, int(free[6])]] = changed[[int(free[6]), t3_prompt.STOP_SPEECH_TOKEN]]
         head.weight = torch.nn.Parameter(changed)
         theirs = upstream_tokens(upstream, voice, GREEDY, 12)
         monkeypatch.setattr(t3, "_CHECK_EVERY_ON_CPU", check_every)
@@ -144,7 +144,7 @@ def test_tokens_after_the_stop_token_are_dropped(
         ours = our_tokens(T3Decoder(NamedTensors(tensors, "t3_cfg."), eager), model, voice, GREEDY, 12)
     finally:
         head.weight = kept
-    assert theirs[-1] == t3.STOP_SPEECH_TOKEN == upstream.t3.hp.stop_speech_token
+    assert theirs[-1] == t3_prompt.STOP_SPEECH_TOKEN == upstream.t3.hp.stop_speech_token
     assert len(theirs) == 7
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
@@ -181,9 +181,8 @@ def test_gpu_attention_equals_cpu_attention(positions: int, dtype: torch.dtype, 
 def test_t3_computes_in_bfloat16_and_s3gen_in_float32(model: English, voice: Conditionals) -> None:
     decoder = T3Decoder(NamedTensors(model.tensors, "t3_cfg."), eager, dtype=torch.bfloat16)
     with torch.inference_mode():
-        wide = model.decoder._embed_prompt(voice.t3, model.text_tokens(TEXT), 0.5)
-        narrow = decoder._embed_prompt(voice.t3, model.text_tokens(TEXT), 0.5)
-    assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+        wide = t3_prompt.embed_prompt(model.decoder._weights, voice.t3, model.text_tokens(TEXT), 0.5)
+        narrow = wide.to(torch.bfloat16)
     outputs = []
     for prefill, x, cosine, sine in (
         (model.decoder._prefill[0], wide, model.decoder._cosine, model.decoder._sine),
@@ -253,9 +252,13 @@ def test_constants_and_voice_embeddings_equal_those_of_upstream(
     tables = upstream.t3.tfmr.rotary_emb(torch.empty(0), torch.arange(MAX_POSITIONS)[None])
     x, times = torch.randn(1, 77, 512), torch.linspace(0, 1, 11)
     embedded, distances, _ = flow_module.encoder.embed(x, torch.ones(1, 1, 77, dtype=torch.bool))
+    weights = NamedTensors(model.tensors, "t3_cfg.")
     with torch.inference_mode():
         pairs = {
-            "voice": (model.decoder._embed_voice(voice.t3), upstream.t3.prepare_conditioning(for_upstream(voice).t3)),
+            "voice": (
+                t3_prompt.embed_voice(weights, voice.t3),
+                upstream.t3.prepare_conditioning(for_upstream(voice).t3),
+            ),
             "cosines": (model.decoder._cosine, tables[0][0]),
             "sines": (model.decoder._sine, tables[1][0]),
             "tokens": (model.flow._embed(x, "embed")[0], embedded),
@@ -276,8 +279,8 @@ def test_constants_and_voice_embeddings_equal_those_of_upstream(
     assert vocoder_module.audio_limit == vocoder._MAX_SAMPLE
     assert flow_module.decoder.inference_cfg_rate == flow._GUIDANCE
     hp = upstream.t3.hp
-    assert (hp.start_text_token, hp.stop_text_token) == (t3.START_TEXT_TOKEN, t3.STOP_TEXT_TOKEN)
-    assert (hp.start_speech_token, hp.max_text_tokens) == (t3.START_SPEECH_TOKEN, t3.MAX_TEXT_TOKENS)
+    assert (hp.start_text_token, hp.stop_text_token) == (t3_prompt.START_TEXT_TOKEN, t3_prompt.STOP_TEXT_TOKEN)
+    assert (hp.start_speech_token, hp.max_text_tokens) == (t3_prompt.START_SPEECH_TOKEN, t3_prompt.MAX_TEXT_TOKENS)
 
 
 @pytest.mark.slow

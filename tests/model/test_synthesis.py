@@ -12,21 +12,24 @@ import torch
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.regions.flow import Flow
-from chatterbox_prewarm.model.regions.t3 import T3Decoder
-from chatterbox_prewarm.model.regions.vocoder import Vocoder
+from chatterbox_prewarm.model.regions.region import REGIONS
 from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.synthesis import Synthesizer, seed_everything
 from chatterbox_prewarm.model.text import normalize_punctuation
+from chatterbox_prewarm.model.variants import english
 from chatterbox_prewarm.model.voices import for_upstream, placeholder_voice
 from chatterbox_prewarm.model.watermark import Watermark
 from chatterbox_prewarm.system.limits import SAMPLING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from chatterbox.tts import ChatterboxTTS
+    from numpy.typing import NDArray
 
+    from chatterbox_prewarm.model.regions.executors import BoundRegion
+    from chatterbox_prewarm.model.regions.region import Region
     from chatterbox_prewarm.start.attach import Attached
 
 TEXT = "Hello, world."
@@ -189,26 +192,32 @@ def test_text_tokens_equal_those_of_upstream(attached: Attached, upstream: Chatt
     assert attached.synthesizer.model.text_tokens(text)[0, 1:-1].tolist() == ids[0].tolist()
 
 
-def test_the_check_of_a_start_runs_every_stage_and_keeps_the_generators(
-    attached: Attached, monkeypatch: pytest.MonkeyPatch
+def test_the_check_of_a_start_runs_every_region_and_keeps_the_generators(
+    mini: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[str] = []
-    model = attached.synthesizer.model
-    for stage in (T3Decoder, Flow, Vocoder, Watermark):
-        name = "blocks" if stage is T3Decoder else "apply" if stage is Watermark else "__call__"
-        original = getattr(stage, name)
 
-        def record(*arguments: Any, original: Any = original, stage: type = stage, **named: Any) -> Any:
-            called.append(stage.__name__)
-            return original(*arguments, **named)
+    def recording(region: Region, weights: Sequence[torch.Tensor]) -> BoundRegion:
+        def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            called.append(region.name)
+            return region.function(*weights, *inputs)
 
-        monkeypatch.setattr(stage, name, record)
+        return run
+
+    mark = Watermark.apply
+
+    def marked(*arguments: Any, **named: Any) -> NDArray[np.float32]:
+        called.append("watermark")
+        return mark(*arguments, **named)
+
+    monkeypatch.setattr(Watermark, "apply", marked)
+    synthesizer = Synthesizer(english.load(mini, executor=recording), {"nobody": placeholder_voice()})
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    Synthesizer(model, {"nobody": placeholder_voice()}).check("nobody")
+    synthesizer.check("nobody")
     assert torch.equal(torch.rand(3), expected)
-    assert called == ["T3Decoder", "T3Decoder", "Flow", "Vocoder", "Watermark"]
+    assert set(called) == {*REGIONS, "watermark"}
 
 
 @pytest.mark.parametrize(

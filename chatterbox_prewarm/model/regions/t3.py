@@ -11,12 +11,13 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.regions.decode_state import DecodeState
 from chatterbox_prewarm.model.regions.region import MAX_POSITIONS, T3_DECODE, T3_PREFILL, T3_SAMPLE, T3_SAMPLE_NUCLEUS
 from chatterbox_prewarm.model.regions.t3_blocks import HEAD_SIZE
+from chatterbox_prewarm.model.regions.t3_prompt import START_SPEECH_TOKEN, STOP_SPEECH_TOKEN, embed_prompt
+from chatterbox_prewarm.model.sampling import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.conditionals import T3Conditionals
     from chatterbox_prewarm.model.regions.executors import BoundRegion, Executor
     from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
-    from chatterbox_prewarm.model.sampling import Sampling
 
 #: On a CPU, attention reads the used positions, rounded up to this number: few shapes and little wasted work.
 _CPU_ROUNDING = 256
@@ -35,12 +35,6 @@ _GPU_CACHE_SIZES = (1280, 2304, MAX_POSITIONS)
 #: costs a CPU as much as any other token.
 _CHECK_EVERY_ON_CPU = 1
 _CHECK_EVERY_ON_GPU = 16
-#: Tokens of upstream's `T3Config`. The start token is the first id after the codebook of speech tokens.
-START_TEXT_TOKEN, STOP_TEXT_TOKEN = 255, 0
-START_SPEECH_TOKEN, STOP_SPEECH_TOKEN = 6561, 6562
-#: The most text tokens of an utterance, with the start and the stop token.
-MAX_TEXT_TOKENS = 2048
-_PERCEIVER_HEADS = 4
 #: Upstream's settings of the rotary embedding (`LLAMA_520M_CONFIG_DICT`), scaled as in Llama 3.1 (arXiv:2407.21783).
 _ROPE_BASE = 500_000.0
 _ROPE_FACTOR, _ROPE_LOW, _ROPE_HIGH, _ROPE_LENGTH = 8.0, 1.0, 4.0, 8192
@@ -108,7 +102,7 @@ class T3Decoder:
         Yields:
             int64 (n,): 1 token on a CPU and up to 16 tokens on a GPU.
         """
-        prompt = self._embed_prompt(conditionals, text_tokens, sampling.cfg_weight)
+        prompt = embed_prompt(self._weights, conditionals, text_tokens, sampling.cfg_weight).to(self.dtype)
         length = prompt.size(1)
         if length + max_new_tokens > MAX_POSITIONS:
             raise BadInputError(
@@ -139,6 +133,22 @@ class T3Decoder:
             self._kept = kept
 
     @torch.inference_mode()
+    def check(self, conditionals: T3Conditionals, text_tokens: torch.Tensor) -> None:
+        """Run each region once: the prompt, one step, and both samplers. On a GPU this captures the graph of a step.
+
+        Args:
+            conditionals: of the voice.
+            text_tokens: int64 (1, tokens), start and stop tokens included.
+        """
+        sampling = Sampling()
+        prompt = embed_prompt(self._weights, conditionals, text_tokens, sampling.cfg_weight).to(self.dtype)
+        length = prompt.size(1)
+        state = self._acquire_state(length + 1, nucleus=False)
+        self._run_prompt(state, prompt, sampling)
+        state.sample(self._samplers[True])
+        self._advance(state, nucleus=False, positions=self._attended(state, length + 1))
+
+    @torch.inference_mode()
     def hidden(
         self,
         conditionals: T3Conditionals,
@@ -161,7 +171,7 @@ class T3Decoder:
             (n, 2, 1024), before the last normalization.
         """
         weights, count = self._weights, len(speech_tokens)
-        prompt = self._embed_prompt(conditionals, text_tokens, sampling.cfg_weight)
+        prompt = embed_prompt(self._weights, conditionals, text_tokens, sampling.cfg_weight).to(self.dtype)
         length = prompt.size(1)
         state = self._acquire_state(length + count, nucleus=False)
         self._run_prompt(state, prompt, sampling)
@@ -175,35 +185,6 @@ class T3Decoder:
                 self._advance(state, nucleus=False, positions=self._attended(state, length + number))
                 outputs.append(state.hidden.clone())
         return torch.stack(outputs)[:, :, 0]
-
-    def _embed_prompt(self, conditionals: T3Conditionals, text_tokens: torch.Tensor, cfg_weight: float) -> torch.Tensor:
-        """Embed voice, text and two start tokens: (2, length, 1024). The second row has no text, for guidance."""
-        weights = self._weights
-        voice = self._embed_voice(conditionals)
-        text = weights["text_emb.weight"][text_tokens]
-        # Upstream zeroes the text of the second row before it adds the positions, and only with guidance.
-        unconditional = torch.zeros_like(text) if cfg_weight > 0.0 else text
-        text = torch.cat([text, unconditional]) + weights["text_pos_emb.emb.weight"][: text_tokens.size(1)]
-        start = weights["speech_emb.weight"][START_SPEECH_TOKEN] + weights["speech_pos_emb.emb.weight"][0]
-        # Two start tokens: upstream embeds one with the prompt, and one as the first token of its loop.
-        return torch.cat([voice.expand(2, -1, -1), text, start.expand(2, 2, -1)], dim=1).to(self.dtype)
-
-    def _embed_voice(self, conditionals: T3Conditionals) -> torch.Tensor:
-        """Compute the embeddings of a voice, (1, 34, 1024), as upstream's `T3CondEnc`.
-
-        They are the speaker, 32 tokens that a perceiver (arXiv:2103.03206) makes from the voice's speech tokens, and
-        the emotion.
-        """
-        weights = self._weights
-        encoder = weights.below("cond_enc")
-        speaker = functional.linear(conditionals.speaker_emb.view(1, 1, -1), *encoder.pair("spkr_enc"))
-        tokens = conditionals.cond_prompt_speech_tokens
-        prompt = weights["speech_emb.weight"][tokens] + weights["speech_pos_emb.emb.weight"][: tokens.size(1)]
-        attention = encoder.below("perceiver.attn")
-        summary = _attend(attention, encoder["perceiver.pre_attention_query"], prompt)
-        summary = _attend(attention, summary, summary)
-        emotion = functional.linear(conditionals.emotion_adv.view(1, 1, 1), encoder["emotion_adv_fc.weight"])
-        return torch.cat([speaker, summary, emotion], dim=1)
 
     def _acquire_state(self, positions: int, *, nucleus: bool) -> DecodeState:
         """Return tensors for a sequence of this length. On a GPU they are reused, because graphs store addresses."""
@@ -313,15 +294,3 @@ def rotary_tables(positions: int, device: torch.device) -> tuple[torch.Tensor, t
     angles = torch.arange(positions, dtype=torch.float32, device=device)[:, None] * scaled
     angles = torch.cat([angles, angles], dim=1)
     return angles.cos(), angles.sin()
-
-
-def _attend(weights: NamedTensors, queries: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Run the perceiver's attention block: `queries` (1, m, 1024) attend to `x` (1, n, 1024), with a residual."""
-
-    def heads(x: torch.Tensor, name: str) -> torch.Tensor:
-        normalized = functional.layer_norm(x, [x.size(-1)], *weights.pair("norm"))
-        projected = functional.linear(normalized, *weights.pair(name))
-        return projected.view(1, x.size(1), _PERCEIVER_HEADS, -1).transpose(1, 2)
-
-    attended = functional.scaled_dot_product_attention(heads(queries, "to_q"), heads(x, "to_k"), heads(x, "to_v"))
-    return queries + functional.linear(attended.transpose(1, 2).reshape(queries.shape), *weights.pair("proj_out"))

@@ -19,7 +19,8 @@ from chatterbox_prewarm.errors import BadInputError, ModelError, WeightsError, f
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.flow import Flow
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
-from chatterbox_prewarm.model.regions.t3 import START_SPEECH_TOKEN, START_TEXT_TOKEN, STOP_TEXT_TOKEN, T3Decoder
+from chatterbox_prewarm.model.regions.t3 import T3Decoder
+from chatterbox_prewarm.model.regions.t3_prompt import START_SPEECH_TOKEN, START_TEXT_TOKEN, STOP_TEXT_TOKEN
 from chatterbox_prewarm.model.regions.vocoder import SAMPLE_RATE, Vocoder
 from chatterbox_prewarm.model.text import SPACE, normalize_punctuation
 from chatterbox_prewarm.model.watermark import Watermark
