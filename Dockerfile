@@ -122,6 +122,8 @@ ARG DEVICE=cpu
 ARG LEVELS=1,2,3
 ARG PROFILE=aot
 ARG T3_DTYPE=float32
+# A GPU to compile for with DEVICE=cuda where the builder has no GPU, such as "NVIDIA L4" or sm_89.
+ARG TARGET=
 # BuildKit's cache key does not contain the builder's GPU. Set this to its name, so that another GPU bakes again.
 ARG GPU=none
 ARG SOURCE_DATE_EPOCH=
@@ -133,7 +135,7 @@ RUN --mount=type=bind,from=weights,source=/opt/chatterbox-prewarm/weights,target
     echo "baking for GPU: ${GPU}" \
  && CHATTERBOX_PREWARM_REVISION="${SOURCE_REVISION}" CHATTERBOX_PREWARM_BASE_DIGEST="${BASE_DIGEST}" \
     CHATTERBOX_PREWARM_BUILDER="${BUILDER}" PYTHONPATH=/build python /build/bake.py --device "${DEVICE}" \
-    --levels "${LEVELS}" --profile "${PROFILE}" --t3-dtype "${T3_DTYPE}"
+    --levels "${LEVELS}" --profile "${PROFILE}" --t3-dtype "${T3_DTYPE}" --target "${TARGET}"
 
 # ---- cold: everything except the warm state --------------------------------------------------------------------------
 # PACKAGES selects one of the stages above.
@@ -188,7 +190,7 @@ FROM cold AS runtime
 ARG DEVICE=cpu
 ARG PROFILE=aot
 ARG GPU=none
-LABEL io.chatterbox-prewarm.schema="5" \
+LABEL io.chatterbox-prewarm.schema="6" \
       io.chatterbox-prewarm.profile="${PROFILE}" \
       io.chatterbox-prewarm.gpu="${GPU}"
 ENV CHATTERBOX_PREWARM_DEVICE=${DEVICE}

@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--levels", required=True)
     parser.add_argument("--profile", required=True)
     parser.add_argument("--t3-dtype", required=True)
+    parser.add_argument("--target", default="")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     new_state = WARM / "new"
@@ -29,6 +30,7 @@ def main() -> None:
         warm=new_state,
         cache=CACHE,
         device=options.device,
+        target=options.target or None,
         execution=default_execution(options.device, profile=options.profile, t3_dtype=options.t3_dtype),
         levels=tuple(int(level) for level in options.levels.split(",")),
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, NotWarmError, from_os_error
-from chatterbox_prewarm.families.registry import COMPILED, FAMILIES, applicable
+from chatterbox_prewarm.families.registry import COMPILED, FAMILIES, MAY_BE_EMPTY, applicable
 from chatterbox_prewarm.model.chatterbox_imports import require_upstream
 from chatterbox_prewarm.model.clips import check_clip
 from chatterbox_prewarm.model.text import check_voice_name
@@ -30,9 +30,18 @@ from chatterbox_prewarm.state.places import check_apart, check_cache_place, chec
 from chatterbox_prewarm.state.provenance import check_base_image
 from chatterbox_prewarm.system.atomic_files import put_in_place, seal, staging_folder
 from chatterbox_prewarm.system.cpus import usable_cpus
+from chatterbox_prewarm.system.gpu_stand_in import READS_ZEROS, make_stand_in
+from chatterbox_prewarm.system.gpu_targets import find_target
 from chatterbox_prewarm.system.json_subprocess import parse_report, run_module
 from chatterbox_prewarm.system.locks import exclusive_lock
-from chatterbox_prewarm.system.paths import BAKE, BYTECODE_FOLDER, COMPILED_FOLDER, make_cache, require_execution
+from chatterbox_prewarm.system.paths import (
+    BAKE,
+    BYTECODE_FOLDER,
+    COMPILED_FOLDER,
+    STAND_IN_FOLDER,
+    make_cache,
+    require_execution,
+)
 from chatterbox_prewarm.system.process import run as run_process
 from chatterbox_prewarm.weights.record import verify
 
@@ -41,6 +50,7 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.bake.options import BakeOptions
     from chatterbox_prewarm.state.manifest import FamilyEntry
+    from chatterbox_prewarm.system.gpu_targets import GpuTarget
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +69,7 @@ def bake(options: BakeOptions, *, progress: Callable[[str], None] = logger.info)
         NotWarmError: a start from the new state had a miss; the new state was discarded.
     """
     options = _check(options)
+    target = None if options.target is None else find_target(options.target)
     progress("verifying the weights")
     verify(options.weights)
     make_cache(options.cache)
@@ -72,9 +83,10 @@ def bake(options: BakeOptions, *, progress: Callable[[str], None] = logger.info)
             exclusive_lock(warm),
             exclusive_lock(options.cache / BAKE),
             staging_folder(warm) as staging,
-            _compiled_folder(options.cache) as compiled,
+            _private_folder(options.cache / COMPILED_FOLDER) as compiled,
+            _stand_in(target, options.cache) as environment,
         ):
-            manifest = _bake_into(staging, compiled, options, progress)
+            manifest = _bake_into(staging, compiled, options, environment, progress)
             seal(staging)
             put_in_place(staging, warm)
     except OSError as error:
@@ -98,6 +110,8 @@ def _check(options: BakeOptions) -> BakeOptions:
             f"{SWITCH} switches the warm-up off, and a bake needs a warm-up", next_step=f"unset {SWITCH}"
         )
     require_upstream()
+    if options.target is not None:
+        _check_target(options)
     voices = {check_voice_name(name): clip.resolve() for name, clip in options.voices.items()}
     options = replace(
         options,
@@ -115,6 +129,24 @@ def _check(options: BakeOptions) -> BakeOptions:
     return options
 
 
+def _check_target(options: BakeOptions) -> None:
+    """Refuse what cannot be compiled without a GPU.
+
+    Raises:
+        BadInputError: the target is unknown, or does not go with the device or the profile.
+    """
+    find_target(str(options.target))
+    if not options.device.startswith("cuda"):
+        raise BadInputError(
+            f"the target {options.target} is a GPU, and the device is {options.device!r}", next_step="add --device cuda"
+        )
+    if options.how.profile != "aot":
+        raise BadInputError(
+            f"the profile {options.how.profile!r} makes nothing that needs a target",
+            next_step="use the profile aot for a target; or leave out --target, and bake on the GPU",
+        )
+
+
 def _needed_families(options: BakeOptions) -> tuple[str, ...]:
     """Return the requested families that the model uses.
 
@@ -123,6 +155,8 @@ def _needed_families(options: BakeOptions) -> tuple[str, ...]:
     """
     requested, profile = options.families, options.how.profile
     used = applicable(profile, options.device)
+    if options.target is not None:
+        used = tuple(name for name in used if name not in MAY_BE_EMPTY)  # the driver's own cache
     if unknown := set(requested) - set(FAMILIES):
         raise BadInputError(
             f"there is no cache family {min(unknown)!r}", next_step=f"choose from: {', '.join(FAMILIES)}"
@@ -139,8 +173,27 @@ def _compiles(options: BakeOptions) -> bool:
     return any(name in COMPILED for name in options.families)
 
 
-def _bake_into(staging: Path, compiled: Path, options: BakeOptions, progress: Callable[[str], None]) -> Manifest:
+@contextlib.contextmanager
+def _stand_in(target: GpuTarget | None, cache: Path) -> Iterator[Mapping[str, str]]:
+    """Yield the environment variables that show the GPU `target` to a process; none without a target."""
+    if target is None:
+        yield {}
+        return
+    with _private_folder(cache / STAND_IN_FOLDER) as folder:
+        yield make_stand_in(target, folder)
+
+
+def _bake_into(
+    staging: Path,
+    compiled: Path,
+    options: BakeOptions,
+    environment: Mapping[str, str],
+    progress: Callable[[str], None],
+) -> Manifest:
     """Run the processes of the bake; `staging` holds the finished state afterwards.
+
+    With a stand-in for a GPU, the processes run without computing anything there. So the packages are loaded and every
+    region is called, but nothing is spoken.
 
     Raises:
         ModelError: a process failed.
@@ -149,15 +202,18 @@ def _bake_into(staging: Path, compiled: Path, options: BakeOptions, progress: Ca
     compile_log: dict[str, Any] | None = None
     if _compiles(options):
         progress("compiling the regions, in a separate process")
-        compile_log = _run_process("compile_process", options, staging, compiled)["metrics"]
+        compile_log = _run_process("compile_process", options, staging, compiled, environment)["metrics"]
+    environment = {**environment, **(READS_ZEROS if environment else {})}
     progress("cold start, warm-up and save, in a separate process")
-    cold = _run_process("warm_process", options, staging, compiled)
+    cold = _run_process("warm_process", options, staging, compiled, environment)
     progress("start from the new state, in another process")
     _empty_cache(options.cache)
-    proof = run_process(proof_command(staging, options.weights, options.cache))
+    proof = run_process(proof_command(staging, options.weights, options.cache), env={**os.environ, **environment})
     warm = parse_report(proof.stdout, proof.returncode)
     left_out = frozenset(applicable(options.how.profile, options.device)) - set(options.families)
-    checks = [*counter_checks(warm, left_out=left_out), audio_check(warm)]
+    checks = counter_checks(warm, left_out=left_out)
+    if not environment:
+        checks.append(audio_check(warm))
     if failed := [f"{check.name} (seen: {check.seen})" for check in checks if not check.passed]:
         raise NotWarmError(
             f"a start from the new state is not warm: {'; '.join(failed)}",
@@ -170,13 +226,15 @@ def _bake_into(staging: Path, compiled: Path, options: BakeOptions, progress: Ca
     return manifest
 
 
-def _run_process(module: str, options: BakeOptions, output: Path, compiled: Path) -> dict[str, Any]:
+def _run_process(
+    module: str, options: BakeOptions, output: Path, compiled: Path, environment: Mapping[str, str]
+) -> dict[str, Any]:
     """Run a process of the bake with empty caches and without bytecode, so that the costs of both are measured."""
     _empty_cache(options.cache)
     # In the cache, which this bake has locked. The next bake removes the files that a killed one leaves there.
     bytecode = options.cache / BYTECODE_FOLDER
     shutil.rmtree(bytecode, ignore_errors=True)
-    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(bytecode)}
+    environment = {**os.environ, **environment, "PYTHONPYCACHEPREFIX": str(bytecode)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if module == "compile_process":  # all others use one thread, like a start
         environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(usable_cpus()))
@@ -188,9 +246,8 @@ def _run_process(module: str, options: BakeOptions, output: Path, compiled: Path
 
 
 @contextlib.contextmanager
-def _compiled_folder(cache: Path) -> Iterator[Path]:
+def _private_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder for compiled code. This bake runs that code, so only this user can enter the folder."""
-    folder = cache / COMPILED_FOLDER
     shutil.rmtree(folder, ignore_errors=True)  # of a killed bake
     folder.mkdir(mode=0o700)
     try:

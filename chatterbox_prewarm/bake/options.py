@@ -25,6 +25,7 @@ class BakeOptions:
         warm: the directory of the new state. While the bake runs, the state is in a hidden directory next to it.
         cache: the cache directory, with the same path as at run time. A bake empties the caches in it.
         device: the device of the warm-up.
+        target: the GPU to compile for on a machine without one; None compiles on the device.
         execution: how the model runs; None for the default of the device.
         levels: the levels of the warm-up.
         voices: names and reference clips of voices to bake in addition to the built-in voice.
@@ -35,6 +36,7 @@ class BakeOptions:
     warm: Path
     cache: Path
     device: str = "cpu"
+    target: str | None = None
     execution: Execution | None = None
     levels: tuple[int, ...] = LEVELS
     voices: Mapping[str, Path] = field(default_factory=dict)
@@ -89,6 +91,7 @@ class BakeOptions:
         """Return the options for the provenance: without paths, and with the digest of each voice's clip."""
         return {
             "device": self.device,
+            **({} if self.target is None else {"target": self.target}),
             "families": ",".join(self.families),
             "levels": ",".join(map(str, self.levels)),
             **{name: str(value) for name, value in asdict(self.how).items()},

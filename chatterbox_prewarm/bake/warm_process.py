@@ -7,16 +7,24 @@ import logging
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bake.options import BakeOptions
 from chatterbox_prewarm.families.registry import BYTECODE
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.reference_clip import reference_clip
 from chatterbox_prewarm.proof.probes import peak_resident_bytes
 from chatterbox_prewarm.start.attach import attach_baked, make_missing_voices
 from chatterbox_prewarm.start.prepare import prepare
+from chatterbox_prewarm.start.upstream import attach_upstream
 from chatterbox_prewarm.system import metrics as metrics_module
+from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
 from chatterbox_prewarm.system.json_subprocess import report
+
+if TYPE_CHECKING:
+    from chatterbox.tts import ChatterboxTTS
+
+    from chatterbox_prewarm.start.attach import Attached
 
 
 def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any]:
@@ -43,7 +51,6 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
     from chatterbox_prewarm.model.warmup.settings import TEXTS
     from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
     from chatterbox_prewarm.start.save import WarmupRecord, make_reference, save_warmup_cache
-    from chatterbox_prewarm.start.upstream import attach_upstream
 
     metrics, synthesizer = attached.metrics, attached.synthesizer
     # Before upstream's model is imported, to learn which modules a start imports that finds its voices in the state.
@@ -53,7 +60,11 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
     Synthesizer(synthesizer.model, {DEFAULT_VOICE: voice}).check()
     importlib.import_module("soundfile")  # a start with `--voice` checks the clips
     sources = BYTECODE.start_sources()
-    upstream = make_missing_voices(attached, {}) or attach_upstream(attached.prepared, lean=synthesizer.model)
+    on_gpu = stand_in_target() is None  # or on a CPU
+    if on_gpu:
+        upstream = make_missing_voices(attached, {}) or attach_upstream(attached.prepared, lean=synthesizer.model)
+    else:
+        upstream = _make_voice_on_cpu(attached)
     with metrics.phase("reference"):
         reference = make_reference(attached)
     for name, clip in bake.voices.items():
@@ -65,10 +76,11 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
         progress=lambda line: print(line, file=sys.stderr, flush=True),
         metrics=metrics,
     )
-    strategy.perform_full_warmup(upstream)
+    if on_gpu:
+        strategy.perform_full_warmup(upstream)
     record = WarmupRecord(
-        levels=strategy.levels,
-        texts=TEXTS if 2 in bake.levels else (),
+        levels=strategy.levels if on_gpu else (),
+        texts=TEXTS if 2 in bake.levels and on_gpu else (),
         reference=reference,
         sources=sources,
         parameters=bake.parameters(),
@@ -79,6 +91,18 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
         "resident_bytes": peak_resident_bytes(),
         "device_bytes": torch.cuda.max_memory_reserved(bake.device) if bake.device.startswith("cuda") else 0,
     }
+
+
+def _make_voice_on_cpu(attached: Attached) -> ChatterboxTTS:
+    """Add the built-in voice to a model on a stand-in for a GPU, which computes nothing. Return upstream's model."""
+    from chatterbox_prewarm.model.voices import prepare_voice, read_builtin_voice
+
+    upstream = attach_upstream(attached.prepared)
+    with attached.metrics.phase("conditionals"), reference_clip() as clip:
+        made = prepare_voice(upstream, clip)  # also if the checkpoint has a voice, for Numba's cache
+        attached.synthesizer.voices[DEFAULT_VOICE] = read_builtin_voice(attached.prepared.options.weights) or made
+    attached.metrics.mark("attached")
+    return upstream
 
 
 if __name__ == "__main__":

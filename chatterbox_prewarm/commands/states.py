@@ -37,11 +37,15 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.state.state import State
 
 
+_CROSS_COMPILED = "  compiled without the GPU: not tuned, and unproven until `prove` passes there"
+
+
 @click.command(short_help="Warm the model up and write the warm state.")
 @weights_option
 @warm_option
 @cache_option
 @device_option
+@click.option("--target", metavar="GPU", help="Compile for this GPU on a machine without one: a product, or sm_90.")
 @profile_option("aot")
 @option("--t3-dtype", default="float32", type=click.Choice(T3_DTYPES), help="Data type of T3's transformer.")
 @click.option("--graphs/--no-graphs", default=None, help="Run T3's step as a CUDA graph. Default: on a GPU.")
@@ -54,12 +58,16 @@ def bake(
     warm: Path,
     cache: Path,
     device: str,
+    target: str | None,
     levels: str,
     voices: tuple[str, ...],
     without: tuple[str, ...],
     **execution: Any,
 ) -> None:
-    """Warm the model up on this machine and write the warm state."""
+    """Warm the model up on this machine and write the warm state.
+
+    With --target, compile for a GPU that this machine does not have. Run `prove` on that GPU afterwards.
+    """
     from chatterbox_prewarm.bake.bake import bake as run_bake
     from chatterbox_prewarm.bake.options import BakeOptions
     from chatterbox_prewarm.families.registry import FAMILIES
@@ -71,6 +79,7 @@ def bake(
         warm=warm,
         cache=cache,
         device=device,
+        target=target,
         execution=default_execution(device, **execution),
         levels=parse_levels(levels),
         voices=dict(parse_voice(voice) for voice in voices),
@@ -265,6 +274,7 @@ def _summary(state: State) -> str:
             f"  key {state.key}",
             f"  manifest sha256:{state.manifest_digest}, the value for --expect-digest",
             f"  made by {manifest.tool} on {manifest.created}, levels {levels}",
+            *([_CROSS_COMPILED] if manifest.cross_compiled else []),
             f"  {manifest.variant}, voices: {', '.join(manifest.voices)}",
             f"  profile {execution.profile}, T3 in {execution.t3_dtype}, {graphs} CUDA graphs",
             f"  weights {manifest.weights.repository} at {manifest.weights.revision}",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.families.base import Family
 from chatterbox_prewarm.families.cache_folders import collect
 from chatterbox_prewarm.system.fingerprint import device_kind
+from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,5 +41,11 @@ class AotFamily(Family):
         """Copy the packages that this process uses."""
         if self._directory is not None:
             collect(self._directory, directory)
-        machine = ("gpu", "compute_capability") if device_kind(context.device) == "cuda" else ()
-        return ("arch", "instruction_set", "torch", "regions", "device", *machine)
+        software = ("arch", "torch", "regions", "device")
+        if device_kind(context.device) == "cpu":
+            return (*software, "instruction_set")
+        target = stand_in_target()
+        if target is None:
+            return (*software, "instruction_set", "gpu", "compute_capability")
+        # Compiled without the instructions of this machine's processor.
+        return (*software, *(("gpu",) if target.gpu else ()), "compute_capability")

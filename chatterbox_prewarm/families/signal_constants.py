@@ -65,9 +65,8 @@ class SignalFamily(Family):
                 self._voice_mel["basis"] = tensor.numpy()
         context.metrics.loaded["signal"] += len(tensors)
 
-    def save(self, directory: Path, context: FamilyContext) -> tuple[str, ...]:
+    def save(self, directory: Path, context: FamilyContext) -> tuple[str, ...]:  # noqa: ARG002
         """Write the constants that the warm-up's reference clips needed."""
-        device = device_key(context.device)
         tensors: dict[str, torch.Tensor] = {}
         configs: dict[str, dict[str, int]] = {}
         for (source, target, _), resampler in self._resamplers.items():
@@ -76,7 +75,7 @@ class SignalFamily(Family):
             tensors[f"resampler.{key}"] = resampler.kernel
         mel = _mel_module()
         for key, basis in mel.mel_basis.items():
-            tensors[f"mel.{key.removesuffix(f'_{device}')}"] = basis
+            tensors[f"mel.{key.rpartition('_')[0]}"] = basis  # without the device
         for window in mel.hann_window.values():
             tensors["window.hann"] = window
         for basis in self._voice_mel.values():

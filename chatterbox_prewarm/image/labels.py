@@ -61,6 +61,7 @@ class StateLabel:
             the same inputs may have different set digests, because compilers may produce different bytes. Empty in the
             labels of older versions.
         measured: all 0 in the labels of older versions.
+        cross_compiled: the state was compiled for a GPU on a machine without one.
     """
 
     key: str
@@ -76,10 +77,11 @@ class StateLabel:
     families: tuple[FamilyLabel, ...]
     inputs_digest: str = ""
     measured: Measurements = field(default_factory=Measurements)
+    cross_compiled: bool = False
 
 
 #: Fields of a state that are text and have the same name in the JSON document.
-_TEXTS = tuple(one.name for one in fields(StateLabel) if one.name not in {"families", "inputs_digest", "measured"})
+_TEXTS = tuple(one.name for one in fields(StateLabel) if one.type == "str" and one.name != "inputs_digest")
 
 
 def image_labels(
@@ -159,6 +161,7 @@ def state_label(manifest: Manifest) -> StateLabel:
         ),
         inputs_digest=hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
         measured=manifest.measured,
+        cross_compiled=manifest.cross_compiled,
     )
 
 
@@ -204,6 +207,8 @@ def _state_to_json(state: StateLabel) -> dict[str, Any]:
         document["made_of"] = state.inputs_digest
     if state.measured != Measurements():
         document["measured"] = asdict(state.measured)
+    if state.cross_compiled:
+        document["cross_compiled"] = True
     return document
 
 
@@ -223,6 +228,7 @@ def _parse_state(raw: Mapping[str, Any]) -> StateLabel:
         families=tuple(families),
         inputs_digest=_text(raw.get("made_of", "")),
         measured=_parse_measured(raw.get("measured", {})),
+        cross_compiled=raw.get("cross_compiled", False) is True,
     )
 
 

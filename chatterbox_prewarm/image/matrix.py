@@ -24,10 +24,10 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, from_os_error
-from chatterbox_prewarm.image.gpu_names import nvml_name
 from chatterbox_prewarm.model.profiles import PROFILES, T3_DTYPES
 from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.system.fingerprint import ABSENT
+from chatterbox_prewarm.system.gpu_names import nvml_name
 from chatterbox_prewarm.weights.variants import VARIANTS
 
 if sys.version_info >= (3, 11):

@@ -34,9 +34,15 @@ _FIXED_BY_IMAGE = frozenset({field.name for field in fields(Fingerprint)} - {*MA
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFit:
-    """How the states of an image fit a host. The first state is the one that a start would select."""
+    """How the states of an image fit a host.
+
+    Attributes:
+        states: the first one is the one that a start would select.
+        unproven: the keys of the states that were compiled without the GPU. Nothing of these has run.
+    """
 
     states: tuple[Compatibility, ...]
+    unproven: frozenset[str] = frozenset()
 
     @property
     def hits(self) -> bool:
@@ -49,6 +55,7 @@ class NodeFit:
         here = selected.other_device
         return [
             f"state {selected.name}: {'would hit' if self.hits else 'would miss'}",
+            *(["  compiled without the GPU, unproven"] if selected.name in self.unproven else []),
             *([f"  device: baked for {selected.device}, here {here}"] if here else []),
             *(f"  {name}: {'; '.join(words) or 'fits'}" for name, words in selected.differences.items()),
             *(f"  {name}: not in the state" for name in selected.missing),
@@ -83,8 +90,8 @@ def compare_with_node(image: Image, host: Mapping[str, str]) -> NodeFit:
     """
     device = host.get("device") or _setting(image, "DEVICE")
     profile = _setting(image, "PROFILE")
-    compared = []
-    for state in read_states(image.labels):
+    compared, states = [], read_states(image.labels)
+    for state in states:
         facts = {**host, "device": device_kind(device or state.device)}
         compared.append(
             compatibility_of(
@@ -96,7 +103,10 @@ def compare_with_node(image: Image, host: Mapping[str, str]) -> NodeFit:
                 upstream=image.labels.get(PACKAGES) != "lean",
             )
         )
-    return NodeFit(states=tuple(sorted(compared, key=lambda state: state.rank)))
+    return NodeFit(
+        states=tuple(sorted(compared, key=lambda state: state.rank)),
+        unproven=frozenset(state.key for state in states if state.cross_compiled),
+    )
 
 
 def explain_python(image: Image, required: Mapping[str, str]) -> list[str]:

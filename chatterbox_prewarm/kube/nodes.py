@@ -98,7 +98,8 @@ def state_affinity(
     products_by_term: dict[tuple[str, str], list[str]] = defaultdict(list)
     for state in states:
         product = gpu_product(state)
-        capability = state.compute_capability if product and cluster.feature_discovery else ""
+        on_gpu = state.device == "cuda" and cluster.feature_discovery
+        capability = state.compute_capability if on_gpu else ""
         products_by_term[_requirement(state, "arch"), capability].append(product)
     required = []
     for (arch, capability), products in products_by_term.items():

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.image.gpu_names import nvml_name
 from chatterbox_prewarm.kube.budgets import (
     EXIT_SECONDS,
     PRE_STOP_SECONDS,
@@ -35,6 +34,7 @@ from chatterbox_prewarm.kube.documents import (
 from chatterbox_prewarm.kube.nodes import Cluster, gpu_fields, gpu_product, state_affinity
 from chatterbox_prewarm.kube.pre_pull import pre_pull
 from chatterbox_prewarm.system.cpus import REQUEST
+from chatterbox_prewarm.system.gpu_names import nvml_name
 from chatterbox_prewarm.system.paths import CACHE
 
 if TYPE_CHECKING:

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 _CHECKED_TEXT, _CHECKED_TOKENS = "Hi.", 4
 
 
+_DAMAGED = "check the weights with `chatterbox-prewarm weights verify`; or bake again on this kind of machine"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Speech:
     """The result of a synthesis.
@@ -196,6 +199,9 @@ class Synthesizer:
         """Run every region once with little work: T3 draws two tokens, and the flow runs one step for a short clip.
 
         The random generators keep their state.
+
+        Raises:
+            ModelError: a sample is not finite.
         """
         conditionals, model = self.voice(voice), self.model
         gen = dict(conditionals.gen)
@@ -205,7 +211,9 @@ class Synthesizer:
             model.decoder.check(conditionals.t3, model.text_tokens(_CHECKED_TEXT))
             # Fixed tokens, because the decoder may have drawn some that have no sound.
             tokens = torch.arange(_CHECKED_TOKENS, device=model.device)
-            model.marked(model.vocoder(model.flow(tokens, gen, steps=1)).cpu().numpy())
+            samples = model.marked(model.vocoder(model.flow(tokens, gen, steps=1)).cpu().numpy())
+        if not np.isfinite(samples).all():
+            raise ModelError("the model computes values that are not finite", next_step=_DAMAGED)
 
     def usable(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the tokens of an utterance that are part of the codebook.

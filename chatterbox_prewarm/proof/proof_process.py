@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import IntegrityError
 from chatterbox_prewarm.families.registry import is_used
 from chatterbox_prewarm.model.reference_clip import reference_clip
 from chatterbox_prewarm.proof import probes
-from chatterbox_prewarm.start.attach import attach_baked, make_missing_voices
+from chatterbox_prewarm.start.attach import attach_baked, make_missing_voices, with_eager_regions
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.start.upstream import attach_upstream
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.fingerprint import upstream_installed
+from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
 from chatterbox_prewarm.system.json_subprocess import report
 from chatterbox_prewarm.system.metrics import StartMetrics, now
+
+if TYPE_CHECKING:
+    from chatterbox_prewarm.model.synthesis import Speech, Synthesizer
+    from chatterbox_prewarm.start.attach import Attached
+    from chatterbox_prewarm.state.manifest import Reference
 
 
 def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
@@ -52,14 +59,17 @@ def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
     upstream = make_missing_voices(attached, {})
     from chatterbox_prewarm.model.voices import prepare_voice
 
+    computes = stand_in_target() is None
     with metrics.phase("synthesis"):
-        speech = attached.synthesizer.synthesize(
-            reference.text, voice=reference.voice, seed=reference.seed, max_new_tokens=reference.max_new_tokens
-        )
+        if computes:
+            speech = _speak(attached.synthesizer, reference)
+        else:
+            attached.synthesizer.check()
     ready = now() - metrics.origin
     if upstream_installed():  # with the families that only it uses
+        lean = attached.synthesizer.model if computes else None
         with metrics.phase("voice"), reference_clip() as clip:
-            prepare_voice(upstream or attach_upstream(prepared, lean=attached.synthesizer.model), clip)
+            prepare_voice(upstream or attach_upstream(prepared, lean=lean), clip)
     metrics.marks["ready"] = ready  # only now, because misses of bytecode count until then
     files_after = probes.listing(options.cache)
     changed = [path for path, stamp in files_after.items() if stamp != files_before.get(path)]
@@ -75,14 +85,46 @@ def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
         "state_writes": observer.writes + _changes(state),
         # Inductor locks each entry that it reads. An empty lock file is of no use to a later start.
         "cache_writes": sorted(path for path in changed if not _is_lock(Path(path))),
-        "audio": {
-            "tokens_sha256": speech.tokens_sha256,
-            "pcm_sha256": speech.pcm_sha256,
-            "samples": len(speech.samples),
-            "expected_tokens_sha256": reference.tokens_sha256,
-            "expected_pcm_sha256": reference.pcm_sha256,
-        },
+        "audio": _compare(speech, attached, reference) if computes else None,
     }
+
+
+def _speak(synthesizer: Synthesizer, reference: Reference) -> Speech:
+    return synthesizer.synthesize(
+        reference.text, voice=reference.voice, seed=reference.seed, max_new_tokens=reference.max_new_tokens
+    )
+
+
+def _compare(speech: Speech, attached: Attached, reference: Reference) -> dict[str, Any]:
+    """Compare the reference synthesis with that of the bake. Without one, compare it with eager mode on this device.
+
+    Returns:
+        the digests of tokens and audio, here and expected; and the energy of the audio relative to that of its
+        difference from eager mode, in dB, or None if the bake's audio is known.
+    """
+    expected, decibels = reference, None
+    if not reference.pcm_sha256:
+        eager = _speak(with_eager_regions(attached).synthesizer, reference)
+        expected = replace(reference, tokens_sha256=eager.tokens_sha256)
+        decibels = _decibels(speech, eager)
+    return {
+        "tokens_sha256": speech.tokens_sha256,
+        "pcm_sha256": speech.pcm_sha256,
+        "samples": len(speech.samples),
+        "expected_tokens_sha256": expected.tokens_sha256,
+        "expected_pcm_sha256": expected.pcm_sha256,
+        "decibels": decibels,
+    }
+
+
+def _decibels(speech: Speech, other: Speech) -> float:
+    """Return the energy of the audio relative to the energy of its difference from `other`, in dB; at most 300."""
+    import numpy as np
+
+    if len(speech.samples) != len(other.samples):
+        return 0.0
+    difference = np.square(speech.samples - other.samples, dtype=np.float64).sum()
+    return float(10 * np.log10(np.square(speech.samples, dtype=np.float64).sum() / max(difference, 1e-30)))
 
 
 def _is_lock(path: Path) -> bool:

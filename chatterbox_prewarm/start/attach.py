@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.errors import ModelError
+from chatterbox_prewarm.errors import ModelError, first_line
 from chatterbox_prewarm.families.registry import FAMILIES
 from chatterbox_prewarm.model.chatterbox_imports import free_import_frames, paused_gc
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE, check_clip
@@ -22,6 +22,7 @@ from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.cpus import usable_cpus
+from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 from chatterbox_prewarm.system.regular_files import open_regular
 from chatterbox_prewarm.weights.variants import ENGLISH
@@ -145,6 +146,7 @@ def attach_baked(prepared: Prepared, *, threads: int | None = None) -> Attached:
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device).index or 0)  # packages and graph captures use the current device
         torch.backends.cudnn.deterministic = True  # a proof compares every bit
+        torch.backends.cudnn.enabled = stand_in_target() is None  # which has no cuDNN
     with metrics.phase("weights"), paused_gc():
         model = _load(prepared)
     found: dict[str, Conditionals] = {}
@@ -152,6 +154,36 @@ def attach_baked(prepared: Prepared, *, threads: int | None = None) -> Attached:
     for name, family in lean_families(prepared).items():
         family.attach(prepared.folders.get(name), context)
     return Attached(synthesizer=Synthesizer(model, found), prepared=prepared, misses={}, reasons=()).judged_again()
+
+
+def checked(attached: Attached) -> Attached:
+    """Run every region of a start once. Unless the policy is "require", eager mode replaces a state that fails.
+
+    That can only happen to code that was compiled without the GPU: a bake on the GPU has run its code.
+
+    Raises:
+        ModelError: the model does not work here.
+    """
+    prepared = attached.prepared
+    try:
+        attached.synthesizer.check()
+    except Exception as error:
+        untried = prepared.state is not None and prepared.state.manifest.cross_compiled
+        if not untried or prepared.execution.profile != "aot" or prepared.options.policy == "require":
+            raise
+        reason = f"code that was compiled without this GPU failed: {first_line(error)}; the model runs in eager mode"
+        prepared.metrics.miss("aot", reason)
+        attached = with_eager_regions(attached).judged_again()
+        attached.synthesizer.check()
+    return attached
+
+
+def with_eager_regions(attached: Attached) -> Attached:
+    """Load the model of a start again, with the same voices, in eager mode."""
+    from chatterbox_prewarm.model.synthesis import Synthesizer
+
+    prepared = replace(attached.prepared, execution=replace(attached.prepared.execution, profile="eager"))
+    return replace(attached, synthesizer=Synthesizer(_load(prepared), attached.synthesizer.voices), prepared=prepared)
 
 
 def set_threads(threads: int | None) -> None:

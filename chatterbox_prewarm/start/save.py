@@ -22,6 +22,7 @@ from chatterbox_prewarm.state.places import check_output_place
 from chatterbox_prewarm.state.provenance import read_provenance
 from chatterbox_prewarm.system.digests import scan, set_digest
 from chatterbox_prewarm.system.fingerprint import read_fingerprint
+from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
 from chatterbox_prewarm.version import __version__
 from chatterbox_prewarm.weights.record import read_record
 
@@ -117,6 +118,7 @@ def save_warmup_cache(
         voices=tuple(sorted(attached.synthesizer.voices)) if "conditionals" in families else (),
         reference=reference,
         provenance=read_provenance(record.parameters),
+        cross_compiled=stand_in_target() is not None,
         set_digest=set_digest(file for entry in entries for file in entry.files),
     )
     write_manifest(manifest, directory)
@@ -175,20 +177,28 @@ def _save_families(
 
 
 def make_reference(attached: Attached) -> Reference:
-    """Synthesize the reference that a proof repeats."""
+    """Synthesize the reference that a proof repeats. On a stand-in for a GPU, which computes nothing, only name it."""
     import torch
 
-    speech = attached.synthesizer.synthesize(
-        SHORT_TEXT, voice=DEFAULT_VOICE, seed=_REFERENCE_SEED, max_new_tokens=REFERENCE_TOKENS
-    )
-    return Reference(
+    reference = Reference(
         text=SHORT_TEXT,
         voice=DEFAULT_VOICE,
         seed=_REFERENCE_SEED,
         max_new_tokens=REFERENCE_TOKENS,
         threads=torch.get_num_threads(),
         device=attached.synthesizer.model.device,
-        sample_rate=speech.sample_rate,
+        sample_rate=attached.synthesizer.model.sample_rate,
+        samples=0,
+        tokens_sha256="",
+        pcm_sha256="",
+    )
+    if stand_in_target() is not None:
+        return reference
+    speech = attached.synthesizer.synthesize(
+        SHORT_TEXT, voice=DEFAULT_VOICE, seed=_REFERENCE_SEED, max_new_tokens=REFERENCE_TOKENS
+    )
+    return replace(
+        reference,
         samples=len(speech.samples),
         tokens_sha256=speech.tokens_sha256,
         pcm_sha256=speech.pcm_sha256,

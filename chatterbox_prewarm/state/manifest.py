@@ -11,7 +11,7 @@ from chatterbox_prewarm.system.digests import FileEntry  # noqa: TC001 - as abov
 if TYPE_CHECKING:
     from chatterbox_prewarm.weights.record import WeightsRecord
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 MANIFEST_NAME = "manifest.json"
 #: The first schema that contains a digest of the manifest itself.
 FIRST_SEALED_SCHEMA = 3
@@ -61,6 +61,8 @@ class WeightsEntry:
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """A synthesis that the bake made and that a proof repeats. The same inputs must give the same samples.
+
+    A bake without the GPU cannot speak. Then `samples` is 0 and both digests are empty.
 
     Attributes:
         tokens_sha256: over the speech tokens as little-endian int64. Shows whether T3 causes a difference.
@@ -125,6 +127,8 @@ class Manifest:
 
     Attributes:
         schema: the schema of the file that was read. A manifest is always written with the present schema.
+        cross_compiled: the bake compiled for a GPU on a machine without one, so nothing has run yet. Before schema 6
+            always False.
     """
 
     schema: int = SCHEMA_VERSION
@@ -141,6 +145,7 @@ class Manifest:
     reference: Reference
     provenance: Provenance
     measured: Measurements = field(default_factory=Measurements)
+    cross_compiled: bool = False
     set_digest: str = field(default="")
 
     def family(self, name: str) -> FamilyEntry | None:

@@ -50,7 +50,7 @@ _REFERENCE_LIMITS = {
     "max_new_tokens": (MIN_TOKENS, 1000),
     "threads": (1, 1 << 16),
     "sample_rate": (1, 1 << 20),
-    "samples": (1, 1 << 40),
+    "samples": (0, 1 << 40),
 }
 #: Types of a dataclass's fields. Cached, because Python evaluates the annotations in every call.
 _type_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
@@ -177,6 +177,9 @@ def _check_reference(manifest: Manifest) -> None:
         raise ValueError(f"the reference has the voice {reference.voice!r}, which the state does not have")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", reference.device):
         raise ValueError(f"the reference has the unknown device {reference.device!r}")
+    spoken = bool(reference.samples and reference.tokens_sha256 and reference.pcm_sha256)
+    if spoken == manifest.cross_compiled:
+        raise ValueError("the reference has audio exactly if the state was baked on its device")
     for name, (lowest, highest) in _REFERENCE_LIMITS.items():
         if not lowest <= (value := getattr(reference, name)) <= highest:
             raise ValueError(f"{name} of the reference is {value}, not a number from {lowest} to {highest}")

@@ -18,8 +18,8 @@ VOICES = Path("/data/voices")
 
 #: The name in the cache directory that a bake locks exclusively and a start shares.
 BAKE = "bake"
-#: The folders in the cache directory that only a bake uses: for compiled code and for bytecode.
-BAKE_FOLDERS = (COMPILED_FOLDER, BYTECODE_FOLDER) = ("bake-compiled", "bake-bytecode")
+#: The folders in the cache directory that only a bake uses: for compiled code, bytecode and the stand-in for a GPU.
+BAKE_FOLDERS = (COMPILED_FOLDER, BYTECODE_FOLDER, STAND_IN_FOLDER) = ("bake-compiled", "bake-bytecode", "bake-stand-in")
 
 #: Set in every process that loads the model: no downloads at run time, and no progress bars in logs.
 _ENVIRONMENT = {

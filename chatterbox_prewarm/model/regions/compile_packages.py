@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -27,6 +28,7 @@ from chatterbox_prewarm.model.regions.executors import LIBRARY
 from chatterbox_prewarm.model.regions.region import REGIONS
 from chatterbox_prewarm.redaction import print_traceback
 from chatterbox_prewarm.system.cpus import usable_cpus
+from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
 from chatterbox_prewarm.system.json_subprocess import DEBUG, describe, die_with_parent, quiet_packages, rebuild
 from chatterbox_prewarm.system.process import PARENT
 from chatterbox_prewarm.system.process import run as run_process
@@ -41,6 +43,14 @@ if TYPE_CHECKING:
     Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, str]
 
 _KERNEL_SUFFIXES = frozenset({".cubin", ".hsaco", ".spv"})
+#: Inductor's settings without a GPU: read no constants from the device, do not time paddings, generate the code in one
+#: pass (the other way runs the model in between), and use no vector instructions that only this processor may have.
+_STAND_IN_SETTINGS: Mapping[str, Any] = {
+    "joint_graph_constant_folding": False,
+    "shape_padding": False,
+    "triton.autotune_at_compile_time": True,
+    "cpp.simdlen": 1,
+}
 #: A compiling process needs about 1 GB of memory and, on a GPU, its own context.
 _MAX_WORKERS = 8
 
@@ -62,7 +72,7 @@ def compile_packages(
     # On a GPU compile one region at a time: Inductor chooses kernels by timing them, which needs an idle GPU. Its own
     # pool compiles the kernels in parallel.
     on_gpu = any(weight.is_cuda for tensors in weights.values() for weight in tensors)
-    workers = 1 if on_gpu else min(threads, len(weights), _MAX_WORKERS)
+    workers = 1 if on_gpu and stand_in_target() is None else min(threads, len(weights), _MAX_WORKERS)
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(threads // workers, 1))
     os.environ[PARENT] = str(os.getpid())
     # Start with the regions that have the most weights. They have the most code, and the last one should be short.
@@ -130,7 +140,7 @@ def compile_package(region: Region, weights: Sequence[torch.Tensor], directory: 
         shapes = (_dynamic_shapes(region, len(weights)),)
         try:
             exported = torch.export.export(_AsModule(region), (*weights, *inputs), dynamic_shapes=shapes, strict=False)
-            with _quiet_compiler(Path(scratch) / "log"):
+            with _quiet_compiler(Path(scratch) / "log"), _untimed_kernels():
                 torch._inductor.aoti_compile_and_package(
                     exported, package_path=str(archive), inductor_configs=_settings()
                 )
@@ -148,11 +158,30 @@ def compile_package(region: Region, weights: Sequence[torch.Tensor], directory: 
 def _settings() -> dict[str, Any]:
     """Return Inductor's settings for packages."""
     # Use the number of threads that the process has, not the number that the bake had.
-    settings = {"cpp.dynamic_threads": True}
+    settings: dict[str, Any] = {"cpp.dynamic_threads": True}
     if hasattr(torch._inductor.config.aot_inductor, "precompile_headers"):
         # Torch 2.11 stores precompiled headers in /tmp under a predictable name.
         settings["aot_inductor.precompile_headers"] = False
+    if stand_in_target() is not None:
+        settings |= _STAND_IN_SETTINGS
     return settings
+
+
+@contextlib.contextmanager
+def _untimed_kernels() -> Iterator[None]:
+    """Without a GPU, let Inductor take the first configuration of each kernel, because none can be timed."""
+    if stand_in_target() is None:
+        yield
+        return
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    tuner: Any = CachingAutotuner
+    benchmark = tuner.benchmark_all_configs
+    tuner.benchmark_all_configs = lambda self, *_, **__: dict(zip(self.launchers, itertools.count(), strict=False))
+    try:
+        yield
+    finally:
+        tuner.benchmark_all_configs = benchmark
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

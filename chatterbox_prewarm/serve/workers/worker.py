@@ -27,7 +27,7 @@ from chatterbox_prewarm.serve.workers.fatal_errors import is_fatal
 from chatterbox_prewarm.serve.workers.messages import PROGRESS_SECONDS, PreemptedError, RequestQueue, Usage
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
-from chatterbox_prewarm.start.attach import attach
+from chatterbox_prewarm.start.attach import attach, checked
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.system.json_subprocess import DEBUG, claim_stdout, describe, die_with_parent
 from chatterbox_prewarm.system.metrics import StartMetrics
@@ -99,7 +99,8 @@ class Worker:
         sizes = voice_sizes(attached.synthesizer)
         self.send({"type": "attached", "voices": sizes, "metrics": self._metrics.to_dict()})
         with self._metrics.phase("first synthesis"):
-            attached.synthesizer.check()
+            attached = self._attached = checked(attached)
+        self._metrics.profile = attached.prepared.execution.profile
         self._metrics.mark("ready")
         if not switched_off():
             self._warmup_steps = [step for step in plan.steps(attached.synthesizer) if step.name not in config.skipped]

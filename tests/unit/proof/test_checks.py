@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from chatterbox_prewarm import errors
-from chatterbox_prewarm.proof.checks import Evidence, counter_checks, default_evidence, judge, require_passed
+from chatterbox_prewarm.proof.checks import (
+    Evidence,
+    audio_check,
+    counter_checks,
+    default_evidence,
+    judge,
+    require_passed,
+)
 from chatterbox_prewarm.system.metrics import StartMetrics
 
 if TYPE_CHECKING:
@@ -203,6 +210,15 @@ def test_judge_does_not_change_the_report() -> None:
     before = copy.deepcopy(report)
     judge(report, DIGEST)
     assert report == before
+
+
+@pytest.mark.parametrize(("tokens", "decibels", "passed"), [("a", 61.0, True), ("a", 39.0, False), ("b", 300.0, False)])
+def test_audio_that_the_bake_could_not_make_is_compared_with_eager_mode(
+    tokens: str, decibels: float, passed: bool
+) -> None:
+    audio = {"samples": 7, "pcm_sha256": "c", "expected_pcm_sha256": "", "decibels": decibels}
+    check = audio_check({"audio": {**audio, "tokens_sha256": tokens, "expected_tokens_sha256": "a"}})
+    assert (check.name, check.passed) == ("the audio is like that of eager mode", passed)
 
 
 def test_without_isolation_only_counters_and_audio_are_judged() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def test_writing_leaves_one_read_only_file_and_no_temporary_file(tmp_path: Path)
     assert (tmp_path / "manifest.json").stat().st_mode & 0o777 == 0o444
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5, 6])
 def test_a_manifest_of_every_schema_can_be_read(version: int) -> None:
     manifest = parse(read_fixture(version))
     assert manifest.schema == version
@@ -163,9 +164,19 @@ def test_a_manifest_of_100_megabytes_is_refused_before_it_is_parsed(tmp_path: Pa
 
 
 def test_a_newer_schema_is_refused_with_the_advice_to_upgrade() -> None:
-    with pytest.raises(IntegrityError, match="has schema 6; this version reads schemas up to 5") as caught:
-        parse('{"schema": 6, "fields": "unknown"}')
+    with pytest.raises(IntegrityError, match="has schema 7; this version reads schemas up to 6") as caught:
+        parse('{"schema": 7, "fields": "unknown"}')
     assert "upgrade" in caught.value.next_step
+
+
+def test_a_state_that_was_compiled_without_its_gpu_has_no_reference_audio() -> None:
+    manifest = manifest_with(file("numba/a"))
+    silent = replace(manifest.reference, samples=0, tokens_sha256="", pcm_sha256="")
+    crossed = replace(manifest, cross_compiled=True, reference=silent)
+    assert parse(manifest_to_json(crossed)) == crossed
+    for wrong in (replace(manifest, cross_compiled=True), replace(manifest, reference=silent)):
+        with pytest.raises(IntegrityError, match="exactly if the state was baked on its device"):
+            parse(manifest_to_json(wrong))
 
 
 @pytest.mark.parametrize("path", ["../x", "numba/../../x", "/etc/passwd", "numba/..", "numba/a\0b"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.image.gpu_names import nvml_name
+from chatterbox_prewarm.system.gpu_names import nvml_name
 
 
 @pytest.mark.parametrize(

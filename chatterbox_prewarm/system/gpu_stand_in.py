@@ -1,0 +1,145 @@
+"""A stand-in for a GPU, with which a bake compiles for a GPU on a machine that has none.
+
+torch, Inductor and Triton ask the driver for the properties of the GPU, and load and launch kernels when they tune
+them. The stand-in is a library that answers in place of CUDA's libraries (`gpu_stand_in.cpp`). It is preloaded only in
+the child processes of such a bake, so these run the same Python code as on a machine with the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatterbox_prewarm.errors import ModelError
+from chatterbox_prewarm.system.fingerprint import ABSENT
+from chatterbox_prewarm.system.gpu_targets import architecture, find_target
+from chatterbox_prewarm.system.process import run as run_process
+
+if TYPE_CHECKING:
+    from chatterbox_prewarm.system.gpu_targets import GpuTarget
+
+#: The series of torch that this was tried with, and the newest compute capability that its kernels run on.
+_NEWEST_CAPABILITY = {"2.6": (9, 0)}
+_SOURCE = Path(__file__).with_name("gpu_stand_in.cpp")
+#: Set in processes that have a stand-in instead of a GPU: the name of the target.
+_TARGET = "CHATTERBOX_PREWARM_STAND_IN"
+#: Set in addition for a start: a copy from the device gives zeros. While compiling, it fails.
+READS_ZEROS = {"CHATTERBOX_PREWARM_STAND_IN_READS": "zeros"}
+#: The names under which programs load the driver and NVML.
+_LIBRARIES = ("libcuda.so.1", "libnvidia-ml.so.1")
+#: A compiler for the code that calls the kernels. It leaves out what only the processor of this machine may have.
+_COMPILER = """#!/bin/sh
+for argument do
+    shift
+    [ "$argument" = -march=native ] || set -- "$@" "$argument"
+done
+exec {compiler} "$@"
+"""
+
+
+def stand_in_target() -> GpuTarget | None:
+    """Return the target of this process, or None if it has no stand-in."""
+    name = os.environ.get(_TARGET)
+    return None if name is None else find_target(name)
+
+
+def make_stand_in(target: GpuTarget, folder: Path) -> dict[str, str]:
+    """Compile the stand-in for a target.
+
+    Args:
+        target: the GPU.
+        folder: an empty folder, needed as long as processes use the stand-in. Compiled code contains its path.
+
+    Returns:
+        the environment variables for processes that should see the GPU.
+
+    Raises:
+        ModelError: there is no compiler, CUDA's headers are missing, or the installed torch cannot compile for the GPU.
+    """
+    _check_torch(target)
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise ModelError(
+            "compiling for a GPU needs a C++ compiler, and there is none", next_step="run: apt-get install g++"
+        )
+    headers = cuda_headers()
+    driver = folder / _LIBRARIES[0]
+    macros = {
+        "NAME": f'"{target.gpu or ABSENT}"',
+        "MAJOR": target.capability[0],
+        "MINOR": target.capability[1],
+        "MULTIPROCESSORS": target.multiprocessors,
+        "MEMORY": f"{target.memory}ull",
+        "SHARED_MEMORY": target.shared_memory,
+        "L2_CACHE": target.l2_cache,
+        "THREADS": target.threads,
+        "REGISTERS": target.registers,
+    }
+    compiled = run_process(
+        [
+            *(compiler, "-shared", "-fPIC", "-O1", "-std=c++17", f"-Wl,-soname,{driver.name}"),
+            *(f"-I{path}" for path in headers),
+            *(f"-DTARGET_{name}={value}" for name, value in macros.items()),
+            *(str(_SOURCE), "-o", str(driver)),
+        ]
+    )
+    if compiled.returncode != 0:
+        raise ModelError("the stand-in for a GPU cannot be compiled", next_step="see the compiler's output above")
+    (folder / _LIBRARIES[1]).symlink_to(driver.name)
+    (folder / "libcuda.so").symlink_to(driver.name)
+    for runtime in headers[0].parent.glob("lib/libcudart.so.*"):
+        (folder / "libcudart.so").symlink_to(runtime)
+    wrapper = folder / "g++"
+    wrapper.write_text(_COMPILER.format(compiler=compiler), encoding="ascii")
+    wrapper.chmod(0o755)
+    return {
+        _TARGET: target.name,
+        "LD_PRELOAD": os.pathsep.join(filter(None, [str(driver), os.environ.get("LD_PRELOAD")])),
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")])),
+        "LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LIBRARY_PATH")])),
+        "CPLUS_INCLUDE_PATH": os.pathsep.join(map(str, headers)),
+        "TRITON_LIBCUDA_PATH": str(folder),
+        # For the same bytes in every bake: without paths of temporary files, and with one order of sets. Triton itself
+        # compiles some kernels in one of two ways.
+        "TRITON_DISABLE_LINE_INFO": "1",
+        "PYTHONHASHSEED": "0",
+        "CXX": str(wrapper),
+    }
+
+
+def _check_torch(target: GpuTarget) -> None:
+    """Refuse a torch for which this was never tried, or whose kernels do not run on the GPU."""
+    installed = metadata.version("torch").partition("+")[0]
+    series = ".".join(installed.split(".")[:2])
+    if series not in _NEWEST_CAPABILITY:
+        raise ModelError(
+            f"compiling without a GPU was tried with torch {' and '.join(_NEWEST_CAPABILITY)}, not with {installed}",
+            next_step="use one of these versions, or bake on the GPU",
+        )
+    if target.capability > (newest := _NEWEST_CAPABILITY[series]):
+        raise ModelError(
+            f"torch {installed} runs on GPUs up to {architecture(newest)}, and {target.name} is "
+            f"{architecture(target.capability)}",
+            next_step="use the stack torch-2.11 for newer GPUs, and bake on the GPU",
+        )
+
+
+def cuda_headers() -> list[Path]:
+    """Return the folders with the headers of the CUDA runtime and of the compiler, from the wheels that torch needs.
+
+    Raises:
+        ModelError: they are not installed.
+    """
+    packages = Path(sysconfig.get_paths()["purelib"])
+    runtime = [packages / "nvidia" / name / "include" for name in ("cuda_runtime", "cu13")]
+    compiler = packages / "triton" / "backends" / "nvidia" / "include"
+    found = [path for path in runtime if (path / "cuda_runtime_api.h").is_file()]
+    if not found or not compiler.is_dir():
+        raise ModelError(
+            "the headers of CUDA are not installed", next_step="install torch for CUDA, which brings them, and Triton"
+        )
+    return [found[0], compiler]

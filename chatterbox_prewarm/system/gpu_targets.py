@@ -1,0 +1,116 @@
+"""GPUs that a bake can compile for on a machine without one.
+
+Sources: NVIDIA's data sheets (multiprocessors, memory, L2 cache) and the table "Technical Specifications per Compute
+Capability" of the CUDA C++ programming guide 12.9 (shared memory, threads, registers).
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.system.gpu_names import nvml_name
+
+_KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
+#: By compute capability: the most shared memory of a block in KiB, and the most threads of a multiprocessor.
+_ARCHITECTURES = {
+    (7, 5): (64, 1024),
+    (8, 0): (163, 2048),
+    (8, 6): (99, 1536),
+    (8, 9): (99, 1536),
+    (9, 0): (227, 2048),
+    (10, 0): (227, 2048),
+    (12, 0): (99, 1536),
+}
+#: Product name of NVML, compute capability, multiprocessors, memory in GiB, L2 cache in MiB. The first product of an
+#: architecture stands for it.
+_PRODUCTS = (
+    ("Tesla T4", (7, 5), 40, 16, 4),
+    ("NVIDIA A100-SXM4-40GB", (8, 0), 108, 40, 40),
+    ("NVIDIA A100-SXM4-80GB", (8, 0), 108, 80, 40),
+    ("NVIDIA A100 80GB PCIe", (8, 0), 108, 80, 40),
+    ("NVIDIA A30", (8, 0), 56, 24, 24),
+    ("NVIDIA A10", (8, 6), 72, 24, 6),
+    ("NVIDIA A10G", (8, 6), 80, 24, 6),
+    ("NVIDIA A40", (8, 6), 84, 48, 6),
+    ("NVIDIA GeForce RTX 3090", (8, 6), 82, 24, 6),
+    ("NVIDIA L4", (8, 9), 58, 24, 48),
+    ("NVIDIA L40S", (8, 9), 142, 48, 96),
+    ("NVIDIA GeForce RTX 4090", (8, 9), 128, 24, 72),
+    ("NVIDIA H100 80GB HBM3", (9, 0), 132, 80, 50),
+    ("NVIDIA H100 PCIe", (9, 0), 114, 80, 50),
+    ("NVIDIA H200", (9, 0), 132, 141, 50),
+    ("NVIDIA B200", (10, 0), 148, 180, 126),
+    ("NVIDIA GeForce RTX 5090", (12, 0), 170, 32, 96),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuTarget:
+    """A GPU to compile for.
+
+    Attributes:
+        gpu: the product name that NVML reports, or "" for every GPU with this compute capability. Then the other
+            attributes are those of one such product.
+        capability: the compute capability.
+        memory, shared_memory, l2_cache: in bytes; the shared memory is that of a block at most.
+        threads: of a multiprocessor at most.
+    """
+
+    gpu: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    memory: int
+    shared_memory: int
+    l2_cache: int
+    threads: int
+    registers: int = 1 << 16
+
+    @property
+    def name(self) -> str:
+        """The name with which `find_target` finds it: the product, or an architecture such as "sm_90"."""
+        return self.gpu or architecture(self.capability)
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """Return the name that NVIDIA's compilers give to a compute capability, such as "sm_90"."""
+    return f"sm_{capability[0]}{capability[1]}"
+
+
+def find_target(text: str) -> GpuTarget:
+    """Return the target for a product, as `nvml_name` accepts it, or for an architecture such as "sm_90".
+
+    Raises:
+        BadInputError: the name is unknown; the message names the nearest ones.
+    """
+    for product, capability, *_ in _PRODUCTS:
+        if text.strip().lower() == architecture(capability):
+            return _target("", product)
+    if text.strip().lower().startswith("sm_"):
+        known = ", ".join(map(architecture, _ARCHITECTURES))
+        raise BadInputError(f"{text!r} is not an architecture that can be a target", next_step=f"choose from: {known}")
+    name = nvml_name(text)
+    products = [product for product, *_ in _PRODUCTS]
+    if name not in products:
+        near = difflib.get_close_matches(name, products, n=3, cutoff=0.3)
+        raise BadInputError(
+            f"the properties of {name} are not known, so nothing can be compiled for it without that GPU",
+            next_step="name its architecture, such as sm_90"
+            + (f"; or, if you meant that one: {' or '.join(near)}" if near else ""),
+        )
+    return _target(name, name)
+
+
+def _target(gpu: str, product: str) -> GpuTarget:
+    _, capability, multiprocessors, memory, l2_cache = next(row for row in _PRODUCTS if row[0] == product)
+    shared_memory, threads = _ARCHITECTURES[capability]
+    return GpuTarget(
+        gpu=gpu,
+        capability=capability,
+        multiprocessors=multiprocessors,
+        memory=memory * _GIB,
+        shared_memory=shared_memory * _KIB,
+        l2_cache=l2_cache * _MIB,
+        threads=threads,
+    )

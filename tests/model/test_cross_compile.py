@@ -1,0 +1,266 @@
+"""Test bakes for a GPU on a machine without one: what the packages contain, and what a start and a proof do with them.
+
+No test runs a kernel. A stand-in for the GPU takes the place of CUDA's libraries; it records what would run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from chatterbox_prewarm.model.regions.region import REGIONS
+from chatterbox_prewarm.start.attach import attach, checked
+from chatterbox_prewarm.start.options import StartOptions
+from chatterbox_prewarm.start.prepare import prepare
+from chatterbox_prewarm.state.compatibility import compare_families
+from chatterbox_prewarm.state.state import State
+from chatterbox_prewarm.system.gpu_stand_in import READS_ZEROS, cuda_headers, make_stand_in
+from chatterbox_prewarm.system.gpu_targets import find_target
+from tests.conftest import ROOT, run_cli, writable_copy
+from tests.helpers.states import rewrite
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# The first test that needs a compiled state waits for its bake.
+pytestmark = pytest.mark.timeout(1800)
+
+#: Of an ELF file: the machine "NVIDIA CUDA", and the places of machine and flags in the header of a 64-bit file.
+_EM_CUDA, _MACHINE, _FLAGS = 190, 18, 48
+#: Symbols of the C and C++ libraries, which every machine has.
+_SYSTEM = re.compile(r".*@(GLIBC|GLIBCXX|CXXABI|GCC|GOMP|OMP)_.*|__gmon_start__|_ITM_.*|__cxa_finalize.*")
+
+
+def in_stand_in(
+    program: str, *arguments: str | Path, target: str, folder: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python program in a process that sees a GPU."""
+    folder.mkdir(parents=True)
+    variables: Mapping[str, str] = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        **make_stand_in(find_target(target), folder),
+        **environment,
+    }
+    command = [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=variables, timeout=600)
+
+
+_PROPERTIES = """
+import json, torch
+from chatterbox_prewarm.system.fingerprint import read_fingerprint
+properties, found = torch.cuda.get_device_properties(0), read_fingerprint("cuda")
+numbers = [properties.multi_processor_count, properties.total_memory >> 30, properties.L2_cache_size >> 20]
+try:
+    value = torch.ones(3, device="cuda").sum().item()
+except RuntimeError as error:
+    value = str(error).partition("\\n")[0]
+print(json.dumps([properties.name, numbers, found.gpu, found.compute_capability, value]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("L4", ["NVIDIA L4", [58, 24, 48], "NVIDIA L4", "8.9"]),
+        ("sm_80", ["absent", [108, 40, 40], "absent", "8.0"]),
+    ],
+)
+def test_torch_and_nvml_see_the_target_and_read_nothing_from_it(
+    target: str,
+    expected: list[object],
+    tmp_path: Path,
+    compiler: None,  # noqa: ARG001 - may skip
+) -> None:
+    compiling = in_stand_in(_PROPERTIES, target=target, folder=tmp_path / "compiling")
+    assert json.loads(compiling.stdout) == [*expected, "CUDA error: operation not supported"], compiling.stderr
+    starting = in_stand_in(_PROPERTIES, target=target, folder=tmp_path / "starting", **READS_ZEROS)
+    assert json.loads(starting.stdout) == [*expected, 0.0], starting.stderr
+
+
+@pytest.mark.slow
+def test_a_bake_without_the_gpu_makes_a_package_of_every_region(cross_compiled: Path) -> None:
+    manifest = State.read(cross_compiled).manifest
+    assert manifest.cross_compiled
+    assert (manifest.execution.profile, manifest.reference.device, manifest.levels) == ("aot", "cuda", ())
+    assert (manifest.fingerprint["gpu"], manifest.fingerprint["compute_capability"]) == ("NVIDIA H200", "9.0")
+    assert {family.name for family in manifest.families} == {"bytecode", "numba", "signal", "conditionals", "aot"}
+    aot = manifest.family("aot")
+    assert aot is not None
+    assert "instruction_set" not in aot.requires, "the node has another processor than this machine"
+    libraries = {entry.path for entry in aot.files if entry.path.endswith(".so")}
+    assert libraries == {f"aot/{name}/region.so" for name in REGIONS}
+    assert sum(family.size for family in manifest.families) <= 64 * 2**20
+    shown = run_cli("inspect", "--warm", cross_compiled)
+    assert "compiled without the GPU: not tuned, and unproven" in shown.stdout
+
+
+@pytest.mark.slow
+def test_every_kernel_is_for_the_target(cross_compiled: Path) -> None:
+    kernels = list((cross_compiled / "aot").rglob("*.cubin"))
+    assert {path.parent.name for path in kernels} == set(REGIONS)
+    for path in kernels:
+        header = path.read_bytes()[:64]
+        (machine,) = struct.unpack_from("<H", header, _MACHINE)
+        (flags,) = struct.unpack_from("<I", header, _FLAGS)
+        assert (header[:4], machine, flags & 0xFF) == (b"\x7fELF", _EM_CUDA, 90), path
+
+
+@pytest.mark.slow
+def test_every_symbol_of_a_package_exists_in_torch_or_cuda(cross_compiled: Path) -> None:
+    import torch
+
+    libraries = [*(Path(torch.__file__).parent / "lib").glob("*.so"), *cuda_headers()[0].parent.glob("lib/*.so.*")]
+    exported = {
+        line.split()[-1].partition("@")[0]
+        for path in libraries
+        for line in _symbols(path, "--defined-only")
+        if len(line.split()) == 3
+    }
+    driver = set(re.findall(r"\bcu[A-Z]\w+", (cuda_headers()[1] / "cuda.h").read_text()))
+    assert len(exported) > 10_000
+    for package in (cross_compiled / "aot").rglob("*.so"):
+        needed = {line.split()[-1] for line in _symbols(package, "--undefined-only")}
+        needed = {name for name in needed if not _SYSTEM.fullmatch(name)}
+        assert "cuLaunchKernel" in needed
+        assert needed - exported - driver == set(), package
+
+
+def _symbols(path: Path, which: str) -> list[str]:
+    listed = subprocess.run(["nm", "-D", which, str(path)], capture_output=True, text=True, check=True)
+    return listed.stdout.splitlines()
+
+
+_STEP = """
+import json, os, sys
+from pathlib import Path
+from chatterbox_prewarm.start.attach import attach_baked, with_eager_regions
+from chatterbox_prewarm.start.options import StartOptions
+from chatterbox_prewarm.start.prepare import prepare
+warm, weights, cache = map(Path, sys.argv[1:])
+log = Path(os.environ["CHATTERBOX_PREWARM_STAND_IN_LOG"])
+attached = attach_baked(prepare(StartOptions(warm=warm, weights=weights, cache=cache, device="cuda", policy="require")))
+import torch
+def step(decoder):
+    state = decoder._acquire_state(64, nucleus=False)
+    decoder._step(state, decoder._samplers[False], 64)
+    before = log.stat().st_size
+    decoder._step(state, decoder._samplers[False], 64)
+    return log.read_text()[before:].splitlines()
+with torch.inference_mode():
+    compiled = step(attached.synthesizer.model.decoder)
+    eager = step(with_eager_regions(attached).synthesizer.model.decoder)
+print("JSON" + json.dumps({"compiled": compiled, "eager": eager, "metrics": attached.metrics.to_dict()}))
+"""
+
+
+@pytest.mark.slow
+def test_a_start_with_the_packages_launches_fewer_kernels_than_eager_mode(
+    cross_compiled: Path, mini: Path, tmp_path: Path
+) -> None:
+    environment = {**READS_ZEROS, "CHATTERBOX_PREWARM_STAND_IN_LOG": str(tmp_path / "log")}
+    ran = in_stand_in(
+        _STEP, cross_compiled, mini, tmp_path / "cache", target="H200", folder=tmp_path / "gpu", **environment
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.rpartition("JSON")[2])
+    assert found["metrics"]["misses"] == {}
+    assert found["metrics"]["hits"]["aot"] == 2, "T3's step has two regions"
+    compiled, eager = (Counter(line.split()[0] for line in found[name]) for name in ("compiled", "eager"))
+    assert compiled["gemm"] == eager["gemm"] > 0, "both compute the same matrix products"
+    assert eager["launch"] == 0
+    assert 0 < compiled["launch"] + compiled["torch"] < eager["torch"] / 2
+    grids = [list(map(int, line.split()[-3:])) for line in found["compiled"] if line.startswith("launch")]
+    assert all(x >= 1 and y >= 1 and z >= 1 for x, y, z in grids)
+
+
+@pytest.mark.slow
+def test_a_state_for_another_gpu_is_not_used(cross_compiled: Path, mini: Path, tmp_path: Path) -> None:
+    manifest = State.read(cross_compiled).manifest
+    aot = manifest.family("aot")
+    assert aot is not None
+    here = {**aot.requires, "gpu": "NVIDIA L4", "compute_capability": "8.9"}
+    assert compare_families(manifest, aot.requires)["aot"] == []
+    assert compare_families(manifest, here)["aot"] == [
+        "GPU compute capability: baked with 9.0, here 8.9",
+        "GPU: baked with NVIDIA H200, here NVIDIA L4",
+    ]
+    refused = run_cli("prove", "--here", "--warm", cross_compiled, "--weights", mini, "--cache", tmp_path / "cache")
+    assert refused.returncode == 15, refused.stderr
+    assert "this machine has no GPU" in refused.stderr
+
+
+@pytest.fixture
+def untried(baked_aot: Path, tmp_path: Path) -> Path:
+    """Return a state for this CPU that says that it was compiled elsewhere, so that a test can run its code."""
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["cross_compiled"] = True
+        raw["reference"].update(samples=0, tokens_sha256="", pcm_sha256="")
+
+    rewrite(state := writable_copy(baked_aot, tmp_path / "warm"), change)
+    return state
+
+
+@pytest.mark.slow
+def test_a_proof_compares_packages_that_never_ran_with_eager_mode(untried: Path, mini: Path, tmp_path: Path) -> None:
+    proven = run_cli("prove", "--here", "--warm", untried, "--weights", mini, "--cache", tmp_path / "cache")
+    assert "ok   the audio is like that of eager mode: the same speech tokens" in proven.stdout, proven.stderr
+    assert "FAIL aot" not in proven.stdout
+
+
+@pytest.mark.slow
+def test_eager_mode_replaces_packages_that_fail_at_their_first_run(
+    untried: Path, baked_aot: Path, mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("an illegal instruction")
+
+    for state, policy, falls_back in (
+        (untried, "fallback", True),
+        (untried, "require", False),
+        (baked_aot, "fallback", False),
+    ):
+        options = StartOptions(warm=state, weights=mini, cache=tmp_path / "cache", policy=policy)
+        attached = attach(prepare(options))
+        assert attached.prepared.execution.profile == "aot"
+        monkeypatch.setattr(attached.synthesizer, "check", fail)
+        if falls_back:
+            found = checked(attached)
+            assert found.prepared.execution.profile == "eager"
+            assert found.misses["aot"] == 1
+            assert any("an illegal instruction; the model runs in eager mode" in reason for reason in found.reasons)
+            assert len(found.synthesizer.synthesize("Hello.", seed=1, max_new_tokens=12).samples) > 0
+        else:
+            with pytest.raises(RuntimeError, match="illegal instruction"):
+                checked(attached)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code", "words"),
+    [
+        (["--target", "L4"], {}, 16, "add --device cuda"),
+        (["--target", "H2000", "--device", "cuda"], {}, 16, "perhaps NVIDIA H200"),
+        (["--target", "sm_100a", "--device", "cuda"], {}, 16, "sm_89, sm_90"),
+        (["--target", "L4", "--device", "cuda", "--profile", "eager"], {}, 16, "leave out --target"),
+        (["--target", "B200", "--device", "cuda"], {}, 15, "runs on GPUs up to sm_90, and NVIDIA B200 is sm_100"),
+        (["--target", "L4", "--device", "cuda"], {"CXX": "/nonexistent/g++"}, 15, "apt-get install g++"),
+    ],
+)
+def test_a_target_that_cannot_be_compiled_for_is_refused_before_anything_is_written(
+    arguments: list[str], environment: dict[str, str], code: int, words: str, mini: Path, tmp_path: Path
+) -> None:
+    paths = ("--weights", mini, "--warm", tmp_path / "warm", "--cache", tmp_path / "cache")
+    refused = run_cli("bake", *paths, *arguments, env={**os.environ, **environment})
+    assert refused.returncode == code, refused.stderr
+    assert words in refused.stderr
+    assert not (tmp_path / "warm").exists()
