@@ -106,6 +106,20 @@ def snapshot(*, weights: Path, warm: Path, output: Path, criu: str, rounds: int)
     click.echo(table(report))
 
 
+@benchmarks.command("launches")
+@weights_option
+@warm_option
+@output_option
+def launches(*, weights: Path, warm: Path, output: Path) -> None:
+    """Count the kernels of a step of T3 on a GPU, without a GPU, from a state that was baked with --target."""
+    from benchmarks.launches import count, summary, table
+
+    check_output(output)
+    counted = summary(count(weights, warm))
+    write_report(counted, output)
+    click.echo(table(counted))
+
+
 @benchmarks.command("append")
 @warm_option
 @output_option

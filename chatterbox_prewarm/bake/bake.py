@@ -30,8 +30,8 @@ from chatterbox_prewarm.state.places import check_apart, check_cache_place, chec
 from chatterbox_prewarm.state.provenance import check_base_image
 from chatterbox_prewarm.system.atomic_files import put_in_place, seal, staging_folder
 from chatterbox_prewarm.system.cpus import usable_cpus
-from chatterbox_prewarm.system.gpu_stand_in import READS_ZEROS, make_stand_in
-from chatterbox_prewarm.system.gpu_targets import find_target
+from chatterbox_prewarm.system.gpu_stand_in import READS_ZEROS, check_torch, make_stand_in
+from chatterbox_prewarm.system.gpu_targets import check_target, find_target
 from chatterbox_prewarm.system.json_subprocess import parse_report, run_module
 from chatterbox_prewarm.system.locks import exclusive_lock
 from chatterbox_prewarm.system.paths import (
@@ -70,6 +70,8 @@ def bake(options: BakeOptions, *, progress: Callable[[str], None] = logger.info)
     """
     options = _check(options)
     target = None if options.target is None else find_target(options.target)
+    if target is not None:
+        check_torch(target)
     progress("verifying the weights")
     verify(options.weights)
     make_cache(options.cache)
@@ -118,6 +120,7 @@ def _check(options: BakeOptions) -> BakeOptions:
         warm=Path(os.path.abspath(options.warm)),  # noqa: PTH100 - a link must stay a link
         voices=voices,
         families=_needed_families(options),
+        target=None if options.target is None else find_target(options.target).name,
         levels=check_levels(options.levels),
     )
     check_apart({"--warm": options.warm, "--weights": options.weights, "--cache": options.cache})
@@ -135,15 +138,11 @@ def _check_target(options: BakeOptions) -> None:
     Raises:
         BadInputError: the target is unknown, or does not go with the device or the profile.
     """
-    find_target(str(options.target))
-    if not options.device.startswith("cuda"):
+    check_target(str(options.target), options.device, options.how.profile)
+    if "conditionals" not in options.families:
         raise BadInputError(
-            f"the target {options.target} is a GPU, and the device is {options.device!r}", next_step="add --device cuda"
-        )
-    if options.how.profile != "aot":
-        raise BadInputError(
-            f"the profile {options.how.profile!r} makes nothing that needs a target",
-            next_step="use the profile aot for a target; or leave out --target, and bake on the GPU",
+            "a bake without the GPU cannot leave out the voices, because it starts from them",
+            next_step="leave out --without conditionals",
         )
 
 
@@ -203,16 +202,20 @@ def _bake_into(
     if _compiles(options):
         progress("compiling the regions, in a separate process")
         compile_log = _run_process("compile_process", options, staging, compiled, environment)["metrics"]
-    environment = {**environment, **(READS_ZEROS if environment else {})}
-    progress("cold start, warm-up and save, in a separate process")
+    computes_nothing = options.target is not None
+    if computes_nothing:
+        environment = {**environment, **READS_ZEROS}
+    progress(f"cold start, {'' if options.target else 'warm-up '}and save, in a separate process")
     cold = _run_process("warm_process", options, staging, compiled, environment)
     progress("start from the new state, in another process")
     _empty_cache(options.cache)
     proof = run_process(proof_command(staging, options.weights, options.cache), env={**os.environ, **environment})
     warm = parse_report(proof.stdout, proof.returncode)
     left_out = frozenset(applicable(options.how.profile, options.device)) - set(options.families)
+    if computes_nothing:
+        left_out -= set(MAY_BE_EMPTY)
     checks = counter_checks(warm, left_out=left_out)
-    if not environment:
+    if not computes_nothing:
         checks.append(audio_check(warm))
     if failed := [f"{check.name} (seen: {check.seen})" for check in checks if not check.passed]:
         raise NotWarmError(
@@ -221,7 +224,8 @@ def _bake_into(
         )
     manifest = parse_manifest(read_manifest_bytes(staging), source=str(staging / MANIFEST_NAME))
     manifest = _with_costs(manifest, _merge_logs(cold["metrics"], compile_log), warm["metrics"])
-    manifest = replace(manifest, measured=_measurements(manifest, cold, warm))
+    if not computes_nothing:  # else the seconds and bytes are not those of a start on the GPU
+        manifest = replace(manifest, measured=_measurements(manifest, cold, warm))
     write_manifest(manifest, staging)
     return manifest
 

@@ -60,8 +60,8 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
     Synthesizer(synthesizer.model, {DEFAULT_VOICE: voice}).check()
     importlib.import_module("soundfile")  # a start with `--voice` checks the clips
     sources = BYTECODE.start_sources()
-    on_gpu = stand_in_target() is None  # or on a CPU
-    if on_gpu:
+    computes = stand_in_target() is None
+    if computes:
         upstream = make_missing_voices(attached, {}) or attach_upstream(attached.prepared, lean=synthesizer.model)
     else:
         upstream = _make_voice_on_cpu(attached)
@@ -76,11 +76,11 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
         progress=lambda line: print(line, file=sys.stderr, flush=True),
         metrics=metrics,
     )
-    if on_gpu:
+    if computes:
         strategy.perform_full_warmup(upstream)
     record = WarmupRecord(
-        levels=strategy.levels if on_gpu else (),
-        texts=TEXTS if 2 in bake.levels and on_gpu else (),
+        levels=strategy.levels if computes else (),
+        texts=TEXTS if 2 in bake.levels and computes else (),
         reference=reference,
         sources=sources,
         parameters=bake.parameters(),

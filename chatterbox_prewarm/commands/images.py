@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.image.build_request import BuildRequest
 
 #: Options that each bake of a matrix sets itself. Its evidence is next to its state.
-_NOT_WITH_A_MATRIX = {"device", "profile", "t3_dtype", "levels", "voices", "evidence"}
+_NOT_WITH_A_MATRIX = {"device", "target", "profile", "t3_dtype", "levels", "voices", "evidence"}
 
 
 @click.command(short_help="Build, bake, prove and tag an image.")
@@ -45,6 +45,12 @@ _NOT_WITH_A_MATRIX = {"device", "profile", "t3_dtype", "levels", "voices", "evid
 @click.option("--checkout", type=PATH, default=Path(), help="Checkout of this project. Default: the current directory.")
 @click.option("--warm", type=PATH, default=Path("out/warm"), show_default=True, help="Directory of the warm state.")
 @option("--device", default="cpu", help="Torch device that the image is for, such as cpu or cuda.")
+@click.option(
+    "--target",
+    default="",
+    metavar="GPU",
+    help="Compile for this GPU without having it: a product, or sm_90.",
+)
 @click.option(
     "--route",
     default="export",
@@ -92,7 +98,8 @@ def build(
 ) -> None:
     """Build an image on a container engine, bake a warm state, prove the image, and tag it if the proof passes.
 
-    The warm state is kept. It is baked again only if something changed on which it depends.
+    The warm state is kept. It is baked again only if something changed on which it depends. With --target, the image
+    gets its tag without a proof, which needs the GPU.
     """
     from chatterbox_prewarm.image import build as building
     from chatterbox_prewarm.image.build_request import BuildRequest, check_request, describe_plan, describe_routes
@@ -125,7 +132,10 @@ def build(
         for each, output in zip(requests, outputs, strict=True):
             layer, proof = building.build(each, engine, output, say=say)
             click.echo(f"warm layer: {layer.size / 1e6:.1f} MB, diff id sha256:{layer.diff_id}")
-            click.echo(f"{each.tag}: proven, {len(proof.checks)} checks passed, evidence {output}")
+            if proof is None:
+                click.echo(f"{each.tag}: unproven. On a machine with the GPU: prove --image {each.tag}")
+            else:
+                click.echo(f"{each.tag}: proven, {len(proof.checks)} checks passed, evidence {output}")
 
 
 def _matrix_requests(context: click.Context, path: Path, template: BuildRequest) -> Sequence[BuildRequest]:

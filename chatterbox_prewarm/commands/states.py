@@ -45,7 +45,7 @@ _CROSS_COMPILED = "  compiled without the GPU: not tuned, and unproven until `pr
 @warm_option
 @cache_option
 @device_option
-@click.option("--target", metavar="GPU", help="Compile for this GPU on a machine without one: a product, or sm_90.")
+@click.option("--target", metavar="GPU", help="Compile for this GPU without having it: a product, or sm_90.")
 @profile_option("aot")
 @option("--t3-dtype", default="float32", type=click.Choice(T3_DTYPES), help="Data type of T3's transformer.")
 @click.option("--graphs/--no-graphs", default=None, help="Run T3's step as a CUDA graph. Default: on a GPU.")

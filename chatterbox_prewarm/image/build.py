@@ -2,7 +2,8 @@
 
 The default route needs an engine only to build and to run. The engine builds the Dockerfile up to the stage without a
 warm state, the bake runs in a container (with a GPU if requested), and its state becomes an additional layer. The image
-gets its tag only after a container of it has shown zero cache misses.
+gets its tag only after a container of it has shown zero cache misses. If its state was compiled for a GPU that the
+engine does not have, nothing can be proven yet, and the labels of the image say so.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 def build(
     request: BuildRequest, engine: Engine, output: Path, *, say: Callable[[str], None] = logger.info
-) -> tuple[Layer, Evidence]:
+) -> tuple[Layer, Evidence | None]:
     """Build an image, prove it, and tag it.
 
     A failure or an interrupt leaves no container, volume or unfinished image. The state of a finished bake is kept.
@@ -58,7 +59,7 @@ def build(
         say: is called with one line for each step.
 
     Returns:
-        the layer of the warm state, and the evidence.
+        the layer of the warm state, and the evidence; None if the proof needs a GPU that the engine does not have.
 
     Raises:
         IntegrityError: the stored state has the signature of another state.
@@ -80,6 +81,10 @@ def build(
         _build_stage(engine, request, "cold", cold, say)
         unproven = temporary("warm")
         layer, image = _add_state(request, engine, cold, unproven, temporary, say)
+        if request.target:
+            check_tag(request, engine)
+            engine.tag(unproven, request.tag)
+            return layer, None
         say("prove the image, in a container")
         evidence = prove(engine, unproven, device="cpu" if request.route == "no-gpu" else request.device)
         document = evidence.to_json()
@@ -106,7 +111,8 @@ def _add_state(
     warm = request.warm.absolute()
     warm.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(warm):
-        if not request.rebake and _stored_recipe(warm) == request.recipe():
+        # Whether a state for another GPU still fits the image cannot be checked here, so it is always baked.
+        if not request.rebake and not request.target and _stored_recipe(warm) == request.recipe():
             say(f"the stored state {warm} has the same recipe")
             if default_signature(warm).is_file():
                 State.read(warm).find_signature()  # a signed state that was changed is neither used nor replaced
@@ -149,7 +155,7 @@ def _bake(request: BuildRequest, engine: Engine, image: str, staging: Path) -> P
     container = ContainerRun(
         image=image,
         command=[*request.bake_command(), *voices],
-        device=request.bake_device,
+        device=request.engine_device,
         isolated=False,
         files={path: request.voices[name] for name, path in clips.items()},
         environment={ARGUMENTS[name]: value for name, value in builder_args(request.arguments, os.environ).items()},

@@ -14,6 +14,7 @@ from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.state.places import check_state_place
 from chatterbox_prewarm.state.provenance import builder_args, check_base_image
 from chatterbox_prewarm.system.digests import hash_file
+from chatterbox_prewarm.system.gpu_targets import check_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +29,9 @@ BUILDERS = ("buildkit", "classic")
 #: The build arguments that select stages, with the Dockerfile's defaults. They are always passed, because podman 4.3
 #: ignores the defaults when it decides which stages a target needs.
 STAGE_ARGUMENTS = {"DEPS": "packages", "PACKAGES": "lean", "WEIGHTS": "hub"}
+_PROOF_STEP = (
+    "prove: a fresh container with a read-only root, without network and as another user must have no cache miss"
+)
 #: Bytes that a build needs where the engine stores images: twice the packages, the weights, and temporary files.
 _BUILD_BYTES = 20_000_000_000
 
@@ -53,6 +57,7 @@ class BuildRequest:
         network: network in the format of `docker build --network`.
         replacing: take the tag from an image that has it.
         rebake: bake even if the stored state has the same recipe.
+        target: a GPU to compile for where the engine has none, as `find_target` takes it; "" bakes on `device`.
     """
 
     checkout: Path
@@ -70,6 +75,7 @@ class BuildRequest:
     network: str
     replacing: bool
     rebake: bool
+    target: str = ""
 
     @property
     def classic(self) -> bool:
@@ -81,6 +87,11 @@ class BuildRequest:
         """The device that the bake uses. The route `no-gpu` bakes only the families that do not depend on a GPU."""
         return "cpu" if self.route == "no-gpu" else self.device
 
+    @property
+    def engine_device(self) -> str:
+        """The device that the containers of the build get."""
+        return "cpu" if self.target else self.bake_device
+
     def recipe(self) -> dict[str, Any]:
         """Return the settings of the bake, with digests of clips. A stored state with the same recipe is reused."""
         return {
@@ -89,12 +100,13 @@ class BuildRequest:
             "t3_dtype": self.t3_dtype,
             "levels": self.levels,
             "voices": {name: hash_file(path) for name, path in sorted(self.voices.items())},
+            **({"target": self.target} if self.target else {}),
         }
 
     def bake_command(self) -> list[str]:
         """Return the command of the bake, without the arguments for voices."""
         recipe = self.recipe()
-        names = ("device", "profile", "t3_dtype", "levels")
+        names = [name for name in ("device", "profile", "t3_dtype", "levels", "target") if name in recipe]
         return ["bake", *(word for name in names for word in (f"--{name.replace('_', '-')}", recipe[name]))]
 
     def rebake_hint(self) -> str:
@@ -112,6 +124,7 @@ class BuildRequest:
                 "PROFILE": self.profile,
                 "T3_DTYPE": self.t3_dtype,
                 "LEVELS": self.levels,
+                **({"TARGET": self.target} if self.target else {}),
                 **builder_args(self.arguments, os.environ),
             }
         return [
@@ -196,8 +209,15 @@ def check_tag(request: BuildRequest, engine: Engine) -> None:
 
 def _check_route(request: BuildRequest, engine: Engine) -> None:
     on_gpu = request.device.startswith("cuda")
+    if "TARGET" in request.arguments:
+        raise BadInputError("TARGET is an option here", next_step="use --target instead of --build-arg TARGET=...")
+    if request.target:
+        check_target(request.target, request.device, request.profile)
+        if request.route == "no-gpu":
+            raise BadInputError("--route no-gpu compiles nothing for a target", next_step="leave out --route no-gpu")
+        on_gpu = False  # the engine needs none
     if request.route == "export":
-        engine.check_device(request.device)
+        engine.check_device(request.engine_device)
     elif request.route == "no-gpu" and not on_gpu:
         raise BadInputError("--route no-gpu is for an image for a GPU", next_step="add --device cuda, or leave it out")
     elif request.route == "dockerfile" and request.voices:
@@ -236,7 +256,7 @@ def describe_plan(request: BuildRequest, engine: Engine) -> list[str]:
     if request.route == "dockerfile":
         bake = [f"  {command('bake')}"]
     else:
-        on_gpu = request.route == "export" and request.device.startswith("cuda")
+        on_gpu = request.route == "export" and request.engine_device.startswith("cuda")
         gpus = f", with the engine's GPUs ({engine.info.gpu})" if on_gpu else ""
         words = shlex.join(request.bake_command())
         bake = [f"  {command('tools')}", f"  in a container of that image{gpus}: {words}"]
@@ -245,11 +265,11 @@ def describe_plan(request: BuildRequest, engine: Engine) -> list[str]:
         f"selected route: {request.route}",
         command("cold"),
         "state: a new bake"
-        if request.rebake
+        if request.rebake or request.target
         else f"state: {request.warm}, if it has the same recipe and fits the image; otherwise a new bake",
         *bake,
         "pack: load the state on top, as an image layer",
-        "prove: a fresh container with a read-only root, without network and as another user must have no cache miss",
+        "no proof, which needs the GPU" if request.target else _PROOF_STEP,
         f"tag: {request.tag}",
     ]
 

@@ -80,8 +80,9 @@ class StateLabel:
     cross_compiled: bool = False
 
 
+_NO_TEXTS = {"families", "inputs_digest", "measured", "cross_compiled"}
 #: Fields of a state that are text and have the same name in the JSON document.
-_TEXTS = tuple(one.name for one in fields(StateLabel) if one.type == "str" and one.name != "inputs_digest")
+_TEXTS = tuple(one.name for one in fields(StateLabel) if one.name not in _NO_TEXTS)
 
 
 def image_labels(

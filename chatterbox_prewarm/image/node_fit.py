@@ -7,7 +7,7 @@ compared with the environment of the image, because a state may have been baked 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import FingerprintMismatchError
@@ -34,15 +34,9 @@ _FIXED_BY_IMAGE = frozenset({field.name for field in fields(Fingerprint)} - {*MA
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFit:
-    """How the states of an image fit a host.
-
-    Attributes:
-        states: the first one is the one that a start would select.
-        unproven: the keys of the states that were compiled without the GPU. Nothing of these has run.
-    """
+    """How the states of an image fit a host. The first state is the one that a start would select."""
 
     states: tuple[Compatibility, ...]
-    unproven: frozenset[str] = frozenset()
 
     @property
     def hits(self) -> bool:
@@ -55,7 +49,7 @@ class NodeFit:
         here = selected.other_device
         return [
             f"state {selected.name}: {'would hit' if self.hits else 'would miss'}",
-            *(["  compiled without the GPU, unproven"] if selected.name in self.unproven else []),
+            *(["  compiled without the GPU, unproven"] if selected.cross_compiled else []),
             *([f"  device: baked for {selected.device}, here {here}"] if here else []),
             *(f"  {name}: {'; '.join(words) or 'fits'}" for name, words in selected.differences.items()),
             *(f"  {name}: not in the state" for name in selected.missing),
@@ -90,23 +84,19 @@ def compare_with_node(image: Image, host: Mapping[str, str]) -> NodeFit:
     """
     device = host.get("device") or _setting(image, "DEVICE")
     profile = _setting(image, "PROFILE")
-    compared, states = [], read_states(image.labels)
-    for state in states:
+    compared = []
+    for state in read_states(image.labels):
         facts = {**host, "device": device_kind(device or state.device)}
-        compared.append(
-            compatibility_of(
-                state.key,
-                {family.name: _differences(family, facts, image) for family in state.families},
-                {family.name: family.size for family in state.families},
-                baked=(state.device, state.profile),
-                start=(device, profile),
-                upstream=image.labels.get(PACKAGES) != "lean",
-            )
+        fit = compatibility_of(
+            state.key,
+            {family.name: _differences(family, facts, image) for family in state.families},
+            {family.name: family.size for family in state.families},
+            baked=(state.device, state.profile),
+            start=(device, profile),
+            upstream=image.labels.get(PACKAGES) != "lean",
         )
-    return NodeFit(
-        states=tuple(sorted(compared, key=lambda state: state.rank)),
-        unproven=frozenset(state.key for state in states if state.cross_compiled),
-    )
+        compared.append(replace(fit, cross_compiled=state.cross_compiled))
+    return NodeFit(states=tuple(sorted(compared, key=lambda state: state.rank)))
 
 
 def explain_python(image: Image, required: Mapping[str, str]) -> list[str]:

@@ -108,8 +108,8 @@ def state_affinity(
         if match := _CAPABILITY.fullmatch(capability):
             term += [_in(f"{GPU}.compute.major", match[1]), _in(f"{GPU}.compute.minor", match[2])]
         term += _cluster_labels(cluster)
-        if cluster.feature_discovery and any(products):
-            if require_product:
+        if cluster.feature_discovery and (capability or any(products)):
+            if require_product and all(products):  # a state for an architecture is for every product of it
                 term += _products(products, cluster)
             if gpu_memory_mib:
                 key = f"{_resource(products[0], cluster)}.memory"

@@ -145,14 +145,14 @@ def _choose(request: Request) -> tuple[str, list[StateLabel]]:
             f"the image has no state for the device {device!r}, only for {', '.join(sorted(kinds))}",
             next_step="leave out --device, or bake a state for that device and append it",
         )
-    known = {state.gpu for state in states}
+    known = {gpu_product(state) or state.compute_capability for state in states}
     gpus = {gpu if gpu in known else nvml_name(gpu) for gpu in request.gpus}
     if unknown := sorted(gpus - known):
         raise BadInputError(
             f"no state of the image is for the GPU {unknown[0]!r}; the states are for: {', '.join(sorted(known))}",
             next_step="choose one of those, or bake on a node with that GPU: `chatterbox-prewarm k8s render-bake`",
         )
-    return device, [state for state in states if not gpus or state.gpu in gpus]
+    return device, [state for state in states if not gpus or gpus & {state.gpu, state.compute_capability}]
 
 
 def _settings(request: Request, device: str, sizes: Budgets) -> dict[str, str]:
@@ -258,8 +258,10 @@ def _notes(request: Request, device: str, states: Sequence[StateLabel]) -> list[
     if device == "cuda":
         if not request.cluster.feature_discovery:
             notes.append(NO_FEATURE_DISCOVERY)
-        elif not all(gpu_product(state) for state in states):
+        elif not all(gpu_product(state) or state.cross_compiled for state in states):
             notes.append("A state was baked without a GPU. It fits any node, but nothing of it is compiled for a GPU.")
+        if any(state.cross_compiled for state in states):
+            notes.append("A state was compiled without its GPU: run `prove` on such a node first.")
     measurements = {
         "--cold-seconds": measured.cold_seconds,
         "--request-seconds": measured.request_seconds,

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 _CHECKED_TEXT, _CHECKED_TOKENS = "Hi.", 4
 
 
-_DAMAGED = "check the weights with `chatterbox-prewarm weights verify`; or bake again on this kind of machine"
+#: What to do if the model computes values that are not finite.
+_DAMAGED = "check the weights with `chatterbox-prewarm weights verify`; or start with --profile eager"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,13 +118,15 @@ def _compare(speech: Speech, attached: Attached, reference: Reference) -> dict[s
 
 
 def _decibels(speech: Speech, other: Speech) -> float:
-    """Return the energy of the audio relative to the energy of its difference from `other`, in dB; at most 300."""
+    """Return the energy of the audio relative to the energy of its difference from `other`, in dB, from 0 to 300."""
     import numpy as np
 
     if len(speech.samples) != len(other.samples):
         return 0.0
     difference = np.square(speech.samples - other.samples, dtype=np.float64).sum()
-    return float(10 * np.log10(np.square(speech.samples, dtype=np.float64).sum() / max(difference, 1e-30)))
+    energy = np.square(speech.samples, dtype=np.float64).sum()
+    decibels = 10 * np.log10(max(energy, 1e-30) / max(difference, 1e-30))
+    return float(np.nan_to_num(np.clip(decibels, 0.0, 300.0)))
 
 
 def _is_lock(path: Path) -> bool:

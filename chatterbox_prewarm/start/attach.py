@@ -146,7 +146,8 @@ def attach_baked(prepared: Prepared, *, threads: int | None = None) -> Attached:
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device).index or 0)  # packages and graph captures use the current device
         torch.backends.cudnn.deterministic = True  # a proof compares every bit
-        torch.backends.cudnn.enabled = stand_in_target() is None  # which has no cuDNN
+        if stand_in_target() is not None:
+            torch.backends.cudnn.enabled = False  # the stand-in has no cuDNN
     with metrics.phase("weights"), paused_gc():
         model = _load(prepared)
     found: dict[str, Conditionals] = {}
@@ -172,9 +173,11 @@ def checked(attached: Attached) -> Attached:
         if not untried or prepared.execution.profile != "aot" or prepared.options.policy == "require":
             raise
         reason = f"code that was compiled without this GPU failed: {first_line(error)}; the model runs in eager mode"
+        attached = with_eager_regions(attached)
+        attached.synthesizer.check()  # it fails too if the error made the GPU unusable for this process
         prepared.metrics.miss("aot", reason)
-        attached = with_eager_regions(attached).judged_again()
-        attached.synthesizer.check()
+        prepared.metrics.profile = "eager"
+        attached = attached.judged_again()
     return attached
 
 

@@ -7,6 +7,7 @@ policy forbids it.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.start.options import StartOptions
     from chatterbox_prewarm.state.selection import Selection
     from chatterbox_prewarm.state.state import State
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +102,8 @@ def prepare(options: StartOptions, *, metrics: StartMetrics | None = None) -> Pr
             if selection is not None:
                 state = selection.state
                 metrics.state = state.key
+                if state.manifest.cross_compiled:
+                    logger.warning("the state %s was compiled without this GPU", state.key)
                 baked = state.manifest.execution
                 execution = baked if options.profile is None else replace(baked, profile=options.profile)
                 wanted = applicable(execution.profile, device)

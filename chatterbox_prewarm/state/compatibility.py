@@ -31,6 +31,7 @@ _RANKED_LOWER = (
     "it is for another device",
     "it does not fit",
     "it has another profile than requested",
+    "it was compiled without the GPU",
     "the other state has more compiled code that fits",
     "more families of the other state fit",
     "the other state has more bytes that fit",
@@ -52,6 +53,7 @@ class Compatibility:
         missing: families that the start uses and that the state does not have.
         other_device: the kind of device of the start, if it differs from `device`; otherwise "".
         requested_profile: the profile that the start asks for, or None.
+        cross_compiled: the state was compiled for a GPU on a machine without one.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Compatibility:
     missing: tuple[str, ...]
     other_device: str
     requested_profile: str | None
+    cross_compiled: bool = False
 
     @property
     def fits(self) -> bool:
@@ -76,6 +79,7 @@ class Compatibility:
             bool(self.other_device),
             not self.fits,
             self.requested_profile not in {None, self.profile},
+            self.cross_compiled,
             -sum(self.sizes[name] for name in fitting if name in COMPILED),
             -len(fitting),
             -sum(self.sizes[name] for name in fitting),

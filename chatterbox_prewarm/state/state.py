@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -161,13 +161,14 @@ class State:
             profile: the requested profile; by default the one that the state was baked for.
         """
         manifest = self.manifest
-        return compatibility_of(
+        found = compatibility_of(
             self.path.absolute().name,
             {name: words for name, words in compare_families(manifest, facts).items() if name in FAMILIES},
             {family.name: family.size for family in manifest.families},
             baked=(manifest.reference.device, manifest.execution.profile),
             start=(device, profile),
         )
+        return replace(found, cross_compiled=manifest.cross_compiled)
 
 
 def state_key(manifest: Manifest) -> str:

@@ -31,6 +31,7 @@ def differences(one: Manifest, other: Manifest) -> list[str]:
         *(line for name in _names(one, other) for line in _family(name, one.family(name), other.family(name))),
         *_only("voices", one.voices, other.voices),
         *_fields("reference", one.reference, other.reference),
+        *_changed("compiled without the GPU", str(one.cross_compiled), str(other.cross_compiled)),
     ]
 
 

@@ -1,8 +1,7 @@
 // A stand-in for a GPU: the functions of CUDA's libraries that torch and Triton call while they compile, without a
 // device. It lets a machine without a GPU compile for one. A GPU is described by the macros TARGET_*.
 //
-// Every function is named after the question that it answers. Functions that are missing here are those of the real
-// libraries, which fail without a driver. Nothing is computed: memory on the device has addresses and no content, and a
+// Functions that are missing here are those of the real libraries, which fail without a driver. Nothing is computed: memory on the device has addresses and no content, and a
 // launch does nothing. A copy from the device fails, because its content would become a constant of the compiled code;
 // with CHATTERBOX_PREWARM_STAND_IN_READS=zeros it gives zeros, for a start that loads what was compiled.
 //
@@ -98,7 +97,8 @@ int property(int attribute) {
         case cudaDevAttrWarpSize: return 32;
         case cudaDevAttrComputeCapabilityMajor: return TARGET_MAJOR;
         case cudaDevAttrComputeCapabilityMinor: return TARGET_MINOR;
-        default: return 0;
+        case cudaDevAttrL2CacheSize: return TARGET_L2_CACHE;
+        default: record("unknown property %d", attribute); return 0;
     }
 }
 

@@ -8,13 +8,14 @@ the child processes of such a bake, so these run the same Python code as on a ma
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sysconfig
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.errors import ModelError
+from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.system.fingerprint import ABSENT
 from chatterbox_prewarm.system.gpu_targets import architecture, find_target
 from chatterbox_prewarm.system.process import run as run_process
@@ -59,12 +60,18 @@ def make_stand_in(target: GpuTarget, folder: Path) -> dict[str, str]:
 
     Raises:
         ModelError: there is no compiler, CUDA's headers are missing, or the installed torch cannot compile for the GPU.
+        BadInputError: the path of the folder cannot be preloaded.
     """
-    _check_torch(target)
+    check_torch(target)
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise ModelError(
-            "compiling for a GPU needs a C++ compiler, and there is none", next_step="run: apt-get install g++"
+            "compiling for a GPU needs a C++ compiler, and there is none; CXX may name one program",
+            next_step="run: apt-get install g++",
+        )
+    if set(str(folder)) & set(" :"):
+        raise BadInputError(
+            f"{folder} cannot be preloaded, because its path has a space or a colon", next_step="use another --cache"
         )
     headers = cuda_headers()
     driver = folder / _LIBRARIES[0]
@@ -91,17 +98,20 @@ def make_stand_in(target: GpuTarget, folder: Path) -> dict[str, str]:
         raise ModelError("the stand-in for a GPU cannot be compiled", next_step="see the compiler's output above")
     (folder / _LIBRARIES[1]).symlink_to(driver.name)
     (folder / "libcuda.so").symlink_to(driver.name)
-    for runtime in headers[0].parent.glob("lib/libcudart.so.*"):
-        (folder / "libcudart.so").symlink_to(runtime)
-    wrapper = folder / "g++"
-    wrapper.write_text(_COMPILER.format(compiler=compiler), encoding="ascii")
+    (folder / "libcudart.so").symlink_to(next(headers[0].parent.glob("lib/libcudart.so.*")))
+    wrapper = folder / Path(compiler).name  # Inductor recognizes compilers by their names
+    wrapper.write_text(_COMPILER.format(compiler=shlex.quote(compiler)), encoding="utf-8")
     wrapper.chmod(0o755)
     return {
         _TARGET: target.name,
-        "LD_PRELOAD": os.pathsep.join(filter(None, [str(driver), os.environ.get("LD_PRELOAD")])),
-        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")])),
-        "LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LIBRARY_PATH")])),
-        "CPLUS_INCLUDE_PATH": os.pathsep.join(map(str, headers)),
+        # One GPU, whatever the user chose among those of this machine, and torch's usual allocator.
+        "CUDA_VISIBLE_DEVICES": "0",
+        "PYTORCH_CUDA_ALLOC_CONF": "",
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "",
+        "LD_PRELOAD": _before("LD_PRELOAD", driver),
+        "LD_LIBRARY_PATH": _before("LD_LIBRARY_PATH", folder),
+        "LIBRARY_PATH": _before("LIBRARY_PATH", folder),
+        "CPLUS_INCLUDE_PATH": _before("CPLUS_INCLUDE_PATH", *headers),
         "TRITON_LIBCUDA_PATH": str(folder),
         # For the same bytes in every bake: without paths of temporary files, and with one order of sets. Triton itself
         # compiles some kernels in one of two ways.
@@ -111,8 +121,17 @@ def make_stand_in(target: GpuTarget, folder: Path) -> dict[str, str]:
     }
 
 
-def _check_torch(target: GpuTarget) -> None:
-    """Refuse a torch for which this was never tried, or whose kernels do not run on the GPU."""
+def _before(variable: str, *paths: Path) -> str:
+    """Return the value of an environment variable that is a list of paths, with more paths in front."""
+    return os.pathsep.join(filter(None, [*map(str, paths), os.environ.get(variable)]))
+
+
+def check_torch(target: GpuTarget) -> None:
+    """Refuse a torch for which this was never tried, or whose kernels do not run on the GPU.
+
+    Raises:
+        ModelError: see above.
+    """
     installed = metadata.version("torch").partition("+")[0]
     series = ".".join(installed.split(".")[:2])
     if series not in _NEWEST_CAPABILITY:

@@ -102,6 +102,25 @@ def find_target(text: str) -> GpuTarget:
     return _target(name, name)
 
 
+def check_target(text: str, device: str, profile: str) -> GpuTarget:
+    """Return a target for a bake with this device and profile.
+
+    Raises:
+        BadInputError: the target is unknown, or does not go with the device or the profile.
+    """
+    target = find_target(text)
+    if device != "cuda":
+        raise BadInputError(
+            f"the target {target.name} is a GPU, and the device is {device!r}", next_step="use --device cuda"
+        )
+    if profile != "aot":
+        raise BadInputError(
+            f"the profile {profile!r} makes nothing that needs a target",
+            next_step="use the profile aot for a target; or leave out --target, and bake on the GPU",
+        )
+    return target
+
+
 def _target(gpu: str, product: str) -> GpuTarget:
     _, capability, multiprocessors, memory, l2_cache = next(row for row in _PRODUCTS if row[0] == product)
     shared_memory, threads = _ARCHITECTURES[capability]

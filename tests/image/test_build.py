@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.image import copy_context
 from chatterbox_prewarm.families.bytecode import PACK_NAME, read_pack, write_pack
-from chatterbox_prewarm.image.labels import read_states
+from chatterbox_prewarm.image.labels import EVIDENCE, read_states
 from chatterbox_prewarm.state.signature import default_signature
 from chatterbox_prewarm.state.signing import sign
 from chatterbox_prewarm.state.state import State
@@ -330,3 +330,34 @@ def test_an_interrupted_build_leaves_nothing_new(
     assert _ask(docker, "images", "--quiet", f"{TAG}-interrupted") == ""
     left = {path.name for path in tmp_path.iterdir()}
     assert kept - {".warm.lock"} <= left <= kept
+
+
+def test_an_image_for_a_gpu_that_the_engine_lacks_gets_its_tag_without_a_proof(
+    docker: str,
+    context: Path,
+    built: subprocess.CompletedProcess[str],
+    tmp_path: Path,
+) -> None:
+    assert built.returncode == 0, "its stages are in the builder's cache"
+    tag, gpu = f"{TAG}-l4", ("--device", "cuda", "--profile", "aot", "--target")
+    for target, words in (("H2000", "perhaps NVIDIA H200"), ("", "no GPU")):
+        refused = _build(context, tmp_path, *gpu, target, tag=tag)
+        assert refused.returncode in {14, 16}, refused.stderr
+        assert words in refused.stderr
+    try:
+        made = _build(context, tmp_path, *gpu, "l4", tag=tag)
+        assert made.returncode == 0, made.stderr
+        assert f"{tag}: unproven. On a machine with the GPU: prove --image {tag}" in made.stdout
+        config = _config(docker, tag)["Config"]
+        assert "CHATTERBOX_PREWARM_DEVICE=cuda" in config["Env"]
+        (state,) = read_states(config["Labels"])
+        assert state.cross_compiled
+        assert (state.device, state.gpu, state.compute_capability) == ("cuda", "NVIDIA L4", "8.9")
+        assert EVIDENCE not in config["Labels"]
+        assert not (tmp_path / "warm.evidence.json").exists()
+        plan = _build(context, tmp_path, *gpu, "l4", "--replace", "--dry-run", tag=tag)
+        assert "state: a new bake" in plan.stdout, "whether the stored state still fits cannot be checked here"
+        assert "no proof, which needs the GPU" in plan.stdout
+    finally:
+        subprocess.run([docker, "rmi", "--force", tag], capture_output=True, check=False)
+    assert _leftovers(docker) == []

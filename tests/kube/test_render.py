@@ -293,6 +293,17 @@ def test_a_state_that_was_baked_without_a_gpu_fits_every_gpu() -> None:
         assert any("nothing of it is compiled for a GPU" in note for note in rendering.notes)
 
 
+def test_a_state_for_an_architecture_requires_the_capability_and_no_product() -> None:
+    architecture = replace(state("absent", "8.9"), cross_compiled=True)
+    for states in ([architecture], [architecture, L4]):
+        rendering = render_for(states, policy="require")
+        (term,) = terms(rendering)
+        assert term["nvidia.com/gpu.compute.major"] == ("8",)
+        assert "nvidia.com/gpu.product" not in term
+    assert any("compiled without its GPU" in note for note in rendering.notes)
+    assert not any("baked without a GPU" in note for note in rendering.notes)
+
+
 def test_an_image_with_states_for_both_devices_uses_the_gpu_by_default() -> None:
     both = render_for([CPU, L4])
     assert document_of(both.documents, "ConfigMap")["data"]["CHATTERBOX_PREWARM_DEVICE"] == "cuda"

@@ -11,12 +11,13 @@ import re
 import struct
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from benchmarks import launches
+from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.regions.region import REGIONS
 from chatterbox_prewarm.start.attach import attach, checked
 from chatterbox_prewarm.start.options import StartOptions
@@ -140,47 +141,25 @@ def _symbols(path: Path, which: str) -> list[str]:
     return listed.stdout.splitlines()
 
 
-_STEP = """
-import json, os, sys
-from pathlib import Path
-from chatterbox_prewarm.start.attach import attach_baked, with_eager_regions
-from chatterbox_prewarm.start.options import StartOptions
-from chatterbox_prewarm.start.prepare import prepare
-warm, weights, cache = map(Path, sys.argv[1:])
-log = Path(os.environ["CHATTERBOX_PREWARM_STAND_IN_LOG"])
-attached = attach_baked(prepare(StartOptions(warm=warm, weights=weights, cache=cache, device="cuda", policy="require")))
-import torch
-def step(decoder):
-    state = decoder._acquire_state(64, nucleus=False)
-    decoder._step(state, decoder._samplers[False], 64)
-    before = log.stat().st_size
-    decoder._step(state, decoder._samplers[False], 64)
-    return log.read_text()[before:].splitlines()
-with torch.inference_mode():
-    compiled = step(attached.synthesizer.model.decoder)
-    eager = step(with_eager_regions(attached).synthesizer.model.decoder)
-print("JSON" + json.dumps({"compiled": compiled, "eager": eager, "metrics": attached.metrics.to_dict()}))
-"""
+@pytest.mark.slow
+def test_a_start_with_the_packages_launches_fewer_kernels_than_eager_mode(cross_compiled: Path, mini: Path) -> None:
+    found = launches.count(mini, cross_compiled)
+    assert found["metrics"]["misses"] == {}
+    assert found["metrics"]["hits"]["aot"] == 2, "T3's step has two regions"
+    counted = launches.summary(found)
+    packages, eager = counted["packages"], counted["eager"]
+    assert packages["gemm"] == eager["gemm"] > 0, "both compute the same matrix products"
+    assert eager["launch"] == 0
+    assert 0 < packages["launch"] + packages["torch"] < eager["torch"] / 2
+    grids = [list(map(int, line.split()[-3:])) for line in found["packages"] if line.startswith("launch")]
+    assert all(x >= 1 and y >= 1 and z >= 1 for x, y, z in grids)
+    assert counted["seconds_to_read_weights"] == pytest.approx(counted["weight_bytes"] / 4.8e12)
 
 
 @pytest.mark.slow
-def test_a_start_with_the_packages_launches_fewer_kernels_than_eager_mode(
-    cross_compiled: Path, mini: Path, tmp_path: Path
-) -> None:
-    environment = {**READS_ZEROS, "CHATTERBOX_PREWARM_STAND_IN_LOG": str(tmp_path / "log")}
-    ran = in_stand_in(
-        _STEP, cross_compiled, mini, tmp_path / "cache", target="H200", folder=tmp_path / "gpu", **environment
-    )
-    assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout.rpartition("JSON")[2])
-    assert found["metrics"]["misses"] == {}
-    assert found["metrics"]["hits"]["aot"] == 2, "T3's step has two regions"
-    compiled, eager = (Counter(line.split()[0] for line in found[name]) for name in ("compiled", "eager"))
-    assert compiled["gemm"] == eager["gemm"] > 0, "both compute the same matrix products"
-    assert eager["launch"] == 0
-    assert 0 < compiled["launch"] + compiled["torch"] < eager["torch"] / 2
-    grids = [list(map(int, line.split()[-3:])) for line in found["compiled"] if line.startswith("launch")]
-    assert all(x >= 1 and y >= 1 and z >= 1 for x, y, z in grids)
+def test_launches_are_counted_only_for_a_state_that_was_compiled_without_its_gpu(baked_aot: Path, mini: Path) -> None:
+    with pytest.raises(BadInputError, match="was not compiled for a GPU that the machine lacks"):
+        launches.count(mini, baked_aot)
 
 
 @pytest.mark.slow
@@ -248,10 +227,16 @@ def test_eager_mode_replaces_packages_that_fail_at_their_first_run(
 @pytest.mark.parametrize(
     ("arguments", "environment", "code", "words"),
     [
-        (["--target", "L4"], {}, 16, "add --device cuda"),
+        (["--target", "L4"], {}, 16, "use --device cuda"),
         (["--target", "H2000", "--device", "cuda"], {}, 16, "perhaps NVIDIA H200"),
         (["--target", "sm_100a", "--device", "cuda"], {}, 16, "sm_89, sm_90"),
         (["--target", "L4", "--device", "cuda", "--profile", "eager"], {}, 16, "leave out --target"),
+        (
+            ["--target", "L4", "--device", "cuda", "--without", "conditionals"],
+            {},
+            16,
+            "leave out --without conditionals",
+        ),
         (["--target", "B200", "--device", "cuda"], {}, 15, "runs on GPUs up to sm_90, and NVIDIA B200 is sm_100"),
         (["--target", "L4", "--device", "cuda"], {"CXX": "/nonexistent/g++"}, 15, "apt-get install g++"),
     ],

@@ -91,16 +91,15 @@ class Worker:
         config = self._config
         plan = plan_for(config.requests_per_minute)
         prepared = prepare(config.start, metrics=self._metrics)
-        attached = self._attached = attach(prepared, threads=config.threads, voices=config.voices)
+        attached = attach(prepared, threads=config.threads, voices=config.voices)
         from chatterbox_prewarm.serve.workers.worker_voices import VoiceCache, voice_sizes
 
-        if config.voice_directory is not None:
-            self._added_voices = VoiceCache(attached, config.voice_directory)
         sizes = voice_sizes(attached.synthesizer)
         self.send({"type": "attached", "voices": sizes, "metrics": self._metrics.to_dict()})
         with self._metrics.phase("first synthesis"):
             attached = self._attached = checked(attached)
-        self._metrics.profile = attached.prepared.execution.profile
+        if config.voice_directory is not None:
+            self._added_voices = VoiceCache(attached, config.voice_directory)
         self._metrics.mark("ready")
         if not switched_off():
             self._warmup_steps = [step for step in plan.steps(attached.synthesizer) if step.name not in config.skipped]

@@ -41,6 +41,12 @@ def manifests(tmp_path: Path) -> list[Manifest]:
     ]
 
 
+def test_a_label_says_whether_a_state_was_compiled_without_the_gpu(manifests: list[Manifest]) -> None:
+    labels = image_labels([replace(manifests[0], cross_compiled=True), manifests[1]])
+    assert {state.gpu: state.cross_compiled for state in read_states(labels)} == {H100["gpu"]: True, L4["gpu"]: False}
+    assert labels[STATES].count("cross_compiled") == 1, "labels of other states stay as they were"
+
+
 def test_each_property_of_a_state_has_a_label(manifests: list[Manifest]) -> None:
     labels = image_labels(manifests[:1], base_name="registry.example.com/speech:1", base_digest="sha256:" + "a" * 64)
     assert labels.pop(STATES)
