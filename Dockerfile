@@ -5,8 +5,8 @@
 #     --tmpfs /tmp --tmpfs /var/cache/chatterbox-prewarm:exec,mode=1777 chatterbox:warm
 #
 # The build needs BuildKit (Docker 20.10 with DOCKER_BUILDKIT=1, or newer). It does not need a GPU; without one, and
-# without TARGET, the warm state has no families that depend on a GPU. The layers of the result, from the most stable one to the one that
-# changes most often: system, dependencies, weights, code, warm state.
+# without TARGET, the warm state has no families that depend on a GPU. The layers of the result, from the most stable one
+# to the one that changes most often: system, dependencies, weights, code, warm state.
 #
 # Optional secrets: ca (a PEM bundle for package indexes and the hub), pip (a pip configuration), hf_token.
 

@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.bake.options import BakeOptions
     from chatterbox_prewarm.state.manifest import FamilyEntry
-    from chatterbox_prewarm.system.gpu_targets import GpuTarget
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +68,6 @@ def bake(options: BakeOptions, *, progress: Callable[[str], None] = logger.info)
         NotWarmError: a start from the new state had a miss; the new state was discarded.
     """
     options = _check(options)
-    target = None if options.target is None else find_target(options.target)
-    if target is not None:
-        check_torch(target)
     progress("verifying the weights")
     verify(options.weights)
     make_cache(options.cache)
@@ -86,7 +82,7 @@ def bake(options: BakeOptions, *, progress: Callable[[str], None] = logger.info)
             exclusive_lock(options.cache / BAKE),
             staging_folder(warm) as staging,
             _private_folder(options.cache / COMPILED_FOLDER) as compiled,
-            _stand_in(target, options.cache) as environment,
+            _stand_in(options) as environment,
         ):
             manifest = _bake_into(staging, compiled, options, environment, progress)
             seal(staging)
@@ -112,15 +108,13 @@ def _check(options: BakeOptions) -> BakeOptions:
             f"{SWITCH} switches the warm-up off, and a bake needs a warm-up", next_step=f"unset {SWITCH}"
         )
     require_upstream()
-    if options.target is not None:
-        _check_target(options)
     voices = {check_voice_name(name): clip.resolve() for name, clip in options.voices.items()}
     options = replace(
         options,
         warm=Path(os.path.abspath(options.warm)),  # noqa: PTH100 - a link must stay a link
         voices=voices,
         families=_needed_families(options),
-        target=None if options.target is None else find_target(options.target).name,
+        target=_check_target(options),
         levels=check_levels(options.levels),
     )
     check_apart({"--warm": options.warm, "--weights": options.weights, "--cache": options.cache})
@@ -132,18 +126,23 @@ def _check(options: BakeOptions) -> BakeOptions:
     return options
 
 
-def _check_target(options: BakeOptions) -> None:
-    """Refuse what cannot be compiled without a GPU.
+def _check_target(options: BakeOptions) -> str | None:
+    """Refuse what cannot be compiled without a GPU. Return the full name of the target, or None without one.
 
     Raises:
         BadInputError: the target is unknown, or does not go with the device or the profile.
+        ModelError: the installed torch cannot compile for the target.
     """
-    check_target(str(options.target), options.device, options.how.profile)
+    if options.target is None:
+        return None
+    target = check_target(options.target, options.device, options.how.profile)
     if "conditionals" not in options.families:
         raise BadInputError(
             "a bake without the GPU cannot leave out the voices, because it starts from them",
             next_step="leave out --without conditionals",
         )
+    check_torch(target)
+    return target.name
 
 
 def _needed_families(options: BakeOptions) -> tuple[str, ...]:
@@ -173,13 +172,13 @@ def _compiles(options: BakeOptions) -> bool:
 
 
 @contextlib.contextmanager
-def _stand_in(target: GpuTarget | None, cache: Path) -> Iterator[Mapping[str, str]]:
-    """Yield the environment variables that show the GPU `target` to a process; none without a target."""
-    if target is None:
+def _stand_in(options: BakeOptions) -> Iterator[Mapping[str, str]]:
+    """Yield the environment variables that show the target to a process; none without a target."""
+    if options.target is None:
         yield {}
         return
-    with _private_folder(cache / STAND_IN_FOLDER) as folder:
-        yield make_stand_in(target, folder)
+    with _private_folder(options.cache / STAND_IN_FOLDER) as folder:
+        yield make_stand_in(find_target(options.target), folder)
 
 
 def _bake_into(

@@ -20,6 +20,7 @@ from chatterbox_prewarm.commands.options import (
     option,
     parse_voice,
     say,
+    target_option,
     weights_option,
 )
 from chatterbox_prewarm.errors import BadInputError
@@ -45,12 +46,7 @@ _NOT_WITH_A_MATRIX = {"device", "target", "profile", "t3_dtype", "levels", "voic
 @click.option("--checkout", type=PATH, default=Path(), help="Checkout of this project. Default: the current directory.")
 @click.option("--warm", type=PATH, default=Path("out/warm"), show_default=True, help="Directory of the warm state.")
 @option("--device", default="cpu", help="Torch device that the image is for, such as cpu or cuda.")
-@click.option(
-    "--target",
-    default="",
-    metavar="GPU",
-    help="Compile for this GPU without having it: a product, or sm_90.",
-)
+@target_option
 @click.option(
     "--route",
     default="export",

@@ -42,6 +42,10 @@ insecure_option = click.option(
 )
 device_option = option("--device", default="cpu", help="Torch device, such as cpu or cuda.")
 
+target_option = click.option(
+    "--target", metavar="GPU", help="Compile for this GPU without having it: a product, or sm_90."
+)
+
 
 def profile_option(default: str) -> Callable[[Any], Any]:
     """Make the option for the profile.

@@ -18,6 +18,7 @@ from chatterbox_prewarm.commands.options import (
     profile_option,
     start_device_option,
     state_option,
+    target_option,
     trust_options,
     warm_option,
     weights_option,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.state.signature import Trust
     from chatterbox_prewarm.state.state import State
 
-
+#: How `inspect` describes a state that was baked with --target.
 _CROSS_COMPILED = "  compiled without the GPU: not tuned, and unproven until `prove` passes there"
 
 
@@ -45,7 +46,7 @@ _CROSS_COMPILED = "  compiled without the GPU: not tuned, and unproven until `pr
 @warm_option
 @cache_option
 @device_option
-@click.option("--target", metavar="GPU", help="Compile for this GPU without having it: a product, or sm_90.")
+@target_option
 @profile_option("aot")
 @option("--t3-dtype", default="float32", type=click.Choice(T3_DTYPES), help="Data type of T3's transformer.")
 @click.option("--graphs/--no-graphs", default=None, help="Run T3's step as a CUDA graph. Default: on a GPU.")

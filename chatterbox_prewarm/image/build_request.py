@@ -57,7 +57,7 @@ class BuildRequest:
         network: network in the format of `docker build --network`.
         replacing: take the tag from an image that has it.
         rebake: bake even if the stored state has the same recipe.
-        target: a GPU to compile for where the engine has none, as `find_target` takes it; "" bakes on `device`.
+        target: a GPU to compile for where the engine has none, as `find_target` takes it; None bakes on `device`.
     """
 
     checkout: Path
@@ -75,7 +75,7 @@ class BuildRequest:
     network: str
     replacing: bool
     rebake: bool
-    target: str = ""
+    target: str | None = None
 
     @property
     def classic(self) -> bool:

@@ -128,7 +128,7 @@ def _network_events(observed: dict[str, Any]) -> list[str]:
 
 
 def audio_check(observed: dict[str, Any]) -> Check:
-    """Check that the audio is identical to the audio of the bake; or like that of eager mode, if the bake had none."""
+    """Check that the audio is identical to the audio of the bake, or similar to eager mode if the bake has no audio."""
     audio = observed["audio"]
     if audio.get("decibels") is not None:
         same = audio["tokens_sha256"] == audio["expected_tokens_sha256"]

@@ -96,11 +96,11 @@ def _speak(synthesizer: Synthesizer, reference: Reference) -> Speech:
 
 
 def _compare(speech: Speech, attached: Attached, reference: Reference) -> dict[str, Any]:
-    """Compare the reference synthesis with that of the bake. Without one, compare it with eager mode on this device.
+    """Compare the reference synthesis with the bake, or with eager mode on this device if the bake has no audio.
 
     Returns:
-        the digests of tokens and audio, here and expected; and the energy of the audio relative to that of its
-        difference from eager mode, in dB, or None if the bake's audio is known.
+        the digests of tokens and audio, here and expected; and how far the difference from eager mode is below the
+        audio, in dB, or None if the bake's audio is known.
     """
     expected, decibels = reference, None
     if not reference.pcm_sha256:

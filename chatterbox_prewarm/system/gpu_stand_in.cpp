@@ -1,8 +1,8 @@
 // A stand-in for a GPU: the functions of CUDA's libraries that torch and Triton call while they compile, without a
 // device. It lets a machine without a GPU compile for one. A GPU is described by the macros TARGET_*.
 //
-// Functions that are missing here are those of the real libraries, which fail without a driver. Nothing is computed: memory on the device has addresses and no content, and a
-// launch does nothing. A copy from the device fails, because its content would become a constant of the compiled code;
+// Functions that are missing here are those of the real libraries, which fail without a driver. Nothing is computed:
+// memory on the device has addresses and no content, and a launch does nothing. A copy from the device fails, because its content would become a constant of the compiled code;
 // with CHATTERBOX_PREWARM_STAND_IN_READS=zeros it gives zeros, for a start that loads what was compiled.
 //
 // With CHATTERBOX_PREWARM_STAND_IN_LOG=FILE, one line is written for each loaded kernel, launch and matrix product.

@@ -1,4 +1,4 @@
-"""A stand-in for a GPU, with which a bake compiles for a GPU on a machine that has none.
+"""A stand-in for a GPU, with which a bake compiles for a GPU that the machine does not have.
 
 torch, Inductor and Triton ask the driver for the properties of the GPU, and load and launch kernels when they tune
 them. The stand-in is a library that answers in place of CUDA's libraries (`gpu_stand_in.cpp`). It is preloaded only in
@@ -66,7 +66,7 @@ def make_stand_in(target: GpuTarget, folder: Path) -> dict[str, str]:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise ModelError(
-            "compiling for a GPU needs a C++ compiler, and there is none; CXX may name one program",
+            "compiling for a GPU needs a C++ compiler, but this machine has no program $CXX or g++",
             next_step="run: apt-get install g++",
         )
     if set(str(folder)) & set(" :"):
@@ -104,7 +104,7 @@ def make_stand_in(target: GpuTarget, folder: Path) -> dict[str, str]:
     wrapper.chmod(0o755)
     return {
         _TARGET: target.name,
-        # One GPU, whatever the user chose among those of this machine, and torch's usual allocator.
+        # One GPU, also if the user selected another one of this machine, and torch's usual allocator.
         "CUDA_VISIBLE_DEVICES": "0",
         "PYTORCH_CUDA_ALLOC_CONF": "",
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "",

@@ -54,7 +54,7 @@ class GpuTarget:
         gpu: the product name that NVML reports, or "" for every GPU with this compute capability. Then the other
             attributes are those of one such product.
         capability: the compute capability.
-        memory, shared_memory, l2_cache: in bytes; the shared memory is that of a block at most.
+        memory, shared_memory, l2_cache: in bytes; the shared memory is the maximum of a block.
         threads: of a multiprocessor at most.
     """
 

@@ -1,4 +1,4 @@
-"""Test bakes for a GPU on a machine without one: what the packages contain, and what a start and a proof do with them.
+"""Test bakes for a GPU on a machine without one: the contents of the packages, starts from them, and their proof.
 
 No test runs a kernel. A stand-in for the GPU takes the place of CUDA's libraries; it records what would run.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # The first test that needs a compiled state waits for its bake.
 pytestmark = pytest.mark.timeout(1800)
 
-#: Of an ELF file: the machine "NVIDIA CUDA", and the places of machine and flags in the header of a 64-bit file.
+#: The number of the machine "NVIDIA CUDA" in ELF files, and the offsets of machine and flags in a 64-bit header.
 _EM_CUDA, _MACHINE, _FLAGS = 190, 18, 48
 #: Symbols of the C and C++ libraries, which every machine has.
 _SYSTEM = re.compile(r".*@(GLIBC|GLIBCXX|CXXABI|GCC|GOMP|OMP)_.*|__gmon_start__|_ITM_.*|__cxa_finalize.*")
