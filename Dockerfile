@@ -85,6 +85,7 @@ RUN --mount=type=cache,target=/var/cache/weights,sharing=locked \
     PYTHONPATH=/build python /build/fetch.py /var/cache/weights /opt/chatterbox-prewarm/weights
 
 FROM deps-full AS weights-synthetic
+ARG VARIANT=english
 ARG SIZE=full
 COPY chatterbox_prewarm/__init__.py chatterbox_prewarm/errors.py chatterbox_prewarm/redaction.py chatterbox_prewarm/version.py /build/chatterbox_prewarm/
 COPY chatterbox_prewarm/system /build/chatterbox_prewarm/system

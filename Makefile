@@ -75,8 +75,9 @@ lock:  ## update the locks; commit the changes
 	uv pip compile -q --python-version 3.11 --extra model --generate-hashes --no-emit-index-url --no-emit-find-links \
 	    --no-header --override build/locks/torch-2.11.in pyproject.toml -o build/locks/torch-2.11.txt
 	for stack in torch-2.6 torch-2.11; do \
-	    uv pip compile -q --python-version 3.11 --extra lean --generate-hashes --no-emit-index-url --no-emit-find-links \
-	        --no-header --override build/locks/lean.in --override build/locks/$$stack.in \
+	    uv pip compile -q --python-version 3.11 --extra lean --extra multilingual --generate-hashes \
+	        --no-emit-index-url --no-emit-find-links --no-header \
+	        --override build/locks/lean.in --override build/locks/$$stack.in \
 	        --constraint build/locks/$$stack.txt pyproject.toml -o build/locks/$$stack-lean.txt || exit; \
 	done
 	uv pip compile -q --python-version 3.11 --extra dev --generate-hashes --no-emit-index-url --no-emit-find-links \

@@ -101,7 +101,7 @@ def run(*, weights: str, warm: str, cache: str) -> dict[str, Any]:
         packages = step(attached.synthesizer.model.decoder)
         eager = step(with_eager_regions(attached).synthesizer.model.decoder)
     tensors = attached.synthesizer.model.tensors
-    read = ("t3_cfg.tfmr.layers.", "t3_cfg.tfmr.norm.", "t3_cfg.speech_head.")
+    read = ("t3.tfmr.layers.", "t3.tfmr.norm.", "t3.speech_head.")
     return {
         "packages": packages,
         "eager": eager,

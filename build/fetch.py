@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from chatterbox_prewarm.errors import exit_with_code
-from chatterbox_prewarm.weights.variants import get_variant
+from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, get_variant
 
 _SECRETS = Path("/run/secrets")
 _EPOCH = int(os.environ.get("SOURCE_DATE_EPOCH") or 1735689600)
@@ -17,10 +17,11 @@ _EPOCH = int(os.environ.get("SOURCE_DATE_EPOCH") or 1735689600)
 def main() -> None:
     """`fetch.py CACHE TARGET`, or `fetch.py --synthetic SIZE TARGET`."""
     *source, target = sys.argv[1:]
+    variant = get_variant(os.environ.get("VARIANT") or DEFAULT_VARIANT.name)
     if source[0] == "--synthetic":
         from chatterbox_prewarm.model.synthetic import synthesize
 
-        synthesize(Path(target), size=source[1], seed=0)
+        synthesize(Path(target), size=source[1], seed=0, variant=variant)
     else:
         if (_SECRETS / "ca").is_file():
             os.environ["SSL_CERT_FILE"] = str(_SECRETS / "ca")
@@ -31,14 +32,13 @@ def main() -> None:
         from chatterbox_prewarm.weights.fetch import fetch
         from chatterbox_prewarm.weights.record import RECORD_NAME
 
-        variant = get_variant(os.environ.get("VARIANT", "english"))
         cache = Path(source[0])
         fetch(cache, variant=variant, revision=os.environ.get("REVISION") or None)
-        Path(target).mkdir(parents=True)
         for name in (*variant.files, RECORD_NAME):
+            (Path(target) / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(cache / name, Path(target) / name)
-    for path in Path(target).iterdir():
-        path.chmod(0o444)
+    for path in Path(target).rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o444)
         os.utime(path, (_EPOCH, _EPOCH))  # the same files give the same layer
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from chatterbox_prewarm.model.conditionals import Conditionals
-    from chatterbox_prewarm.model.variants.english import English
+    from chatterbox_prewarm.model.model import Model
 
 _REPEATS = 3
 #: Two numbers of tokens. The difference of their times does not include the prompt.
@@ -69,7 +69,7 @@ def run(*, warm: str, weights: str, cache: str, device: str) -> dict[str, Any]:
     few, many = _COUNTS[kind]
     short, long = seconds(lambda: decode(few)), seconds(lambda: decode(many))
     per_token = (long - short) / (many - few)
-    prefixes = ("t3_cfg.tfmr.layers.", "t3_cfg.speech_head.")
+    prefixes = ("t3.tfmr.layers.", "t3.speech_head.")
     result: dict[str, Any] = {
         "seconds_per_token": per_token,
         "tokens_per_second": 1 / per_token,
@@ -88,7 +88,7 @@ def run(*, warm: str, weights: str, cache: str, device: str) -> dict[str, Any]:
 
 
 def _render(
-    stages: English, voice: Conditionals, tokens: torch.Tensor, seconds: Callable[[Callable[[], object]], float]
+    stages: Model, voice: Conditionals, tokens: torch.Tensor, seconds: Callable[[Callable[[], object]], float]
 ) -> dict[str, float]:
     import torch
 

@@ -64,10 +64,10 @@ def _compile_packages(prepared: Prepared, directory: Path) -> None:
     seed(options.cache / "inductor", None)  # AOTInductor writes its files there
     import torch
 
+    from chatterbox_prewarm.model.model import load
     from chatterbox_prewarm.model.regions.compile_packages import compile_packages
     from chatterbox_prewarm.model.regions.executors import eager, has_single_threaded_mode
     from chatterbox_prewarm.model.regions.region import IN_GRAPHS
-    from chatterbox_prewarm.model.variants import english
 
     weights_of: dict[str, Sequence[torch.Tensor]] = {}
 
@@ -77,7 +77,7 @@ def _compile_packages(prepared: Prepared, directory: Path) -> None:
 
     execution = prepared.execution
     t3_dtype = getattr(torch, execution.t3_dtype)
-    english.load(options.weights, device=options.device, executor=record_weights, t3_dtype=t3_dtype)
+    load(options.weights, device=options.device, executor=record_weights, t3_dtype=t3_dtype)
     if execution.graphs and not has_single_threaded_mode():
         weights_of = {name: weights for name, weights in weights_of.items() if name not in IN_GRAPHS}
     with prepared.metrics.phase("aot make"):

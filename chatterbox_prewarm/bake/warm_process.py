@@ -58,6 +58,7 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
         save_voice(placeholder_voice(), Path(folder) / "voice.safetensors")
         voice = load_voice(Path(folder) / "voice.safetensors", device=bake.device)
     Synthesizer(synthesizer.model, {DEFAULT_VOICE: voice}).check()
+    synthesizer.model.text.load()  # also for its errors: an image must have the data of all languages
     importlib.import_module("soundfile")  # a start with `--voice` checks the clips
     sources = BYTECODE.start_sources()
     computes = stand_in_target() is None

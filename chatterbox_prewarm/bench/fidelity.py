@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional
 
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.regions.t3_blocks import rms_norm
-from chatterbox_prewarm.model.regions.t3_prompt import START_SPEECH_TOKEN
+from chatterbox_prewarm.model.regions.t3_blocks import START_SPEECH_TOKEN, rms_norm
 from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.synthesis import seed_everything
 from chatterbox_prewarm.model.upstream import upstream_text_tokens
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
     from chatterbox.tts import ChatterboxTTS
 
     from chatterbox_prewarm.model.conditionals import Conditionals
+    from chatterbox_prewarm.model.model import Model
     from chatterbox_prewarm.model.synthesis import Synthesizer
-    from chatterbox_prewarm.model.variants.english import English
 
 #: Number of speech tokens that are decoded greedily (eight seconds), and number of those that are rendered as audio.
 TOKENS = 200
@@ -104,7 +103,7 @@ def _tokens_to_render(tokens: torch.Tensor) -> torch.Tensor:
     return kept
 
 
-def _likeliest(model: English, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def _likeliest(model: Model, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Return the most likely token at the position of each of `tokens`, given the tokens before it; int64 (n,).
 
     Args:
@@ -112,7 +111,7 @@ def _likeliest(model: English, hidden: torch.Tensor, tokens: torch.Tensor) -> to
         hidden: hidden states at these positions, (n, 2, 1024).
         tokens: int64 (n,).
     """
-    norm, head = (model.tensors[f"t3_cfg.{name}.weight"].to(hidden.dtype) for name in ("tfmr.norm", "speech_head"))
+    norm, head = (model.tensors[f"t3.{name}.weight"].to(hidden.dtype) for name in ("tfmr.norm", "speech_head"))
     logits = functional.linear(rms_norm(hidden, norm), head).float()
     guided = logits[:, 0] + _GREEDY.cfg_weight * (logits[:, 0] - logits[:, 1])
     before = torch.cat([tokens.new_tensor([START_SPEECH_TOKEN]), tokens[:-1]])

@@ -6,7 +6,6 @@ system, because random weights never sample the stop token.
 
 from __future__ import annotations
 
-import importlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.system.json_subprocess import report
 from chatterbox_prewarm.system.metrics import StartMetrics
 from chatterbox_prewarm.weights.record import read_record
+from chatterbox_prewarm.weights.variants import get_variant
 
 if TYPE_CHECKING:
     from chatterbox.tts import ChatterboxTTS
+
+    from chatterbox_prewarm.model.variants import VariantCode
 
 #: Number of requests after the first one. The steady request is their median.
 STEADY_REQUESTS = 3
@@ -24,15 +26,17 @@ STEADY_REQUESTS = 3
 
 def load(weights: str, device: str) -> ChatterboxTTS:
     """Load a checkpoint with upstream's code; patch its constructors if the checkpoint has fewer layers."""
-    from chatterbox.tts import ChatterboxTTS
+    from chatterbox_prewarm.model.variants import code_of
 
-    synthetic = read_record(Path(weights)).synthetic
-    if synthetic is None or synthetic.t3_layers is None:
-        return ChatterboxTTS.from_local(weights, device)
+    record = read_record(Path(weights))
+    variant = get_variant(record.variant)
+    code: VariantCode = code_of(variant)
+    if record.synthetic is None or record.synthetic.t3_layers is None:
+        return code.upstream_from_local(Path(weights), variant, device)
     from chatterbox_prewarm.model.synthetic import shortened_upstream
 
-    with shortened_upstream(synthetic):
-        return ChatterboxTTS.from_local(weights, device)
+    with shortened_upstream(variant, record.synthetic):
+        return code.upstream_from_local(Path(weights), variant, device)
 
 
 def run(*, weights: str, clip: str, text: str, max_new_tokens: int, device: str) -> dict[str, Any]:
@@ -43,29 +47,38 @@ def run(*, weights: str, clip: str, text: str, max_new_tokens: int, device: str)
         (`steady`), and the bytes read from storage.
     """
     metrics = StartMetrics()
-    importlib.import_module("chatterbox.tts")
+    from chatterbox_prewarm.model.variants import code_of
+
+    variant = get_variant(read_record(Path(weights)).variant)
+    code = code_of(variant)
+    language = variant.check_language(None)
+    code.upstream_class()
     metrics.mark("imported")
     model = load(weights, device)
     metrics.mark("loaded")
     model.prepare_conditionals(clip)
     metrics.mark("attached")
     limit_tokens(model, max_new_tokens)
-    model.generate(text)
+    code.upstream_generate(model, text, language)
     metrics.mark("first_audio")
     steady = []
     for _ in range(STEADY_REQUESTS):
         started = time.monotonic()
-        model.generate(text)
+        code.upstream_generate(model, text, language)
         steady.append(time.monotonic() - started)
     return {**metrics.to_dict(), "steady": steady, "read_bytes": read_bytes("self")}
 
 
 def limit_tokens(model: ChatterboxTTS, max_new_tokens: int) -> None:
-    """Limit the speech tokens of `model.generate`, because random weights never stop."""
-    inference = model.t3.inference
+    """Limit the speech tokens of `model.generate`, because random weights never stop.
+
+    Tokens without a sound, which trained weights never draw, are left out: upstream's Multilingual model fails at them.
+    """
+    inference, stop = model.t3.inference, model.t3.hp.stop_speech_token
 
     def limited(**arguments: Any) -> Any:
-        return inference(**{**arguments, "max_new_tokens": max_new_tokens})
+        tokens = inference(**{**arguments, "max_new_tokens": max_new_tokens})
+        return tokens[:, tokens[0] <= stop]
 
     model.t3.inference = limited
 

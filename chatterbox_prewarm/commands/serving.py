@@ -71,6 +71,13 @@ if TYPE_CHECKING:
     help="CPU threads of torch per worker. Default: the workers share the CPUs that the container may use.",
 )
 @option("--max-characters", default=MAX_CHARACTERS, type=click.IntRange(1), help="Maximum length of a text.")
+@option("--language", metavar="CODE", help="Language of requests that name none. Default: the model's first one.")
+@option(
+    "--plain-text",
+    multiple=True,
+    metavar="CODE",
+    help="Language whose texts may lack marks that the model needs: he (points) or ru (stress).",
+)
 @option("--ignore-speed", is_flag=True, help="Speak requests with any speed, at the model's speed.")
 @option(
     "--max-new-tokens",
@@ -152,6 +159,8 @@ def serve(
     port: int,
     threads: int | None,
     max_characters: int,
+    language: str | None,
+    plain_text: tuple[str, ...],
     ignore_speed: bool,
     max_new_tokens: int,
     queue_limit: int,
@@ -172,6 +181,7 @@ def serve(
     from chatterbox_prewarm.serve.http.cross_origin import Sites, parse_host, parse_origin
     from chatterbox_prewarm.serve.http.server import ServeConfig
     from chatterbox_prewarm.serve.http.server import serve as run_server
+    from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, for_devices, parse_devices
     from chatterbox_prewarm.state.places import check_cache_place, check_output_place
 
@@ -182,8 +192,7 @@ def serve(
         ServeConfig(
             host=host,
             port=port,
-            max_characters=max_characters,
-            ignore_speed=ignore_speed,
+            rules=SpeechRules(max_characters=max_characters, ignore_speed=ignore_speed, language=language),
             weights=weights,
             voices_dir=voices_dir,
             max_voices=max_voices,
@@ -201,7 +210,13 @@ def serve(
             parse_devices(device),
             WorkerConfig(
                 start=StartOptions(
-                    warm=warm, weights=weights, cache=cache, policy=policy, profile=profile, trust=trust
+                    warm=warm,
+                    weights=weights,
+                    cache=cache,
+                    policy=policy,
+                    profile=profile,
+                    trust=trust,
+                    plain_text=plain_text,
                 ),
                 voices=dict(map(parse_voice, voices)),
                 voice_directory=voices_dir,

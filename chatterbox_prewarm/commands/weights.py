@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from chatterbox_prewarm.commands.options import PATH, option
-from chatterbox_prewarm.weights.variants import VARIANTS, get_variant
+from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, VARIANTS, get_variant
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,7 @@ def weights() -> None:
 
 @weights.command("fetch", short_help="Download a checkpoint.")
 @click.argument("directory", type=PATH)
-@option("--variant", default="english", type=click.Choice(sorted(VARIANTS)), help="Model variant.")
+@option("--variant", default=DEFAULT_VARIANT.name, type=click.Choice(list(VARIANTS)), help="Model variant.")
 @option("--revision", help="Full commit hash. Default: the pinned commit of the variant.")
 def weights_fetch(directory: Path, variant: str, revision: str | None) -> None:
     """Download a checkpoint from the model hub into DIRECTORY at a pinned commit, verify it and record it."""
@@ -36,7 +36,14 @@ def weights_fetch(directory: Path, variant: str, revision: str | None) -> None:
 @click.argument("directory", type=PATH)
 @click.option("--size", default="full", show_default=True, help="full (3.2 GB, the published size) or mini.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random generator.")
-def weights_synthesize(directory: Path, size: str, seed: int) -> None:
+@click.option(
+    "--variant",
+    default=DEFAULT_VARIANT.name,
+    show_default=True,
+    type=click.Choice(list(VARIANTS)),
+    help="Model variant.",
+)
+def weights_synthesize(directory: Path, size: str, seed: int, variant: str) -> None:
     """Make a checkpoint of random weights in DIRECTORY. Its speech is noise.
 
     An older synthetic checkpoint in DIRECTORY is replaced. If DIRECTORY has any other file, the command fails.
@@ -48,14 +55,14 @@ def weights_synthesize(directory: Path, size: str, seed: int) -> None:
     from chatterbox_prewarm.system.json_subprocess import quiet_packages
 
     quiet_packages()
-    record = synthesize(directory, size=size, seed=seed)
+    record = synthesize(directory, size=size, seed=seed, variant=get_variant(variant))
     total = sum(file.size for file in record.files)
     click.echo(f"{directory}: {total / 1e9:.2f} GB of random weights; the speech of this model is noise")
 
 
 @weights.command("record", short_help="Record a checkpoint of your own.")
 @click.argument("directory", type=PATH)
-@click.option("--variant", default="english", show_default=True, type=click.Choice(sorted(VARIANTS)))
+@click.option("--variant", default=DEFAULT_VARIANT.name, show_default=True, type=click.Choice(list(VARIANTS)))
 def weights_record(directory: Path, variant: str) -> None:
     """Record the digests of your own checkpoint in DIRECTORY."""
     from chatterbox_prewarm.weights.record import record

@@ -28,7 +28,7 @@ from chatterbox_prewarm.model.profiles import PROFILES, T3_DTYPES
 from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.system.fingerprint import ABSENT
 from chatterbox_prewarm.system.gpu_names import nvml_name
-from chatterbox_prewarm.weights.variants import VARIANTS
+from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, VARIANTS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 MATRIX_NAME = "prewarm.toml"
 #: The keys of a table `[[bake]]` and their default values.
 _BAKE_DEFAULTS: Mapping[str, Any] = {
-    "variants": ["english"],
+    "variants": [DEFAULT_VARIANT.name],
     "gpus": [],
     "profiles": ["aot"],
     "t3_dtype": "float32",

@@ -119,6 +119,8 @@ class Stream:
                 for number, part in enumerate(parts, start=1):
                     ends = last and number == len(parts)
                     wave = vocoder.sound(part, last=ends).cpu()
+                    if ends:  # the last part is longer than that, because the vocoder holds frames back
+                        wave = wave[: wave.numel() - self._model.dropped_samples]
                     marked = watermark(wave.view(-1, _STEP).T, last=ends)
                     yield new, marked.numpy(), ends
                     new = new[:0]

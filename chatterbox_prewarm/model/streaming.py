@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
+from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS
 from chatterbox_prewarm.system.limits import MIN_LOOK_AHEAD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from chatterbox_prewarm.model.chunk import Chunk
+    from chatterbox_prewarm.model.sampling import Sampling
     from chatterbox_prewarm.model.synthesis import Synthesizer
 
 #: One second of audio.
@@ -51,6 +52,7 @@ def generate_stream(  # noqa: PLR0913 - public API with optional keyword argumen
     text: str,
     *,
     voice: str = DEFAULT_VOICE,
+    language: str | None = None,
     seed: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     sampling: Sampling | None = None,
@@ -72,9 +74,10 @@ def generate_stream(  # noqa: PLR0913 - public API with optional keyword argumen
         source: the model; only one call may run at a time.
         text: the text to speak.
         voice: one of the voices.
+        language: a code of the variant's languages; None chooses the first one.
         seed: makes the result reproducible on the same machine; None chooses a random seed.
         max_new_tokens: maximum number of speech tokens.
-        sampling: the sampling settings; None uses the defaults.
+        sampling: the sampling settings; None uses the model's defaults.
         chunk_tokens: speech tokens (40 ms each) per chunk; the last chunk may be shorter.
         look_ahead: how many tokens after a chunk the flow waits for, at least 3. None waits for all tokens.
         stopped: called every few tokens, before each step of the flow and before each chunk. If it returns True, the
@@ -98,5 +101,7 @@ def generate_stream(  # noqa: PLR0913 - public API with optional keyword argumen
             next_step=f"give {MIN_LOOK_AHEAD} or more, or None to wait for all tokens",
         )
     stream = Stream(synthesizer, synthesizer.voice(voice), chunk_tokens, look_ahead, stopped or (lambda: False))
-    blocks = synthesizer.token_blocks(text, voice=voice, max_new_tokens=max_new_tokens, sampling=sampling)
+    blocks = synthesizer.token_blocks(
+        text, voice=voice, language=language, max_new_tokens=max_new_tokens, sampling=sampling
+    )
     return stream.chunks(blocks, chosen_seed(seed), called)

@@ -17,9 +17,10 @@ import torch
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.conditionals import T3Conditionals
-from chatterbox_prewarm.model.regions.t3_prompt import MAX_TEXT_TOKENS, STOP_SPEECH_TOKEN
-from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
-from chatterbox_prewarm.model.text import check_known, check_text
+from chatterbox_prewarm.model.regions.t3_blocks import STOP_SPEECH_TOKEN
+from chatterbox_prewarm.model.regions.t3_prompt import MAX_TEXT_TOKENS
+from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS
+from chatterbox_prewarm.model.text import check_text
 from chatterbox_prewarm.system.limits import MAX_SEED, MIN_TOKENS
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from chatterbox_prewarm.model.conditionals import Conditionals
-    from chatterbox_prewarm.model.variants.english import English
+    from chatterbox_prewarm.model.model import Model
+    from chatterbox_prewarm.model.sampling import Sampling
 
 
 #: Of `Synthesizer.check`: the text, and the number of speech tokens, of the speech and of the voice's clip. They fill a
@@ -113,7 +115,7 @@ def preserved_generators(device: str) -> Iterator[None]:
 class Synthesizer:
     """A loaded model and its voices. Only one call may run at a time, because the model keeps state during a call."""
 
-    def __init__(self, model: English, voices: Mapping[str, Conditionals]) -> None:
+    def __init__(self, model: Model, voices: Mapping[str, Conditionals]) -> None:
         self.model = model
         self.voices = dict(voices)
 
@@ -122,6 +124,7 @@ class Synthesizer:
         text: str,
         *,
         voice: str = DEFAULT_VOICE,
+        language: str | None = None,
         seed: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling | None = None,
@@ -131,18 +134,19 @@ class Synthesizer:
         Args:
             text: the text to speak.
             voice: one of `voices`.
+            language: a code of the variant's languages; None chooses the first one.
             seed: makes the result reproducible on the same machine; None chooses a random seed.
             max_new_tokens: maximum number of speech tokens, 25 per second of audio.
-            sampling: the sampling settings; None uses the defaults.
+            sampling: the sampling settings; None uses the model's defaults.
 
         Raises:
-            BadInputError: the text cannot be spoken, or the voice does not exist.
+            BadInputError: the text cannot be spoken, or the voice or the language does not exist.
             ModelError: the model returned too few speech tokens for audio.
         """
         conditionals = self.voice(voice)
         seed_everything(chosen_seed(seed))
         with torch.inference_mode():
-            drawn = self._draw(text, voice, max_new_tokens, sampling)
+            drawn = self._draw(text, voice, language, max_new_tokens, sampling)
             tokens = self.usable(drawn)
             samples = self.sound(tokens, conditionals)
         return Speech(
@@ -158,6 +162,7 @@ class Synthesizer:
         text: str,
         *,
         voice: str = DEFAULT_VOICE,
+        language: str | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling | None = None,
     ) -> torch.Tensor:
@@ -168,12 +173,14 @@ class Synthesizer:
         Returns:
             int64 (n,), 25 per second of audio, without start and stop tokens.
         """
-        return self.usable(self._draw(text, voice, max_new_tokens, sampling))
+        return self.usable(self._draw(text, voice, language, max_new_tokens, sampling))
 
-    def _draw(self, text: str, voice: str, max_new_tokens: int, sampling: Sampling | None) -> torch.Tensor:
+    def _draw(
+        self, text: str, voice: str, language: str | None, max_new_tokens: int, sampling: Sampling | None
+    ) -> torch.Tensor:
         """Draw speech tokens, int64 (n,), including the tokens that `usable` drops."""
-        sampling = sampling or Sampling()
-        conditionals, prompt = self._t3_inputs(text, voice, sampling)
+        sampling = sampling or self.model.sampling
+        conditionals, prompt = self._t3_inputs(text, voice, language, sampling)
         decoder = self.model.decoder
         return decoder(conditionals, prompt, sampling=sampling, max_new_tokens=max_new_tokens)
 
@@ -183,6 +190,7 @@ class Synthesizer:
         text: str,
         *,
         voice: str = DEFAULT_VOICE,
+        language: str | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling | None = None,
     ) -> Generator[torch.Tensor]:
@@ -191,8 +199,8 @@ class Synthesizer:
         Returns:
             a generator of int64 (n,), see `T3Decoder.blocks`.
         """
-        sampling = sampling or Sampling()
-        conditionals, prompt = self._t3_inputs(text, voice, sampling)
+        sampling = sampling or self.model.sampling
+        conditionals, prompt = self._t3_inputs(text, voice, language, sampling)
         return self.model.decoder.blocks(conditionals, prompt, sampling=sampling, max_new_tokens=max_new_tokens)
 
     @torch.inference_mode()
@@ -239,14 +247,18 @@ class Synthesizer:
     def sound(self, tokens: torch.Tensor, voice: Conditionals) -> NDArray[np.float32]:
         """Render speech tokens, int64 (n,), as watermarked mono audio at the model's sample rate."""
         model = self.model
-        return model.marked(model.vocoder(model.flow(tokens, voice.gen)).cpu().numpy())
+        samples = model.vocoder(model.flow(tokens, voice.gen)).cpu().numpy()
+        return model.marked(samples[: len(samples) - model.dropped_samples])
 
-    def _t3_inputs(self, text: str, voice: str, sampling: Sampling) -> tuple[T3Conditionals, torch.Tensor]:
+    def _t3_inputs(
+        self, text: str, voice: str, language: str | None, sampling: Sampling
+    ) -> tuple[T3Conditionals, torch.Tensor]:
         """Return T3's inputs: the voice, and the text tokens, int64 (1, n), including start and stop tokens."""
         text = check_text(text, limit=None)  # the model limits the number of tokens instead, see below
         conditionals = self.voice(voice)
-        check_known(self.model.tokenizer, text)
-        tokens = self.model.text_tokens(text)
+        language = self.model.variant.check_language(language)
+        self.model.text.check(text, language)
+        tokens = self.model.text_tokens(text, language)
         if tokens.size(1) > MAX_TEXT_TOKENS:
             raise BadInputError(
                 f"the text has {tokens.size(1) - 2} tokens; the model's limit is {MAX_TEXT_TOKENS - 2}",

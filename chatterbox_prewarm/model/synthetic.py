@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
-import string
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,16 +21,19 @@ from safetensors.torch import save_file
 from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox
 from chatterbox_prewarm.model.upstream import make_t3, shorten_s3gen
+from chatterbox_prewarm.model.variants import code_of
 from chatterbox_prewarm.system.atomic_files import put_in_place, staging_folder
 from chatterbox_prewarm.system.digests import verify_files
 from chatterbox_prewarm.system.locks import exclusive_lock
 from chatterbox_prewarm.weights.record import RECORD_NAME, Synthetic, WeightsRecord, read_record, record
-from chatterbox_prewarm.weights.variants import ENGLISH
+from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
+
+    from chatterbox_prewarm.weights.variants import Variant
 
 logger = logging.getLogger(__name__)
 
@@ -43,34 +45,34 @@ _PROMPT_TOKENS = {"full": 75, "mini": 25}
 
 
 @contextlib.contextmanager
-def shortened_upstream(synthetic: Synthetic | None) -> Iterator[None]:
+def shortened_upstream(variant: Variant, synthetic: Synthetic | None) -> Iterator[None]:
     """Make upstream's own loading construct the short stacks of a `mini` checkpoint, for benchmarks and tests."""
     if synthetic is None or synthetic.t3_layers is None or synthetic.s3gen_blocks is None:
         yield
         return
-    from chatterbox import tts
-
-    full_t3, full_s3gen, blocks = tts.T3, tts.S3Gen, synthetic.s3gen_blocks
+    module: Any = sys.modules[code_of(variant).upstream_class().__module__]
+    full_t3, full_s3gen, blocks = module.T3, module.S3Gen, synthetic.s3gen_blocks
 
     def s3gen() -> nn.Module:
         model: nn.Module = full_s3gen()
         shorten_s3gen(model, blocks)
         return model
 
-    tts.T3, tts.S3Gen = lambda: make_t3(synthetic.t3_layers), s3gen
+    module.T3, module.S3Gen = lambda *_: make_t3(variant, synthetic.t3_layers), s3gen
     try:
         yield
     finally:
-        tts.T3, tts.S3Gen = full_t3, full_s3gen
+        module.T3, module.S3Gen = full_t3, full_s3gen
 
 
-def synthesize(directory: Path, *, size: str, seed: int) -> WeightsRecord:
+def synthesize(directory: Path, *, size: str, seed: int, variant: Variant = DEFAULT_VARIANT) -> WeightsRecord:
     """Write a checkpoint of random weights into `directory` atomically, and replace an existing synthetic checkpoint.
 
     Args:
         directory: created if it does not exist.
         size: "full" (3.2 GB, the published architecture) or "mini" (two layers in each stack).
         seed: of torch's generator. The same seed gives the same bytes with the same version of torch.
+        variant: whose architecture the checkpoint has.
 
     Raises:
         BadInputError: the size is unknown, or the directory cannot be written or has a file that no synthesis wrote.
@@ -85,9 +87,9 @@ def synthesize(directory: Path, *, size: str, seed: int) -> WeightsRecord:
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(directory), staging_folder(directory) as staging:
-            _write(staging, synthetic)
+            _write(staging, variant, synthetic)
             weights_record = record(
-                staging, variant=ENGLISH, repository=REPOSITORY, revision=f"{size}-seed-{seed}", synthetic=synthetic
+                staging, variant=variant, repository=REPOSITORY, revision=f"{size}-seed-{seed}", synthetic=synthetic
             )
             _check_replaceable(directory)  # generating the weights takes minutes
             put_in_place(staging, directory)
@@ -119,7 +121,8 @@ def _check_replaceable(directory: Path) -> None:
             f"{directory} contains a checkpoint that is not synthetic", next_step="give another directory"
         )
     recorded = [file for file in weights_record.files if (directory / file.path).is_file()]
-    others = {path.name for path in directory.iterdir()} - {RECORD_NAME, *(file.path for file in recorded)}
+    files = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+    others = files - {RECORD_NAME, *(file.path for file in recorded)}
     if others:
         raise BadInputError(
             f"{directory / min(others)} does not belong to the synthetic checkpoint {directory}, and would be removed",
@@ -132,7 +135,7 @@ def _check_replaceable(directory: Path) -> None:
         )
 
 
-def _write(directory: Path, synthetic: Synthetic) -> None:
+def _write(directory: Path, variant: Variant, synthetic: Synthetic) -> None:
     from chatterbox.models.s3gen import S3Gen
     from chatterbox.models.voice_encoder import VoiceEncoder
     from chatterbox.tts import Conditionals, T3Cond
@@ -141,14 +144,14 @@ def _write(directory: Path, synthetic: Synthetic) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(synthetic.seed)
         logger.info("generating random weights: T3")
-        _save(make_t3(synthetic.t3_layers), directory / "t3_cfg.safetensors")
+        _save(make_t3(variant, synthetic.t3_layers), directory / variant.t3)
         logger.info("generating random weights: S3Gen")
         s3gen = S3Gen()
         if synthetic.s3gen_blocks is not None:
             shorten_s3gen(s3gen, synthetic.s3gen_blocks)
-        _save(s3gen, directory / "s3gen.safetensors")
+        _save(s3gen, directory / variant.s3gen)
         logger.info("generating random weights: voice encoder")
-        _save(VoiceEncoder(), directory / "ve.safetensors")
+        _save(VoiceEncoder(), directory / variant.voice_encoder)
         voice = Conditionals(
             T3Cond(
                 speaker_emb=torch.nn.functional.normalize(torch.randn(1, 256)),
@@ -165,24 +168,9 @@ def _write(directory: Path, synthetic: Synthetic) -> None:
         )
         pickled = io.BytesIO()
         voice.save(pickled)
-        (directory / ENGLISH.builtin_voice).write_bytes(pickled.getvalue())
-    (directory / "tokenizer.json").write_text(_character_tokenizer(), encoding="utf-8")
+        (directory / variant.builtin_voice).write_bytes(pickled.getvalue())
+    code_of(variant).write_synthetic_text(directory, variant)
 
 
 def _save(module: nn.Module, path: Path) -> None:
     save_file({name: tensor.detach().contiguous().clone() for name, tensor in module.state_dict().items()}, path)
-
-
-def _character_tokenizer() -> str:
-    """Serialize a tokenizer of single characters, with upstream's special tokens at upstream's ids."""
-    from tokenizers import Tokenizer, models
-
-    letters = string.ascii_letters + string.digits + string.punctuation
-    vocabulary = {token: index for index, token in enumerate(["[STOP]", "[UNK]", "[SPACE]", *letters])}
-    # The trained vocabulary has 704 entries. Fill up the ids that have no character.
-    vocabulary |= {f"[{index}]": index for index in range(len(vocabulary), 704)}
-    del vocabulary["[255]"]
-    vocabulary["[START]"] = 255
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="[UNK]"))  # noqa: S106 - no password
-    tokenizer.add_special_tokens(["[STOP]", "[UNK]", "[SPACE]", "[START]"])
-    return json.dumps(json.loads(tokenizer.to_str()), indent=1, sort_keys=True)

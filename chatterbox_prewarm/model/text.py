@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import re
 import reprlib
-import unicodedata
-from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-#: The tokens of upstream's vocabulary for a space and for an unknown character.
-SPACE, _UNKNOWN = "[SPACE]", "[UNK]"
 #: Default limit of a request's text, as in OpenAI's API. The model accepts less in one call (2046 text tokens, at most
 #: about one per character); the server splits longer texts.
 MAX_CHARACTERS = 4096
@@ -79,14 +71,14 @@ _PUNCTUATION = (
     ("\N{LEFT SINGLE QUOTATION MARK}", "'"),
     ("\N{RIGHT SINGLE QUOTATION MARK}", "'"),
 )
-_SENTENCE_ENDS = (".", "!", "?", "-", ",")
+SENTENCE_ENDS = (".", "!", "?", "-", ",")
 
 
-def normalize_punctuation(text: str) -> str:
+def normalize_punctuation(text: str, *, ends: tuple[str, ...] = SENTENCE_ENDS) -> str:
     """Return a text in the form that the model was trained on, as upstream's `punc_norm` does.
 
     The first letter becomes upper case, white space becomes single spaces, rare punctuation is replaced, and a full
-    stop is added if the text has no end of a sentence.
+    stop is added if the text has no end of a sentence, which is one of `ends`.
 
     Example:
         >>> normalize_punctuation("wait…  what")
@@ -98,31 +90,7 @@ def normalize_punctuation(text: str) -> str:
     for old, new in _PUNCTUATION:
         text = text.replace(old, new)
     text = text.rstrip(" ")
-    return text if text.endswith(_SENTENCE_ENDS) else f"{text}."
-
-
-def check_known(tokenizer: Tokenizer, text: str) -> None:
-    """Check that the tokenizer knows at least half of a text. The model speaks unknown tokens as noise.
-
-    Args:
-        tokenizer: the tokenizer of the model, which has a token for unknown characters.
-        text: the text to speak.
-
-    Raises:
-        BadInputError: more than half of the tokens, without spaces, are unknown.
-    """
-    marked = text.replace(" ", SPACE)
-    encoding = tokenizer.encode(marked)
-    spans = [span for token, span in zip(encoding.tokens, encoding.offsets, strict=True) if token == _UNKNOWN]
-    count = len(encoding.tokens) - encoding.tokens.count(SPACE)
-    if 2 * len(spans) > count:
-        names = (unicodedata.name(character, "") for start, end in spans for character in marked[start:end])
-        ((script, _), *_) = collections.Counter(name.partition(" ")[0] for name in names).most_common(1)
-        raise BadInputError(
-            f"the model does not know {len(spans)} of the {count} tokens of this text, mostly {script or 'unnamed'} "
-            "characters",
-            next_step="send a text in a language of the model; this one speaks English",
-        )
+    return text if text.endswith(ends) else f"{text}."
 
 
 def decode_text(data: bytes) -> str:

@@ -1,24 +1,25 @@
-"""Upstream's `ChatterboxTTS`, constructed without random initialization, with mapped weights.
+"""Upstream's class of a variant, constructed without random initialization, with mapped weights.
 
-A synthesis does not need it (`variants.english`); voices from clips and users of upstream's class do. Filling 800
+A synthesis does not need it (`model.model`); voices from clips and users of upstream's class do. Filling 800
 million parameters with random numbers takes 13 s of an upstream start. Non-persistent buffers and plain tensor
 attributes (position tables, windows, fades) are still computed; a meta device would lose them.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from chatterbox_prewarm.errors import ModelError
+from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox, paused_gc
-from chatterbox_prewarm.model.variants.english import check_device, read_tokenizer
+from chatterbox_prewarm.model.model import check_device
+from chatterbox_prewarm.model.variants import code_of
 from chatterbox_prewarm.weights.record import Synthetic, read_record
 from chatterbox_prewarm.weights.tensor_shapes import COMPUTED, check_tensors
-from chatterbox_prewarm.weights.variants import ENGLISH
+from chatterbox_prewarm.weights.variants import VARIANTS, get_variant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from chatterbox.tts import ChatterboxTTS
     from torch import nn
 
-    from chatterbox_prewarm.model.variants.english import English
+    from chatterbox_prewarm.model.model import Model
+    from chatterbox_prewarm.weights.variants import Variant
 
 _SHORT_LLAMA = "chatterbox_prewarm_{layers}_layers"
 #: Names of functions, because transformers replaces the functions of torch.nn.init while it constructs a model. The set
@@ -48,10 +50,10 @@ _RANDOM_FILLS = frozenset(
 )
 
 
-def load_upstream(directory: Path, *, device: str = "cpu", lean: English | None = None) -> ChatterboxTTS:
-    """Build `ChatterboxTTS` from a weights directory.
+def load_upstream(directory: Path, *, device: str = "cpu", lean: Model | None = None) -> ChatterboxTTS:
+    """Build upstream's class of the variant in a weights directory.
 
-    All tensors equal those of `ChatterboxTTS.from_local`. If `lean` runs T3 in bfloat16, T3's layers are in bfloat16
+    All tensors equal those of its `from_local`. If `lean` runs T3 in bfloat16, T3's layers are in bfloat16
     here, too, and upstream's own `T3.inference` cannot run.
 
     On a CPU the parameters are mapped pages of the files. On a GPU each file is loaded directly to the device. The
@@ -67,44 +69,61 @@ def load_upstream(directory: Path, *, device: str = "cpu", lean: English | None 
         ModelError: the model's packages cannot be imported, or the installed version needs other tensors.
     """
     record = read_record(directory)
-    check_tensors(directory, ENGLISH, record.synthetic)
+    variant = get_variant(record.variant)
+    check_tensors(directory, variant, record.synthetic)
     check_device(device)
-    read_tokenizer(directory / "tokenizer.json")  # for its errors: upstream's are an assertion, or none
+    code = code_of(variant)
+    code.read_text(directory, variant)  # for its errors: upstream's are an assertion, or none
     import_chatterbox()
-
-    from chatterbox.models.tokenizers import EnTokenizer
-    from chatterbox.tts import ChatterboxTTS
-
     loaded = lean.tensors if lean is not None else {}
     with paused_gc():
-        t3, s3gen, ve = construct(record.synthetic)
-        for stem, module in (("ve", ve), ("t3_cfg", t3), ("s3gen", s3gen)):
-            _assign(module, directory / f"{stem}.safetensors", device, loaded)
+        t3, s3gen, ve = construct(variant, record.synthetic)
+        for part, module in (("ve", ve), ("t3", t3), ("s3gen", s3gen)):
+            below = {name.removeprefix(f"{part}."): loaded[name] for name in loaded if name.startswith(f"{part}.")}
+            _assign(module, directory / variant.tensor_files[part], device, below)
         for module in (ve, t3, s3gen):
             module.to(device).eval()
-        return ChatterboxTTS(t3, s3gen, ve, EnTokenizer(str(directory / "tokenizer.json")), device)
+        model: ChatterboxTTS = code.upstream_class()(t3, s3gen, ve, code.upstream_tokenizer(directory, variant), device)
+        return model
 
 
-def upstream_text_tokens(model: ChatterboxTTS, text: str) -> torch.Tensor:
+def upstream_text_tokens(model: ChatterboxTTS, text: str, language: str | None = None) -> torch.Tensor:
     """Return the text tokens that upstream's T3 expects, (2, n): with and without guidance, with start and stop."""
-    from chatterbox.tts import punc_norm
+    import torch
 
-    tokens = model.tokenizer.text_to_tokens(punc_norm(text)).to(model.device)
-    tokens = functional.pad(tokens, (1, 0), value=model.t3.hp.start_text_token)
-    return functional.pad(tokens, (0, 1), value=model.t3.hp.stop_text_token).repeat(2, 1)
+    variant = variant_of(model)
+    ids = code_of(variant).upstream_text_ids(model, text, variant.check_language(language))
+    hp = model.t3.hp
+    return torch.tensor([[hp.start_text_token, *ids, hp.stop_text_token]], device=model.device).repeat(2, 1)
 
 
-def construct(synthetic: Synthetic | None) -> tuple[T3, nn.Module, nn.Module]:
+def variant_of(model: ChatterboxTTS) -> Variant:
+    """Return the variant of a model that upstream or `load_upstream` loaded.
+
+    Raises:
+        BadInputError: this project does not know the class of the model.
+    """
+    for variant in VARIANTS.values():
+        if isinstance(model, code_of(variant).upstream_class()):
+            return variant
+    raise BadInputError(
+        f"{type(model).__name__} is not a model of a variant that this project knows",
+        next_step=f"use one of: {', '.join(VARIANTS)}",
+    )
+
+
+def construct(variant: Variant, synthetic: Synthetic | None) -> tuple[T3, nn.Module, nn.Module]:
     """Construct T3, S3Gen and the voice encoder with uninitialized parameters.
 
     Args:
+        variant: what to construct.
         synthetic: the number of layers in each stack of a shortened checkpoint, or None.
     """
     from chatterbox.models.s3gen import S3Gen
     from chatterbox.models.voice_encoder import VoiceEncoder
 
     with SkipRandomFills():
-        t3 = make_t3(synthetic.t3_layers if synthetic else None)
+        t3 = make_t3(variant, synthetic.t3_layers if synthetic else None)
         s3gen = S3Gen()
         ve = VoiceEncoder()
     if synthetic and synthetic.s3gen_blocks is not None:
@@ -128,13 +147,17 @@ class SkipRandomFills(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_t3(layers: int | None, *, multilingual: bool = False) -> T3:
-    """Construct T3. `layers` shortens its transformer; None keeps the published number of layers."""
+def make_t3(variant: Variant, layers: int | None) -> T3:
+    """Construct the T3 of a variant. `layers` shortens its transformer; None keeps the published number of layers."""
     from chatterbox.models.t3 import T3
     from chatterbox.models.t3.llama_configs import LLAMA_CONFIGS
     from chatterbox.models.t3.modules.t3_config import T3Config
 
-    config = T3Config.multilingual() if multilingual else T3Config.english_only()
+    config = T3Config(variant.text_vocabulary)
+    heads = code_of(variant).aligned_heads(layers) if layers is not None else ()
+    if heads:
+        analyzer: Any = importlib.import_module("chatterbox.models.t3.inference.alignment_stream_analyzer")
+        analyzer.LLAMA_ALIGNED_HEADS = list(heads)
     if layers is not None:
         # Upstream looks up the transformer's configuration by name, so add an entry for the shorter one.
         name = _SHORT_LLAMA.format(layers=layers)
@@ -158,7 +181,7 @@ def _assign(module: nn.Module, path: Path, device: str, loaded: Mapping[str, tor
     expected, tensors = module.state_dict(), {}
     with safe_open(path, framework="pt", device=device) as file:  # type: ignore[no-untyped-call]
         for name in expected.keys() & set(file.keys()):
-            tensor = loaded.get(f"{path.stem}.{name}")
+            tensor = loaded.get(name)
             if tensor is None:
                 # The cast only affects half-precision files. Upstream also copies them into float32 parameters.
                 tensor = file.get_tensor(name).to(expected[name].dtype)

@@ -19,7 +19,7 @@ from chatterbox_prewarm.errors import ModelError, WeightsError, first_line, is_o
 from chatterbox_prewarm.model.clips import decoded_clip
 from chatterbox_prewarm.model.conditionals import Conditionals, T3Conditionals
 from chatterbox_prewarm.weights.record import read_record
-from chatterbox_prewarm.weights.variants import ENGLISH
+from chatterbox_prewarm.weights.variants import get_variant
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -121,11 +121,13 @@ def read_builtin_voice(weights: Path, *, device: str = "cpu") -> Conditionals | 
     Raises:
         WeightsError: the file does not contain a voice, or tries to run code.
     """
+    record = read_record(weights)
+    name = get_variant(record.variant).builtin_voice
     # A pickle that the record does not list has no digest, and must not be read.
-    if not any(entry.path == ENGLISH.builtin_voice for entry in read_record(weights).files):
+    if not any(entry.path == name for entry in record.files):
         logger.info("the checkpoint has no voice; one is made from a generated clip")
         return None
-    path = weights / ENGLISH.builtin_voice
+    path = weights / name
     try:
         halves = torch.load(path, map_location=device, weights_only=True)
         return _copied(halves["t3"], halves["gen"])

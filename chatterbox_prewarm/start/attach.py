@@ -25,7 +25,8 @@ from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 from chatterbox_prewarm.system.regular_files import open_regular
-from chatterbox_prewarm.weights.variants import ENGLISH
+from chatterbox_prewarm.weights.record import read_record
+from chatterbox_prewarm.weights.variants import get_variant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.families.base import Family
     from chatterbox_prewarm.model.conditionals import Conditionals
+    from chatterbox_prewarm.model.model import Model
     from chatterbox_prewarm.model.regions.executors import Executor
     from chatterbox_prewarm.model.synthesis import Synthesizer
-    from chatterbox_prewarm.model.variants.english import English
     from chatterbox_prewarm.start.prepare import Prepared
     from chatterbox_prewarm.system.metrics import StartMetrics
 
@@ -118,7 +119,7 @@ def attach(
         voices: names and reference clips of voices to make at start unless they are baked.
 
     Raises:
-        WeightsError, ModelError: as `model.variants.english.load`.
+        WeightsError, ModelError: as `model.model.load`.
         IntegrityError: under "require", a package cannot be loaded.
         BadInputError: a clip or a name of a voice is invalid.
     """
@@ -138,8 +139,8 @@ def attach_baked(prepared: Prepared, *, threads: int | None = None) -> Attached:
         _import_packages(prepared)
         import torch
 
+        from chatterbox_prewarm.model.model import check_device
         from chatterbox_prewarm.model.synthesis import Synthesizer
-        from chatterbox_prewarm.model.variants.english import check_device
 
     set_threads(threads)
     check_device(device)
@@ -198,7 +199,7 @@ def set_threads(threads: int | None) -> None:
 
 def _read_ahead(weights: Path) -> None:
     """Ask the kernel to read the tensor files into the page cache while this process imports torch."""
-    for name in ENGLISH.safetensors:
+    for name in get_variant(read_record(weights).variant).safetensors:
         with open_regular(weights / name, follow_links=True) as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
@@ -229,19 +230,20 @@ def _import_packages(prepared: Prepared) -> None:
         ) from error
 
 
-def _load(prepared: Prepared) -> English:
+def _load(prepared: Prepared) -> Model:
     """Map the weights, and bind the regions of the profile to them."""
     import torch
 
-    from chatterbox_prewarm.model.variants import english
+    from chatterbox_prewarm.model.model import load
 
     options, execution = prepared.options, prepared.execution
-    return english.load(
+    return load(
         options.weights,
         device=options.device,
         executor=_executor(prepared),
         t3_dtype=getattr(torch, execution.t3_dtype),
         graphs=execution.graphs and options.device.startswith("cuda"),
+        plain_text=options.plain_text,
     )
 
 

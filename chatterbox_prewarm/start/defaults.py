@@ -9,7 +9,7 @@ from chatterbox_prewarm.system.fingerprint import visible_gpus
 from chatterbox_prewarm.system.paths import WEIGHTS
 from chatterbox_prewarm.weights.fetch import fetch
 from chatterbox_prewarm.weights.record import RECORD_NAME
-from chatterbox_prewarm.weights.variants import ENGLISH
+from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT
 
 
 def default_device() -> str:
@@ -28,9 +28,9 @@ def default_weights() -> Path:
     Raises:
         WeightsError: the weights could not be fetched.
     """
-    weights = WEIGHTS if (WEIGHTS / RECORD_NAME).exists() else _home() / "weights" / ENGLISH.name
+    weights = WEIGHTS if (WEIGHTS / RECORD_NAME).exists() else _home() / "weights" / DEFAULT_VARIANT.name
     if not (weights / RECORD_NAME).exists():
-        fetch(weights, variant=ENGLISH)
+        fetch(weights, variant=DEFAULT_VARIANT)
     return weights
 
 

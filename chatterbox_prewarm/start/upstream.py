@@ -11,7 +11,7 @@ from chatterbox_prewarm.model.chatterbox_imports import require_upstream
 if TYPE_CHECKING:
     from chatterbox.tts import ChatterboxTTS
 
-    from chatterbox_prewarm.model.variants.english import English
+    from chatterbox_prewarm.model.model import Model
     from chatterbox_prewarm.start.prepare import Prepared
 
 
@@ -24,7 +24,7 @@ def is_upstream_attached(prepared: Prepared) -> bool:
     return any(phase["name"] == _LOAD for phase in prepared.metrics.phases)
 
 
-def attach_upstream(prepared: Prepared, *, lean: English | None = None) -> ChatterboxTTS:
+def attach_upstream(prepared: Prepared, *, lean: Model | None = None) -> ChatterboxTTS:
     """Import upstream's packages and load upstream's model, which makes voices from clips.
 
     Args:

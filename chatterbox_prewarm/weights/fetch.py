@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.errors import BadInputError, WeightsError, from_os_error
 from chatterbox_prewarm.system.digests import hash_file
 from chatterbox_prewarm.system.regular_files import read_regular
+from chatterbox_prewarm.weights.archive import fetch_archive
+from chatterbox_prewarm.weights.pickles import SOURCE, convert_pickle
 from chatterbox_prewarm.weights.record import RECORD_NAME, WeightsRecord, read_record, record
-from chatterbox_prewarm.weights.safetensors_header import FETCH_AGAIN
+from chatterbox_prewarm.weights.safetensors_header import FETCH_AGAIN, read_metadata
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,8 +59,14 @@ def fetch(directory: Path, *, variant: Variant, revision: str | None = None) -> 
             f"{directory / foreign[0]} is not of {variant.repository}, and fetching would replace it",
             next_step="name another directory, or remove the file",
         )
+    unpacked = {path for archive in variant.archives for path in archive.files}
     for name in variant.files:
-        _fetch_file(directory, name, variant, commit)
+        if name in variant.published:
+            _fetch_pickle(directory, name, variant, commit)
+        elif name not in unpacked:
+            _fetch_file(directory, name, variant, commit)
+    for archive in variant.archives:
+        fetch_archive(directory, archive)
     for leftover in (directory / ".cache" / "huggingface").rglob("*.incomplete"):
         leftover.unlink(missing_ok=True)  # of a killed call; the client never resumes them
     return record(directory, variant=variant, repository=variant.repository, revision=commit)
@@ -91,10 +99,36 @@ def _fetch_file(directory: Path, name: str, variant: Variant, commit: str) -> No
     except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
             raise from_os_error(error, f"writing {name}") from error
-        raise WeightsError(
-            f"{name} of {variant.repository} at {commit[:12]} could not be fetched: {error}",
-            next_step="check the network and run the same command again: it keeps complete files",
-        ) from error
+        raise _not_fetched(name, variant, commit, error) from error
+
+
+def _fetch_pickle(directory: Path, name: str, variant: Variant, commit: str) -> None:
+    """Download a pickle of tensors, and convert it to the safetensors file `name`, unless that was done before.
+
+    Raises:
+        BadInputError, WeightsError: as `_fetch_file` and `convert_pickle`.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    published = variant.published[name]
+    try:
+        etag = get_hf_file_metadata(hf_hub_url(variant.repository, published, revision=commit)).etag
+    except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise _not_fetched(published, variant, commit, error) from error
+    if (directory / name).is_file() and read_metadata(directory / name).get(SOURCE) == etag:
+        return
+    (directory / RECORD_NAME).unlink(missing_ok=True)
+    _fetch_file(directory, published, variant, commit)
+    convert_pickle(directory / published, directory / name, {SOURCE: etag or ""})
+    (directory / published).unlink()
+
+
+def _not_fetched(name: str, variant: Variant, commit: str, error: Exception) -> WeightsError:
+    return WeightsError(
+        f"{name} of {variant.repository} at {commit[:12]} could not be fetched: {error}",
+        next_step="check the network and run the same command again: it keeps complete files",
+    )
 
 
 def _fetched_before(directory: Path, variant: Variant) -> frozenset[str]:

@@ -75,7 +75,7 @@ def record(
         if name in variant.safetensors:
             read_safetensors_header(path)
         files.append(FileEntry(path=name, size=path.stat().st_size, sha256=hash_file(path)))
-    check_vocabulary(directory)
+    check_vocabulary(directory, variant)
     written = WeightsRecord(
         variant=variant.name, repository=repository, revision=revision, synthetic=synthetic, files=tuple(files)
     )
@@ -142,10 +142,13 @@ def check_quickly(directory: Path, weights: WeightsRecord) -> None:
                 f"{directory / entry.path} is truncated or was changed: {entry.size} bytes recorded, {size} found",
                 next_step=FETCH_AGAIN,
             )
-    small = [entry for entry in weights.files if entry.size <= _SMALL or not entry.path.endswith(".safetensors")]
+    variant = get_variant(weights.variant)
+    # A pickle is checked before it is read, and a wrong tokenizer gives wrong speech.
+    always = {variant.builtin_voice, variant.tokenizer}
+    small = [entry for entry in weights.files if entry.size <= _SMALL or entry.path in always]
     if problems := verify_files(small, directory, follow_links=True):
         raise WeightsError(f"the weights in {directory} differ from their record: {problems[0]}", next_step=FETCH_AGAIN)
-    check_vocabulary(directory)
+    check_vocabulary(directory, variant)
 
 
 def verify(directory: Path) -> WeightsRecord:
@@ -166,5 +169,5 @@ def verify(directory: Path) -> WeightsRecord:
         raise WeightsError(
             f"the weights in {directory} differ from their record: {'; '.join(problems)}", next_step=FETCH_AGAIN
         )
-    check_vocabulary(directory)
+    check_vocabulary(directory, variant)
     return weights

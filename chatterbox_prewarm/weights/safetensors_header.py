@@ -56,6 +56,19 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]
     return shapes
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata in the header of a safetensors file; {} if the header cannot be read.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    with open_regular(path, follow_links=True) as stream:
+        try:
+            return parse_safetensors_header(stream, os.fstat(stream.fileno()).st_size)[1]
+        except ValueError:
+            return {}
+
+
 def parse_safetensors_header(
     stream: BinaryIO, size: int
 ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str], int]:

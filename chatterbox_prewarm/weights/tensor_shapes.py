@@ -1,7 +1,8 @@
 """Check that a checkpoint has the tensors of its variant. Importing this module does not import torch.
 
-The expected tensors lie in `VARIANT_tensors.json`: for each file, the name of a tensor → [dtype, shape]. In the names
-of a stack of equal layers, `*` is the number of the layer. A synthetic checkpoint may have fewer layers than `_LAYERS`.
+The expected tensors lie in `tensors.json`: for each part of the model, the name of a tensor → [dtype, shape]. In a
+shape, a word is an attribute of the variant. In the names of a stack of equal layers, `*` is the number of the layer. A
+synthetic checkpoint may have fewer layers than `_LAYERS`.
 """
 
 from __future__ import annotations
@@ -49,32 +50,43 @@ def check_tensors(directory: Path, variant: Variant, synthetic: Synthetic | None
     Raises:
         WeightsError: naming the first tensor that is missing, unknown, or has another dtype or shape.
     """
-    data = Path(__file__).with_name(f"{variant.name}_tensors.json").read_text(encoding="utf-8")
-    for name, expected in json.loads(data).items():
-        path = directory / name
+    data = Path(__file__).with_name("tensors.json").read_text(encoding="utf-8")
+    for part, expected in json.loads(data).items():
+        path = directory / variant.tensor_files[part]
         header = read_safetensors_header(path)
         extra = []
         for tensor, (dtype, shape) in header.items():
             wanted = expected.get(_STACKS.sub(r"\1.*.", tensor))
             if wanted is None:
                 extra.append(tensor)
-            elif shape != tuple(wanted[1]):
+                continue
+            wanted_dtype, wanted_shape = wanted[0], [_size(entry, variant) for entry in wanted[1]]
+            if list(shape) != wanted_shape:
                 raise WeightsError(
-                    f"{path}: {tensor} has shape {list(shape)}, the model needs {wanted[1]}", next_step=_STEP
+                    f"{path}: {tensor} has shape {list(shape)}, the model {variant.name} needs {wanted_shape}",
+                    next_step=_STEP,
                 )
-            elif dtype not in (_FLOATS if wanted[0] in _FLOATS else {wanted[0]}):
-                raise WeightsError(f"{path}: {tensor} has dtype {dtype}, the model needs {wanted[0]}", next_step=_STEP)
+            if dtype not in (_FLOATS if wanted_dtype in _FLOATS else {wanted_dtype}):
+                raise WeightsError(
+                    f"{path}: {tensor} has dtype {dtype}, the model needs {wanted_dtype}", next_step=_STEP
+                )
         names = _all_names(expected, synthetic)
         surplus = {tensor for tensor in header if _STACKS.match(tensor)} - names
         missing = sorted(names - header.keys() - COMPUTED)
         if missing:
             raise WeightsError(f"{path} lacks {len(missing)} tensor(s), the first: {missing[0]}", next_step=_STEP)
-        if name != "s3gen.safetensors":
+        if part != "s3gen":
             surplus.update(extra)
         if surplus:
             raise WeightsError(
                 f"{path} has {len(surplus)} unknown tensor(s), the first: {min(surplus)}", next_step=_STEP
             )
+
+
+def _size(entry: int | str, variant: Variant) -> int:
+    """Return a size of a shape, which may be given as an attribute of the variant."""
+    size: int = getattr(variant, entry) if isinstance(entry, str) else entry
+    return size
 
 
 def _all_names(expected: Iterable[str], synthetic: Synthetic | None) -> set[str]:

@@ -2,42 +2,182 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import reprlib
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Archive:
+    """A ZIP archive that a variant needs and the model hub does not have.
+
+    Attributes:
+        path: of the archive in the checkpoint. Its members are unpacked into a folder of the same name.
+        url: where it is published.
+        sha256: its digest.
+        members: the files in it.
+    """
+
+    path: str
+    url: str
+    sha256: str
+    members: tuple[str, ...]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths of the archive and of its unpacked members in the checkpoint."""
+        return (self.path, *(f"{self.path.removesuffix('.zip')}/{member}" for member in self.members))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A Chatterbox variant: the location and the files of its checkpoint.
+    """A Chatterbox variant: its checkpoint, and what its users can choose.
 
     Attributes:
-        name: the name of the variant on the command line.
+        name: the name of the variant on the command line, in states and in labels.
+        module: the module of `model.variants` with its code.
         repository: the repository of the checkpoint on the model hub.
         revision: the default commit of `weights fetch`. Upstream does not pin one.
-        files: all files of the checkpoint.
-        safetensors: the files that hold tensors and must not be pickles.
+        tokenizer: the file of the text tokenizer.
+        voice_encoder, t3, s3gen: the files with the tensors, all of them safetensors.
         builtin_voice: the file with upstream's voice. It is a pickle, so it is only read with `weights_only`.
+        data: other files of the repository that the text needs.
+        archives: archives from elsewhere that the text needs.
+        published: the names under which the hub publishes files that have another name here. Such a file is a pickle of
+            tensors, which `weights fetch` converts to safetensors.
+        t3_sha256: the digest of the published T3, which tells variants with equal shapes apart; "" if it is unknown.
+        text_vocabulary: the number of text tokens that T3 has embeddings for.
+        languages: the names of the languages that a request can choose, by their code.
     """
 
     name: str
+    module: str
     repository: str
     revision: str
-    files: tuple[str, ...]
-    safetensors: tuple[str, ...]
+    tokenizer: str
+    voice_encoder: str
+    t3: str
+    s3gen: str
     builtin_voice: str
+    data: tuple[str, ...] = ()
+    archives: tuple[Archive, ...] = ()
+    published: Mapping[str, str] = field(default_factory=dict)
+    t3_sha256: str = ""
+    text_vocabulary: int
+    languages: Mapping[str, str]
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All files of the checkpoint."""
+        unpacked = (path for archive in self.archives for path in archive.files)
+        return (self.tokenizer, *self.safetensors, self.builtin_voice, *self.data, *unpacked)
+
+    @property
+    def safetensors(self) -> tuple[str, ...]:
+        """The files that hold tensors and must not be pickles."""
+        return (self.voice_encoder, self.t3, self.s3gen)
+
+    def check_language(self, code: str | None) -> str:
+        """Return the code of a language as `languages` spells it; the first language if `code` is None.
+
+        Raises:
+            BadInputError: the variant does not speak this language.
+        """
+        if code is None:
+            return next(iter(self.languages))
+        spelled = code.lower() if isinstance(code, str) else ""
+        if spelled not in self.languages:
+            raise BadInputError(
+                f"the language is {reprlib.repr(code)}; the model {self.name} does not speak it",
+                next_step=f"choose one of: {', '.join(self.languages)}",
+            )
+        return spelled
+
+    @property
+    def tensor_files(self) -> dict[str, str]:
+        """The files with tensors by the part of the model: "t3", "s3gen" and "ve"."""
+        return {"t3": self.t3, "s3gen": self.s3gen, "ve": self.voice_encoder}
+
+
+#: The commit has the files of all variants.
+_CHATTERBOX = "ResembleAI/chatterbox"
+_COMMIT = "5bb1f6ee58e50c3b8d408bc82a6d3740c2db6e18"
 
 ENGLISH = Variant(
     name="english",
-    repository="ResembleAI/chatterbox",
-    revision="5bb1f6ee58e50c3b8d408bc82a6d3740c2db6e18",
-    files=("tokenizer.json", "ve.safetensors", "t3_cfg.safetensors", "s3gen.safetensors", "conds.pt"),
-    safetensors=("ve.safetensors", "t3_cfg.safetensors", "s3gen.safetensors"),
+    module="english",
+    repository=_CHATTERBOX,
+    revision=_COMMIT,
+    tokenizer="tokenizer.json",
+    voice_encoder="ve.safetensors",
+    t3="t3_cfg.safetensors",
+    s3gen="s3gen.safetensors",
     builtin_voice="conds.pt",
+    text_vocabulary=704,
+    languages=MappingProxyType({"en": "English"}),
 )
 
-VARIANTS = {variant.name: variant for variant in (ENGLISH,)}
+#: The model that splits Chinese text into words. Upstream's package downloads it at its first use.
+_PKUSEG = Archive(
+    path="pkuseg/spacy_ontonotes.zip",
+    url="https://github.com/explosion/spacy-pkuseg/releases/download/v0.0.26/spacy_ontonotes.zip",
+    sha256="b216e7f92de7ae285aeab8feba2faa8ea8216e5995ff6fb3d391cc8356db1bfe",
+    members=("features.msgpack", "weights.npz"),
+)
+
+MULTILINGUAL = Variant(
+    name="multilingual",
+    module="multilingual",
+    repository=_CHATTERBOX,
+    revision=_COMMIT,
+    tokenizer="grapheme_mtl_merged_expanded_v1.json",
+    voice_encoder="ve.safetensors",
+    t3="t3_mtl23ls_v2.safetensors",
+    s3gen="s3gen.safetensors",
+    builtin_voice="conds.pt",
+    data=("Cangjie5_TC.json",),
+    archives=(_PKUSEG,),
+    published=MappingProxyType({"ve.safetensors": "ve.pt", "s3gen.safetensors": "s3gen.pt"}),
+    text_vocabulary=2454,
+    languages=MappingProxyType(
+        {
+            "en": "English",
+            "ar": "Arabic",
+            "da": "Danish",
+            "de": "German",
+            "el": "Greek",
+            "es": "Spanish",
+            "fi": "Finnish",
+            "fr": "French",
+            "he": "Hebrew",
+            "hi": "Hindi",
+            "it": "Italian",
+            "ja": "Japanese",
+            "ko": "Korean",
+            "ms": "Malay",
+            "nl": "Dutch",
+            "no": "Norwegian",
+            "pl": "Polish",
+            "pt": "Portuguese",
+            "ru": "Russian",
+            "sv": "Swedish",
+            "sw": "Swahili",
+            "tr": "Turkish",
+            "zh": "Chinese",
+        }
+    ),
+)
+
+VARIANTS: Mapping[str, Variant] = MappingProxyType({variant.name: variant for variant in (ENGLISH, MULTILINGUAL)})
+
+#: The variant that commands use if no other is named.
+DEFAULT_VARIANT = ENGLISH
 
 
 def get_variant(name: str) -> Variant:

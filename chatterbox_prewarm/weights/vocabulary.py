@@ -12,12 +12,13 @@ from chatterbox_prewarm.weights.safetensors_header import FETCH_AGAIN, read_safe
 if TYPE_CHECKING:
     from pathlib import Path
 
-_TOKENIZER, _T3 = "tokenizer.json", "t3_cfg.safetensors"
+    from chatterbox_prewarm.weights.variants import Variant
+
 #: T3's embedding of text tokens, (tokens, width).
 _EMBEDDING = "text_emb.weight"
 
 
-def check_vocabulary(directory: Path) -> None:
+def check_vocabulary(directory: Path, variant: Variant) -> None:
     """Check that T3 has an embedding for every token of the tokenizer.
 
     A token without one would fail only when a text uses it. Files without a vocabulary or an embedding are not judged:
@@ -26,22 +27,22 @@ def check_vocabulary(directory: Path) -> None:
     Raises:
         WeightsError: the tokenizer is not readable, or has a token without an embedding.
     """
-    path = directory / _TOKENIZER
-    if not path.exists() or not (directory / _T3).exists():
+    path, t3 = directory / variant.tokenizer, directory / variant.t3
+    if not path.exists() or not t3.exists():
         return  # the record says which files are missing
     try:
         raw = json.loads(read_regular(path, follow_links=True))
         tokens = _tokens(raw)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} is not a tokenizer: {error!r}", next_step=FETCH_AGAIN) from error
-    shapes = read_safetensors_header(directory / _T3)
+    shapes = read_safetensors_header(t3)
     if not tokens or _EMBEDDING not in shapes:
         return
     word, number = max(tokens.items(), key=lambda token: token[1])
     rows = shapes[_EMBEDDING][1][0]
     if number >= rows:
         raise WeightsError(
-            f"{path} has the token {word!r} with the number {number}, and T3 in {directory / _T3} has embeddings for "
+            f"{path} has the token {word!r} with the number {number}, and T3 in {t3} has embeddings for "
             f"{rows} tokens (0 to {rows - 1})",
             next_step="use the tokenizer that this T3 was trained with",
         )

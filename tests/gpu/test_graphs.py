@@ -45,12 +45,12 @@ def attached(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Attached:
 
 @pytest.fixture
 def plain(attached: Attached) -> T3Decoder:
-    return T3Decoder(NamedTensors(attached.synthesizer.model.tensors, "t3_cfg."), eager)
+    return T3Decoder(NamedTensors(attached.synthesizer.model.tensors, "t3."), eager)
 
 
 @pytest.fixture
 def captured(attached: Attached) -> T3Decoder:
-    return T3Decoder(NamedTensors(attached.synthesizer.model.tensors, "t3_cfg."), eager, graphs=True)
+    return T3Decoder(NamedTensors(attached.synthesizer.model.tensors, "t3."), eager, graphs=True)
 
 
 @pytest.fixture

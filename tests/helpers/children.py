@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -163,16 +164,12 @@ def probed(*, warm: str, action: str) -> dict[str, Any]:
 
 def fetch(*, directory: str, repository: str, files: list[str], tensors: list[str], revision: str) -> dict[str, Any]:
     from chatterbox_prewarm.weights.fetch import fetch as fetch_weights
-    from chatterbox_prewarm.weights.variants import Variant
+    from chatterbox_prewarm.weights.variants import ENGLISH, Variant
 
-    variant = Variant(
-        name="english",
-        repository=repository,
-        revision=revision,
-        files=tuple(files),
-        safetensors=tuple(tensors),
-        builtin_voice="conds.pt",
-    )
+    # A variant with few files.
+    small = type("SmallVariant", (Variant,), {"files": tuple(files), "safetensors": tuple(tensors)})
+    table = {field.name: getattr(ENGLISH, field.name) for field in dataclasses.fields(ENGLISH)}
+    variant = small(**{**table, "repository": repository, "revision": revision})
     found = fetch_weights(Path(directory), variant=variant)
     return {"revision": found.revision, "files": {entry.path: entry.sha256 for entry in found.files}}
 

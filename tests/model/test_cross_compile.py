@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks import launches
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.model.regions.region import REGIONS
+from chatterbox_prewarm.model.regions.region import COMMON_REGIONS
 from chatterbox_prewarm.start.attach import attach, checked
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
@@ -99,7 +99,7 @@ def test_a_bake_without_the_gpu_makes_a_package_of_every_region(cross_compiled: 
     assert aot is not None
     assert "instruction_set" not in aot.requires, "the node has another processor than this machine"
     libraries = {entry.path for entry in aot.files if entry.path.endswith(".so")}
-    assert libraries == {f"aot/{name}/region.so" for name in REGIONS}
+    assert libraries == {f"aot/{name}/region.so" for name in COMMON_REGIONS}
     assert sum(family.size for family in manifest.families) <= 64 * 2**20
     shown = run_cli("inspect", "--warm", cross_compiled)
     assert "compiled without the GPU: not tuned, and unproven" in shown.stdout
@@ -108,7 +108,7 @@ def test_a_bake_without_the_gpu_makes_a_package_of_every_region(cross_compiled: 
 @pytest.mark.slow
 def test_every_kernel_is_for_the_target(cross_compiled: Path) -> None:
     kernels = list((cross_compiled / "aot").rglob("*.cubin"))
-    assert {path.parent.name for path in kernels} == set(REGIONS)
+    assert {path.parent.name for path in kernels} == set(COMMON_REGIONS)
     for path in kernels:
         header = path.read_bytes()[:64]
         (machine,) = struct.unpack_from("<H", header, _MACHINE)

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from chatterbox_prewarm.errors import BadInputError, WeightsError
+from chatterbox_prewarm.model.model import load
 from chatterbox_prewarm.model.synthetic import shortened_upstream
 from chatterbox_prewarm.model.upstream import load_upstream
-from chatterbox_prewarm.model.variants import english
 from chatterbox_prewarm.model.voices import read_builtin_voice
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.weights.record import read_record, record
@@ -44,7 +44,7 @@ def as_published(mini: Path, upstream: Any) -> Any:  # noqa: ARG001 - it registe
     from chatterbox import tts
 
     full = tts.T3, tts.S3Gen
-    with shortened_upstream(read_record(mini).synthetic):
+    with shortened_upstream(ENGLISH, read_record(mini).synthetic):
         model = tts.ChatterboxTTS.from_local(mini, "cpu")
     assert (tts.T3, tts.S3Gen) == full
     assert len(model.t3.tfmr.layers) == 2
@@ -70,20 +70,20 @@ def test_every_module_has_the_training_mode_of_upstream(as_published: Any, mini:
 
 
 def test_parameters_are_mapped_pages_of_the_files(mini: Path) -> None:
-    model = english.load(mini)
+    model = load(mini)
     pages = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith("t3_cfg.safetensors"):
             start, _, end = line.split()[0].partition("-")
             pages.append((int(start, 16), int(end, 16)))
-    weight = model.tensors["t3_cfg.speech_head.weight"]
+    weight = model.tensors["t3.speech_head.weight"]
     assert any(start <= weight.data_ptr() < end for start, end in pages)
 
 
 def test_upstreams_model_shares_the_tensors_of_the_lean_one(mini: Path) -> None:
-    lean = english.load(mini, t3_dtype=torch.bfloat16)
+    lean = load(mini, t3_dtype=torch.bfloat16)
     upstream = load_upstream(mini, lean=lean)
-    names = {"t3_cfg": upstream.t3, "s3gen": upstream.s3gen}
+    names = {"t3": upstream.t3, "s3gen": upstream.s3gen}
     for name, tensor in lean.tensors.items():
         file, _, own = name.partition(".")
         assert names[file].state_dict()[own].data_ptr() == tensor.data_ptr(), name
@@ -124,7 +124,7 @@ def _add(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "word"),
     [
-        (_reshape, "speech_head.weight has shape [8193, 1024], the model needs [8194, 1024]"),
+        (_reshape, "speech_head.weight has shape [8193, 1024], the model english needs [8194, 1024]"),
         (_drop, "lacks 1 tensor(s), the first: speech_head.weight"),
         (_add, "unknown tensor(s), the first: one_too_many"),
         (_cast, "speech_head.weight has dtype F64, the model needs F32"),
@@ -137,7 +137,7 @@ def test_error_names_the_tensor_that_does_not_match(
     damage(copy / "t3_cfg.safetensors")
     _record(copy, mini)
     with pytest.raises(WeightsError, match=r"t3_cfg") as caught:
-        english.load(copy)
+        load(copy)
     assert word in caught.value.message
     verified = run_cli("weights", "verify", copy)
     assert verified.returncode == WeightsError.exit_code
@@ -152,7 +152,7 @@ def test_truncated_weights_are_refused(mini: Path, tmp_path: Path) -> None:
     with (copy / "s3gen.safetensors").open("r+b") as stream:
         stream.truncate(1_000_000)
     with pytest.raises(WeightsError, match="truncated"):
-        english.load(copy)
+        load(copy)
 
 
 class _CodeInPickle:
@@ -189,7 +189,7 @@ def test_missing_gpu_is_reported(mini: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ModelError, match="torch sees no GPU"):
-        english.load(mini, device="cuda")
+        load(mini, device="cuda")
 
 
 def test_same_seed_gives_the_same_checkpoint(mini: Path, tmp_path: Path) -> None:

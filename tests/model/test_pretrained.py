@@ -20,10 +20,10 @@ import chatterbox_prewarm
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.families.conditionals import load_voice
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.model import load
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.synthesis import Synthesizer
 from chatterbox_prewarm.model.upstream import load_upstream
-from chatterbox_prewarm.model.variants import english
 from chatterbox_prewarm.model.voices import detached
 from chatterbox_prewarm.model.warmup.settings import SWITCH
 from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
@@ -124,7 +124,7 @@ def test_generate_runs_the_regions(model: PrewarmedChatterbox, mini: Path) -> No
 
     kept = model._start
     try:
-        counted = english.load(mini, executor=counting)
+        counted = load(mini, executor=counting)
         model._start = replace(kept, synthesizer=Synthesizer(counted, kept.synthesizer.voices))
         model.generate(TEXT)
     finally:

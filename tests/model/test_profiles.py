@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch._functorch.config
 
-from chatterbox_prewarm.model.regions.region import REGIONS
+from chatterbox_prewarm.model.regions.region import COMMON_REGIONS
 from chatterbox_prewarm.proof import probes
 from chatterbox_prewarm.state.state import State
 from tests.conftest import ROOT, run_cli, writable_copy
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(1800)
 
 #: Number of regions that the reference synthesis runs: all except sampling with top-p.
-_REFERENCE_REGIONS = len(REGIONS) - 1
+_REFERENCE_REGIONS = len(COMMON_REGIONS) - 1
 #: Number of caches that `torch.compile` uses for a region: Inductor's and, in newer versions, AOTAutograd's.
 _CACHES = 2 if torch._functorch.config.enable_autograd_cache else 1
 
@@ -94,7 +94,7 @@ def test_bake_packages_every_region_within_the_size_budget(baked_aot: Path) -> N
     assert manifest.execution.profile == "aot"
     family = manifest.family("aot")
     assert family is not None
-    assert sorted(entry.path for entry in family.files) == sorted(f"aot/{name}/region.so" for name in REGIONS)
+    assert sorted(entry.path for entry in family.files) == sorted(f"aot/{name}/region.so" for name in COMMON_REGIONS)
     assert family.seconds_saved > 10 * 0.2
     assert sum(entry.size for entry in manifest.families) <= 64 * 2**20
 
@@ -127,7 +127,7 @@ def test_fresh_process_compiles_nothing(
 @pytest.mark.slow
 def test_packages_give_the_audio_of_eager_mode(baked_aot: Path, mini: Path, tmp_path: Path, attached: Attached) -> None:
     found = start(baked_aot, mini, tmp_path / "cache", policy="require")
-    assert found["metrics"]["hits"]["aot"] == len(REGIONS), "top-p too"
+    assert found["metrics"]["hits"]["aot"] == len(COMMON_REGIONS), "top-p too"
     assert found["metrics"]["misses"] == {}
     assert found["compiler"] == [], "a start from packages does not import a compiler"
     written = attached.synthesizer.synthesize("Hello, world.", seed=7, max_new_tokens=12)
@@ -142,7 +142,7 @@ def test_packages_work_with_another_checkpoint(baked_aot: Path, tmp_path: Path) 
     made = run_cli("weights", "synthesize", other, "--size", "mini", "--seed", "1")
     assert made.returncode == 0, made.stderr
     found = start(baked_aot, other, tmp_path / "cache")
-    assert found["metrics"]["hits"]["aot"] == len(REGIONS)
+    assert found["metrics"]["hits"]["aot"] == len(COMMON_REGIONS)
     assert set(found["metrics"]["misses"]) == {"conditionals"}
     written = start(baked_aot, other, tmp_path / "cache-off", policy="off")
     assert "aot" not in written["metrics"]["hits"]
@@ -171,7 +171,7 @@ def test_concurrent_starts_with_one_cache_only_hit_and_need_no_compiler(baked_co
             pool.map(lambda _: start(baked_compiled, mini, cache, policy="require", env=no_compiler), range(3))
         )
     for one in found:
-        assert one["metrics"]["hits"]["inductor"] >= len(REGIONS) * _CACHES
+        assert one["metrics"]["hits"]["inductor"] >= len(COMMON_REGIONS) * _CACHES
         assert one["metrics"]["misses"] == {}
         assert one["samples"] == found[0]["samples"]
     kept = {path.relative_to(baked_compiled) for path in (baked_compiled / "inductor").rglob("*") if path.is_file()}
@@ -253,7 +253,7 @@ def test_region_of_an_unloadable_package_runs_in_eager_mode(baked_aot: Path, min
     rewrite(state, rescan=True)
     found = start(state, mini, tmp_path / "cache")
     assert found["metrics"]["misses"] == {"aot": 2}
-    assert found["metrics"]["hits"]["aot"] == len(REGIONS) - 2
+    assert found["metrics"]["hits"]["aot"] == len(COMMON_REGIONS) - 2
     assert any("t3_decode runs in eager mode" in reason for reason in found["metrics"]["reasons"])
     assert any("flow_euler runs in eager mode" in reason for reason in found["metrics"]["reasons"])
     refused = run_cli("prove", "--here", "--warm", state, "--weights", mini, "--cache", tmp_path / "cache")
@@ -312,7 +312,7 @@ def test_a_changed_setting_of_torch_is_a_miss_in_every_region(baked_compiled: Pa
     found = start(baked_compiled, mini, baked_compiled.parent / "cache", env=setting)
     assert len(found["samples"]) > 0
     assert "inductor" not in found["metrics"]["hits"]
-    assert found["metrics"]["misses"]["inductor"] >= len(REGIONS)
+    assert found["metrics"]["misses"]["inductor"] >= len(COMMON_REGIONS)
     assert any("inductor: compiled a graph" in reason for reason in found["metrics"]["reasons"])
     assert not any("runs in eager mode" in reason for reason in found["metrics"]["reasons"])
 
@@ -330,7 +330,7 @@ def test_regions_without_libraries_run_in_eager_mode_where_there_is_no_compiler(
     assert len(found["samples"]) > 0
     assert "inductor" not in found["metrics"]["hits"]
     reasons = [reason for reason in found["metrics"]["reasons"] if "runs in eager mode" in reason]
-    assert len(reasons) == len(REGIONS)
+    assert len(reasons) == len(COMMON_REGIONS)
     assert all("g++" in reason for reason in reasons)
 
 

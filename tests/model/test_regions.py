@@ -13,6 +13,7 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.profiles import Execution
 from chatterbox_prewarm.model.regions import flow, t3, t3_blocks, t3_prompt, vocoder
+from chatterbox_prewarm.model.regions.alignment import FREE
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.region import MAX_FRAMES, MAX_POSITIONS, REGIONS
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from chatterbox.tts import ChatterboxTTS
 
     from chatterbox_prewarm.model.conditionals import Conditionals
-    from chatterbox_prewarm.model.variants.english import English
+    from chatterbox_prewarm.model.model import Model
     from chatterbox_prewarm.start.attach import Attached
 
 GREEDY = Sampling(min_p=1.0)
@@ -38,7 +39,7 @@ TEXT = "The quick brown fox jumps over the lazy dog."
 
 
 @pytest.fixture(scope="module")
-def model(attached: Attached) -> English:
+def model(attached: Attached) -> Model:
     return attached.synthesizer.model
 
 
@@ -63,12 +64,12 @@ def upstream_tokens(upstream: ChatterboxTTS, voice: Conditionals, sampling: Samp
     return drawn
 
 
-def our_tokens(decoder: T3Decoder, model: English, voice: Conditionals, sampling: Sampling, count: int) -> Any:
+def our_tokens(decoder: T3Decoder, model: Model, voice: Conditionals, sampling: Sampling, count: int) -> Any:
     torch.manual_seed(3)
     return decoder(voice.t3, model.text_tokens(TEXT), sampling=sampling, max_new_tokens=count)
 
 
-def test_greedy_tokens_equal_those_of_upstream(model: English, upstream: ChatterboxTTS, voice: Conditionals) -> None:
+def test_greedy_tokens_equal_those_of_upstream(model: Model, upstream: ChatterboxTTS, voice: Conditionals) -> None:
     """The sequence is long enough for attention to read more positions than at the beginning."""
     theirs = upstream_tokens(upstream, voice, GREEDY, 220)
     ours = our_tokens(model.decoder, model, voice, GREEDY, 220)
@@ -89,7 +90,7 @@ def test_greedy_tokens_equal_those_of_upstream(model: English, upstream: Chatter
     ids=str,
 )
 def test_seeded_tokens_equal_those_of_upstream(
-    model: English, upstream: ChatterboxTTS, voice: Conditionals, sampling: Sampling
+    model: Model, upstream: ChatterboxTTS, voice: Conditionals, sampling: Sampling
 ) -> None:
     """On a CPU, a seed gives exactly the tokens of upstream."""
     theirs = upstream_tokens(upstream, voice, sampling, 60)
@@ -116,7 +117,9 @@ def test_draws_follow_the_distribution(region: str) -> None:
     seen = torch.zeros(4)
     for _ in range(count):
         noise = torch.empty(vocabulary).exponential_()
-        token, _, _ = REGIONS[region].function(norm, head, *tables, x, controls, noise, used, step)
+        token, _, _ = REGIONS[region].function(
+            norm, head, *tables, x, controls, noise, used, step, torch.tensor([FREE])
+        )
         seen[token] += 1
     statistic = float(((seen - count * wanted) ** 2 / (count * wanted)).sum())
     assert statistic < 16.27, "the 0.1 % point of chi-squared with three degrees of freedom"
@@ -124,7 +127,7 @@ def test_draws_follow_the_distribution(region: str) -> None:
 
 @pytest.mark.parametrize("check_every", [1, 7, 1000])
 def test_tokens_after_the_stop_token_are_dropped(
-    model: English,
+    model: Model,
     upstream: ChatterboxTTS,
     voice: Conditionals,
     monkeypatch: pytest.MonkeyPatch,
@@ -136,26 +139,26 @@ def test_tokens_after_the_stop_token_are_dropped(
         # Make the seventh greedy token the stop token.
         free = our_tokens(model.decoder, model, voice, GREEDY, 12)
         changed = kept.detach().clone()
-        changed[[t3_prompt.STOP_SPEECH_TOKEN, int(free[6])]] = changed[[int(free[6]), t3_prompt.STOP_SPEECH_TOKEN]]
+        changed[[t3_blocks.STOP_SPEECH_TOKEN, int(free[6])]] = changed[[int(free[6]), t3_blocks.STOP_SPEECH_TOKEN]]
         head.weight = torch.nn.Parameter(changed)
         theirs = upstream_tokens(upstream, voice, GREEDY, 12)
         monkeypatch.setattr(t3, "_CHECK_EVERY_ON_CPU", check_every)
-        tensors = {**model.tensors, "t3_cfg.speech_head.weight": changed}
-        ours = our_tokens(T3Decoder(NamedTensors(tensors, "t3_cfg."), eager), model, voice, GREEDY, 12)
+        tensors = {**model.tensors, "t3.speech_head.weight": changed}
+        ours = our_tokens(T3Decoder(NamedTensors(tensors, "t3."), eager), model, voice, GREEDY, 12)
     finally:
         head.weight = kept
-    assert theirs[-1] == t3_prompt.STOP_SPEECH_TOKEN == upstream.t3.hp.stop_speech_token
+    assert theirs[-1] == t3_blocks.STOP_SPEECH_TOKEN == upstream.t3.hp.stop_speech_token
     assert len(theirs) == 7
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_text_longer_than_the_kv_cache_is_refused(model: English, voice: Conditionals) -> None:
+def test_text_longer_than_the_kv_cache_is_refused(model: Model, voice: Conditionals) -> None:
     with pytest.raises(BadInputError, match=f"the cache has at most {MAX_POSITIONS}") as caught:
         model.decoder(voice.t3, model.text_tokens(TEXT), sampling=GREEDY, max_new_tokens=MAX_POSITIONS)
     assert "split the text" in caught.value.next_step
 
 
-def test_speech_longer_than_the_limit_of_the_flow_is_refused(model: English, voice: Conditionals) -> None:
+def test_speech_longer_than_the_limit_of_the_flow_is_refused(model: Model, voice: Conditionals) -> None:
     with pytest.raises(BadInputError, match=f"the limit is {MAX_FRAMES}") as caught:
         model.flow(torch.zeros(MAX_FRAMES // 2, dtype=torch.int64), voice.gen)
     assert "split the text" in caught.value.next_step
@@ -178,10 +181,10 @@ def test_gpu_attention_equals_cpu_attention(positions: int, dtype: torch.dtype, 
     assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
-def test_t3_computes_in_bfloat16_and_s3gen_in_float32(model: English, voice: Conditionals) -> None:
-    decoder = T3Decoder(NamedTensors(model.tensors, "t3_cfg."), eager, dtype=torch.bfloat16)
+def test_t3_computes_in_bfloat16_and_s3gen_in_float32(model: Model, voice: Conditionals) -> None:
+    decoder = T3Decoder(NamedTensors(model.tensors, "t3."), eager, dtype=torch.bfloat16)
     with torch.inference_mode():
-        wide = t3_prompt.embed_prompt(model.decoder._weights, voice.t3, model.text_tokens(TEXT), 0.5)
+        wide = t3_prompt.embed_prompt(model.decoder._weights, voice.t3, model.text_tokens(TEXT), 0.5).embeddings
         narrow = wide.to(torch.bfloat16)
     outputs = []
     for prefill, x, cosine, sine in (
@@ -198,7 +201,7 @@ def test_t3_computes_in_bfloat16_and_s3gen_in_float32(model: English, voice: Con
     assert {tensor.dtype for tensor in model.tensors.values()} == {torch.float32}
 
 
-def test_rotary_embedding_is_exact_in_bfloat16(mini: Path, model: English, tmp_path: Path) -> None:
+def test_rotary_embedding_is_exact_in_bfloat16(mini: Path, model: Model, tmp_path: Path) -> None:
     execution = Execution(t3_dtype="bfloat16")
     cache = tmp_path / "cache"
     options = StartOptions(warm=tmp_path, weights=mini, cache=cache, policy="off", execution=execution)
@@ -214,7 +217,7 @@ def test_rotary_embedding_is_exact_in_bfloat16(mini: Path, model: English, tmp_p
 
 @pytest.mark.parametrize("count", [3, 12, 61])
 def test_mel_spectrogram_equals_that_of_upstream(
-    model: English, upstream: ChatterboxTTS, voice: Conditionals, count: int
+    model: Model, upstream: ChatterboxTTS, voice: Conditionals, count: int
 ) -> None:
     tokens = torch.arange(count) * 97 % 6561
     torch.manual_seed(5)
@@ -226,9 +229,7 @@ def test_mel_spectrogram_equals_that_of_upstream(
 
 
 @pytest.mark.parametrize("count", [3, 12, 61])
-def test_audio_equals_that_of_upstream(
-    model: English, upstream: ChatterboxTTS, voice: Conditionals, count: int
-) -> None:
+def test_audio_equals_that_of_upstream(model: Model, upstream: ChatterboxTTS, voice: Conditionals, count: int) -> None:
     mel = model.flow(torch.arange(count) * 89 % 6561, voice.gen)
     torch.manual_seed(6)
     theirs = upstream.s3gen.hift_inference(mel)[0].clone()
@@ -245,14 +246,14 @@ def signal_to_noise(signal: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def test_constants_and_voice_embeddings_equal_those_of_upstream(
-    model: English, upstream: ChatterboxTTS, voice: Conditionals
+    model: Model, upstream: ChatterboxTTS, voice: Conditionals
 ) -> None:
     """What upstream's modules compute in their constructors is computed here without them, bit by bit."""
     flow_module, vocoder_module = upstream.s3gen.flow, upstream.s3gen.mel2wav
     tables = upstream.t3.tfmr.rotary_emb(torch.empty(0), torch.arange(MAX_POSITIONS)[None])
     x, times = torch.randn(1, 77, 512), torch.linspace(0, 1, 11)
     embedded, distances, _ = flow_module.encoder.embed(x, torch.ones(1, 1, 77, dtype=torch.bool))
-    weights = NamedTensors(model.tensors, "t3_cfg.")
+    weights = NamedTensors(model.tensors, "t3.")
     with torch.inference_mode():
         pairs = {
             "voice": (
@@ -280,7 +281,7 @@ def test_constants_and_voice_embeddings_equal_those_of_upstream(
     assert flow_module.decoder.inference_cfg_rate == flow._GUIDANCE
     hp = upstream.t3.hp
     assert (hp.start_text_token, hp.stop_text_token) == (t3_prompt.START_TEXT_TOKEN, t3_prompt.STOP_TEXT_TOKEN)
-    assert (hp.start_speech_token, hp.max_text_tokens) == (t3_prompt.START_SPEECH_TOKEN, t3_prompt.MAX_TEXT_TOKENS)
+    assert (hp.start_speech_token, hp.max_text_tokens) == (t3_blocks.START_SPEECH_TOKEN, t3_prompt.MAX_TEXT_TOKENS)
 
 
 @pytest.mark.slow
@@ -323,7 +324,7 @@ def syncs(names: list[str]) -> list[str]:
 
 
 def test_hot_path_has_no_host_sync(
-    model: English, upstream: ChatterboxTTS, voice: Conditionals, monkeypatch: pytest.MonkeyPatch
+    model: Model, upstream: ChatterboxTTS, voice: Conditionals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Operations() as flowing:
         mel = model.flow(torch.arange(12), voice.gen)
@@ -345,7 +346,7 @@ def test_hot_path_has_no_host_sync(
     assert counts[1] - counts[0] <= 1, "one more check for the end of speech, and nothing per token"
 
 
-def test_synthesis_does_not_compute_weight_norms(model: English, upstream: ChatterboxTTS, voice: Conditionals) -> None:
+def test_synthesis_does_not_compute_weight_norms(model: Model, upstream: ChatterboxTTS, voice: Conditionals) -> None:
     mel = model.flow(torch.arange(12), voice.gen)
     with Operations() as ours:
         model.vocoder(mel)

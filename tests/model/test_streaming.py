@@ -19,7 +19,7 @@ from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.regions import vocoder as vocoder_module
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.overlap import OverlappingWindows
-from chatterbox_prewarm.model.regions.t3_prompt import STOP_SPEECH_TOKEN
+from chatterbox_prewarm.model.regions.t3_blocks import STOP_SPEECH_TOKEN
 from chatterbox_prewarm.model.regions.vocoder import SAMPLES_PER_FRAME, Source
 from chatterbox_prewarm.model.stream import Stream
 from chatterbox_prewarm.model.streaming import generate_stream

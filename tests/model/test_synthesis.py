@@ -12,11 +12,11 @@ import torch
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
-from chatterbox_prewarm.model.regions.region import REGIONS
+from chatterbox_prewarm.model.model import load
+from chatterbox_prewarm.model.regions.region import COMMON_REGIONS
 from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.synthesis import Synthesizer, seed_everything
 from chatterbox_prewarm.model.text import normalize_punctuation
-from chatterbox_prewarm.model.variants import english
 from chatterbox_prewarm.model.voices import for_upstream, placeholder_voice
 from chatterbox_prewarm.model.watermark import Watermark
 from chatterbox_prewarm.system.limits import SAMPLING
@@ -211,13 +211,13 @@ def test_the_check_of_a_start_runs_every_region_and_keeps_the_generators(
         return mark(*arguments, **named)
 
     monkeypatch.setattr(Watermark, "apply", marked)
-    synthesizer = Synthesizer(english.load(mini, executor=recording), {"nobody": placeholder_voice()})
+    synthesizer = Synthesizer(load(mini, executor=recording), {"nobody": placeholder_voice()})
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     synthesizer.check("nobody")
     assert torch.equal(torch.rand(3), expected)
-    assert set(called) == {*REGIONS, "watermark"}
+    assert set(called) == {*COMMON_REGIONS, "watermark"}
 
 
 @pytest.mark.parametrize(

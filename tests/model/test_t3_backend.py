@@ -14,6 +14,7 @@ from chatterbox.models.t3.modules.cond_enc import T3Cond
 
 from chatterbox_prewarm.model.t3_backend import PersistentT3, keep_backend
 from chatterbox_prewarm.model.upstream import make_t3
+from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL
 
 CALLS = 12
 
@@ -35,14 +36,14 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture(scope="module")
 def english_t3() -> T3:
     torch.manual_seed(0)
-    return make_t3(1).eval()
+    return make_t3(ENGLISH, 1).eval()
 
 
 @pytest.fixture(scope="module")
 def multilingual_t3() -> T3:
     """Fourteen layers, because the alignment analyzer adds a hook to the thirteenth."""
     torch.manual_seed(0)
-    return make_t3(14, multilingual=True).eval()
+    return make_t3(MULTILINGUAL, 14).eval()
 
 
 def _speak(t3: T3, seed: int = 0) -> torch.Tensor:
@@ -140,7 +141,8 @@ from chatterbox_prewarm.model.chatterbox_imports import import_chatterbox
 import_chatterbox()
 from chatterbox_prewarm.model.t3_backend import PersistentT3, keep_backend
 from chatterbox_prewarm.model.upstream import make_t3
-t3 = make_t3(1)
+from chatterbox_prewarm.weights.variants import ENGLISH
+t3 = make_t3(ENGLISH, 1)
 keep_backend(t3)
 assert isinstance(t3, PersistentT3)
 assert ANALYZER not in sys.modules

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from chatterbox_prewarm.model.regions import t3_blocks
+from chatterbox_prewarm.model.regions import alignment, t3_blocks
 
 if TYPE_CHECKING:
     from chatterbox_prewarm.model.regions.executors import BoundRegion
+    from chatterbox_prewarm.model.regions.t3_prompt import Prompt
     from chatterbox_prewarm.model.sampling import Sampling
 
 
@@ -32,6 +33,7 @@ class DecodeState:
         position: int64 (1,), the position of the last token in the KV cache.
         step: int64 (1,), the number of the last token among the speech tokens.
         drawn: int64 (positions,), the tokens drawn so far.
+        attention: float32 (positions,), of the last token, for `alignment.analyze`.
         graphs: captured steps, by whether they sample with top-p.
     """
 
@@ -49,23 +51,36 @@ class DecodeState:
         self.used = zeros(vocabulary, kind=torch.bool)
         self.noise = zeros(vocabulary, kind=torch.float32)
         self.controls = zeros(len(t3_blocks.CONTROLS), kind=torch.float32)
+        self._text, self._recent = zeros(2, kind=torch.int64), zeros(2, kind=torch.int64)
+        self._progress = zeros(alignment.PROGRESS, kind=torch.float32)
+        self._decision = zeros(1, kind=torch.int64)
+        self.attention = zeros(positions, kind=torch.float32)
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
-    def begin(self, hidden: torch.Tensor, length: int, sampling: Sampling, start_token: int) -> None:
-        """Reset everything except the KV cache for a new utterance, after a prompt of `length` positions."""
+    def begin(self, hidden: torch.Tensor, prompt: Prompt, sampling: Sampling, start_token: int) -> None:
+        """Reset everything except the KV cache for a new utterance, after its prompt."""
         self.hidden.copy_(hidden)
-        self.position.fill_(length)
+        self.position.fill_(prompt.length)
+        self.attention.zero_()
+        self._text.copy_(torch.tensor([prompt.text_start, prompt.text_tokens]))
+        self._recent.copy_(torch.tensor([-1, -2]))
+        self._progress.zero_()
         self.step.zero_()
         self.used.zero_()
         self.used[start_token] = True
         self.controls.copy_(torch.tensor([getattr(sampling, name) for name in t3_blocks.CONTROLS]))
 
-    def sample(self, sampler: BoundRegion) -> None:
-        """Draw a token from `hidden` and embed it."""
+    def sample(self, sampler: BoundRegion, *, aligned: bool) -> None:
+        """Draw a token from `hidden` and embed it; if `aligned`, the attention decides about the stop token."""
+        if aligned:
+            progress, decision = alignment.analyze(self.attention, self._text, self.step, self._recent, self._progress)
+            self._progress.copy_(progress)
+            self._decision.copy_(decision)
         token, embedding, used = sampler(
-            self.hidden[:, 0], self.controls, self.noise.exponential_(), self.used, self.step
+            self.hidden[:, 0], self.controls, self.noise.exponential_(), self.used, self.step, self._decision
         )
         self.drawn.index_copy_(0, self.step, token)
+        self._recent.copy_(torch.cat([token, self._recent[:1]]))
         self.embedding.copy_(embedding)
         self.used.copy_(used)
 

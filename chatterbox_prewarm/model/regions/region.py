@@ -105,20 +105,23 @@ def _sampling(name: str, function: Callable[..., tuple[torch.Tensor, ...]]) -> R
         Input(shape=(_VOCABULARY,), dtype=torch.float32),
         Input(shape=(_VOCABULARY,), dtype=torch.bool),
         Input(shape=(1,), dtype=torch.int64),
+        Input(shape=(1,), dtype=torch.int64),
     )
 
 
 _CACHE = (_POSITIONS, 2, t3_blocks.HEADS, t3_blocks.HEAD_SIZE)
 T3_PREFILL = _region("t3_prefill", t3_blocks.prefill, (2, _TOKENS, 1024), (_TOKENS, 64), (_TOKENS, 64))
-T3_DECODE = _region(
-    "t3_decode",
-    t3_blocks.decode,
+_STEP = (
     (2, 1, 1024),
     (MAX_POSITIONS, 64),
     (MAX_POSITIONS, 64),
     Input(shape=(1,), dtype=torch.int64),
     _CACHE,
     _CACHE,
+)
+T3_DECODE = _region("t3_decode", t3_blocks.decode, *_STEP)
+T3_DECODE_ALIGNED = _region(
+    "t3_decode_aligned", t3_blocks.decode_aligned, *_STEP, Input(shape=(t3_blocks.HEADS,), dtype=torch.float32)
 )
 T3_SAMPLE = _sampling("t3_sample", t3_blocks.sample)
 T3_SAMPLE_NUCLEUS = _sampling("t3_sample_nucleus", t3_blocks.sample_nucleus)
@@ -142,7 +145,8 @@ VOCODER_TRUNK = _region(
     (1, 2 * vocoder_blocks.BINS, dataclasses.replace(_FRAMES, factor=120, offset=1)),
 )
 
-REGIONS: Mapping[str, Region] = {
+#: The regions that every variant has.
+COMMON_REGIONS: Mapping[str, Region] = {
     region.name: region
     for region in (
         T3_PREFILL,
@@ -157,5 +161,6 @@ REGIONS: Mapping[str, Region] = {
         VOCODER_TRUNK,
     )
 }
+REGIONS: Mapping[str, Region] = {**COMMON_REGIONS, T3_DECODE_ALIGNED.name: T3_DECODE_ALIGNED}
 #: The regions of T3's step, which a CUDA graph may contain.
-IN_GRAPHS = frozenset({T3_DECODE.name, T3_SAMPLE.name, T3_SAMPLE_NUCLEUS.name})
+IN_GRAPHS = frozenset({T3_DECODE.name, T3_DECODE_ALIGNED.name, T3_SAMPLE.name, T3_SAMPLE_NUCLEUS.name})

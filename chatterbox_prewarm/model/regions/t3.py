@@ -14,17 +14,25 @@ import torch
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.regions.decode_state import DecodeState
-from chatterbox_prewarm.model.regions.region import MAX_POSITIONS, T3_DECODE, T3_PREFILL, T3_SAMPLE, T3_SAMPLE_NUCLEUS
-from chatterbox_prewarm.model.regions.t3_blocks import HEAD_SIZE
-from chatterbox_prewarm.model.regions.t3_prompt import START_SPEECH_TOKEN, STOP_SPEECH_TOKEN, embed_prompt
+from chatterbox_prewarm.model.regions.region import (
+    MAX_POSITIONS,
+    T3_DECODE,
+    T3_DECODE_ALIGNED,
+    T3_PREFILL,
+    T3_SAMPLE,
+    T3_SAMPLE_NUCLEUS,
+)
+from chatterbox_prewarm.model.regions.t3_blocks import HEAD_SIZE, HEADS, START_SPEECH_TOKEN, STOP_SPEECH_TOKEN
+from chatterbox_prewarm.model.regions.t3_prompt import embed_prompt
 from chatterbox_prewarm.model.sampling import Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
     from chatterbox_prewarm.model.conditionals import T3Conditionals
     from chatterbox_prewarm.model.regions.executors import BoundRegion, Executor
     from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
+    from chatterbox_prewarm.model.regions.t3_prompt import Prompt
 
 #: On a CPU, attention reads the used positions, rounded up to this number: few shapes and little wasted work.
 _CPU_ROUNDING = 256
@@ -48,10 +56,17 @@ class T3Decoder:
         executor: makes the regions callable.
         dtype: of the transformer; None keeps the checkpoint's.
         graphs: capture the step of a token as a CUDA graph; needs a GPU.
+        aligned: the heads that follow the text, as pairs of layer and head; none for a model without `alignment`.
     """
 
     def __init__(
-        self, weights: NamedTensors, executor: Executor, *, dtype: torch.dtype | None = None, graphs: bool = False
+        self,
+        weights: NamedTensors,
+        executor: Executor,
+        *,
+        dtype: torch.dtype | None = None,
+        graphs: bool = False,
+        aligned: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._weights = weights
         self._device = weights["speech_head.weight"].device
@@ -59,7 +74,16 @@ class T3Decoder:
         self.graphs = graphs
         layers = [[weight.to(self.dtype) for weight in layer_weights(layer)] for layer in weights.layers("tfmr.layers")]
         self._prefill = [executor(T3_PREFILL, weights) for weights in layers]
-        self._decode = [executor(T3_DECODE, weights) for weights in layers]
+        self._heads: list[torch.Tensor | None] = [None] * len(layers)
+        for layer, head in aligned:
+            weights_of_heads = self._heads[layer]
+            if weights_of_heads is None:
+                weights_of_heads = self._heads[layer] = torch.zeros(HEADS, device=self._device)
+            weights_of_heads[head] += 1 / len(aligned)
+        self._decode = [
+            executor(T3_DECODE if heads is None else T3_DECODE_ALIGNED, weights)
+            for weights, heads in zip(layers, self._heads, strict=True)
+        ]
         last = [
             weights[f"{name}.weight"].to(self.dtype)
             for name in ("tfmr.norm", "speech_head", "speech_emb", "speech_pos_emb.emb")
@@ -102,8 +126,8 @@ class T3Decoder:
         Yields:
             int64 (n,): 1 token on a CPU and up to 16 tokens on a GPU.
         """
-        prompt = embed_prompt(self._weights, conditionals, text_tokens, sampling.cfg_weight).to(self.dtype)
-        length = prompt.size(1)
+        prompt = embed_prompt(self._weights, conditionals, text_tokens, sampling.cfg_weight)
+        length = prompt.length
         if length + max_new_tokens > MAX_POSITIONS:
             raise BadInputError(
                 f"the voice and the text need {length} positions of T3's KV cache and the speech up to "
@@ -115,7 +139,7 @@ class T3Decoder:
         kept, self._kept = self._kept, None  # a call between two blocks of this one needs its own tensors
         try:
             self._run_prompt(state, prompt, sampling)
-            state.sample(self._samplers[nucleus])
+            self._sample(state, self._samplers[nucleus])
             check_every = _CHECK_EVERY_ON_CPU if self._device.type == "cpu" else _CHECK_EVERY_ON_GPU
             checked = 0
             for count in range(1, max_new_tokens + 1):
@@ -141,11 +165,11 @@ class T3Decoder:
             text_tokens: int64 (1, tokens), start and stop tokens included.
         """
         sampling = Sampling()
-        prompt = embed_prompt(self._weights, conditionals, text_tokens, sampling.cfg_weight).to(self.dtype)
-        length = prompt.size(1)
+        prompt = embed_prompt(self._weights, conditionals, text_tokens, sampling.cfg_weight)
+        length = prompt.length
         state = self._acquire_state(length + 1, nucleus=False)
         self._run_prompt(state, prompt, sampling)
-        state.sample(self._samplers[True])
+        self._sample(state, self._samplers[True])
         self._advance(state, nucleus=False, positions=self._attended(state, length + 1))
 
     @torch.inference_mode()
@@ -171,8 +195,8 @@ class T3Decoder:
             (n, 2, 1024), before the last normalization.
         """
         weights, count = self._weights, len(speech_tokens)
-        prompt = embed_prompt(self._weights, conditionals, text_tokens, sampling.cfg_weight).to(self.dtype)
-        length = prompt.size(1)
+        prompt = embed_prompt(self._weights, conditionals, text_tokens, sampling.cfg_weight)
+        length = prompt.length
         state = self._acquire_state(length + count, nucleus=False)
         self._run_prompt(state, prompt, sampling)
         numbers = torch.arange(1, count + 1, device=self._device)
@@ -205,12 +229,12 @@ class T3Decoder:
             return min(-(-used // _CPU_ROUNDING) * _CPU_ROUNDING, state.positions)
         return state.positions
 
-    def _run_prompt(self, state: DecodeState, prompt: torch.Tensor, sampling: Sampling) -> None:
+    def _run_prompt(self, state: DecodeState, prompt: Prompt, sampling: Sampling) -> None:
         """Run the prompt through the transformer and store the hidden state of its last position for sampling."""
-        x, length = prompt, prompt.size(1)
+        x, length = prompt.embeddings.to(self.dtype), prompt.length
         for block, keys, values in zip(self._prefill, state.keys, state.values, strict=True):
             x, keys[:length], values[:length] = block(x, self._cosine[:length], self._sine[:length])
-        state.begin(x[:, -1:], length, sampling, START_SPEECH_TOKEN)
+        state.begin(x[:, -1:], prompt, sampling, START_SPEECH_TOKEN)
 
     def _advance(self, state: DecodeState, *, nucleus: bool, positions: int) -> None:
         """Draw the next token, with the captured graph if there is one."""
@@ -223,12 +247,21 @@ class T3Decoder:
     def _step(self, state: DecodeState, sampler: BoundRegion, positions: int) -> None:
         """Run the last token through the transformer and draw the next one."""
         x = state.embedding
-        for block, keys, values in zip(self._decode, state.keys, state.values, strict=True):
-            (x,) = block(x, self._cosine, self._sine, state.position, keys[:positions], values[:positions])
+        attention = state.attention[:positions].zero_()
+        for block, heads, keys, values in zip(self._decode, self._heads, state.keys, state.values, strict=True):
+            inputs = (x, self._cosine, self._sine, state.position, keys[:positions], values[:positions])
+            if heads is None:
+                (x,) = block(*inputs)
+            else:
+                x, row = block(*inputs, heads)
+                attention += row
         state.hidden.copy_(x)
         state.position += 1
         state.step += 1
-        state.sample(sampler)
+        self._sample(state, sampler)
+
+    def _sample(self, state: DecodeState, sampler: BoundRegion) -> None:
+        state.sample(sampler, aligned=any(heads is not None for heads in self._heads))
 
     def _capture(self, state: DecodeState, *, nucleus: bool) -> None:
         """Capture a step as a CUDA graph between two utterances. The random generator keeps its state.

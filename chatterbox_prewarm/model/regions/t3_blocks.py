@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from chatterbox_prewarm.model.regions.alignment import CONTINUE, STOP
+
+#: The first id after the codebook of speech tokens begins the speech, and the next one ends it.
+START_SPEECH_TOKEN, STOP_SPEECH_TOKEN = 6561, 6562
+#: The logit of a token that must be drawn, as upstream sets it; with a minus sign, of one that must not.
+_CERTAIN = 2.0**15
+
 HEADS = 16
 HEAD_SIZE = 64
 RMS_EPSILON = 1e-5
@@ -130,19 +137,69 @@ def decode(
     Returns:
         the block's output, with the shape of `x`.
     """
+    attended, _, _ = _attend_to_cache(attention_norm, query, key, value, x, cosines, sines, position, keys, values)
+    return (_after_attention(x, attended, output, feed_forward_norm, gate, up, down),)
+
+
+def decode_aligned(
+    attention_norm: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    feed_forward_norm: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    x: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    position: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    heads: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Run `decode` for a block whose attention `alignment.analyze` needs.
+
+    Args:
+        heads: float32 (16,), the weight of each head in the result.
+
+    Returns:
+        the block's output, and the attention of the first row, float32 (positions,).
+    """
+    attended, q, seen = _attend_to_cache(attention_norm, query, key, value, x, cosines, sines, position, keys, values)
+    scores = torch.matmul(q[0].float() * HEAD_SIZE**-0.5, keys[:, 0].float().permute(1, 2, 0))
+    weights = torch.softmax(scores.masked_fill(~seen[0], -torch.inf), dim=-1)
+    attention = torch.matmul(heads, weights[:, 0])
+    return _after_attention(x, attended, output, feed_forward_norm, gate, up, down), attention
+
+
+def _attend_to_cache(
+    attention_norm: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    x: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    position: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write a token into the KV cache and attend to it.
+
+    Returns:
+        the result of the attention and the queries, (2, 16, 1, 64) each, and which positions are used, bool
+        (1, 1, 1, positions).
+    """
     normed = rms_norm(x, attention_norm)
     cosine, sine = cosines.index_select(0, position), sines.index_select(0, position)
     keys.index_copy_(0, position, rotate(_project(normed, key), cosine, sine).permute(2, 0, 1, 3))
     values.index_copy_(0, position, _project(normed, value).permute(2, 0, 1, 3))
     seen = torch.arange(keys.size(0), device=x.device)[None, None, None, :] <= position
     attend = _attend if x.is_cuda else functional.scaled_dot_product_attention
-    attended = attend(
-        rotate(_project(normed, query), cosine, sine),
-        keys.permute(1, 2, 0, 3),
-        values.permute(1, 2, 0, 3),
-        attn_mask=seen,
-    )
-    return (_after_attention(x, attended, output, feed_forward_norm, gate, up, down),)
+    q = rotate(_project(normed, query), cosine, sine)
+    return attend(q, keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3), attn_mask=seen), q, seen
 
 
 def sample(
@@ -155,6 +212,7 @@ def sample(
     noise: Tensor,
     used: Tensor,
     step: Tensor,
+    decision: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw a speech token from the transformer's output and embed it. The steps have upstream's order.
 
@@ -170,11 +228,12 @@ def sample(
         noise: float32 (8194,), from an exponential distribution with rate 1.
         used: bool (8194,), the tokens that the sequence already contains, for the repetition penalty.
         step: int64 (1,), the number of the new token among the speech tokens.
+        decision: int64 (1,), whether the stop token may or must be drawn, see `alignment`.
 
     Returns:
         the token, int64 (1,); its embedding for both rows, (2, 1, 1024); `used` including the token.
     """
-    probabilities = _softmax_above_minimum(_penalized(norm, head, x, controls, used), controls)
+    probabilities = _softmax_above_minimum(_penalized(norm, head, x, controls, used, decision), controls)
     return _draw(probabilities, tokens, positions, noise, used, step)
 
 
@@ -188,12 +247,13 @@ def sample_nucleus(
     noise: Tensor,
     used: Tensor,
     step: Tensor,
+    decision: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw a token like `sample`, with top-p: from the smallest set of tokens whose probability reaches `top_p`.
 
     This is a separate region because it sorts, which is useless work if `top_p` is 1.
     """
-    probabilities = _softmax_above_minimum(_penalized(norm, head, x, controls, used), controls)
+    probabilities = _softmax_above_minimum(_penalized(norm, head, x, controls, used, decision), controls)
     ordered, order = torch.sort(probabilities)
     dropped = ordered.cumsum(0) <= 1.0 - controls[4]
     # Always keep the most likely token: rounding of the sum could drop it.
@@ -202,11 +262,14 @@ def sample_nucleus(
     return _draw(kept / kept.sum(), tokens, positions, noise, used, step)
 
 
-def _penalized(norm: Tensor, head: Tensor, x: Tensor, controls: Tensor, used: Tensor) -> Tensor:
-    """Compute the logits with guidance, repetition penalty and temperature: float32 (8194,)."""
+def _penalized(norm: Tensor, head: Tensor, x: Tensor, controls: Tensor, used: Tensor, decision: Tensor) -> Tensor:
+    """Compute the logits with guidance, decision, repetition penalty and temperature: float32 (8194,)."""
     temperature, cfg_weight, penalty = controls[0], controls[1], controls[2]
     logits = functional.linear(rms_norm(x, norm), head).float()
     guided = logits[0] + cfg_weight * (logits[0] - logits[1])
+    is_stop = torch.arange(guided.size(0), device=x.device) == STOP_SPEECH_TOKEN
+    guided = torch.where(is_stop & (decision == CONTINUE), -_CERTAIN, guided)
+    guided = torch.where(decision == STOP, torch.where(is_stop, _CERTAIN, -_CERTAIN), guided)
     penalized = torch.where(guided < 0, guided * penalty, guided / penalty)
     return torch.where(used, penalized, guided) / temperature
 

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
+from chatterbox_prewarm.model.regions.t3_blocks import START_SPEECH_TOKEN
+
 if TYPE_CHECKING:
     from chatterbox_prewarm.model.conditionals import T3Conditionals
     from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 
-#: Tokens of upstream's `T3Config`. The start token is the first id after the codebook of speech tokens.
+#: Tokens of upstream's `T3Config`.
 START_TEXT_TOKEN, STOP_TEXT_TOKEN = 255, 0
-START_SPEECH_TOKEN, STOP_SPEECH_TOKEN = 6561, 6562
 #: The most text tokens of an utterance, with the start and the stop token.
 MAX_TEXT_TOKENS = 2048
 _PERCEIVER_HEADS = 4
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt of T3.
+
+    Attributes:
+        embeddings: (2, length, 1024).
+        text_start: the position of the first text token.
+        text_tokens: the number of text tokens, with the start and the stop token.
+    """
+
+    embeddings: torch.Tensor
+    text_start: int
+    text_tokens: int
+
+    @property
+    def length(self) -> int:
+        """The number of positions."""
+        return self.embeddings.size(1)
+
+
 def embed_prompt(
     weights: NamedTensors, conditionals: T3Conditionals, text_tokens: torch.Tensor, cfg_weight: float
-) -> torch.Tensor:
+) -> Prompt:
     """Embed a voice, a text and two start tokens. The second row has no text, for guidance.
 
     Args:
@@ -31,7 +53,7 @@ def embed_prompt(
         cfg_weight: the strength of the guidance; without guidance both rows are equal.
 
     Returns:
-        (2, 34 + tokens + 2, 1024).
+        the prompt, with 34 + tokens + 2 positions.
     """
     voice = embed_voice(weights, conditionals)
     text = weights["text_emb.weight"][text_tokens]
@@ -40,7 +62,8 @@ def embed_prompt(
     text = torch.cat([text, unconditional]) + weights["text_pos_emb.emb.weight"][: text_tokens.size(1)]
     start = weights["speech_emb.weight"][START_SPEECH_TOKEN] + weights["speech_pos_emb.emb.weight"][0]
     # Two start tokens: upstream embeds one with the prompt, and one as the first token of its loop.
-    return torch.cat([voice.expand(2, -1, -1), text, start.expand(2, 2, -1)], dim=1)
+    embeddings = torch.cat([voice.expand(2, -1, -1), text, start.expand(2, 2, -1)], dim=1)
+    return Prompt(embeddings=embeddings, text_start=voice.size(1), text_tokens=text.size(1))
 
 
 def embed_voice(weights: NamedTensors, conditionals: T3Conditionals) -> torch.Tensor:

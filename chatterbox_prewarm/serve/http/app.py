@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.serve.http.admission import Admission
     from chatterbox_prewarm.serve.http.schemas import Model, Models, Status
+    from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
     from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
     from chatterbox_prewarm.serve.workers.pool import Pool
 
 #: The id of the model in `/v1/models`.
 MODEL = "chatterbox"
-_MODEL: Model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "resemble-ai"}
 
 
 class App:
@@ -40,28 +40,25 @@ class App:
         pool: the workers.
         admission: decides whether the server accepts a request.
         voices: the baked and the added voices.
-        max_characters: the length of the longest text that the server accepts.
-        ignore_speed: True to accept any value of the field `speed`, without an effect.
+        rules: what the server accepts in a speech request.
     """
 
-    def __init__(
-        self,
-        pool: Pool,
-        admission: Admission,
-        voices: VoiceStore,
-        *,
-        max_characters: int,
-        ignore_speed: bool = False,
-    ) -> None:
+    def __init__(self, pool: Pool, admission: Admission, voices: VoiceStore, rules: SpeechRules) -> None:
         self._pool = pool
         self._admission = admission
-        self._document = functools.partial(_openapi_body, max_characters=max_characters, ignore_speed=ignore_speed)
+        self._document = functools.partial(_openapi_body, rules)
+        self._model_entry: Model = {
+            "id": MODEL,
+            "object": "model",
+            "created": 0,
+            "owned_by": "resemble-ai",
+            "variant": rules.variant.name,
+            "languages": dict(rules.variant.languages),
+        }
         self._http_metrics = HttpMetrics(pool, admission)
         pool.on_part = self._http_metrics.count_part
         pool.on_skipped = self._http_metrics.skipped.inc
-        self._speech = SpeechRoute(
-            pool, admission, self._http_metrics, max_characters=max_characters, ignore_speed=ignore_speed
-        )
+        self._speech = SpeechRoute(pool, admission, self._http_metrics, rules)
         self._voices = VoiceRoutes(voices, admission, prepare=pool.prepare_voice, speak=self._speech.respond)
 
     def asgi(self) -> Starlette:
@@ -123,13 +120,13 @@ class App:
         return Response(self._http_metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, _: Request) -> Response:
-        models: Models = {"object": "list", "data": [_MODEL]}
+        models: Models = {"object": "list", "data": [self._model_entry]}
         return JSONResponse(models)
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["model"]
         if name == MODEL:
-            return JSONResponse(_MODEL)
+            return JSONResponse(self._model_entry)
         message = f"there is no model {reprlib.repr(name)}: this server has only {MODEL!r}"
         return error_response(404, message, "model_not_found", param="model")
 
@@ -138,10 +135,10 @@ class App:
         return Response(await asyncio.to_thread(self._document), media_type="application/json")
 
 
-def _openapi_body(*, max_characters: int, ignore_speed: bool) -> bytes:
+def _openapi_body(rules: SpeechRules) -> bytes:
     from chatterbox_prewarm.serve.http.openapi import encoded_document
 
-    return encoded_document(max_characters, ignore_speed)
+    return encoded_document(rules.max_characters, rules.ignore_speed, tuple(rules.variant.languages))
 
 
 def _without_slash(request: Request) -> str | None:

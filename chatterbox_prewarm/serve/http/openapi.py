@@ -17,8 +17,11 @@ from chatterbox_prewarm.serve.http import events, schemas
 from chatterbox_prewarm.serve.http.encoding import MEDIA_TYPES
 from chatterbox_prewarm.serve.http.speech_request import SpeechRequest
 from chatterbox_prewarm.version import __version__
+from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pydantic.json_schema import JsonSchemaMode
 
 #: The types that routes refer to by name. The schemas of nested types follow from them.
@@ -55,18 +58,28 @@ _TEXT = {"description": "Plain text.", "content": {"text/plain": {"schema": {"ty
 
 
 @functools.cache
-def encoded_document(max_characters: int, ignore_speed: bool) -> bytes:
+def encoded_document(max_characters: int, ignore_speed: bool, languages: tuple[str, ...]) -> bytes:
     """Return the body of `/openapi.json`. Building it takes about half a second."""
-    return json.dumps(build_document(__version__, max_characters=max_characters, ignore_speed=ignore_speed)).encode()
+    document = build_document(
+        __version__, max_characters=max_characters, ignore_speed=ignore_speed, languages=languages
+    )
+    return json.dumps(document).encode()
 
 
-def build_document(version: str, *, max_characters: int = MAX_CHARACTERS, ignore_speed: bool = False) -> dict[str, Any]:
+def build_document(
+    version: str,
+    *,
+    max_characters: int = MAX_CHARACTERS,
+    ignore_speed: bool = False,
+    languages: Sequence[str] = tuple(DEFAULT_VARIANT.languages),
+) -> dict[str, Any]:
     """Build the OpenAPI document from JSON-compatible values.
 
     Args:
         version: the version of this program.
         max_characters: the length of the longest text that this server accepts.
         ignore_speed: True if this server accepts any value of the field `speed`, without an effect.
+        languages: the codes of the languages of this server.
     """
     return {
         "openapi": "3.1.0",
@@ -80,7 +93,7 @@ def build_document(version: str, *, max_characters: int = MAX_CHARACTERS, ignore
         "security": [{}, {"bearer": []}],  # a server without a token accepts all requests
         "paths": {**_probes(), **_pages(), **_speech(), **_voices()},
         "components": {
-            "schemas": _schemas(max_characters, ignore_speed=ignore_speed),
+            "schemas": _schemas(max_characters, languages, ignore_speed=ignore_speed),
             "responses": {name: _error(status, text) for status, (name, text) in _ERRORS.items()},
             "parameters": {
                 "voice": {
@@ -103,7 +116,7 @@ def build_document(version: str, *, max_characters: int = MAX_CHARACTERS, ignore
     }
 
 
-def _schemas(max_characters: int, *, ignore_speed: bool) -> dict[str, Any]:
+def _schemas(max_characters: int, languages: Sequence[str], *, ignore_speed: bool) -> dict[str, Any]:
     for shape in filter(is_typeddict, vars(schemas).values()):
         with_config(ConfigDict(use_attribute_docstrings=True))(shape)
     mode: JsonSchemaMode = "validation"
@@ -112,6 +125,8 @@ def _schemas(max_characters: int, *, ignore_speed: bool) -> dict[str, Any]:
     components: dict[str, Any] = derived["$defs"]
     fields = components["SpeechRequest"]["properties"]
     fields["input"]["maxLength"] = max_characters
+    for name in ("language", "language_id"):
+        fields[name]["examples"] = list(languages)
     if ignore_speed:
         fields["speed"] = {"description": "Ignored. The model has only one speed."}
     event = {"oneOf": [_ref(shape.__name__) for shape in get_args(schemas.SpeechEvent)]}

@@ -104,6 +104,10 @@ class Model(TypedDict):
     created: int
     """Unix time."""
     owned_by: str
+    variant: str
+    """The model variant, such as english."""
+    languages: dict[str, str]
+    """The names of its languages by their code."""
 
 
 class Models(TypedDict):

@@ -18,10 +18,12 @@ from chatterbox_prewarm.serve.http import limited_server
 from chatterbox_prewarm.serve.http.connections import Connections, Limits
 from chatterbox_prewarm.serve.http.cross_origin import Sites
 from chatterbox_prewarm.serve.http.limited_server import BACKLOG
+from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
 from chatterbox_prewarm.serve.workers.worker_config import spawn_all
 from chatterbox_prewarm.system.metrics import exec_time
 from chatterbox_prewarm.weights.record import read_record
+from chatterbox_prewarm.weights.variants import get_variant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -45,7 +47,7 @@ class ServeConfig:
 
     Attributes:
         host, port: the address to listen on.
-        max_characters: the length of the longest text that the server accepts.
+        rules: what the server accepts in a speech request; `serve` fills in the variant.
         weights: the checkpoint. Added voices must belong to it.
         voices_dir, max_voices: the directory of added voices, and their maximum number.
         voice_aliases: additional names of voices.
@@ -57,12 +59,10 @@ class ServeConfig:
         sites: whose pages may use the server from a browser.
         limits: limits on connections.
         log_text: True to log the text of speech requests.
-        ignore_speed: True to accept any value of the field `speed`, without an effect.
     """
 
     host: str
     port: int
-    max_characters: int
     weights: Path
     voices_dir: Path
     max_voices: int
@@ -70,12 +70,12 @@ class ServeConfig:
     queue_seconds: float
     hang_seconds: float
     drain_seconds: float
+    rules: SpeechRules = field(default_factory=SpeechRules)
     voice_aliases: Mapping[str, str] = field(default_factory=dict)
     token: Token | None = None
     sites: Sites = field(default_factory=Sites)
     limits: Limits = field(default_factory=Limits)
     log_text: bool = False
-    ignore_speed: bool = False
 
 
 def serve(config: ServeConfig, workers: Sequence[WorkerConfig]) -> None:
@@ -95,6 +95,9 @@ def serve(config: ServeConfig, workers: Sequence[WorkerConfig]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     listener = listen(config.host, config.port)
     record = read_record(config.weights)
+    rules = replace(config.rules, variant=get_variant(record.variant))
+    if rules.language is not None:
+        rules = replace(rules, language=rules.variant.check_language(rules.language))
     voices = VoiceStore(
         config.voices_dir,
         baked={},
@@ -106,7 +109,7 @@ def serve(config: ServeConfig, workers: Sequence[WorkerConfig]) -> None:
     origin = exec_time()
     started = spawn_all([replace(worker, origin=origin) for worker in workers])
     try:
-        asyncio.run(_run(config, started, voices, listener))
+        asyncio.run(_run(replace(config, rules=rules), started, voices, listener))
     finally:
         for _, (process, _) in started:
             if process.poll() is None:
@@ -169,9 +172,7 @@ async def _run(
     from chatterbox_prewarm.serve.http.request_log import log_requests
 
     admission = Admission(pool, limit=config.queue_limit)
-    application = App(
-        pool, admission, voices, max_characters=config.max_characters, ignore_speed=config.ignore_speed
-    ).asgi()
+    application = App(pool, admission, voices, config.rules).asgi()
     checked = check_access(application, config.token, config.sites)
     app = close_while_draining(allow_origins(checked, config.sites.origins), admission)
     connections = Connections(limited_server.reduce_to(limited_server.raise_open_files(), config.limits))

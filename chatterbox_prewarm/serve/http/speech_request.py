@@ -20,6 +20,7 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.text import MAX_CHARACTERS, check_text, decode_text
 from chatterbox_prewarm.serve.http.error_responses import RequestError
+from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 from chatterbox_prewarm.system.limits import MAX_SEED, MAX_TOKENS, MIN_LOOK_AHEAD, MIN_TOKENS, SAMPLING
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_DEFAULT_RULES = SpeechRules()
 _EXAMPLE = 'send {"input": "Hello."}'
 #: The fields that have the same name and meaning in `SpeechOptions`.
 _SAME_IN_OPTIONS = {
@@ -65,6 +67,10 @@ class SpeechRequest(BaseModel):
         description="The name of a voice or of an alias, or an object with the name as `id`. "
         f"Default: {DEFAULT_VOICE}.",
     )
+    language: StrictStr | None = Field(
+        default=None, description="The code of the text's language, such as fr. Default: the server's."
+    )
+    language_id: StrictStr | None = Field(default=None, description="Another name of `language`, as in upstream's API.")
     response_format: Literal["mp3", "opus", "flac", "wav", "pcm"] | None = Field(
         default=None,
         description="Default: mp3. All formats are mono at 24 kHz. pcm is signed 16-bit little-endian, without a "
@@ -102,22 +108,21 @@ class SpeechRequest(BaseModel):
     )
 
 
-def parse_speech_options(body: bytes, *, limit: int = MAX_CHARACTERS, ignore_speed: bool = False) -> SpeechOptions:
+def parse_speech_options(body: bytes, rules: SpeechRules = _DEFAULT_RULES) -> SpeechOptions:
     """Parse and check a request body.
 
     Args:
         body: JSON in UTF-8.
-        limit: the maximum number of characters in the text.
-        ignore_speed: True to accept any value of the field `speed`, without an effect.
+        rules: what the server accepts.
 
     Raises:
         RequestError: a field is invalid. The error names it.
         BadInputError: the body is not a JSON object.
     """
     fields = _parse_object(body)
-    if ignore_speed:
+    if rules.ignore_speed:
         fields.pop("speed", None)
-    check_input = functools.partial(check_text, limit=limit)
+    check_input = functools.partial(check_text, limit=rules.max_characters)
     try:
         request = SpeechRequest.model_validate(fields)
     except ValidationError as error:
@@ -128,8 +133,10 @@ def parse_speech_options(body: bytes, *, limit: int = MAX_CHARACTERS, ignore_spe
     voice = request.voice.id if isinstance(request.voice, VoiceReference) else request.voice
     text = _check_field("input", request.input, check_input)
     voice = DEFAULT_VOICE if voice is None else voice  # the voice store resolves all names
+    name, code = ("language", request.language) if request.language_id is None else ("language_id", request.language_id)
+    language = rules.language if code is None else _check_field(name, code, rules.variant.check_language)
     settings = request.model_dump(include=_SAME_IN_OPTIONS)
-    return SpeechOptions(text=text, voice=voice, format=request.response_format or "mp3", **settings)
+    return SpeechOptions(text=text, voice=voice, language=language, format=request.response_format or "mp3", **settings)
 
 
 def _parse_object(body: bytes) -> dict[str, Any]:
@@ -171,6 +178,7 @@ _NEXT_STEPS = {
     "input": "send a string",
     "model": "send a string, or leave the field out",
     "voice": 'send the name of a voice, as a string or as {"id": NAME}, or leave the field out',
+    **dict.fromkeys(("language", "language_id"), "send the code of a language, such as en, or leave the field out"),
     "response_format": "send mp3, opus, flac, wav or pcm",
     "stream_format": "send audio or sse, or leave the field out",
     "speed": "leave the field out, or start the server with --ignore-speed; the speed cannot be changed",

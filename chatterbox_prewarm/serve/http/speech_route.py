@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.serve.http.admission import Admission
     from chatterbox_prewarm.serve.http.http_metrics import HttpMetrics
+    from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
     from chatterbox_prewarm.serve.workers.messages import Chunk
     from chatterbox_prewarm.serve.workers.pool import Pool
     from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
@@ -49,24 +50,14 @@ class SpeechRoute:
         pool: the workers.
         admission: decides whether the server accepts a request.
         http_metrics: counts requests, and measures the time to the first chunk.
-        max_characters: the length of the longest text that the server accepts.
-        ignore_speed: True to accept any value of the field `speed`, without an effect.
+        rules: what the server accepts in a request.
     """
 
-    def __init__(
-        self,
-        pool: Pool,
-        admission: Admission,
-        http_metrics: HttpMetrics,
-        *,
-        max_characters: int,
-        ignore_speed: bool = False,
-    ) -> None:
+    def __init__(self, pool: Pool, admission: Admission, http_metrics: HttpMetrics, rules: SpeechRules) -> None:
         self._pool = pool
         self._admission = admission
         self._http_metrics = http_metrics
-        self._max_characters = max_characters
-        self._ignore_speed = ignore_speed
+        self._rules = rules
         self._bodies = BodyReader()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,7 +70,7 @@ class SpeechRoute:
             # The request is not in flight yet, so a slow body does not occupy the queue or delay a drain.
             body = await self._bodies.read(Request(scope, receive))
             parse_speech_options = await asyncio.to_thread(_import_parser)
-            options = parse_speech_options(body, limit=self._max_characters, ignore_speed=self._ignore_speed)
+            options = parse_speech_options(body, self._rules)
             await self._respond(options, stream)
         except PrewarmError as error:
             await stream.send(response_for(error))

@@ -182,7 +182,7 @@ class Pool:
         """Speak all parts of a text into a buffer."""
         seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(31)
         # In threads, because the first split imports the splitter and the store reads a volume.
-        texts = await asyncio.to_thread(split, options.text)
+        texts = await asyncio.to_thread(split, options.text, options.language)
         voice, digest = options.voice, options.voice_digest
         if self._voices:
             voice, digest = await asyncio.to_thread(self._voices.resolve, voice)

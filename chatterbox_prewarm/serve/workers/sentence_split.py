@@ -1,7 +1,7 @@
 """Split a long text into parts: short enough for one synthesis, and long enough to sound natural.
 
-The sentencex package finds the ends of sentences, with the rules of English and the punctuation of other scripts. It
-knows abbreviations, decimals and quotations, and does not split where it is not sure.
+The sentencex package finds the ends of sentences, with the rules of the language. It knows abbreviations, decimals and
+quotations, and does not split where it is not sure.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import re
 
 #: Maximum number of characters in a part: about 20 s of speech. The model can speak twice as much at once.
 LIMIT = 280
+#: The same for languages that say more with a character. A part must fit into the 40 s that the model can speak.
+_LIMITS = {"zh": 90, "ja": 110, "ko": 130}
 #: The end of a clause. Latin punctuation counts only before white space, because numbers contain it too.
 _CLAUSE = r"""[,;:،؛–-]["'”’)\]]*(?=\s)|[，、；：—…][”’」』）]*|(?=\n)"""  # noqa: RUF001
 #: The number of a list item. sentencex takes it for a sentence, but it belongs to the text after it.
 _ITEM_NUMBER = re.compile(r"\s*\(?\d{1,3}[.)]")
 
 
-def split(text: str, *, limit: int = LIMIT) -> list[str]:
+def split(text: str, language: str | None = None, *, limit: int | None = None) -> list[str]:
     """Split a text into parts that contain all its visible characters in order.
 
     A part contains as many sentences as the limit allows. A sentence that is longer than the limit is split after a
@@ -26,11 +28,13 @@ def split(text: str, *, limit: int = LIMIT) -> list[str]:
 
     Args:
         text: any text. A text within the limit is returned unchanged.
-        limit: maximum length of a part, in code points.
+        language: the code of its language; None is English.
+        limit: maximum length of a part, in code points; by default that of the language.
 
     Returns:
         parts that are not empty, without white space at their ends.
     """
+    limit = limit or _LIMITS.get(language or "", LIMIT)
     if len(text) <= limit:
         return [text]
     import regex
@@ -40,7 +44,7 @@ def split(text: str, *, limit: int = LIMIT) -> list[str]:
     candidates = [
         [end for end in ends if end in allowed]
         for ends in (
-            _sentence_ends(text),
+            _sentence_ends(text, language or "en"),
             [match.end() for match in regex.finditer(_CLAUSE, text)],
             [match.start() for match in regex.finditer(r"\s+", text)],
             cluster_ends,
@@ -59,12 +63,12 @@ def split(text: str, *, limit: int = LIMIT) -> list[str]:
     return parts
 
 
-def _sentence_ends(text: str) -> list[int]:
+def _sentence_ends(text: str, language: str) -> list[int]:
     """Return the positions where sentences end, without the white space after them."""
     import sentencex
 
     ends, position = [], 0
-    for sentence in sentencex.segment("en", text):
+    for sentence in sentencex.segment(language, text):
         stripped = sentence.strip()
         index = text.find(stripped, position)
         if stripped and index >= 0:

@@ -21,6 +21,7 @@ class SpeechOptions:
     Attributes:
         text: the text of the request, or one part of it.
         voice: the name of a voice. The voice store and the worker check whether it exists.
+        language: a code of the variant's languages; None chooses the first one.
         seed: makes the audio repeatable on the same machine.
         max_new_tokens: upper bound on the speech tokens of each part; 25 tokens are one second of audio.
         temperature, cfg_weight, exaggeration: see `model.sampling.Sampling`.
@@ -36,6 +37,7 @@ class SpeechOptions:
 
     text: str
     voice: str = DEFAULT_VOICE
+    language: str | None = None
     seed: int | None = None
     max_new_tokens: int | None = None
     temperature: float | None = None

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import ModelError, PrewarmError, as_prewarm_error, first_line, is_out_of_threads
@@ -104,6 +104,14 @@ class Worker:
         if not switched_off():
             self._warmup_steps = [step for step in plan.steps(attached.synthesizer) if step.name not in config.skipped]
         self.send({"type": "ready", **self._report()})
+        threading.Thread(target=self._read_text_data, daemon=True).start()
+
+    def _read_text_data(self) -> None:
+        """Read the data of all languages after the start, because the first text of a language would wait for it."""
+        try:
+            self._loaded.synthesizer.model.text.load()
+        except PrewarmError as error:
+            logger.warning("%s; %s", error.message, error.next_step)
 
     def serve(self) -> None:
         """Handle requests until the front closes the connection or sends `stop`. Warm up while idle."""
@@ -160,7 +168,6 @@ class Worker:
                 sys.exit(failure.exit_code)
 
     def _speak(self, requests: RequestQueue, request_id: int, options: SpeechOptions) -> None:
-        from chatterbox_prewarm.model.sampling import Sampling
         from chatterbox_prewarm.model.streaming import generate_stream
 
         synthesizer = self._loaded.synthesizer
@@ -172,9 +179,10 @@ class Worker:
             synthesizer,
             options.text,
             voice=options.voice,
+            language=options.language,
             seed=options.seed,
             max_new_tokens=min(options.max_new_tokens or limit, limit),
-            sampling=Sampling(**options.sampling()),
+            sampling=replace(synthesizer.model.sampling, **options.sampling()),
             chunk_tokens=options.chunk_tokens or _LONG_CHUNK_TOKENS,
             look_ahead=options.look_ahead,
             stopped=lambda: self._is_cancelled(requests, request_id),

@@ -72,6 +72,7 @@ class WorkerConfig:
         """Parse the argument that `to_argument` returned."""
         fields = json.loads(argument)
         start = fields["start"]
+        start["plain_text"] = tuple(start["plain_text"])
         start["trust"] = Trust(**_with_paths(start["trust"], "key", "signature"))
         fields["start"] = StartOptions(**_with_paths(start, "warm", "weights", "cache"))
         fields["voices"] = {name: Path(clip) for name, clip in fields["voices"].items()}

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.model.text import MAX_CHARACTERS, check_known, check_text, check_voice_name, decode_text
+from chatterbox_prewarm.model.text import MAX_CHARACTERS, check_text, check_voice_name, decode_text
+from chatterbox_prewarm.model.tokenizer import check_known
 
 
 @pytest.mark.parametrize(
@@ -155,9 +156,9 @@ def tokenizer_of_letters() -> Any:
 )
 def test_a_text_that_the_tokenizer_mostly_does_not_know_is_refused(text: str, reason: str) -> None:
     with pytest.raises(BadInputError, match=reason):
-        check_known(tokenizer_of_letters(), text)
+        check_known(tokenizer_of_letters(), text, step="send another text")
 
 
 @pytest.mark.parametrize("text", ["Hello.", "A caf\u00e9 in \u4e16\u754c.", "a\u4e16", "a " * 50, "..."])
 def test_a_text_with_some_unknown_characters_is_accepted(text: str) -> None:
-    check_known(tokenizer_of_letters(), text)
+    check_known(tokenizer_of_letters(), text, step="send another text")

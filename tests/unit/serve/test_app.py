@@ -34,6 +34,7 @@ from chatterbox_prewarm.serve.http.openapi import encoded_document
 from chatterbox_prewarm.serve.http.request_log import log_requests
 from chatterbox_prewarm.serve.http.schemas import Status
 from chatterbox_prewarm.serve.http.speech_route import encoded
+from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
 from chatterbox_prewarm.serve.workers import audio_buffer
 from chatterbox_prewarm.serve.workers.messages import Chunk
@@ -78,7 +79,7 @@ class Server:
         processes = [(CONFIG, start(part)(CONFIG))]
         self.pool = Pool(processes, wait_seconds=wait_seconds, hang_seconds=600, voices=store)
         self.admission = Admission(self.pool, limit=limit)
-        app = App(self.pool, self.admission, store, max_characters=500, **settings).asgi()
+        app = App(self.pool, self.admission, store, SpeechRules(max_characters=500, **settings)).asgi()
         config = uvicorn.Config(
             log_requests(close_while_draining(check_access(app, None, sites), self.admission), app.routes),
             lifespan="off",
@@ -469,8 +470,8 @@ def test_startupz_shows_the_reason_of_a_failed_worker(serve: Callable[..., Serve
 def test_the_openapi_document_is_built_once(serve: Callable[..., Server]) -> None:
     server = serve("silent")
     first, second = (request(server.port, "GET", "/openapi.json") for _ in range(2))
-    assert first[1] == second[1] == encoded_document(500, False)
-    assert encoded_document(500, False) is encoded_document(500, False)
+    assert first[1] == second[1] == encoded_document(500, False, ("en",))
+    assert encoded_document(500, False, ("en",)) is encoded_document(500, False, ("en",))
     assert first[0].headers["Content-Type"] == "application/json"
     assert json.loads(first[1])["components"]["schemas"]["SpeechRequest"]["properties"]["input"]["maxLength"] == 500
 

@@ -14,6 +14,7 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.text import MAX_CHARACTERS
 from chatterbox_prewarm.serve.http.encoding import MEDIA_TYPES
 from chatterbox_prewarm.serve.http.error_responses import RequestError, error_fields
+from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 from chatterbox_prewarm.serve.workers.worker_client import WorkerGoneError
 from chatterbox_prewarm.system.limits import MAX_SEED, SAMPLING
@@ -22,6 +23,7 @@ pytest.importorskip("pydantic")
 
 from chatterbox_prewarm.serve.http import speech_request
 from chatterbox_prewarm.serve.http.speech_request import SpeechRequest, parse_speech_options
+from chatterbox_prewarm.weights.variants import MULTILINGUAL
 
 
 def parse(**fields: Any) -> SpeechOptions:
@@ -54,6 +56,28 @@ def test_all_fields_become_options() -> None:
         exaggeration=1.5,
         look_ahead=10,
     )
+
+
+@pytest.mark.parametrize("field", ["language", "language_id"])
+@pytest.mark.parametrize(("code", "known"), [("fr", "fr"), ("FR", "fr"), (None, "de")])
+def test_a_request_names_its_language_or_gets_that_of_the_server(field: str, code: str | None, known: str) -> None:
+    body = json.dumps({"input": "Bonjour.", field: code}).encode()
+    assert parse_speech_options(body, SpeechRules(variant=MULTILINGUAL, language="de")).language == known
+
+
+@pytest.mark.parametrize("code", ["xx", "", "zh-CN", "french", 7, True, ["fr"]])
+def test_a_language_that_the_model_does_not_speak_is_refused(code: object) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_speech_options(
+            json.dumps({"input": "Bonjour.", "language": code}).encode(), SpeechRules(variant=MULTILINGUAL)
+        )
+    assert caught.value.param == "language"
+
+
+def test_a_model_of_one_language_refuses_the_others() -> None:
+    assert parse(language="en").language == "en"
+    with pytest.raises(RequestError, match="the model english does not speak it"):
+        parse(language="fr")
 
 
 def test_requests_of_openais_client_are_accepted() -> None:
@@ -92,9 +116,9 @@ def test_the_default_text_limit_is_openais() -> None:
     assert MAX_CHARACTERS == 4096
     assert parse(input="x" * 4096).text == "x" * 4096
     body = json.dumps({"input": "x" * 5000}).encode()
-    assert len(parse_speech_options(body, limit=5000).text) == 5000
+    assert len(parse_speech_options(body, SpeechRules(max_characters=5000)).text) == 5000
     with pytest.raises(RequestError, match="5000 characters, more than the limit of 4999") as caught:
-        parse_speech_options(body, limit=4999)
+        parse_speech_options(body, SpeechRules(max_characters=4999))
     assert caught.value.param == "input"
 
 
@@ -201,7 +225,7 @@ def test_a_body_that_is_not_a_json_object_is_refused(body: bytes, message: str) 
 @pytest.mark.parametrize("speed", [1.25, 0, "fast", None])
 def test_the_speed_can_be_ignored(speed: object) -> None:
     body = json.dumps({"input": "Hello.", "speed": speed}).encode()
-    assert parse_speech_options(body, ignore_speed=True) == parse_speech_options(b'{"input": "Hello."}')
+    assert parse_speech_options(body, SpeechRules(ignore_speed=True)) == parse_speech_options(b'{"input": "Hello."}')
 
 
 def test_a_byte_order_mark_before_the_json_is_accepted() -> None:

@@ -53,10 +53,14 @@ def write(path: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
 @pytest.fixture
 def published(tmp_path: Path) -> Files:
     """Write the files of a complete checkpoint; return their tensors."""
-    expected = json.loads((ROOT / "chatterbox_prewarm" / "weights" / "english_tensors.json").read_text())
+    expected = json.loads((ROOT / "chatterbox_prewarm" / "weights" / "tensors.json").read_text())
     files = {
-        file: {name: (dtype, shape) for pattern, (dtype, shape) in tensors.items() for name in names(pattern)}
-        for file, tensors in expected.items()
+        ENGLISH.tensor_files[part]: {
+            name: (dtype, [ENGLISH.text_vocabulary if size == "text_vocabulary" else size for size in shape])
+            for pattern, (dtype, shape) in tensors.items()
+            for name in names(pattern)
+        }
+        for part, tensors in expected.items()
     }
     for file, tensors in files.items():
         write(tmp_path / file, tensors)

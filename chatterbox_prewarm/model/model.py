@@ -1,0 +1,212 @@
+"""A loaded model: text → tokens → mel spectrogram → watermarked audio, from the tensors of a checkpoint.
+
+Upstream's packages are not imported and its modules are not constructed: a start loads torch, numpy, safetensors,
+tokenizers and soxr, and maps the tensors. `model.upstream` loads upstream's model, which voices from clips need.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from chatterbox_prewarm.errors import BadInputError, ModelError, WeightsError
+from chatterbox_prewarm.model.regions.executors import eager
+from chatterbox_prewarm.model.regions.flow import Flow
+from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
+from chatterbox_prewarm.model.regions.t3 import T3Decoder
+from chatterbox_prewarm.model.regions.t3_blocks import START_SPEECH_TOKEN
+from chatterbox_prewarm.model.regions.t3_prompt import START_TEXT_TOKEN, STOP_TEXT_TOKEN
+from chatterbox_prewarm.model.regions.vocoder import SAMPLE_RATE, SAMPLES_PER_FRAME, Vocoder
+from chatterbox_prewarm.model.sampling import Sampling
+from chatterbox_prewarm.model.variants import code_of
+from chatterbox_prewarm.model.watermark import Watermark
+from chatterbox_prewarm.weights.record import read_record
+from chatterbox_prewarm.weights.tensor_shapes import check_tensors
+from chatterbox_prewarm.weights.variants import get_variant
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from chatterbox_prewarm.model.regions.executors import Executor
+    from chatterbox_prewarm.model.upstream_source import Behaviour
+    from chatterbox_prewarm.model.variants import TextFrontEnd
+    from chatterbox_prewarm.weights.variants import Variant
+
+#: The parts of the model, and the tensors of each that a synthesis uses. S3Gen's other tensors and the voice encoder
+#: make voices from clips.
+_PARTS = {"t3": ("",), "s3gen": ("flow.", "mel2wav.")}
+#: The parts of T3 that may run in another dtype than the checkpoint's.
+_TRANSFORMER = ("tfmr.layers.", "tfmr.norm.")
+#: A speech token is 40 ms of audio, two mel frames.
+_SAMPLES_PER_TOKEN = 2 * SAMPLES_PER_FRAME
+#: `madvise(2)`, since Linux 5.14: map all pages now instead of one page fault each, and read missing pages from disk.
+_MADV_POPULATE_READ = 22
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """A loaded model. Only one call may run at a time, because the decoder keeps state during a call.
+
+    Attributes:
+        variant: what the model is.
+        behaviour: details of this variant.
+        tensors: the tensors by the part of the model and their name in its file, such as "t3.speech_head.weight".
+        text: turns text into tokens.
+        decoder: T3, draws speech tokens.
+        flow: turns speech tokens into a mel spectrogram.
+        vocoder: turns a mel spectrogram into a waveform.
+        watermark: marks the waveform.
+        device: a torch device as a string.
+        sample_rate: of the audio, in Hz.
+        codebook: the number of speech tokens that have a sound.
+    """
+
+    variant: Variant
+    behaviour: Behaviour
+    tensors: Mapping[str, torch.Tensor]
+    text: TextFrontEnd
+    decoder: T3Decoder
+    flow: Flow
+    vocoder: Vocoder
+    watermark: Watermark
+    device: str
+    sample_rate: int = SAMPLE_RATE
+    codebook: int = START_SPEECH_TOKEN
+
+    @property
+    def sampling(self) -> Sampling:
+        """The sampling settings that upstream uses by default."""
+        return Sampling(repetition_penalty=self.behaviour.repetition_penalty)
+
+    def text_tokens(self, text: str, language: str | None = None) -> torch.Tensor:
+        """Return the text tokens that the decoder expects, int64 (1, n), with the start and the stop token.
+
+        Args:
+            text: the text to speak.
+            language: a code of the variant's languages; None chooses the first one.
+
+        Raises:
+            BadInputError: the variant does not speak this language.
+        """
+        ids = self.text.ids(text, self.variant.check_language(language))
+        return torch.tensor([[START_TEXT_TOKEN, *ids, STOP_TEXT_TOKEN]], device=self.device)
+
+    @property
+    def dropped_samples(self) -> int:
+        """The number of samples at the end of an utterance that are left out."""
+        return self.behaviour.dropped_tokens * _SAMPLES_PER_TOKEN
+
+    def marked(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Add the watermark to mono audio, (samples,), at the model's sample rate."""
+        return self.watermark.apply(samples, sample_rate=self.sample_rate)
+
+
+def load(
+    directory: Path,
+    *,
+    device: str = "cpu",
+    executor: Executor = eager,
+    t3_dtype: torch.dtype | None = None,
+    graphs: bool = False,
+    plain_text: Collection[str] = (),
+) -> Model:
+    """Load the model in a weights directory.
+
+    On a CPU the tensors are mapped pages of the files. On a GPU each is loaded directly to the device.
+
+    Args:
+        directory: contains the variant's files and `weights.json`; `weights.record.check_quickly` has checked it.
+        device: a torch device as a string, such as "cpu" or "cuda".
+        executor: makes the regions callable.
+        t3_dtype: of T3's transformer; None keeps the checkpoint's.
+        graphs: capture T3's step as a CUDA graph.
+        plain_text: languages whose texts may lack the marks that their pronunciation needs.
+
+    Raises:
+        WeightsError: a tensor is missing, unknown, or has another shape or dtype, or a file of the text is damaged.
+        ModelError: torch sees no GPU, or the watermark's weights or a package are missing.
+        BadInputError: there is no GPU with this number.
+    """
+    record = read_record(directory)
+    variant = get_variant(record.variant)
+    check_tensors(directory, variant, record.synthetic)
+    check_device(device)
+    tensors = dict(_read(directory, variant, device, t3_dtype))
+    populate(tensors)
+    code, t3 = code_of(variant), NamedTensors(tensors, "t3.")
+    aligned = code.aligned_heads(len(t3.layers("tfmr.layers")))
+    return Model(
+        variant=variant,
+        behaviour=code.behaviour(),
+        tensors=tensors,
+        text=code.read_text(directory, variant, frozenset(plain_text)),
+        decoder=T3Decoder(t3, executor, dtype=t3_dtype, graphs=graphs, aligned=aligned),
+        flow=Flow(NamedTensors(tensors, "s3gen.flow."), executor),
+        vocoder=Vocoder(NamedTensors(tensors, "s3gen.mel2wav."), executor),
+        watermark=Watermark(),
+        device=device,
+    )
+
+
+def _read(
+    directory: Path, variant: Variant, device: str, t3_dtype: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read the tensors of a synthesis. Half-precision files become float32, as in upstream.
+
+    The transformer is cast here, so that memory holds it once.
+    """
+    for part, prefixes in _PARTS.items():
+        path = directory / variant.tensor_files[part]
+        try:
+            with safe_open(path, framework="pt", device=device) as file:  # type: ignore[no-untyped-call]
+                for name in file.keys():  # noqa: SIM118 - this is no dictionary
+                    if name.startswith(prefixes):
+                        tensor = file.get_tensor(name)
+                        narrow = part == "t3" and name.startswith(_TRANSFORMER)
+                        yield f"{part}.{name}", tensor.to((t3_dtype if narrow else None) or torch.float32)
+        except SafetensorError as error:
+            raise WeightsError(
+                f"{path} is not a safetensors file: {error}",
+                next_step="check that the files belong to this variant with `chatterbox-prewarm weights verify`",
+            ) from error
+
+
+def check_device(device: str) -> None:
+    """Refuse a GPU that torch cannot use, although the machine has one: a driver that is too old, for example.
+
+    Raises:
+        BadInputError: torch sees no GPU with this number.
+        ModelError: torch sees no GPU.
+    """
+    if not device.startswith("cuda"):
+        return
+    if not torch.cuda.is_available():
+        raise ModelError(f"the device {device!r} cannot be used: torch sees no GPU", next_step="use the device cpu")
+    if (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise BadInputError(
+            f"there is no device {device!r}: torch sees {torch.cuda.device_count()} GPU(s), numbered from 0",
+            next_step="use one of these numbers",
+        )
+
+
+def populate(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Map all pages of tensors on the CPU at once, so that the first synthesis causes no page faults.
+
+    The page faults of 3 GB took 0.4 s of the first synthesis; this call takes 0.06 s. An older kernel refuses it, which
+    does no harm.
+    """
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for tensor in tensors.values():
+        if tensor.device.type == "cpu":
+            begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+            madvise(begin, tensor.data_ptr() + tensor.nbytes - begin, _MADV_POPULATE_READ)

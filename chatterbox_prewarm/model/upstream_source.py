@@ -1,0 +1,58 @@
+"""What upstream's Multilingual model does, found by reading its source: the wheel and the main branch share a version.
+
+The lean packages do not contain upstream. What the pinned wheel (0.1.7) does is assumed there.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behaviour:
+    """Details in which variants, and versions of upstream, differ.
+
+    Attributes:
+        repetition_penalty: the default of upstream's `generate`.
+        analyzes_alignment: T3 decides by its attention when the speech ends.
+        dropped_tokens: the number of speech tokens at the end whose audio is left out.
+    """
+
+    repetition_penalty: float
+    analyzes_alignment: bool = False
+    dropped_tokens: int = 0
+
+
+@functools.cache
+def installed_multilingual() -> Behaviour:
+    """Read the installed source, without importing it."""
+    spec = importlib.util.find_spec("chatterbox")
+    if spec is None or spec.origin is None:
+        return Behaviour(repetition_penalty=2.0, analyzes_alignment=True)
+    return read_multilingual(Path(spec.origin).parent)
+
+
+def read_multilingual(package: Path) -> Behaviour:
+    """Read the source in the folder `package`."""
+    t3 = ast.parse((package / "models" / "t3" / "t3.py").read_text(encoding="utf-8"))
+    generate = next(
+        node
+        for node in ast.walk(ast.parse((package / "mtl_tts.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name == "generate"
+    )
+    names = [argument.arg for argument in generate.args.args]
+    defaults = dict(zip(reversed(names), reversed(generate.args.defaults), strict=False))
+    return Behaviour(
+        repetition_penalty=float(ast.literal_eval(defaults["repetition_penalty"])),
+        analyzes_alignment="AlignmentStreamAnalyzer" in _names(t3),
+        # The main branch cuts the audio by a number of samples that it computes from this rate.
+        dropped_tokens=1 if "S3_TOKEN_RATE" in _names(generate) else 0,
+    )
+
+
+def _names(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

@@ -1,0 +1,326 @@
+"""The Multilingual model: 23 languages, with the T3 of the English model and its own text tokens.
+
+A text is written in lower case and in Unicode's form NFKD, begins with the token of its language, and some languages
+are rewritten: Chinese in Cangjie codes, Japanese in hiragana. Upstream loads the data for that over the network and
+speaks a wrong text where it fails. Here the data are files of the checkpoint, and what is missing is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import tempfile
+import unicodedata
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm.errors import BadInputError, ModelError, WeightsError, first_line
+from chatterbox_prewarm.model.text import SENTENCE_ENDS, normalize_punctuation
+from chatterbox_prewarm.model.tokenizer import character_tokenizer, check_known, encode, read_tokenizer
+from chatterbox_prewarm.model.upstream_source import Behaviour, installed_multilingual
+from chatterbox_prewarm.system.regular_files import read_regular
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from tokenizers import Tokenizer
+
+    from chatterbox_prewarm.weights.variants import Variant
+
+#: Upstream's `LLAMA_ALIGNED_HEADS`: the layer and the head.
+_ALIGNED_HEADS = ((12, 15), (13, 11), (9, 2))
+_ENDS = (*SENTENCE_ENDS, "、", "，", "。", "？", "！")  # noqa: RUF001 - Chinese and Japanese punctuation
+#: Hebrew points, and the acute accent that marks the stressed vowel of a Russian word.
+_HEBREW_POINTS = frozenset(map(chr, (*range(0x05B0, 0x05BD), 0x05C1, 0x05C2, 0x05C7)))
+_STRESS = "\N{COMBINING ACUTE ACCENT}"
+
+
+class MultilingualText:
+    """Turns the text of a request into text tokens, in one of the languages.
+
+    Args:
+        tokenizer: of the checkpoint.
+        directory: of the checkpoint.
+        variant: has the names of the files.
+        plain: languages whose texts may lack their marks: Hebrew its points, Russian its stress.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, directory: Path, variant: Variant, plain: frozenset[str]) -> None:
+        self.tokenizer = tokenizer
+        self._directory, self._variant, self._plain = directory, variant, plain
+        self._rewrite: Mapping[str, Callable[[str], str]] = {
+            "zh": self._chinese,
+            "ja": self._japanese,
+            # Upstream also decomposes Korean syllables. The form NFKD has done that.
+            "ko": str.strip,
+        }
+
+    def check(self, text: str, language: str) -> None:
+        """Check that the tokenizer knows a text, and that it has the marks which its pronunciation needs.
+
+        Raises:
+            BadInputError: it does not, or lacks them.
+        """
+        self._check_marks(unicodedata.normalize("NFKD", text), language)
+        name = self._variant.languages[language]
+        check_known(self.tokenizer, self._rewritten(text, language), step=f"send a text in {name}")
+
+    def load(self) -> None:
+        """Read the data of Chinese and Japanese, which otherwise happens with the first text."""
+        self._chinese("好")
+        self._japanese("今日")
+
+    def ids(self, text: str, language: str) -> list[int]:
+        """Return the text tokens of a checked text, beginning with the language's token."""
+        return encode(self.tokenizer, f"[{language}]{self._rewritten(text, language)}")
+
+    def _rewritten(self, text: str, language: str) -> str:
+        normal = unicodedata.normalize("NFKD", normalize_punctuation(text, ends=_ENDS).lower())
+        return self._rewrite.get(language, str)(normal)
+
+    def _check_marks(self, text: str, language: str) -> None:
+        """Refuse text without the marks that the model was trained with.
+
+        Upstream has code that adds them, which never runs: it catches its own error and speaks the text as it is.
+        """
+        if language in self._plain:
+            return
+        if language == "he" and any("א" <= letter <= "ת" for letter in text) and _HEBREW_POINTS.isdisjoint(text):
+            lacking = "Hebrew points (nikud)"
+        elif language == "ru" and any("а" <= letter <= "я" for letter in text.lower()) and _STRESS not in text:  # noqa: RUF001
+            lacking = "stress marks (U+0301 after the stressed vowel)"
+        else:
+            return
+        raise BadInputError(
+            f"the text has no {lacking}, so the model would guess its pronunciation",
+            next_step=f"add them; or start with --plain-text {language} to speak such texts as they are",
+        )
+
+    def _chinese(self, text: str) -> str:
+        """Split a text into words, and write each character with a code as the tokens of its Cangjie code."""
+        return "".join(
+            self._cangjie_tokens.get(character, character) if unicodedata.category(character) == "Lo" else character
+            for character in " ".join(self._segmenter.cut(text))
+        )
+
+    @functools.cached_property
+    def _cangjie_tokens(self) -> dict[str, str]:
+        """The tokens of each character. Characters with the same code are numbered, except the first one."""
+        path = self._directory / self._variant.data[0]
+        tokens: dict[str, str] = {}
+        numbered: dict[str, dict[str, int]] = {}
+        try:
+            for entry in json.loads(read_regular(path, follow_links=True)):
+                character, code = entry.split("\t")[:2]
+                same_code = numbered.setdefault(code, {})
+                number = same_code.setdefault(character, len(same_code))
+                letters = f"{code}{number or ''}"
+                tokens[character] = "".join(f"[cj_{letter}]" for letter in letters) + "[cj_.]"
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise _damaged(path, repr(error)) from error
+        if not tokens:
+            raise _damaged(path, "it is empty")
+        return tokens
+
+    @functools.cached_property
+    def _segmenter(self) -> Any:
+        """The word segmenter that upstream uses, with the model in the checkpoint."""
+        spacy_pkuseg = _import("spacy_pkuseg")
+        folder = self._directory / self._variant.archives[0].path.removesuffix(".zip")
+        try:
+            return spacy_pkuseg.pkuseg(str(folder))
+        except Exception as error:  # it raises errors of msgpack, NumPy and its own assertions
+            raise _damaged(folder, first_line(error)) from error
+
+    def _japanese(self, text: str) -> str:
+        """Write kanji as hiragana, with a space before a word that begins like a particle, as upstream does."""
+        words = []
+        for piece in self._kakasi.convert(text):
+            reading = piece["hira"]
+            if any("一" <= character <= "\u9fff" for character in piece["orig"]):
+                words.append(f" {reading}" if reading.startswith(("は", "へ")) else reading)
+            else:
+                words.append(piece["orig"])
+        return unicodedata.normalize("NFKD", "".join(words))
+
+    @functools.cached_property
+    def _kakasi(self) -> Any:
+        return _import("pykakasi").kakasi()
+
+
+def _import(name: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise ModelError(
+            f"the package {name} is missing: {error}",
+            next_step="install the multilingual extra: pip install 'chatterbox-prewarm[multilingual]'",
+        ) from error
+
+
+def _damaged(path: Path, cause: str) -> WeightsError:
+    return WeightsError(
+        f"{path} cannot be used: {cause}",
+        next_step="fetch the checkpoint again with `chatterbox-prewarm weights fetch`",
+    )
+
+
+def read_text(directory: Path, variant: Variant, plain: frozenset[str] = frozenset()) -> MultilingualText:
+    """Read the tokenizer of a checkpoint; see `VariantCode`. The data of a language is read when it is first used."""
+    needed = [f"[{code}]" for code in variant.languages]
+    return MultilingualText(read_tokenizer(directory / variant.tokenizer, needed=needed), directory, variant, plain)
+
+
+def behaviour() -> Behaviour:
+    """Return what the installed upstream does."""
+    return installed_multilingual()
+
+
+def aligned_heads(layers: int) -> tuple[tuple[int, int], ...]:
+    """Return upstream's heads. In a shortened T3, its remaining layers take the places of the missing ones."""
+    if not behaviour().analyzes_alignment:
+        return ()
+    return tuple((layer % layers, head) for layer, head in _ALIGNED_HEADS)
+
+
+def upstream_class() -> Any:
+    """Import upstream's class."""
+    from chatterbox.mtl_tts import ChatterboxMultilingualTTS
+
+    return ChatterboxMultilingualTTS
+
+
+def upstream_tokenizer(directory: Path, variant: Variant) -> Any:
+    """Construct upstream's tokenizer with the data in the checkpoint, without the network."""
+    from chatterbox.models.tokenizers import MTLTokenizer
+
+    with _upstream_reads(directory, variant):
+        return MTLTokenizer(str(directory / variant.tokenizer))
+
+
+@contextlib.contextmanager
+def _upstream_reads(directory: Path, variant: Variant) -> Iterator[None]:
+    """Let upstream find the data of Chinese in the checkpoint instead of on the network."""
+    from chatterbox.models.tokenizers import tokenizer as module
+
+    config = _import("spacy_pkuseg").config
+    found = config.pkuseg_home, module.hf_hub_download
+    config.pkuseg_home = str(directory / Path(variant.archives[0].path).parent)
+    module.hf_hub_download = lambda *_, filename, **__: str(directory / filename)
+    try:
+        yield
+    finally:
+        config.pkuseg_home, module.hf_hub_download = found
+
+
+def upstream_from_local(directory: Path, variant: Variant, device: str) -> Any:
+    """Load upstream's model with upstream's code, which reads pickles instead of the safetensors files."""
+    import torch
+    from safetensors.torch import load_file
+
+    kind = upstream_class()
+    with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-") as folder, _upstream_reads(directory, variant):
+        for name in (variant.tokenizer, *variant.safetensors, variant.builtin_voice, *variant.data):
+            if name in variant.published:
+                torch.save(load_file(directory / name), Path(folder) / variant.published[name])
+            elif (directory / name).exists():
+                (Path(folder) / name).symlink_to((directory / name).resolve())
+        return kind.from_local(folder, device)
+
+
+def upstream_generate(model: Any, text: str, language: str) -> Any:
+    """Speak a text with upstream's `generate`."""
+    return model.generate(text, language_id=language)
+
+
+def upstream_text_ids(model: Any, text: str, language: str) -> list[int]:
+    """Return the text tokens that upstream computes."""
+    from chatterbox.mtl_tts import punc_norm
+
+    ids: list[int] = model.tokenizer.text_to_tokens(punc_norm(text), language_id=language)[0].tolist()
+    return ids
+
+
+def write_synthetic_text(directory: Path, variant: Variant) -> None:
+    """Write a tokenizer of characters, a table of a few Cangjie codes, and a small model that splits Chinese words."""
+    special = [*(f"[{code}]" for code in variant.languages), *(f"[cj_{letter}]" for letter in _CANGJIE_LETTERS)]
+    text = character_tokenizer(_characters(), variant.text_vocabulary, special=special)
+    (directory / variant.tokenizer).write_text(text, encoding="utf-8")
+    table = [f"{character}\t{code}" for character, code in _SYNTHETIC_CANGJIE.items()]
+    (directory / variant.data[0]).write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
+    _write_synthetic_segmenter(directory, variant)
+
+
+#: The letters of Cangjie codes, the digits that number characters with the same code, and the end of a code.
+_CANGJIE_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789."
+#: A few characters with their Cangjie codes. The last two share a code.
+_SYNTHETIC_CANGJIE = {
+    "我": "hqi",
+    "你": "onf",
+    "好": "vnd",
+    "世": "pt",
+    "界": "wll",
+    "天": "mk",
+    "今": "oin",
+    "很": "hoav",
+    "是": "amyo",
+    "人": "o",
+    "中": "l",
+    "国": "wmgi",
+    "说": "ivcru",
+    "话": "ivhjr",
+    "日": "a",
+    "曰": "a",
+}
+#: Sentences that are split into words, from which the small model has its features.
+_SYNTHETIC_WORDS = ("你好 , 世界 。", "今天 天 很 好 。", "我 是 中国 人 。", "我 说 话 。")
+#: The first and the last character of each part of Unicode that the synthetic tokenizer knows, after NFKD.
+_RANGES = (
+    (" ", "~"),
+    ("\u00a1", "\u00ff"),
+    ("\u0111", "\u0153"),
+    ("\u0300", "\u036f"),
+    ("\u0384", "\u03ce"),
+    ("\u0410", "\u045f"),
+    ("\u05b0", "\u05ea"),
+    ("\u060c", "\u0669"),
+    ("\u0900", "\u097f"),
+    ("\u1100", "\u1112"),
+    ("\u1161", "\u1175"),
+    ("\u11a8", "\u11c2"),
+    ("\u3001", "\u3011"),
+    ("\u3041", "\u30fe"),
+)
+
+
+def _characters() -> list[str]:
+    ranges = (map(chr, range(ord(first), ord(last) + 1)) for first, last in _RANGES)
+    return [character for part in ranges for character in part if character != " "]
+
+
+def _write_synthetic_segmenter(directory: Path, variant: Variant) -> None:
+    """Write a model in pkuseg's format, with features from a few sentences and random weights."""
+    import numpy as np
+    from spacy_pkuseg.feature_extractor import FeatureExtractor  # type: ignore[import-untyped]
+    from spacy_pkuseg.model import Model  # type: ignore[import-untyped]
+
+    (archive,) = variant.archives
+    path = directory / archive.path
+    folder = path.with_suffix("")
+    folder.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-words-") as scratch:
+        corpus = Path(scratch) / "words.txt"
+        corpus.write_text("\n".join(_SYNTHETIC_WORDS), encoding="utf-8")
+        features = FeatureExtractor()
+        with contextlib.redirect_stdout(io.StringIO()):
+            features.build(str(corpus))
+    features.save(str(folder))
+    model = Model(len(features.feature_to_idx), len(features.tag_to_idx))
+    model.w = np.random.default_rng(0).standard_normal(model.w.shape)
+    model.save(str(folder))
+    with zipfile.ZipFile(path, "w") as packed:
+        for member in archive.members:
+            packed.writestr(zipfile.ZipInfo(member), (folder / member).read_bytes())

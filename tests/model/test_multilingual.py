@@ -1,0 +1,332 @@
+"""Test the Multilingual model against upstream: text, tokens, audio, the data of its languages, a bake and a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from chatterbox_prewarm.bench.upstream import limit_tokens
+from chatterbox_prewarm.errors import BadInputError, WeightsError
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.model import Model, load
+from chatterbox_prewarm.model.regions.executors import eager
+from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
+from chatterbox_prewarm.model.regions.t3 import T3Decoder
+from chatterbox_prewarm.model.regions.t3_blocks import STOP_SPEECH_TOKEN
+from chatterbox_prewarm.model.sampling import Sampling
+from chatterbox_prewarm.model.streaming import generate_stream
+from chatterbox_prewarm.model.synthesis import Synthesizer, seed_everything
+from chatterbox_prewarm.model.upstream import load_upstream, upstream_text_tokens, variant_of
+from chatterbox_prewarm.model.upstream_source import Behaviour, installed_multilingual, read_multilingual
+from chatterbox_prewarm.model.variants import code_of, multilingual
+from chatterbox_prewarm.model.voices import for_upstream, read_builtin_voice
+from chatterbox_prewarm.weights.record import record
+from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL
+from tests.conftest import build_once, run_cli
+from tests.helpers.serving import Server
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from chatterbox_prewarm.model.conditionals import Conditionals
+
+#: A text in each language. Hebrew has points and Russian has stress marks.
+TEXTS = {
+    "en": "Hello, world.",
+    "ar": "مرحبا، كيف حالك؟",
+    "da": "Hvordan går det på øen?",
+    "de": "Größe ist nicht alles…",
+    "el": "Καλημέρα κόσμε",
+    "es": "¿Qué tal, señor?",
+    "fi": "Hyvää päivää",
+    "fr": "Ça va très bien, merci : et vous ?",
+    "he": "שָׁלוֹם עוֹלָם",
+    "hi": "नमस्ते, आप कैसे हैं?",
+    "it": "Perché no?",
+    "ja": "今日はとても天気がいいですね。ヘリコプターへ",
+    "ko": "안녕하세요, 반갑습니다.",
+    "ms": "Selamat pagi",
+    "nl": "Hoe gaat het?",
+    "no": "Hvordan går det?",
+    "pl": "Zażółć gęślą jaźń",
+    "pt": "Não há problema",
+    "ru": "Приве́т, как дела́?",
+    "sv": "Hur mår du?",
+    "sw": "Habari ya asubuhi",
+    "tr": "İstanbul'da ılık bir gün",  # noqa: RUF001
+    "zh": "你好,世界。今天天很好。曰日",
+}
+
+
+@pytest.fixture(scope="module")
+def weights(shared_dir: Path) -> Path:
+    """Return a mini checkpoint of the Multilingual model."""
+
+    def synthesize(directory: Path) -> None:
+        made = run_cli("weights", "synthesize", directory, "--size", "mini", "--variant", "multilingual")
+        assert made.returncode == 0, made.stderr
+        assert "length =" not in made.stdout, "pkuseg prints what it reads"
+
+    return build_once(shared_dir / "weights" / "mini-multilingual", synthesize)
+
+
+@pytest.fixture(scope="module")
+def model(weights: Path) -> Model:
+    return load(weights)
+
+
+@pytest.fixture(scope="module")
+def voice(weights: Path) -> Conditionals:
+    found = read_builtin_voice(weights)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def upstream(weights: Path, model: Model) -> Any:
+    return load_upstream(weights, lean=model)
+
+
+@pytest.mark.parametrize("language", MULTILINGUAL.languages)
+def test_the_tokens_of_each_language_equal_those_of_upstream(language: str, model: Model, upstream: Any) -> None:
+    text = TEXTS[language]
+    model.text.check(text, language)
+    ours = model.text_tokens(text, language)
+    assert torch.equal(ours, upstream_text_tokens(upstream, text, language)[:1])
+    assert model.text.tokenizer.token_to_id("[UNK]") not in ours
+    assert variant_of(upstream) is MULTILINGUAL
+
+
+def test_chinese_characters_with_the_same_code_are_numbered(model: Model) -> None:
+    tokens = [model.text.tokenizer.id_to_token(number) for number in model.text.ids("日曰", "zh")]
+    assert tokens[:3] == ["[zh]", "[cj_a]", "[cj_.]"]
+    assert "[cj_1]" in tokens
+
+
+def test_text_that_lacks_its_marks_is_refused_unless_the_deployer_accepts_it(weights: Path, model: Model) -> None:
+    plain = code_of(MULTILINGUAL).read_text(weights, MULTILINGUAL, frozenset({"he", "ru"}))
+    for language, text, lacking in (("he", "שלום", "points"), ("ru", "Привет", "stress")):
+        with pytest.raises(BadInputError, match=lacking) as caught:
+            model.text.check(text, language)
+        assert f"--plain-text {language}" in (caught.value.next_step or "")
+        plain.check(text, language)
+    model.text.check("12.", "ru")
+
+
+def test_text_in_a_script_that_the_model_does_not_know_is_refused(model: Model) -> None:
+    with pytest.raises(BadInputError, match="mostly THAI"):
+        model.text.check("สวัสดีชาวโลก", "en")
+
+
+def _tokens_of_both(
+    decoder: T3Decoder, upstream: Any, voice: Conditionals, sampling: Sampling
+) -> tuple[list[int], list[int]]:
+    """Draw at most 25 speech tokens of a French text with our decoder and with upstream's."""
+    prompt = upstream_text_tokens(upstream, TEXTS["fr"], "fr")
+    torch.manual_seed(3)
+    theirs = upstream.t3.inference(
+        t3_cond=for_upstream(voice).t3,
+        text_tokens=prompt,
+        max_new_tokens=25,
+        temperature=sampling.temperature,
+        cfg_weight=sampling.cfg_weight,
+        repetition_penalty=sampling.repetition_penalty,
+        min_p=sampling.min_p,
+        top_p=sampling.top_p,
+    )[0]
+    torch.manual_seed(3)
+    ours = decoder(voice.t3, prompt[:1], sampling=sampling, max_new_tokens=25)
+    return ours.tolist(), theirs.tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 5.0, "repetition_penalty": 1.0, "min_p": 0.0, "top_p": 0.9}, {"temperature": 0.05}],
+    ids=["defaults", "random", "greedy"],
+)
+def test_speech_tokens_equal_those_of_upstream(
+    settings: dict[str, float], model: Model, upstream: Any, voice: Conditionals
+) -> None:
+    ours, theirs = _tokens_of_both(model.decoder, upstream, voice, Sampling(**{"repetition_penalty": 2.0, **settings}))
+    assert ours == theirs
+    assert len(ours) == 25
+
+
+def test_speech_that_repeats_a_token_ends_as_in_upstream(model: Model, upstream: Any, voice: Conditionals) -> None:
+    head = torch.zeros_like(model.tensors["t3.speech_head.weight"])
+    head[5] = torch.randn(1024, generator=torch.Generator().manual_seed(1))
+    head[6] = -head[5]  # one of these two tokens is always the most likely one
+    weights = NamedTensors({**model.tensors, "t3.speech_head.weight": head}, "t3.")
+    decoder = T3Decoder(weights, eager, aligned=multilingual.aligned_heads(2))
+    kept = upstream.t3.speech_head.weight
+    upstream.t3.speech_head.weight = torch.nn.Parameter(head)
+    try:
+        ours, theirs = _tokens_of_both(decoder, upstream, voice, Sampling(temperature=0.05, repetition_penalty=1.0))
+    finally:
+        upstream.t3.speech_head.weight = kept
+    assert ours == theirs
+    assert ours[-1] == STOP_SPEECH_TOKEN
+    assert ours[-2] == ours[-3]
+    free = T3Decoder(weights, eager)(
+        voice.t3,
+        model.text_tokens(TEXTS["fr"], "fr"),
+        sampling=Sampling(temperature=0.05, repetition_penalty=1.0),
+        max_new_tokens=25,
+    )
+    assert len(free) == 25, "without the analysis it goes on"
+
+
+def test_audio_equals_that_of_upstream_and_a_stream_equals_the_audio(
+    model: Model, upstream: Any, voice: Conditionals
+) -> None:
+    limit_tokens(upstream, 12)
+    upstream.conds = for_upstream(voice)
+    seed_everything(7)
+    theirs = upstream.generate(TEXTS["de"], "de").squeeze(0).numpy()
+    synthesizer = Synthesizer(model, {DEFAULT_VOICE: voice})
+    ours = synthesizer.synthesize(TEXTS["de"], language="de", seed=7, max_new_tokens=12)
+    assert ours.samples.shape == theirs.shape
+    difference = np.square(ours.samples - theirs).sum()
+    assert 10 * np.log10(np.square(theirs).sum() / max(difference, 1e-30)) >= 50
+    chunks = generate_stream(synthesizer, TEXTS["de"], language="de", seed=7, max_new_tokens=12)
+    assert np.array_equal(np.concatenate([chunk.samples for chunk in chunks]), ours.samples)
+
+
+def test_the_audio_of_the_last_token_is_left_out_where_upstream_does_that(
+    weights: Path, voice: Conditionals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, cut = (
+        Synthesizer(load(weights), {DEFAULT_VOICE: voice})
+        for dropped in (0, 1)
+        if monkeypatch.setattr(
+            multilingual, "behaviour", lambda dropped=dropped: Behaviour(repetition_penalty=1.2, dropped_tokens=dropped)
+        )
+        is None
+    )
+    settings: dict[str, Any] = {"seed": 7, "max_new_tokens": 12}
+    longer, shorter = complete.synthesize("Hello.", **settings), cut.synthesize("Hello.", **settings)
+    assert shorter.tokens.tolist() == longer.tokens.tolist()
+    assert len(longer.samples) - len(shorter.samples) == 960
+    for look_ahead in (None, 3):
+        chunks = list(generate_stream(cut, "Hello.", chunk_tokens=5, look_ahead=look_ahead, **settings))
+        assert sum(chunk.samples.size for chunk in chunks) == len(shorter.samples)
+
+
+def test_the_installed_source_is_the_wheel() -> None:
+    assert installed_multilingual() == Behaviour(repetition_penalty=2.0, analyzes_alignment=True, dropped_tokens=0)
+
+
+def test_the_main_branch_is_recognized() -> None:
+    source = os.environ.get("CHATTERBOX_MAIN")
+    if source is None:
+        pytest.skip("CHATTERBOX_MAIN does not name a checkout of upstream's main branch")
+    behaviour = read_multilingual(Path(source) / "src" / "chatterbox")
+    assert behaviour == Behaviour(repetition_penalty=1.2, analyzes_alignment=False, dropped_tokens=1)
+
+
+def _copy(weights: Path, target: Path) -> Path:
+    """Copy a checkpoint, with links to its large files."""
+    shutil.copytree(weights, target, copy_function=os.link)
+    return target
+
+
+def _empty_table(directory: Path) -> None:
+    (directory / "Cangjie5_TC.json").unlink()
+    (directory / "Cangjie5_TC.json").write_text("[]")
+
+
+def _table_of_something_else(directory: Path) -> None:
+    (directory / "Cangjie5_TC.json").unlink()
+    (directory / "Cangjie5_TC.json").write_text('{"a": 1}')
+
+
+def _no_segmenter(directory: Path) -> None:
+    (directory / "pkuseg" / "spacy_ontonotes" / "features.msgpack").unlink()
+
+
+def _damaged_segmenter(directory: Path) -> None:
+    path = directory / "pkuseg" / "spacy_ontonotes" / "weights.npz"
+    path.unlink()
+    path.write_bytes(b"no archive")
+
+
+@pytest.mark.parametrize("damage", [_empty_table, _table_of_something_else, _no_segmenter, _damaged_segmenter])
+def test_damaged_data_of_a_language_is_an_error(damage: Callable[[Path], None], weights: Path, tmp_path: Path) -> None:
+    directory = _copy(weights, tmp_path / "weights")
+    damage(directory)
+    text = code_of(MULTILINGUAL).read_text(directory, MULTILINGUAL)
+    with pytest.raises(WeightsError):
+        text.load()
+    verified = run_cli("weights", "verify", directory)
+    assert verified.returncode == WeightsError.exit_code
+
+
+def test_weights_of_one_variant_are_refused_as_another(weights: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "weights"
+    directory.mkdir()
+    renamed = {MULTILINGUAL.t3: ENGLISH.t3, MULTILINGUAL.tokenizer: ENGLISH.tokenizer}
+    for name in (MULTILINGUAL.tokenizer, *MULTILINGUAL.safetensors, MULTILINGUAL.builtin_voice):
+        os.link(weights / name, directory / renamed.get(name, name))
+    record(directory, variant=ENGLISH, repository="own", revision="unversioned")
+    with pytest.raises(WeightsError, match=r"has shape \[2454, 1024\], the model english needs \[704, 1024\]"):
+        load(directory)
+
+
+@pytest.fixture(scope="module")
+def server(weights: Path, shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Bake a state, and serve it in German by default."""
+    directory = shared_dir / "multilingual"
+
+    def bake(warm: Path) -> None:
+        arguments = ("--weights", weights, "--warm", warm, "--cache", directory / "cache")
+        baked = run_cli("bake", *arguments, "--profile", "eager", "--levels", "1")
+        assert baked.returncode == 0, baked.stderr
+
+    warm = build_once(directory / "warm", bake)
+    server = Server(
+        tmp_path_factory.mktemp("serve") / "log",
+        *("--warm", warm, "--weights", weights, "--cache", directory / "cache", "--policy", "require"),
+        *("--language", "de", "--plain-text", "ru"),
+    )
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.end()
+
+
+def test_a_warm_start_misses_nothing(server: Server) -> None:
+    status = server.status()[1]
+    assert status["hits"]["conditionals"] == 1
+    assert status["misses"] == {}
+
+
+def test_the_server_speaks_the_language_of_the_request(server: Server) -> None:
+    default, german, french, upstreams = (
+        server.speak(**fields, temperature=0.05, cfg_weight=5)  # random weights hardly depend on the text
+        for fields in ({}, {"language": "de"}, {"language": "FR"}, {"language_id": "fr"})
+    )
+    assert [status for status, _ in (default, german, french, upstreams)] == [200] * 4
+    assert default[1] == german[1] != french[1] == upstreams[1]
+    assert server.speak(input=TEXTS["zh"], language="zh")[0] == 200
+    assert server.speak(input="Привет", language="ru")[0] == 200
+
+
+@pytest.mark.parametrize("fields", [{"language": "xx"}, {"language": ""}, {"language": "he", "input": "שלום"}])
+def test_the_server_refuses_a_language_that_it_cannot_speak(fields: dict[str, str], server: Server) -> None:
+    status, body = server.speak(**fields)
+    assert status == 400
+    assert json.loads(body)["error"]["message"]
+
+
+def test_the_server_lists_its_languages(server: Server) -> None:
+    (entry,) = json.loads(server.ask("GET", "/v1/models")[1])["data"]
+    assert entry["variant"] == "multilingual"
+    assert entry["languages"]["fr"] == "French"
