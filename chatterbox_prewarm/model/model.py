@@ -143,10 +143,10 @@ def load(
     tensors = dict(_read(directory, variant, device, t3_dtype))
     populate(tensors)
     code, t3 = code_of(variant), NamedTensors(tensors, "t3.")
-    aligned = code.aligned_heads(len(t3.layers("tfmr.layers")))
+    aligned = code.aligned_heads(variant, len(t3.layers("tfmr.layers")))
     return Model(
         variant=variant,
-        behaviour=code.behaviour(),
+        behaviour=code.behaviour(variant),
         tensors=tensors,
         text=code.read_text(directory, variant, frozenset(plain_text)),
         decoder=T3Decoder(t3, executor, dtype=t3_dtype, graphs=graphs, aligned=aligned),

@@ -154,7 +154,7 @@ def make_t3(variant: Variant, layers: int | None) -> T3:
     from chatterbox.models.t3.modules.t3_config import T3Config
 
     config = T3Config(variant.text_vocabulary)
-    heads = code_of(variant).aligned_heads(layers) if layers is not None else ()
+    heads = code_of(variant).aligned_heads(variant, layers) if layers is not None else ()
     if heads:
         analyzer: Any = importlib.import_module("chatterbox.models.t3.inference.alignment_stream_analyzer")
         analyzer.LLAMA_ALIGNED_HEADS = list(heads)

@@ -27,6 +27,10 @@ class Behaviour:
     dropped_tokens: int = 0
 
 
+#: What the main branch does, the only one that can load T3 v3.
+MAIN_BRANCH = Behaviour(repetition_penalty=1.2, dropped_tokens=1)
+
+
 @functools.cache
 def installed_multilingual() -> Behaviour:
     """Read the installed source, without importing it."""

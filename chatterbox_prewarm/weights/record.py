@@ -75,6 +75,8 @@ def record(
         if name in variant.safetensors:
             read_safetensors_header(path)
         files.append(FileEntry(path=name, size=path.stat().st_size, sha256=hash_file(path)))
+        if name == variant.t3:
+            _check_t3(path, files[-1].sha256, variant)
     check_vocabulary(directory, variant)
     written = WeightsRecord(
         variant=variant.name, repository=repository, revision=revision, synthetic=synthetic, files=tuple(files)
@@ -84,6 +86,20 @@ def record(
     except OSError as error:
         raise from_os_error(error, f"writing {RECORD_NAME}") from error
     return written
+
+
+def _check_t3(path: Path, digest: str, variant: Variant) -> None:
+    """Refuse the published T3 of another variant, which may have the same shapes.
+
+    Raises:
+        WeightsError: see above.
+    """
+    for other in VARIANTS.values():
+        if other.t3_sha256 == digest and other.name != variant.name:
+            raise WeightsError(
+                f"{path} is the T3 of the variant {other.name}, not of {variant.name}",
+                next_step=f"use --variant {other.name}, with the file named {other.t3}",
+            )
 
 
 def read_record(directory: Path) -> WeightsRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import reprlib
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -51,7 +52,8 @@ class Variant:
         archives: archives from elsewhere that the text needs.
         published: the names under which the hub publishes files that have another name here. Such a file is a pickle of
             tensors, which `weights fetch` converts to safetensors.
-        t3_sha256: the digest of the published T3, which tells variants with equal shapes apart; "" if it is unknown.
+        t3_sha256: the digest of the published T3, to recognize it under the name of a variant with equal shapes; "" if
+            no other variant has its shapes.
         text_vocabulary: the number of text tokens that T3 has embeddings for.
         languages: the names of the languages that a request can choose, by their code.
     """
@@ -139,6 +141,7 @@ MULTILINGUAL = Variant(
     tokenizer="grapheme_mtl_merged_expanded_v1.json",
     voice_encoder="ve.safetensors",
     t3="t3_mtl23ls_v2.safetensors",
+    t3_sha256="b1237586127ce98e7800a68e49938eb5092846862aabcb6e17b2fda7889a6c75",
     s3gen="s3gen.safetensors",
     builtin_voice="conds.pt",
     data=("Cangjie5_TC.json",),
@@ -174,7 +177,16 @@ MULTILINGUAL = Variant(
     ),
 )
 
-VARIANTS: Mapping[str, Variant] = MappingProxyType({variant.name: variant for variant in (ENGLISH, MULTILINGUAL)})
+MULTILINGUAL_V3 = dataclasses.replace(
+    MULTILINGUAL,
+    name="multilingual-v3",
+    t3="t3_mtl23ls_v3.safetensors",
+    t3_sha256="5abca8321ede76f8e61f1cc0d19aea6c946b28871017ce8726f8a69203f05953",
+)
+
+VARIANTS: Mapping[str, Variant] = MappingProxyType(
+    {variant.name: variant for variant in (ENGLISH, MULTILINGUAL, MULTILINGUAL_V3)}
+)
 
 #: The variant that commands use if no other is named.
 DEFAULT_VARIANT = ENGLISH

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.system.json_subprocess import parse_report, report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 TIMEOUT = 60.0
 HEAVY = ("torch", "numba", "transformers", "librosa", "numpy", "model_signing", "sigstore", "cryptography")
@@ -162,14 +162,29 @@ def probed(*, warm: str, action: str) -> dict[str, Any]:
     return {"network": seen.network, "programs": seen.programs, "writes": seen.writes}
 
 
-def fetch(*, directory: str, repository: str, files: list[str], tensors: list[str], revision: str) -> dict[str, Any]:
+def fetch(
+    *,
+    directory: str,
+    repository: str,
+    files: list[str],
+    tensors: list[str],
+    revision: str,
+    published: dict[str, str] | None = None,
+    archives: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
     from chatterbox_prewarm.weights.fetch import fetch as fetch_weights
-    from chatterbox_prewarm.weights.variants import ENGLISH, Variant
+    from chatterbox_prewarm.weights.variants import ENGLISH, Archive, Variant
 
     # A variant with few files.
     small = type("SmallVariant", (Variant,), {"files": tuple(files), "safetensors": tuple(tensors)})
     table = {field.name: getattr(ENGLISH, field.name) for field in dataclasses.fields(ENGLISH)}
-    variant = small(**{**table, "repository": repository, "revision": revision})
+    given = {
+        "repository": repository,
+        "revision": revision,
+        "published": published or {},
+        "archives": tuple(Archive(**{**archive, "members": tuple(archive["members"])}) for archive in archives),
+    }
+    variant = small(**{**table, **given})
     found = fetch_weights(Path(directory), variant=variant)
     return {"revision": found.revision, "files": {entry.path: entry.sha256 for entry in found.files}}
 

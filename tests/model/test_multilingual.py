@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -24,11 +25,11 @@ from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.streaming import generate_stream
 from chatterbox_prewarm.model.synthesis import Synthesizer, seed_everything
 from chatterbox_prewarm.model.upstream import load_upstream, upstream_text_tokens, variant_of
-from chatterbox_prewarm.model.upstream_source import Behaviour, installed_multilingual, read_multilingual
+from chatterbox_prewarm.model.upstream_source import MAIN_BRANCH, Behaviour, installed_multilingual, read_multilingual
 from chatterbox_prewarm.model.variants import code_of, multilingual
 from chatterbox_prewarm.model.voices import for_upstream, read_builtin_voice
 from chatterbox_prewarm.weights.record import record
-from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL
+from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL, MULTILINGUAL_V3
 from tests.conftest import build_once, run_cli
 from tests.helpers.serving import Server
 
@@ -164,7 +165,7 @@ def test_speech_that_repeats_a_token_ends_as_in_upstream(model: Model, upstream:
     head[5] = torch.randn(1024, generator=torch.Generator().manual_seed(1))
     head[6] = -head[5]  # one of these two tokens is always the most likely one
     weights = NamedTensors({**model.tensors, "t3.speech_head.weight": head}, "t3.")
-    decoder = T3Decoder(weights, eager, aligned=multilingual.aligned_heads(2))
+    decoder = T3Decoder(weights, eager, aligned=multilingual.aligned_heads(MULTILINGUAL, 2))
     kept = upstream.t3.speech_head.weight
     upstream.t3.speech_head.weight = torch.nn.Parameter(head)
     try:
@@ -202,14 +203,12 @@ def test_audio_equals_that_of_upstream_and_a_stream_equals_the_audio(
 def test_the_audio_of_the_last_token_is_left_out_where_upstream_does_that(
     weights: Path, voice: Conditionals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    complete, cut = (
-        Synthesizer(load(weights), {DEFAULT_VOICE: voice})
-        for dropped in (0, 1)
-        if monkeypatch.setattr(
-            multilingual, "behaviour", lambda dropped=dropped: Behaviour(repetition_penalty=1.2, dropped_tokens=dropped)
-        )
-        is None
-    )
+    def speaker(dropped: int) -> Synthesizer:
+        behaviour = Behaviour(repetition_penalty=1.2, dropped_tokens=dropped)
+        monkeypatch.setattr(multilingual, "behaviour", lambda _: behaviour)
+        return Synthesizer(load(weights), {DEFAULT_VOICE: voice})
+
+    complete, cut = speaker(0), speaker(1)
     settings: dict[str, Any] = {"seed": 7, "max_new_tokens": 12}
     longer, shorter = complete.synthesize("Hello.", **settings), cut.synthesize("Hello.", **settings)
     assert shorter.tokens.tolist() == longer.tokens.tolist()
@@ -219,7 +218,10 @@ def test_the_audio_of_the_last_token_is_left_out_where_upstream_does_that(
         assert sum(chunk.samples.size for chunk in chunks) == len(shorter.samples)
 
 
-def test_the_installed_source_is_the_wheel() -> None:
+def test_the_installed_source_is_recognized() -> None:
+    if importlib.util.find_spec("chatterbox.models.t3.inference.alignment_stream_analyzer") is None:
+        assert installed_multilingual() == MAIN_BRANCH
+        return
     assert installed_multilingual() == Behaviour(repetition_penalty=2.0, analyzes_alignment=True, dropped_tokens=0)
 
 
@@ -228,7 +230,12 @@ def test_the_main_branch_is_recognized() -> None:
     if source is None:
         pytest.skip("CHATTERBOX_MAIN does not name a checkout of upstream's main branch")
     behaviour = read_multilingual(Path(source) / "src" / "chatterbox")
-    assert behaviour == Behaviour(repetition_penalty=1.2, analyzes_alignment=False, dropped_tokens=1)
+    assert behaviour == MAIN_BRANCH
+
+
+def test_t3_v3_has_no_analysis_with_any_source() -> None:
+    assert multilingual.behaviour(MULTILINGUAL_V3) == MAIN_BRANCH
+    assert multilingual.aligned_heads(MULTILINGUAL_V3, 30) == ()
 
 
 def _copy(weights: Path, target: Path) -> Path:

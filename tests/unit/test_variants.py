@@ -64,7 +64,7 @@ def test_an_unknown_language_is_refused_with_the_known_ones(code: str) -> None:
 def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:
     with pytest.raises(BadInputError) as caught:
         get_variant("../english")
-    assert "english, multilingual" in (caught.value.next_step or "")
+    assert "english, multilingual, multilingual-v3" in (caught.value.next_step or "")
 
 
 def test_a_variant_cannot_be_changed() -> None:

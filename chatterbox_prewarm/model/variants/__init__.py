@@ -62,10 +62,10 @@ class VariantCode(Protocol):
             ModelError: a package is missing.
         """
 
-    def behaviour(self) -> Behaviour:
+    def behaviour(self, variant: Variant) -> Behaviour:
         """Return the details in which this variant of the installed upstream differs from others."""
 
-    def aligned_heads(self, layers: int) -> tuple[tuple[int, int], ...]:
+    def aligned_heads(self, variant: Variant, layers: int) -> tuple[tuple[int, int], ...]:
         """Return the attention heads of T3 that follow the text, as pairs of layer and head, for a T3 of `layers`.
 
         With such heads, `regions.alignment` decides when the speech must end and when it must not.

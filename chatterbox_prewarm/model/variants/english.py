@@ -40,12 +40,12 @@ def read_text(directory: Path, variant: Variant, plain: frozenset[str] = frozens
     return EnglishText(read_tokenizer(directory / variant.tokenizer))
 
 
-def behaviour() -> Behaviour:
+def behaviour(variant: Variant) -> Behaviour:  # noqa: ARG001 - see `VariantCode`
     """Return what upstream does."""
     return Behaviour(repetition_penalty=1.2)
 
 
-def aligned_heads(layers: int) -> tuple[tuple[int, int], ...]:  # noqa: ARG001 - see `VariantCode`
+def aligned_heads(variant: Variant, layers: int) -> tuple[tuple[int, int], ...]:  # noqa: ARG001 - see `VariantCode`
     """Return no heads: upstream analyzes the alignment of the Multilingual model only."""
     return ()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import json
 import tempfile
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.errors import BadInputError, ModelError, WeightsError, first_line
 from chatterbox_prewarm.model.text import SENTENCE_ENDS, normalize_punctuation
 from chatterbox_prewarm.model.tokenizer import character_tokenizer, check_known, encode, read_tokenizer
-from chatterbox_prewarm.model.upstream_source import Behaviour, installed_multilingual
+from chatterbox_prewarm.model.upstream_source import MAIN_BRANCH, Behaviour, installed_multilingual
 from chatterbox_prewarm.system.regular_files import read_regular
+from chatterbox_prewarm.weights.variants import MULTILINGUAL_V3
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -174,14 +176,14 @@ def read_text(directory: Path, variant: Variant, plain: frozenset[str] = frozens
     return MultilingualText(read_tokenizer(directory / variant.tokenizer, needed=needed), directory, variant, plain)
 
 
-def behaviour() -> Behaviour:
-    """Return what the installed upstream does."""
-    return installed_multilingual()
+def behaviour(variant: Variant) -> Behaviour:
+    """Return what the installed upstream does; for T3 v3, what the main branch does, which alone can load it."""
+    return MAIN_BRANCH if variant == MULTILINGUAL_V3 else installed_multilingual()
 
 
-def aligned_heads(layers: int) -> tuple[tuple[int, int], ...]:
+def aligned_heads(variant: Variant, layers: int) -> tuple[tuple[int, int], ...]:
     """Return upstream's heads. In a shortened T3, its remaining layers take the places of the missing ones."""
-    if not behaviour().analyzes_alignment:
+    if not behaviour(variant).analyzes_alignment:
         return ()
     return tuple((layer % layers, head) for layer, head in _ALIGNED_HEADS)
 
@@ -222,13 +224,18 @@ def upstream_from_local(directory: Path, variant: Variant, device: str) -> Any:
     from safetensors.torch import load_file
 
     kind = upstream_class()
+    chosen = {"t3_model": variant.t3} if "t3_model" in inspect.signature(kind.from_local).parameters else {}
+    if variant == MULTILINGUAL_V3 and not chosen:
+        raise ModelError(
+            "the installed upstream cannot load T3 v3", next_step="install the main branch of resemble-ai/chatterbox"
+        )
     with tempfile.TemporaryDirectory(prefix="chatterbox-prewarm-") as folder, _upstream_reads(directory, variant):
         for name in (variant.tokenizer, *variant.safetensors, variant.builtin_voice, *variant.data):
             if name in variant.published:
                 torch.save(load_file(directory / name), Path(folder) / variant.published[name])
             elif (directory / name).exists():
                 (Path(folder) / name).symlink_to((directory / name).resolve())
-        return kind.from_local(folder, device)
+        return kind.from_local(folder, device, **chosen)
 
 
 def upstream_generate(model: Any, text: str, language: str) -> Any:

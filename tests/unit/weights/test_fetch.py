@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import socket
+import zipfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from chatterbox_prewarm.errors import BadInputError, WeightsError
 from chatterbox_prewarm.system.digests import verify_files
@@ -225,3 +227,105 @@ def test_a_directory_that_cannot_be_written_is_refused(hub: Hub, tmp_path: Path)
         fetch(hub, tmp_path)
     assert caught.value.exit_code == 16
     assert hub.requests == []
+
+
+PICKLE, CONVERTED, ARCHIVE = "s3gen.pt", "s3gen.safetensors", "words.zip"
+
+
+def _pickle(content: object) -> bytes:
+    torch = pytest.importorskip("torch", reason="a pickle of tensors is read with torch")
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
+def _convert(hub: Hub, home: Path) -> dict[str, Any]:
+    given = {
+        **arguments(home / "weights"),
+        "files": [SMALL, CONVERTED],
+        "tensors": [CONVERTED],
+        "published": {CONVERTED: PICKLE},
+    }
+    return call("fetch", env=environment(hub.endpoint, home), **given)
+
+
+def test_a_published_pickle_of_tensors_is_converted_once(hub: Hub, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="a pickle of tensors is read with torch")
+    hub.files[PICKLE] = _pickle({"a": torch.arange(6.0).view(2, 3).T, "b": torch.tensor([7])})
+    first = _convert(hub, tmp_path)
+    weights = tmp_path / "weights"
+    tensors = load((weights / CONVERTED).read_bytes())
+    assert tensors["a"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert tensors["b"].tolist() == [7]
+    assert not (weights / PICKLE).exists()
+    hub.requests.clear()
+    assert _convert(hub, tmp_path) == first
+    assert hub.ranges("GET", PICKLE) == []
+    hub.files[PICKLE] = _pickle({"a": torch.zeros(1)})
+    assert _convert(hub, tmp_path) != first, "the hub has another file now"
+
+
+class Code:
+    """Runs code when it is unpickled without protection."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("the code in the pickle was run",))
+
+
+@pytest.mark.parametrize("content", [{"a": Code()}, {"a": "no tensor"}, ["no names"]])
+def test_a_published_pickle_with_something_else_than_tensors_is_refused(
+    content: object, hub: Hub, tmp_path: Path
+) -> None:
+    hub.files[PICKLE] = _pickle(content)
+    with pytest.raises(WeightsError, match=r"s3gen\.pt"):
+        _convert(hub, tmp_path)
+    assert not (tmp_path / "weights" / CONVERTED).exists()
+    assert not (tmp_path / "weights" / "weights.json").exists()
+
+
+def _zip(**members: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as packed:
+        for name, content in members.items():
+            packed.writestr(name, content)
+    return stream.getvalue()
+
+
+def _unpack(hub: Hub, home: Path, sha256: str) -> dict[str, Any]:
+    archive = {
+        "path": f"data/{ARCHIVE}",
+        "url": f"{hub.endpoint}/{hub.repository}/resolve/{hub.revision}/{ARCHIVE}",
+        "sha256": sha256,
+        "members": ["one", "two"],
+    }
+    unpacked = [f"data/{ARCHIVE}", "data/words/one", "data/words/two"]
+    given = {**arguments(home / "weights"), "files": [SMALL, LARGE, *unpacked], "archives": [archive]}
+    return call("fetch", env=environment(hub.endpoint, home), **given)
+
+
+def test_an_archive_is_unpacked_and_downloaded_once(hub: Hub, tmp_path: Path) -> None:
+    hub.files[ARCHIVE] = _zip(one=b"1", two=b"2", other=b"3")
+    digest = hashlib.sha256(hub.files[ARCHIVE]).hexdigest()
+    first = _unpack(hub, tmp_path, digest)
+    folder = tmp_path / "weights" / "data" / "words"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"one": b"1", "two": b"2"}
+    assert f"data/{ARCHIVE}" in first["files"]
+    (folder / "one").write_bytes(b"changed")
+    hub.requests.clear()
+    assert _unpack(hub, tmp_path, digest) == first
+    assert hub.ranges("GET", ARCHIVE) == []
+
+
+@pytest.mark.parametrize(("content", "reason"), [(_zip(one=b"1"), "cannot be unpacked"), (b"no archive", "unpacked")])
+def test_an_archive_without_its_members_is_refused(content: bytes, reason: str, hub: Hub, tmp_path: Path) -> None:
+    hub.files[ARCHIVE] = content
+    with pytest.raises(WeightsError, match=reason):
+        _unpack(hub, tmp_path, hashlib.sha256(content).hexdigest())
+
+
+def test_an_archive_with_another_digest_is_refused_and_removed(hub: Hub, tmp_path: Path) -> None:
+    hub.files[ARCHIVE] = _zip(one=b"1", two=b"2")
+    with pytest.raises(WeightsError, match="sent a file with the digest") as caught:
+        _unpack(hub, tmp_path, "0" * 64)
+    assert "put it at" in (caught.value.next_step or "")
+    assert not (tmp_path / "weights" / "data" / ARCHIVE).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -12,6 +13,7 @@ import pytest
 
 from chatterbox_prewarm.errors import BadInputError, WeightsError
 from chatterbox_prewarm.state.manifest import WeightsEntry
+from chatterbox_prewarm.weights import record as record_module
 from chatterbox_prewarm.weights.record import Synthetic, check_quickly, read_record, record, verify
 from chatterbox_prewarm.weights.variants import ENGLISH, get_variant
 from tests.helpers.states import make_checkpoint
@@ -69,6 +71,20 @@ def test_the_record_of_a_synthetic_checkpoint_says_how_it_was_made(checkpoint: P
     synthetic = Synthetic(size="tiny", seed=3, t3_layers=2)
     record(checkpoint, variant=ENGLISH, repository="synthetic", revision="-", synthetic=synthetic)
     assert verify(checkpoint).synthetic == synthetic
+
+
+def test_the_published_t3_of_a_variant_with_equal_shapes_is_recognized(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = hashlib.sha256((checkpoint / T3).read_bytes()).hexdigest()
+    other = dataclasses.replace(ENGLISH, name="other", t3="t3_other.safetensors", t3_sha256=digest)
+    monkeypatch.setattr(record_module, "VARIANTS", {"english": ENGLISH, "other": other})
+    with pytest.raises(WeightsError, match="is the T3 of the variant other, not of english") as caught:
+        record(checkpoint, variant=ENGLISH, repository="own", revision="unversioned")
+    assert "t3_other.safetensors" in (caught.value.next_step or "")
+    assert not (checkpoint / "weights.json").exists()
+    (checkpoint / T3).rename(checkpoint / other.t3)
+    assert record(checkpoint, variant=other, repository="own", revision="unversioned").variant == "other"
 
 
 def test_a_fine_tune_may_lack_only_the_builtin_voice(checkpoint: Path) -> None:
