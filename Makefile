@@ -6,6 +6,8 @@ VENV := $(if $(filter torch-2.6,$(STACK)),.venv,.venv-$(STACK))
 BIN := $(VENV)/bin
 # Test processes. Each may need 6 GB of memory; JOBS=0 runs the tests without subprocesses.
 JOBS ?= 2
+# Model variant of the demo; docs/variants.md lists them.
+VARIANT ?= english
 DOCKER ?= docker
 TAG ?= chatterbox:warm
 LOCKS := build/locks/$(STACK).txt build/locks/dev.txt
@@ -21,7 +23,7 @@ PYTEST := PATH="$$PATH:$(CURDIR)/$(CHECKS)/bin" OMP_WAIT_POLICY=passive $(BIN)/p
 .PHONY: demo test test-all lint format checks unlocked ray image bench lock clean
 
 demo: $(VENV)/.complete  ## bake, pack, prove and serve on this machine, with random weights
-	$(BIN)/python -m chatterbox_prewarm.bench.demo
+	$(BIN)/python -m chatterbox_prewarm.bench.demo --variant $(VARIANT)
 
 test: $(VENV)/.complete  ## tests that need only the packages that the README names; at most 10 minutes
 	$(PYTEST) -n $(JOBS) -m "not (containers or programs or slow)"

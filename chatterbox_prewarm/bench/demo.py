@@ -27,21 +27,24 @@ from chatterbox_prewarm.proof.prove import ProofOptions, prove
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.process import run as run_process
 from chatterbox_prewarm.weights.record import RECORD_NAME
+from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, VARIANTS
 
 _STARTED = time.monotonic()
 
 
-def demo(work: Path, dist: Path) -> None:
+def demo(work: Path, dist: Path, variant: str = DEFAULT_VARIANT.name) -> None:
     """Run the demo.
 
     Args:
         work: folder for the checkpoint, the cache and the warm state. A checkpoint from an earlier run is used again.
         dist: folder for the results.
+        variant: the name of the model variant.
     """
-    weights, warm = work / "weights-full", work / "warm-full"
+    suffix = "full" if variant == DEFAULT_VARIANT.name else f"full-{variant}"
+    weights, warm = work / f"weights-{suffix}", work / f"warm-{suffix}"
     dist.mkdir(parents=True, exist_ok=True)
     _announce("1/5 checkpoint: as published, but with random weights, so the speech is noise")
-    _create_checkpoint(weights)
+    _create_checkpoint(weights, variant)
     _announce("2/5 bake: warm up, save the caches, start once from them")
     options = BakeOptions(weights=weights, warm=warm, cache=work / "cache", execution=_execution())
     for family in bake(options, progress=_detail).families:
@@ -65,11 +68,12 @@ def demo(work: Path, dist: Path) -> None:
     )
 
 
-def _create_checkpoint(weights: Path) -> None:
+def _create_checkpoint(weights: Path, variant: str) -> None:
     if (weights / RECORD_NAME).exists():
         _detail(f"{weights} exists from an earlier run")
         return
-    finished = run_process([sys.executable, "-m", "chatterbox_prewarm", "weights", "synthesize", str(weights)])
+    command = [sys.executable, "-m", "chatterbox_prewarm", "weights", "synthesize", str(weights), "--variant", variant]
+    finished = run_process(command)
     if finished.returncode != 0:
         raise ModelError("the checkpoint could not be created", next_step="see the message above")
     _detail(finished.stdout.strip())
@@ -108,10 +112,11 @@ def _detail(line: str) -> None:
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), default=Path("out"), show_default=True)
 @click.option("--dist", type=click.Path(path_type=Path), default=Path("dist"), show_default=True)
-def main(*, work: Path, dist: Path) -> None:
+@click.option("--variant", type=click.Choice(list(VARIANTS)), default=DEFAULT_VARIANT.name, show_default=True)
+def main(*, work: Path, dist: Path, variant: str) -> None:
     """Run the complete data flow on this machine."""
     with exit_with_code():
-        demo(work, dist)
+        demo(work, dist, variant)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.errors import IntegrityError, from_os_error
+from chatterbox_prewarm.errors import FingerprintMismatchError, IntegrityError, from_os_error
 from chatterbox_prewarm.families.base import FamilyContext
 from chatterbox_prewarm.families.registry import COMPILED, FAMILIES, applicable
 from chatterbox_prewarm.model.profiles import Execution
@@ -121,7 +121,7 @@ def _select(options: StartOptions, metrics: StartMetrics) -> Selection | None:
 
     Raises:
         IntegrityError: under "require", there is no trusted and undamaged state.
-        FingerprintMismatchError: under "require", no state of several fits.
+        FingerprintMismatchError: under "require", no state of several fits, or the only one is for another variant.
         BadInputError: the key or the digest is invalid.
     """
     strict = options.policy == "require"
@@ -130,7 +130,7 @@ def _select(options: StartOptions, metrics: StartMetrics) -> Selection | None:
     try:
         selection = select_state(options.warm, lambda _: facts, request)
         selection.state.check_sealed(strict=strict)
-    except (IntegrityError, OSError) as error:
+    except (IntegrityError, FingerprintMismatchError, OSError) as error:
         if strict:
             if isinstance(error, OSError):
                 raise from_os_error(error, "reading the warm state") from error

@@ -100,9 +100,10 @@ def state_path(folder: Path, name: str | None = None) -> Path:
 def select_state(folder: Path, facts: Facts, request: Request) -> Selection:
     """Select the state of a folder that fits this machine best.
 
-    A state for the requested device comes first, then one that fits completely, then one with the requested profile,
-    then the one with most bytes of compiled families that fit, most families, most bytes, fewest different facts, and
-    the first name. If the folder is itself a state, or a name is given, there is nothing to compare.
+    Only states for the variant of the weights are compared. A state for the requested device comes first, then one that
+    fits completely, then one with the requested profile, then the one with most bytes of compiled families that fit,
+    most families, most bytes, fewest different facts, and the first name. If the folder is itself a state, or a name is
+    given, there is nothing to compare.
 
     Args:
         folder: a state, or a folder of states.
@@ -111,13 +112,16 @@ def select_state(folder: Path, facts: Facts, request: Request) -> Selection:
 
     Raises:
         IntegrityError: no state can be read or is trusted, or other users own the folder or can write it.
-        FingerprintMismatchError: with `strict`, several states were compared and none fits.
+        FingerprintMismatchError: the only state is for another variant; or, with `strict`, several states were compared
+            and none fits.
         BadInputError: there is no state with the given name.
         OSError: the only state cannot be read.
     """
     states = states_in(folder)
     if request.name is not None or not states or folder in states.values():
         state = State.open(state_path(folder, request.name), request.trust)
+        if reason := _other_variant(state, facts):
+            raise FingerprintMismatchError(reason, next_step="use a state that was baked with these weights")
         return Selection(state=state, compatibility=_compare(state, facts, request))
     refuse_changeable(folder, [folder])
     unusable: dict[str, str] = {}
@@ -131,7 +135,10 @@ def select_state(folder: Path, facts: Facts, request: Request) -> Selection:
         except IntegrityError as error:
             unusable[name] = error.message
         else:
-            candidates.append((state, _compare(state, facts, request)))
+            if reason := _other_variant(state, facts):
+                unusable[name] = reason
+            else:
+                candidates.append((state, _compare(state, facts, request)))
     candidates.sort(key=lambda candidate: candidate[1].rank)
     while candidates:
         try:
@@ -141,6 +148,14 @@ def select_state(folder: Path, facts: Facts, request: Request) -> Selection:
         else:
             break
     return _take_first(folder, candidates, unusable, request)
+
+
+def _other_variant(state: State, facts: Facts) -> str | None:
+    """Return why a state is for another model than the weights of this machine, or None if it is not."""
+    needed = facts(state).get("variant", state.manifest.variant)
+    if state.manifest.variant == needed:
+        return None
+    return f"{state.path} is for the model variant {state.manifest.variant}, and the weights are {needed}"
 
 
 def _compare(state: State, facts: Facts, request: Request) -> Compatibility:

@@ -229,6 +229,12 @@ def test_without_a_seed_the_drawn_seed_is_shown(page: Page) -> None:
     assert 0 <= int(seed) < 2**32
 
 
+def test_a_model_of_one_language_offers_no_choice_of_languages(page: Page) -> None:
+    page.wait(lambda: page.all("#language option"))
+    assert not page.find("#language-field").is_displayed()
+    assert page.find("#language").get_property("value") == "en"
+
+
 def test_the_error_of_the_server_is_shown(page: Page) -> None:
     page.script("document.getElementById('text').value = 'a '.repeat(40000)")
     page.find("#go").click()

@@ -54,6 +54,7 @@ class App:
             "owned_by": "resemble-ai",
             "variant": rules.variant.name,
             "languages": dict(rules.variant.languages),
+            "language": rules.variant.check_language(rules.language),
         }
         self._http_metrics = HttpMetrics(pool, admission)
         pool.on_part = self._http_metrics.count_part

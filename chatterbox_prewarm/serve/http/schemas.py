@@ -108,6 +108,8 @@ class Model(TypedDict):
     """The model variant, such as english."""
     languages: dict[str, str]
     """The names of its languages by their code."""
+    language: str
+    """The language of a request that names none."""
 
 
 class Models(TypedDict):

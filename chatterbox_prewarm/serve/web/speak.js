@@ -26,6 +26,15 @@ export function setVoices(names) {
   select.value = names.includes(chosen) ? chosen : names.includes("default") ? "default" : (names[0] ?? "");
 }
 
+/** Show the languages of the model in the form, if there are several. */
+export async function refreshLanguages() {
+  const [model] = (await (await ask("v1/models")).json()).data;
+  const languages = Object.entries(model.languages);
+  byId("language").replaceChildren(...languages.map(([code, name]) => new Option(name, code)));
+  byId("language").value = model.language;
+  byId("language-field").hidden = languages.length < 2;
+}
+
 export function wireSpeak() {
   byId("speak").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -55,6 +64,7 @@ function order() {
     response_format: "pcm",
     stream_format: "audio",
   };
+  if (!byId("language-field").hidden) fields.language = byId("language").value;
   for (const name of NUMBERS) if (byId(name).value !== "") fields[name] = Number(byId(name).value);
   return fields;
 }

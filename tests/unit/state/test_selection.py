@@ -243,6 +243,20 @@ def test_without_a_device_each_state_is_compared_for_the_device_it_was_baked_for
     assert select_state(tmp_path / "warm", facts, Request(strict=True)).state.path.name == "cpu"
 
 
+def test_a_state_for_another_variant_is_never_used(warm: Path) -> None:
+    rewrite(warm / "h100", lambda raw: raw.update(variant="multilingual"))
+    assert select(warm, H100).state.path == warm / "h100", "these facts do not tell the variant of the weights"
+    english = select(warm, {**H100, "variant": "english"})
+    assert english.state.path == warm / "l4"
+    assert any(
+        "is for the model variant multilingual, and the weights are english" in line for line in english.unusable
+    )
+    assert select(warm, {**L4, "variant": "multilingual"}).state.path == warm / "h100"
+    for only in (warm / "h100", warm):
+        with pytest.raises(FingerprintMismatchError, match="is for the model variant multilingual"):
+            select(only, {**H100, "variant": "english"}, **({"name": "h100"} if only == warm else {}))
+
+
 def test_a_named_state_is_used_even_if_it_does_not_fit(warm: Path) -> None:
     assert select(warm, H100, name="l4", strict=True).state.path == warm / "l4"
     with pytest.raises(BadInputError, match="no state 'a100'"):
