@@ -120,8 +120,7 @@ def select_state(folder: Path, facts: Facts, request: Request) -> Selection:
     states = states_in(folder)
     if request.name is not None or not states or folder in states.values():
         state = State.open(state_path(folder, request.name), request.trust)
-        if reason := _other_variant(state, facts):
-            raise FingerprintMismatchError(reason, next_step="use a state that was baked with these weights")
+        _check_variant(state, facts)
         return Selection(state=state, compatibility=_compare(state, facts, request))
     refuse_changeable(folder, [folder])
     unusable: dict[str, str] = {}
@@ -132,13 +131,11 @@ def select_state(folder: Path, facts: Facts, request: Request) -> Selection:
             continue
         try:
             state = State.read(path)
-        except IntegrityError as error:
+            _check_variant(state, facts)
+        except (IntegrityError, FingerprintMismatchError) as error:
             unusable[name] = error.message
         else:
-            if reason := _other_variant(state, facts):
-                unusable[name] = reason
-            else:
-                candidates.append((state, _compare(state, facts, request)))
+            candidates.append((state, _compare(state, facts, request)))
     candidates.sort(key=lambda candidate: candidate[1].rank)
     while candidates:
         try:
@@ -150,12 +147,18 @@ def select_state(folder: Path, facts: Facts, request: Request) -> Selection:
     return _take_first(folder, candidates, unusable, request)
 
 
-def _other_variant(state: State, facts: Facts) -> str | None:
-    """Return why a state is for another model than the weights of this machine, or None if it is not."""
+def _check_variant(state: State, facts: Facts) -> None:
+    """Refuse a state for another model than the weights of this machine.
+
+    Raises:
+        FingerprintMismatchError: see above.
+    """
     needed = facts(state).get("variant", state.manifest.variant)
-    if state.manifest.variant == needed:
-        return None
-    return f"{state.path} is for the model variant {state.manifest.variant}, and the weights are {needed}"
+    if state.manifest.variant != needed:
+        raise FingerprintMismatchError(
+            f"{state.path} is for the model variant {state.manifest.variant}, and the weights are {needed}",
+            next_step="use a state that was baked with these weights",
+        )
 
 
 def _compare(state: State, facts: Facts, request: Request) -> Compatibility:
