@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
+
+_HELP = {"-h", "--help"}
 
 
 def main() -> None:
@@ -13,10 +16,16 @@ def main() -> None:
         # handler.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
+        worker = None
+        if sys.argv[1:2] == ["serve"] and not _HELP & set(sys.argv):
+            from chatterbox_prewarm.serve.workers.worker_process import start_process
+
+            with contextlib.suppress(OSError):  # the server tries again, and reports the error
+                worker = start_process()
         from chatterbox_prewarm.cli import main as run
     except KeyboardInterrupt:
         sys.exit(130)
-    run()
+    run(worker)
 
 
 if __name__ == "__main__":

@@ -2,50 +2,83 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_prewarm.commands.bench import bench
-from chatterbox_prewarm.commands.images import append, attest, build, dockerfile, publish
-from chatterbox_prewarm.commands.kube import k8s
-from chatterbox_prewarm.commands.nodes import facts
-from chatterbox_prewarm.commands.serving import serve
-from chatterbox_prewarm.commands.states import bake, inspect, pack, prove, verify
-from chatterbox_prewarm.commands.trust import sbom, sign
-from chatterbox_prewarm.commands.weights import weights
 from chatterbox_prewarm.errors import as_prewarm_error
 from chatterbox_prewarm.redaction import RedactedFormatter, print_traceback
 from chatterbox_prewarm.system.json_subprocess import DEBUG
 from chatterbox_prewarm.version import __version__
 
-#: The commands as the help lists them.
-_SECTIONS: dict[str, tuple[click.Command, ...]] = {
-    "State": (weights, bake, inspect, verify, prove, sign),
-    "Image": (build, pack, append, publish, attest, sbom, dockerfile),
-    "Serve": (serve,),
-    "Cluster": (k8s, facts),
-    "Measure": (bench,),
+if TYPE_CHECKING:
+    from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
+
+#: The commands as the help lists them, and the module of each in `commands/`.
+_SECTIONS = {
+    "State": {
+        "weights": "weights",
+        "bake": "states",
+        "inspect": "states",
+        "verify": "states",
+        "prove": "states",
+        "sign": "trust",
+    },
+    "Image": {
+        "build": "images",
+        "pack": "states",
+        "append": "images",
+        "publish": "images",
+        "attest": "images",
+        "sbom": "trust",
+        "dockerfile": "images",
+    },
+    "Serve": {"serve": "serving"},
+    "Cluster": {"k8s": "kube", "facts": "nodes"},
+    "Measure": {"bench": "bench"},
 }
+_MODULES = {name: module for section in _SECTIONS.values() for name, module in section.items()}
 
 
 class _SectionedGroup(click.Group):
-    """A group whose help lists the commands in sections."""
+    """A group whose help lists the commands in sections.
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+    It imports a command when it is used, because a server would wait for the imports of all other commands.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Return the names of the commands; see `click.Group`."""
+        return list(_MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Import a command; see `click.Group`."""
+        if cmd_name not in _MODULES:
+            return None
+        module = importlib.import_module(f"chatterbox_prewarm.commands.{_MODULES[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections; see `click.Group`."""
-        width = max(map(len, self.commands))
-        for title, commands in _SECTIONS.items():
+        width = max(map(len, _MODULES))
+        for title, section in _SECTIONS.items():
+            commands = {name: self.get_command(ctx, name) for name in section}
             with formatter.section(f"{title} commands"):
-                rows = [(str(command.name).ljust(width), command.get_short_help_str(80)) for command in commands]
-                formatter.write_dl(rows)
+                formatter.write_dl(
+                    [
+                        (name.ljust(width), command.get_short_help_str(80))
+                        for name, command in commands.items()
+                        if command
+                    ]
+                )
 
 
 @click.group(
     cls=_SectionedGroup,
-    commands={str(command.name): command for commands in _SECTIONS.values() for command in commands},
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="chatterbox-prewarm")
@@ -65,10 +98,14 @@ def cli(*, debug: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def main() -> None:
-    """Run the command line. An error ends it with a message and an exit code, and with a traceback on request."""
+def main(worker: WorkerProcess | None = None) -> None:
+    """Run the command line. An error ends it with a message and an exit code, and with a traceback on request.
+
+    Args:
+        worker: for `serve`, a worker process that waits for its configuration.
+    """
     try:
-        cli(standalone_mode=False)
+        cli(standalone_mode=False, obj=worker)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

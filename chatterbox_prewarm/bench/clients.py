@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.warmup.settings import TEXTS
-from chatterbox_prewarm.serve.http.access import TOKEN
+from chatterbox_prewarm.system.children import TOKEN
 from chatterbox_prewarm.system.metrics import now
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from chatterbox_prewarm.bench.clients import Target, livez_probe
 from chatterbox_prewarm.bench.upstream import read_bytes
 from chatterbox_prewarm.errors import ModelError
 from chatterbox_prewarm.proof.probes import status_field
-from chatterbox_prewarm.system.json_subprocess import end_with_parent
+from chatterbox_prewarm.system.children import end_with_parent
 from chatterbox_prewarm.system.metrics import exec_time, now
 
 if TYPE_CHECKING:

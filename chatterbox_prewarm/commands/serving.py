@@ -25,6 +25,7 @@ from chatterbox_prewarm.system.paths import VOICES
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
     from chatterbox_prewarm.state.signature import Trust
 
 
@@ -142,7 +143,9 @@ if TYPE_CHECKING:
     type=click.FloatRange(0),
     help="Seconds to finish requests after SIGTERM.",
 )
+@click.pass_obj
 def serve(
+    waiting: WorkerProcess | None,
     *,
     warm: Path,
     weights: Path,
@@ -226,4 +229,5 @@ def serve(
                 log_format=log_format,
             ),
         ),
+        waiting,
     )

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import ModelError, PrewarmError, as_prewarm_error, error_with_code
 from chatterbox_prewarm.redaction import print_traceback
-from chatterbox_prewarm.system.process import PARENT
+from chatterbox_prewarm.system.children import die_with_parent
 from chatterbox_prewarm.system.process import run as run_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 
-_PR_SET_PDEATHSIG = 1
 #: Set by `--debug` for child processes.
 DEBUG = "CHATTERBOX_PREWARM_DEBUG"
 
@@ -94,18 +91,6 @@ def parse_report(output: str, status: int) -> dict[str, Any]:
     if "error" in observed:
         raise rebuild(observed)
     return observed
-
-
-def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends, however the parent ends."""
-    end_with_parent(signal.SIGKILL)
-    if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
-        os.kill(os.getpid(), signal.SIGKILL)  # the parent ended before the call above
-
-
-def end_with_parent(number: int) -> None:
-    """Let the kernel send this process a signal when its parent ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def claim_stdout() -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.system.process import PARENT
+from chatterbox_prewarm.system.children import PARENT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,14 +13,13 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import EngineError
+from chatterbox_prewarm.system.children import PARENT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 logger = logging.getLogger(__name__)
 
-#: The process id of the parent, set for child processes of this project so that they end with their parent.
-PARENT = "CHATTERBOX_PREWARM_PARENT"
 #: Signals that interrupt a process, which then cleans up and ends.
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 #: Whether interrupts are deferred at present.

@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chatterbox_prewarm.serve.workers.worker_config import WorkerProcess
+    from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
 
 CONFIG = WorkerConfig(
     start=StartOptions(warm=Path(), weights=Path(), cache=Path(), policy="require"), max_new_tokens=100

@@ -27,10 +27,10 @@ from chatterbox_prewarm.errors import ModelError, as_prewarm_error, first_line
 from chatterbox_prewarm.model.regions.executors import LIBRARY
 from chatterbox_prewarm.model.regions.region import REGIONS
 from chatterbox_prewarm.redaction import print_traceback
+from chatterbox_prewarm.system.children import PARENT, die_with_parent
 from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
-from chatterbox_prewarm.system.json_subprocess import DEBUG, describe, die_with_parent, quiet_packages, rebuild
-from chatterbox_prewarm.system.process import PARENT
+from chatterbox_prewarm.system.json_subprocess import DEBUG, describe, quiet_packages, rebuild
 from chatterbox_prewarm.system.process import run as run_process
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.serve.http.cross_origin import Sites
 from chatterbox_prewarm.serve.http.error_responses import error_response
+from chatterbox_prewarm.system.children import TOKEN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: The variable with the token. There is no such option, because all users of a machine can read a command line.
-TOKEN = "CHATTERBOX_PREWARM_TOKEN"  # noqa: S105 - the variable's name
+#: The variable with the path of a file with the token. No option takes the token itself, because all users of a
+#: machine can read a command line.
 TOKEN_FILE = f"{TOKEN}_FILE"
 #: The paths that a kubelet requests. It sends no token.
 PROBES = frozenset({"/livez", "/startupz", "/readyz"})

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from chatterbox_prewarm.errors import BadInputError, PrewarmError, as_prewarm_error
 from chatterbox_prewarm.model.clips import CONVERT_STEP, MAX_SECONDS, read_clip
-from chatterbox_prewarm.system.json_subprocess import claim_stdout, describe, die_with_parent, rebuild
-from chatterbox_prewarm.system.process import PARENT
+from chatterbox_prewarm.system.children import PARENT, die_with_parent
+from chatterbox_prewarm.system.json_subprocess import claim_stdout, describe, rebuild
 
 if TYPE_CHECKING:
     import numpy as np

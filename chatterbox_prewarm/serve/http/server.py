@@ -1,6 +1,6 @@
 """The server process: probes, metrics and the speech API. It never imports torch and never waits for the model.
 
-It starts the worker before it imports the HTTP packages, so that the imports of both processes run in parallel.
+The workers start before it imports the HTTP packages, so that the imports of all processes run in parallel.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.serve.http.access import Token
     from chatterbox_prewarm.serve.http.admission import Admission
     from chatterbox_prewarm.serve.workers.pool import Pool
-    from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, WorkerProcess
+    from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
+    from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
 
 
 logger = logging.getLogger(__name__)
@@ -78,12 +79,13 @@ class ServeConfig:
     log_text: bool = False
 
 
-def serve(config: ServeConfig, workers: Sequence[WorkerConfig]) -> None:
+def serve(config: ServeConfig, workers: Sequence[WorkerConfig], waiting: WorkerProcess | None = None) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return.
 
     Args:
         config: the settings of the server.
         workers: one configuration per device. All workers start at once.
+        waiting: a worker process that waits for its configuration, and becomes the first worker.
 
     Raises:
         BadInputError: the server cannot listen on the address.
@@ -94,11 +96,22 @@ def serve(config: ServeConfig, workers: Sequence[WorkerConfig]) -> None:
     # process of a container ignores SIGTERM by default.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     listener = listen(config.host, config.port)
-    record = read_record(config.weights)
-    rules = replace(config.rules, variant=get_variant(record.variant))
-    if rules.language is not None:
-        rules = replace(rules, language=rules.variant.check_language(rules.language))
-    voices = VoiceStore(
+    origin = exec_time()
+    started = spawn_all([replace(worker, origin=origin) for worker in workers], waiting)
+    try:
+        record = read_record(config.weights)
+        rules = replace(config.rules, variant=get_variant(record.variant))
+        if rules.language is not None:
+            rules = replace(rules, language=rules.variant.check_language(rules.language))
+        asyncio.run(_run(replace(config, rules=rules), started, _voice_store(config, record), listener))
+    finally:
+        for _, (process, _) in started:
+            if process.poll() is None:
+                process.terminate()
+
+
+def _voice_store(config: ServeConfig, record: WeightsRecord) -> VoiceStore:
+    return VoiceStore(
         config.voices_dir,
         baked={},
         variant=record.variant,
@@ -106,14 +119,6 @@ def serve(config: ServeConfig, workers: Sequence[WorkerConfig]) -> None:
         max_voices=config.max_voices,
         aliases=config.voice_aliases,
     )
-    origin = exec_time()
-    started = spawn_all([replace(worker, origin=origin) for worker in workers])
-    try:
-        asyncio.run(_run(replace(config, rules=rules), started, voices, listener))
-    finally:
-        for _, (process, _) in started:
-            if process.poll() is None:
-                process.terminate()
 
 
 def listen(host: str, port: int) -> socket.socket:

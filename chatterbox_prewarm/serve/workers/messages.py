@@ -2,8 +2,8 @@
 
 A message is a JSON header and a payload of bytes. Two unsigned 32-bit big-endian lengths precede it on the wire.
 
-The front sends `speak`, `cancel` and `stop`. A worker answers `speak` with one `audio` message for each chunk. It
-answers a failed request with `error` and a cancelled one with `cancelled`. During a
+The front sends `configure` with the configuration, then `speak`, `cancel` and `stop`. A worker answers `speak` with one
+`audio` message for each chunk. It answers a failed request with `error` and a cancelled one with `cancelled`. During a
 request it sends `progress`, so that the front can distinguish a busy worker from a hung one.
 
 During its start a worker sends `phase`, `attached`, and `ready` or `failed`. It sends `alive` every second from its

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
     from chatterbox_prewarm.serve.workers.messages import Chunk
     from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
-    from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, WorkerProcess
+    from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
+    from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from chatterbox_prewarm.serve.workers.worker_config import spawn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, WorkerProcess
+    from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
+    from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -26,8 +25,8 @@ from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
 from chatterbox_prewarm.start.attach import set_threads
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.start.upstream import attach_upstream
-from chatterbox_prewarm.system.json_subprocess import claim_stdout, describe, die_with_parent, parse_report, rebuild
-from chatterbox_prewarm.system.process import PARENT
+from chatterbox_prewarm.system.children import child_environment, die_with_parent
+from chatterbox_prewarm.system.json_subprocess import claim_stdout, describe, parse_report, rebuild
 from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
@@ -53,10 +52,10 @@ async def make_voice(config: WorkerConfig, clip: bytes) -> bytes:
     """
     # Started from the event loop's thread, because the kernel ends a child with the thread that started it.
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "chatterbox_prewarm.serve.workers.voice_process", config.to_argument()),
+        *(sys.executable, "-m", "chatterbox_prewarm.serve.workers.voice_process", config.to_json()),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, PARENT: str(os.getpid())},
+        env=child_environment(),
         start_new_session=True,  # Ctrl-C in the terminal should reach only the server
     )
     try:
@@ -80,7 +79,7 @@ async def make_voice(config: WorkerConfig, clip: bytes) -> bytes:
 def main() -> None:
     """Run the subprocess. Its argument is the configuration of a worker."""
     die_with_parent()
-    config = WorkerConfig.from_argument(sys.argv[1])
+    config = WorkerConfig.from_json(sys.argv[1])
     with claim_stdout() as out:
         log_lines.install(config.log_format, process="voice", level=logging.INFO)
         try:

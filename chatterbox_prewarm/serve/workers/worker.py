@@ -1,7 +1,7 @@
 """The worker process: load the model, check it, then handle one request at a time until the front stops it.
 
-The front starts it with a socket and a JSON configuration. The worker reports each phase of its start, so that the
-front can answer probes while this process imports packages and loads weights.
+The front starts it with a socket, over which it sends the configuration. The worker reports each phase of its start, so
+that the front can answer probes while this process imports packages and loads weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
 from chatterbox_prewarm.start.attach import attach, checked
 from chatterbox_prewarm.start.prepare import prepare
-from chatterbox_prewarm.system.json_subprocess import DEBUG, claim_stdout, describe, die_with_parent
+from chatterbox_prewarm.system.json_subprocess import DEBUG, claim_stdout, describe
 from chatterbox_prewarm.system.metrics import StartMetrics
 
 if TYPE_CHECKING:
@@ -47,12 +47,17 @@ _LONG_CHUNK_TOKENS = 250
 
 
 def main() -> None:
-    """Run a worker. If its start fails, report the error to the front and exit with the exit code of the error."""
-    die_with_parent()  # if the front is killed, the worker must not stay in memory
+    """Run a worker. If its start fails, report the error to the front and exit with the exit code of the error.
+
+    The argument of the process is the file descriptor of its end of the socket pair.
+    """
     claim_stdout().close()
-    config = WorkerConfig.from_argument(sys.argv[1])
-    log_lines.install(config.log_format, process=f"worker {config.device}", level=logging.INFO)
-    with socket.socket(fileno=config.fd) as connection:
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        message = messages.receive(connection)
+        if message is None:
+            return  # the front ended before it had a configuration
+        config = WorkerConfig.from_json(message[1])
+        log_lines.install(config.log_format, process=f"worker {config.device}", level=logging.INFO)
         worker = Worker(config, connection)
         threading.Thread(target=worker.report_alive, name="alive", daemon=True).start()
         try:
@@ -254,7 +259,3 @@ class Worker:
             voice_bytes=self._added_voices.size if self._added_voices else 0,
         )
         return {"metrics": self._metrics.to_dict(), "usage": asdict(usage)}
-
-
-if __name__ == "__main__":
-    main()

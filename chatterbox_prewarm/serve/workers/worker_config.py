@@ -1,28 +1,25 @@
-"""The configuration of worker processes, one for each device, and how to start them."""
+"""The configuration of worker processes, one for each device, and how to start them with it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.serve.workers import messages
+from chatterbox_prewarm.serve.workers.worker_process import start_process
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.fingerprint import visible_gpus
-from chatterbox_prewarm.system.process import PARENT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    #: A worker process and the front's end of the socket pair.
-    WorkerProcess = tuple[subprocess.Popen[bytes], socket.socket]
+    from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
 
 #: Device name that starts one worker on each GPU.
 ALL_GPUS = "cuda:all"
@@ -30,7 +27,7 @@ ALL_GPUS = "cuda:all"
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
-    """Configuration of a worker; the front passes it as a JSON argument.
+    """Configuration of a worker; the front passes it as JSON.
 
     Attributes:
         start: which warm state, weights and device the worker uses.
@@ -42,7 +39,6 @@ class WorkerConfig:
         skipped: names of idle warm-up steps that ended a previous worker.
         voice_directory: directory of added voices.
         log_format: one of `log_lines.FORMATS`.
-        fd: file descriptor of the worker's end of the socket pair.
         origin: when the start began, in seconds since boot. For the first worker it is the time when the front was
             executed, because a user waits from then on. None for a replacement.
     """
@@ -55,7 +51,6 @@ class WorkerConfig:
     skipped: tuple[str, ...] = ()
     voice_directory: Path | None = None
     log_format: str = "text"
-    fd: int = -1
     origin: float | None = None
 
     @property
@@ -63,14 +58,14 @@ class WorkerConfig:
         """The torch device."""
         return self.start.device
 
-    def to_argument(self) -> str:
-        """Return the configuration as a command-line argument."""
+    def to_json(self) -> str:
+        """Return the configuration as JSON."""
         return json.dumps(asdict(self), default=str)
 
     @classmethod
-    def from_argument(cls, argument: str) -> WorkerConfig:
-        """Parse the argument that `to_argument` returned."""
-        fields = json.loads(argument)
+    def from_json(cls, text: str | bytes) -> WorkerConfig:
+        """Parse the JSON that `to_json` returned."""
+        fields = json.loads(text)
         start = fields["start"]
         start["plain_text"] = tuple(start["plain_text"])
         start["trust"] = Trust(**_with_paths(start["trust"], "key", "signature"))
@@ -117,26 +112,26 @@ def for_devices(devices: Sequence[str], worker: WorkerConfig) -> list[WorkerConf
     ]
 
 
-def spawn(config: WorkerConfig) -> WorkerProcess:
-    """Start a worker process.
+def spawn(config: WorkerConfig, waiting: WorkerProcess | None = None) -> WorkerProcess:
+    """Start a worker process, or give a process that waits for its configuration this one.
 
     Raises:
         OSError: the process could not be started.
     """
-    ours, theirs = socket.socketpair()
-    with theirs:
-        config = replace(config, fd=theirs.fileno())
-        process = subprocess.Popen(
-            [sys.executable, "-m", "chatterbox_prewarm.serve.workers.worker", config.to_argument()],
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, PARENT: str(os.getpid())},
-            start_new_session=True,  # an interrupt from the terminal must reach only the front, which drains
-        )
-    return process, ours
+    process, connection = waiting or start_process()
+    with contextlib.suppress(ConnectionError):  # it has ended already, which its supervisor notices
+        connection.sendall(messages.encode({"type": "configure"}, config.to_json().encode()))
+    return process, connection
 
 
-def spawn_all(configs: Sequence[WorkerConfig]) -> list[tuple[WorkerConfig, WorkerProcess]]:
+def spawn_all(
+    configs: Sequence[WorkerConfig], waiting: WorkerProcess | None = None
+) -> list[tuple[WorkerConfig, WorkerProcess]]:
     """Start a worker process for each configuration.
+
+    Args:
+        configs: one for each worker.
+        waiting: a process that waits for its configuration, and gets the first one.
 
     Raises:
         OSError: a process could not be started. The other processes are terminated.
@@ -144,7 +139,7 @@ def spawn_all(configs: Sequence[WorkerConfig]) -> list[tuple[WorkerConfig, Worke
     started: list[tuple[WorkerConfig, WorkerProcess]] = []
     try:
         for config in configs:
-            started.append((config, spawn(config)))  # noqa: PERF401 - the except clause needs the partial list
+            started.append((config, spawn(config, None if started else waiting)))
     except OSError:
         for _, (process, _) in started:
             process.terminate()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import click
 import pytest
 
 from chatterbox_prewarm import errors
@@ -21,8 +22,6 @@ from tests.helpers.states import make_state
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import click
 
 #: A program that runs the command line with only the base dependencies.
 _BASE_INSTALLATION = """
@@ -110,10 +109,13 @@ def test_the_public_names_can_be_imported_before_torch() -> None:
 def _commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
     """Return every command and group below `group` by its full name."""
     commands = {}
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
         commands[f"{prefix}{name}"] = command
-        if hasattr(command, "commands"):
-            commands |= _commands(command, f"{prefix}{name} ")  # type: ignore[arg-type]
+        if isinstance(command, click.Group):
+            commands |= _commands(command, f"{prefix}{name} ")
     return commands
 
 

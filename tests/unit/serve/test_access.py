@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.serve.http.access import TOKEN, Token, check_access, load_token, visible_status
+from chatterbox_prewarm.serve.http.access import Token, check_access, load_token, visible_status
+from chatterbox_prewarm.system.children import TOKEN
 from tests.conftest import run_cli
 from tests.helpers.http_server import basic, connect, request, respond, serving
 

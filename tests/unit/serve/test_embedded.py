@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
-    from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, WorkerProcess
+    from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
+    from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
 
 
 @pytest.fixture

@@ -119,12 +119,12 @@ def test_a_worker_reports_every_second_that_it_is_alive(start_idle: Callable[...
     worker.end()
 
 
-def test_a_configuration_is_the_same_after_its_way_through_the_command_line(tmp_path: Path) -> None:
+def test_a_configuration_is_the_same_after_its_way_to_the_worker(tmp_path: Path) -> None:
     trust = Trust(key=tmp_path / "key.pem", expected_digest="sha256:" + "1" * 64)
     start = StartOptions(warm=tmp_path / "warm", weights=tmp_path, cache=tmp_path / "cache", trust=trust)
     config = WorkerConfig(start=start, voices={"ann": tmp_path / "ann.wav"}, voice_directory=tmp_path, threads=2)
-    assert WorkerConfig.from_argument(config.to_argument()) == config
-    assert WorkerConfig.from_argument(CONFIG.to_argument()).start == CONFIG.start
+    assert WorkerConfig.from_json(config.to_json()) == config
+    assert WorkerConfig.from_json(CONFIG.to_json()).start == CONFIG.start
 
 
 def test_workers_on_the_cpu_divide_its_cores_unless_threads_are_given() -> None:

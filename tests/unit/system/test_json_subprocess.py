@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chatterbox_prewarm import errors
+from chatterbox_prewarm.system.children import PARENT
 from chatterbox_prewarm.system.json_subprocess import DEBUG, parse_report
-from chatterbox_prewarm.system.process import PARENT
 from tests.helpers.children import TIMEOUT, call, start
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import pytest
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.system.atomic_files import atomic_file, scratch_folder, staging_folder
+from chatterbox_prewarm.system.children import PARENT
 from chatterbox_prewarm.system.locks import exclusive_lock, share_lock
-from chatterbox_prewarm.system.process import PARENT
 from tests.helpers.children import start
 
 if TYPE_CHECKING:
