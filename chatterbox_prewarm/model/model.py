@@ -6,15 +6,13 @@ tokenizers and soxr, and maps the tensors. `model.upstream` loads upstream's mod
 
 from __future__ import annotations
 
-import ctypes
-import mmap
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from chatterbox_prewarm.errors import BadInputError, ModelError, WeightsError
+from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.flow import Flow
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
@@ -25,6 +23,7 @@ from chatterbox_prewarm.model.regions.vocoder import SAMPLE_RATE, SAMPLES_PER_FR
 from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.variants import code_of
 from chatterbox_prewarm.model.watermark import Watermark
+from chatterbox_prewarm.weights.mapped import MappedWeights
 from chatterbox_prewarm.weights.record import read_record
 from chatterbox_prewarm.weights.tensor_shapes import check_tensors
 from chatterbox_prewarm.weights.variants import get_variant
@@ -41,15 +40,28 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.variants import TextFrontEnd
     from chatterbox_prewarm.weights.variants import Variant
 
-#: The parts of the model, and the tensors of each that a synthesis uses. S3Gen's other tensors and the voice encoder
-#: make voices from clips.
-_PARTS = {"t3": ("",), "s3gen": ("flow.", "mel2wav.")}
 #: The parts of T3 that may run in another dtype than the checkpoint's.
 _TRANSFORMER = ("tfmr.layers.", "tfmr.norm.")
 #: A speech token is 40 ms of audio, two mel frames.
 _SAMPLES_PER_TOKEN = 2 * SAMPLES_PER_FRAME
-#: `madvise(2)`, since Linux 5.14: map all pages now instead of one page fault each, and read missing pages from disk.
-_MADV_POPULATE_READ = 22
+#: Torch's dtypes by their names in safetensors files.
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,6 +130,7 @@ def load(
     t3_dtype: torch.dtype | None = None,
     graphs: bool = False,
     plain_text: Collection[str] = (),
+    mapped: MappedWeights | None = None,
 ) -> Model:
     """Load the model in a weights directory.
 
@@ -130,6 +143,7 @@ def load(
         t3_dtype: of T3's transformer; None keeps the checkpoint's.
         graphs: capture T3's step as a CUDA graph.
         plain_text: languages whose texts may lack the marks that their pronunciation needs.
+        mapped: the files, if they are mapped and populated already.
 
     Raises:
         WeightsError: a tensor is missing, unknown, or has another shape or dtype, or a file of the text is damaged.
@@ -140,8 +154,10 @@ def load(
     variant = get_variant(record.variant)
     check_tensors(directory, variant, record.synthetic)
     check_device(device)
-    tensors = dict(_read(directory, variant, device, t3_dtype))
-    populate(tensors)
+    if mapped is None:
+        mapped = MappedWeights(directory, variant)
+        mapped.populate()
+    tensors = dict(read_tensors(mapped, device, t3_dtype))
     code, t3 = code_of(variant), NamedTensors(tensors, "t3.")
     aligned = code.aligned_heads(variant, len(t3.layers("tfmr.layers")))
     return Model(
@@ -157,27 +173,22 @@ def load(
     )
 
 
-def _read(
-    directory: Path, variant: Variant, device: str, t3_dtype: torch.dtype | None
+def read_tensors(
+    mapped: MappedWeights, device: str, t3_dtype: torch.dtype | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read the tensors of a synthesis. Half-precision files become float32, as in upstream.
+    """Make the tensors of a synthesis: on a CPU mapped pages, on a GPU one copy of each.
 
-    The transformer is cast here, so that memory holds it once.
+    Half-precision files become float32, as in upstream. The transformer is cast here, so that memory holds it once.
     """
-    for part, prefixes in _PARTS.items():
-        path = directory / variant.tensor_files[part]
-        try:
-            with safe_open(path, framework="pt", device=device) as file:  # type: ignore[no-untyped-call]
-                for name in file.keys():  # noqa: SIM118 - this is no dictionary
-                    if name.startswith(prefixes):
-                        tensor = file.get_tensor(name)
-                        narrow = part == "t3" and name.startswith(_TRANSFORMER)
-                        yield f"{part}.{name}", tensor.to((t3_dtype if narrow else None) or torch.float32)
-        except SafetensorError as error:
-            raise WeightsError(
-                f"{path} is not a safetensors file: {error}",
-                next_step="check that the files belong to this variant with `chatterbox-prewarm weights verify`",
-            ) from error
+    for file in mapped.files:
+        for name in file.used:
+            dtype, shape = file.header.tensors[name]
+            pages = torch.frombuffer(
+                file.memory, dtype=_DTYPES[dtype], count=math.prod(shape), offset=file.header.offsets[name]
+            )
+            narrow = file.part == "t3" and name.startswith(_TRANSFORMER)
+            tensor = pages.view(shape).to(device)
+            yield f"{file.part}.{name}", tensor.to((t3_dtype if narrow else None) or torch.float32)
 
 
 def check_device(device: str) -> None:
@@ -196,17 +207,3 @@ def check_device(device: str) -> None:
             f"there is no device {device!r}: torch sees {torch.cuda.device_count()} GPU(s), numbered from 0",
             next_step="use one of these numbers",
         )
-
-
-def populate(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Map all pages of tensors on the CPU at once, so that the first synthesis causes no page faults.
-
-    The page faults of 3 GB took 0.4 s of the first synthesis; this call takes 0.06 s. An older kernel refuses it, which
-    does no harm.
-    """
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for tensor in tensors.values():
-        if tensor.device.type == "cpu":
-            begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-            madvise(begin, tensor.data_ptr() + tensor.nbytes - begin, _MADV_POPULATE_READ)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,14 @@ from chatterbox_prewarm.model.chatterbox_imports import free_import_frames, paus
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE, check_clip
 from chatterbox_prewarm.model.reference_clip import reference_clip
 from chatterbox_prewarm.model.text import check_voice_name
+from chatterbox_prewarm.start.ahead import Ahead, create_context, torch_libraries
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
-from chatterbox_prewarm.system.regular_files import open_regular
+from chatterbox_prewarm.weights.mapped import MappedWeights
 from chatterbox_prewarm.weights.record import read_record
 from chatterbox_prewarm.weights.variants import get_variant
 
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.synthesis import Synthesizer
     from chatterbox_prewarm.start.prepare import Prepared
     from chatterbox_prewarm.system.metrics import StartMetrics
+
+
+#: Packages that a start imports and that do not import torch.
+_WITHOUT_TORCH = ("numpy", "tokenizers", "soxr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +139,20 @@ def attach(
 def attach_baked(prepared: Prepared, *, threads: int | None = None) -> Attached:
     """Do the same as `attach`, with the baked voices only."""
     metrics, device = prepared.metrics, prepared.options.device
-    _read_ahead(prepared.options.weights)
+    libraries, weights = torch_libraries(), prepared.options.weights
+    mapped = MappedWeights(weights, get_variant(read_record(weights).variant))
+    ahead = [libraries, Ahead("read ahead", mapped.populate)]
+    if device.startswith("cuda"):
+        ahead.append(Ahead("CUDA context", partial(create_context, int(device.partition(":")[2] or 0))))
     with metrics.phase("import"), paused_gc():
-        _import_packages(prepared)
+        _import_packages(prepared, libraries)
         import torch
 
         from chatterbox_prewarm.model.model import check_device
         from chatterbox_prewarm.model.synthesis import Synthesizer
 
+    for work in ahead:
+        work.wait(metrics)
     set_threads(threads)
     check_device(device)
     if device.startswith("cuda"):
@@ -150,7 +161,7 @@ def attach_baked(prepared: Prepared, *, threads: int | None = None) -> Attached:
         if stand_in_target() is not None:
             torch.backends.cudnn.enabled = False  # the stand-in has no cuDNN
     with metrics.phase("weights"), paused_gc():
-        model = _load(prepared)
+        model = _load(prepared, mapped)
     found: dict[str, Conditionals] = {}
     context = prepared.family_context(found)
     for name, family in lean_families(prepared).items():
@@ -197,13 +208,6 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cpus()))
 
 
-def _read_ahead(weights: Path) -> None:
-    """Ask the kernel to read the tensor files into the page cache while this process imports torch."""
-    for name in get_variant(read_record(weights).variant).safetensors:
-        with open_regular(weights / name, follow_links=True) as stream:
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-
 def lean_families(prepared: Prepared) -> dict[str, Family]:
     """Return the families of this start, without those that only upstream's code uses."""
     return {
@@ -213,8 +217,10 @@ def lean_families(prepared: Prepared) -> dict[str, Family]:
     }
 
 
-def _import_packages(prepared: Prepared) -> None:
+def _import_packages(prepared: Prepared, libraries: Ahead) -> None:
     """Import torch, with the families counting hits and misses from the first import on.
+
+    The packages that do not need torch come first, while a thread loads its libraries.
 
     Raises:
         ModelError: a package is missing.
@@ -222,6 +228,9 @@ def _import_packages(prepared: Prepared) -> None:
     for family in lean_families(prepared).values():
         family.watch(prepared.metrics)
     try:
+        for name in _WITHOUT_TORCH:
+            importlib.import_module(name)
+        libraries.wait(prepared.metrics)
         importlib.import_module("chatterbox_prewarm.model.synthesis")
     except ImportError as error:
         raise ModelError(
@@ -230,7 +239,7 @@ def _import_packages(prepared: Prepared) -> None:
         ) from error
 
 
-def _load(prepared: Prepared) -> Model:
+def _load(prepared: Prepared, mapped: MappedWeights | None = None) -> Model:
     """Map the weights, and bind the regions of the profile to them."""
     import torch
 
@@ -244,6 +253,7 @@ def _load(prepared: Prepared) -> Model:
         t3_dtype=getattr(torch, execution.t3_dtype),
         graphs=execution.graphs and options.device.startswith("cuda"),
         plain_text=options.plain_text,
+        mapped=mapped,
     )
 
 

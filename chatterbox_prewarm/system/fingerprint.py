@@ -15,7 +15,7 @@ import re
 import sys
 import sysconfig
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,12 +222,10 @@ def _gpu(number: int) -> tuple[str, str, str]:
         number: torch's index among the GPUs that this process may use. CUDA orders different GPUs by speed unless
             CUDA_DEVICE_ORDER is PCI_BUS_ID, which is the only order that NVML has.
     """
+    if not has_nvml():
+        return ABSENT, ABSENT, ABSENT
     import pynvml
 
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ABSENT, ABSENT, ABSENT
     try:  # a driver that was upgraded on a running system answers only some calls
         handle = _visible_gpu(pynvml, number)
         if handle is None:
@@ -237,25 +235,31 @@ def _gpu(number: int) -> tuple[str, str, str]:
     except pynvml.NVMLError as error:
         logger.warning("NVML: %s; continuing without a GPU", error)
         return ABSENT, ABSENT, ABSENT
-    finally:
-        pynvml.nvmlShutdown()
 
 
-def visible_gpus() -> int:
-    """Count the GPUs that this process may use; 0 if NVML finds no GPU."""
+@cache
+def has_nvml() -> bool:
+    """Return whether this machine has NVML, which stays loaded until the process ends."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
+        return False
+    return True
+
+
+def visible_gpus() -> int:
+    """Count the GPUs that this process may use; 0 if NVML finds no GPU."""
+    if not has_nvml():
         return 0
+    import pynvml
+
     try:
         return next(number for number in itertools.count() if _visible_gpu(pynvml, number) is None)
     except pynvml.NVMLError as error:
         logger.warning("NVML: %s; continuing without a GPU", error)
         return 0
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def _visible_gpu(nvml: Any, number: int) -> Any:

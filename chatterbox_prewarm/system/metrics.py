@@ -89,8 +89,12 @@ class StartMetrics:
         try:
             yield
         finally:
-            self.phases.append({"name": name, "start": start - self.origin, "seconds": now() - start})
-            logger.info("%-24s %8.3f s", name, self.phases[-1]["seconds"])
+            self.add_phase(name, start, now())
+
+    def add_phase(self, name: str, start: float, end: float) -> None:
+        """Record a phase that has ended, such as the work of another thread. Its times are seconds since boot."""
+        self.phases.append({"name": name, "start": start - self.origin, "seconds": end - start})
+        logger.info("%-24s %8.3f s", name, self.phases[-1]["seconds"])
 
     def mark(self, name: str) -> float:
         """Record the present time under a name, and return it in seconds since the origin."""

@@ -42,8 +42,12 @@ def model_environment(cache: Path) -> dict[str, str]:
     Raises:
         OSError: `cache` cannot be written.
     """
-    waiting = {} if any(name in os.environ for name in _WAITING) else {_WAITING[0]: _SPIN_COUNT}
-    return {**_ENVIRONMENT, **waiting, **_user_environment(cache), "HF_HOME": str(_seed_hub(cache))}
+    return {**_ENVIRONMENT, **waiting_environment(), **_user_environment(cache), "HF_HOME": str(_seed_hub(cache))}
+
+
+def waiting_environment() -> dict[str, str]:
+    """Return the variable that makes waiting threads sleep early, unless the user has decided."""
+    return {} if any(name in os.environ for name in _WAITING) else {_WAITING[0]: _SPIN_COUNT}
 
 
 def make_cache(cache: Path) -> None:

@@ -6,12 +6,14 @@ import json
 import math
 import os
 import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from chatterbox_prewarm.errors import WeightsError
 from chatterbox_prewarm.system.regular_files import open_regular
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 FETCH_AGAIN = "fetch them again with `chatterbox-prewarm weights fetch`"
@@ -31,32 +33,67 @@ _WIDTHS = {
 }
 
 
-def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """The header of a safetensors file.
+
+    Attributes:
+        tensors: dtype and shape of each tensor.
+        offsets: position of each tensor in the file, in bytes.
+        metadata: of the file.
+        size: bytes that the file must have.
+    """
+
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    offsets: Mapping[str, int]
+    metadata: Mapping[str, str]
+    size: int
+
+    def size_of(self, name: str) -> int:
+        """Return the bytes of a tensor."""
+        dtype, shape = self.tensors[name]
+        return _WIDTHS[dtype] * math.prod(shape)
+
+
+def read_safetensors_header(path: Path) -> Mapping[str, tuple[str, tuple[int, ...]]]:
     """Read the header of a safetensors file: the dtype and shape of each tensor.
 
     Raises:
         WeightsError: the file is a pickle, is truncated, or is not a safetensors file.
     """
     with open_regular(path, follow_links=True) as stream:
-        size = os.fstat(stream.fileno()).st_size
-        try:
-            shapes, _, required = parse_safetensors_header(stream, size)
-        except ValueError as error:
-            stream.seek(0)
-            if stream.read(8).startswith(_PICKLES):
-                raise WeightsError(
-                    f"{path} is a pickle instead of safetensors; loading a pickle runs the code in it",
-                    next_step="convert it with safetensors, or fetch the published safetensors file",
-                ) from error
-            raise WeightsError(f"{path} is not a safetensors file: {error!r}", next_step=FETCH_AGAIN) from error
-    if required != size:
+        return read_open_header(stream, path).tensors
+
+
+def read_open_header(stream: BinaryIO, path: Path) -> Header:
+    """Read the header of a safetensors file that has just been opened.
+
+    Args:
+        stream: the file.
+        path: for the messages of errors.
+
+    Raises:
+        WeightsError: the file is a pickle, is truncated, or is not a safetensors file.
+    """
+    size = os.fstat(stream.fileno()).st_size
+    try:
+        header = parse_safetensors_header(stream, size)
+    except ValueError as error:
+        stream.seek(0)
+        if stream.read(8).startswith(_PICKLES):
+            raise WeightsError(
+                f"{path} is a pickle instead of safetensors; loading a pickle runs the code in it",
+                next_step="convert it with safetensors, or fetch the published safetensors file",
+            ) from error
+        raise WeightsError(f"{path} is not a safetensors file: {error!r}", next_step=FETCH_AGAIN) from error
+    if header.size != size:
         raise WeightsError(
-            f"{path} is truncated: its header requires {required} bytes, but it has {size}", next_step=FETCH_AGAIN
+            f"{path} is truncated: its header requires {header.size} bytes, but it has {size}", next_step=FETCH_AGAIN
         )
-    return shapes
+    return header
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> Mapping[str, str]:
     """Read the metadata in the header of a safetensors file; {} if the header cannot be read.
 
     Raises:
@@ -64,14 +101,12 @@ def read_metadata(path: Path) -> dict[str, str]:
     """
     with open_regular(path, follow_links=True) as stream:
         try:
-            return parse_safetensors_header(stream, os.fstat(stream.fileno()).st_size)[1]
+            return parse_safetensors_header(stream, os.fstat(stream.fileno()).st_size).metadata
         except ValueError:
             return {}
 
 
-def parse_safetensors_header(
-    stream: BinaryIO, size: int
-) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str], int]:
+def parse_safetensors_header(stream: BinaryIO, size: int) -> Header:
     """Read a safetensors header from the beginning of a stream.
 
     The format is an 8-byte little-endian header length, that many bytes of JSON, then the data.
@@ -79,9 +114,6 @@ def parse_safetensors_header(
     Args:
         stream: positioned at the beginning; read up to the end of the header.
         size: total bytes of the stream.
-
-    Returns:
-        the dtype and shape of each tensor, the metadata, and the size in bytes that the file must have.
 
     Raises:
         ValueError: it is not a safetensors header.
@@ -99,7 +131,11 @@ def parse_safetensors_header(
             if first != end or last - first != _WIDTHS[entry["dtype"]] * math.prod(entry["shape"]):
                 raise ValueError(f"{entry} does not start at byte {end}, or its length does not match its shape")
             end = last
-        shapes = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items()}
+        return Header(
+            tensors={name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items()},
+            offsets={name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()},
+            metadata=metadata,
+            size=8 + length + end,
+        )
     except (LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(repr(error)) from error
-    return shapes, metadata, 8 + length + end

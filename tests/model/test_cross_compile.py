@@ -57,6 +57,8 @@ def in_stand_in(
 
 
 _PROPERTIES = """
+from chatterbox_prewarm.start.ahead import create_context
+create_context(0)  # as a start does, before torch is imported
 import json, torch
 from chatterbox_prewarm.system.fingerprint import read_fingerprint
 properties, found = torch.cuda.get_device_properties(0), read_fingerprint("cuda")
@@ -76,7 +78,7 @@ print(json.dumps([properties.name, numbers, found.gpu, found.compute_capability,
         ("sm_80", ["absent", [108, 40, 40], "absent", "8.0"]),
     ],
 )
-def test_torch_and_nvml_see_the_target_and_read_nothing_from_it(
+def test_the_driver_torch_and_nvml_see_the_target_and_read_nothing_from_it(
     target: str,
     expected: list[object],
     tmp_path: Path,

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatterbox_prewarm.errors import BadInputError, WeightsError
-from chatterbox_prewarm.model.model import load
+from chatterbox_prewarm.model.model import load, read_tensors
 from chatterbox_prewarm.model.synthetic import shortened_upstream
 from chatterbox_prewarm.model.upstream import load_upstream
 from chatterbox_prewarm.model.voices import read_builtin_voice
 from chatterbox_prewarm.state.state import State
+from chatterbox_prewarm.weights.mapped import MappedWeights
 from chatterbox_prewarm.weights.record import read_record, record
 from chatterbox_prewarm.weights.variants import ENGLISH
 from tests.conftest import run_cli, writable_copy
@@ -78,6 +80,29 @@ def test_parameters_are_mapped_pages_of_the_files(mini: Path) -> None:
             pages.append((int(start, 16), int(end, 16)))
     weight = model.tensors["t3.speech_head.weight"]
     assert any(start <= weight.data_ptr() < end for start, end in pages)
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the copies of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in {"_to_copy", "clone", "copy_"}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("device", "copies"), [("cpu", 0), ("meta", 1)])
+def test_a_tensor_is_not_copied_on_the_cpu_and_copied_once_to_another_device(
+    device: str, copies: int, mini: Path
+) -> None:
+    mapped = MappedWeights(mini, ENGLISH)
+    with _Copies() as counted:
+        tensors = dict(read_tensors(mapped, device, None))
+    assert len(tensors) == sum(len(file.used) for file in mapped.files) > 500
+    assert counted.count == copies * len(tensors)
 
 
 def test_upstreams_model_shares_the_tensors_of_the_lean_one(mini: Path) -> None:

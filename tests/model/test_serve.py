@@ -84,6 +84,13 @@ def test_a_warm_start_hits_every_family_and_misses_none(server: Server) -> None:
     assert 0 < body["marks"]["attached"] < body["marks"]["ready"]
 
 
+def test_the_event_log_shows_what_ran_while_python_imported(server: Server) -> None:
+    phases = {phase["name"]: phase for phase in server.status("/startupz")[1]["phases"]}
+    begin = {name: phase["start"] for name, phase in phases.items()}
+    assert begin["torch's libraries"] < begin["prepare"], "the worker did not wait for its configuration"
+    assert begin["prepare"] < begin["read ahead"] < begin["import"] + phases["import"]["seconds"]
+
+
 def test_the_http_process_does_not_load_torch(server: Server) -> None:
     maps = Path(f"/proc/{server.process.pid}/maps").read_text()
     assert "libtorch" not in maps

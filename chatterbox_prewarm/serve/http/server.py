@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.serve.workers.pool import Pool
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
     from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
+    from chatterbox_prewarm.weights.record import WeightsRecord
 
 
 logger = logging.getLogger(__name__)

@@ -95,15 +95,15 @@ def check_bytes(data: bytes, *, variant: str, weights: str) -> int:
     if len(data) > MAX_BYTES:
         raise UnusableVoiceError(f"it is larger than {MAX_BYTES} bytes", next_step="delete it")
     try:
-        shapes, metadata, size = parse_safetensors_header(io.BytesIO(data), len(data))
+        header = parse_safetensors_header(io.BytesIO(data), len(data))
     except ValueError as error:
         raise UnusableVoiceError(f"it is not a safetensors file: {str(error)[:200]}", next_step=_ADD_AGAIN) from error
-    if size != len(data):
+    if header.size != len(data):
         raise UnusableVoiceError(
-            f"it has {len(data)} bytes, but its header describes {size} bytes", next_step=_ADD_AGAIN
+            f"it has {len(data)} bytes, but its header describes {header.size} bytes", next_step=_ADD_AGAIN
         )
-    created = _check_metadata(metadata, variant=variant, weights=weights)
-    _check_shapes(shapes)
+    created = _check_metadata(header.metadata, variant=variant, weights=weights)
+    _check_shapes(header.tensors)
     return created
 
 

@@ -9,7 +9,9 @@ def main() -> None:
     """Run a worker."""
     die_with_parent()  # if the front is killed, the worker must not stay in memory
     from chatterbox_prewarm.serve.workers.worker import main as run
+    from chatterbox_prewarm.start.ahead import torch_libraries
 
+    torch_libraries()  # while this process waits for its configuration and verifies the warm state
     run()
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from chatterbox_prewarm.system import fingerprint
 from chatterbox_prewarm.system.fingerprint import ABSENT, Fingerprint, explain, package_digest, read_fingerprint
 from tests.helpers.children import call
 
@@ -42,7 +43,6 @@ class ManyGpus:
     def __getattr__(self, name: str) -> Any:
         return {
             "nvmlInit": lambda: None,
-            "nvmlShutdown": lambda: None,
             "nvmlDeviceGetCount": lambda: 3,
             "nvmlSystemGetDriverVersion": lambda: "570.1",
             "nvmlDeviceGetHandleByIndex": self._GPUS.__getitem__,
@@ -73,11 +73,29 @@ def test_the_gpu_is_the_one_that_torch_selects(
     visible: str | None, device: str, gpu: str, capability: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", ManyGpus())
+    monkeypatch.setattr(fingerprint, "has_nvml", lambda: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    fingerprint = read_fingerprint(device)
-    assert (fingerprint.gpu, fingerprint.compute_capability, fingerprint.driver) == (gpu, capability, "570.1")
+    found = read_fingerprint(device)
+    assert (found.gpu, found.compute_capability, found.driver) == (gpu, capability, "570.1")
+
+
+def test_nvml_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    inits = []
+
+    class Nvml(ManyGpus):
+        def __getattr__(self, name: str) -> Any:
+            return (lambda: inits.append(name)) if name == "nvmlInit" else super().__getattr__(name)
+
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+    fingerprint.has_nvml.cache_clear()
+    try:
+        assert fingerprint.visible_gpus() == 3
+        assert read_fingerprint().driver == "570.1"
+    finally:
+        fingerprint.has_nvml.cache_clear()
+    assert inits == ["nvmlInit"]
 
 
 @pytest.mark.parametrize(
