@@ -205,7 +205,9 @@ class Synthesizer:
 
     @torch.inference_mode()
     def check(self, voice: str = DEFAULT_VOICE) -> None:
-        """Run every region once with little work: T3 draws two tokens, and the flow runs one step for a short clip.
+        """Run every region once with little work.
+
+        T3 draws two tokens after a few positions of a prompt, and the flow runs one step for a short clip.
 
         The random generators keep their state.
 

@@ -196,10 +196,13 @@ def test_the_check_of_a_start_runs_every_region_and_keeps_the_generators(
     mini: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[str] = []
+    positions: set[int] = set()
 
     def recording(region: Region, weights: Sequence[torch.Tensor]) -> BoundRegion:
         def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
             called.append(region.name)
+            if region.name == "t3_prefill":
+                positions.add(inputs[0].size(1))
             return region.function(*weights, *inputs)
 
         return run
@@ -218,6 +221,7 @@ def test_the_check_of_a_start_runs_every_region_and_keeps_the_generators(
     synthesizer.check("nobody")
     assert torch.equal(torch.rand(3), expected)
     assert set(called) == {*COMMON_REGIONS, "watermark"}
+    assert positions == {4}, "the check does not run the complete prompt"
 
 
 @pytest.mark.parametrize(
