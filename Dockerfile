@@ -123,7 +123,7 @@ ARG DEVICE=cpu
 ARG LEVELS=1,2,3
 ARG PROFILE=aot
 ARG T3_DTYPE=float32
-# A GPU to compile for with DEVICE=cuda where the builder has no GPU, such as "NVIDIA L4" or sm_89.
+# GPUs to compile for with DEVICE=cuda where the builder has no GPU, separated by commas, such as "NVIDIA L4,sm_90".
 ARG TARGET=
 # BuildKit's cache key does not contain the builder's GPU. Set this to its name, so that another GPU bakes again.
 ARG GPU=none

@@ -8,6 +8,7 @@ import sys
 
 from chatterbox_prewarm.bake.bake import bake
 from chatterbox_prewarm.bake.options import BakeOptions
+from chatterbox_prewarm.bake.several_targets import bake_for_targets
 from chatterbox_prewarm.errors import exit_with_code
 from chatterbox_prewarm.model.profiles import default_execution
 from chatterbox_prewarm.state.state import state_key
@@ -15,7 +16,7 @@ from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
 
 def main() -> None:
-    """Bake at the places of an image."""
+    """Bake at the places of an image: one state, or one for each target."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", required=True)
     parser.add_argument("--levels", required=True)
@@ -25,20 +26,27 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     new_state = WARM / "new"
+    targets = options.target.split(",") if options.target else []
     bake_options = BakeOptions(
         weights=WEIGHTS,
-        warm=new_state,
+        warm=WARM if targets else new_state,
         cache=CACHE,
         device=options.device,
-        target=options.target or None,
         execution=default_execution(options.device, profile=options.profile, t3_dtype=options.t3_dtype),
         levels=tuple(int(level) for level in options.levels.split(",")),
     )
-    manifest = bake(bake_options, progress=lambda line: print(f"bake: {line}", file=sys.stderr, flush=True))
+    if targets:
+        bake_for_targets(bake_options, targets, progress=_say)
+        return
+    manifest = bake(bake_options, progress=_say)
     new_state.rename(WARM / state_key(manifest))  # other states can be added next to it
     (WARM / f".{new_state.name}.lock").unlink()
     for family in manifest.families:
         print(f"{family.name}: {family.size} bytes, {family.seconds_saved:.1f} s saved", file=sys.stderr)
+
+
+def _say(line: str) -> None:
+    print(f"bake: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

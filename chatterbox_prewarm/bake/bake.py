@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.bake.costs import measurements, merge_logs, with_costs
 from chatterbox_prewarm.errors import BadInputError, NotWarmError, from_os_error
 from chatterbox_prewarm.families.registry import COMPILED, FAMILIES, MAY_BE_EMPTY, applicable
 from chatterbox_prewarm.model.chatterbox_imports import require_upstream
@@ -24,11 +25,12 @@ from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.model.warmup.settings import SWITCH, check_levels, switched_off
 from chatterbox_prewarm.proof.checks import audio_check, counter_checks
 from chatterbox_prewarm.proof.prove import proof_command
-from chatterbox_prewarm.state.manifest import MANIFEST_NAME, Manifest, Measurements
+from chatterbox_prewarm.state.manifest import MANIFEST_NAME, Manifest
 from chatterbox_prewarm.state.manifest_file import parse_manifest, read_manifest_bytes, write_manifest
 from chatterbox_prewarm.state.places import check_apart, check_cache_place, check_state_place
 from chatterbox_prewarm.state.provenance import check_base_image
-from chatterbox_prewarm.system.atomic_files import put_in_place, seal, staging_folder
+from chatterbox_prewarm.state.state import State
+from chatterbox_prewarm.system.atomic_files import put_in_place, remove, seal, staging_folder
 from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.gpu_stand_in import READS_ZEROS, check_torch, make_stand_in
 from chatterbox_prewarm.system.gpu_targets import check_target, find_target
@@ -49,7 +51,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from chatterbox_prewarm.bake.options import BakeOptions
-    from chatterbox_prewarm.state.manifest import FamilyEntry
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +68,20 @@ def bake(options: BakeOptions, *, progress: Callable[[str], None] = logger.info)
         ModelError: the warm-up failed.
         NotWarmError: a start from the new state had a miss; the new state was discarded.
     """
-    options = _check(options)
+    options = check_options(options)
     progress("verifying the weights")
     verify(options.weights)
+    return bake_checked(options, progress=progress)
+
+
+def bake_checked(options: BakeOptions, *, progress: Callable[[str], None], packages_of: Path | None = None) -> Manifest:
+    """Do what `bake` does, with options that `check_options` returned and weights that were verified.
+
+    Args:
+        options: of the bake.
+        progress: called with one line for each step.
+        packages_of: a state with the packages that this bake would compile.
+    """
     make_cache(options.cache)
     options = replace(options, weights=options.weights.resolve(), cache=options.cache.resolve())
     if _compiles(options):
@@ -84,7 +96,7 @@ def bake(options: BakeOptions, *, progress: Callable[[str], None] = logger.info)
             _private_folder(options.cache / COMPILED_FOLDER) as compiled,
             _stand_in(options) as environment,
         ):
-            manifest = _bake_into(staging, compiled, options, environment, progress)
+            manifest = _bake_into(staging, compiled, options, environment, progress, packages_of)
             seal(staging)
             put_in_place(staging, warm)
     except OSError as error:
@@ -92,11 +104,12 @@ def bake(options: BakeOptions, *, progress: Callable[[str], None] = logger.info)
     return manifest
 
 
-def _check(options: BakeOptions) -> BakeOptions:
+def check_options(options: BakeOptions) -> BakeOptions:
     """Check the options before anything slow; return them with absolute paths and only the families that are needed.
 
     Raises:
         BadInputError: naming the first option that cannot be used.
+        ModelError: the installed torch cannot compile for the target.
     """
     if options.voices and "conditionals" not in options.families:
         raise BadInputError(
@@ -135,7 +148,7 @@ def _check_target(options: BakeOptions) -> str | None:
     """
     if options.target is None:
         return None
-    target = check_target(options.target, options.device, options.how.profile)
+    target = check_target(options.target, options.device, options.how.profile, options.how.t3_dtype)
     if "conditionals" not in options.families:
         raise BadInputError(
             "a bake without the GPU cannot leave out the voices, because it starts from them",
@@ -187,6 +200,7 @@ def _bake_into(
     options: BakeOptions,
     environment: Mapping[str, str],
     progress: Callable[[str], None],
+    packages_of: Path | None,
 ) -> Manifest:
     """Run the processes of the bake; `staging` holds the finished state afterwards.
 
@@ -198,7 +212,9 @@ def _bake_into(
         NotWarmError: the proof process had a miss.
     """
     compile_log: dict[str, Any] | None = None
-    if _compiles(options):
+    if packages_of is not None:
+        compile_log = _copy_packages(packages_of, compiled)
+    elif _compiles(options):
         progress("compiling the regions, in a separate process")
         compile_log = _run_process("compile_process", options, staging, compiled, environment)["metrics"]
     computes_nothing = options.target is not None
@@ -222,11 +238,18 @@ def _bake_into(
             next_step="this is a fault of the bake, not of your input; please report it with this message",
         )
     manifest = parse_manifest(read_manifest_bytes(staging), source=str(staging / MANIFEST_NAME))
-    manifest = _with_costs(manifest, _merge_logs(cold["metrics"], compile_log), warm["metrics"])
+    manifest = with_costs(manifest, merge_logs(cold["metrics"], compile_log), warm["metrics"])
     if not computes_nothing:  # else the seconds and bytes are not those of a start on the GPU
-        manifest = replace(manifest, measured=_measurements(manifest, cold, warm))
+        manifest = replace(manifest, measured=measurements(manifest, cold, warm))
     write_manifest(manifest, staging)
     return manifest
+
+
+def _copy_packages(state: Path, compiled: Path) -> dict[str, Any]:
+    """Copy the packages of a state. Return what `merge_logs` needs of the log of the process that compiled them."""
+    shutil.copytree(state / "aot", compiled / "aot")
+    entry = State.read(state).manifest.family("aot")
+    return {"phases": [{"name": "aot make", "seconds": entry.seconds_spent if entry else 0.0}], "timers": {}}
 
 
 def _run_process(
@@ -251,60 +274,14 @@ def _run_process(
 @contextlib.contextmanager
 def _private_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder for compiled code. This bake runs that code, so only this user can enter the folder."""
-    shutil.rmtree(folder, ignore_errors=True)  # of a killed bake
+    remove(folder)  # of a killed bake
     folder.mkdir(mode=0o700)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
 
 
 def _empty_cache(cache: Path) -> None:
     for name in FAMILIES:
         shutil.rmtree(cache / name, ignore_errors=True)
-
-
-def _merge_logs(cold: Mapping[str, Any], compiled: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Add the time that the compile process spent on the compiled families to the log of the warm-up process."""
-    if compiled is None:
-        return cold
-    names = {timer for name in COMPILED for timer in FAMILIES[name].timers}
-    timers = {name: value for name, value in compiled["timers"].items() if name in names}
-    return {
-        "phases": [*cold["phases"], *(phase for phase in compiled["phases"] if phase["name"] in names)],
-        "timers": {name: cold["timers"].get(name, 0.0) + timers.get(name, 0.0) for name in {*cold["timers"], *timers}},
-    }
-
-
-def _measurements(manifest: Manifest, cold: Mapping[str, Any], warm: Mapping[str, Any]) -> Measurements:
-    """Measure the two starts. A cold start compiles everything except packages, which only a bake makes."""
-    compiling = sum(
-        family.seconds_spent for family in manifest.families if family.name in COMPILED and family.name != "aot"
-    )
-    return Measurements(
-        cold_seconds=round(cold["metrics"]["marks"]["attached"] + compiling, 3),
-        ready_seconds=round(warm["metrics"]["marks"]["ready"], 3),
-        resident_bytes=cold["resident_bytes"],
-        device_bytes=cold["device_bytes"],
-    )
-
-
-def _with_costs(manifest: Manifest, cold: Mapping[str, Any], warm: Mapping[str, Any]) -> Manifest:
-    """Fill in what each family cost and saves, from the logs of a cold and a warm process."""
-
-    def seconds(log: Mapping[str, Any], entry: FamilyEntry) -> float:
-        names = FAMILIES[entry.name].timers
-        phases = sum(phase["seconds"] for phase in log["phases"] if phase["name"] in names)
-        return float(phases + sum(value for name, value in log["timers"].items() if name in names))
-
-    return replace(
-        manifest,
-        families=tuple(
-            replace(
-                entry,
-                seconds_spent=round(seconds(cold, entry), 3),
-                seconds_saved=round(seconds(cold, entry) - seconds(warm, entry), 3),
-            )
-            for entry in manifest.families
-        ),
-    )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from chatterbox_prewarm.commands.options import (
     PATH,
@@ -19,8 +18,9 @@ from chatterbox_prewarm.commands.options import (
     insecure_option,
     option,
     parse_voice,
+    refuse_options,
     say,
-    target_option,
+    targets_option,
     weights_option,
 )
 from chatterbox_prewarm.errors import BadInputError
@@ -36,8 +36,12 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.image.append import AppendResult
     from chatterbox_prewarm.image.build_request import BuildRequest
 
+#: Where `publish` writes the new state in its container.
+_NEW_STATE = Path("/tmp/warm")  # noqa: S108
+#: Options without effect for GPUs that the machine lacks, and the reason.
+_NOT_WITH_A_TARGET = {"levels", "evidence"}, "--target, because without the GPU nothing is warmed up or proven"
 #: Options that each bake of a matrix sets itself. Its evidence is next to its state.
-_NOT_WITH_A_MATRIX = {"device", "target", "profile", "t3_dtype", "levels", "voices", "evidence"}
+_NOT_WITH_A_MATRIX = {"device", "targets", "profile", "t3_dtype", "levels", "voices", "evidence"}
 
 
 @click.command(short_help="Build, bake, prove and tag an image.")
@@ -46,7 +50,7 @@ _NOT_WITH_A_MATRIX = {"device", "target", "profile", "t3_dtype", "levels", "voic
 @click.option("--checkout", type=PATH, default=Path(), help="Checkout of this project. Default: the current directory.")
 @click.option("--warm", type=PATH, default=Path("out/warm"), show_default=True, help="Directory of the warm state.")
 @option("--device", default="cpu", help="Torch device that the image is for, such as cpu or cuda.")
-@target_option
+@targets_option
 @click.option(
     "--route",
     default="export",
@@ -95,21 +99,14 @@ def build(
     """Build an image on a container engine, bake a warm state, prove the image, and tag it if the proof passes.
 
     The warm state is kept. It is baked again only if something changed on which it depends. With --target, the image
-    gets its tag without a proof, which needs the GPU.
+    gets its tag without a proof, which needs the GPU; several targets give an image with a state for each.
     """
     from chatterbox_prewarm.image import build as building
-    from chatterbox_prewarm.image.build_request import BuildRequest, check_request, describe_plan, describe_routes
+    from chatterbox_prewarm.image.build_request import check_request, describe_plan, describe_routes
     from chatterbox_prewarm.image.engines.connect import connect
     from chatterbox_prewarm.proof.checks import default_evidence
 
-    request = BuildRequest(
-        **{
-            **fields,
-            "voices": dict(map(parse_voice, fields["voices"])),
-            "arguments": dict(map(_parse_argument, fields["arguments"])),
-        }
-    )
-    requests = [request] if matrix is None else _matrix_requests(context, matrix, request)
+    requests = _requests(context, matrix, fields)
     if not all(each.tag for each in requests):
         raise click.UsageError("Missing option '--tag'.")
     _exit_on_sigterm()
@@ -126,12 +123,29 @@ def build(
         for output in outputs:
             check_output(output)
         for each, output in zip(requests, outputs, strict=True):
-            layer, proof = building.build(each, engine, output, say=say)
-            click.echo(f"warm layer: {layer.size / 1e6:.1f} MB, diff id sha256:{layer.diff_id}")
+            layers, proof = building.build(each, engine, output, say=say)
+            for layer in layers:
+                click.echo(f"warm layer: {layer.size / 1e6:.1f} MB, diff id sha256:{layer.diff_id}")
             if proof is None:
                 click.echo(f"{each.tag}: unproven. On a machine with the GPU: prove --image {each.tag}")
             else:
                 click.echo(f"{each.tag}: proven, {len(proof.checks)} checks passed, evidence {output}")
+
+
+def _requests(context: click.Context, matrix: Path | None, fields: dict[str, Any]) -> Sequence[BuildRequest]:
+    """Make the builds of a command line."""
+    from chatterbox_prewarm.image.build_request import BuildRequest
+
+    if fields["targets"]:
+        refuse_options(context, *_NOT_WITH_A_TARGET)
+    request = BuildRequest(
+        **{
+            **fields,
+            "voices": dict(map(parse_voice, fields["voices"])),
+            "arguments": dict(map(_parse_argument, fields["arguments"])),
+        }
+    )
+    return [request] if matrix is None else _matrix_requests(context, matrix, request)
 
 
 def _matrix_requests(context: click.Context, path: Path, template: BuildRequest) -> Sequence[BuildRequest]:
@@ -139,10 +153,7 @@ def _matrix_requests(context: click.Context, path: Path, template: BuildRequest)
     from chatterbox_prewarm.image import matrix as matrices
     from chatterbox_prewarm.system.fingerprint import read_fingerprint
 
-    for parameter in context.command.params:
-        source = context.get_parameter_source(str(parameter.name))
-        if parameter.name in _NOT_WITH_A_MATRIX and source == ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"{parameter.opts[0]} cannot be used with --matrix.")
+    refuse_options(context, _NOT_WITH_A_MATRIX, "--matrix")
     requests, skipped = matrices.select_builds(matrices.read_matrix(path), template, gpu=read_fingerprint("cuda").gpu)
     for line in skipped:
         say(f"skipped, because it needs another machine: {line}")

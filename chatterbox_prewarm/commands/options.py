@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.profiles import PROFILES
@@ -16,7 +17,7 @@ from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 PATH = click.Path(path_type=Path)
 
@@ -42,8 +43,12 @@ insecure_option = click.option(
 )
 device_option = option("--device", default="cpu", help="Torch device, such as cpu or cuda.")
 
-target_option = click.option(
-    "--target", metavar="GPU", help="Compile for this GPU without having it: a product, or sm_90."
+targets_option = click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="GPU",
+    help="Compile for this GPU without having it: a product, or sm_90; repeatable.",
 )
 
 
@@ -74,6 +79,23 @@ def trust_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         wrapped = add(wrapped)
     return wrapped
+
+
+def refuse_options(context: click.Context, names: Collection[str], reason: str) -> None:
+    """Refuse options that the command line sets.
+
+    Args:
+        context: of the command.
+        names: the options, as the command's function names them.
+        reason: the end of the message.
+
+    Raises:
+        click.UsageError: one of them is set.
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name in names and source == ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[0]} cannot be used with {reason}.")
 
 
 def check_output(path: Path) -> None:

@@ -16,9 +16,10 @@ from chatterbox_prewarm.commands.options import (
     parse_levels,
     parse_voice,
     profile_option,
+    refuse_options,
     start_device_option,
     state_option,
-    target_option,
+    targets_option,
     trust_options,
     warm_option,
     weights_option,
@@ -46,20 +47,23 @@ _CROSS_COMPILED = "  compiled without the GPU: not tuned, and unproven until `pr
 @warm_option
 @cache_option
 @device_option
-@target_option
+@targets_option
 @profile_option("aot")
 @option("--t3-dtype", default="float32", type=click.Choice(T3_DTYPES), help="Data type of T3's transformer.")
 @click.option("--graphs/--no-graphs", default=None, help="Run T3's step as a CUDA graph. Default: on a GPU.")
 @option("--levels", default="1,2,3", help="Warm-up levels, separated by commas.")
 @click.option("--voice", "voices", multiple=True, metavar="NAME=PATH", help="Bake a voice from a clip; repeatable.")
 @click.option("--without", multiple=True, metavar="FAMILY", help="Leave out a cache family; repeatable.")
+@click.pass_context
 def bake(
+    context: click.Context,
+    /,
     *,
     weights: Path,
     warm: Path,
     cache: Path,
     device: str,
-    target: str | None,
+    targets: tuple[str, ...],
     levels: str,
     voices: tuple[str, ...],
     without: tuple[str, ...],
@@ -67,11 +71,16 @@ def bake(
 ) -> None:
     """Warm the model up on this machine and write the warm state.
 
-    With --target, compile for a GPU that this machine does not have. Run `prove` on that GPU afterwards.
+    With --target, compile for a GPU that this machine does not have. Run `prove` on that GPU afterwards. With several
+    targets, --warm is a folder that gets a state for each.
     """
     from chatterbox_prewarm.bake.bake import bake as run_bake
     from chatterbox_prewarm.bake.options import BakeOptions
+    from chatterbox_prewarm.bake.several_targets import bake_for_targets
     from chatterbox_prewarm.families.registry import FAMILIES
+
+    if targets:
+        refuse_options(context, {"levels"}, "--target, because without the GPU nothing is warmed up")
 
     if unknown := sorted(set(without) - set(FAMILIES)):
         raise BadInputError(f"there is no cache family {unknown[0]!r}", next_step=f"choose from: {', '.join(FAMILIES)}")
@@ -80,14 +89,21 @@ def bake(
         warm=warm,
         cache=cache,
         device=device,
-        target=target,
+        target=next(iter(targets), None),
         execution=default_execution(device, **execution),
         levels=parse_levels(levels),
         voices=dict(parse_voice(voice) for voice in voices),
         families=tuple(name for name in FAMILIES if name not in without),
     )
-    manifest = run_bake(options, progress=lambda line: click.echo(f"bake: {line}", err=True))
-    click.echo(_family_table(manifest))
+
+    def progress(line: str) -> None:
+        click.echo(f"bake: {line}", err=True)
+
+    if len(targets) > 1:
+        for name, manifest in bake_for_targets(options, targets, progress=progress).items():
+            click.echo(f"{warm / name}\n{_family_table(manifest)}")
+    else:
+        click.echo(_family_table(run_bake(options, progress=progress)))
 
 
 @click.command(short_help="Pack a warm state as an image layer.")

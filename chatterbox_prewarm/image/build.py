@@ -26,6 +26,7 @@ from chatterbox_prewarm.proof.checks import remove_older_evidence, require_passe
 from chatterbox_prewarm.state.manifest import MANIFEST_NAME
 from chatterbox_prewarm.state.places import check_apart
 from chatterbox_prewarm.state.provenance import ARGUMENTS, builder_args
+from chatterbox_prewarm.state.selection import states_in
 from chatterbox_prewarm.state.signature import default_signature
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.atomic_files import put_in_place, seal, staging_folder, write_whole
@@ -34,7 +35,7 @@ from chatterbox_prewarm.system.paths import WARM
 from chatterbox_prewarm.system.regular_files import read_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from chatterbox_prewarm.image.build_request import BuildRequest
     from chatterbox_prewarm.image.engines.engine import Engine
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 def build(
     request: BuildRequest, engine: Engine, output: Path, *, say: Callable[[str], None] = logger.info
-) -> tuple[Layer, Evidence | None]:
+) -> tuple[tuple[Layer, ...], Evidence | None]:
     """Build an image, prove it, and tag it.
 
     A failure or an interrupt leaves no container, volume or unfinished image. The state of a finished bake is kept.
@@ -59,7 +60,7 @@ def build(
         say: is called with one line for each step.
 
     Returns:
-        the layer of the warm state, and the evidence; None if the proof needs a GPU that the engine does not have.
+        the layers of the warm states, and the evidence; None if the proof needs a GPU that the engine does not have.
 
     Raises:
         IntegrityError: the stored state has the signature of another state.
@@ -80,11 +81,11 @@ def build(
         cold = temporary("cold")
         _build_stage(engine, request, "cold", cold, say)
         unproven = temporary("warm")
-        layer, image = _add_state(request, engine, cold, unproven, temporary, say)
-        if request.target:
+        layers, image = _add_states(request, engine, cold, unproven, temporary, say)
+        if request.targets:
             check_tag(request, engine)
             engine.tag(unproven, request.tag)
-            return layer, None
+            return layers, None
         say("prove the image, in a container")
         evidence = prove(engine, unproven, device="cpu" if request.route == "no-gpu" else request.device)
         document = evidence.to_json()
@@ -96,28 +97,28 @@ def build(
         engine.load(unproven, [], proven, name)
         check_tag(request, engine)  # the build took minutes, and another process may have used the tag
         engine.tag(name, request.tag)
-    return layer, evidence
+    return layers, evidence
 
 
-def _add_state(
+def _add_states(
     request: BuildRequest,
     engine: Engine,
     cold: str,
     unproven: str,
     temporary: Callable[[str], str],
     say: Callable[[str], None],
-) -> tuple[Layer, Image]:
-    """Add a warm state to the cold image: the stored state if it has the same recipe and fits, or a new one."""
+) -> tuple[tuple[Layer, ...], Image]:
+    """Add warm states to the cold image: the stored state if it has the same recipe and fits, or new ones."""
     warm = request.warm.absolute()
     warm.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(warm):
         # Whether a state for another GPU still fits the image cannot be checked here, so it is always baked.
-        if not request.rebake and not request.target and _stored_recipe(warm) == request.recipe():
+        if not request.rebake and not request.targets and _stored_recipe(warm) == request.recipe():
             say(f"the stored state {warm} has the same recipe")
             if default_signature(warm).is_file():
                 State.read(warm).find_signature()  # a signed state that was changed is neither used nor replaced
             try:
-                added = _load_state(request, engine, cold, unproven)
+                added = _load_states(request, engine, cold, unproven, [warm])
                 _verify(engine, unproven, request)
             except (IntegrityError, FingerprintMismatchError) as error:
                 say(f"the stored state cannot be used: {error.message}")
@@ -130,26 +131,39 @@ def _add_state(
         if stage == "tools":
             say("bake, in a container")
         with staging_folder(warm) as staging:
-            baked = _bake(request, engine, image, staging)
-            State.open(baked)
-            seal(baked)
-            if (signature := default_signature(warm)).exists():
-                signature.unlink()
-                say(f"removed {signature}, the signature of the replaced state: sign the new one")
-            _recipe_path(warm).unlink(missing_ok=True)  # it belongs to the old state, which stays until here
-            put_in_place(baked, warm)
-        recipe = json.dumps(request.recipe(), indent=1, sort_keys=True) + "\n"
-        _recipe_path(warm).write_text(recipe, encoding="utf-8")
-    return _load_state(request, engine, cold, unproven)
+            _bake(request, engine, image, staging)
+            baked = states_in(staging) or {warm.name: staging}
+            if len(request.targets) > 1:
+                warm.mkdir(exist_ok=True)
+                places = [warm / name for name in baked]
+            else:
+                places = [warm]
+            for made, place in zip(baked.values(), places, strict=True):
+                _keep(made, place, say)
+        if not request.targets:
+            recipe = json.dumps(request.recipe(), indent=1, sort_keys=True) + "\n"
+            _recipe_path(warm).write_text(recipe, encoding="utf-8")
+    return _load_states(request, engine, cold, unproven, places)
 
 
-def _bake(request: BuildRequest, engine: Engine, image: str, staging: Path) -> Path:
-    """Bake in a container, or copy the state out of the Dockerfile's bake stage. Return the folder of the state."""
+def _keep(baked: Path, warm: Path, say: Callable[[str], None]) -> None:
+    """Store a new state at its place."""
+    State.open(baked)
+    seal(baked)
+    if (signature := default_signature(warm)).exists():
+        signature.unlink()
+        say(f"removed {signature}, the signature of the replaced state: sign the new one")
+    _recipe_path(warm).unlink(missing_ok=True)  # it belongs to the old state, which stays until here
+    put_in_place(baked, warm)
+
+
+def _bake(request: BuildRequest, engine: Engine, image: str, staging: Path) -> None:
+    """Bake in a container, or copy the states out of the Dockerfile's bake stage. `staging` gets the states."""
     if request.route == "dockerfile":
         # The stage has no entrypoint, so a container of it needs some program to run.
         container = ContainerRun(image=image, command=["true"], isolated=False, export=(PurePosixPath(WARM), staging))
         engine.run(container)
-        return next(path for path in staging.iterdir() if path.name[0] != ".")
+        return
     clips = {name: PurePosixPath("/tmp") / f"{name}{clip.suffix}" for name, clip in request.voices.items()}  # noqa: S108
     voices = [word for name, path in clips.items() for word in ("--voice", f"{name}={path}")]
     container = ContainerRun(
@@ -163,17 +177,18 @@ def _bake(request: BuildRequest, engine: Engine, image: str, staging: Path) -> P
         follow=True,
     )
     engine.run(container)
-    return staging
 
 
-def _load_state(request: BuildRequest, engine: Engine, cold: str, unproven: str) -> tuple[Layer, Image]:
-    """Load the stored state on top of the cold image, as the image `unproven`."""
+def _load_states(
+    request: BuildRequest, engine: Engine, cold: str, unproven: str, places: Sequence[Path]
+) -> tuple[tuple[Layer, ...], Image]:
+    """Load stored states on top of the cold image, as the image `unproven`."""
     base = engine.image(cold)
-    with pack_states([request.warm]) as added:
+    with pack_states(places) as added:
         change = change_for(base, added, device=request.device)
         image = add_layers(base, added.layers, change, created=added.created)
         engine.load(cold, added.layers, image, unproven)
-        return added.layers[0], image
+        return added.layers, image
 
 
 def _verify(engine: Engine, image: str, request: BuildRequest) -> None:

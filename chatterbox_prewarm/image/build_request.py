@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.errors import BadInputError, EngineError, PrewarmError
 from chatterbox_prewarm.image.dockerfile import for_classic
 from chatterbox_prewarm.model.text import check_voice_name
-from chatterbox_prewarm.state.places import check_state_place
+from chatterbox_prewarm.state.places import check_state_place, check_states_place
 from chatterbox_prewarm.state.provenance import builder_args, check_base_image
 from chatterbox_prewarm.system.digests import hash_file
-from chatterbox_prewarm.system.gpu_targets import check_target
+from chatterbox_prewarm.system.gpu_targets import check_targets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,7 +57,8 @@ class BuildRequest:
         network: network in the format of `docker build --network`.
         replacing: take the tag from an image that has it.
         rebake: bake even if the stored state has the same recipe.
-        target: a GPU to compile for where the engine has none, as `find_target` takes it; None bakes on `device`.
+        targets: GPUs to compile for where the engine has none, as `find_target` takes them. With several, `warm` is a
+            folder that gets a state for each.
     """
 
     checkout: Path
@@ -75,7 +76,7 @@ class BuildRequest:
     network: str
     replacing: bool
     rebake: bool
-    target: str | None = None
+    targets: tuple[str, ...] = ()
 
     @property
     def classic(self) -> bool:
@@ -90,7 +91,7 @@ class BuildRequest:
     @property
     def engine_device(self) -> str:
         """The device that the containers of the build get."""
-        return "cpu" if self.target else self.bake_device
+        return "cpu" if self.targets else self.bake_device
 
     def recipe(self) -> dict[str, Any]:
         """Return the settings of the bake, with digests of clips. A stored state with the same recipe is reused."""
@@ -100,14 +101,14 @@ class BuildRequest:
             "t3_dtype": self.t3_dtype,
             "levels": self.levels,
             "voices": {name: hash_file(path) for name, path in sorted(self.voices.items())},
-            **({"target": self.target} if self.target else {}),
         }
 
     def bake_command(self) -> list[str]:
         """Return the command of the bake, without the arguments for voices."""
         recipe = self.recipe()
-        names = [name for name in ("device", "profile", "t3_dtype", "levels", "target") if name in recipe]
-        return ["bake", *(word for name in names for word in (f"--{name.replace('_', '-')}", recipe[name]))]
+        names = ["device", "profile", "t3_dtype", *(() if self.targets else ("levels",))]
+        words = [word for name in names for word in (f"--{name.replace('_', '-')}", recipe[name])]
+        return ["bake", *words, *(word for target in self.targets for word in ("--target", target))]
 
     def rebake_hint(self) -> str:
         """Say how to replace a state that failed its proof: the next build would reuse it."""
@@ -124,7 +125,7 @@ class BuildRequest:
                 "PROFILE": self.profile,
                 "T3_DTYPE": self.t3_dtype,
                 "LEVELS": self.levels,
-                **({"TARGET": self.target} if self.target else {}),
+                **({"TARGET": ",".join(self.targets)} if self.targets else {}),
                 **builder_args(self.arguments, os.environ),
             }
         return [
@@ -165,7 +166,8 @@ def check_request(request: BuildRequest, engine: Engine) -> None:
     """
     if not (request.checkout / "Dockerfile").is_file():
         raise BadInputError(f"{request.checkout} has no Dockerfile", next_step="name a checkout of this project")
-    check_state_place(request.warm)
+    check_place = check_states_place if len(request.targets) > 1 else check_state_place
+    check_place(request.warm)
     for name, clip in request.voices.items():
         check_voice_name(name)
         if not clip.is_file():
@@ -211,8 +213,8 @@ def _check_route(request: BuildRequest, engine: Engine) -> None:
     on_gpu = request.device.startswith("cuda")
     if "TARGET" in request.arguments:
         raise BadInputError("TARGET is an option here", next_step="use --target instead of --build-arg TARGET=...")
-    if request.target:
-        check_target(request.target, request.device, request.profile)
+    if request.targets:
+        check_targets(request.targets, request.device, request.profile, request.t3_dtype)
         if request.route == "no-gpu":
             raise BadInputError("--route no-gpu compiles nothing for a target", next_step="leave out --route no-gpu")
         on_gpu = False  # the engine needs none
@@ -265,11 +267,11 @@ def describe_plan(request: BuildRequest, engine: Engine) -> list[str]:
         f"selected route: {request.route}",
         command("cold"),
         "state: a new bake"
-        if request.rebake or request.target
+        if request.rebake or request.targets
         else f"state: {request.warm}, if it has the same recipe and fits the image; otherwise a new bake",
         *bake,
         "pack: load the state on top, as an image layer",
-        "no proof, which needs the GPU" if request.target else _PROOF_STEP,
+        "no proof, which needs the GPU" if request.targets else _PROOF_STEP,
         f"tag: {request.tag}",
     ]
 

@@ -125,6 +125,22 @@ def check_state_place(warm: Path) -> None:
         )
 
 
+def check_states_place(folder: Path) -> None:
+    """Check that bakes can add states to a folder: it is missing, or each directory in it is a state.
+
+    Raises:
+        BadInputError: the folder is not a directory, is a state, is inside a state or a checkpoint, or has a directory
+            that a bake cannot replace.
+    """
+    check_output_place(folder)
+    if folder.is_symlink() or not folder.is_dir():
+        check_state_place(folder)
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name[0] != ".":
+            check_state_place(path)
+
+
 def check_weights_place(directory: Path) -> None:
     """Check that a checkpoint can be written to a folder, which may contain an older checkpoint.
 

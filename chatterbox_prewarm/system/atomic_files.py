@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -214,6 +215,17 @@ def remove(directory: Path) -> None:
 
 def put_in_place(staging: Path, target: Path) -> None:
     """Rename a finished folder to `target` in one step, and remove the folder that had the name before."""
+    if staging.parent == target.parent:
+        _rename(staging, target)
+        return
+    mode = stat.S_IMODE(staging.stat().st_mode)
+    for folder in filter(Path.exists, (staging, target)):
+        folder.chmod(0o755)  # a folder gets another parent only from a user who may write to it
+    _rename(staging, target)
+    target.chmod(mode)
+
+
+def _rename(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
         return

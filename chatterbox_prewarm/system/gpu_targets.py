@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.system.gpu_names import nvml_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 #: By compute capability: the most shared memory of a block in KiB, and the most threads of a multiprocessor.
@@ -23,6 +27,8 @@ _ARCHITECTURES = {
     (10, 0): (227, 2048),
     (12, 0): (99, 1536),
 }
+#: The first compute capability with instructions for bfloat16. Inductor compiles no bfloat16 for older ones.
+_BFLOAT16 = (8, 0)
 #: Product name of NVML, compute capability, multiprocessors, memory in GiB, L2 cache in MiB. The first product of an
 #: architecture stands for it.
 _PRODUCTS = (
@@ -102,11 +108,11 @@ def find_target(text: str) -> GpuTarget:
     return _target(name, name)
 
 
-def check_target(text: str, device: str, profile: str) -> GpuTarget:
-    """Return a target for a bake with this device and profile.
+def check_target(text: str, device: str, profile: str, t3_dtype: str) -> GpuTarget:
+    """Return a target for a bake with this device, profile and data type.
 
     Raises:
-        BadInputError: the target is unknown, or does not go with the device or the profile.
+        BadInputError: the target is unknown, or does not go with the device, the profile or the data type.
     """
     target = find_target(text)
     if device != "cuda":
@@ -118,7 +124,27 @@ def check_target(text: str, device: str, profile: str) -> GpuTarget:
             f"the profile {profile!r} makes nothing that needs a target",
             next_step="use the profile aot for a target; or leave out --target, and bake on the GPU",
         )
+    if t3_dtype == "bfloat16" and target.capability < _BFLOAT16:
+        raise BadInputError(
+            f"{target.name} cannot compute in bfloat16, which needs {architecture(_BFLOAT16)} or newer",
+            next_step="use --t3-dtype float32",
+        )
     return target
+
+
+def check_targets(texts: Sequence[str], device: str, profile: str, t3_dtype: str) -> tuple[GpuTarget, ...]:
+    """Return several targets for bakes with this device, profile and data type.
+
+    Raises:
+        BadInputError: a target is given twice, or `check_target` refuses it.
+    """
+    targets: dict[str, GpuTarget] = {}
+    for text in texts:
+        target = check_target(text, device, profile, t3_dtype)
+        if target.name in targets:
+            raise BadInputError(f"the target {target.name} is given twice", next_step="name each target once")
+        targets[target.name] = target
+    return tuple(targets.values())
 
 
 def _target(gpu: str, product: str) -> GpuTarget:

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.timeout(900)
 TAG = "chatterbox-prewarm-test:built"
 #: A small random checkpoint, and a profile without compilation, which other tests cover.
 ARGUMENTS = [
-    *("--network", "host", "--profile", "eager", "--levels", "1"),
+    *("--network", "host", "--profile", "eager"),
     *("--build-arg", "WEIGHTS=synthetic", "--build-arg", "SIZE=mini"),
     *("--build-arg", f"SOURCE_REVISION={'a' * 40}", "--build-arg", "BUILDER=a test"),
     *(("--secret", f"id=ca,src={os.environ['SSL_CERT_FILE']}") if os.environ.get("SSL_CERT_FILE") else ()),
@@ -70,7 +70,8 @@ def built(docker: str, context: Path, place: Path) -> Iterator[subprocess.Comple
 def _build(
     context: Path, place: Path, *more: str | Path, tag: str = TAG, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    return run_cli("build", "--tag", tag, "--checkout", context, "--warm", place / "warm", *ARGUMENTS, *more, env=env)
+    arguments = [*ARGUMENTS, *(() if "--target" in more else ("--levels", "1")), *more]
+    return run_cli("build", "--tag", tag, "--checkout", context, "--warm", place / "warm", *arguments, env=env)
 
 
 def _copy_state(place: Path, folder: Path) -> Path:
@@ -332,30 +333,38 @@ def test_an_interrupted_build_leaves_nothing_new(
     assert kept - {".warm.lock"} <= left <= kept
 
 
-def test_an_image_for_a_gpu_that_the_engine_lacks_gets_its_tag_without_a_proof(
+def test_an_image_for_gpus_that_the_engine_lacks_gets_its_tag_without_a_proof(
     docker: str,
     context: Path,
     built: subprocess.CompletedProcess[str],
     tmp_path: Path,
 ) -> None:
     assert built.returncode == 0, "its stages are in the builder's cache"
-    tag, gpu = f"{TAG}-l4", ("--device", "cuda", "--profile", "aot", "--target")
-    for target, words in (("H2000", "perhaps NVIDIA H200"), ("", "no GPU")):
-        refused = _build(context, tmp_path, *gpu, target, tag=tag)
-        assert refused.returncode in {14, 16}, refused.stderr
+    tag, gpu = f"{TAG}-h200", ("--device", "cuda", "--profile", "aot", "--t3-dtype", "bfloat16", "--target")
+    for arguments, code, words in (
+        (["l4", "--target", "H2000"], 16, "perhaps NVIDIA H200"),
+        (["l4", "--evidence", tmp_path / "evidence.json"], 2, "--evidence cannot be used with --target"),
+    ):
+        refused = _build(context, tmp_path, *gpu, *arguments, tag=tag)
+        assert refused.returncode == code, refused.stderr
         assert words in refused.stderr
     try:
-        made = _build(context, tmp_path, *gpu, "l4", tag=tag)
+        made = _build(context, tmp_path, *gpu, "h200", "--target", "sm_90", tag=tag)
         assert made.returncode == 0, made.stderr
         assert f"{tag}: unproven. On a machine with the GPU: prove --image {tag}" in made.stdout
         config = _config(docker, tag)["Config"]
         assert "CHATTERBOX_PREWARM_DEVICE=cuda" in config["Env"]
-        (state,) = read_states(config["Labels"])
-        assert state.cross_compiled
-        assert (state.device, state.gpu, state.compute_capability) == ("cuda", "NVIDIA L4", "8.9")
+        states = read_states(config["Labels"])
+        found = [(state.gpu, state.compute_capability, state.cross_compiled) for state in states]
+        assert found == [("absent", "9.0", True), ("NVIDIA H200", "9.0", True)]
+        assert {path.name for path in (tmp_path / "warm").iterdir()} == {state.key for state in states}
+        assert all("bfloat16" in state.key for state in states)
+        assert "target sm_90, with the same packages" in made.stderr
+        one, other = (State.read(tmp_path / "warm" / state.key).manifest.files for state in states)
+        assert {file for file in one if file.path[:4] == "aot/"} == {file for file in other if file.path[:4] == "aot/"}
         assert EVIDENCE not in config["Labels"]
         assert not (tmp_path / "warm.evidence.json").exists()
-        plan = _build(context, tmp_path, *gpu, "l4", "--replace", "--dry-run", tag=tag)
+        plan = _build(context, tmp_path, *gpu, "h200", "--target", "sm_90", "--replace", "--dry-run", tag=tag)
         assert "state: a new bake" in plan.stdout, "whether the stored state still fits cannot be checked here"
         assert "no proof, which needs the GPU" in plan.stdout
     finally:

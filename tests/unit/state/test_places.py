@@ -15,6 +15,7 @@ from chatterbox_prewarm.state.places import (
     check_cache_place,
     check_output_place,
     check_state_place,
+    check_states_place,
     check_weights_place,
 )
 from chatterbox_prewarm.state.state import State
@@ -163,6 +164,27 @@ def test_a_damaged_or_empty_state_can_be_replaced(folder: Path) -> None:
     (folder / "empty").mkdir()
     check_state_place(folder / "empty")
     check_state_place(folder / "new" / "warm")
+
+
+def test_states_are_added_only_to_a_folder_whose_directories_are_all_states(folder: Path) -> None:
+    states = folder / "states"
+    check_states_place(states)
+    states.mkdir()
+    make_state(states / "one", {"numba": {"index.nbi": b"index"}})
+    (states / "one.evidence.json").write_text("{}")
+    (states / ".two.staging-a").mkdir()
+    check_states_place(states)
+    (states / "photos").mkdir()
+    (states / "photos" / "cat.jpg").touch()
+    for place, words in (
+        (states, "photos holds something other than a warm state"),
+        (folder / "warm", "is the warm state"),
+        (folder / "weights" / "warm", "is inside the checkpoint"),
+        (folder / "notes.txt", "is not a directory"),
+        (folder / "link", "is the warm state"),
+    ):
+        with pytest.raises(BadInputError, match=words):
+            check_states_place(place)
 
 
 def test_a_cache_with_folders_of_another_program_is_refused(folder: Path) -> None:

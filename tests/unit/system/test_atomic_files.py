@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from chatterbox_prewarm.system.atomic_files import atomic_file, put_in_place, seal, staging_folder, write_whole
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
+from tests.conftest import ROOT
 
 # ---- files
 
@@ -116,6 +116,34 @@ def test_an_older_state_is_exchanged_for_the_new_one_and_removed(tmp_path: Path)
         assert (staging / "numba" / "old").read_text() == "old"  # both were renamed in one step
     assert [path.name for path in warm.iterdir()] == ["manifest.json"]
     assert list(tmp_path.glob(".warm.*")) == []
+
+
+_MOVES = """
+import os, sys
+from pathlib import Path
+from chatterbox_prewarm.system.atomic_files import put_in_place, seal
+if os.geteuid() == 0:  # root may move everything
+    os.setuid(12345)
+folder, kept = Path(sys.argv[1]), Path(sys.argv[1]) / "kept" / "state"
+for text in ("old", "new"):
+    staged = folder / "staging" / "state"
+    staged.mkdir(parents=True)
+    (staged / "file").write_text(text)
+    seal(staged)
+    kept.parent.mkdir(exist_ok=True)
+    put_in_place(staged, kept)
+    print((kept / "file").read_text(), oct(kept.stat().st_mode & 0o777), staged.exists())
+    if staged.exists():
+        print((staged / "file").read_text())
+"""
+
+
+def test_a_user_without_privileges_moves_a_sealed_state_to_another_folder() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's folder is closed to other users
+        Path(folder).chmod(0o777)
+        command = [sys.executable, "-c", _MOVES, folder]
+        moved = subprocess.run(command, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)})
+    assert moved.stdout.split("\n") == ["old 0o555 False", "new 0o555 True", "old", ""], moved.stderr
 
 
 def test_a_sealed_state_is_read_only(tmp_path: Path) -> None:

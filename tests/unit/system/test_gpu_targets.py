@@ -6,7 +6,14 @@ import pytest
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.system.gpu_names import nvml_name
-from chatterbox_prewarm.system.gpu_targets import _ARCHITECTURES, _PRODUCTS, architecture, find_target
+from chatterbox_prewarm.system.gpu_targets import (
+    _ARCHITECTURES,
+    _PRODUCTS,
+    architecture,
+    check_target,
+    check_targets,
+    find_target,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +55,19 @@ def test_an_unknown_target_is_refused_with_the_nearest_ones(text: str, words: st
     with pytest.raises(BadInputError) as caught:
         find_target(text)
     assert words.lower() in f"{caught.value.message} {caught.value.next_step}".lower()
+
+
+def test_the_same_target_twice_is_refused_under_each_of_its_names() -> None:
+    targets = check_targets(["L4", "sm_89"], "cuda", "aot", "bfloat16")
+    assert [target.name for target in targets] == ["NVIDIA L4", "sm_89"]
+    with pytest.raises(BadInputError, match="NVIDIA L4 is given twice"):
+        check_targets(["L4", "H200", "nvidia-l4"], "cuda", "aot", "float32")
+
+
+def test_bfloat16_is_refused_for_a_gpu_without_its_instructions() -> None:
+    check_target("T4", "cuda", "aot", "float32")
+    with pytest.raises(BadInputError, match="Tesla T4 cannot compute in bfloat16, which needs sm_80 or newer"):
+        check_target("T4", "cuda", "aot", "bfloat16")
 
 
 def test_the_name_of_an_architecture_is_that_of_the_compilers() -> None:
