@@ -29,6 +29,7 @@ from chatterbox_prewarm.image.dockerfile import VARIANTS
 from chatterbox_prewarm.image.engines.engine import ENGINES
 from chatterbox_prewarm.image.matrix import MATRIX_NAME
 from chatterbox_prewarm.model.profiles import PROFILES, T3_DTYPES
+from chatterbox_prewarm.system.paths import WARM
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -254,20 +255,41 @@ def dockerfile(*, variant: str, checkout: Path, target: str, arguments: tuple[st
 @click.option("--matrix", type=PATH, default=Path(MATRIX_NAME), show_default=True, help="File that lists the bakes.")
 @click.option("--index", type=click.IntRange(0), envvar="JOB_COMPLETION_INDEX", show_envvar=True, help="Bake to run.")
 @click.option("--list", "listing", is_flag=True, help="Only list the bakes with their numbers.")
-@option("--warm", type=PATH, default="/tmp/warm", help="Directory of the new state.")  # noqa: S108 - in a container
+@click.option("--prove-only", "image", metavar="IMAGE", help="Only prove this image, in a container of it.")
+@click.option("--state", help="With --prove-only: the state to prove. Default: the one that a start would use here.")
+@option("--warm", type=PATH, help=f"Directory of the new state. Default: {_NEW_STATE}; with --prove-only, {WARM}.")
 @weights_option
 @cache_option
 @insecure_option
+@click.pass_context
 def publish(
-    *, matrix: Path, index: int | None, listing: bool, warm: Path, weights: Path, cache: Path, insecure: bool | None
+    context: click.Context,
+    /,
+    *,
+    matrix: Path,
+    index: int | None,
+    listing: bool,
+    image: str | None,
+    state: str | None,
+    warm: Path | None,
+    **places: Any,
 ) -> None:
     """Bake on this node without a container engine, prove the state, and add it to an image in a registry.
 
     For a Kubernetes Job. It runs in an image of the stage `tools`; the base of the matrix is an image of the stage
-    `cold`.
+    `cold`. With --prove-only, it runs in an image that has a state, proves that state on this node, and attaches the
+    evidence to the image in the registry.
     """
     from chatterbox_prewarm.image import matrix as matrices
+    from chatterbox_prewarm.image import publish as publishing
 
+    if image is not None:
+        refuse_options(context, {"matrix", "index", "listing"}, "--prove-only")
+        options = publishing.PublishOptions(warm=warm or WARM, say=say, **places)
+        click.echo(f"{image}: evidence attached as {publishing.prove_image(image, options, name=state)}")
+        return
+    if state is not None:
+        raise click.UsageError("--state needs --prove-only.")
     found = matrices.read_matrix(matrix)
     if listing:
         for number, bake in enumerate(found.bakes):
@@ -278,10 +300,8 @@ def publish(
         raise BadInputError(
             f"{matrix} has {len(found.bakes)} bakes, but --index is {index}", next_step="see publish --list"
         )
-    from chatterbox_prewarm.image import publish as publishing
-
     _exit_on_sigterm()
-    options = publishing.PublishOptions(weights=weights, warm=warm, cache=cache, insecure=insecure, say=say)
+    options = publishing.PublishOptions(warm=warm or _NEW_STATE, say=say, **places)
     made = publishing.publish(found.bakes[index], found.base, found.target, options)
     if made is not None:
         _print_result(found.target, made)

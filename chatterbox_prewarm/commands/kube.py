@@ -194,6 +194,37 @@ def render_bake(*, matrix: Path, image: str, output: Path | None, **fields: Any)
     _write(render_bakes(request), output)
 
 
+@k8s.command("render-proof")
+@click.option("--image", required=True, help="Image to prove. Its labels are read from the registry.")
+@click.option("--platform", default="linux/amd64", show_default=True, help="Platform of a multi-platform image.")
+@click.option("--registry-secret", default="", help=f"Secret with a login that may write, {_LOGIN_TYPE}.")
+@click.option(
+    "--pull-secret",
+    default="",
+    help="Secret with the login to pull the image. Default: the secret of --registry-secret.",
+)
+@click.option(
+    "--deadline", default=3600, show_default=True, type=click.IntRange(1), help="Time limit of a job, seconds."
+)
+@_common_options
+@insecure_option
+def render_proof(*, image: str, platform: str, output: Path | None, **fields: Any) -> None:
+    """Render a Job for each state of an image that was compiled without its GPU.
+
+    It proves the state on a node with that GPU, and attaches the evidence to the image. Run it before the deployment.
+    """
+    from chatterbox_prewarm.kube.proof import Request, render_proofs
+
+    if output is not None:
+        check_output(output)
+    image, states = _states(_pullable(image), None, platform=platform, insecure=fields["insecure"])
+    if "@" not in image:
+        raise BadInputError(
+            f"the registry does not have {image}, so its evidence cannot be attached", next_step="push the image first"
+        )
+    _write(render_proofs(Request(image=image, states=states, **fields)), output)
+
+
 def _write(rendering: Rendering, output: Path | None) -> None:
     for note in rendering.notes[1:]:
         say(f"note: {note}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, EngineError, IntegrityError, NotWarmError
 from chatterbox_prewarm.image.compose import resolve
+from chatterbox_prewarm.image.image_states import with_states
 from chatterbox_prewarm.image.labels import read_states
 from chatterbox_prewarm.image.oci import (
     INDEXES,
@@ -23,7 +24,7 @@ from chatterbox_prewarm.system.regular_files import read_regular
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_prewarm.image.oci import Document, Store
+    from chatterbox_prewarm.image.oci import Document, Image, Store
 
 EVIDENCE_TYPE = "application/vnd.chatterbox-prewarm.evidence.v1+json"
 
@@ -46,12 +47,9 @@ def attach_evidence(store: Store, reference: str, evidence: Path) -> str:
         EngineError: the image cannot be read, or the store cannot be written.
     """
     raw = _read_evidence(evidence)
-    subject = store.read_manifest(reference)
-    if subject.media_type in INDEXES:
-        raise EngineError(f"{reference} is an index of several images", next_step="name the proven image by its digest")
-    states = read_states(resolve(store, reference).labels)
+    subject, image = read_subject(store, reference)
     set_digest = json.loads(raw)["set_digest"]
-    if set_digest not in {state.set_digest for state in states}:
+    if set_digest not in {state.set_digest for state in read_states(image.labels)}:
         raise IntegrityError(
             f"{evidence} is for a state with the set digest {set_digest}, which {reference} does not have",
             next_step="prove this image, and attach the evidence of that proof",
@@ -62,6 +60,20 @@ def attach_evidence(store: Store, reference: str, evidence: Path) -> str:
     store.put_manifest(referrer, referrer.digest)
     _add_to_referrers(store, subject, referrer)
     return referrer.digest
+
+
+def read_subject(store: Store, reference: str) -> tuple[Document, Image]:
+    """Read an image that can have evidence. Return its manifest, and the image with the labels of its states.
+
+    Raises:
+        EngineError: the image cannot be read, is an index, or has no state.
+    """
+    subject = store.read_manifest(reference)
+    if subject.media_type in INDEXES:
+        raise EngineError(f"{reference} is an index of several images", next_step="name the proven image by its digest")
+    image = with_states(store, resolve(store, subject.digest))
+    read_states(image.labels)  # checks that it has some
+    return subject, image
 
 
 def _read_evidence(evidence: Path) -> bytes:

@@ -82,8 +82,8 @@ def compare_with_node(image: Image, host: Mapping[str, str]) -> NodeFit:
     Raises:
         EngineError: the labels cannot be read.
     """
-    device = host.get("device") or _setting(image, "DEVICE")
-    profile = _setting(image, "PROFILE")
+    device = host.get("device") or image_setting(image, "DEVICE")
+    profile = image_setting(image, "PROFILE")
     compared = []
     for state in read_states(image.labels):
         facts = {**host, "device": device_kind(device or state.device)}
@@ -128,7 +128,7 @@ def _environment(image: Image) -> dict[str, str]:
     return dict(str(line).partition("=")[::2] for line in (image.config.get("config") or {}).get("Env") or ())
 
 
-def _setting(image: Image, name: str) -> str | None:
+def image_setting(image: Image, name: str) -> str | None:
     """Read an option of `serve` from the environment of the image."""
     return _environment(image).get(f"CHATTERBOX_PREWARM_{name}") or None
 

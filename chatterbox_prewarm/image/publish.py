@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.bake.bake import bake
 from chatterbox_prewarm.bake.options import BakeOptions
-from chatterbox_prewarm.errors import BadInputError, EngineError, FingerprintMismatchError
+from chatterbox_prewarm.errors import BadInputError, EngineError, FingerprintMismatchError, IntegrityError
 from chatterbox_prewarm.image.append import AppendOptions, TagMovedError, append, check_tag
+from chatterbox_prewarm.image.attest import attach_evidence, read_subject
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import STATES, read_states, state_label
+from chatterbox_prewarm.image.node_fit import image_setting
 from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.image.state_layers import pack_states
 from chatterbox_prewarm.image.stores import open_store
 from chatterbox_prewarm.model.profiles import default_execution
 from chatterbox_prewarm.proof.checks import default_evidence, remove_older_evidence, require_passed
 from chatterbox_prewarm.proof.prove import ProofOptions, prove, prove_here
-from chatterbox_prewarm.system.atomic_files import write_whole
+from chatterbox_prewarm.state.selection import states_in
+from chatterbox_prewarm.state.state import State
+from chatterbox_prewarm.system.atomic_files import scratch_folder, write_whole
 from chatterbox_prewarm.system.fingerprint import read_fingerprint
 
 if TYPE_CHECKING:
@@ -33,9 +37,10 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.image.append import AppendResult
     from chatterbox_prewarm.image.labels import StateLabel
     from chatterbox_prewarm.image.matrix import Bake
-    from chatterbox_prewarm.image.oci import Store
+    from chatterbox_prewarm.image.oci import Image, Store
     from chatterbox_prewarm.image.references import ImageReference
     from chatterbox_prewarm.image.state_layers import StateLayers
+    from chatterbox_prewarm.proof.checks import Evidence
 
 logger = logging.getLogger(__name__)
 
@@ -124,16 +129,69 @@ def _bake_and_prove(planned: Bake, options: PublishOptions) -> Path:
         voices=planned.voices,
     )
     bake(bake_options, progress=say)
-    say("prove in a fresh process")
-    proof = ProofOptions(warm=options.warm, weights=options.weights)
-    try:
-        evidence = prove(proof)
-    except EngineError as error:  # pods usually cannot create namespaces
-        say(f"{error.message}; the process runs without isolation, and its counters still count")
-        evidence = prove_here(proof, options.cache, isolated=False)
+    evidence = _prove(ProofOptions(warm=options.warm, weights=options.weights), options)
     write_whole(path, evidence.to_json())
     require_passed(evidence, path)
     return path
+
+
+def prove_image(image: str, options: PublishOptions, *, name: str | None = None) -> str:
+    """Prove a state of an image on this node, and attach the evidence to the image. The image does not change.
+
+    Args:
+        image: the image in a registry or a layout. This process runs in a container of it.
+        options: see `PublishOptions`; `warm` is the folder of the image's states.
+        name: the state to prove; by default the one that a start would use here.
+
+    Returns:
+        the digest of the manifest with the evidence.
+
+    Raises:
+        BadInputError: an archive cannot have evidence.
+        IntegrityError: the image has other states.
+        NotWarmError: the proof did not pass; nothing was sent.
+        PrewarmError: see `prove_here` and `attach_evidence`.
+    """
+    reference = parse(image)
+    if reference.kind == "docker-archive":
+        raise BadInputError(f"{image} is an archive, which cannot have evidence", next_step="name it in a registry")
+    with open_store(reference, insecure=options.insecure) as (store, target):
+        subject, found = read_subject(store, target)
+    _check_has_states(image, found, options.warm)
+    device = image_setting(found, "DEVICE")
+    proof = ProofOptions(warm=options.warm, weights=options.weights, device=device, name=name)
+    evidence = _prove(proof, options)
+    for check in evidence.checks:
+        options.say(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}")
+    require_passed(evidence, "the lines above")
+    with scratch_folder("chatterbox-prewarm-evidence-") as scratch:
+        path = scratch / "evidence.json"
+        write_whole(path, evidence.to_json())
+        with open_store(reference, insecure=options.insecure) as (store, _):
+            return attach_evidence(store, subject.digest, path)
+
+
+def _check_has_states(image: str, found: Image, warm: Path) -> None:
+    """Check that an image has a state of a folder, before minutes of proving.
+
+    Raises:
+        IntegrityError: it has no such state.
+    """
+    labelled = {state.set_digest for state in read_states(found.labels)}
+    here = {State.read(path).manifest.set_digest for path in states_in(warm).values()}
+    if not labelled & here:
+        raise IntegrityError(
+            f"{image} has none of the states in {warm}", next_step="run this in a container of that image"
+        )
+
+
+def _prove(proof: ProofOptions, options: PublishOptions) -> Evidence:
+    options.say("prove in a fresh process")
+    try:
+        return prove(proof)
+    except EngineError as error:  # pods usually cannot create namespaces
+        options.say(f"{error.message}; the process runs without isolation, and its counters still count")
+        return prove_here(proof, options.cache, isolated=False)
 
 
 def _check_images(base: ImageReference, target: ImageReference, *, insecure: bool | None) -> None:

@@ -9,22 +9,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.errors import (
-    BadInputError,
-    FingerprintMismatchError,
-    IntegrityError,
-    NotWarmError,
-    PrewarmError,
-    WeightsError,
-    from_os_error,
-)
+from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.image.matrix import MATRIX_NAME, Matrix, to_toml
-from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.kube.documents import (
     NAME,
     USER,
@@ -37,31 +27,29 @@ from chatterbox_prewarm.kube.documents import (
     resources,
     service_account,
 )
+from chatterbox_prewarm.kube.jobs import (
+    KEPT_SECONDS,
+    RETRIES,
+    failure_policy,
+    job_names,
+    registry_egress,
+    registry_login,
+)
 from chatterbox_prewarm.kube.nodes import Cluster, gpu_fields, product_affinity
 from chatterbox_prewarm.system.paths import CACHE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from chatterbox_prewarm.image.matrix import Bake
     from chatterbox_prewarm.kube.documents import Document
 
 _BAKE = "bake"
-#: Maximum length of the name of a Job. Its pods have the index and a random suffix, and at most 63 characters.
-_JOB_NAME = 52
 _FOLDER = "/etc/chatterbox-prewarm"
-_LOGIN = "/etc/registry-login"
 #: Maximum size of a ConfigMap in Kubernetes.
 _MAP_BYTES = 1 << 20
 #: MiB of the volumes. /tmp holds the state, its packed layer and temporary files of compilers.
 _CACHE_MIB, _TMP_MIB = 8192, 8192
-#: Exit codes after which a retry would fail again: usage, weights, wrong GPU, damaged state, miss, bad input, bug. The
-#: others are retried: registry (14), model (15, perhaps too little memory), and signals.
-_FINAL = sorted(
-    {2, *(kind.exit_code for kind in (WeightsError, FingerprintMismatchError, IntegrityError, NotWarmError))}
-    | {BadInputError.exit_code, PrewarmError.exit_code}
-)
-_RETRIES = 3
 _RENDERED = (
     "Rendered by chatterbox-prewarm k8s render-bake. A Job cannot be changed. To run it again, use:\n"
     "kubectl replace --force -f FILE"
@@ -70,8 +58,6 @@ NO_FEATURE_DISCOVERY = (
     "Nodes are not selected by GPU, so a bake may start on another GPU than it is for. It then ends with 11.\n"
     "Install GPU Feature Discovery, or render one type at a time with --node-label."
 )
-#: A finished Job is kept for this time, so that its log can be read.
-_KEPT_SECONDS = 86400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +105,10 @@ def render_bakes(request: Request) -> Rendering:
     by_gpu: dict[str, list[Bake]] = {}
     for bake in request.matrix.bakes:
         by_gpu.setdefault(bake.gpu, []).append(bake)
-    names = _names(request.component.name, by_gpu)
+    names = job_names(request.component.name, by_gpu)
     documents: list[Document] = [
         service_account(request.component),
-        network_policy(request.component, [], _egress(request.matrix)),
+        network_policy(request.component, [], registry_egress((request.matrix.base, request.matrix.target))),
     ]
     for gpu, bakes in by_gpu.items():
         documents += [_config_map(request, names[gpu], bakes), _job(request, names[gpu], gpu, len(bakes))]
@@ -130,18 +116,6 @@ def render_bakes(request: Request) -> Rendering:
     if len(by_gpu) > 1 and not request.cluster.feature_discovery and not request.cluster.labels:
         notes.append(NO_FEATURE_DISCOVERY)
     return Rendering(documents=tuple(documents), notes=tuple(notes))
-
-
-def _names(prefix: str, gpus: Mapping[str, Any]) -> dict[str, str]:
-    """Return a unique name for the documents of each type of GPU."""
-    room = _JOB_NAME - len(prefix) - 1
-    names: dict[str, str] = {}
-    for gpu in gpus:
-        slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") or "cpu"
-        if len(slug) > room or f"{prefix}-{slug}" in names.values():
-            slug = f"{slug[: room - 8].strip('-')}-{hashlib.sha256(gpu.encode()).hexdigest()[:7]}"
-        names[gpu] = f"{prefix}-{slug}"
-    return names
 
 
 def _config_map(request: Request, name: str, bakes: Sequence[Bake]) -> Document:
@@ -177,16 +151,10 @@ def _job(request: Request, name: str, gpu: str, bakes: int) -> Document:
         "completionMode": "Indexed",
         "completions": bakes,
         "parallelism": min(request.parallelism, bakes),
-        "backoffLimitPerIndex": _RETRIES,
+        "backoffLimitPerIndex": RETRIES,
         "activeDeadlineSeconds": request.deadline,
-        "ttlSecondsAfterFinished": _KEPT_SECONDS,
-        "podFailurePolicy": {
-            "rules": [
-                # A drained node or a preempted pod is not a failure of the bake.
-                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                {"action": "FailIndex", "onExitCodes": {"containerName": _BAKE, "operator": "In", "values": _FINAL}},
-            ]
-        },
+        "ttlSecondsAfterFinished": KEPT_SECONDS,
+        "podFailurePolicy": failure_policy(_BAKE, "FailIndex"),
         "template": {"metadata": {"labels": request.component.labels}, "spec": _pod(request, name, gpu)},
     }
     job = request.component.document("batch/v1", "Job", name, spec=spec)
@@ -205,11 +173,8 @@ def _pod(request: Request, name: str, gpu: str) -> Document:
         {"name": "matrix", "configMap": {"name": name}},
         empty_dir("cache", _CACHE_MIB),
         empty_dir("tmp", _TMP_MIB),
+        *registry_login(request.registry_secret)[0],
     ]
-    if request.registry_secret:
-        login = [{"key": ".dockerconfigjson", "path": "config.json"}]
-        secret = {"secretName": request.registry_secret, "defaultMode": 0o440, "items": login}
-        volumes.append({"name": "registry-login", "secret": secret})
     return {**pod, "containers": [_container(request, name, gpu_resource)], "volumes": volumes}
 
 
@@ -217,15 +182,14 @@ def _container(request: Request, name: str, gpu_resource: str) -> Document:
     arguments = ["publish", "--matrix", f"{_FOLDER}/{MATRIX_NAME}", "--warm", "/tmp/warm"]  # noqa: S108 - an emptyDir
     if request.insecure is not None:
         arguments.append("--insecure" if request.insecure else "--secure")
-    environment = [{"name": "CHATTERBOX_PREWARM_BUILDER", "value": f"kubernetes job/{name}"}]
+    _, login_mounts, login = registry_login(request.registry_secret)
+    environment = [{"name": "CHATTERBOX_PREWARM_BUILDER", "value": f"kubernetes job/{name}"}, *login]
     mounts = [
         {"name": "matrix", "mountPath": _FOLDER, "readOnly": True},
         {"name": "cache", "mountPath": str(CACHE)},
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir
+        *login_mounts,
     ]
-    if request.registry_secret:
-        environment.append({"name": "DOCKER_CONFIG", "value": _LOGIN})
-        mounts.append({"name": "registry-login", "mountPath": _LOGIN, "readOnly": True})
     return container(
         _BAKE,
         request.image,
@@ -234,24 +198,3 @@ def _container(request: Request, name: str, gpu_resource: str) -> Document:
         resources=resources(request.cpu, request.memory_mib, request.memory_mib, gpu_resource),
         volumeMounts=mounts,
     )
-
-
-def _egress(matrix: Matrix) -> list[Document]:
-    """Allow DNS and the ports of the registries. A network policy cannot contain host names.
-
-    A policy applies to the port of the pod behind a service, and the DNS pods of OpenShift listen on 5353.
-    """
-    ports = {_port(reference) for reference in (matrix.base, matrix.target)}
-    dns = [{"port": port, "protocol": protocol} for port in (53, 5353) for protocol in ("UDP", "TCP")]
-    return [{"ports": [*dns, *({"port": port, "protocol": "TCP"} for port in sorted({443, *ports}))]}]
-
-
-def _port(reference: str) -> int:
-    parsed = parse(reference)
-    if parsed.kind != "registry":
-        raise BadInputError(
-            f"{reference} is not in a registry, but a pod cannot store an image anywhere else",
-            next_step="use a repository of a registry in prewarm.toml",
-        )
-    number = re.search(r":(\d+)$", parsed.api_host)
-    return int(number[1]) if number else 443

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError, IntegrityError
-from chatterbox_prewarm.image.append import AppendOptions, TagMovedError, append
-from chatterbox_prewarm.image.compose import resolve
+from chatterbox_prewarm.image.append import AppendOptions, TagMovedError, append, send
+from chatterbox_prewarm.image.attest import attach_evidence
+from chatterbox_prewarm.image.compose import Change, add_layers, resolve
 from chatterbox_prewarm.image.labels import read_states
 from chatterbox_prewarm.image.oci import image_index
 from chatterbox_prewarm.image.oci_layout import Layout
@@ -24,7 +25,7 @@ from chatterbox_prewarm.image.state_layers import pack_states
 from chatterbox_prewarm.proof.checks import default_evidence
 from chatterbox_prewarm.state.state import State
 from tests.conftest import run_cli
-from tests.helpers.images import make_base
+from tests.helpers.images import layer_of, make_base
 from tests.helpers.states import make_state_for, rewrite
 
 if TYPE_CHECKING:
@@ -76,10 +77,55 @@ def test_a_state_is_baked_proven_and_added_to_an_image(layout: Layout, tmp_path:
     assert evidence["set_digest"] == state.set_digest
     subject = layout.read_manifest("warm").digest
     assert layout.has_manifest(subject.replace(":", "-")), "the evidence is listed as a referrer of the image"
+    proven = run_cli("publish", "--prove-only", f"oci:{layout.path}:warm", *arguments[5:])
+    assert proven.returncode == 0, proven.stderr
+    assert "ok   the audio is identical to the bake" in proven.stderr
+    assert layout.read_manifest("warm").digest == subject, "the image does not change"
+    listed = json.loads(layout.read_manifest(subject.replace(":", "-")).raw)["manifests"]
+    assert len(listed) == 2
+    assert f"evidence attached as {listed[1]['digest']}" in proven.stdout
     repeated = run_cli(*arguments)
     assert repeated.returncode == 0, repeated.stderr
     assert "already, from an earlier attempt" in repeated.stderr
     assert layout.read_manifest("warm").digest == subject
+
+
+def test_an_image_is_proven_only_where_its_evidence_can_be_attached(layout: Layout, tmp_path: Path) -> None:
+    for name in ("here", "elsewhere"):
+        make_state_for(tmp_path / name, {**L4, "torch": f"{STACK}.0"}, code=name.encode())
+    with pack_states([tmp_path / "elsewhere"]) as states:
+        append(parse(f"oci:{layout.path}:cold"), parse(f"oci:{layout.path}:warm"), states)
+    layout.put_manifest(image_index([]), "several")
+    here = ("--warm", tmp_path / "here")
+    for image, code, words in (
+        (f"oci:{layout.path}:warm", 12, "has none of the states in"),
+        (f"oci:{layout.path}:cold", 14, "the image has no label"),
+        (f"oci:{layout.path}:several", 14, "is an index of several images"),
+        (f"docker-archive:{tmp_path}/image.tar", 16, "an archive, which cannot have evidence"),
+    ):
+        refused = run_cli("publish", "--prove-only", image, *here)
+        assert refused.returncode == code, refused.stderr
+        assert words in refused.stderr
+        assert "prove in a fresh process" not in refused.stderr
+    for arguments, words in (
+        (("--prove-only", f"oci:{layout.path}:warm", "--index", "0"), "--index cannot be used with --prove-only"),
+        (("--state", "here"), "--state needs --prove-only"),
+    ):
+        refused = run_cli("publish", *arguments, *here)
+        assert refused.returncode == 2, refused.stderr
+        assert words in refused.stderr
+
+
+def test_evidence_is_attached_to_the_image_of_a_plain_docker_build(layout: Layout, tmp_path: Path) -> None:
+    make_state_for(tmp_path / "l4", L4)
+    files = {"opt/chatterbox-prewarm/warm/l4/manifest.json": (tmp_path / "l4" / "manifest.json").read_bytes()}
+    layer = layer_of(files)
+    plain = add_layers(
+        make_base(layout, "b", Labels={"io.chatterbox-prewarm.profile": "aot"}), [layer], Change(), created=""
+    )
+    send(plain, layout, [layer], layout, "plain")
+    digest = attach_evidence(layout, "plain", write_evidence(tmp_path / "l4"))
+    assert json.loads(layout.read_manifest(digest).raw)["subject"]["digest"] == layout.read_manifest("plain").digest
 
 
 def test_another_gpu_is_refused_before_the_bake(layout: Layout, tmp_path: Path) -> None:
