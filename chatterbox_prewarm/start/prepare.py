@@ -101,8 +101,8 @@ def prepare(options: StartOptions, *, metrics: StartMetrics | None = None) -> Pr
             selection = _select(options, metrics)
             if selection is not None:
                 state = selection.state
-                metrics.state = state.key
-                if state.manifest.cross_compiled:
+                metrics.state, metrics.cross_compiled = state.key, state.manifest.cross_compiled
+                if metrics.cross_compiled:
                     logger.warning("the state %s was compiled without this GPU", state.key)
                 baked = state.manifest.execution
                 execution = baked if options.profile is None else replace(baked, profile=options.profile)

@@ -56,6 +56,7 @@ class StartMetrics:
         timers: seconds of work that is spread over a phase, by name.
         profile: how the model runs.
         state: the key of the warm state in use (see `state_key`), or "".
+        cross_compiled: that state was compiled on a machine without its GPU.
         modules: number of imported modules at the last mark.
 
     `on_phase` is called with the name of each phase when it begins.
@@ -73,6 +74,7 @@ class StartMetrics:
         self.timers: dict[str, float] = {}
         self.profile = ""
         self.state = ""
+        self.cross_compiled = False
         self.modules = 0
         self._before_reading: list[Callable[[], None]] = []
 
@@ -134,6 +136,7 @@ class StartMetrics:
             "reasons": list(self.reasons),
             "profile": self.profile,
             "state": self.state,
+            "cross_compiled": self.cross_compiled,
             "modules": self.modules,
             "timers": {name: round(value, 4) for name, value in self.timers.items()},
         }

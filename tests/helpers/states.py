@@ -158,6 +158,16 @@ def rewrite(root: Path, change: Callable[[dict[str, Any]], object] = lambda _: N
     (root / MANIFEST_NAME).write_text(_canonical(raw), encoding="utf-8")
 
 
+def mark_cross_compiled(root: Path) -> None:
+    """Change the manifest of a state so that it says that the state was compiled on a machine without its GPU."""
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["cross_compiled"] = True
+        raw["reference"].update(samples=0, tokens_sha256="", pcm_sha256="")
+
+    rewrite(root, change)
+
+
 def _canonical(raw: dict[str, Any]) -> str:
     return json.dumps(raw, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 

@@ -23,7 +23,7 @@ from tests.helpers.images import make_base
 from tests.helpers.manifests import VERSIONS, Document, conflicts, document_of, pods, validate, violations
 from tests.helpers.registry_server import serve
 from tests.helpers.renderings import CPU, H100, H200, IMAGE, L4, state
-from tests.helpers.states import make_state_for, rewrite
+from tests.helpers.states import make_state_for, mark_cross_compiled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,12 +116,7 @@ def test_the_image_must_be_in_a_registry_and_is_named_by_its_digest(tmp_path: Pa
     make_base(layout, "cold", Labels={"io.chatterbox-prewarm.torch": "torch-2.6"})
     facts = {"arch": "x86_64", "gpu": "NVIDIA L4", "compute_capability": "8.9", "torch": "2.6.0"}
     make_state_for(tmp_path / "warm", facts)
-
-    def change(raw: dict[str, Any]) -> None:
-        raw["cross_compiled"] = True
-        raw["reference"].update(samples=0, tokens_sha256="", pcm_sha256="")
-
-    rewrite(tmp_path / "warm", change)
+    mark_cross_compiled(tmp_path / "warm")
     with serve(tmp_path / "registry") as registry, pack_states([tmp_path / "warm"]) as states:
         image = f"{registry.address}/speech:1"
         made = append(parse(f"oci:{layout.path}:cold"), parse(image), states)

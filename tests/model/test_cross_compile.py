@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -27,7 +27,7 @@ from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.gpu_stand_in import READS_ZEROS, cuda_headers, make_stand_in
 from chatterbox_prewarm.system.gpu_targets import find_target
 from tests.conftest import ROOT, run_cli, writable_copy
-from tests.helpers.states import rewrite
+from tests.helpers.states import mark_cross_compiled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -183,12 +183,7 @@ def test_a_state_for_another_gpu_is_not_used(cross_compiled: Path, mini: Path, t
 @pytest.fixture
 def untried(baked_aot: Path, tmp_path: Path) -> Path:
     """Return a state for this CPU that says that it was compiled elsewhere, so that a test can run its code."""
-
-    def change(raw: dict[str, Any]) -> None:
-        raw["cross_compiled"] = True
-        raw["reference"].update(samples=0, tokens_sha256="", pcm_sha256="")
-
-    rewrite(state := writable_copy(baked_aot, tmp_path / "warm"), change)
+    mark_cross_compiled(state := writable_copy(baked_aot, tmp_path / "warm"))
     return state
 
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.conftest import writable_copy
 from tests.helpers.added_voices import voice
 from tests.helpers.serving import Server
+from tests.helpers.states import mark_cross_compiled
 
 pytest.importorskip("selenium", reason="selenium is not installed (it is in the extra `dev`)")
 from selenium import webdriver
@@ -116,10 +118,11 @@ def states(
 ) -> Iterator[tuple[Page, list[str]]]:
     """Open the page while its server starts; yield it and the states that it showed until the server was ready."""
     directory = tmp_path_factory.mktemp("page")
+    mark_cross_compiled(warm := writable_copy(baked, directory / "warm"))
     (directory / "voices").mkdir()
     server = Server(
         directory / "log",
-        *("--warm", baked, "--weights", mini, "--cache", directory / "cache", "--policy", "require"),
+        *("--warm", warm, "--weights", mini, "--cache", directory / "cache", "--policy", "require"),
         *("--max-new-tokens", "12", "--voices-dir", directory / "voices"),
     )
     page = Page(driver, server)
@@ -165,6 +168,10 @@ def test_the_state_follows_a_starting_server_until_it_is_ready(
     page, seen = states
     assert page.text("#state") == "ready"
     assert any(state.startswith(("starting", "not ready: ")) for state in seen), seen
+
+
+def test_a_state_that_was_compiled_without_its_gpu_is_shown(page: Page) -> None:
+    assert "compiled without the GPU: unproven" in page.text("#facts")
 
 
 def test_the_waterfall_has_a_bar_for_each_phase_and_the_marks_in_order(page: Page) -> None:
@@ -365,6 +372,8 @@ def test_a_browser_with_the_token_shows_the_page(
         page.origin = f"http://user:{token.read_text()}@127.0.0.1:{server.port}/"
         page.open()
         page.wait(lambda: page.all("#waterfall .bar"))
+        page.wait(lambda: "warm state" in page.text("#facts"))
+        assert "without the GPU" not in page.text("#facts")
         assert page.complaints() == []
     finally:
         server.end()

@@ -80,6 +80,7 @@ def test_a_warm_start_hits_every_family_and_misses_none(server: Server) -> None:
     _, body = server.status("/startupz")
     assert body["misses"] == {}
     assert set(body["hits"]) == {"bytecode", "conditionals"}
+    assert body["cross_compiled"] is False
     assert body["voices"] == ["default", "fox"]
     assert 0 < body["marks"]["attached"] < body["marks"]["ready"]
 

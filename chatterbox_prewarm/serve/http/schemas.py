@@ -91,6 +91,8 @@ class Status(TypedDict):
     profile: NotRequired[str | None]
     state: NotRequired[str | None]
     """The key of the warm state."""
+    cross_compiled: NotRequired[bool]
+    """True when that state was compiled on a machine without its GPU, so the bake has not proven it."""
     timers: NotRequired[dict[str, float]]
     modules: NotRequired[int]
     """Number of modules that the worker had imported when it was ready."""

@@ -13,7 +13,7 @@ export function showFacts(status) {
   facts(byId("facts"), [
     ...MARKS.map((name) => [name, name in marks ? `${seconds(marks[name])} s` : undefined]),
     ["profile", status.profile],
-    ["warm state", status.state],
+    ["warm state", status.cross_compiled ? `${status.state}, compiled without the GPU: unproven` : status.state],
     ["restarts", status.restarts],
   ]);
 }

@@ -61,7 +61,7 @@ def test_the_log_can_be_written_as_json_with_every_field() -> None:
     assert metrics.mark("attached") == metrics.marks["attached"]
     log = json.loads(json.dumps(metrics.to_dict()))
     counters = {"loaded", "hits", "misses", "reasons", "modules"}
-    assert set(log) == {"phases", "marks", "profile", "state", "timers"} | counters
+    assert set(log) == {"phases", "marks", "profile", "state", "cross_compiled", "timers"} | counters
     assert 0 < log["modules"] <= len(sys.modules)
     assert log["hits"] == {"numba": 1}
     assert log["misses"] == {"signal": 1}
