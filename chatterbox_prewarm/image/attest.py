@@ -19,14 +19,13 @@ from chatterbox_prewarm.image.oci import (
     image_manifest,
     read_index,
 )
+from chatterbox_prewarm.image.referrers import EVIDENCE_TYPE, referrers_tag
 from chatterbox_prewarm.system.regular_files import read_regular
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox_prewarm.image.oci import Document, Image, Store
-
-EVIDENCE_TYPE = "application/vnd.chatterbox-prewarm.evidence.v1+json"
 
 
 def attach_evidence(store: Store, reference: str, evidence: Path) -> str:
@@ -99,11 +98,8 @@ def _put_bytes(store: Store, media_type: str, content: bytes) -> Descriptor:
 
 
 def _add_to_referrers(store: Store, subject: Document, referrer: Document) -> None:
-    """Add the referrer to the index that lists referrers in registries without the referrers API.
-
-    Its tag is the subject's digest with a dash (OCI distribution specification, "Referrers Tag Schema").
-    """
-    tag = subject.digest.replace(":", "-")
+    """Add the referrer to the index that lists referrers in registries without the referrers API."""
+    tag = referrers_tag(subject.digest)
     entries: list[dict[str, Any]] = []
     if store.has_manifest(tag):
         referrers = store.read_manifest(tag)

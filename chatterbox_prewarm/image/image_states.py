@@ -6,6 +6,7 @@ A Dockerfile cannot set labels from the result of a step. So the manifests of th
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import tarfile
@@ -17,15 +18,16 @@ from chatterbox_prewarm.errors import EngineError
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.engines.connect import connect
 from chatterbox_prewarm.image.engines.engine import ContainerRun
-from chatterbox_prewarm.image.labels import PREFIX, STATES, image_labels
+from chatterbox_prewarm.image.labels import PREFIX, STATES, image_labels, read_states
 from chatterbox_prewarm.image.oci import MAX_DOCUMENT
+from chatterbox_prewarm.image.referrers import proven_states
 from chatterbox_prewarm.image.stores import open_store
 from chatterbox_prewarm.state.manifest import MANIFEST_NAME
 from chatterbox_prewarm.state.manifest_file import parse_manifest
 from chatterbox_prewarm.system.paths import WARM
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from chatterbox_prewarm.image.oci import Descriptor, Image, Store
     from chatterbox_prewarm.image.references import ImageReference
@@ -61,7 +63,7 @@ def with_states(store: Store, image: Image) -> Image:
 
 
 def image_with_states(reference: ImageReference, *, platform: str, insecure: bool | None) -> tuple[str, Image]:
-    """Read an image with the labels of its states.
+    """Read an image with the labels of its states, and with the evidence that is attached to it.
 
     An image that its registry does not have, or whose registry does not answer, is read from the local engine.
 
@@ -80,13 +82,26 @@ def image_with_states(reference: ImageReference, *, platform: str, insecure: boo
     try:
         with open_store(reference, insecure=insecure) as (store, name):
             digest = store.read_manifest(name).digest
-            return digest, with_states(store, resolve(store, digest, platform=platform))
+            image = with_states(store, resolve(store, digest, platform=platform))
+            return digest, _with_evidence(store, digest, image)
     except EngineError as error:
         local = _from_engine(reference) if reference.kind == "registry" else None
         if local is None:
             raise
         logger.warning("%s; using the image of the local engine", error.message)
         return "", local
+
+
+def _with_evidence(store: Store, digest: str, image: Image) -> Image:
+    """Mark the states that were compiled without their GPU and have evidence of a proof since then."""
+    states = read_states(image.labels) if STATES in image.labels else ()
+    if not any(state.cross_compiled for state in states):
+        return image
+    proven = proven_states(store, digest)
+    label = json.loads(image.labels[STATES])
+    for state in label["states"]:
+        state["proven"] = state["key"] in proven
+    return _with_labels(image, {STATES: json.dumps(label)})
 
 
 def _from_engine(reference: ImageReference) -> Image | None:
@@ -109,8 +124,12 @@ def _lacks_labels(image: Image) -> bool:
 
 def _labelled(image: Image, manifests: Sequence[Manifest]) -> Image:
     """Return the image with the labels of states."""
+    return _with_labels(image, image_labels(manifests))
+
+
+def _with_labels(image: Image, labels: Mapping[str, str]) -> Image:
     settings = dict(image.config.get("config") or {})
-    settings["Labels"] = {**image.labels, **image_labels(manifests)}
+    settings["Labels"] = {**image.labels, **labels}
     return replace(image, config={**image.config, "config": settings})
 
 

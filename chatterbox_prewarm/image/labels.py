@@ -62,6 +62,7 @@ class StateLabel:
             labels of older versions.
         measured: all 0 in the labels of older versions.
         cross_compiled: the state was compiled for a GPU on a machine without one.
+        proven: the image has evidence of a proof on that GPU. Labels never say this; `image_with_states` adds it.
     """
 
     key: str
@@ -78,9 +79,10 @@ class StateLabel:
     inputs_digest: str = ""
     measured: Measurements = field(default_factory=Measurements)
     cross_compiled: bool = False
+    proven: bool = False
 
 
-_NO_TEXTS = {"families", "inputs_digest", "measured", "cross_compiled"}
+_NO_TEXTS = {"families", "inputs_digest", "measured", "cross_compiled", "proven"}
 #: Fields of a state that are text and have the same name in the JSON document.
 _TEXTS = tuple(one.name for one in fields(StateLabel) if one.name not in _NO_TEXTS)
 
@@ -230,6 +232,7 @@ def _parse_state(raw: Mapping[str, Any]) -> StateLabel:
         inputs_digest=_text(raw.get("made_of", "")),
         measured=_parse_measured(raw.get("measured", {})),
         cross_compiled=raw.get("cross_compiled", False) is True,
+        proven=raw.get("proven", False) is True,
     )
 
 

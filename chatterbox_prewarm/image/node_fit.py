@@ -34,9 +34,15 @@ _FIXED_BY_IMAGE = frozenset({field.name for field in fields(Fingerprint)} - {*MA
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFit:
-    """How the states of an image fit a host. The first state is the one that a start would select."""
+    """How the states of an image fit a host.
+
+    Attributes:
+        states: the first one is the one that a start would select.
+        proven: keys of states that were compiled without their GPU, and proven since then.
+    """
 
     states: tuple[Compatibility, ...]
+    proven: frozenset[str] = frozenset()
 
     @property
     def hits(self) -> bool:
@@ -47,9 +53,10 @@ class NodeFit:
         """Return a report for users: the selected state, family by family, then why each other state is not used."""
         selected, *others = self.states
         here = selected.other_device
+        proof = "and proven since then" if selected.name in self.proven else "unproven"
         return [
             f"state {selected.name}: {'would hit' if self.hits else 'would miss'}",
-            *(["  compiled without the GPU, unproven"] if selected.cross_compiled else []),
+            *([f"  compiled without the GPU, {proof}"] if selected.cross_compiled else []),
             *([f"  device: baked for {selected.device}, here {here}"] if here else []),
             *(f"  {name}: {'; '.join(words) or 'fits'}" for name, words in selected.differences.items()),
             *(f"  {name}: not in the state" for name in selected.missing),
@@ -85,7 +92,8 @@ def compare_with_node(image: Image, host: Mapping[str, str]) -> NodeFit:
     device = host.get("device") or image_setting(image, "DEVICE")
     profile = image_setting(image, "PROFILE")
     compared = []
-    for state in read_states(image.labels):
+    states = read_states(image.labels)
+    for state in states:
         facts = {**host, "device": device_kind(device or state.device)}
         fit = compatibility_of(
             state.key,
@@ -96,7 +104,10 @@ def compare_with_node(image: Image, host: Mapping[str, str]) -> NodeFit:
             upstream=image.labels.get(PACKAGES) != "lean",
         )
         compared.append(replace(fit, cross_compiled=state.cross_compiled))
-    return NodeFit(states=tuple(sorted(compared, key=lambda state: state.rank)))
+    return NodeFit(
+        states=tuple(sorted(compared, key=lambda state: state.rank)),
+        proven=frozenset(state.key for state in states if state.proven),
+    )
 
 
 def explain_python(image: Image, required: Mapping[str, str]) -> list[str]:

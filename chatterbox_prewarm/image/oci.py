@@ -205,6 +205,16 @@ def read_image(document: Document, config: bytes) -> Image:
     return image
 
 
+def read_image_layers(document: Document) -> tuple[Descriptor, ...]:
+    """Parse the descriptors of the layers from a manifest.
+
+    Raises:
+        EngineError: the manifest is malformed.
+    """
+    with _parsing("a manifest"):
+        return tuple(map(_descriptor, json.loads(document.raw)["layers"]))
+
+
 def config_descriptor(document: Document) -> Descriptor:
     """Parse the descriptor of an image's configuration from its manifest.
 

@@ -260,7 +260,7 @@ def _notes(request: Request, device: str, states: Sequence[StateLabel]) -> list[
             notes.append(NO_FEATURE_DISCOVERY)
         elif not all(gpu_product(state) or state.cross_compiled for state in states):
             notes.append("A state was baked without a GPU. It fits any node, but nothing of it is compiled for a GPU.")
-        if any(state.cross_compiled for state in states):
+        if any(state.cross_compiled and not state.proven for state in states):
             notes.append("A state was compiled without its GPU: run the Job of `k8s render-proof` first.")
     measurements = {
         "--cold-seconds": measured.cold_seconds,

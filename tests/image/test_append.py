@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_prewarm.image.attest import EVIDENCE_TYPE
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import read_states
 from chatterbox_prewarm.image.oci import digest_of, image_index
 from chatterbox_prewarm.image.oci_layout import Layout
 from chatterbox_prewarm.image.references import parse
+from chatterbox_prewarm.image.referrers import EVIDENCE_TYPE
 from chatterbox_prewarm.image.stores import open_store
 from chatterbox_prewarm.state.signing import sign
 from chatterbox_prewarm.state.state import State

@@ -16,20 +16,24 @@ from chatterbox_prewarm.errors import BadInputError, IntegrityError
 from chatterbox_prewarm.image.append import AppendOptions, TagMovedError, append, send
 from chatterbox_prewarm.image.attest import attach_evidence
 from chatterbox_prewarm.image.compose import Change, add_layers, resolve
+from chatterbox_prewarm.image.image_states import image_with_states
 from chatterbox_prewarm.image.labels import read_states
+from chatterbox_prewarm.image.node_fit import compare_with_node
 from chatterbox_prewarm.image.oci import image_index
 from chatterbox_prewarm.image.oci_layout import Layout
 from chatterbox_prewarm.image.publish import add_to_image
 from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.image.state_layers import pack_states
 from chatterbox_prewarm.proof.checks import default_evidence
+from chatterbox_prewarm.state.manifest import MANIFEST_NAME
 from chatterbox_prewarm.state.state import State
 from tests.conftest import run_cli
 from tests.helpers.images import layer_of, make_base
-from tests.helpers.states import make_state_for, rewrite
+from tests.helpers.states import make_state_for, mark_cross_compiled, rewrite
 
 if TYPE_CHECKING:
     from chatterbox_prewarm.image.append import AppendResult
+    from chatterbox_prewarm.image.oci import Image
 
 STACK = ".".join(version("torch").split(".")[:2])
 L4 = {"arch": "x86_64", "gpu": "NVIDIA L4", "compute_capability": "8.9", "driver": "550.54.15"}
@@ -116,16 +120,33 @@ def test_an_image_is_proven_only_where_its_evidence_can_be_attached(layout: Layo
         assert words in refused.stderr
 
 
-def test_evidence_is_attached_to_the_image_of_a_plain_docker_build(layout: Layout, tmp_path: Path) -> None:
-    make_state_for(tmp_path / "l4", L4)
-    files = {"opt/chatterbox-prewarm/warm/l4/manifest.json": (tmp_path / "l4" / "manifest.json").read_bytes()}
-    layer = layer_of(files)
-    plain = add_layers(
-        make_base(layout, "b", Labels={"io.chatterbox-prewarm.profile": "aot"}), [layer], Change(), created=""
-    )
-    send(plain, layout, [layer], layout, "plain")
-    digest = attach_evidence(layout, "plain", write_evidence(tmp_path / "l4"))
+def test_a_state_that_was_compiled_without_its_gpu_is_proven_when_its_image_has_the_evidence(
+    layout: Layout, tmp_path: Path
+) -> None:
+    """Uses the image of a plain `docker build`, whose labels do not describe its states."""
+    for name in ("l4", "h100"):
+        make_state_for(tmp_path / name, {**L4, "gpu": f"NVIDIA {name.upper()}"})
+        mark_cross_compiled(tmp_path / name)
+    folder = "opt/chatterbox-prewarm/warm"
+    manifests = {name: (tmp_path / name / MANIFEST_NAME).read_bytes() for name in ("l4", "h100")}
+    layer = layer_of({f"{folder}/{name}/manifest.json": content for name, content in manifests.items()})
+    base = make_base(layout, "base", Labels={"io.chatterbox-prewarm.profile": "aot"})
+    send(add_layers(base, [layer], Change(), created=""), layout, [layer], layout, "plain")
+
+    def read() -> Image:
+        return image_with_states(parse(f"oci:{layout.path}:plain"), platform="linux/amd64", insecure=None)[1]
+
+    assert [state.proven for state in read_states(read().labels)] == [False, False]
+    attach_evidence(layout, "plain", write_evidence(tmp_path / "h100"))  # of an unknown state
+    observed = {"metrics": {"state": State.read(tmp_path / "l4").key}}
+    digest = attach_evidence(layout, "plain", write_evidence(tmp_path / "l4", observed=observed))
     assert json.loads(layout.read_manifest(digest).raw)["subject"]["digest"] == layout.read_manifest("plain").digest
+    proven = {state.gpu: state.proven for state in read_states(read().labels)}
+    assert proven == {"NVIDIA L4": True, "NVIDIA H100": False}, "both have the same files"
+    host = {**L4, "device": "cuda", "torch": "2.6.0"}
+    assert "  compiled without the GPU, and proven since then" in compare_with_node(read(), host).lines()
+    assert "  compiled without the GPU, unproven" in compare_with_node(read(), {**host, "gpu": "NVIDIA H100"}).lines()
+    assert "proven" not in "".join(resolve(layout, "plain").labels.values())
 
 
 def test_another_gpu_is_refused_before_the_bake(layout: Layout, tmp_path: Path) -> None:

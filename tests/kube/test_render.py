@@ -302,6 +302,8 @@ def test_a_state_for_an_architecture_requires_the_capability_and_no_product() ->
         assert "nvidia.com/gpu.product" not in term
     assert any("compiled without its GPU" in note for note in rendering.notes)
     assert not any("baked without a GPU" in note for note in rendering.notes)
+    proven = render_for([replace(architecture, proven=True)])
+    assert not any("compiled without its GPU" in note for note in proven.notes)
 
 
 def test_an_image_with_states_for_both_devices_uses_the_gpu_by_default() -> None:
