@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,6 @@ from chatterbox_prewarm.weights.variants import get_variant
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
-    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -123,41 +123,41 @@ class Model:
 
 
 def load(
-    directory: Path,
+    weights: Path | MappedWeights,
     *,
     device: str = "cpu",
     executor: Executor = eager,
     t3_dtype: torch.dtype | None = None,
     graphs: bool = False,
     plain_text: Collection[str] = (),
-    mapped: MappedWeights | None = None,
 ) -> Model:
     """Load the model in a weights directory.
 
     On a CPU the tensors are mapped pages of the files. On a GPU each is loaded directly to the device.
 
     Args:
-        directory: contains the variant's files and `weights.json`; `weights.record.check_quickly` has checked it.
+        weights: the directory with the variant's files and `weights.json`, or its files, if they are mapped and
+            populated already. `weights.record.check_quickly` has checked it.
         device: a torch device as a string, such as "cpu" or "cuda".
         executor: makes the regions callable.
         t3_dtype: of T3's transformer; None keeps the checkpoint's.
         graphs: capture T3's step as a CUDA graph.
         plain_text: languages whose texts may lack the marks that their pronunciation needs.
-        mapped: the files, if they are mapped and populated already.
 
     Raises:
         WeightsError: a tensor is missing, unknown, or has another shape or dtype, or a file of the text is damaged.
         ModelError: torch sees no GPU, or the watermark's weights or a package are missing.
         BadInputError: there is no GPU with this number.
     """
+    directory = weights if isinstance(weights, Path) else weights.directory
     record = read_record(directory)
     variant = get_variant(record.variant)
     check_tensors(directory, variant, record.synthetic)
     check_device(device)
-    if mapped is None:
-        mapped = MappedWeights(directory, variant)
-        mapped.populate()
-    tensors = dict(read_tensors(mapped, device, t3_dtype))
+    if isinstance(weights, Path):
+        weights = MappedWeights(directory, variant)
+        weights.populate()
+    tensors = dict(read_tensors(weights, device, t3_dtype))
     code, t3 = code_of(variant), NamedTensors(tensors, "t3.")
     aligned = code.aligned_heads(variant, len(t3.layers("tfmr.layers")))
     return Model(

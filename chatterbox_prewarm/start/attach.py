@@ -6,6 +6,7 @@ Upstream's packages are not imported; `start.upstream` does that for what needs 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,6 +69,12 @@ class Attached:
         """The event log and counters of this start."""
         return self.prepared.metrics
 
+    @property
+    def untried(self) -> bool:
+        """True if the model runs code that was compiled on a machine without this GPU, which no one has run."""
+        state = self.prepared.state
+        return state is not None and state.manifest.cross_compiled and self.prepared.execution.profile == "aot"
+
     def judged_again(self) -> Attached:
         """Return this start with the misses until now."""
         counters = self.metrics.to_dict()
@@ -87,14 +94,15 @@ def load_warmup_cache(  # noqa: PLR0913 - public API: keywords are easier to use
     """Load the model with its warm state: `prepare`, then `attach`.
 
     Call this before torch, Numba or Chatterbox is imported. A package that was imported earlier keeps its own cache
-    settings. The arguments are the attributes of `StartOptions`.
+    settings. The arguments are the attributes of `StartOptions`. Code that was compiled without this GPU runs once
+    here; see `checked`.
 
     Example:
         >>> attached = load_warmup_cache("warm", "weights", cache="cache")
         >>> speech = attached.synthesizer.synthesize("Hello.", seed=1)
 
     Raises:
-        PrewarmError: as `prepare` and `attach`.
+        PrewarmError: as `prepare`, `attach` and `checked`.
     """
     options = StartOptions(
         warm=Path(warm),
@@ -106,6 +114,9 @@ def load_warmup_cache(  # noqa: PLR0913 - public API: keywords are easier to use
         trust=trust or Trust(),
     )
     attached = attach(prepare(options))
+    if attached.untried:
+        with attached.metrics.phase("first synthesis"):
+            attached = checked(attached)
     free_import_frames()
     return attached
 
@@ -181,24 +192,35 @@ def checked(attached: Attached) -> Attached:
     try:
         attached.synthesizer.check()
     except Exception as error:
-        untried = prepared.state is not None and prepared.state.manifest.cross_compiled
-        if not untried or prepared.execution.profile != "aot" or prepared.options.policy == "require":
+        if not attached.untried or prepared.options.policy == "require":
             raise
-        reason = f"code that was compiled without this GPU failed: {first_line(error)}; the model runs in eager mode"
-        attached = with_eager_regions(attached)
-        attached.synthesizer.check()  # it fails too if the error made the GPU unusable for this process
-        prepared.metrics.miss("aot", reason)
-        prepared.metrics.profile = "eager"
-        attached = attached.judged_again()
-    return attached
+        failure = first_line(error)
+    else:
+        return attached
+    # Outside of the `except` block, because the traceback keeps the model in memory.
+    attached = with_eager_regions(attached)
+    attached.synthesizer.check()  # it fails too if the error made the GPU unusable for this process
+    reason = f"code that was compiled without this GPU failed: {failure}; the model runs in eager mode"
+    prepared.metrics.miss("aot", reason)
+    prepared.metrics.profile = "eager"
+    return attached.judged_again()
 
 
 def with_eager_regions(attached: Attached) -> Attached:
-    """Load the model of a start again, with the same voices, in eager mode."""
-    from chatterbox_prewarm.model.synthesis import Synthesizer
+    """Load the model of a start again in eager mode, with the same voices.
+
+    The synthesizer of `attached` gets the new model. The old one is freed before, because both may not fit into the
+    memory of the GPU.
+    """
+    import torch
 
     prepared = replace(attached.prepared, execution=replace(attached.prepared.execution, profile="eager"))
-    return replace(attached, synthesizer=Synthesizer(_load(prepared), attached.synthesizer.voices), prepared=prepared)
+    del attached.synthesizer.model
+    gc.collect()
+    if prepared.options.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    attached.synthesizer.model = _load(prepared)
+    return replace(attached, prepared=prepared)
 
 
 def set_threads(threads: int | None) -> None:
@@ -247,13 +269,12 @@ def _load(prepared: Prepared, mapped: MappedWeights | None = None) -> Model:
 
     options, execution = prepared.options, prepared.execution
     return load(
-        options.weights,
+        mapped or options.weights,
         device=options.device,
         executor=_executor(prepared),
         t3_dtype=getattr(torch, execution.t3_dtype),
         graphs=execution.graphs and options.device.startswith("cuda"),
         plain_text=options.plain_text,
-        mapped=mapped,
     )
 
 

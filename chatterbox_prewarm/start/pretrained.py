@@ -15,7 +15,7 @@ from chatterbox_prewarm.model.clips import DEFAULT_VOICE, decoded_clip, has_no_l
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
 from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT, switched_off
 from chatterbox_prewarm.model.warmup.strategy import WARMUP_TOKENS, ChatterboxWarmupStrategy
-from chatterbox_prewarm.start.attach import Attached, attach_baked, make_missing_voices
+from chatterbox_prewarm.start.attach import Attached, attach_baked, checked, make_missing_voices
 from chatterbox_prewarm.start.defaults import default_cache, default_weights
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
@@ -99,7 +99,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
             the model, with its built-in voice set.
 
         Raises:
-            PrewarmError: as `check_device`, `default_weights`, `prepare` and `attach`.
+            PrewarmError: as `check_device`, `default_weights`, `prepare`, `attach` and `checked`.
         """
         require_upstream()
         device = check_device(device)
@@ -116,7 +116,12 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
                 )
             )
         )
-        model = cls._from_attached(attached, make_missing_voices(attached, {}))
+        upstream = make_missing_voices(attached, {})
+        if attached.untried:
+            upstream = None  # it shares the tensors of a model that may be replaced
+            with attached.metrics.phase("first synthesis"):
+                attached = checked(attached)
+        model = cls._from_attached(attached, upstream)
         free_import_frames()
         if warmup:
             model._warm_up(strategy)

@@ -65,6 +65,7 @@ class MappedWeights:
     """
 
     def __init__(self, directory: Path, variant: Variant) -> None:
+        self.directory = directory
         self.files = [_map(directory / variant.tensor_files[part], part, prefixes) for part, prefixes in _PARTS.items()]
 
     def populate(self) -> None:

@@ -13,6 +13,7 @@ import soundfile
 
 from chatterbox_prewarm.model.reference_clip import reference_audio
 from tests.conftest import build_once, run_cli
+from tests.helpers.newest_target import NEWEST_TARGET
 
 if TYPE_CHECKING:
     from chatterbox.tts import ChatterboxTTS
@@ -69,8 +70,8 @@ def baked_compiled(mini: Path, shared_dir: Path, compiler: None) -> Path:  # noq
 
 @pytest.fixture(scope="session")
 def cross_compiled(mini: Path, shared_dir: Path, compiler: None) -> Path:  # noqa: ARG001 - may skip
-    """Bake for an H200 on this machine, which has none. Without CUDA graphs, every region gets a package."""
-    return _bake(mini, shared_dir / "baked-h200", "--device", "cuda", "--target", "NVIDIA H200", "--no-graphs")
+    """Bake for a GPU that this machine does not have. Without CUDA graphs, every region gets a package."""
+    return _bake(mini, shared_dir / "cross-compiled", "--device", "cuda", "--target", NEWEST_TARGET, "--no-graphs")
 
 
 def _bake(weights: Path, directory: Path, *arguments: str) -> Path:
