@@ -36,7 +36,7 @@ from tests.helpers.states import mark_cross_compiled, rewrite
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from chatterbox_prewarm.model.variants.english import English
+    from chatterbox_prewarm.model.model import Model
     from chatterbox_prewarm.start.prepare import Prepared
 
 # The first test that needs a compiled state waits for its bake.
@@ -225,7 +225,7 @@ def test_eager_mode_replaces_packages_that_fail_at_their_first_run(
     models: list[weakref.ref[object]] = []
     load = attaching._load
 
-    def load_alone(prepared: Prepared) -> English:
+    def load_alone(prepared: Prepared) -> Model:
         assert [model for model in models if model() is not None] == [], "two models are in memory"
         loaded = load(prepared)
         models.append(weakref.ref(loaded))
