@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for type checkers; at run time `__getattr__` imports the na
     from chatterbox_prewarm.start.adaptive import AdaptiveWarmup
     from chatterbox_prewarm.start.attach import load_warmup_cache
     from chatterbox_prewarm.start.pretrained import PrewarmedChatterbox, from_pretrained_with_warmup
+    from chatterbox_prewarm.start.pretrained_multilingual import PrewarmedMultilingual
     from chatterbox_prewarm.start.save import save_warmup_cache
     from chatterbox_prewarm.start.service import ChatterboxService
     from chatterbox_prewarm.start.streaming import generate_stream_with_warmup_check
@@ -33,6 +34,7 @@ _PUBLIC = {
     "ChatterboxService": "chatterbox_prewarm.start.service",
     "ChatterboxWarmupStrategy": "chatterbox_prewarm.model.warmup.strategy",
     "PrewarmedChatterbox": "chatterbox_prewarm.start.pretrained",
+    "PrewarmedMultilingual": "chatterbox_prewarm.start.pretrained_multilingual",
     "WarmupMetrics": "chatterbox_prewarm.bench.effectiveness",
     "benchmark_warmup_effectiveness": "chatterbox_prewarm.bench.effectiveness",
     "from_pretrained_with_warmup": "chatterbox_prewarm.start.pretrained",
@@ -51,6 +53,7 @@ __all__ = [
     "ChatterboxService",
     "ChatterboxWarmupStrategy",
     "PrewarmedChatterbox",
+    "PrewarmedMultilingual",
     "WarmupMetrics",
     "benchmark_warmup_effectiveness",
     "from_pretrained_with_warmup",

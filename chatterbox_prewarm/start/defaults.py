@@ -9,7 +9,7 @@ from chatterbox_prewarm.system.fingerprint import visible_gpus
 from chatterbox_prewarm.system.paths import WEIGHTS
 from chatterbox_prewarm.weights.fetch import fetch
 from chatterbox_prewarm.weights.record import RECORD_NAME
-from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT
+from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, Variant
 
 
 def default_device() -> str:
@@ -22,15 +22,15 @@ def default_cache() -> Path:
     return _home() / "cache"
 
 
-def default_weights() -> Path:
+def default_weights(variant: Variant = DEFAULT_VARIANT) -> Path:
     """Return the weights of the image, or those in the user's cache directory after fetching what is missing.
 
     Raises:
         WeightsError: the weights could not be fetched.
     """
-    weights = WEIGHTS if (WEIGHTS / RECORD_NAME).exists() else _home() / "weights" / DEFAULT_VARIANT.name
+    weights = WEIGHTS if (WEIGHTS / RECORD_NAME).exists() else _home() / "weights" / variant.name
     if not (weights / RECORD_NAME).exists():
-        fetch(weights, variant=DEFAULT_VARIANT)
+        fetch(weights, variant=variant)
     return weights
 
 

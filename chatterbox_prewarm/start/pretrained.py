@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from chatterbox_prewarm.errors import BadInputError, first_line
 from chatterbox_prewarm.families.registry import applicable
@@ -23,6 +24,8 @@ from chatterbox_prewarm.start.upstream import attach_upstream
 from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.limits import SAMPLING
 from chatterbox_prewarm.system.paths import WARM
+from chatterbox_prewarm.weights.record import read_record
+from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, get_variant
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.synthesis import Synthesizer
     from chatterbox_prewarm.state.manifest import Manifest
     from chatterbox_prewarm.system.metrics import StartMetrics
+    from chatterbox_prewarm.weights.variants import Variant
 
 else:
 
@@ -63,6 +67,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         warmup_completed: whether the warm-up ran to its end.
     """
 
+    _variant: ClassVar[Variant] = DEFAULT_VARIANT
     _start: Attached
     warmup_completed: bool
     conds: UpstreamConditionals | None
@@ -79,7 +84,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         policy: str = "fallback",
         strategy: ChatterboxWarmupStrategy | None = None,
     ) -> PrewarmedChatterbox:
-        """Load the English model with its warm state, and warm it up.
+        """Load the model with its warm state, and warm it up.
 
         The warm-up is one short synthesis if every applicable family of the state can be used, and otherwise the
         complete `ChatterboxWarmupStrategy`.
@@ -99,17 +104,20 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
             the model, with its built-in voice set.
 
         Raises:
+            BadInputError: the checkpoint is of another variant.
             PrewarmError: as `check_device`, `default_weights`, `prepare`, `attach` and `checked`.
         """
         require_upstream()
         device = check_device(device)
         if warm is None and WARM.is_dir():
             warm = WARM
+        weights = Path(weights) if weights is not None else default_weights(cls._variant)
+        cls._check_variant(weights)
         attached = attach_baked(
             prepare(
                 StartOptions(
                     warm=Path(warm or os.devnull),
-                    weights=Path(weights) if weights is not None else default_weights(),
+                    weights=weights,
                     cache=Path(cache or default_cache()),
                     device=device,
                     policy=policy if warm is not None else "off",
@@ -130,7 +138,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
 
     @classmethod
     def from_pretrained(cls, device: str) -> PrewarmedChatterbox:
-        """Load and warm up the published English model, as `from_pretrained_with_warmup`."""
+        """Load and warm up the published model, as `from_pretrained_with_warmup`."""
         return cls.from_pretrained_with_warmup(device)
 
     @classmethod
@@ -144,13 +152,10 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         synthesizer = attached.synthesizer
         upstream = upstream or attach_upstream(attached.prepared, lean=synthesizer.model)
 
-        from chatterbox.tts import ChatterboxTTS
-
         from chatterbox_prewarm.model.t3_backend import keep_backend
         from chatterbox_prewarm.model.voices import for_upstream
 
-        if not issubclass(PrewarmedChatterbox, ChatterboxTTS):
-            PrewarmedChatterbox.__bases__ = (ChatterboxTTS,)
+        cls._inherit()
         model: Any = upstream
         model.__class__ = cls
         keep_backend(model.t3)
@@ -160,6 +165,29 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         model.conds = for_upstream(synthesizer.voices[DEFAULT_VOICE])
         prewarmed: PrewarmedChatterbox = model
         return prewarmed
+
+    @classmethod
+    def _inherit(cls) -> None:
+        """Make this class a subclass of upstream's, which is imported by now."""
+        from chatterbox.tts import ChatterboxTTS
+
+        if not issubclass(PrewarmedChatterbox, ChatterboxTTS):
+            PrewarmedChatterbox.__bases__ = (ChatterboxTTS,)
+
+    @classmethod
+    def _check_variant(cls, weights: Path) -> None:
+        """Refuse a checkpoint of another variant.
+
+        Raises:
+            BadInputError: see above.
+            WeightsError: there is no checkpoint.
+        """
+        variant = get_variant(read_record(weights).variant)
+        if variant.module != cls._variant.module:
+            raise BadInputError(
+                f"{weights} contains the variant {variant.name!r}, and {cls.__name__} loads {cls._variant.name!r}",
+                next_step="use the class of that variant: PrewarmedChatterbox or PrewarmedMultilingual",
+            )
 
     def _warm_up(self, strategy: ChatterboxWarmupStrategy | None) -> None:
         prepared = self._start.prepared
@@ -268,8 +296,6 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
             BadInputError: an argument is invalid.
             ModelError: the model returned too few speech tokens for audio.
         """
-        import torch
-
         sampling = Sampling(
             repetition_penalty=repetition_penalty,
             min_p=min_p,
@@ -278,13 +304,21 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
             cfg_weight=cfg_weight,
             temperature=temperature,
         )
-        self._set_voice(audio_prompt_path, exaggeration)
+        return self._generate(text, None, audio_prompt_path, sampling)
+
+    def _generate(
+        self, text: str, language: str | None, audio_prompt_path: str | Path | None, sampling: Sampling
+    ) -> torch.Tensor:
+        """Speak a text as upstream's `generate` does."""
+        import torch
+
+        self._set_voice(audio_prompt_path, sampling.exaggeration)
         synthesizer = self.synthesizer
         if text == "":
             text = _NO_TEXT
         elif isinstance(text, str) and not text.strip():
             text = "."  # as upstream normalizes it
-        tokens = synthesizer.speech_tokens(text, max_new_tokens=MAX_NEW_TOKENS, sampling=sampling)
+        tokens = synthesizer.speech_tokens(text, language=language, max_new_tokens=MAX_NEW_TOKENS, sampling=sampling)
         samples = synthesizer.sound(tokens, synthesizer.voice(DEFAULT_VOICE))
         return torch.from_numpy(samples).unsqueeze(0)
 
@@ -309,7 +343,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         from chatterbox_prewarm.model.streaming import generate_stream
 
         settings = {name: arguments.pop(name) for name in SAMPLING if name in arguments}
-        sampling = Sampling(**{"exaggeration": 0.5, **settings})
+        sampling = replace(self.synthesizer.model.sampling, **{"exaggeration": 0.5, **settings})
         self._set_voice(audio_prompt_path, sampling.exaggeration)
         return generate_stream(self, text, sampling=sampling, **arguments)
 
@@ -351,6 +385,8 @@ def from_pretrained_with_warmup(
     **arguments: Any,
 ) -> PrewarmedChatterbox:
     """Load the English model warm; see `PrewarmedChatterbox.from_pretrained_with_warmup`.
+
+    `PrewarmedMultilingual` has the same method for the Multilingual model.
 
     Example:
         >>> model = from_pretrained_with_warmup("cuda")

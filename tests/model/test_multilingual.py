@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ from chatterbox_prewarm.model.upstream import load_upstream, upstream_text_token
 from chatterbox_prewarm.model.upstream_source import MAIN_BRANCH, Behaviour, installed_multilingual, read_multilingual
 from chatterbox_prewarm.model.variants import code_of, multilingual
 from chatterbox_prewarm.model.voices import for_upstream, read_builtin_voice
+from chatterbox_prewarm.start.pretrained import PrewarmedChatterbox
+from chatterbox_prewarm.start.pretrained_multilingual import PrewarmedMultilingual
 from chatterbox_prewarm.weights.record import record
 from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL, MULTILINGUAL_V3
 from tests.conftest import build_once, run_cli
@@ -341,3 +345,31 @@ def test_the_server_lists_its_languages(server: Server) -> None:
     assert entry["variant"] == "multilingual"
     assert entry["languages"]["fr"] == "French"
     assert entry["language"] == "de"
+
+
+def test_the_python_class_is_upstreams_and_speaks_with_the_regions(
+    weights: Path, tmp_path: Path, voice: Conditionals
+) -> None:
+    from chatterbox.mtl_tts import ChatterboxMultilingualTTS
+
+    model = PrewarmedMultilingual.from_pretrained_with_warmup(
+        "cpu", False, weights=weights, cache=tmp_path / "cache", policy="off"
+    )
+    assert isinstance(model, ChatterboxMultilingualTTS)
+    ours = list(inspect.signature(PrewarmedMultilingual.generate).parameters)
+    assert ours == list(inspect.signature(ChatterboxMultilingualTTS.generate).parameters)
+    chunks = list(model.generate_stream(TEXTS["fr"], "fr", seed=3, max_new_tokens=12))
+    lean = load(weights)
+    expected = Synthesizer(lean, {DEFAULT_VOICE: voice}).synthesize(
+        TEXTS["fr"], language="fr", seed=3, max_new_tokens=12, sampling=replace(lean.sampling, exaggeration=0.5)
+    )
+    assert np.array_equal(np.concatenate([chunk.samples for chunk in chunks]), expected.samples)
+    with pytest.raises(BadInputError, match="does not speak it"):
+        model.generate("Hello.", "xx")
+
+
+def test_the_python_class_of_another_variant_is_refused(weights: Path, mini: Path) -> None:
+    with pytest.raises(BadInputError, match="PrewarmedChatterbox loads 'english'"):
+        PrewarmedChatterbox.from_pretrained_with_warmup("cpu", weights=weights)
+    with pytest.raises(BadInputError, match="PrewarmedMultilingual loads 'multilingual'"):
+        PrewarmedMultilingual.from_pretrained_with_warmup("cpu", weights=mini)

@@ -300,7 +300,7 @@ except WeightsError as error:
 model = from_pretrained_with_warmup("cpu", weights=weights, warm=warm, cache=cache, policy="require")
 speaker = model.conds.t3.speaker_emb.flatten().tolist()
 model.prepare_conditionals(sys.argv[4])
-chunks = list(model.generate_stream_with_warmup_check("Hello.", policy="require", max_new_tokens=6))
+chunks = list(model.generate_stream_with_warmup_check("Hello.", policy="require", seed=1, max_new_tokens=6))
 found = {"fetched": fetched, "speaker": speaker, "class": type(model).__name__, "chunks": len(chunks)}
 found["misses"] = model.metrics.to_dict()["misses"]
 weights_in_memory = weakref.ref(model.t3)
