@@ -152,6 +152,24 @@ def routes(*, output: Path, checkout: Path, names: tuple[str, ...]) -> None:
     click.echo(table(report))
 
 
+@benchmarks.command("calls")
+@weights_option
+@cache_option
+@device_option
+@output_option
+@click.option("--calls", default=200, show_default=True, type=click.IntRange(12), help="Calls of each system.")
+def calls(*, weights: Path, cache: Path, device: str, output: Path, calls: int) -> None:
+    """Time many calls of T3 in one process, upstream's and ours in turn."""
+    from benchmarks.calls import run
+
+    check_output(output)
+    report = run(weights, cache=cache, device=device, calls=calls, say=say)
+    write_report(report, output)
+    for name, ratio in report["last_to_first"].items():
+        click.echo(f"{name}: the last five calls took {ratio:.2f} times as long as calls 2 to 6")
+    click.echo("hooks of upstream's T3: {before} before, {after} after".format_map(report["hooks_of_upstream"]))
+
+
 @benchmarks.command("leak")
 @weights_option
 @warm_option
