@@ -179,20 +179,39 @@ def serve(
     drain_seconds: float,
 ) -> None:
     """Serve speech over HTTP: /v1/audio/speech, /livez, /startupz, /readyz, /metrics, and a page at /."""
-    from chatterbox_prewarm.serve.http.access import load_token
-    from chatterbox_prewarm.serve.http.connections import Limits
-    from chatterbox_prewarm.serve.http.cross_origin import Sites, parse_host, parse_origin
-    from chatterbox_prewarm.serve.http.server import ServeConfig
-    from chatterbox_prewarm.serve.http.server import serve as run_server
-    from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
-    from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, for_devices, parse_devices
-    from chatterbox_prewarm.state.places import check_cache_place, check_output_place
+    from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, for_devices, parse_devices, running
 
     log_lines.install(log_format, process="front")
-    check_output_place(voices_dir)
-    check_cache_place(cache, warm=warm, weights=weights)  # a start checks it too, but in a worker
-    run_server(
-        ServeConfig(
+    worker = WorkerConfig(
+        start=StartOptions(
+            warm=warm,
+            weights=weights,
+            cache=cache,
+            policy=policy,
+            profile=profile,
+            trust=trust,
+            plain_text=plain_text,
+        ),
+        voices=dict(map(parse_voice, voices)),
+        voice_directory=voices_dir,
+        threads=threads,
+        max_new_tokens=max_new_tokens,
+        requests_per_minute=requests_per_minute,
+        log_format=log_format,
+    )
+    with running(for_devices(parse_devices(device), worker), waiting) as workers:
+        # Imported here, because the workers should not wait for it.
+        from chatterbox_prewarm.serve.http.access import load_token
+        from chatterbox_prewarm.serve.http.connections import Limits
+        from chatterbox_prewarm.serve.http.cross_origin import Sites, parse_host, parse_origin
+        from chatterbox_prewarm.serve.http.server import ServeConfig
+        from chatterbox_prewarm.serve.http.server import serve as run_server
+        from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
+        from chatterbox_prewarm.state.places import check_cache_place, check_output_place
+
+        check_output_place(voices_dir)
+        check_cache_place(cache, warm=warm, weights=weights)  # a worker checks it too
+        config = ServeConfig(
             host=host,
             port=port,
             rules=SpeechRules(max_characters=max_characters, ignore_speed=ignore_speed, language=language),
@@ -208,26 +227,5 @@ def serve(
             sites=Sites(hosts=tuple(map(parse_host, hosts)), origins=tuple(map(parse_origin, origins))),
             limits=Limits(connections=max_connections),
             log_text=log_text,
-        ),
-        for_devices(
-            parse_devices(device),
-            WorkerConfig(
-                start=StartOptions(
-                    warm=warm,
-                    weights=weights,
-                    cache=cache,
-                    policy=policy,
-                    profile=profile,
-                    trust=trust,
-                    plain_text=plain_text,
-                ),
-                voices=dict(map(parse_voice, voices)),
-                voice_directory=voices_dir,
-                threads=threads,
-                max_new_tokens=max_new_tokens,
-                requests_per_minute=requests_per_minute,
-                log_format=log_format,
-            ),
-        ),
-        waiting,
-    )
+        )
+        run_server(config, workers)

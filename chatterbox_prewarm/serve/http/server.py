@@ -1,6 +1,6 @@
 """The server process: probes, metrics and the speech API. It never imports torch and never waits for the model.
 
-The workers start before it imports the HTTP packages, so that the imports of all processes run in parallel.
+The workers have started before this module is imported, so that the imports of all processes run in parallel.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import signal
 import socket
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
@@ -20,8 +20,6 @@ from chatterbox_prewarm.serve.http.cross_origin import Sites
 from chatterbox_prewarm.serve.http.limited_server import BACKLOG
 from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
-from chatterbox_prewarm.serve.workers.worker_config import spawn_all
-from chatterbox_prewarm.system.metrics import exec_time
 from chatterbox_prewarm.weights.record import read_record
 from chatterbox_prewarm.weights.variants import get_variant
 
@@ -80,13 +78,12 @@ class ServeConfig:
     log_text: bool = False
 
 
-def serve(config: ServeConfig, workers: Sequence[WorkerConfig], waiting: WorkerProcess | None = None) -> None:
+def serve(config: ServeConfig, workers: Sequence[tuple[WorkerConfig, WorkerProcess]]) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return.
 
     Args:
         config: the settings of the server.
-        workers: one configuration per device. All workers start at once.
-        waiting: a worker process that waits for its configuration, and becomes the first worker.
+        workers: configuration and process of each worker.
 
     Raises:
         BadInputError: the server cannot listen on the address.
@@ -97,18 +94,11 @@ def serve(config: ServeConfig, workers: Sequence[WorkerConfig], waiting: WorkerP
     # process of a container ignores SIGTERM by default.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     listener = listen(config.host, config.port)
-    origin = exec_time()
-    started = spawn_all([replace(worker, origin=origin) for worker in workers], waiting)
-    try:
-        record = read_record(config.weights)
-        rules = replace(config.rules, variant=get_variant(record.variant))
-        if rules.language is not None:
-            rules = replace(rules, language=rules.variant.check_language(rules.language))
-        asyncio.run(_run(replace(config, rules=rules), started, _voice_store(config, record), listener))
-    finally:
-        for _, (process, _) in started:
-            if process.poll() is None:
-                process.terminate()
+    record = read_record(config.weights)
+    rules = replace(config.rules, variant=get_variant(record.variant))
+    if rules.language is not None:
+        rules = replace(rules, language=rules.variant.check_language(rules.language))
+    asyncio.run(_run(replace(config, rules=rules), workers, _voice_store(config, record), listener))
 
 
 def _voice_store(config: ServeConfig, record: WeightsRecord) -> VoiceStore:
@@ -123,7 +113,7 @@ def _voice_store(config: ServeConfig, record: WeightsRecord) -> VoiceStore:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on the address. This happens before all slow work.
+    """Return a socket that listens on the address.
 
     Args:
         host: a name or an address; an IPv6 address may have brackets as in a URL. `::` listens on IPv4, too.

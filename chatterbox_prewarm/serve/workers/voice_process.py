@@ -17,14 +17,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError, ModelError, as_prewarm_error, first_line
-from chatterbox_prewarm.families.base import tensor_bytes
-from chatterbox_prewarm.families.conditionals import voice_tensors
 from chatterbox_prewarm.serve.voices.voice_file import make_metadata
 from chatterbox_prewarm.serve.workers import log_lines
 from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
-from chatterbox_prewarm.start.attach import set_threads
-from chatterbox_prewarm.start.prepare import prepare
-from chatterbox_prewarm.start.upstream import attach_upstream
 from chatterbox_prewarm.system.children import child_environment, die_with_parent
 from chatterbox_prewarm.system.json_subprocess import claim_stdout, describe, parse_report, rebuild
 from chatterbox_prewarm.weights.record import read_record
@@ -93,6 +88,11 @@ def main() -> None:
 
 
 def _voice_bytes(config: WorkerConfig, clip: bytes) -> bytes:
+    # Imported here, because the server imports this module while it starts.
+    from chatterbox_prewarm.start.attach import set_threads
+    from chatterbox_prewarm.start.prepare import prepare
+    from chatterbox_prewarm.start.upstream import attach_upstream
+
     # The voice is the same for every device. On the CPU it takes no memory from the workers' GPU.
     prepared = prepare(config.start)
     model = attach_upstream(prepared)
@@ -111,6 +111,8 @@ def voice_bytes(model: ChatterboxTTS, clip: bytes, metadata: dict[str, str]) -> 
     Raises:
         BadInputError: the model cannot make a voice from this clip.
     """
+    from chatterbox_prewarm.families.base import tensor_bytes
+    from chatterbox_prewarm.families.conditionals import voice_tensors
     from chatterbox_prewarm.model.voices import prepare_voice
 
     try:

@@ -14,10 +14,10 @@ from chatterbox_prewarm.serve.workers.worker_process import start_process
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.cpus import usable_cpus
-from chatterbox_prewarm.system.fingerprint import visible_gpus
+from chatterbox_prewarm.system.metrics import exec_time
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
 
@@ -87,15 +87,18 @@ def parse_devices(text: str) -> list[str]:
     """
     devices: list[str] = []
     for name in filter(None, (part.strip() for part in text.split(","))):
-        if name != ALL_GPUS:
-            devices.append(name)
-        elif count := visible_gpus():
-            devices += [f"cuda:{number}" for number in range(count)]
-        else:
-            raise BadInputError("this machine has no GPU", next_step="give --device cpu, or use a machine with a GPU")
+        devices += _all_gpus() if name == ALL_GPUS else [name]
     if not devices:
         raise BadInputError(f"{text!r} names no device", next_step="give --device cpu, cuda, cuda:0,cuda:1 or cuda:all")
     return devices
+
+
+def _all_gpus() -> list[str]:
+    from chatterbox_prewarm.system.fingerprint import visible_gpus  # here, because most servers do not need it
+
+    if count := visible_gpus():
+        return [f"cuda:{number}" for number in range(count)]
+    raise BadInputError("this machine has no GPU", next_step="give --device cpu, or use a machine with a GPU")
 
 
 def for_devices(devices: Sequence[str], worker: WorkerConfig) -> list[WorkerConfig]:
@@ -145,3 +148,24 @@ def spawn_all(
             process.terminate()
         raise
     return started
+
+
+@contextlib.contextmanager
+def running(
+    configs: Sequence[WorkerConfig], waiting: WorkerProcess | None = None
+) -> Iterator[list[tuple[WorkerConfig, WorkerProcess]]]:
+    """Start worker processes as `spawn_all`, and terminate those that still run at the end of the block.
+
+    The start of the workers counts from the moment when this process was executed.
+
+    Raises:
+        OSError: a process could not be started.
+    """
+    origin = exec_time()
+    started = spawn_all([replace(config, origin=origin) for config in configs], waiting)
+    try:
+        yield started
+    finally:
+        for _, (process, _) in started:
+            if process.poll() is None:
+                process.terminate()

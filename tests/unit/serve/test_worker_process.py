@@ -23,15 +23,18 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
 
-#: Prints the order in which `serve` starts a process and imports packages, as JSON, when it ends.
+#: Prints the order in which `serve` starts and configures a worker and imports packages, as JSON, when it ends.
 _ORDER = """
 import atexit, json, sys
-events = []
+events, modules = [], {"click", "chatterbox_prewarm.serve.http.server"}
 def note(event, arguments):
-    if event == "subprocess.Popen" or (event == "import" and arguments[0] in {"click", "uvicorn"}):
+    if event == "subprocess.Popen" or (event == "import" and arguments[0] in modules):
         events.append(event if event != "import" else arguments[0])
 sys.addaudithook(note)
 atexit.register(lambda: print(json.dumps(list(dict.fromkeys(events)))))
+from chatterbox_prewarm.serve.workers import worker_config
+spawn = worker_config.spawn
+worker_config.spawn = lambda *arguments: [spawn(*arguments), events.append("configuration")][0]
 from chatterbox_prewarm.__main__ import main
 main()
 """
@@ -106,10 +109,10 @@ def order_of(*arguments: str) -> tuple[int, list[str]]:
     return done.returncode, events
 
 
-def test_serve_starts_its_worker_before_it_imports_packages(tmp_path: Path) -> None:
+def test_serve_starts_and_configures_its_worker_before_it_imports_packages(tmp_path: Path) -> None:
     code, events = order_of("serve", "--weights", str(tmp_path / "missing"), "--cache", str(tmp_path / "cache"))
     assert code == WeightsError.exit_code
-    assert events[:2] == ["subprocess.Popen", "click"]
+    assert events == ["subprocess.Popen", "click", "configuration", "chatterbox_prewarm.serve.http.server"]
 
 
 @pytest.mark.parametrize("arguments", [("serve", "--help"), ("verify", "--help"), ("--version",)])
