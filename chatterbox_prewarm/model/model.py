@@ -136,8 +136,8 @@ def load(
     On a CPU the tensors are mapped pages of the files. On a GPU each is loaded directly to the device.
 
     Args:
-        weights: the directory with the variant's files and `weights.json`, or its files, if they are mapped and
-            populated already. `weights.record.check_quickly` has checked it.
+        weights: the directory with the variant's files and `weights.json`, or its files, if they are mapped
+            already. `weights.record.check_quickly` has checked it.
         device: a torch device as a string, such as "cpu" or "cuda".
         executor: makes the regions callable.
         t3_dtype: of T3's transformer; None keeps the checkpoint's.
@@ -156,7 +156,7 @@ def load(
     check_device(device)
     if isinstance(weights, Path):
         weights = MappedWeights(directory, variant)
-        weights.populate()
+    weights.populate()
     tensors = dict(read_tensors(weights, device, t3_dtype))
     code, t3 = code_of(variant), NamedTensors(tensors, "t3.")
     aligned = code.aligned_heads(variant, len(t3.layers("tfmr.layers")))

@@ -152,7 +152,7 @@ def attach_baked(prepared: Prepared, *, threads: int | None = None) -> Attached:
     metrics, device = prepared.metrics, prepared.options.device
     libraries, weights = torch_libraries(), prepared.options.weights
     mapped = MappedWeights(weights, get_variant(read_record(weights).variant))
-    ahead = [libraries, Ahead("read ahead", mapped.populate)]
+    ahead = [libraries, Ahead("read ahead", mapped.read_ahead)]
     if device.startswith("cuda"):
         ahead.append(Ahead("CUDA context", partial(create_context, int(device.partition(":")[2] or 0))))
     with metrics.phase("import"), paused_gc():

@@ -10,7 +10,7 @@ import logging
 import signal
 import socket
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
