@@ -16,6 +16,8 @@ from chatterbox_prewarm.bench.clients import request_speech
 from chatterbox_prewarm.bench.load import started_server
 from chatterbox_prewarm.errors import ModelError
 from chatterbox_prewarm.proof.probes import status_field
+from chatterbox_prewarm.weights.record import read_record
+from chatterbox_prewarm.weights.variants import get_variant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.bench.clients import Target
     from chatterbox_prewarm.bench.load import LoadOptions
     from chatterbox_prewarm.bench.server import MeasuredServer
+    from chatterbox_prewarm.weights.variants import Variant
 
 #: A larger relative growth is a leak. Handles and threads are few, so one more of them exceeds the limit.
 LIMIT = 0.01
@@ -52,7 +55,7 @@ def run(options: LoadOptions, *, say: Callable[[str], None]) -> dict[str, Any]:
     Raises:
         ModelError: the server was not ready, did not answer, or replaced a worker.
     """
-    bodies = options.bodies()
+    bodies = _in_all_languages(options.bodies(), get_variant(read_record(options.weights).variant))
     period = max(1, options.requests // _SAMPLES)
     samples: list[dict[str, Any]] = []
     with started_server(options) as server:
@@ -74,6 +77,16 @@ def run(options: LoadOptions, *, say: Callable[[str], None]) -> dict[str, Any]:
         "flat": all(entry["growth"] <= LIMIT for entry in held.values()),
         "samples": samples,
     }
+
+
+def _in_all_languages(bodies: list[dict[str, Any]], variant: Variant) -> list[dict[str, Any]]:
+    """Give each request another language if the model has several."""
+    if len(variant.samples) < 2:
+        return bodies
+    return [
+        {**bodies[number % len(bodies)], "input": text, "language": language}
+        for number, (language, text) in enumerate(variant.samples.items())
+    ]
 
 
 def _send(target: Target, body: dict[str, Any], number: int) -> None:

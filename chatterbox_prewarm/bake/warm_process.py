@@ -24,6 +24,7 @@ from chatterbox_prewarm.system.json_subprocess import report
 if TYPE_CHECKING:
     from chatterbox.tts import ChatterboxTTS
 
+    from chatterbox_prewarm.model.model import Model
     from chatterbox_prewarm.start.attach import Attached
 
 
@@ -58,7 +59,7 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
         save_voice(placeholder_voice(), Path(folder) / "voice.safetensors")
         voice = load_voice(Path(folder) / "voice.safetensors", device=bake.device)
     Synthesizer(synthesizer.model, {DEFAULT_VOICE: voice}).check()
-    synthesizer.model.text.load()  # also for its errors: an image must have the data of all languages
+    _read_all_languages(synthesizer.model)
     importlib.import_module("soundfile")  # a start with `--voice` checks the clips
     sources = BYTECODE.start_sources()
     computes = stand_in_target() is None
@@ -92,6 +93,19 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
         "resident_bytes": peak_resident_bytes(),
         "device_bytes": torch.cuda.max_memory_reserved(bake.device) if bake.device.startswith("cuda") else 0,
     }
+
+
+def _read_all_languages(model: Model) -> None:
+    """Turn a text in each language into tokens, because an image must have all data that its languages need.
+
+    Raises:
+        WeightsError, ModelError: data or a package is missing or damaged.
+        BadInputError: the tokenizer does not know a language.
+    """
+    model.text.load()
+    for language, text in model.variant.samples.items():
+        model.text.check(text, language)
+        model.text_tokens(text, language)
 
 
 def _make_voice_on_cpu(attached: Attached) -> ChatterboxTTS:

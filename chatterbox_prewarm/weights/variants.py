@@ -56,6 +56,7 @@ class Variant:
             no other variant has its shapes.
         text_vocabulary: the number of text tokens that T3 has embeddings for.
         languages: the names of the languages that a request can choose, by their code.
+        samples: a short text in each language, which a bake turns into tokens.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Variant:
     t3_sha256: str = ""
     text_vocabulary: int
     languages: Mapping[str, str]
+    samples: Mapping[str, str]
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -123,6 +125,7 @@ ENGLISH = Variant(
     builtin_voice="conds.pt",
     text_vocabulary=704,
     languages=MappingProxyType({"en": "English"}),
+    samples=MappingProxyType({"en": "Hello, world."}),
 )
 
 #: The model that splits Chinese text into words. Upstream's package downloads it at its first use.
@@ -173,6 +176,34 @@ MULTILINGUAL = Variant(
             "sw": "Swahili",
             "tr": "Turkish",
             "zh": "Chinese",
+        }
+    ),
+    # Hebrew has points and Russian has stress marks, without which their texts are refused.
+    samples=MappingProxyType(
+        {
+            "en": "Hello, world.",
+            "ar": "مرحبا، كيف حالك؟",
+            "da": "Hvordan går det på øen?",
+            "de": "Größe ist nicht alles…",
+            "el": "Καλημέρα κόσμε",
+            "es": "¿Qué tal, señor?",
+            "fi": "Hyvää päivää",
+            "fr": "Ça va très bien, merci : et vous ?",
+            "he": "שָׁלוֹם עוֹלָם",
+            "hi": "नमस्ते, आप कैसे हैं?",
+            "it": "Perché no?",
+            "ja": "今日はとても天気がいいですね。ヘリコプターへ",
+            "ko": "안녕하세요, 반갑습니다.",
+            "ms": "Selamat pagi",
+            "nl": "Hoe gaat het?",
+            "no": "Hvordan går det?",
+            "pl": "Zażółć gęślą jaźń",
+            "pt": "Não há problema",
+            "ru": "Приве́т, как дела́?",
+            "sv": "Hur mår du?",
+            "sw": "Habari ya asubuhi",
+            "tr": "İstanbul'da ılık bir gün",  # noqa: RUF001
+            "zh": "你好,世界。今天天很好。曰日",
         }
     ),
 )

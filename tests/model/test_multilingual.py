@@ -42,32 +42,7 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.model.conditionals import Conditionals
 
-#: A text in each language. Hebrew has points and Russian has stress marks.
-TEXTS = {
-    "en": "Hello, world.",
-    "ar": "مرحبا، كيف حالك؟",
-    "da": "Hvordan går det på øen?",
-    "de": "Größe ist nicht alles…",
-    "el": "Καλημέρα κόσμε",
-    "es": "¿Qué tal, señor?",
-    "fi": "Hyvää päivää",
-    "fr": "Ça va très bien, merci : et vous ?",
-    "he": "שָׁלוֹם עוֹלָם",
-    "hi": "नमस्ते, आप कैसे हैं?",
-    "it": "Perché no?",
-    "ja": "今日はとても天気がいいですね。ヘリコプターへ",
-    "ko": "안녕하세요, 반갑습니다.",
-    "ms": "Selamat pagi",
-    "nl": "Hoe gaat het?",
-    "no": "Hvordan går det?",
-    "pl": "Zażółć gęślą jaźń",
-    "pt": "Não há problema",
-    "ru": "Приве́т, как дела́?",
-    "sv": "Hur mår du?",
-    "sw": "Habari ya asubuhi",
-    "tr": "İstanbul'da ılık bir gün",  # noqa: RUF001
-    "zh": "你好,世界。今天天很好。曰日",
-}
+TEXTS = MULTILINGUAL.samples
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def test_each_variant_has_a_module_and_files_that_differ(variant: object) -> Non
     assert (PACKAGE / "model" / "variants" / f"{found.module}.py").is_file()
     assert len(set(found.files)) == len(found.files)
     assert set(found.published) <= set(found.safetensors)
-    assert found.languages
+    assert found.languages.keys() == found.samples.keys()
 
 
 def test_a_language_is_found_by_its_code_in_any_case_and_the_first_one_is_the_default() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from chatterbox_prewarm.model.text import MAX_CHARACTERS, check_text
 from chatterbox_prewarm.serve.workers.sentence_split import LIMIT, split
+from chatterbox_prewarm.weights.variants import MULTILINGUAL
 
 regex = pytest.importorskip("regex")
 pytest.importorskip("sentencex")
@@ -108,6 +109,21 @@ def test_a_long_clause_is_cut_at_a_space() -> None:
 def test_a_text_without_white_space_is_cut_at_the_limit() -> None:
     parts = check("a" * MAX_CHARACTERS)
     assert [len(part) for part in parts] == [LIMIT] * (MAX_CHARACTERS // LIMIT) + [MAX_CHARACTERS % LIMIT]
+
+
+@pytest.mark.parametrize(("language", "limit"), [("fr", LIMIT), ("zh", 90), ("ja", 110), ("ko", 130), (None, LIMIT)])
+def test_a_part_is_shorter_in_a_language_that_says_more_with_a_character(language: str | None, limit: int) -> None:
+    parts = split("今天天气很好。" * 100, language)
+    assert "".join(parts) == "今天天气很好。" * 100
+    assert limit - 7 < max(map(len, parts)) <= limit
+
+
+@pytest.mark.parametrize("language", MULTILINGUAL.languages)
+def test_each_language_has_rules_for_the_ends_of_sentences(language: str) -> None:
+    text = f"{MULTILINGUAL.samples[language]} " * 40
+    parts = split(text, language)
+    assert len(parts) > 1
+    assert visible_characters("".join(parts)) == visible_characters(text)
 
 
 def test_the_number_of_a_list_item_stays_with_its_text() -> None:
