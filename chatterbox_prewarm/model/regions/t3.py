@@ -6,7 +6,6 @@ tokens and drops the tokens drawn after it. On a GPU a step can be captured as a
 
 from __future__ import annotations
 
-import math
 import time
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,8 @@ from chatterbox_prewarm.model.regions.region import (
     T3_SAMPLE,
     T3_SAMPLE_NUCLEUS,
 )
-from chatterbox_prewarm.model.regions.t3_blocks import HEAD_SIZE, HEADS, START_SPEECH_TOKEN, STOP_SPEECH_TOKEN
+from chatterbox_prewarm.model.regions.rotary import rotary_tables
+from chatterbox_prewarm.model.regions.t3_blocks import HEADS, START_SPEECH_TOKEN, STOP_SPEECH_TOKEN
 from chatterbox_prewarm.model.regions.t3_prompt import Prompt, embed_prompt
 from chatterbox_prewarm.model.sampling import Sampling
 
@@ -45,9 +45,6 @@ _CHECK_EVERY_ON_GPU = 16
 #: How many positions of a prompt the check of a start runs. All 41 positions of the shortest text take three times as
 #: long on a CPU.
 _CHECKED_POSITIONS = 4
-#: Upstream's settings of the rotary embedding (`LLAMA_520M_CONFIG_DICT`), scaled as in Llama 3.1 (arXiv:2407.21783).
-_ROPE_BASE = 500_000.0
-_ROPE_FACTOR, _ROPE_LOW, _ROPE_HIGH, _ROPE_LENGTH = 8.0, 1.0, 4.0, 8192
 
 
 class T3Decoder:
@@ -313,20 +310,3 @@ def layer_weights(layer: NamedTensors) -> list[torch.Tensor]:
         "mlp.down_proj",
     )
     return [layer[f"{name}.weight"] for name in names]
-
-
-def rotary_tables(positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the cosines and sines of T3's rotary embedding: float32 (positions, 64) each.
-
-    The frequencies are those of Llama 3.1: long wavelengths are stretched, short ones are not, and those between are
-    blended.
-    """
-    frequencies = 1.0 / (_ROPE_BASE ** (torch.arange(0, HEAD_SIZE, 2, dtype=torch.float32, device=device) / HEAD_SIZE))
-    wavelengths = 2 * math.pi / frequencies
-    share = (_ROPE_LENGTH / wavelengths - _ROPE_LOW) / (_ROPE_HIGH - _ROPE_LOW)
-    blended = (1 - share) * frequencies / _ROPE_FACTOR + share * frequencies
-    scaled = torch.where(wavelengths > _ROPE_LENGTH / _ROPE_LOW, frequencies / _ROPE_FACTOR, blended)
-    scaled = torch.where(wavelengths < _ROPE_LENGTH / _ROPE_HIGH, frequencies, scaled)
-    angles = torch.arange(positions, dtype=torch.float32, device=device)[:, None] * scaled
-    angles = torch.cat([angles, angles], dim=1)
-    return angles.cos(), angles.sin()
