@@ -33,7 +33,7 @@ def bake_for_targets(
     """Bake a state for each target into the folder `options.warm`, next to the states that it has already.
 
     The folder changes only after the last bake. Then each state replaces a state with the same key. Targets that differ
-    only in name and memory, such as H100 and H200, share the packages.
+    only in name and memory, such as H100 80GB HBM3 and H200, share the packages.
 
     Args:
         options: of the bakes; `target` is not used.

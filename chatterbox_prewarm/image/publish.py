@@ -181,7 +181,7 @@ def _check_has_states(image: str, found: Image, warm: Path) -> None:
     here = {State.read(path).manifest.set_digest for path in states_in(warm).values()}
     if not labelled & here:
         raise IntegrityError(
-            f"{image} has none of the states in {warm}", next_step="run this in a container of that image"
+            f"{image} does not have any state of {warm}", next_step="run this in a container of that image"
         )
 
 

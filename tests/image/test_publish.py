@@ -88,10 +88,6 @@ def test_a_state_is_baked_proven_and_added_to_an_image(layout: Layout, tmp_path:
     listed = json.loads(layout.read_manifest(subject.replace(":", "-")).raw)["manifests"]
     assert len(listed) == 2
     assert f"evidence attached as {listed[1]['digest']}" in proven.stdout
-    repeated = run_cli(*arguments)
-    assert repeated.returncode == 0, repeated.stderr
-    assert "already, from an earlier attempt" in repeated.stderr
-    assert layout.read_manifest("warm").digest == subject
 
 
 def test_an_image_is_proven_only_where_its_evidence_can_be_attached(layout: Layout, tmp_path: Path) -> None:
@@ -102,7 +98,7 @@ def test_an_image_is_proven_only_where_its_evidence_can_be_attached(layout: Layo
     layout.put_manifest(image_index([]), "several")
     here = ("--warm", tmp_path / "here")
     for image, code, words in (
-        (f"oci:{layout.path}:warm", 12, "has none of the states in"),
+        (f"oci:{layout.path}:warm", 12, "does not have any state of"),
         (f"oci:{layout.path}:cold", 14, "the image has no label"),
         (f"oci:{layout.path}:several", 14, "is an index of several images"),
         (f"docker-archive:{tmp_path}/image.tar", 16, "an archive, which cannot have evidence"),
