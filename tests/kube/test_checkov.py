@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
+from chatterbox_prewarm.kube.proof import Request, render_proofs
 from tests.helpers.manifests import K8S, kustomize
-from tests.helpers.renderings import H100, L4, render_for
+from tests.helpers.renderings import H100, IMAGE, L4, render_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,6 +42,9 @@ def test_checkov_reports_no_finding(tmp_path: Path) -> None:
     for path in (K8S / "components").rglob("autoscaler.yaml"):
         shutil.copy(path, tmp_path)
     (tmp_path / "rendered.yaml").write_text(render_for([H100, L4], pre_pull=True).to_yaml())
+    crossed = replace(L4, cross_compiled=True)
+    proofs = render_proofs(Request(image=IMAGE, states=(crossed,), registry_secret="login"))
+    (tmp_path / "proofs.yaml").write_text(proofs.to_yaml())
     report = scan(tmp_path)
     assert report["summary"]["passed"] > 500
     assert report["summary"]["parsing_errors"] == 0
