@@ -75,7 +75,8 @@ lock:  ## update the locks; commit the changes
 	uv pip compile -q --python-version 3.11 --extra model --generate-hashes --no-emit-index-url --no-emit-find-links \
 	    --no-header --constraint build/locks/torch-2.6.in pyproject.toml -o build/locks/torch-2.6.txt
 	uv pip compile -q --python-version 3.11 --extra model --generate-hashes --no-emit-index-url --no-emit-find-links \
-	    --no-header --override build/locks/torch-2.11.in pyproject.toml -o build/locks/torch-2.11.txt
+	    --no-header --override build/locks/torch-2.11.in pyproject.toml build/locks/torch-2.11-headers.in \
+	    -o build/locks/torch-2.11.txt
 	for stack in torch-2.6 torch-2.11; do \
 	    uv pip compile -q --python-version 3.11 --extra lean --extra multilingual --generate-hashes \
 	        --no-emit-index-url --no-emit-find-links --no-header \

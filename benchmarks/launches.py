@@ -35,6 +35,7 @@ _BANDWIDTH = {
     "NVIDIA L40S": 864e9,
     "NVIDIA H100 80GB HBM3": 3350e9,
     "NVIDIA H200": 4800e9,
+    "NVIDIA B200": 8000e9,
 }
 #: The kinds of lines in the log: kernels of the packages, kernels of torch, and matrix products.
 KINDS = {"launch": "kernels of the packages", "torch": "kernels of torch", "gemm": "matrix products"}

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.system.gpu_targets import GpuTarget
 
 #: The series of torch that this was tried with, and the newest compute capability that its kernels run on.
-_NEWEST_CAPABILITY = {"2.6": (9, 0)}
+_NEWEST_CAPABILITY = {"2.6": (9, 0), "2.11": (12, 0)}
+#: The folder of CUDA 13's wheels. Its headers include one that is in a wheel that torch does not need.
+_CUDA_13 = "cu13"
 _SOURCE = Path(__file__).with_name("gpu_stand_in.cpp")
 #: Set in processes that have a stand-in instead of a GPU: the name of the target.
 _TARGET = "CHATTERBOX_PREWARM_STAND_IN"
@@ -104,10 +106,10 @@ def make_stand_in(target: GpuTarget, folder: Path) -> dict[str, str]:
     wrapper.chmod(0o755)
     return {
         _TARGET: target.name,
-        # One GPU, also if the user selected another one of this machine, and torch's usual allocator.
+        # One GPU, also if the user selected another one of this machine. Its memory is not cached: it has no content.
         "CUDA_VISIBLE_DEVICES": "0",
         "PYTORCH_CUDA_ALLOC_CONF": "",
-        "PYTORCH_NO_CUDA_MEMORY_CACHING": "",
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
         "LD_PRELOAD": _before("LD_PRELOAD", driver),
         "LD_LIBRARY_PATH": _before("LD_LIBRARY_PATH", folder),
         "LIBRARY_PATH": _before("LIBRARY_PATH", folder),
@@ -143,7 +145,7 @@ def check_torch(target: GpuTarget) -> None:
         raise ModelError(
             f"torch {installed} runs on GPUs up to {architecture(newest)}, and {target.name} is "
             f"{architecture(target.capability)}",
-            next_step="use the stack torch-2.11 for newer GPUs, and bake on the GPU",
+            next_step="use the stack torch-2.11 for newer GPUs",
         )
 
 
@@ -154,11 +156,15 @@ def cuda_headers() -> list[Path]:
         ModelError: they are not installed.
     """
     packages = Path(sysconfig.get_paths()["purelib"])
-    runtime = [packages / "nvidia" / name / "include" for name in ("cuda_runtime", "cu13")]
+    runtime = [packages / "nvidia" / name / "include" for name in ("cuda_runtime", _CUDA_13)]
     compiler = packages / "triton" / "backends" / "nvidia" / "include"
     found = [path for path in runtime if (path / "cuda_runtime_api.h").is_file()]
     if not found or not compiler.is_dir():
         raise ModelError(
             "the headers of CUDA are not installed", next_step="install torch for CUDA, which brings them, and Triton"
+        )
+    if found[0].parent.name == _CUDA_13 and not (found[0] / "nv" / "target").is_file():
+        raise ModelError(
+            "CUDA's header nv/target is not installed", next_step="run: pip install 'nvidia-cuda-cccl==13.0.*'"
         )
     return [found[0], compiler]
