@@ -256,6 +256,15 @@ cudaError_t cudaLaunchKernel(const void*, dim3 grid, dim3, void**, size_t, cudaS
     record("torch %u %u %u", grid.x, grid.y, grid.z);
     return cudaSuccess;
 }
+// CUDA 13's compiler calls these two instead.
+cudaError_t __cudaGetKernel(void** kernel, const void* function) {
+    *kernel = const_cast<void*>(function);
+    return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(void*, dim3 grid, dim3, void**, size_t, cudaStream_t) {
+    record("torch %u %u %u", grid.x, grid.y, grid.z);
+    return cudaSuccess;
+}
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
     record("torch %u %u %u", config->gridDim.x, config->gridDim.y, config->gridDim.z);
     return cudaSuccess;
