@@ -207,12 +207,22 @@ def test_the_installed_source_is_recognized() -> None:
     assert installed_multilingual() == Behaviour(repetition_penalty=2.0, analyzes_alignment=True, dropped_tokens=0)
 
 
-def test_the_main_branch_is_recognized() -> None:
-    source = os.environ.get("CHATTERBOX_MAIN")
-    if source is None:
-        pytest.skip("CHATTERBOX_MAIN does not name a checkout of upstream's main branch")
-    behaviour = read_multilingual(Path(source) / "src" / "chatterbox")
-    assert behaviour == MAIN_BRANCH
+#: What the main branch differs in: no analyzer, another default, and audio cut by the rate of speech tokens.
+_MAIN_T3 = "class T3:\n    pass\n"
+_MAIN_TTS = """
+class ChatterboxMultilingualTTS:
+    def generate(self, text, language_id, temperature=0.8, repetition_penalty=1.2, min_p=0.05):
+        return wav[: tokens * (S3GEN_SR // S3_TOKEN_RATE)]
+"""
+
+
+def test_the_main_branch_is_recognized(tmp_path: Path) -> None:
+    (tmp_path / "models" / "t3").mkdir(parents=True)
+    (tmp_path / "models" / "t3" / "t3.py").write_text(_MAIN_T3)
+    (tmp_path / "mtl_tts.py").write_text(_MAIN_TTS)
+    assert read_multilingual(tmp_path) == MAIN_BRANCH
+    if source := os.environ.get("CHATTERBOX_MAIN"):  # a checkout of the main branch, which is not in this repository
+        assert read_multilingual(Path(source) / "src" / "chatterbox") == MAIN_BRANCH
 
 
 def test_t3_v3_has_no_analysis_with_any_source() -> None:
