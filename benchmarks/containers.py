@@ -104,9 +104,12 @@ def run(image: str, *, counts: Sequence[int], rounds: int, say: Callable[[str], 
 def table(report: dict[str, Any]) -> str:
     """Format the report."""
     lines = [
-        f"{name:16} {pull['bytes'] / 1e6:8.0f} MB in {pull['layers']} layers, pulled in {pull['seconds']:.1f} s"
+        f"{name:16} {pull['bytes'] / 1e6:8.0f} MB in {len(pull['layers'])} layers, pulled in {pull['seconds']:.1f} s"
         for name, pull in report["pulls"].items()
     ]
+    for layers in zip(*(pull["layers"] for pull in report["pulls"].values()), strict=True):
+        sizes = " ".join(f"{layer['bytes'] / 1e6:8.1f}" for layer in layers)
+        lines.append(f"{sizes} MB  {layers[0]['step'][:80]}")
     for name, starts in report["starts"].items():
         ready, audio, memory = (
             statistics.median(start[figure] for start in starts) for figure in ("ready", "first_audio", "pss_bytes")
@@ -133,9 +136,21 @@ def _pull(engine: _Containerd, reference: str) -> dict[str, Any]:
     started = time.monotonic()
     engine.ctr("images", "pull", "--plain-http", reference)
     seconds = time.monotonic() - started
-    raw = run_process(["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{reference}"])
-    layers = json.loads(raw.stdout)["layers"]
-    return {"seconds": round(seconds, 1), "layers": len(layers), "bytes": sum(layer["size"] for layer in layers)}
+    layers = _layers(reference)
+    return {"seconds": round(seconds, 1), "bytes": sum(layer["bytes"] for layer in layers), "layers": layers}
+
+
+def _layers(reference: str) -> list[dict[str, Any]]:
+    """Return the compressed bytes of each layer of an image in a registry, and the build step that made it."""
+    manifest, config = (
+        json.loads(run_process(["skopeo", "inspect", what, "--tls-verify=false", f"docker://{reference}"]).stdout)
+        for what in ("--raw", "--config")
+    )
+    steps = [step.get("created_by", "") for step in config["history"] if not step.get("empty_layer")]
+    return [
+        {"bytes": layer["size"], "step": " ".join(step.split())}
+        for layer, step in zip(manifest["layers"], steps, strict=True)
+    ]
 
 
 def _start_at_once(engine: _Containerd, reference: str, count: int) -> list[dict[str, float]]:

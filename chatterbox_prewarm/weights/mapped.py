@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 _PARTS = {"t3": ("",), "s3gen": ("flow.", "mel2wav.")}
 #: `madvise(2)`, since Linux 5.14: map all pages now instead of one page fault each, and read missing pages from disk.
 _MADV_POPULATE_READ = 22
+_madvise = ctypes.CDLL(None).madvise  # found here, because a later search waits for libraries that a thread loads
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,27 +32,30 @@ class MappedFile:
 
     Attributes:
         part: the part of the model, "t3" or "s3gen".
+        path: of the file.
         memory: the complete file.
         header: of the file.
         used: names of the tensors that a synthesis uses.
     """
 
     part: str
+    path: Path
     memory: mmap.mmap
     header: Header
     used: tuple[str, ...]
 
-    def advise(self, advice: int) -> None:
-        """Call `madvise(2)` for the pages of the used tensors, without the interpreter's lock.
+    @property
+    def stem(self) -> str:
+        """Name of the file without its suffix."""
+        return self.path.stem
 
-        A kernel that does not know the advice refuses it, which does no harm.
-        """
-        offsets = [self.header.offsets[name] for name in self.used]
-        begin = min(offsets) // mmap.PAGESIZE * mmap.PAGESIZE
-        end = max(offsets) + self.header.size_of(max(self.used, key=self.header.offsets.__getitem__))
-        madvise = ctypes.CDLL(None).madvise
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        madvise(ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) + begin, end - begin, advice)
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where the used tensors begin in the file, rounded down to a page, and where they end."""
+        offsets = self.header.offsets
+        last = max(self.used, key=offsets.__getitem__)
+        first = min(offsets[name] for name in self.used)
+        return first // mmap.PAGESIZE * mmap.PAGESIZE, offsets[last] + self.header.size_of(last)
 
 
 class MappedWeights:
@@ -69,18 +75,30 @@ class MappedWeights:
         self.files = [_map(directory / variant.tensor_files[part], part, prefixes) for part, prefixes in _PARTS.items()]
 
     def read_ahead(self) -> None:
-        """Ask the kernel to read the used tensors into the page cache. This may block, but not other threads."""
-        for file in self.files:
-            file.advise(mmap.MADV_WILLNEED)
+        """Read the used tensors into the page cache without copying them, and without blocking other threads.
+
+        Advice to the kernel (`posix_fadvise`) would not do that: one call reads a few megabytes at most.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        with open(os.devnull, "wb", buffering=0) as null:  # noqa: PTH123 - no path of a file
+            for file in self.files:
+                position, end = file.span
+                with open_regular(file.path, follow_links=True) as stream:
+                    while position < end:
+                        position += os.sendfile(null.fileno(), stream.fileno(), position, end - position) or end
 
     def populate(self) -> None:
         """Map all pages of the used tensors, so that no use causes a page fault.
 
         The page faults of 3 GB took 0.4 s of the first synthesis; this call takes 0.06 s. It holds the lock of the
-        process's memory map, so it would block the imports of another thread.
+        process's memory map, so it would block the imports of another thread. An older kernel refuses it, which does no
+        harm.
         """
         for file in self.files:
-            file.advise(_MADV_POPULATE_READ)
+            begin, end = file.span
+            _madvise(ctypes.addressof(ctypes.c_char.from_buffer(file.memory)) + begin, end - begin, _MADV_POPULATE_READ)
 
 
 def _map(path: Path, part: str, prefixes: tuple[str, ...]) -> MappedFile:
@@ -88,4 +106,6 @@ def _map(path: Path, part: str, prefixes: tuple[str, ...]) -> MappedFile:
         header = read_open_header(stream, path)
         memory = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     used = tuple(name for name, (_, shape) in header.tensors.items() if name.startswith(prefixes) and 0 not in shape)
-    return MappedFile(part=part, memory=memory, header=header, used=used)
+    return MappedFile(part=part, path=path, memory=memory, header=header, used=used)
+    used = tuple(name for name, (_, shape) in header.tensors.items() if name.startswith(parts) and 0 not in shape)
+    return MappedFile(part=part, path=path, memory=memory, header=header, used=used)

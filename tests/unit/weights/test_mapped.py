@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,27 @@ def test_populating_maps_the_pages_of_the_used_tensors_only(checkpoint: Path) ->
     assert resident(file) < 1 << 20
     mapped.populate()
     assert 2 << 20 <= resident(file) < 3 << 20
+
+
+def cached(file: Path, offset: int) -> bool:
+    """Return whether the page cache has the page of a file at an offset."""
+    with file.open("rb") as stream:
+        try:
+            return os.preadv(stream.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        except BlockingIOError:
+            return False
+
+
+def test_reading_ahead_fills_the_page_cache(checkpoint: Path) -> None:
+    mapped = MappedWeights(checkpoint)
+    for file in mapped.files:
+        with file.path.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    mapped.read_ahead()
+    for file in mapped.files:
+        begin, end = file.span
+        assert all(cached(file.path, offset) for offset in range(begin, end, mmap.PAGESIZE))
 
 
 def test_writing_to_a_mapped_file_does_not_change_it(checkpoint: Path) -> None:
