@@ -89,6 +89,7 @@ def run(image: str, *, counts: Sequence[int], rounds: int, say: Callable[[str], 
             with _containerd() as engine:
                 say(f"pull with {compression}")
                 pulls[compression] = _pull(engine, reference)
+                say(f"pulled {pulls[compression]['bytes'] / 1e6:.0f} MB in {pulls[compression]['seconds']} s")
                 if compression != COMPRESSIONS[-1]:
                     continue
                 say("start right after the pull")
@@ -162,7 +163,7 @@ def _start_at_once(engine: _Containerd, reference: str, count: int) -> list[dict
 
 
 def _start(engine: _Containerd, reference: str, *, cold: bool = False, port: int | None = None) -> dict[str, float]:
-    """Start a container, read-only and as user 12345, on the host's network; ask it to speak, and remove it."""
+    """Start a container, read-only, as the image's user and on the host's network; ask it to speak, and remove it."""
     if cold:
         drop_page_cache()
     port = port or free_port()
@@ -170,7 +171,7 @@ def _start(engine: _Containerd, reference: str, *, cold: bool = False, port: int
     tmpfs = [f"--mount=type=tmpfs,src=tmpfs,dst={path},options=mode=1777:exec" for path in ("/tmp", str(CACHE))]  # noqa: S108
     started = time.monotonic()
     engine.ctr(
-        *("run", "--detach", "--net-host", "--read-only", "--user=12345:12345", *tmpfs),
+        *("run", "--detach", "--net-host", "--read-only", *tmpfs),
         *(f"--env=CHATTERBOX_PREWARM_PORT={port}", reference, name),
     )
     try:
