@@ -51,7 +51,8 @@ class _Containerd:
         Raises:
             EngineError: the command failed.
         """
-        finished = run_process(["ctr", "--address", str(self.address), "--namespace", "bench", *arguments])
+        command = ["ctr", "--address", str(self.address), "--namespace", "bench", *arguments]
+        finished = run_process(command, stderr=subprocess.PIPE)
         if finished.returncode != 0:
             raise EngineError(
                 f"ctr {arguments[0]} ended with status {finished.returncode}: {finished.stderr[-1000:]}",
@@ -80,9 +81,10 @@ def run(image: str, *, counts: Sequence[int], rounds: int, say: Callable[[str], 
     for program in ("skopeo", "ctr", "containerd"):
         if shutil.which(program) is None:
             raise EngineError(f"{program} is not installed", next_step="apt-get install containerd skopeo")
-    with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder, registry(Path(folder)) as address:
-        pulls = {}
-        for compression in COMPRESSIONS:
+    pulls = {}
+    for compression in COMPRESSIONS:
+        # Each has its own registry: skopeo would use the layers again that it has pushed with another compression.
+        with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder, registry(Path(folder)) as address:
             reference = f"{address}/image:{compression}"
             say(f"push with {compression}")
             _push(image, reference, compression)
@@ -127,7 +129,8 @@ def _push(image: str, reference: str, compression: str) -> None:
             *("skopeo", "--insecure-policy", "copy", "--quiet", "--format=oci", "--dest-tls-verify=false"),
             *(("--src-daemon-host", host) if host else ()),
             *(f"--dest-compress-format={compression}", "--dest-compress", source, f"docker://{reference}"),
-        ]
+        ],
+        stderr=subprocess.PIPE,
     )
     if finished.returncode != 0:
         raise EngineError(f"skopeo could not copy {image}: {finished.stderr[-1000:]}", next_step="see its message")
@@ -183,11 +186,9 @@ def _start(engine: _Containerd, reference: str, *, cold: bool = False, port: int
         first_audio = time.monotonic() - started
         return {"ready": ready, "first_audio": first_audio, "pss_bytes": float(_pss(_processes(engine, name)))}
     finally:
-        for arguments in (("tasks", "kill", "--signal=SIGKILL", name), ("tasks", "delete", name)):
+        for kind in (("tasks", "delete", "--force"), ("containers", "delete")):
             with contextlib.suppress(EngineError):
-                engine.ctr(*arguments)
-        with contextlib.suppress(EngineError):
-            engine.ctr("containers", "delete", name)
+                engine.ctr(*kind, name)
 
 
 def _wait_ready(target: Target, started: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +70,10 @@ def test_reading_ahead_fills_the_page_cache(checkpoint: Path) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     mapped.read_ahead()
     for file in mapped.files:
-        begin, end = file.span
-        assert all(cached(file.path, offset) for offset in range(begin, end, mmap.PAGESIZE))
+        deadline = time.monotonic() + 60  # the kernel reads in the background
+        while not all(cached(file.path, offset) for offset in range(*file.span, mmap.PAGESIZE)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_writing_to_a_mapped_file_does_not_change_it(checkpoint: Path) -> None:
