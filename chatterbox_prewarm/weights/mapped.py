@@ -107,5 +107,3 @@ def _map(path: Path, part: str, prefixes: tuple[str, ...]) -> MappedFile:
         memory = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     used = tuple(name for name, (_, shape) in header.tensors.items() if name.startswith(prefixes) and 0 not in shape)
     return MappedFile(part=part, path=path, memory=memory, header=header, used=used)
-    used = tuple(name for name, (_, shape) in header.tensors.items() if name.startswith(parts) and 0 not in shape)
-    return MappedFile(part=part, path=path, memory=memory, header=header, used=used)

@@ -63,7 +63,7 @@ def cached(file: Path, offset: int) -> bool:
 
 
 def test_reading_ahead_fills_the_page_cache(checkpoint: Path) -> None:
-    mapped = MappedWeights(checkpoint)
+    mapped = MappedWeights(checkpoint, ENGLISH)
     for file in mapped.files:
         with file.path.open("rb") as stream:
             os.fsync(stream.fileno())
