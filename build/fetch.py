@@ -32,7 +32,7 @@ def main() -> None:
         from chatterbox_prewarm.weights.fetch import fetch
         from chatterbox_prewarm.weights.record import RECORD_NAME
 
-        cache = Path(source[0])
+        cache = Path(source[0]) / variant.name
         fetch(cache, variant=variant, revision=os.environ.get("REVISION") or None)
         for name in (*variant.files, RECORD_NAME):
             (Path(target) / name).parent.mkdir(parents=True, exist_ok=True)

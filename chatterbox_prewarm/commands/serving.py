@@ -17,6 +17,7 @@ from chatterbox_prewarm.commands.options import (
     warm_option,
     weights_option,
 )
+from chatterbox_prewarm.model.marks import MARKED
 from chatterbox_prewarm.model.text import MAX_CHARACTERS
 from chatterbox_prewarm.serve.workers import log_lines
 from chatterbox_prewarm.start.options import POLICIES, StartOptions
@@ -190,7 +191,7 @@ def serve(
             policy=policy,
             profile=profile,
             trust=trust,
-            plain_text=plain_text,
+            plain_text=MARKED,  # the front checks complete texts
         ),
         voices=dict(map(parse_voice, voices)),
         voice_directory=voices_dir,
@@ -214,7 +215,9 @@ def serve(
         config = ServeConfig(
             host=host,
             port=port,
-            rules=SpeechRules(max_characters=max_characters, ignore_speed=ignore_speed, language=language),
+            rules=SpeechRules(
+                max_characters=max_characters, ignore_speed=ignore_speed, language=language, plain_text=plain_text
+            ),
             weights=weights,
             voices_dir=voices_dir,
             max_voices=max_voices,

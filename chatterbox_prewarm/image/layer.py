@@ -27,7 +27,7 @@ from chatterbox_prewarm.system.regular_files import open_regular
 from chatterbox_prewarm.weights.record import RECORD_NAME, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from chatterbox_prewarm.state.state import State
@@ -145,6 +145,7 @@ def _plain_layer(files: Mapping[str, Path], folder: PurePosixPath, title: str) -
         entries = [
             *_parents(folder),
             _folder_entry(folder, mode=0o755),
+            *(_folder_entry(folder / parent, mode=0o755) for parent in _folders_of(files)),
             *(_file_entry(folder / name, path) for name, path in files.items()),
         ]
         for chunk in _tar_chunks(entries):
@@ -161,6 +162,11 @@ def _plain_layer(files: Mapping[str, Path], folder: PurePosixPath, title: str) -
         title=title,
         open=lambda: chunk_stream(_tar_chunks(entries)),
     )
+
+
+def _folders_of(files: Iterable[str]) -> list[str]:
+    """Return the folders of relative paths, outer ones first. An engine may make a missing one inaccessible."""
+    return sorted({str(parent) for name in files for parent in PurePosixPath(name).parents if parent.name})
 
 
 def _tar_chunks(entries: Sequence[Entry]) -> Generator[bytes]:

@@ -112,10 +112,10 @@ class Model:
         ids = self.text.ids(text, self.variant.check_language(language))
         return torch.tensor([[START_TEXT_TOKEN, *ids, STOP_TEXT_TOKEN]], device=self.device)
 
-    @property
-    def dropped_samples(self) -> int:
-        """The number of samples at the end of an utterance that are left out."""
-        return self.behaviour.dropped_tokens * _SAMPLES_PER_TOKEN
+    def heard_samples(self, tokens: int) -> int | None:
+        """Return how many samples of an utterance of so many tokens are heard; None for all."""
+        dropped = self.behaviour.dropped_tokens
+        return max(1, tokens - dropped) * _SAMPLES_PER_TOKEN if dropped else None
 
     def marked(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """Add the watermark to mono audio, (samples,), at the model's sample rate."""

@@ -84,12 +84,13 @@ class Stream:
             for new_tokens, samples, last in sound:
                 tokens, ready = np.concatenate([tokens, new_tokens]), np.concatenate([ready, samples])
                 while ready.size >= size or (last and ready.size):
+                    is_last = last and ready.size <= size
                     chunk = Chunk(
                         samples=ready[:size],
-                        tokens=tokens[: self._chunk_tokens],
+                        tokens=tokens if is_last else tokens[: self._chunk_tokens],  # the last token may have no audio
                         index=index,
                         seconds=time.perf_counter() - called,
-                        is_last=last and ready.size <= size,
+                        is_last=is_last,
                         is_truncated=self._is_truncated,
                     )
                     tokens, ready, index = tokens[self._chunk_tokens :], ready[size:], index + 1
@@ -112,15 +113,18 @@ class Stream:
             pieces = self._mel_chunks(blocks, self._look_ahead, noise)
         vocoder = self._model.vocoder.stream(noise)
         watermark = OverlappingWindows(self._watermarked, context=_WATERMARK_CONTEXT)
+        count = made = 0  # tokens and samples
         with contextlib.closing(pieces):
             for tokens, mel, last in pieces:
                 new = tokens.cpu().numpy()
+                count += new.size
                 parts = torch.split(vocoder.excite(mel, last=last), _FRAMES_PER_TOKEN * self._chunk_tokens, dim=2)
                 for number, part in enumerate(parts, start=1):
                     ends = last and number == len(parts)
                     wave = vocoder.sound(part, last=ends).cpu()
-                    if ends:  # the last part is longer than that, because the vocoder holds frames back
-                        wave = wave[: wave.numel() - self._model.dropped_samples]
+                    if ends and (heard := self._model.heard_samples(count)) is not None:
+                        wave = wave[: max(0, heard - made)]
+                    made += wave.numel()
                     marked = watermark(wave.view(-1, _STEP).T, last=ends)
                     yield new, marked.numpy(), ends
                     new = new[:0]

@@ -250,7 +250,7 @@ class Synthesizer:
         """Render speech tokens, int64 (n,), as watermarked mono audio at the model's sample rate."""
         model = self.model
         samples = model.vocoder(model.flow(tokens, voice.gen)).cpu().numpy()
-        return model.marked(samples[: len(samples) - model.dropped_samples])
+        return model.marked(samples[: model.heard_samples(len(tokens))])
 
     def _t3_inputs(
         self, text: str, voice: str, language: str | None, sampling: Sampling

@@ -103,6 +103,9 @@ def variant_of(model: ChatterboxTTS) -> Variant:
     Raises:
         BadInputError: this project does not know the class of the model.
     """
+    if hasattr(model, "lean"):
+        lean: Model = model.lean
+        return lean.variant
     for variant in VARIANTS.values():
         if isinstance(model, code_of(variant).upstream_class()):
             return variant

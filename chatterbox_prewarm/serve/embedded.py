@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
+from chatterbox_prewarm.model.marks import MARKED
 from chatterbox_prewarm.model.text import check_text, check_voice_name
 from chatterbox_prewarm.serve.audio import Audio
 from chatterbox_prewarm.serve.http.decode_clip import decode
+from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
 from chatterbox_prewarm.serve.voices.prompt_voices import PromptVoices, read_prompt
 from chatterbox_prewarm.serve.workers.pool import Pool
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
@@ -33,6 +35,8 @@ from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.limits import MAX_SEED
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
+from chatterbox_prewarm.weights.record import read_record
+from chatterbox_prewarm.weights.variants import get_variant
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator, Mapping, Sequence
@@ -63,7 +67,7 @@ class ChatterboxServer:
     Args:
         device: torch devices as a list, or separated by commas; "cuda:all" means every GPU.
         enable_warmup: whether idle workers continue the warm-up for `requests_per_minute`.
-        warm, weights, cache, policy, profile: see `StartOptions`.
+        warm, weights, cache, policy, profile, plain_text: see `StartOptions`.
         trust: a key or a digest that the warm state must match.
         voices, threads, max_new_tokens, requests_per_minute: see `WorkerConfig`.
         wait_seconds: how long a part of a text may wait for a worker.
@@ -85,6 +89,7 @@ class ChatterboxServer:
         policy: str = "fallback",
         profile: str | None = None,
         trust: Trust | None = None,
+        plain_text: Sequence[str] = (),
         voices: Mapping[str, str | Path] | None = None,
         threads: int | None = None,
         max_new_tokens: int = 1000,
@@ -102,7 +107,10 @@ class ChatterboxServer:
             policy=policy,
             profile=profile,
             trust=trust or Trust(),
+            plain_text=MARKED,  # complete texts are checked here
         )
+        variant = get_variant(read_record(start.weights).variant)
+        self._rules = SpeechRules(plain_text=tuple(plain_text)).for_variant(variant)
         self._prompts = PromptVoices()  # a temporary folder, so only after the checks of the arguments
         worker = WorkerConfig(
             start=start,
@@ -153,7 +161,7 @@ class ChatterboxServer:
         Args:
             text: what to say.
             audio_prompt_path: a reference clip to speak like. Its voice is computed at the first call with it.
-            **options: voice, seed, max_new_tokens, temperature, cfg_weight, exaggeration, look_ahead; see
+            **options: voice, language, seed, max_new_tokens, temperature, cfg_weight, exaggeration, look_ahead; see
                 `SpeechOptions`.
 
         Raises:
@@ -161,7 +169,7 @@ class ChatterboxServer:
             ModelError: no worker was free in time, or two workers died while they spoke this text.
             ClosedError: the server is closed, or was closed during the call.
         """
-        checked = self._with_prompt(_speech_options(text, options), audio_prompt_path)
+        checked = self._with_prompt(_speech_options(text, options, self._rules), audio_prompt_path)
         return self._wait(self._speak(replace(checked, chunk_tokens=None)))
 
     def generate_stream(
@@ -172,7 +180,7 @@ class ChatterboxServer:
         Arguments and errors are those of `generate`. With `look_ahead` the first chunk comes earlier, but the audio is
         not the same as from `generate`.
         """
-        return self._chunks(self._with_prompt(_speech_options(text, options), audio_prompt_path))
+        return self._chunks(self._with_prompt(_speech_options(text, options, self._rules), audio_prompt_path))
 
     def _with_prompt(self, options: SpeechOptions, audio_prompt_path: str | Path | None) -> SpeechOptions:
         """Use the voice of a reference clip, if there is one."""
@@ -315,9 +323,11 @@ def _closed_error() -> ClosedError:
     return ClosedError("the server is closed", next_step="create another ChatterboxServer")
 
 
-def _speech_options(text: str, options: dict[str, Any]) -> SpeechOptions:
-    """Check text, voice name and seed. The worker checks the sampling options where it uses them."""
-    checked = SpeechOptions(text=check_text(text, limit=None), **options)
+def _speech_options(text: str, options: dict[str, Any], rules: SpeechRules) -> SpeechOptions:
+    """Check text, language, voice name and seed. The worker checks the sampling options where it uses them."""
+    language = rules.variant.check_language(options.pop("language", None))
+    text = rules.check_text(check_text(text, limit=None), language)
+    checked = SpeechOptions(text=text, language=language, **options)
     check_voice_name(checked.voice)
     if checked.seed is not None and not 0 <= checked.seed <= MAX_SEED:
         raise BadInputError(f"the seed is {checked.seed}", next_step=f"give a whole number from 0 to {MAX_SEED}")

@@ -31,7 +31,7 @@ from chatterbox_prewarm.weights.record import read_record
 from chatterbox_prewarm.weights.variants import get_variant
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from chatterbox.tts import ChatterboxTTS
 
@@ -90,6 +90,7 @@ def load_warmup_cache(  # noqa: PLR0913 - public API: keywords are easier to use
     policy: str = "fallback",
     profile: str | None = None,
     trust: Trust | None = None,
+    plain_text: Sequence[str] = (),
 ) -> Attached:
     """Load the model with its warm state: `prepare`, then `attach`.
 
@@ -112,6 +113,7 @@ def load_warmup_cache(  # noqa: PLR0913 - public API: keywords are easier to use
         policy=policy,
         profile=profile,
         trust=trust or Trust(),
+        plain_text=tuple(plain_text),
     )
     attached = attach(prepare(options))
     if attached.untried:

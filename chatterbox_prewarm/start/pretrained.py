@@ -28,7 +28,7 @@ from chatterbox_prewarm.weights.record import read_record
 from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, get_variant
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
     import torch
     from chatterbox.tts import ChatterboxTTS as _Base
@@ -83,6 +83,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         cache: str | Path | None = None,
         policy: str = "fallback",
         strategy: ChatterboxWarmupStrategy | None = None,
+        plain_text: Sequence[str] = (),
     ) -> PrewarmedChatterbox:
         """Load the model with its warm state, and warm it up.
 
@@ -99,6 +100,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
             cache: a writable directory for compilers and Numba; by default below the user's cache directory.
             policy: what to do with a warm state that does not fit; see `StartOptions`.
             strategy: the warm-up to run in every case.
+            plain_text: languages whose texts may lack the marks that their pronunciation needs: "he" and "ru".
 
         Returns:
             the model, with its built-in voice set.
@@ -121,6 +123,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
                     cache=Path(cache or default_cache()),
                     device=device,
                     policy=policy if warm is not None else "off",
+                    plain_text=tuple(plain_text),
                 )
             )
         )

@@ -54,7 +54,8 @@ class PrewarmedMultilingual(PrewarmedChatterbox):
 
         Args:
             text: the text to speak, at most 2046 text tokens.
-            language_id: the code of its language, such as "fr"; None for English.
+            language_id: the code of its language, such as "fr". None is English here; upstream then omits the token of
+                the language, for which the model was not trained.
             audio_prompt_path: a reference clip; its voice stays set for later calls. By default the present voice.
             exaggeration: strength of the emotion, from 0 to 2.
             cfg_weight: weight of the classifier-free guidance, from 0.

@@ -72,7 +72,11 @@ def _unpack(path: Path, archive: Archive) -> None:
     try:
         with zipfile.ZipFile(path) as opened:
             for member in archive.members:
-                with opened.open(member) as source, (folder / member).open("wb") as target:
-                    shutil.copyfileobj(source, target)
+                content = opened.read(member)
+                target = folder / member
+                if not target.is_file() or target.read_bytes() != content:
+                    part = target.with_name(f".{target.name}.part")
+                    part.write_bytes(content)
+                    part.replace(target)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise WeightsError(f"{path} cannot be unpacked: {error}", next_step="delete it, and fetch it again") from error

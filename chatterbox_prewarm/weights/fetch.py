@@ -13,7 +13,7 @@ from chatterbox_prewarm.system.regular_files import read_regular
 from chatterbox_prewarm.weights.archive import fetch_archive
 from chatterbox_prewarm.weights.pickles import SOURCE, convert_pickle
 from chatterbox_prewarm.weights.record import RECORD_NAME, WeightsRecord, read_record, record
-from chatterbox_prewarm.weights.safetensors_header import FETCH_AGAIN, read_metadata
+from chatterbox_prewarm.weights.safetensors_header import FETCH_AGAIN, read_metadata, read_safetensors_header
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,16 +54,18 @@ def fetch(directory: Path, *, variant: Variant, revision: str | None = None) -> 
     except OSError as error:
         raise from_os_error(error, "creating the weights directory") from error
     fetched = _fetched_before(directory, variant)
-    if foreign := [name for name in variant.files if (directory / name).exists() and name not in fetched]:
+    unpacked = {path for archive in variant.archives for path in archive.files}  # these have digests of their own
+    wanted = [name for name in variant.files if name not in unpacked]
+    if foreign := [name for name in wanted if (directory / name).exists() and name not in fetched]:
         raise BadInputError(
             f"{directory / foreign[0]} is not of {variant.repository}, and fetching would replace it",
             next_step="name another directory, or remove the file",
         )
-    unpacked = {path for archive in variant.archives for path in archive.files}
-    for name in variant.files:
+    converted = _recorded_digests(directory)
+    for name in wanted:
         if name in variant.published:
-            _fetch_pickle(directory, name, variant, commit)
-        elif name not in unpacked:
+            _fetch_pickle(directory, name, variant, commit, converted.get(name))
+        else:
             _fetch_file(directory, name, variant, commit)
     for archive in variant.archives:
         fetch_archive(directory, archive)
@@ -102,8 +104,15 @@ def _fetch_file(directory: Path, name: str, variant: Variant, commit: str) -> No
         raise _not_fetched(name, variant, commit, error) from error
 
 
-def _fetch_pickle(directory: Path, name: str, variant: Variant, commit: str) -> None:
+def _fetch_pickle(directory: Path, name: str, variant: Variant, commit: str, recorded: str | None) -> None:
     """Download a pickle of tensors, and convert it to the safetensors file `name`, unless that was done before.
+
+    Args:
+        directory: of the checkpoint.
+        name: of the converted file.
+        variant: has the name of the published file.
+        commit: the revision.
+        recorded: the digest of the converted file in the record of an earlier call.
 
     Raises:
         BadInputError, WeightsError: as `_fetch_file` and `convert_pickle`.
@@ -116,12 +125,31 @@ def _fetch_pickle(directory: Path, name: str, variant: Variant, commit: str) -> 
         etag = get_hf_file_metadata(hf_hub_url(variant.repository, published, revision=commit)).etag
     except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         raise _not_fetched(published, variant, commit, error) from error
-    if (directory / name).is_file() and read_metadata(directory / name).get(SOURCE) == etag:
+    if _is_converted(directory / name, etag, recorded):
+        (directory / published).unlink(missing_ok=True)  # of a call that was killed after the conversion
         return
     (directory / RECORD_NAME).unlink(missing_ok=True)
     _fetch_file(directory, published, variant, commit)
     convert_pickle(directory / published, directory / name, {SOURCE: etag or ""})
     (directory / published).unlink()
+
+
+def _is_converted(path: Path, etag: str | None, recorded: str | None) -> bool:
+    """Return whether a file is complete, was converted from this pickle, and still has its recorded digest."""
+    try:
+        if read_metadata(path).get(SOURCE) != etag:
+            return False
+        read_safetensors_header(path)
+    except (OSError, WeightsError):
+        return False
+    return recorded is None or hash_file(path) == recorded
+
+
+def _recorded_digests(directory: Path) -> dict[str, str]:
+    """Return the digests in the record of an earlier call, by the name of the file."""
+    if not (directory / RECORD_NAME).exists():
+        return {}
+    return {entry.path: entry.sha256 for entry in read_record(directory).files}
 
 
 def _not_fetched(name: str, variant: Variant, commit: str, error: Exception) -> WeightsError:
@@ -135,9 +163,11 @@ def _fetched_before(directory: Path, variant: Variant) -> frozenset[str]:
     """List the files that came from the hub, according to the record or else to the metadata of the hub's client."""
     if (directory / RECORD_NAME).exists():
         recorded = read_record(directory)
-        return frozenset(variant.files) if recorded.repository == variant.repository else frozenset()
+        same = (recorded.repository, recorded.variant) == (variant.repository, variant.name)
+        return frozenset(variant.files) if same else frozenset()
     metadata = (directory / ".cache" / "huggingface" / "download").rglob("*.metadata")
-    return frozenset(path.name.removesuffix(".metadata") for path in metadata)
+    names = {path.name.removesuffix(".metadata") for path in metadata}
+    return frozenset(names | {name for name, published in variant.published.items() if published in names})
 
 
 def _differs_from_etag(path: Path, etag: str | None) -> str | None:

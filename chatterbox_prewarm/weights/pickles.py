@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.errors import WeightsError, first_line, from_os_error
+from chatterbox_prewarm.errors import BadInputError, WeightsError, first_line, from_os_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,6 +29,7 @@ def convert_pickle(path: Path, target: Path, metadata: Mapping[str, str]) -> Non
     """
     try:
         import torch
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError as error:
         raise WeightsError(
@@ -48,5 +49,9 @@ def convert_pickle(path: Path, target: Path, metadata: Mapping[str, str]) -> Non
         part.replace(target)
     except OSError as error:
         raise from_os_error(error, f"writing {target.name}") from error
+    except SafetensorError as error:  # its message contains the operating system's error
+        raise BadInputError(
+            f"writing {target.name}: {error}", next_step="free some space there, or give another directory"
+        ) from error
     finally:
         part.unlink(missing_ok=True)

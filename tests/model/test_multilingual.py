@@ -19,6 +19,7 @@ from chatterbox_prewarm.bench.upstream import limit_tokens
 from chatterbox_prewarm.errors import BadInputError, WeightsError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.model import Model, load
+from chatterbox_prewarm.model.regions.decode_state import DecodeState
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.t3 import T3Decoder
@@ -137,6 +138,13 @@ def test_speech_tokens_equal_those_of_upstream(
     ours, theirs = _tokens_of_both(model.decoder, upstream, voice, Sampling(**{"repetition_penalty": 2.0, **settings}))
     assert ours == theirs
     assert len(ours) == 25
+
+
+def test_a_step_can_be_captured_before_the_first_utterance(model: Model) -> None:
+    decoder = T3Decoder(NamedTensors(model.tensors, "t3."), eager, aligned=((0, 1), (1, 2)))
+    state = DecodeState(2, 64, torch.device("cpu"), torch.float32, 8194)
+    decoder._step(state, decoder._samplers[False], 64)
+    assert int(state.step) == 1
 
 
 @pytest.mark.skipif(

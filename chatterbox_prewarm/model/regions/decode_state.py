@@ -51,7 +51,9 @@ class DecodeState:
         self.used = zeros(vocabulary, kind=torch.bool)
         self.noise = zeros(vocabulary, kind=torch.float32)
         self.controls = zeros(len(t3_blocks.CONTROLS), kind=torch.float32)
-        self._text, self._recent = zeros(2, kind=torch.int64), zeros(2, kind=torch.int64)
+        # A text of three tokens, because a graph is captured before the first utterance.
+        self._text = torch.tensor([0, 3], device=device)
+        self._recent = zeros(2, kind=torch.int64)
         self._progress = zeros(alignment.PROGRESS, kind=torch.float32)
         self._decision = zeros(1, kind=torch.int64)
         self.attention = zeros(positions, kind=torch.float32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import json
 import tempfile
@@ -16,7 +17,8 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.errors import BadInputError, ModelError, WeightsError, first_line
+from chatterbox_prewarm.errors import ModelError, WeightsError, first_line
+from chatterbox_prewarm.model.marks import check_marks
 from chatterbox_prewarm.model.text import SENTENCE_ENDS, normalize_punctuation
 from chatterbox_prewarm.model.tokenizer import check_known, encode, read_tokenizer
 from chatterbox_prewarm.model.upstream_source import MAIN_BRANCH, Behaviour, installed_multilingual
@@ -32,10 +34,9 @@ if TYPE_CHECKING:
 
 #: Upstream's `LLAMA_ALIGNED_HEADS`: the layer and the head.
 _ALIGNED_HEADS = ((12, 15), (13, 11), (9, 2))
+#: Packages that texts in Chinese and Japanese need.
+_PACKAGES = ("spacy_pkuseg", "pykakasi")
 _ENDS = (*SENTENCE_ENDS, "、", "，", "。", "？", "！")  # noqa: RUF001 - Chinese and Japanese punctuation
-#: Hebrew points, and the acute accent that marks the stressed vowel of a Russian word.
-_HEBREW_POINTS = frozenset(map(chr, (*range(0x05B0, 0x05BD), 0x05C1, 0x05C2, 0x05C7)))
-_STRESS = "\N{COMBINING ACUTE ACCENT}"
 
 
 class MultilingualText:
@@ -64,7 +65,7 @@ class MultilingualText:
         Raises:
             BadInputError: it does not, or lacks them.
         """
-        self._check_marks(unicodedata.normalize("NFKD", text), language)
+        check_marks(text, language, plain=self._plain)
         name = self._variant.languages[language]
         check_known(self.tokenizer, self._rewritten(text, language), step=f"send a text in {name}")
 
@@ -81,24 +82,6 @@ class MultilingualText:
         normal = unicodedata.normalize("NFKD", normalize_punctuation(text, ends=_ENDS).lower())
         return self._rewrite.get(language, str)(normal)
 
-    def _check_marks(self, text: str, language: str) -> None:
-        """Refuse text without the marks that the model was trained with.
-
-        Upstream has code that adds them, which never runs: it catches its own error and speaks the text as it is.
-        """
-        if language in self._plain:
-            return
-        if language == "he" and any("א" <= letter <= "ת" for letter in text) and _HEBREW_POINTS.isdisjoint(text):
-            lacking = "Hebrew points (nikud)"
-        elif language == "ru" and any("а" <= letter <= "я" for letter in text.lower()) and _STRESS not in text:  # noqa: RUF001
-            lacking = "stress marks (U+0301 after the stressed vowel)"
-        else:
-            return
-        raise BadInputError(
-            f"the text has no {lacking}, so the model would guess its pronunciation",
-            next_step=f"add them; or start with --plain-text {language} to speak such texts as they are",
-        )
-
     def _chinese(self, text: str) -> str:
         """Split a text into words, and write each character with a code as the tokens of its Cangjie code."""
         return "".join(
@@ -111,12 +94,13 @@ class MultilingualText:
         """The tokens of each character. Characters with the same code are numbered, except the first one."""
         path = self._directory / self._variant.data[0]
         tokens: dict[str, str] = {}
-        numbered: dict[str, dict[str, int]] = {}
+        numbered: dict[str, list[str]] = {}
         try:
             for entry in json.loads(read_regular(path, follow_links=True)):
                 character, code = entry.split("\t")[:2]
-                same_code = numbered.setdefault(code, {})
-                number = same_code.setdefault(character, len(same_code))
+                same_code = numbered.setdefault(code, [])
+                same_code.append(character)
+                number = same_code.index(character)
                 letters = f"{code}{number or ''}"
                 tokens[character] = "".join(f"[cj_{letter}]" for letter in letters) + "[cj_.]"
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -128,7 +112,7 @@ class MultilingualText:
     @functools.cached_property
     def _segmenter(self) -> Any:
         """The word segmenter that upstream uses, with the model in the checkpoint."""
-        spacy_pkuseg = _import("spacy_pkuseg")
+        spacy_pkuseg = importlib.import_module("spacy_pkuseg")
         folder = self._directory / self._variant.archives[0].path.removesuffix(".zip")
         try:
             return spacy_pkuseg.pkuseg(str(folder))
@@ -148,17 +132,14 @@ class MultilingualText:
 
     @functools.cached_property
     def _kakasi(self) -> Any:
-        return _import("pykakasi").kakasi()
+        return importlib.import_module("pykakasi").kakasi()
 
 
-def _import(name: str) -> Any:
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise ModelError(
-            f"the package {name} is missing: {error}",
-            next_step="install the multilingual extra: pip install 'chatterbox-prewarm[multilingual]'",
-        ) from error
+def _missing_package(name: str) -> ModelError:
+    return ModelError(
+        f"the package {name} is missing",
+        next_step="install the multilingual extra: pip install 'chatterbox-prewarm[multilingual]'",
+    )
 
 
 def _damaged(path: Path, cause: str) -> WeightsError:
@@ -170,6 +151,9 @@ def _damaged(path: Path, cause: str) -> WeightsError:
 
 def read_text(directory: Path, variant: Variant, plain: frozenset[str] = frozenset()) -> MultilingualText:
     """Read the tokenizer of a checkpoint; see `VariantCode`. The data of a language is read when it is first used."""
+    for name in _PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise _missing_package(name)
     needed = [f"[{code}]" for code in variant.languages]
     return MultilingualText(read_tokenizer(directory / variant.tokenizer, needed=needed), directory, variant, plain)
 
@@ -206,7 +190,7 @@ def _upstream_reads(directory: Path, variant: Variant) -> Iterator[None]:
     """Let upstream find the data of Chinese in the checkpoint instead of on the network."""
     from chatterbox.models.tokenizers import tokenizer as module
 
-    config = _import("spacy_pkuseg").config
+    config = importlib.import_module("spacy_pkuseg").config
     found = config.pkuseg_home, module.hf_hub_download
     config.pkuseg_home = str(directory / Path(variant.archives[0].path).parent)
     module.hf_hub_download = lambda *_, filename, **__: str(directory / filename)

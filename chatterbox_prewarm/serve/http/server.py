@@ -95,9 +95,7 @@ def serve(config: ServeConfig, workers: Sequence[tuple[WorkerConfig, WorkerProce
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     listener = listen(config.host, config.port)
     record = read_record(config.weights)
-    rules = replace(config.rules, variant=get_variant(record.variant))
-    if rules.language is not None:
-        rules = replace(rules, language=rules.variant.check_language(rules.language))
+    rules = config.rules.for_variant(get_variant(record.variant))
     asyncio.run(_run(replace(config, rules=rules), workers, _voice_store(config, record), listener))
 
 

@@ -133,10 +133,28 @@ def parse_speech_options(body: bytes, rules: SpeechRules = _DEFAULT_RULES) -> Sp
     voice = request.voice.id if isinstance(request.voice, VoiceReference) else request.voice
     text = _check_field("input", request.input, check_input)
     voice = DEFAULT_VOICE if voice is None else voice  # the voice store resolves all names
-    name, code = ("language", request.language) if request.language_id is None else ("language_id", request.language_id)
-    language = rules.language if code is None else _check_field(name, code, rules.variant.check_language)
+    language = _language_of(request, rules)
+    _check_field("input", text, functools.partial(rules.check_text, language=language))
     settings = request.model_dump(include=_SAME_IN_OPTIONS)
     return SpeechOptions(text=text, voice=voice, language=language, format=request.response_format or "mp3", **settings)
+
+
+def _language_of(request: SpeechRequest, rules: SpeechRules) -> str | None:
+    """Return the language of a request, or of the server if the request names none.
+
+    Raises:
+        RequestError: the model does not speak it, or the two fields differ.
+    """
+    found = {
+        name: _check_field(name, code, rules.variant.check_language)
+        for name in ("language", "language_id")
+        if (code := getattr(request, name)) is not None
+    }
+    if len(set(found.values())) > 1:
+        raise RequestError(
+            "'language' and 'language_id' differ", param="language_id", next_step="send one of these fields"
+        )
+    return next(iter(found.values()), rules.language)
 
 
 def _parse_object(body: bytes) -> dict[str, Any]:

@@ -86,6 +86,8 @@ class Worker:
         self._progress_sent = 0.0
         self._send_lock = threading.Lock()
         self._warmup_steps: list[WarmupStep] = []
+        # Not a daemon: the process must not end while this thread imports.
+        self._reader = threading.Thread(target=self._read_text_data)
 
     def start(self) -> None:
         """Load the model and its warm state, then run every stage of a synthesis once.
@@ -109,14 +111,14 @@ class Worker:
         if not switched_off():
             self._warmup_steps = [step for step in plan.steps(attached.synthesizer) if step.name not in config.skipped]
         self.send({"type": "ready", **self._report()})
-        threading.Thread(target=self._read_text_data, daemon=True).start()
+        self._reader.start()
 
     def _read_text_data(self) -> None:
         """Read the data of all languages after the start, because the first text of a language would wait for it."""
         try:
             self._loaded.synthesizer.model.text.load()
-        except PrewarmError as error:
-            logger.warning("%s; %s", error.message, error.next_step)
+        except Exception as error:  # noqa: BLE001 - a request that needs the data reports it
+            logger.warning("the data of a language cannot be read: %s", first_line(error))
 
     def serve(self) -> None:
         """Handle requests until the front closes the connection or sends `stop`. Warm up while idle."""

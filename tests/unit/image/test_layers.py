@@ -138,6 +138,21 @@ def test_layers_of_weights_are_generated_while_they_are_read(tmp_path: Path, mon
     assert names[0] == {*ENGLISH.files, "weights.json"} - large
 
 
+def test_a_layer_has_an_entry_for_each_folder_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = make_checkpoint(tmp_path / "weights")
+    (checkpoint / "words" / "model").mkdir(parents=True)
+    (checkpoint / "words" / "model" / "features").write_bytes(b"features")
+    variant = replace(ENGLISH, data=("words/model/features",))
+    monkeypatch.setattr("chatterbox_prewarm.weights.record.get_variant", lambda _: variant)
+    record(checkpoint, variant=variant, repository="own", revision="-")
+    (layer,) = weight_layers(checkpoint)
+    with layer.open() as stream, tarfile.open(fileobj=io.BytesIO(stream.read())) as tar:
+        found = {member.name: (member.isdir(), member.mode) for member in tar.getmembers()}
+    folder = "opt/chatterbox-prewarm/weights/words"
+    assert found[folder] == found[f"{folder}/model"] == (True, 0o755)
+    assert found[f"{folder}/model/features"] == (False, 0o444)
+
+
 def test_weights_that_differ_from_their_record_are_refused(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "weights")
     record(checkpoint, variant=ENGLISH, repository="own", revision="1")

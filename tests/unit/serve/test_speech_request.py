@@ -74,6 +74,29 @@ def test_a_language_that_the_model_does_not_speak_is_refused(code: object) -> No
     assert caught.value.param == "language"
 
 
+def test_two_different_languages_are_refused() -> None:
+    body = {"input": "Bonjour.", "language": "fr", "language_id": "de"}
+    with pytest.raises(RequestError, match="differ"):
+        parse_speech_options(json.dumps(body).encode(), SpeechRules(variant=MULTILINGUAL))
+    body["language"] = "DE"
+    assert parse_speech_options(json.dumps(body).encode(), SpeechRules(variant=MULTILINGUAL)).language == "de"
+
+
+def test_a_complete_text_is_checked_for_the_marks_of_its_language() -> None:
+    body = json.dumps({"input": "Привет, как дела?", "language": "ru"}).encode()
+    with pytest.raises(RequestError, match="stress") as caught:
+        parse_speech_options(body, SpeechRules(variant=MULTILINGUAL))
+    assert caught.value.param == "input"
+    rules = SpeechRules(plain_text=("RU",)).for_variant(MULTILINGUAL)
+    assert parse_speech_options(body, rules).language == "ru"
+
+
+@pytest.mark.parametrize("rules", [SpeechRules(plain_text=("hebrew",)), SpeechRules(language="xx")])
+def test_rules_with_a_language_that_the_model_does_not_speak_are_refused(rules: SpeechRules) -> None:
+    with pytest.raises(BadInputError, match="does not speak it"):
+        rules.for_variant(MULTILINGUAL)
+
+
 def test_a_model_of_one_language_refuses_the_others() -> None:
     assert parse(language="en").language == "en"
     with pytest.raises(RequestError, match="the model english does not speak it"):

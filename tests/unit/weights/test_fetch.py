@@ -329,3 +329,42 @@ def test_an_archive_with_another_digest_is_refused_and_removed(hub: Hub, tmp_pat
         _unpack(hub, tmp_path, "0" * 64)
     assert "put it at" in (caught.value.next_step or "")
     assert not (tmp_path / "weights" / "data" / ARCHIVE).exists()
+
+
+def test_an_interrupted_conversion_continues(hub: Hub, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="a pickle of tensors is read with torch")
+    hub.files[PICKLE] = _pickle({"a": torch.arange(6.0)})
+    first = _convert(hub, tmp_path)
+    weights = tmp_path / "weights"
+    (weights / "weights.json").unlink()  # as after a call that was killed
+    (weights / PICKLE).write_bytes(b"left")
+    hub.requests.clear()
+    assert _convert(hub, tmp_path) == first
+    assert hub.ranges("GET", PICKLE) == []
+    assert not (weights / PICKLE).exists()
+
+
+@pytest.mark.parametrize("size", [-1, -4])
+def test_a_converted_file_that_was_damaged_is_converted_again(size: int, hub: Hub, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="a pickle of tensors is read with torch")
+    hub.files[PICKLE] = _pickle({"a": torch.arange(6.0)})
+    first = _convert(hub, tmp_path)
+    path = tmp_path / "weights" / CONVERTED
+    path.write_bytes(flipped(path.read_bytes()) if size == -1 else path.read_bytes()[:size])
+    assert _convert(hub, tmp_path) == first
+
+
+def test_an_archive_that_was_put_there_by_hand_is_used(hub: Hub, tmp_path: Path) -> None:
+    content = _zip(one=b"1", two=b"2")
+    (tmp_path / "weights" / "data").mkdir(parents=True)
+    (tmp_path / "weights" / "data" / ARCHIVE).write_bytes(content)
+    assert f"data/{ARCHIVE}" in _unpack(hub, tmp_path, hashlib.sha256(content).hexdigest())["files"]
+    assert hub.ranges("GET", ARCHIVE) == []
+
+
+def test_a_checkpoint_of_another_variant_is_not_replaced(hub: Hub, tmp_path: Path) -> None:
+    fetch(hub, tmp_path)
+    path = tmp_path / "weights" / "weights.json"
+    path.write_text(path.read_text().replace('"variant": "english"', '"variant": "multilingual"'))
+    with pytest.raises(BadInputError, match="fetching would replace it"):
+        fetch(hub, tmp_path)
