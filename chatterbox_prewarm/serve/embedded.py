@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.errors import BadInputError, ModelError
+from chatterbox_prewarm.errors import BadInputError, ModelError, WeightsError
 from chatterbox_prewarm.model.marks import MARKED
 from chatterbox_prewarm.model.text import check_text, check_voice_name
 from chatterbox_prewarm.serve.audio import Audio
@@ -36,7 +36,7 @@ from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.limits import MAX_SEED
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 from chatterbox_prewarm.weights.record import read_record
-from chatterbox_prewarm.weights.variants import get_variant
+from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, Variant, get_variant
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator, Mapping, Sequence
@@ -109,8 +109,7 @@ class ChatterboxServer:
             trust=trust or Trust(),
             plain_text=MARKED,  # complete texts are checked here
         )
-        variant = get_variant(read_record(start.weights).variant)
-        self._rules = SpeechRules(plain_text=tuple(plain_text)).for_variant(variant)
+        self._rules = SpeechRules(plain_text=tuple(plain_text)).for_variant(_variant_of(start.weights))
         self._prompts = PromptVoices()  # a temporary folder, so only after the checks of the arguments
         worker = WorkerConfig(
             start=start,
@@ -317,6 +316,14 @@ def warm_up_multi_gpu(device: str | Sequence[str] = ALL_GPUS, **arguments: Any) 
         PrewarmError: as for `ChatterboxServer`.
     """
     return ChatterboxServer(device, **arguments)
+
+
+def _variant_of(weights: Path) -> Variant:
+    """Return the variant of a checkpoint. Without a checkpoint, the workers report what is wrong."""
+    try:
+        return get_variant(read_record(weights).variant)
+    except WeightsError:
+        return DEFAULT_VARIANT
 
 
 def _closed_error() -> ClosedError:

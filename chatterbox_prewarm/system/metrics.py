@@ -6,8 +6,10 @@ process was executed, so phases of a worker and of its parent can be compared.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import logging
+import operator
 import os
 import sys
 import time
@@ -94,9 +96,13 @@ class StartMetrics:
             self.add_phase(name, start, now())
 
     def add_phase(self, name: str, start: float, end: float) -> None:
-        """Record a phase that has ended, such as the work of another thread. Its times are seconds since boot."""
-        self.phases.append({"name": name, "start": start - self.origin, "seconds": end - start})
-        logger.info("%-24s %8.3f s", name, self.phases[-1]["seconds"])
+        """Record a phase that has ended, such as the work of another thread. Its times are seconds since boot.
+
+        The phases are in the order of their starts.
+        """
+        phase = {"name": name, "start": start - self.origin, "seconds": end - start}
+        bisect.insort(self.phases, phase, key=operator.itemgetter("start"))
+        logger.info("%-24s %8.3f s", name, end - start)
 
     def mark(self, name: str) -> float:
         """Record the present time under a name, and return it in seconds since the origin."""

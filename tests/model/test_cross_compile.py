@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.model.model import Model
     from chatterbox_prewarm.start.prepare import Prepared
+    from chatterbox_prewarm.weights.mapped import MappedWeights
 
 # The first test that needs a compiled state waits for its bake.
 pytestmark = pytest.mark.timeout(1800)
@@ -224,9 +225,9 @@ def test_eager_mode_replaces_packages_that_fail_at_their_first_run(
     models: list[weakref.ref[object]] = []
     load = attaching._load
 
-    def load_alone(prepared: Prepared) -> Model:
+    def load_alone(prepared: Prepared, mapped: MappedWeights | None = None) -> Model:
         assert [model for model in models if model() is not None] == [], "two models are in memory"
-        loaded = load(prepared)
+        loaded = load(prepared, mapped)
         models.append(weakref.ref(loaded))
         return loaded
 
