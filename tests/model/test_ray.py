@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -63,11 +64,11 @@ def test_the_ray_serve_example_serves(baked: Path, mini: Path, tmp_path: Path, s
         assert response.status_code == 200, response.text
         assert response.headers["content-type"] == "audio/wav"
         assert response.content.startswith(b"RIFF")
-        assert len(workers_of(tmp_path / "cache")) == 1
+        assert len(workers_of(tmp_path)) == 1
         assert len(response.content) > 5000
         process.send_signal(signal.SIGINT)
         process.wait(60)
-        assert workers_of(tmp_path / "cache") == [], "the worker ends with its replica"
+        assert workers_of(tmp_path) == [], "the worker ends with its replica"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -82,7 +83,13 @@ def ready(client: httpx.Client) -> bool:
         return False
 
 
-def workers_of(cache: Path) -> list[int]:
-    """Return the process IDs of the workers that use this cache."""
-    result = subprocess.run(["pgrep", "-f", f"serve.worker.*{cache}"], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in result.stdout.split()]
+def workers_of(folder: Path) -> list[int]:
+    """Return the process IDs of the workers whose environment names this folder."""
+    command = ["pgrep", "-f", r"chatterbox_prewarm\.serve\.workers [0-9]+$"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    workers = []
+    for pid in map(int, result.stdout.split()):
+        with contextlib.suppress(FileNotFoundError):  # it has ended
+            if str(folder).encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                workers.append(pid)
+    return workers

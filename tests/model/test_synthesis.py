@@ -80,12 +80,13 @@ from chatterbox_prewarm.model.regions.flow import Flow
 from chatterbox_prewarm.model.regions.t3 import T3Decoder
 from chatterbox_prewarm.model.regions.vocoder import Vocoder
 from chatterbox_prewarm.model.synthesis import Synthesizer, seed_everything
+from chatterbox_prewarm.weights.variants import ENGLISH
 make = tts.S3Gen
 def s3gen():
     model = make()
     upstream.shorten_s3gen(model, 2)
     return model
-tts.T3, tts.S3Gen = lambda: upstream.make_t3(2), s3gen
+tts.T3, tts.S3Gen = lambda: upstream.make_t3(ENGLISH, 2), s3gen
 model = tts.ChatterboxTTS.from_local(sys.argv[1], "cpu")
 inference = model.t3.inference
 model.t3.inference = lambda **given: inference(**{**given, "max_new_tokens": 12})
