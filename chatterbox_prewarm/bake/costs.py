@@ -1,4 +1,4 @@
-"""What a bake measures: the time that each family costs and saves, and the times and the memory of the starts."""
+"""Measure a bake: the time that each family costs and saves, and the times and the memory of the starts."""
 
 from __future__ import annotations
 

@@ -102,7 +102,6 @@ def _read_all_languages(model: Model) -> None:
         WeightsError, ModelError: data or a package is missing or damaged.
         BadInputError: the tokenizer does not know a language.
     """
-    model.text.load()
     for language, text in model.variant.samples.items():
         model.text.check(text, language)
         model.text_tokens(text, language)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.model.variants import code_of
 from chatterbox_prewarm.system.json_subprocess import report
 from chatterbox_prewarm.system.metrics import StartMetrics
 from chatterbox_prewarm.weights.record import read_record
@@ -18,19 +19,15 @@ from chatterbox_prewarm.weights.variants import get_variant
 if TYPE_CHECKING:
     from chatterbox.tts import ChatterboxTTS
 
-    from chatterbox_prewarm.model.variants import VariantCode
-
 #: Number of requests after the first one. The steady request is their median.
 STEADY_REQUESTS = 3
 
 
 def load(weights: str, device: str) -> ChatterboxTTS:
     """Load a checkpoint with upstream's code; patch its constructors if the checkpoint has fewer layers."""
-    from chatterbox_prewarm.model.variants import code_of
-
     record = read_record(Path(weights))
     variant = get_variant(record.variant)
-    code: VariantCode = code_of(variant)
+    code = code_of(variant)
     if record.synthetic is None or record.synthetic.t3_layers is None:
         return code.upstream_from_local(Path(weights), variant, device)
     from chatterbox_prewarm.model.synthetic import shortened_upstream
@@ -47,8 +44,6 @@ def run(*, weights: str, clip: str, text: str, max_new_tokens: int, device: str)
         (`steady`), and the bytes read from storage.
     """
     metrics = StartMetrics()
-    from chatterbox_prewarm.model.variants import code_of
-
     variant = get_variant(read_record(Path(weights)).variant)
     code = code_of(variant)
     language = variant.check_language(None)

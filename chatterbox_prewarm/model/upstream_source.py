@@ -27,7 +27,7 @@ class Behaviour:
     dropped_tokens: int = 0
 
 
-#: What the main branch does, the only one that can load T3 v3.
+#: The behaviour of the main branch. No other source loads T3 v3.
 MAIN_BRANCH = Behaviour(repetition_penalty=1.2, dropped_tokens=1)
 
 

@@ -215,7 +215,7 @@ def test_the_installed_source_is_recognized() -> None:
     assert installed_multilingual() == Behaviour(repetition_penalty=2.0, analyzes_alignment=True, dropped_tokens=0)
 
 
-#: What the main branch differs in: no analyzer, another default, and audio cut by the rate of speech tokens.
+#: Source with the differences of the main branch: no analyzer, another default, and audio cut by the token rate.
 _MAIN_T3 = "class T3:\n    pass\n"
 _MAIN_TTS = """
 class ChatterboxMultilingualTTS:

@@ -135,13 +135,6 @@ class MultilingualText:
         return importlib.import_module("pykakasi").kakasi()
 
 
-def _missing_package(name: str) -> ModelError:
-    return ModelError(
-        f"the package {name} is missing",
-        next_step="install the multilingual extra: pip install 'chatterbox-prewarm[multilingual]'",
-    )
-
-
 def _damaged(path: Path, cause: str) -> WeightsError:
     return WeightsError(
         f"{path} cannot be used: {cause}",
@@ -153,13 +146,16 @@ def read_text(directory: Path, variant: Variant, plain: frozenset[str] = frozens
     """Read the tokenizer of a checkpoint; see `VariantCode`. The data of a language is read when it is first used."""
     for name in _PACKAGES:
         if importlib.util.find_spec(name) is None:
-            raise _missing_package(name)
+            raise ModelError(
+                f"the package {name} is missing",
+                next_step="install the multilingual extra: pip install 'chatterbox-prewarm[multilingual]'",
+            )
     needed = [f"[{code}]" for code in variant.languages]
     return MultilingualText(read_tokenizer(directory / variant.tokenizer, needed=needed), directory, variant, plain)
 
 
 def behaviour(variant: Variant) -> Behaviour:
-    """Return what the installed upstream does; for T3 v3, what the main branch does, which alone can load it."""
+    """Return the behaviour of the installed upstream, or of its main branch for T3 v3, which no other source loads."""
     return MAIN_BRANCH if variant == MULTILINGUAL_V3 else installed_multilingual()
 
 

@@ -1,4 +1,4 @@
-"""What a server accepts in a speech request."""
+"""The speech requests that a server accepts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, Variant
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechRules:
-    """What a server accepts in a speech request.
+    """The speech requests that a server accepts.
 
     Attributes:
         max_characters: the length of the longest text.
