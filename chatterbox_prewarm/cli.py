@@ -25,7 +25,7 @@ _SECTIONS = {
         "bake": "states",
         "inspect": "states",
         "verify": "states",
-        "prove": "states",
+        "prove": "proving",
         "sign": "trust",
     },
     "Image": {

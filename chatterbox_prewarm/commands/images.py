@@ -32,10 +32,12 @@ from chatterbox_prewarm.model.profiles import PROFILES, T3_DTYPES
 from chatterbox_prewarm.system.paths import WARM
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from chatterbox_prewarm.image.append import AppendResult
     from chatterbox_prewarm.image.build_request import BuildRequest
+    from chatterbox_prewarm.image.layer import Layer
+    from chatterbox_prewarm.proof.checks import Evidence
 
 #: Where `publish` writes the new state in its container.
 _NEW_STATE = Path("/tmp/warm")  # noqa: S108
@@ -124,13 +126,16 @@ def build(
         for output in outputs:
             check_output(output)
         for each, output in zip(requests, outputs, strict=True):
-            layers, proof = building.build(each, engine, output, say=say)
-            for layer in layers:
-                click.echo(f"warm layer: {layer.size / 1e6:.1f} MB, diff id sha256:{layer.diff_id}")
-            if proof is None:
-                click.echo(f"{each.tag}: unproven. On a machine with the GPU: prove --image {each.tag}")
-            else:
-                click.echo(f"{each.tag}: proven, {len(proof.checks)} checks passed, evidence {output}")
+            _report_build(each.tag, *building.build(each, engine, output, say=say))
+
+
+def _report_build(tag: str, layers: Sequence[Layer], proofs: Mapping[Path, Evidence]) -> None:
+    for layer in layers:
+        click.echo(f"warm layer: {layer.size / 1e6:.1f} MB, diff id sha256:{layer.diff_id}")
+    if not proofs:
+        click.echo(f"{tag}: unproven. On a machine with the GPU: prove --image {tag}")
+    for path, proof in proofs.items():
+        click.echo(f"{tag}: proven, {len(proof.checks)} checks passed, evidence {path}")
 
 
 def _requests(context: click.Context, matrix: Path | None, fields: dict[str, Any]) -> Sequence[BuildRequest]:
@@ -256,7 +261,7 @@ def dockerfile(*, variant: str, checkout: Path, target: str, arguments: tuple[st
 @click.option("--index", type=click.IntRange(0), envvar="JOB_COMPLETION_INDEX", show_envvar=True, help="Bake to run.")
 @click.option("--list", "listing", is_flag=True, help="Only list the bakes with their numbers.")
 @click.option("--prove-only", "image", metavar="IMAGE", help="Only prove this image, in a container of it.")
-@click.option("--state", help="With --prove-only: the state to prove. Default: the one that a start would use here.")
+@click.option("--state", help="With --prove-only: the state to prove. Default: those that a start would use here.")
 @option("--warm", type=PATH, help=f"Directory of the new state. Default: {_NEW_STATE}; with --prove-only, {WARM}.")
 @weights_option
 @cache_option
@@ -286,7 +291,8 @@ def publish(
     if image is not None:
         refuse_options(context, {"matrix", "index", "listing"}, "--prove-only")
         options = publishing.PublishOptions(warm=warm or WARM, say=say, **places)
-        click.echo(f"{image}: evidence attached as {publishing.prove_image(image, options, name=state)}")
+        for digest in publishing.prove_image(image, options, name=state):
+            click.echo(f"{image}: evidence attached as {digest}")
         return
     if state is not None:
         raise click.UsageError("--state needs --prove-only.")

@@ -35,6 +35,13 @@ if TYPE_CHECKING:
 @weights_option
 @cache_option
 @option(
+    "--variant",
+    "variants",
+    multiple=True,
+    metavar="NAME",
+    help="Model to serve, if --weights has several checkpoints; the first one is the default. Default: all.",
+)
+@option(
     "--device",
     default="cpu",
     help="Torch devices, separated by commas, with a worker for each. cuda:all is every GPU.",
@@ -151,6 +158,7 @@ def serve(
     warm: Path,
     weights: Path,
     cache: Path,
+    variants: tuple[str, ...],
     device: str,
     voices: tuple[str, ...],
     voices_dir: Path,
@@ -181,6 +189,7 @@ def serve(
 ) -> None:
     """Serve speech over HTTP: /v1/audio/speech, /livez, /startupz, /readyz, /metrics, and a page at /."""
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, for_devices, parse_devices, running
+    from chatterbox_prewarm.weights.checkpoints import choose_checkpoints
 
     log_lines.install(log_format, process="front")
     worker = WorkerConfig(
@@ -200,7 +209,13 @@ def serve(
         requests_per_minute=requests_per_minute,
         log_format=log_format,
     )
-    with running(for_devices(parse_devices(device), worker), waiting) as workers:
+    checkpoints = choose_checkpoints(weights, variants)
+    configs = for_devices(parse_devices(device), worker, checkpoints)
+    if len(checkpoints) > 1:
+        from chatterbox_prewarm.serve.workers.memory import check_memory
+
+        check_memory(configs)
+    with running(configs, waiting) as workers:
         # Imported here, because the workers should not wait for it.
         from chatterbox_prewarm.serve.http.access import load_token
         from chatterbox_prewarm.serve.http.connections import Limits
@@ -218,7 +233,7 @@ def serve(
             rules=SpeechRules(
                 max_characters=max_characters, ignore_speed=ignore_speed, language=language, plain_text=plain_text
             ),
-            weights=weights,
+            checkpoints=checkpoints,
             voices_dir=voices_dir,
             max_voices=max_voices,
             voice_aliases=dict(map(parse_alias, voice_aliases)),

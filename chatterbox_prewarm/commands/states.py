@@ -1,4 +1,4 @@
-"""bake, pack, inspect, verify, prove: the commands for a warm state."""
+"""bake, pack, inspect, verify: the commands for a warm state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import click
 from chatterbox_prewarm.commands.options import (
     PATH,
     cache_option,
-    check_output,
     device_option,
     insecure_option,
     option,
@@ -25,15 +24,12 @@ from chatterbox_prewarm.commands.options import (
     weights_option,
 )
 from chatterbox_prewarm.errors import BadInputError, IntegrityError
-from chatterbox_prewarm.image.engines.engine import ENGINES
 from chatterbox_prewarm.model.profiles import T3_DTYPES, default_execution
-from chatterbox_prewarm.system.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from chatterbox_prewarm.proof.checks import Evidence
     from chatterbox_prewarm.state.manifest import Manifest
     from chatterbox_prewarm.state.signature import Trust
     from chatterbox_prewarm.state.state import State
@@ -72,12 +68,13 @@ def bake(
     """Warm the model up on this machine and write the warm state.
 
     With --target, compile for a GPU that this machine does not have. Run `prove` on that GPU afterwards. With several
-    targets, --warm is a folder that gets a state for each.
+    targets, or several checkpoints in --weights, --warm is a folder that gets a state for each.
     """
     from chatterbox_prewarm.bake.bake import bake as run_bake
     from chatterbox_prewarm.bake.options import BakeOptions
-    from chatterbox_prewarm.bake.several_targets import bake_for_targets
+    from chatterbox_prewarm.bake.several import bake_several
     from chatterbox_prewarm.families.registry import FAMILIES
+    from chatterbox_prewarm.weights.checkpoints import checkpoints_in
 
     if targets:
         refuse_options(context, {"levels"}, "--target, because without the GPU nothing is warmed up")
@@ -99,8 +96,8 @@ def bake(
     def progress(line: str) -> None:
         click.echo(f"bake: {line}", err=True)
 
-    if len(targets) > 1:
-        for name, manifest in bake_for_targets(options, targets, progress=progress).items():
+    if len(targets) > 1 or len(checkpoints_in(weights)) > 1:
+        for name, manifest in bake_several(options, targets, progress=progress).items():
             click.echo(f"{warm / name}\n{_family_table(manifest)}")
     else:
         click.echo(_family_table(run_bake(options, progress=progress)))
@@ -215,55 +212,17 @@ def _verify_here(
     *, warm: Path, state: str | None, device: str | None, weights: Path, cache: Path, trust: Trust
 ) -> None:
     from chatterbox_prewarm.state.compatibility import machine_facts
-    from chatterbox_prewarm.state.selection import Request, select_state
+    from chatterbox_prewarm.state.selection import Request, checkpoints_for, select_state
     from chatterbox_prewarm.state.verify import verify as verify_state
 
-    def facts(candidate: State) -> Mapping[str, str]:
-        return machine_facts(weights, cache, device or candidate.manifest.reference.device)
+    for checkpoint in checkpoints_for(weights, warm, state).values():
 
-    selection = select_state(warm, facts, Request(device=device, name=state, strict=True, trust=trust))
-    for line in (*selection.remarks, *verify_state(selection.state, weights, cache)):
-        click.echo(line)
+        def facts(candidate: State, weights: Path = checkpoint) -> Mapping[str, str]:
+            return machine_facts(weights, cache, device or candidate.manifest.reference.device)
 
-
-@click.command(short_help="Show that a fresh process hits every cache.")
-@warm_option
-@state_option
-@start_device_option
-@weights_option
-@cache_option
-@click.option("--evidence", type=PATH, help="Write the evidence to this JSON file, or to standard output (-).")
-@click.option("--here", is_flag=True, help="Do not isolate the process: it is isolated already, as in a container.")
-@click.option("--image", help="Prove in a container of this image, with the flags of the README.")
-@option("--engine", default="docker", type=click.Choice(ENGINES), help="The engine that has the image.")
-def prove(*, evidence: Path | None, here: bool, image: str | None, engine: str, cache: Path, **options: Any) -> None:
-    """Show that a fresh, isolated process hits every cache and misses none. Exit code 13 if it does not.
-
-    If --warm holds several states, prove the one that a start would use here. With --image the paths and the states are
-    those of the image. --cache is used only with --here; otherwise the cache is a new folder.
-    """
-    from chatterbox_prewarm.proof.checks import remove_older_evidence, require_passed
-    from chatterbox_prewarm.proof.prove import ProofOptions, prove_here
-    from chatterbox_prewarm.proof.prove import prove as prove_isolated
-
-    if evidence is not None and str(evidence) != "-":
-        check_output(evidence)
-        remove_older_evidence(evidence)
-    proof = ProofOptions(
-        warm=options["warm"], weights=options["weights"], device=options["device"], name=options["state"]
-    )
-    if image:
-        from chatterbox_prewarm.image.engines.connect import prove_image
-
-        result = prove_image(image, engine=engine)
-    elif here:
-        result = prove_here(proof, cache)
-    else:
-        result = prove_isolated(proof)
-    _write_evidence(result, evidence)
-    for check in result.checks:
-        click.echo(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}", err=str(evidence) == "-")
-    require_passed(result, "standard output" if str(evidence) == "-" else evidence or "")
+        selection = select_state(warm, facts, Request(device=device, name=state, strict=True, trust=trust))
+        for line in (*selection.remarks, *verify_state(selection.state, checkpoint, cache)):
+            click.echo(line)
 
 
 def _state_line(name: str, path: Path) -> str:
@@ -315,10 +274,3 @@ def _family_table(manifest: Manifest) -> str:
             f"{family.seconds_saved:>10.2f}{remark}"
         )
     return "\n".join(lines)
-
-
-def _write_evidence(result: Evidence, path: Path | None) -> None:
-    if str(path) == "-":
-        click.echo(result.to_json(), nl=False)
-    elif path is not None:
-        write_whole(path, result.to_json())

@@ -9,7 +9,6 @@ engine does not have, nothing can be proven yet, and the labels of the image say
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from chatterbox_prewarm.state.selection import states_in
 from chatterbox_prewarm.state.signature import default_signature
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.atomic_files import put_in_place, seal, staging_folder, write_whole
+from chatterbox_prewarm.system.digests import hash_file
 from chatterbox_prewarm.system.locks import exclusive_lock
 from chatterbox_prewarm.system.paths import WARM
 from chatterbox_prewarm.system.regular_files import read_regular
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 def build(
     request: BuildRequest, engine: Engine, output: Path, *, say: Callable[[str], None] = logger.info
-) -> tuple[tuple[Layer, ...], Evidence | None]:
+) -> tuple[tuple[Layer, ...], dict[Path, Evidence]]:
     """Build an image, prove it, and tag it.
 
     A failure or an interrupt leaves no container, volume or unfinished image. The state of a finished bake is kept.
@@ -56,11 +56,12 @@ def build(
     Args:
         request: the settings of the build.
         engine: the engine that builds.
-        output: path for the evidence, which is written even if the proof fails.
+        output: path for the evidence, which is written even if the proof fails; see `evidence_files`.
         say: is called with one line for each step.
 
     Returns:
-        the layers of the warm states, and the evidence; None if the proof needs a GPU that the engine does not have.
+        the layers of the warm states, and the evidence for each model by the path of its file; none if the proof needs
+        a GPU that the engine does not have.
 
     Raises:
         IntegrityError: the stored state has the signature of another state.
@@ -69,7 +70,8 @@ def build(
     """
     check_request(request, engine)
     check_apart({"--evidence": output, "--warm": request.warm})
-    remove_older_evidence(output)
+    for path in evidence_files(output, request.variants):
+        remove_older_evidence(path)
     with contextlib.ExitStack() as stack:
 
         def temporary(stage: str) -> str:
@@ -85,19 +87,28 @@ def build(
         if request.targets:
             check_tag(request, engine)
             engine.tag(unproven, request.tag)
-            return layers, None
-        say("prove the image, in a container")
-        evidence = prove(engine, unproven, device="cpu" if request.route == "no-gpu" else request.device)
-        document = evidence.to_json()
-        write_whole(output, document)
-        require_passed(evidence, output, rebake_hint=request.rebake_hint())
-        labels = {EVIDENCE: f"sha256:{hashlib.sha256(document.encode()).hexdigest()}"}
+            return layers, {}
+        device = "cpu" if request.route == "no-gpu" else request.device
+        proofs = {}
+        for path, variant in evidence_files(output, request.variants).items():
+            say(f"prove {f'the model {variant} of ' if variant else ''}the image, in a container")
+            evidence = proofs[path] = prove(engine, unproven, device=device, variant=variant)
+            write_whole(path, evidence.to_json())
+            require_passed(evidence, path, rebake_hint=request.rebake_hint())
+        labels = {EVIDENCE: ", ".join(f"sha256:{hash_file(path)}" for path in proofs)}
         proven = add_layers(image, [], Change(labels=labels), created=image.config["created"])
         name = temporary("proven")
         engine.load(unproven, [], proven, name)
         check_tag(request, engine)  # the build took minutes, and another process may have used the tag
         engine.tag(name, request.tag)
-    return layers, evidence
+    return layers, proofs
+
+
+def evidence_files(output: Path, variants: Sequence[str]) -> dict[Path, str | None]:
+    """Return the path of the evidence for each model. With several models, each name gets its variant added."""
+    if len(variants) < 2:
+        return {output: None}
+    return {output.with_name(f"{output.stem}.{variant}{output.suffix}"): variant for variant in variants}
 
 
 def _add_states(
@@ -113,7 +124,7 @@ def _add_states(
     warm.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(warm):
         # Whether a state for another GPU still fits the image cannot be checked here, so it is always baked.
-        if not request.rebake and not request.targets and _stored_recipe(warm) == request.recipe():
+        if request.may_reuse and _stored_recipe(warm) == request.recipe():
             say(f"the stored state {warm} has the same recipe")
             if default_signature(warm).is_file():
                 State.read(warm).find_signature()  # a signed state that was changed is neither used nor replaced
@@ -133,14 +144,14 @@ def _add_states(
         with staging_folder(warm) as staging:
             _bake(request, engine, image, staging)
             baked = states_in(staging) or {warm.name: staging}
-            if len(request.targets) > 1:
+            if request.several_states:
                 warm.mkdir(exist_ok=True)
                 places = [warm / name for name in baked]
             else:
                 places = [warm]
             for made, place in zip(baked.values(), places, strict=True):
                 _keep(made, place, say)
-        if not request.targets:
+        if not request.targets and not request.several_states:
             recipe = json.dumps(request.recipe(), indent=1, sort_keys=True) + "\n"
             _recipe_path(warm).write_text(recipe, encoding="utf-8")
     return _load_states(request, engine, cold, unproven, places)

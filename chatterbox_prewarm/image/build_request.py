@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, EngineError, PrewarmError
 from chatterbox_prewarm.image.dockerfile import for_classic
+from chatterbox_prewarm.image.labels import variants_of
 from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.state.places import check_state_place, check_states_place
 from chatterbox_prewarm.state.provenance import builder_args, check_base_image
 from chatterbox_prewarm.system.digests import hash_file
 from chatterbox_prewarm.system.gpu_targets import check_targets
+from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, get_variant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,8 +59,8 @@ class BuildRequest:
         network: network in the format of `docker build --network`.
         replacing: take the tag from an image that has it.
         rebake: bake even if the stored state has the same recipe.
-        targets: GPUs to compile for where the engine has none, as `find_target` takes them. With several, `warm` is a
-            folder that gets a state for each.
+        targets: GPUs to compile for where the engine has none, as `find_target` takes them. With several targets or
+            models, `warm` is a folder that gets a state for each.
     """
 
     checkout: Path
@@ -82,6 +84,21 @@ class BuildRequest:
     def classic(self) -> bool:
         """True if the classic builder builds the image."""
         return self.builder == "classic"
+
+    @property
+    def variants(self) -> list[str]:
+        """The variants of the image's models: of the Dockerfile's build argument."""
+        return variants_of(self.arguments.get("VARIANT", "")) or [DEFAULT_VARIANT.name]
+
+    @property
+    def several_states(self) -> bool:
+        """True if the bake makes several states, which are in folders of `warm`."""
+        return len(self.targets) > 1 or len(self.variants) > 1
+
+    @property
+    def may_reuse(self) -> bool:
+        """True if the build may use a stored state with the same recipe, which is stored for one state only."""
+        return not (self.rebake or self.targets or self.several_states)
 
     @property
     def bake_device(self) -> str:
@@ -166,7 +183,9 @@ def check_request(request: BuildRequest, engine: Engine) -> None:
     """
     if not (request.checkout / "Dockerfile").is_file():
         raise BadInputError(f"{request.checkout} has no Dockerfile", next_step="name a checkout of this project")
-    check_place = check_states_place if len(request.targets) > 1 else check_state_place
+    for name in request.variants:
+        get_variant(name)
+    check_place = check_states_place if request.several_states else check_state_place
     check_place(request.warm)
     for name, clip in request.voices.items():
         check_voice_name(name)

@@ -138,6 +138,11 @@ def image_labels(
     }
 
 
+def variants_of(text: str) -> list[str]:
+    """Return the variants that a label or a build argument names, separated by commas."""
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
 def state_label(manifest: Manifest) -> StateLabel:
     """Describe a state as the labels of an image do."""
     inputs = [manifest.weights.set_digest, dict(manifest.provenance.parameters)]

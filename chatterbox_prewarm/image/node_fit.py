@@ -37,30 +37,52 @@ class NodeFit:
     """How the states of an image fit a host.
 
     Attributes:
-        states: the first one is the one that a start would select.
+        states: the best one of each model first; a start selects these.
+        variants: the variant of each state by the state's key.
         proven: keys of states that were compiled without their GPU, and proven since then.
     """
 
     states: tuple[Compatibility, ...]
+    variants: Mapping[str, str]
     proven: frozenset[str] = frozenset()
 
     @property
+    def selected(self) -> dict[str, Compatibility]:
+        """The states that a start selects, by the variant of the model."""
+        return {self.variants[state.name]: state for state in reversed(self.states)}
+
+    @property
+    def misses(self) -> list[Compatibility]:
+        """The selected states that lack a family that a start uses, or have one that does not fit."""
+        return [state for state in self.selected.values() if not state.fits or state.missing]
+
+    @property
     def hits(self) -> bool:
-        """True if the selected state has every family that a start uses, and all of them fit."""
-        return self.states[0].fits and not self.states[0].missing
+        """True if a start would use every family that it needs."""
+        return not self.misses
 
     def lines(self) -> list[str]:
-        """Return a report for users: the selected state, family by family, then why each other state is not used."""
-        selected, *others = self.states
-        here = selected.other_device
-        proof = "and proven since then" if selected.name in self.proven else "unproven"
+        """Return a report for users: each selected state, family by family, then why each other state is not used."""
+        selected = self.selected
+        lines: list[str] = []
+        for variant, state in sorted(selected.items(), key=lambda item: self.states.index(item[1])):
+            lines += [f"model {variant}:"] * (len(selected) > 1)
+            lines += self._selected_lines(state)
+        for state in self.states:
+            used = selected[self.variants[state.name]]
+            if state is not used:
+                lines.append(f"state {state.name}: not used: {state.why_not_selected(used)}")
+        return lines
+
+    def _selected_lines(self, state: Compatibility) -> list[str]:
+        here = state.other_device
+        proof = "and proven since then" if state.name in self.proven else "unproven"
         return [
-            f"state {selected.name}: {'would hit' if self.hits else 'would miss'}",
-            *([f"  compiled without the GPU, {proof}"] if selected.cross_compiled else []),
-            *([f"  device: baked for {selected.device}, here {here}"] if here else []),
-            *(f"  {name}: {'; '.join(words) or 'fits'}" for name, words in selected.differences.items()),
-            *(f"  {name}: not in the state" for name in selected.missing),
-            *(f"state {state.name}: not used: {state.why_not_selected(selected)}" for state in others),
+            f"state {state.name}: {'would miss' if state in self.misses else 'would hit'}",
+            *([f"  compiled without the GPU, {proof}"] if state.cross_compiled else []),
+            *([f"  device: baked for {state.device}, here {here}"] if here else []),
+            *(f"  {name}: {'; '.join(words) or 'fits'}" for name, words in state.differences.items()),
+            *(f"  {name}: not in the state" for name in state.missing),
         ]
 
     def require_hit(self) -> None:
@@ -69,8 +91,7 @@ class NodeFit:
         Raises:
             FingerprintMismatchError: a start would miss; the message names what differs from the nearest state.
         """
-        if not self.hits:
-            nearest = self.states[0]
+        for nearest in self.misses:
             raise FingerprintMismatchError(
                 f"a start on this node would miss; differences from the nearest state, {nearest.name}: "
                 f"{nearest.explain()}",
@@ -106,6 +127,7 @@ def compare_with_node(image: Image, host: Mapping[str, str]) -> NodeFit:
         compared.append(replace(fit, cross_compiled=state.cross_compiled))
     return NodeFit(
         states=tuple(sorted(compared, key=lambda state: state.rank)),
+        variants={state.key: state.variant for state in states},
         proven=frozenset(state.key for state in states if state.proven),
     )
 

@@ -25,10 +25,11 @@ from chatterbox_prewarm.image.stores import open_store
 from chatterbox_prewarm.model.profiles import default_execution
 from chatterbox_prewarm.proof.checks import default_evidence, remove_older_evidence, require_passed
 from chatterbox_prewarm.proof.prove import ProofOptions, prove, prove_here
-from chatterbox_prewarm.state.selection import states_in
+from chatterbox_prewarm.state.selection import checkpoints_for, states_in
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.atomic_files import scratch_folder, write_whole
 from chatterbox_prewarm.system.fingerprint import read_fingerprint
+from chatterbox_prewarm.weights.checkpoints import choose_checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +56,7 @@ class PublishOptions:
     """Options of `publish`.
 
     Attributes:
-        weights: directory of the checkpoint.
+        weights: directory of the checkpoint, or of several, of which the one of the bake's variant is used.
         warm: directory that the state is written to. The evidence is written next to it, also if the proof fails.
         cache: the cache directory.
         insecure: HTTP or HTTPS for the registries, as in `Repository`.
@@ -119,8 +120,9 @@ def _bake_and_prove(planned: Bake, options: PublishOptions) -> Path:
     path = default_evidence(options.warm)
     remove_older_evidence(path)
     say(f"bake: {planned.variant}, {planned.gpu or 'CPU'}, {planned.profile}")
+    weights = choose_checkpoints(options.weights, [planned.variant])[planned.variant]
     bake_options = BakeOptions(
-        weights=options.weights,
+        weights=weights,
         warm=options.warm,
         cache=options.cache,
         device=planned.device,
@@ -129,27 +131,27 @@ def _bake_and_prove(planned: Bake, options: PublishOptions) -> Path:
         voices=planned.voices,
     )
     bake(bake_options, progress=say)
-    evidence = _prove(ProofOptions(warm=options.warm, weights=options.weights), options)
+    evidence = _prove(ProofOptions(warm=options.warm, weights=weights), options)
     write_whole(path, evidence.to_json())
     require_passed(evidence, path)
     return path
 
 
-def prove_image(image: str, options: PublishOptions, *, name: str | None = None) -> str:
+def prove_image(image: str, options: PublishOptions, *, name: str | None = None) -> list[str]:
     """Prove a state of an image on this node, and attach the evidence to the image. The image does not change.
 
     Args:
         image: the image in a registry or a layout. This process runs in a container of it.
         options: see `PublishOptions`; `warm` is the folder of the image's states.
-        name: the state to prove; by default the one that a start would use here.
+        name: the state to prove; by default the ones that a start would use here, one for each model.
 
     Returns:
-        the digest of the manifest with the evidence.
+        the digest of the manifest with the evidence, for each state.
 
     Raises:
         BadInputError: an archive cannot have evidence.
         IntegrityError: the image has other states.
-        NotWarmError: the proof did not pass; nothing was sent.
+        NotWarmError: a proof did not pass; nothing was sent for it.
         PrewarmError: see `prove_here` and `attach_evidence`.
     """
     reference = parse(image)
@@ -159,16 +161,19 @@ def prove_image(image: str, options: PublishOptions, *, name: str | None = None)
         subject, found = read_subject(store, target)
     _check_has_states(image, found, options.warm)
     device = image_setting(found, "DEVICE")
-    proof = ProofOptions(warm=options.warm, weights=options.weights, device=device, name=name)
-    evidence = _prove(proof, options)
-    for check in evidence.checks:
-        options.say(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}")
-    require_passed(evidence, "the lines above")
-    with scratch_folder("chatterbox-prewarm-evidence-") as scratch:
-        path = scratch / "evidence.json"
-        write_whole(path, evidence.to_json())
-        with open_store(reference, insecure=options.insecure) as (store, _):
-            return attach_evidence(store, subject.digest, path)
+    attached = []
+    for weights in checkpoints_for(options.weights, options.warm, name).values():
+        proof = ProofOptions(warm=options.warm, weights=weights, device=device, name=name)
+        evidence = _prove(proof, options)
+        for check in evidence.checks:
+            options.say(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}")
+        require_passed(evidence, "the lines above")
+        with scratch_folder("chatterbox-prewarm-evidence-") as scratch:
+            path = scratch / "evidence.json"
+            write_whole(path, evidence.to_json())
+            with open_store(reference, insecure=options.insecure) as (store, _):
+                attached.append(attach_evidence(store, subject.digest, path))
+    return attached
 
 
 def _check_has_states(image: str, found: Image, warm: Path) -> None:

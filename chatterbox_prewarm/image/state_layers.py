@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.image.compose import Change, platform_of
-from chatterbox_prewarm.image.labels import EVIDENCE, PREFIX, STATES, image_labels, read_states
+from chatterbox_prewarm.image.labels import EVIDENCE, PREFIX, STATES, image_labels, read_states, variants_of
 from chatterbox_prewarm.image.layer import pack, signature_layer, weight_layers
 from chatterbox_prewarm.image.node_fit import explain_python
 from chatterbox_prewarm.state.selection import states_in
@@ -136,7 +136,7 @@ def _check_base(base: Image, manifests: Sequence[Manifest]) -> None:
                 next_step="use the base that it was baked in, or bake in this one",
             )
         variants = base.labels.get(f"{PREFIX}variant", manifest.variant)
-        if manifest.variant not in variants.split(", "):
+        if manifest.variant not in variants_of(variants):
             raise BadInputError(
                 f"the base is for the model variant {variants}, but the state is for {manifest.variant}",
                 next_step="use a base for that variant",

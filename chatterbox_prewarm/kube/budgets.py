@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.errors import BadInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from chatterbox_prewarm.image.labels import StateLabel
 
@@ -116,26 +116,38 @@ def budgets(
 
 
 def with_baked_values(measured: Measured, states: Sequence[StateLabel]) -> Measured:
-    """Replace missing measurements of pods by the maximum that the bakes of these states measured."""
+    """Replace missing measurements of pods by what the bakes of these states measured.
+
+    A pod holds a model of each variant, and the largest state of each counts.
+    """
     cold = max((state.measured.cold_seconds for state in states), default=0.0)
-    resident = max((state.measured.resident_bytes for state in states), default=0)
-    device = max((state.measured.device_bytes for state in states), default=0)
+    resident = _sum_over_variants(states, lambda state: state.measured.resident_bytes)
+    device = _sum_over_variants(states, lambda state: state.measured.device_bytes)
+    contexts = _CUDA_MIB * len({state.variant for state in states})
     return replace(
         measured,
         cold_seconds=measured.cold_seconds or cold or None,
         rss_mib=measured.rss_mib or (math.ceil(resident / _MIB) + _FRONT_MIB if resident else None),
-        gpu_memory_mib=measured.gpu_memory_mib or (math.ceil(device / _MIB) + _CUDA_MIB if device else None),
+        gpu_memory_mib=measured.gpu_memory_mib or (math.ceil(device / _MIB) + contexts if device else None),
     )
 
 
+def _sum_over_variants(states: Sequence[StateLabel], size: Callable[[StateLabel], int]) -> int:
+    """Return the sum of the largest size of each variant."""
+    largest: dict[str, int] = {}
+    for state in states:
+        largest[state.variant] = max(largest.get(state.variant, 0), size(state))
+    return sum(largest.values())
+
+
 def _cache_mib(states: Sequence[StateLabel], given: int | None) -> int:
-    largest = max((sum(family.size for family in state.families) for state in states), default=0) / _MIB
+    largest = _sum_over_variants(states, lambda state: sum(family.size for family in state.families)) / _MIB
     if given is None:
         return max(CACHE_MIB, _round_up(_CACHE_MARGIN * largest))
     if given < 2 * largest:
         raise BadInputError(
-            f"a cache of {given} MiB is too small: a state has {largest:.0f} MiB, a start may copy all of it and "
-            "compile as much again, and a pod that exceeds the limit is evicted",
+            f"a cache of {given} MiB is too small: the states of a pod have {largest:.0f} MiB, a start may copy all of "
+            "them and compile as much again, and a pod that exceeds the limit is evicted",
             next_step=f"leave out --cache-size, or set it to {_round_up(_CACHE_MARGIN * largest)} or more",
         )
     return given

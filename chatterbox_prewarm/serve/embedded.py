@@ -22,6 +22,7 @@ from chatterbox_prewarm.serve.http.decode_clip import decode
 from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
 from chatterbox_prewarm.serve.voices.prompt_voices import PromptVoices, read_prompt
 from chatterbox_prewarm.serve.workers.pool import Pool
+from chatterbox_prewarm.serve.workers.pools import Pools
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 from chatterbox_prewarm.serve.workers.worker_config import (
     ALL_GPUS,
@@ -109,9 +110,10 @@ class ChatterboxServer:
             trust=trust or Trust(),
             plain_text=MARKED,  # complete texts are checked here
         )
-        self._rules = SpeechRules(plain_text=tuple(plain_text)).for_variant(_variant_of(start.weights))
+        self._rules = SpeechRules(plain_text=tuple(plain_text)).for_variants([_variant_of(start.weights)])
         self._prompts = PromptVoices()  # a temporary folder, so only after the checks of the arguments
         worker = WorkerConfig(
+            model=self._rules.variants[0].name,
             start=start,
             voices={name: Path(clip) for name, clip in (voices or {}).items()},
             threads=threads,
@@ -129,8 +131,9 @@ class ChatterboxServer:
         self._thread = threading.Thread(target=self._loop.run_forever, name="chatterbox-server", daemon=True)
         self._thread.start()
         try:
-            self._pool: Pool = self._wait(self._start(workers, wait_seconds, hang_seconds))
-            self._supervision = asyncio.run_coroutine_threadsafe(self._pool.run(), self._loop)
+            self._pools: Pools = self._wait(self._start(workers, wait_seconds, hang_seconds))
+            self._pool = self._pools.first
+            self._supervision = asyncio.run_coroutine_threadsafe(self._pools.run(), self._loop)
         except BaseException:
             self._end_loop()
             raise
@@ -191,7 +194,7 @@ class ChatterboxServer:
         return replace(options, voice=voice.name, voice_digest=voice.digest)
 
     async def _prepare_voice(self, clip: bytes) -> bytes:
-        return await self._pool.prepare_voice(await decode(clip))
+        return await self._pools.prepare_voice(await decode(clip))
 
     def check(self) -> None:
         """Raise an error if the server cannot speak any more; for a health check.
@@ -215,7 +218,7 @@ class ChatterboxServer:
             return
         for call in calls:
             call.cancel()
-        asyncio.run_coroutine_threadsafe(self._pool.stop(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._pools.stop(), self._loop).result()
         self._supervision.result()
         self._end_loop()
 
@@ -247,8 +250,9 @@ class ChatterboxServer:
             data=b"".join(chunk.pcm for chunk in chunks), is_truncated=any(chunk.truncated for chunk in chunks)
         )
 
-    async def _start(self, workers: list[WorkerConfig], wait_seconds: float, hang_seconds: float) -> Pool:
-        return Pool(spawn_all(workers), wait_seconds=wait_seconds, hang_seconds=hang_seconds)
+    async def _start(self, workers: list[WorkerConfig], wait_seconds: float, hang_seconds: float) -> Pools:
+        model = workers[0].model
+        return Pools([Pool(spawn_all(workers), model=model, wait_seconds=wait_seconds, hang_seconds=hang_seconds)])
 
     async def _until_ready(self, timeout: float) -> None:
         deadline = self._loop.time() + timeout
@@ -332,8 +336,9 @@ def _closed_error() -> ClosedError:
 
 def _speech_options(text: str, options: dict[str, Any], rules: SpeechRules) -> SpeechOptions:
     """Check text, language, voice name and seed. The worker checks the sampling options where it uses them."""
-    language = rules.variant.check_language(options.pop("language", None))
-    text = rules.check_text(check_text(text, limit=None), language)
+    variant = rules.variants[0]
+    language = variant.check_language(options.pop("language", None))
+    text = rules.check_text(check_text(text, limit=None), variant, language)
     checked = SpeechOptions(text=text, language=language, **options)
     check_voice_name(checked.voice)
     if checked.seed is not None and not 0 <= checked.seed <= MAX_SEED:

@@ -14,6 +14,8 @@ from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, I
 from chatterbox_prewarm.state.manifest import MANIFEST_NAME
 from chatterbox_prewarm.state.ownership import refuse_changeable
 from chatterbox_prewarm.state.state import State
+from chatterbox_prewarm.weights.checkpoints import checkpoints_in, choose_checkpoints
+from chatterbox_prewarm.weights.record import RECORD_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -95,6 +97,23 @@ def state_path(folder: Path, name: str | None = None) -> Path:
     if name is None:
         raise BadInputError(f"{folder} holds {len(states)} states: {listed}", next_step="name one with --state")
     raise BadInputError(f"{folder} has no state {name!r}; it has: {listed}", next_step="name one of them")
+
+
+def checkpoints_for(weights: Path, warm: Path, name: str | None = None) -> dict[str, Path]:
+    """Return the checkpoints to use with the states of a folder, by variant: all, or that of the state with a name.
+
+    A directory without checkpoints is returned itself, by the variant "". Reading it says what is wrong.
+
+    Raises:
+        WeightsError, BadInputError: as `checkpoints_in`, `choose_checkpoints` and `state_path`.
+        IntegrityError, OSError: the state with this name cannot be read.
+    """
+    if not any(weights.glob(f"*/{RECORD_NAME}")):
+        return {"": weights}
+    found = checkpoints_in(weights)
+    if name is None or len(found) < 2:
+        return found
+    return choose_checkpoints(weights, [State.read(state_path(warm, name)).manifest.variant])
 
 
 def select_state(folder: Path, facts: Facts, request: Request) -> Selection:

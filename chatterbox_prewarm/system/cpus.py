@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from chatterbox_prewarm.system.control_groups import GROUPS, MOUNT, control_groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 #: Environment variable with the CPU request of the pod in whole CPUs; 0 or absent without a request. The manifests set
 #: it, because the control groups show only a weight.
 REQUEST = "CHATTERBOX_PREWARM_CPU_REQUEST"
 
-_MOUNT = Path("/sys/fs/cgroup")
-_GROUPS = Path("/proc/self/cgroup")
 
-
-def usable_cpus(mount: Path = _MOUNT, groups: Path = _GROUPS) -> int:
+def usable_cpus(mount: Path = MOUNT, groups: Path = GROUPS) -> int:
     """Return the number of CPUs that this process should use, at least 1. A limit of 2.5 CPUs counts as 2.
 
     Args:
-        mount: where the control groups are mounted, version 1 or 2.
-        groups: the list of the control groups of this process.
+        mount: see `control_groups`.
+        groups: see `control_groups`.
     """
     limits = [quota // period for quota, period in _limits(mount, groups) if quota > 0 and period > 0]
     request = os.environ.get(REQUEST, "")
@@ -39,21 +38,9 @@ def usable_cpus(mount: Path = _MOUNT, groups: Path = _GROUPS) -> int:
 
 def _limits(mount: Path, groups: Path) -> Iterator[tuple[int, int]]:
     """Yield quota and period, in microseconds, of each control group of this process and of the groups above it."""
-    try:
-        lines = groups.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = mount / controllers  # version 2 has one tree without a name
-        # A container may see the path of its group on the node, which is not mounted here. The top is its group then.
-        for folder in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
-            if not folder.is_relative_to(top):
-                break
-            with contextlib.suppress(OSError, ValueError):
-                yield _read_limit(folder)
+    for folder in control_groups("cpu", mount, groups):
+        with contextlib.suppress(OSError, ValueError):
+            yield _read_limit(folder)
 
 
 def _read_limit(folder: Path) -> tuple[int, int]:

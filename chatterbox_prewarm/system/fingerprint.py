@@ -262,6 +262,19 @@ def visible_gpus() -> int:
         return 0
 
 
+def free_gpu_memory(number: int) -> int | None:
+    """Return the free bytes of a GPU that CUDA sees, by its number there; None if NVML cannot tell."""
+    if not has_nvml():
+        return None
+    import pynvml
+
+    try:
+        handle = _visible_gpu(pynvml, number)
+        return None if handle is None else int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+    except pynvml.NVMLError:
+        return None
+
+
 def _visible_gpu(nvml: Any, number: int) -> Any:
     """Return NVML's handle of the GPU with this CUDA index, or None."""
     count = nvml.nvmlDeviceGetCount()

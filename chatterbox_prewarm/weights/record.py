@@ -132,6 +132,11 @@ def read_record(directory: Path) -> WeightsRecord:
             }
         )
     except FileNotFoundError:
+        if several := sorted(path.parent for path in directory.glob(f"*/{RECORD_NAME}")):
+            raise WeightsError(
+                f"{directory} has {len(several)} checkpoints: {', '.join(path.name for path in several)}",
+                next_step=f"name the directory of one, such as {several[0]}",
+            ) from None
         raise WeightsError(
             f"{directory} has no {RECORD_NAME}: the download did not finish, or the checkpoint is your own",
             next_step=f"{FETCH_AGAIN}, or record your own with `chatterbox-prewarm weights record {directory}`",

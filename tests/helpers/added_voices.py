@@ -12,6 +12,8 @@ import soundfile
 from safetensors.numpy import save
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
 VARIANT, WEIGHTS = "english", "sha256:" + "2" * 64
@@ -36,19 +38,34 @@ def tensors(seed: int = 0) -> dict[str, NDArray[Any]]:
 
 
 def voice(
-    seed: int = 0, *, without: str = "", instead: dict[str, NDArray[Any]] | None = None, **metadata: str
+    seed: int = 0,
+    *,
+    models: Mapping[str, str] | None = None,
+    without: str = "",
+    instead: dict[str, NDArray[Any]] | None = None,
+    **metadata: str,
 ) -> bytes:
     """Return the file of a voice.
 
     Args:
         seed: of the tensors.
+        models: set digest of the checkpoint by the variant of each model.
         without: name of a tensor to leave out.
         instead: tensors to add or replace.
         **metadata: metadata to replace.
     """
+    models = {VARIANT: WEIGHTS} if models is None else models
     contents = {name: value for name, value in (tensors(seed) | (instead or {})).items() if name != without}
-    defaults = {"schema": "1", "variant": VARIANT, "weights": WEIGHTS, "created": "1700000000", "clip_sha256": "a" * 64}
-    return bytes(save(contents, defaults | metadata))
+    defaults = {f"weights:{model}": weights for model, weights in models.items()}
+    defaults |= {"schema": "2", "created": "1700000000", "clip_sha256": "a" * 64}
+    named = {f"{model}/{name}": value for model in models for name, value in contents.items()}
+    return bytes(save(named, defaults | metadata))
+
+
+def voice_of_schema_1(variant: str = VARIANT, weights: str = WEIGHTS) -> bytes:
+    """Return the file of a voice as versions wrote it that served one model."""
+    metadata = {"schema": "1", "variant": variant, "weights": weights}
+    return bytes(save(tensors(), metadata | {"created": "1700000000", "clip_sha256": "a" * 64}))
 
 
 def tone(seconds: float = 2.0, rate: int = 24_000, channels: int = 1) -> NDArray[np.float32]:

@@ -43,6 +43,7 @@ from tests.helpers.states import make_state_for
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from chatterbox_prewarm.image.labels import StateLabel
     from chatterbox_prewarm.kube.documents import Rendering
 
 
@@ -349,6 +350,17 @@ def test_memory_is_computed_from_the_measured_resident_memory() -> None:
     assert resources["limits"]["memory"] == "7680Mi"
 
 
+def test_a_pod_holds_a_model_of_each_variant() -> None:
+    def measured(variant: str, gigabytes: int) -> StateLabel:
+        measurements = Measurements(cold_seconds=1, ready_seconds=1, resident_bytes=gigabytes << 30)
+        return replace(L4, key=f"{variant}-{gigabytes}", variant=variant, measured=measurements)
+
+    states = [measured("english", 3), measured("english", 2), measured("multilingual", 4)]
+    resources = server_of(render_for(states))["resources"]
+    assert resources["requests"]["memory"] == "8Gi", "3 and 4 GiB and the front, with a tenth more"
+    assert server_of(render_for(states[:2]))["resources"]["requests"]["memory"] == "3840Mi"
+
+
 def test_the_cache_has_four_times_the_size_of_the_largest_state() -> None:
     def size(**fields: Any) -> str:
         cache = pod_of(render_for([L4, replace(H100, families=())], **fields))["volumes"][0]
@@ -358,7 +370,7 @@ def test_the_cache_has_four_times_the_size_of_the_largest_state() -> None:
     assert size() == "1Gi"
     large = state("NVIDIA L4", "8.9", size=500 * MIB)
     assert pod_of(render_for([large]))["volumes"][0]["emptyDir"]["sizeLimit"] == "2Gi"
-    with pytest.raises(BadInputError, match="a cache of 64 MiB is too small: a state has 60 MiB"):
+    with pytest.raises(BadInputError, match="a cache of 64 MiB is too small: the states of a pod have 60 MiB"):
         size(cache_mib=64)
 
 

@@ -34,6 +34,18 @@ def mini(shared_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mini_multilingual(shared_dir: Path) -> Path:
+    """Return a mini checkpoint of the Multilingual model."""
+
+    def synthesize(directory: Path) -> None:
+        made = run_cli("weights", "synthesize", directory, "--size", "mini", "--variant", "multilingual")
+        assert made.returncode == 0, made.stderr
+        assert "length =" not in made.stdout, "pkuseg prints what it reads"
+
+    return build_once(shared_dir / "weights" / "mini-multilingual", synthesize)
+
+
+@pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write five seconds of generated, speech-like sound: 16-bit mono at 22,050 Hz, a rate that must be resampled."""
     path = tmp_path_factory.mktemp("clip") / "speech.wav"

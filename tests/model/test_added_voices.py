@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.families.conditionals import voice_tensors
+from chatterbox_prewarm.families.conditionals import voice_of, voice_tensors
 from chatterbox_prewarm.model.synthesis import Synthesizer
 from chatterbox_prewarm.model.voices import prepare_voice
 from chatterbox_prewarm.serve.http.decode_clip import decode
 from chatterbox_prewarm.serve.voices.voice_errors import UnusableVoiceError
-from chatterbox_prewarm.serve.voices.voice_file import make_metadata
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
-from chatterbox_prewarm.serve.workers.voice_process import make_voice, voice_bytes
+from chatterbox_prewarm.serve.workers.voice_process import make_conditionals, make_voice, voice_bytes
 from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
 from chatterbox_prewarm.serve.workers.worker_voices import VoiceCache, voice_sizes
 from chatterbox_prewarm.weights.record import read_record
@@ -42,19 +41,22 @@ def made(attached: Attached, clip: Path) -> bytes:
 
 
 async def _upload(attached: Attached, clip: bytes) -> bytes:
-    return await make_voice(WorkerConfig(start=attached.prepared.options), await decode(clip))
+    return await make_voice([WorkerConfig(start=attached.prepared.options)], await decode(clip))
 
 
-def _metadata(attached: Attached) -> dict[str, str]:
+def _file(attached: Attached, upstream: ChatterboxTTS, clip: bytes) -> bytes:
+    """Return the file of the voice of a clip."""
     record = read_record(attached.prepared.options.weights)
-    return make_metadata(variant=record.variant, weights=record.set_digest, clip_sha256="0" * 64)
+    voices = {record.variant: make_conditionals(upstream, clip)}
+    return voice_bytes(voices, {record.variant: record.set_digest}, clip)
 
 
 @pytest.fixture
 def store(attached: Attached, tmp_path: Path) -> VoiceStore:
     record = read_record(attached.prepared.options.weights)
-    baked = voice_sizes(attached.synthesizer)
-    return VoiceStore(tmp_path, baked=baked, variant=record.variant, weights=record.set_digest)
+    store = VoiceStore(tmp_path, {record.variant: record.set_digest})
+    store.baked[record.variant] = voice_sizes(attached.synthesizer)
+    return store
 
 
 def test_an_uploaded_voice_equals_the_baked_voice_of_the_same_clip(
@@ -84,7 +86,7 @@ def test_making_a_voice_changes_neither_the_model_nor_the_disk(
     monkeypatch.setenv("TMPDIR", "/nonexistent")
     monkeypatch.setattr("tempfile.tempdir", None)
     before = attached.synthesizer.synthesize(**TEXT)
-    first, second = (load(voice_bytes(upstream, clip.read_bytes(), {})) for _ in range(2))
+    first, second = (load(_file(attached, upstream, clip.read_bytes())) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert np.array_equal(attached.synthesizer.synthesize(**TEXT).samples, before.samples)
     assert upstream.conds is None
@@ -97,7 +99,7 @@ def test_the_shortest_and_the_longest_clip_make_a_voice_of_bounded_size(
     for seconds in (1.0, 10.0, 12.3, 60.0):
         random = np.random.default_rng(0).normal(0, 0.05, int(seconds * 24_000))
         wav = sound_file(np.tile(tone(1.0), 60)[: len(random)] + random, subtype="PCM_16")
-        sizes[seconds] = store.add(f"v{seconds:.0f}", voice_bytes(upstream, wav, _metadata(attached))).size
+        sizes[seconds] = store.add(f"v{seconds:.0f}", _file(attached, upstream, wav)).size
     assert sizes[1.0] < 25_000
     assert sizes[10.0] == pytest.approx(sizes[60.0], abs=1000)
     assert sizes[60.0] < 180_000, "mostly the frames: 500 with 80 values each"
@@ -135,7 +137,7 @@ def test_a_new_voice_with_the_same_name_is_loaded(
     first = cache.synthesizer("ann", old)
     store.delete("ann")
     assert cache.synthesizer("ann", old) is first, "a request that has begun keeps its voice"
-    store.add("ann", voice_bytes(upstream, sound_file(tone(3.0)), _metadata(attached)))
+    store.add("ann", _file(attached, upstream, sound_file(tone(3.0))))
     new = store.digest("ann") or ""
     assert cache.synthesizer("ann", new) is not first
     assert cache.voices == 1
@@ -169,10 +171,10 @@ def test_values_that_would_crash_a_gpu_are_refused(
     word: str,
 ) -> None:
     record = read_record(attached.prepared.options.weights)
-    tensors = load(made)
+    tensors = {name.removeprefix("english/"): tensor for name, tensor in load(made).items()}
     change(tensors)
-    said = {"schema": "1", "variant": record.variant, "weights": record.set_digest}
-    (tmp_path / "bad.safetensors").write_bytes(save(tensors, {**said, "created": "1", "clip_sha256": "a" * 64}))
+    changed = voice_bytes({record.variant: voice_of(tensors)}, {record.variant: record.set_digest}, b"")
+    (tmp_path / "bad.safetensors").write_bytes(changed)
     digest = store.digest("bad")
     assert digest is not None, "the HTTP process has no torch and cannot detect this"
     with pytest.raises(UnusableVoiceError, match=word):
@@ -182,4 +184,4 @@ def test_values_that_would_crash_a_gpu_are_refused(
 def test_a_voice_process_checks_a_clip_again(attached: Attached) -> None:
     config = WorkerConfig(start=attached.prepared.options)
     with pytest.raises(BadInputError, match=r"the clip is 0\.00 s long"):
-        asyncio.run(make_voice(config, sound_file(tone(0.001))))
+        asyncio.run(make_voice([config], sound_file(tone(0.001))))

@@ -47,15 +47,8 @@ TEXTS = MULTILINGUAL.samples
 
 
 @pytest.fixture(scope="module")
-def weights(shared_dir: Path) -> Path:
-    """Return a mini checkpoint of the Multilingual model."""
-
-    def synthesize(directory: Path) -> None:
-        made = run_cli("weights", "synthesize", directory, "--size", "mini", "--variant", "multilingual")
-        assert made.returncode == 0, made.stderr
-        assert "length =" not in made.stdout, "pkuseg prints what it reads"
-
-    return build_once(shared_dir / "weights" / "mini-multilingual", synthesize)
+def weights(mini_multilingual: Path) -> Path:
+    return mini_multilingual
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +328,7 @@ def test_the_server_refuses_a_language_that_it_cannot_speak(fields: dict[str, st
 
 def test_the_server_lists_its_languages(server: Server) -> None:
     (entry,) = json.loads(server.ask("GET", "/v1/models")[1])["data"]
-    assert entry["variant"] == "multilingual"
+    assert entry["id"] == "multilingual"
     assert entry["languages"]["fr"] == "French"
     assert entry["language"] == "de"
 

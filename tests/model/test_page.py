@@ -204,7 +204,8 @@ def test_the_caches_equal_those_of_startupz(page: Page) -> None:
 def test_the_workers_equal_those_of_startupz(page: Page) -> None:
     _, status = page.server.status("/startupz")
     rows = [
-        [cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")] for row in page.all("#workers tbody tr")
+        [cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td") if cell.is_displayed()]
+        for row in page.all("#workers tbody tr")
     ]
     assert [row[:2] for row in rows] == [[worker["device"], worker["phase"]] for worker in status["workers"]]
     assert all(row[4].endswith("B") for row in rows)

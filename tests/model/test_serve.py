@@ -164,9 +164,11 @@ def test_metrics_contain_hits_phases_and_readiness(server: Server) -> None:
     status, body = server.ask("GET", "/metrics")
     lines = body.decode().splitlines()
     assert status == 200
-    assert "chatterbox_prewarm_ready 1.0" in lines
-    assert any(line.startswith('chatterbox_prewarm_cache_hits_total{family="bytecode"}') for line in lines)
-    assert any(line.startswith('chatterbox_prewarm_phase_seconds{phase="import"}') for line in lines)
+    assert 'chatterbox_prewarm_ready{model="english"} 1.0' in lines
+    assert any(
+        line.startswith('chatterbox_prewarm_cache_hits_total{family="bytecode",model="english"}') for line in lines
+    )
+    assert any(line.startswith('chatterbox_prewarm_phase_seconds{model="english",phase="import"}') for line in lines)
     assert any(line.startswith('chatterbox_prewarm_state{key="cpu-') for line in lines)
 
 
@@ -277,7 +279,9 @@ def test_every_route_except_the_probes_requires_the_token(guarded: Server) -> No
     described = json.loads(guarded.ask("GET", "/openapi.json", headers=BEARER)[1])["paths"]
     operations = {path: item.keys() - {"parameters"} for path, item in described.items()}
     routes = {(method.upper(), path) for path, methods in operations.items() for method in methods}
-    assert routes - {("GET", probe) for probe in ("/livez", "/startupz", "/readyz")} == GUARDED.keys()
+    assert (
+        routes - {("GET", probe) for probe in ("/livez", "/startupz", "/readyz", "/readyz/{model}")} == GUARDED.keys()
+    )
     for (method, template), status in GUARDED.items():
         path = template.format(name="fox", model="another")
         body = json.dumps({**SENTENCE, "input": "The patient is called Nemo."}) if path.endswith("speech") else None

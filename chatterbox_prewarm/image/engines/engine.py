@@ -158,13 +158,19 @@ class Engine(abc.ABC):
             raise EngineError(f"{self.info.name} has no image {reference!r}", next_step="build or pull it")
 
 
-def prove(engine: Engine, image: str, *, device: str) -> Evidence:
+def prove(engine: Engine, image: str, *, device: str, variant: str | None = None) -> Evidence:
     """Run `prove` in an isolated container of `image`.
+
+    Args:
+        engine: has the image.
+        image: its name.
+        device: of the start.
+        variant: of the model to prove, if the image has several.
 
     Raises:
         EngineError: there is no such image, or the container did not print evidence.
     """
-    command = ["prove", "--here", "--device", device, "--evidence", "-"]
+    command = ["prove", "--here", "--device", device, "--evidence", "-", *(["--variant", variant] if variant else [])]
     container = ContainerRun(image=image, command=command, device=device, allowed=(0, NotWarmError.exit_code))
     _, output = engine.run(container)
     try:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 #: machine can read a command line.
 TOKEN_FILE = f"{TOKEN}_FILE"
 #: The paths that a kubelet requests. It sends no token.
-PROBES = frozenset({"/livez", "/startupz", "/readyz"})
+_PROBE = re.compile(r"/livez|/startupz|/readyz(/[a-z0-9-]{1,64})?", re.ASCII)
 
 _KEY = "chatterbox_prewarm.authorized"
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -42,6 +42,11 @@ _PREVIEW = re.compile(r"/v1/audio/voices/[^/]+/preview\n?")
 _MAX_LENGTH = 4096
 #: 96 bits in base64. A shorter token can be guessed in a feasible time.
 _MIN_STRONG_LENGTH = 16
+
+
+def is_probe(path: str) -> bool:
+    """Return whether a path is that of a probe."""
+    return _PROBE.fullmatch(path) is not None
 
 
 class Token:
@@ -163,7 +168,7 @@ def check_access(app: ASGIApp, token: Token | None, sites: Sites | None = None) 
         authorized = token is None or (secret is not None and token.matches(secret))
         scope[_KEY] = authorized
         refusal: ASGIApp | None = None
-        if scope["path"] not in PROBES:
+        if not is_probe(scope["path"]):
             if not authorized:
                 refusal = _unauthorized(headers)
             elif scheme != b"bearer" or token is None:

@@ -7,6 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.serve.http.error_responses import error_response
+from chatterbox_prewarm.serve.workers.pools import slowest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -14,14 +15,14 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from chatterbox_prewarm.serve.workers.pool import Pool
+    from chatterbox_prewarm.serve.workers.pools import Pools
 
 
 class Admission:
     """Decides whether the server accepts a request, and counts the requests in flight.
 
     Args:
-        pool: the workers.
+        pools: the models.
         limit: the maximum number of requests in flight, both queued and being processed.
 
     Attributes:
@@ -31,25 +32,33 @@ class Admission:
         draining: True when the server accepts no more requests.
     """
 
-    def __init__(self, pool: Pool, *, limit: int) -> None:
-        self._pool = pool
+    def __init__(self, pools: Pools, *, limit: int) -> None:
+        self._pools = pools
         self.limit = limit
         self.in_flight = 0
         self.responding = 0
         self.draining = False
 
-    def refusal(self) -> Response | None:
-        """Return an error response if the server cannot accept a request now."""
+    def refusal(self, model: str | None = None) -> Response | None:
+        """Return an error response if the server cannot accept a request now.
+
+        Args:
+            model: the model of the request; None if the server does not know it yet.
+        """
         if self.draining:
             return error_response(503, "the server is shutting down", "draining")
-        if not self._pool.ready:
-            return error_response(503, f"the server is not ready: {self._pool.leading.phase}", "not_ready")
+        if not self._pools.ready:
+            return error_response(503, f"the server is not ready: {slowest(self._pools).leading.phase}", "not_ready")
+        if model is not None and not self._pools[model].ready:
+            phase = self._pools[model].leading.phase
+            return error_response(503, f"the model {self._pools[model].model} is not ready: {phase}", "not_ready")
+        retry_after = self._pools[model or ""].retry_after
         if self.in_flight >= self.limit:
             message = f"the queue is full: {self.in_flight} requests are in flight"
-            return error_response(429, message, "queue_full", retry_after=self._pool.retry_after)
-        if self._pool.backlog.is_full:
-            message = f"{self._pool.backlog.size >> 20} MiB of audio wait for clients that read slowly"
-            return error_response(429, message, "queue_full", retry_after=self._pool.retry_after)
+            return error_response(429, message, "queue_full", retry_after=retry_after)
+        if self._pools.backlog.is_full:
+            message = f"{self._pools.backlog.size >> 20} MiB of audio wait for clients that read slowly"
+            return error_response(429, message, "queue_full", retry_after=retry_after)
         return None
 
     @contextlib.contextmanager

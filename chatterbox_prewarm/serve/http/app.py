@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import reprlib
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -18,9 +17,13 @@ from chatterbox_prewarm.serve.http.access import visible_status
 from chatterbox_prewarm.serve.http.error_responses import error_response
 from chatterbox_prewarm.serve.http.http_metrics import HttpMetrics
 from chatterbox_prewarm.serve.http.speech_route import SpeechRoute
+from chatterbox_prewarm.serve.http.speech_rules import UnknownModelError
 from chatterbox_prewarm.serve.http.voice_routes import VoiceRoutes
+from chatterbox_prewarm.serve.workers.pools import slowest
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from starlette.requests import Request
 
     from chatterbox_prewarm.serve.http.admission import Admission
@@ -28,39 +31,27 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
     from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
     from chatterbox_prewarm.serve.workers.pool import Pool
-
-#: The id of the model in `/v1/models`.
-MODEL = "chatterbox"
+    from chatterbox_prewarm.serve.workers.pools import Pools
+    from chatterbox_prewarm.weights.variants import Variant
 
 
 class App:
     """The handlers of all routes.
 
     Args:
-        pool: the workers.
+        pools: the models.
         admission: decides whether the server accepts a request.
         voices: the baked and the added voices.
         rules: what the server accepts in a speech request.
     """
 
-    def __init__(self, pool: Pool, admission: Admission, voices: VoiceStore, rules: SpeechRules) -> None:
-        self._pool = pool
+    def __init__(self, pools: Pools, admission: Admission, voices: VoiceStore, rules: SpeechRules) -> None:
+        self._pools = pools
         self._admission = admission
-        self._document = functools.partial(_openapi_body, rules)
-        self._model_entry: Model = {
-            "id": MODEL,
-            "object": "model",
-            "created": 0,
-            "owned_by": "resemble-ai",
-            "variant": rules.variant.name,
-            "languages": dict(rules.variant.languages),
-            "language": rules.variant.check_language(rules.language),
-        }
-        self._http_metrics = HttpMetrics(pool, admission)
-        pool.on_part = self._http_metrics.count_part
-        pool.on_skipped = self._http_metrics.skipped.inc
-        self._speech = SpeechRoute(pool, admission, self._http_metrics, rules)
-        self._voices = VoiceRoutes(voices, admission, prepare=pool.prepare_voice, speak=self._speech.respond)
+        self._rules = rules
+        self._http_metrics = HttpMetrics(pools, admission)
+        self._speech = SpeechRoute(pools, admission, self._http_metrics, rules)
+        self._voices = VoiceRoutes(voices, admission, prepare=pools.prepare_voice, speak=self._speech.respond)
 
     def asgi(self) -> Starlette:
         """Return the ASGI application."""
@@ -69,6 +60,7 @@ class App:
                 Route("/livez", self._livez),
                 Route("/startupz", self._startupz),
                 Route("/readyz", self._readyz),
+                Route("/readyz/{model}", self._model_readyz),
                 Route("/metrics", self._metrics),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{model:path}", self._model),  # names of models often contain a slash
@@ -87,21 +79,33 @@ class App:
         return PlainTextResponse("ok\n")
 
     async def _startupz(self, request: Request) -> Response:
-        return self._status(request, ok=self._pool.attached)
+        return self._status(request, list(self._pools), ready=self._pools.ready, ok=self._pools.attached)
 
     async def _readyz(self, request: Request) -> Response:
-        return self._status(request, ok=self._pool.ready and not self._admission.draining)
+        ready = self._pools.ready
+        return self._status(request, list(self._pools), ready=ready, ok=ready and not self._admission.draining)
 
-    def _status(self, request: Request, *, ok: bool) -> Response:
-        pool, leading = self._pool, self._pool.leading
+    async def _model_readyz(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        if name not in self._pools:
+            return error_response(404, f"this server has no model {reprlib.repr(name)}", "model_not_found")
+        pool = self._pools[name]
+        return self._status(request, [pool], ready=pool.ready, ok=pool.ready and not self._admission.draining)
+
+    def _status(self, request: Request, pools: Collection[Pool], *, ready: bool, ok: bool) -> Response:
+        shown = slowest(pools)
+        leading = shown.leading
         status: Status = {
+            "model": shown.model,
+            "models": {pool.model: pool.ready for pool in pools},
             "phase": "draining" if self._admission.draining else leading.phase,
-            "attached": pool.attached,
-            "ready": pool.ready,
-            "voices": sorted(leading.voices),
-            "restarts": sum(worker.restarts for worker in pool.workers),
+            "attached": all(pool.attached for pool in pools),
+            "ready": ready,
+            "voices": sorted({name for pool in pools for name in pool.leading.voices}),
+            "restarts": sum(worker.restarts for pool in pools for worker in pool.workers),
             "workers": [
                 {
+                    "model": pool.model,
                     "device": worker.config.device,
                     "phase": worker.phase,
                     "attached": worker.attached,
@@ -111,6 +115,7 @@ class App:
                     "busy": worker.busy,
                     **asdict(worker.usage),  # type: ignore[typeddict-item]  # a test validates these fields
                 }
+                for pool in pools
                 for worker in pool.workers
             ],
         }
@@ -121,25 +126,37 @@ class App:
         return Response(self._http_metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, _: Request) -> Response:
-        models: Models = {"object": "list", "data": [self._model_entry]}
+        models: Models = {"object": "list", "data": [_model_entry(self._rules, one) for one in self._rules.variants]}
         return JSONResponse(models)
 
     async def _model(self, request: Request) -> Response:
-        name = request.path_params["model"]
-        if name == MODEL:
-            return JSONResponse(self._model_entry)
-        message = f"there is no model {reprlib.repr(name)}: this server has only {MODEL!r}"
-        return error_response(404, message, "model_not_found", param="model")
+        try:
+            return JSONResponse(_model_entry(self._rules, self._rules.model(request.path_params["model"])))
+        except UnknownModelError as error:
+            return error_response(404, error.message, "model_not_found", param="model")
 
     async def _openapi(self, _: Request) -> Response:
         # The import of pydantic and the derivation of the schemas take half a second, so they run in a thread.
-        return Response(await asyncio.to_thread(self._document), media_type="application/json")
+        return Response(await asyncio.to_thread(_openapi_body, self._rules), media_type="application/json")
 
 
 def _openapi_body(rules: SpeechRules) -> bytes:
     from chatterbox_prewarm.serve.http.openapi import encoded_document
 
-    return encoded_document(rules.max_characters, rules.ignore_speed, tuple(rules.variant.languages))
+    languages = dict.fromkeys(code for variant in rules.variants for code in variant.languages)
+    models = tuple(variant.name for variant in rules.variants)
+    return encoded_document(rules.max_characters, rules.ignore_speed, models, tuple(languages))
+
+
+def _model_entry(rules: SpeechRules, variant: Variant) -> Model:
+    return {
+        "id": variant.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "resemble-ai",
+        "languages": dict(variant.languages),
+        "language": rules.language_of(variant),
+    }
 
 
 def _without_slash(request: Request) -> str | None:

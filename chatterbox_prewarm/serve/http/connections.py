@@ -14,7 +14,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.serve.http.access import PROBES
+from chatterbox_prewarm.serve.http.access import is_probe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -145,7 +145,7 @@ class Connections:
             # A request with a fast response may fall between two sweeps, so its stage might never be seen.
             connection.stage_began = asyncio.get_running_loop().time()
             connections[protocol] = connection
-            if self._count > self.limits.connections and protocol.scope["path"] not in PROBES:
+            if self._count > self.limits.connections and not is_probe(protocol.scope["path"]):
                 self._make_room_for_request(protocol)
 
     def abort(self, protocol: Any) -> None:

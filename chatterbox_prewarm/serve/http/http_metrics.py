@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import collections
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from chatterbox_prewarm.serve.http.admission import Admission
     from chatterbox_prewarm.serve.workers.pool import Pool
+    from chatterbox_prewarm.serve.workers.pools import Pools
 
 _PREFIX = "chatterbox_prewarm"
 _SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 50, 100)
@@ -30,7 +33,10 @@ _WORKER_GAUGES = {
 
 
 class HttpMetrics(Collector):
-    """Counters and histograms of requests, and a collector that reads the pool at each scrape.
+    """Counters and histograms of requests, and a collector that reads the pools at each scrape.
+
+    The label `model` of all of them is the variant; it is empty for a request that was refused before its model was
+    known.
 
     Attributes:
         responses: speech requests by the status of their response.
@@ -42,8 +48,8 @@ class HttpMetrics(Collector):
         skipped: parts of texts that could not be spoken.
     """
 
-    def __init__(self, pool: Pool, admission: Admission) -> None:
-        self._pool = pool
+    def __init__(self, pools: Pools, admission: Admission) -> None:
+        self._pools = pools
         self._admission = admission
         self._registry = CollectorRegistry()
         self.responses = self._counter("speech_answers", "Speech requests by status.", "status")
@@ -53,42 +59,47 @@ class HttpMetrics(Collector):
         self.skipped = self._counter("skipped_parts", "Parts of texts that could not be spoken.")
         self.first_chunk = self._histogram("first_chunk_seconds", "Time from a request to its first audio.", _SECONDS)
         self.real_time_factor = self._histogram("real_time_factor", "Seconds of work per second of audio.", _FACTORS)
+        for pool in pools:
+            for metric in (self.abandoned, self.audio, self.truncated, self.skipped):
+                metric.labels(pool.model)  # so that a counter is 0 before it is missing
+            self.first_chunk.labels(pool.model)
+            self.real_time_factor.labels(pool.model)
+            pool.on_part = functools.partial(self._count_part, pool.model)
+            pool.on_skipped = self.skipped.labels(pool.model).inc
         self._registry.register(self)
-
-    def count_part(self, seconds: float, audio_seconds: float) -> None:
-        """Record that a worker took `seconds` to speak a part of a text of `audio_seconds`."""
-        self.audio.inc(audio_seconds)
-        if audio_seconds:
-            self.real_time_factor.observe(seconds / audio_seconds)
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterable[Metric]:
-        """Yield the metrics of the pool. The registry calls this method at each scrape."""
-        pool, admission, log = self._pool, self._admission, self._pool.leading.log
+        """Yield the metrics of the pools. The registry calls this method at each scrape."""
+        pools, admission = self._pools, self._admission
         for name, text, value in (
-            ("attached", "1 if the model and the warm state are loaded, otherwise 0.", pool.attached),
-            ("ready", "1 if every stage of a synthesis has run, otherwise 0.", pool.ready),
             ("requests_in_flight", "Accepted requests that still need a worker.", admission.in_flight),
             ("queue_limit", "Limit on requests in flight. Further requests get status 429.", admission.limit),
-            ("buffered_bytes", "Audio that clients have not read yet.", pool.backlog.size),
-            ("queue_parts", "Parts of texts that wait for a worker.", pool.waiting),
+            ("buffered_bytes", "Audio that clients have not read yet.", pools.backlog.size),
         ):
             yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value=float(value))
-        state = {log["state"]: 1} if log.get("state") else {}
-        yield _gauge("state", "The key of the warm state in use.", "key", state)
-        restarts = sum(worker.restarts for worker in pool.workers)
-        yield CounterMetricFamily(f"{_PREFIX}_worker_restarts", "Workers that died and were replaced.", restarts)
+        for name, text, value_of in _POOL_GAUGES:
+            yield _family(GaugeMetricFamily, name, text, [({}, pool.model, value_of(pool)) for pool in pools])
+        for name, text, label, values_of in _START_GAUGES:
+            rows = [
+                ({label: key}, pool.model, value)
+                for pool in pools
+                for key, value in values_of(pool.leading.log).items()
+            ]
+            yield _family(GaugeMetricFamily, name, text, rows, label)
+        restarts: list[_Row] = [({}, pool.model, sum(worker.restarts for worker in pool.workers)) for pool in pools]
+        yield _family(CounterMetricFamily, "worker_restarts", "Workers that died and were replaced.", restarts)
         yield from self._cache_counters()
-        phases: collections.defaultdict[str, float] = collections.defaultdict(float)
-        for phase in log.get("phases", []):
-            phases[phase["name"]] += phase["seconds"]
-        yield _gauge("phase_seconds", "Duration of a phase of the start.", "phase", phases)
-        marks = log.get("marks", {})
-        yield _gauge("since_exec_seconds", "Seconds since exec at which the start reached a mark.", "moment", marks)
         yield from self._worker_gauges()
+
+    def _count_part(self, model: str, seconds: float, audio_seconds: float) -> None:
+        """Record that a worker took `seconds` to speak a part of a text of `audio_seconds`."""
+        self.audio.labels(model).inc(audio_seconds)
+        if audio_seconds:
+            self.real_time_factor.labels(model).observe(seconds / audio_seconds)
 
     def _cache_counters(self) -> Iterable[Metric]:
         for kind, text in (
@@ -96,32 +107,70 @@ class HttpMetrics(Collector):
             ("hits", "Baked artifacts used."),
             ("misses", "Artifacts rebuilt or skipped."),
         ):
-            counter = CounterMetricFamily(f"{_PREFIX}_cache_{kind}", text, labels=["family"])
-            sums: collections.Counter[str] = collections.Counter()
-            for worker in self._pool.workers:
-                sums.update(worker.log.get(kind, {}))
-            for family, count in sums.items():
-                counter.add_metric([family], count)
-            yield counter
+            rows = []
+            for pool in self._pools:
+                sums: collections.Counter[str] = collections.Counter()
+                for worker in pool.workers:
+                    sums.update(worker.log.get(kind, {}))
+                rows += [({"family": family}, pool.model, count) for family, count in sums.items()]
+            yield _family(CounterMetricFamily, f"cache_{kind}", text, rows, "family")
 
     def _worker_gauges(self) -> Iterable[Metric]:
         for name, text in _WORKER_GAUGES.items():
+            rows = []
             # The number identifies the worker, because several workers can share a device.
-            gauge = GaugeMetricFamily(f"{_PREFIX}_worker_{name}", text, labels=["worker", "device"])
-            for number, worker in enumerate(self._pool.workers):
+            for number, (model, worker) in enumerate(self._pools.workers):
                 source = worker if name in {"ready", "busy"} else worker.usage
-                gauge.add_metric([str(number), worker.config.device], float(getattr(source, name)))
-            yield gauge
+                labels = {"worker": str(number), "device": worker.config.device}
+                rows.append((labels, model, getattr(source, name)))
+            yield _family(GaugeMetricFamily, f"worker_{name}", text, rows, "worker", "device")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"{_PREFIX}_{name}", text, labels, registry=self._registry)
+        return Counter(f"{_PREFIX}_{name}", text, ("model", *labels), registry=self._registry)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(f"{_PREFIX}_{name}", text, buckets=buckets, registry=self._registry)
+        return Histogram(f"{_PREFIX}_{name}", text, ("model",), buckets=buckets, registry=self._registry)
 
 
-def _gauge(name: str, text: str, label: str, values: Mapping[str, float]) -> GaugeMetricFamily:
-    gauge = GaugeMetricFamily(f"{_PREFIX}_{name}", text, labels=[label])
-    for key, value in values.items():
-        gauge.add_metric([key], value)
-    return gauge
+def _phases(log: Mapping[str, Any]) -> Mapping[str, float]:
+    seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
+    for phase in log.get("phases", []):
+        seconds[phase["name"]] += phase["seconds"]
+    return seconds
+
+
+#: Name, help and value of the gauges of a model.
+_POOL_GAUGES: tuple[tuple[str, str, Callable[[Pool], float]], ...] = (
+    ("attached", "1 if the model and the warm state are loaded, otherwise 0.", lambda pool: pool.attached),
+    ("ready", "1 if the model can speak, otherwise 0.", lambda pool: pool.ready),
+    ("queue_parts", "Parts of texts that wait for a worker.", lambda pool: pool.waiting),
+)
+#: Name, help, label and values of the gauges of a model's start.
+_START_GAUGES: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], Mapping[str, float]]], ...] = (
+    ("state", "The key of the warm state in use.", "key", lambda log: {log["state"]: 1} if log.get("state") else {}),
+    ("phase_seconds", "Duration of a phase of the start.", "phase", _phases),
+    (
+        "since_exec_seconds",
+        "Seconds since exec at which the start reached a mark.",
+        "moment",
+        lambda log: log.get("marks", {}),
+    ),
+)
+
+
+#: A sample: its labels except `model`, the model, and the value.
+_Row = tuple[Mapping[str, str], str, float]
+
+
+def _family(
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    name: str,
+    text: str,
+    rows: Iterable[_Row],
+    *labels: str,
+) -> Metric:
+    """Make a metric from its samples. `labels` are their labels except `model`."""
+    metric = kind(f"{_PREFIX}_{name}", text, labels=["model", *labels])
+    for values, model, value in rows:
+        metric.add_metric([model, *(values[label] for label in labels)], float(value))
+    return metric

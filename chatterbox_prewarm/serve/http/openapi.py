@@ -54,14 +54,17 @@ _ERRORS = {
     507: ("NoRoom", "The disk is full, or the maximum number of voices is reached."),
 }
 _RETRIED = (429, 503)
+_MODEL = {"parameters": [{"$ref": "#/components/parameters/model"}]}
 _TEXT = {"description": "Plain text.", "content": {"text/plain": {"schema": {"type": "string"}}}}
 
 
 @functools.cache
-def encoded_document(max_characters: int, ignore_speed: bool, languages: tuple[str, ...]) -> bytes:
+def encoded_document(
+    max_characters: int, ignore_speed: bool, models: tuple[str, ...], languages: tuple[str, ...]
+) -> bytes:
     """Return the body of `/openapi.json`. Building it takes about half a second."""
     document = build_document(
-        __version__, max_characters=max_characters, ignore_speed=ignore_speed, languages=languages
+        __version__, max_characters=max_characters, ignore_speed=ignore_speed, models=models, languages=languages
     )
     return json.dumps(document).encode()
 
@@ -71,6 +74,7 @@ def build_document(
     *,
     max_characters: int = MAX_CHARACTERS,
     ignore_speed: bool = False,
+    models: Sequence[str] = (DEFAULT_VARIANT.name,),
     languages: Sequence[str] = tuple(DEFAULT_VARIANT.languages),
 ) -> dict[str, Any]:
     """Build the OpenAPI document from JSON-compatible values.
@@ -79,7 +83,8 @@ def build_document(
         version: the version of this program.
         max_characters: the length of the longest text that this server accepts.
         ignore_speed: True if this server accepts any value of the field `speed`, without an effect.
-        languages: the codes of the languages of this server.
+        models: the names of the models of this server.
+        languages: the codes of their languages.
     """
     return {
         "openapi": "3.1.0",
@@ -93,7 +98,7 @@ def build_document(
         "security": [{}, {"bearer": []}],  # a server without a token accepts all requests
         "paths": {**_probes(), **_pages(), **_speech(), **_voices()},
         "components": {
-            "schemas": _schemas(max_characters, languages, ignore_speed=ignore_speed),
+            "schemas": _schemas(max_characters, models, languages, ignore_speed=ignore_speed),
             "responses": {name: _error(status, text) for status, (name, text) in _ERRORS.items()},
             "parameters": {
                 "voice": {
@@ -107,7 +112,7 @@ def build_document(
                     "name": "model",
                     "in": "path",
                     "required": True,
-                    "description": "The name of a model. The server has one.",
+                    "description": "The name of a model.",
                     "schema": {"type": "string"},
                 },
             },
@@ -116,7 +121,9 @@ def build_document(
     }
 
 
-def _schemas(max_characters: int, languages: Sequence[str], *, ignore_speed: bool) -> dict[str, Any]:
+def _schemas(
+    max_characters: int, models: Sequence[str], languages: Sequence[str], *, ignore_speed: bool
+) -> dict[str, Any]:
     for shape in filter(is_typeddict, vars(schemas).values()):
         with_config(ConfigDict(use_attribute_docstrings=True))(shape)
     mode: JsonSchemaMode = "validation"
@@ -125,8 +132,8 @@ def _schemas(max_characters: int, languages: Sequence[str], *, ignore_speed: boo
     components: dict[str, Any] = derived["$defs"]
     fields = components["SpeechRequest"]["properties"]
     fields["input"]["maxLength"] = max_characters
-    for name in ("language", "language_id"):
-        fields[name]["examples"] = list(languages)
+    for name, examples in (("model", models), ("language", languages), ("language_id", languages)):
+        fields[name]["examples"] = list(examples)
     if ignore_speed:
         fields["speed"] = {"description": "Ignored. The model has only one speed."}
     event = {"oneOf": [_ref(shape.__name__) for shape in get_args(schemas.SpeechEvent)]}
@@ -144,8 +151,12 @@ def _probes() -> dict[str, Any]:
     states = {200: _json("The condition holds.", "Status"), 503: _json("The condition does not hold.", "Status")}
     return {
         "/livez": {"get": _operation("live", live, {200: _TEXT})},
-        "/startupz": {"get": _operation("started", "Check that the model and the warm state are loaded.", states)},
-        "/readyz": {"get": _operation("ready", "Check that every stage of a synthesis has run.", states)},
+        "/startupz": {"get": _operation("started", "Check that the models and warm states are loaded.", states)},
+        "/readyz": {"get": _operation("ready", "Check that all models have spoken, and one can speak now.", states)},
+        "/readyz/{model}": {
+            **_MODEL,
+            "get": _operation("model_ready", "Check that a model can speak now.", {**states, **_errors(404)}),
+        },
     }
 
 
@@ -164,11 +175,8 @@ def _pages() -> dict[str, Any]:
 def _models() -> dict[str, Any]:
     model = {200: _json("The model.", "Model"), **_errors(404)}
     return {
-        "/v1/models": {"get": _operation("list_models", "List the models.", {200: _json("The only model.", "Models")})},
-        "/v1/models/{model}": {
-            "parameters": [{"$ref": "#/components/parameters/model"}],
-            "get": _operation("get_model", "Get the model.", model),
-        },
+        "/v1/models": {"get": _operation("list_models", "List the models.", {200: _json("The models.", "Models")})},
+        "/v1/models/{model}": {**_MODEL, "get": _operation("get_model", "Get a model.", model)},
     }
 
 
@@ -186,7 +194,7 @@ def _speech() -> dict[str, Any]:
         },
     }
     body = {"required": True, "content": {"application/json": {"schema": _ref("SpeechRequest")}}}
-    responses = {200: audio, **_errors(400, 403, 408, 413, 415, 422, 429, 500, 503)}
+    responses = {200: audio, **_errors(400, 403, 404, 408, 413, 415, 422, 429, 500, 503)}
     return {"/v1/audio/speech": {"post": _operation("speak", "Speak a text.", responses, requestBody=body)}}
 
 
@@ -217,7 +225,7 @@ def _voices() -> dict[str, Any]:
 
 def _operation(name: str, summary: str, responses: dict[int, dict[str, Any]], **fields: Any) -> dict[str, Any]:
     """Describe one operation. Probes need no token."""
-    if name in {"live", "started", "ready"}:
+    if name in {"live", "started", "ready", "model_ready"}:
         fields["security"] = []
     else:
         responses = {**responses, **_errors(401)}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.routing import Match
 
-from chatterbox_prewarm.serve.http.access import PROBES
+from chatterbox_prewarm.serve.http.access import is_probe
 from chatterbox_prewarm.serve.workers.log_lines import REQUEST_ID
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ logger = logging.getLogger(__name__)
 _KEY = "chatterbox_prewarm.log_fields"
 _HEADER = b"x-request-id"
 _ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
-#: Kubernetes and Prometheus request these paths every few seconds, so they are logged at debug level.
-_QUIET = PROBES | {"/metrics"}
+_METRICS = "/metrics"
 _MAX_PATH = 200
 #: The route of a path that the server does not have.
 _NO_ROUTE = "unknown"
@@ -72,7 +71,8 @@ def log_requests(app: ASGIApp, routes: Sequence[BaseRoute], *, log_text: bool = 
         finally:
             if not log_text:
                 fields.pop("text", None)
-            level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
+            # Kubernetes and Prometheus request these paths every few seconds.
+            level = logging.DEBUG if is_probe(scope["path"]) or scope["path"] == _METRICS else logging.INFO
             logger.log(
                 level,
                 "request",

@@ -42,8 +42,10 @@ class Phase(TypedDict):
 
 
 class Worker(TypedDict):
-    """A process that holds the model on one device. The memory figures date from the worker's last response."""
+    """A process that holds a model on one device. The memory figures date from the worker's last response."""
 
+    model: str
+    """The model that it holds."""
     device: str
     phase: str
     attached: bool
@@ -65,14 +67,22 @@ class Worker(TypedDict):
 
 
 class Status(TypedDict):
-    """Progress and results of the start. The optional fields are missing until a worker has reported them."""
+    """Progress and results of the start. The optional fields are missing until a worker has reported them.
+
+    With several models, `phases` and the fields below it describe the start that has progressed least.
+    """
+
+    model: str
+    """The model that the phases describe."""
+    models: dict[str, bool]
+    """Whether each model of the server can speak now."""
 
     phase: str
     """`ready`, or the current activity in words."""
     attached: bool
-    """True when the model and the warm state are loaded."""
+    """True when the models and their warm states are loaded."""
     ready: bool
-    """True when every stage of a synthesis has run once."""
+    """True when every stage of a synthesis has run once with every model, and one of them can speak now."""
     voices: list[str]
     restarts: int
     """Number of workers that died and were replaced."""
@@ -102,12 +112,11 @@ class Model(TypedDict):
     """A model in the format of OpenAI's API."""
 
     id: str
+    """The name of its variant, such as english."""
     object: Literal["model"]
     created: int
     """Unix time."""
     owned_by: str
-    variant: str
-    """The model variant, such as english."""
     languages: dict[str, str]
     """The names of its languages by their code."""
     language: str
@@ -115,7 +124,7 @@ class Model(TypedDict):
 
 
 class Models(TypedDict):
-    """The list of models. It has one entry."""
+    """The list of models. Requests that name none are for the first one."""
 
     object: Literal["list"]
     data: list[Model]
@@ -136,10 +145,12 @@ class Voice(TypedDict):
     """Unix time; null for a baked voice."""
     digest: str | None
     """SHA-256 of the file of an added voice."""
+    models: list[str]
+    """The models that can speak with the voice."""
     usable: bool
-    """True when this server can speak with the voice."""
+    """True when a model of this server can."""
     reason: str | None
-    """The reason why the voice is not usable."""
+    """The reason why a model cannot."""
 
 
 class VoiceName(TypedDict):

@@ -29,11 +29,9 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.serve.http.access import Token
     from chatterbox_prewarm.serve.http.admission import Admission
-    from chatterbox_prewarm.serve.workers.pool import Pool
+    from chatterbox_prewarm.serve.workers.pools import Pools
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
     from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
-    from chatterbox_prewarm.weights.record import WeightsRecord
-
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +45,8 @@ class ServeConfig:
 
     Attributes:
         host, port: the address to listen on.
-        rules: what the server accepts in a speech request; `serve` fills in the variant.
-        weights: the checkpoint. Added voices must belong to it.
+        rules: what the server accepts in a speech request; `serve` fills in the models.
+        checkpoints: the directory of each model's checkpoint by its variant. Added voices must belong to them.
         voices_dir, max_voices: the directory of added voices, and their maximum number.
         voice_aliases: additional names of voices.
         queue_limit: the maximum number of requests in flight.
@@ -63,7 +61,7 @@ class ServeConfig:
 
     host: str
     port: int
-    weights: Path
+    checkpoints: Mapping[str, Path]
     voices_dir: Path
     max_voices: int
     queue_limit: int
@@ -87,27 +85,17 @@ def serve(config: ServeConfig, workers: Sequence[tuple[WorkerConfig, WorkerProce
 
     Raises:
         BadInputError: the server cannot listen on the address.
-        WeightsError: the checkpoint is missing.
-        PrewarmError: all workers failed. The type tells the cause.
+        WeightsError: a checkpoint is missing.
+        PrewarmError: all workers of a model failed. The type tells the cause.
     """
     # Until the event loop handles signals there are no requests to drain. The handler is necessary because the first
     # process of a container ignores SIGTERM by default.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     listener = listen(config.host, config.port)
-    record = read_record(config.weights)
-    rules = config.rules.for_variant(get_variant(record.variant))
-    asyncio.run(_run(replace(config, rules=rules), workers, _voice_store(config, record), listener))
-
-
-def _voice_store(config: ServeConfig, record: WeightsRecord) -> VoiceStore:
-    return VoiceStore(
-        config.voices_dir,
-        baked={},
-        variant=record.variant,
-        weights=record.set_digest,
-        max_voices=config.max_voices,
-        aliases=config.voice_aliases,
-    )
+    rules = config.rules.for_variants([get_variant(name) for name in config.checkpoints])
+    digests = {name: read_record(path).set_digest for name, path in config.checkpoints.items()}
+    voices = VoiceStore(config.voices_dir, digests, max_voices=config.max_voices, aliases=config.voice_aliases)
+    asyncio.run(_run(replace(config, rules=rules), workers, voices, listener))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -145,19 +133,17 @@ async def _run(
     voices: VoiceStore,
     listener: socket.socket,
 ) -> None:
-    """Serve on `listener` until a signal arrives or the last worker fails, then drain.
+    """Serve on `listener` until a signal arrives or the last worker of a model fails, then drain.
 
     Raises:
-        PrewarmError: the reason why no worker is left.
+        PrewarmError: the reason why no worker of the model is left.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    from chatterbox_prewarm.serve.workers.pool import Pool
-
-    pool = Pool(workers, wait_seconds=config.queue_seconds, hang_seconds=config.hang_seconds, voices=voices)
-    supervision = loop.create_task(pool.run())
+    pools = _make_pools(config, workers, voices)
+    supervision = loop.create_task(pools.run())
 
     from chatterbox_prewarm.serve.http.access import check_access
     from chatterbox_prewarm.serve.http.admission import Admission, close_while_draining
@@ -165,8 +151,8 @@ async def _run(
     from chatterbox_prewarm.serve.http.cross_origin import allow_origins
     from chatterbox_prewarm.serve.http.request_log import log_requests
 
-    admission = Admission(pool, limit=config.queue_limit)
-    application = App(pool, admission, voices, config.rules).asgi()
+    admission = Admission(pools, limit=config.queue_limit)
+    application = App(pools, admission, voices, config.rules).asgi()
     checked = check_access(application, config.token, config.sites)
     app = close_while_draining(allow_origins(checked, config.sites.origins), admission)
     connections = Connections(limited_server.reduce_to(limited_server.raise_open_files(), config.limits))
@@ -183,19 +169,43 @@ async def _run(
     stopping = loop.create_task(stop.wait())
     await asyncio.wait([serving, supervision, stopping], return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
-    await _drain(pool, admission, config.drain_seconds)
+    await _drain(pools, admission, config.drain_seconds)
     await connections.finish(_LAST_READ_SECONDS)
     server.should_exit = True
     await serving
     await supervision
-    if pool.failure is not None:
-        raise pool.failure
+    if pools.failure is not None:
+        raise pools.failure
 
 
-async def _drain(pool: Pool, admission: Admission, seconds: float) -> None:
+def _make_pools(
+    config: ServeConfig, workers: Sequence[tuple[WorkerConfig, WorkerProcess]], voices: VoiceStore
+) -> Pools:
+    """Make a pool for each model from the workers of all."""
+    from chatterbox_prewarm.serve.workers.audio_buffer import Backlog
+    from chatterbox_prewarm.serve.workers.pool import Pool
+    from chatterbox_prewarm.serve.workers.pools import Pools
+
+    backlog = Backlog()
+    return Pools(
+        [
+            Pool(
+                [worker for worker in workers if worker[0].model == model],
+                model=model,
+                wait_seconds=config.queue_seconds,
+                hang_seconds=config.hang_seconds,
+                voices=voices,
+                backlog=backlog,
+            )
+            for model in config.checkpoints
+        ]
+    )
+
+
+async def _drain(pools: Pools, admission: Admission, seconds: float) -> None:
     admission.draining = True
-    pool.close()
+    pools.close()
     logger.info("draining: %d response(s) are not complete", admission.responding)
     if not await admission.drained(seconds):
         logger.error("%d response(s) were not complete within %.0f s", admission.responding, seconds)
-    await pool.stop()
+    await pools.stop()

@@ -1,9 +1,9 @@
 """The body of `POST /v1/audio/speech`: parse JSON with OpenAI's fields and our own into checked `SpeechOptions`.
 
 The behaviour of existing clients decided the open questions. The default format is mp3 as in OpenAI's API, because
-clients save the response with that file name. `model` and `instructions` have no effect, as in OpenAI's models without
-instructions. Unknown fields have no effect either, because clients of other servers send them. A known field with an
-invalid value is an error.
+clients save the response with that file name. `model` names a model of the server; the names of OpenAI's models mean
+the first one. `instructions` has no effect, as in OpenAI's models without instructions. Unknown fields have no effect
+either, because clients of other servers send them. A known field with an invalid value is an error.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.text import MAX_CHARACTERS, check_text, decode_text
 from chatterbox_prewarm.serve.http.error_responses import RequestError
-from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
+from chatterbox_prewarm.serve.http.speech_rules import SpeechRules, UnknownModelError
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 from chatterbox_prewarm.system.limits import MAX_SEED, MAX_TOKENS, MIN_LOOK_AHEAD, MIN_TOKENS, SAMPLING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from chatterbox_prewarm.weights.variants import Variant
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,10 @@ class SpeechRequest(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     input: _Text = Field(description="The text. A long text is spoken in parts, sentence by sentence.")
-    model: StrictStr | None = Field(default=None, description="Any name. The server has only one model.")
+    model: StrictStr | None = Field(
+        default=None,
+        description="A model that `/v1/models` lists. Default, and for the names of OpenAI's models: the first one.",
+    )
     voice: StrictStr | VoiceReference | None = Field(
         default=None,
         description="The name of a voice or of an alias, or an object with the name as `id`. "
@@ -131,22 +136,43 @@ def parse_speech_options(body: bytes, rules: SpeechRules = _DEFAULT_RULES) -> Sp
     if unknown:
         logger.info("ignored %d unknown field(s)", len(unknown))  # their names can be any text of the user
     voice = request.voice.id if isinstance(request.voice, VoiceReference) else request.voice
+    variant = _model_of(request, rules)
     text = _check_field("input", request.input, check_input)
     voice = DEFAULT_VOICE if voice is None else voice  # the voice store resolves all names
-    language = _language_of(request, rules)
-    _check_field("input", text, functools.partial(rules.check_text, language=language))
-    settings = request.model_dump(include=_SAME_IN_OPTIONS)
-    return SpeechOptions(text=text, voice=voice, language=language, format=request.response_format or "mp3", **settings)
+    language = _language_of(request, variant) or rules.language_of(variant)
+    _check_field("input", text, functools.partial(rules.check_text, variant=variant, language=language))
+    return SpeechOptions(
+        text=text,
+        model=variant.name,
+        voice=voice,
+        language=language,
+        format=request.response_format or "mp3",
+        **request.model_dump(include=_SAME_IN_OPTIONS),
+    )
 
 
-def _language_of(request: SpeechRequest, rules: SpeechRules) -> str | None:
-    """Return the language of a request, or of the server if the request names none.
+def _model_of(request: SpeechRequest, rules: SpeechRules) -> Variant:
+    """Return the model of a request.
+
+    Raises:
+        RequestError: the server does not have it. The status is 404, as in OpenAI's API.
+    """
+    try:
+        return rules.model(request.model)
+    except UnknownModelError as error:
+        raise RequestError(
+            error.message, next_step=error.next_step, status=404, code="model_not_found", param="model"
+        ) from None
+
+
+def _language_of(request: SpeechRequest, variant: Variant) -> str | None:
+    """Return the language that a request names.
 
     Raises:
         RequestError: the model does not speak it, or the two fields differ.
     """
     found = {
-        name: _check_field(name, code, rules.variant.check_language)
+        name: _check_field(name, code, variant.check_language)
         for name in ("language", "language_id")
         if (code := getattr(request, name)) is not None
     }
@@ -154,7 +180,7 @@ def _language_of(request: SpeechRequest, rules: SpeechRules) -> str | None:
         raise RequestError(
             "'language' and 'language_id' differ", param="language_id", next_step="send one of these fields"
         )
-    return next(iter(found.values()), rules.language)
+    return next(iter(found.values()), None)
 
 
 def _parse_object(body: bytes) -> dict[str, Any]:

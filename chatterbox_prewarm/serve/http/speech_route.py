@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.serve.http.http_metrics import HttpMetrics
     from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
     from chatterbox_prewarm.serve.workers.messages import Chunk
-    from chatterbox_prewarm.serve.workers.pool import Pool
+    from chatterbox_prewarm.serve.workers.pools import Pools
     from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 
     T = TypeVar("T")
@@ -47,14 +47,14 @@ class SpeechRoute:
     """The ASGI application of the route.
 
     Args:
-        pool: the workers.
+        pools: the models.
         admission: decides whether the server accepts a request.
         http_metrics: counts requests, and measures the time to the first chunk.
         rules: what the server accepts in a request.
     """
 
-    def __init__(self, pool: Pool, admission: Admission, http_metrics: HttpMetrics, rules: SpeechRules) -> None:
-        self._pool = pool
+    def __init__(self, pools: Pools, admission: Admission, http_metrics: HttpMetrics, rules: SpeechRules) -> None:
+        self._pools = pools
         self._admission = admission
         self._http_metrics = http_metrics
         self._rules = rules
@@ -62,7 +62,7 @@ class SpeechRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to a request with `SpeechRequest` as its body."""
-        stream = ResponseStream(scope, receive, send)
+        stream, model = ResponseStream(scope, receive, send), ""
         try:
             if (refusal := self._admission.refusal()) is not None:
                 await stream.send(refusal)
@@ -71,13 +71,14 @@ class SpeechRoute:
             body = await self._bodies.read(Request(scope, receive))
             parse_speech_options = await asyncio.to_thread(_import_parser)
             options = parse_speech_options(body, self._rules)
+            model = self._model(options)
             await self._respond(options, stream)
         except PrewarmError as error:
             await stream.send(response_for(error))
         except ClientDisconnect:
             logger.info("the client disconnected before its request was complete")
         finally:
-            self._count(stream)
+            self._count(stream, model)
 
     def respond(self, options: SpeechOptions) -> ASGIApp:
         """Return a response with the speech for `options`, for other routes."""
@@ -87,22 +88,26 @@ class SpeechRoute:
             try:
                 await self._respond(options, stream)
             finally:
-                self._count(stream)
+                self._count(stream, self._model(options))
 
         return response
 
-    def _count(self, stream: ResponseStream) -> None:
+    def _count(self, stream: ResponseStream, model: str) -> None:
         """Count a response that has ended, by its status."""
         if stream.status:
-            self._http_metrics.responses.labels(str(stream.status)).inc()
+            self._http_metrics.responses.labels(model, str(stream.status)).inc()
+
+    def _model(self, options: SpeechOptions) -> str:
+        return self._pools[options.model].model
 
     async def _respond(self, options: SpeechOptions, stream: ResponseStream) -> None:
         text = options.text
         # A client can send any text as a voice. Only a possible name of a voice is safe to log.
         voice = options.voice if is_voice_name(options.voice) else None
-        add_log_fields(stream.scope, text=text, characters=len(text), voice=voice, format=options.format)
+        model = self._model(options)
+        add_log_fields(stream.scope, text=text, characters=len(text), model=model, voice=voice, format=options.format)
         # Checked again, because the server may have started to drain while the body arrived.
-        if (refusal := self._admission.refusal()) is not None:
+        if (refusal := self._admission.refusal(options.model)) is not None:
             await stream.send(refusal)
             return
         try:
@@ -110,7 +115,7 @@ class SpeechRoute:
                 await self._speak_while_connected(options, stream, release)
         except PrewarmError as error:
             if not stream.status:
-                await stream.send(response_for(error, retry_after=self._pool.retry_after))
+                await stream.send(response_for(error, retry_after=self._pools[options.model].retry_after))
             else:
                 # Too late for an error status. uvicorn closes the connection of the incomplete response, so the client
                 # notices the failure.
@@ -125,7 +130,7 @@ class SpeechRoute:
             await asyncio.wait([speech, disconnect], return_when=asyncio.FIRST_COMPLETED)
             if not speech.done():
                 logger.info("the client disconnected before its speech was complete")
-                self._http_metrics.abandoned.inc()
+                self._http_metrics.abandoned.labels(self._model(options)).inc()
         finally:
             speech.cancel()
             disconnect.cancel()
@@ -138,8 +143,8 @@ class SpeechRoute:
         one_shot = options.stream_format is None and options.format in {"wav", "flac"}
         if one_shot:
             options = replace(options, chunk_tokens=None)
-        async with contextlib.aclosing(self._pool.speak(options, on_complete=release)) as generated:
-            chunks = self._measured(generated, started, stream)
+        async with contextlib.aclosing(self._pools[options.model].speak(options, on_complete=release)) as generated:
+            chunks = self._measured(generated, started, stream, self._model(options))
             if options.stream_format == "sse":
                 await self._send_events(options, chunks, stream)
             elif one_shot:
@@ -148,26 +153,26 @@ class SpeechRoute:
                 await self._send_stream(options, chunks, stream)
 
     async def _measured(
-        self, chunks: AsyncGenerator[Chunk], started: float, stream: ResponseStream
+        self, chunks: AsyncGenerator[Chunk], started: float, stream: ResponseStream, model: str
     ) -> AsyncIterator[Chunk]:
         """Pass on the chunks. Record the time to the first one, and the parts that reached the token limit."""
         first, truncated_parts = True, 0
         async for chunk in chunks:
             if first:
-                self._http_metrics.first_chunk.observe(time.monotonic() - started)
+                self._http_metrics.first_chunk.labels(model).observe(time.monotonic() - started)
                 first = False
             if chunk.truncated:
                 stream.finish_reason = "length"
                 if chunk.seconds is not None:
                     truncated_parts += 1
-                    self._http_metrics.truncated.inc()
+                    self._http_metrics.truncated.labels(model).inc()
                     add_log_fields(stream.scope, truncated=truncated_parts)
             yield chunk
 
     async def _send_file(self, options: SpeechOptions, chunks: AsyncIterator[Chunk], stream: ResponseStream) -> None:
         media_type, parts = await encoded(options.format, chunks, one_shot=True)
         audio = b"".join([data async for data in parts])
-        with self._pool.backlog.holding(len(audio)):
+        with self._pools.backlog.holding(len(audio)):
             await stream.send_file(media_type, audio)
 
     async def _send_stream(self, options: SpeechOptions, chunks: AsyncIterator[Chunk], stream: ResponseStream) -> None:

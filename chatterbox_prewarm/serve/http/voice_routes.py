@@ -79,7 +79,7 @@ class VoiceRoutes:
         voices: Voices = {
             "object": "list",
             "data": [voice_body(entry) for entry in entries],
-            "voices": [{"id": entry.name, "name": entry.name} for entry in entries if entry.problem is None],
+            "voices": [{"id": entry.name, "name": entry.name} for entry in entries if entry.models],
         }
         return JSONResponse(voices)
 
@@ -97,12 +97,19 @@ class VoiceRoutes:
     async def _preview(self, request: Request) -> ASGIApp:
         name = request.path_params["name"]
         try:
-            await asyncio.to_thread(self._store.digest, name)
+            entry = await asyncio.to_thread(self._store.get, name)
+            model = entry.models[0] if entry.models else ""
+            await asyncio.to_thread(self._store.digest, name, model)
         except PrewarmError as error:
             return _response_for(error)
         return self._speak(
             SpeechOptions(
-                text=PREVIEW_TEXT, voice=name, format="wav", seed=_PREVIEW_SEED, max_new_tokens=_PREVIEW_TOKENS
+                text=PREVIEW_TEXT,
+                model=model,
+                voice=name,
+                format="wav",
+                seed=_PREVIEW_SEED,
+                max_new_tokens=_PREVIEW_TOKENS,
             )
         )
 
@@ -159,7 +166,8 @@ def voice_body(entry: VoiceEntry) -> Voice:
         "bytes": entry.size,
         "created": entry.created,
         "digest": entry.digest,
-        "usable": entry.problem is None,
+        "models": list(entry.models),
+        "usable": bool(entry.models),
         "reason": entry.problem,
     }
 

@@ -1,4 +1,7 @@
-"""The file of an added voice: conditionals as safetensors, with metadata about their origin.
+"""The file of an added voice: its conditionals for each model of the server, as safetensors, with their origin.
+
+The tensors of a model are named `VARIANT/t3.NAME` and `VARIANT/gen.NAME`. Files of schema 1 have one model, and no
+variant in the names of the tensors.
 
 Every check that does not need torch is here. The front runs it before it lists a voice, and a worker before it loads
 one: another version of this package may have written the file, for another checkpoint, or anyone with access.
@@ -10,20 +13,26 @@ import hashlib
 import io
 import re
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.serve.voices.voice_errors import UnusableVoiceError
 from chatterbox_prewarm.system.regular_files import NotRegularError, open_regular
 from chatterbox_prewarm.weights.safetensors_header import parse_safetensors_header
+from chatterbox_prewarm.weights.variants import VARIANTS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
-SCHEMA = 1
+    from chatterbox_prewarm.weights.safetensors_header import Header
+
+SCHEMA = 2
 SUFFIX = ".safetensors"
-#: S3Gen's longest reference, 10 s, makes a file of 170 kB.
-MAX_BYTES = 1 << 20
+#: S3Gen's longest reference, 10 s, makes 170 kB for each model.
+MAX_BYTES = len(VARIANTS) << 20
+#: Begins the name of the metadata with the set digest of a model's checkpoint; the variant follows.
+_WEIGHTS = "weights:"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DIGITS = re.compile(r"[0-9]{1,12}")
 #: Dtype and allowed dimensions of each tensor. S3Gen takes 10 s at 25 tokens per second, T3 takes 150 tokens.
@@ -39,21 +48,24 @@ _TENSORS: dict[str, tuple[str, tuple[range, ...]]] = {
 _ADD_AGAIN = "delete it and add the voice again"
 
 
-def make_metadata(*, variant: str, weights: str, clip_sha256: str) -> dict[str, str]:
+def make_metadata(weights: Mapping[str, str], *, clip_sha256: str) -> dict[str, str]:
     """Return the safetensors metadata of a voice that is created now.
 
     Args:
-        variant: name of the model variant.
-        weights: set digest of the checkpoint.
+        weights: set digest of the checkpoint by the variant of each model.
         clip_sha256: SHA-256 of the WAV file that the conditionals were computed from, in hexadecimal.
     """
     return {
-        "variant": variant,
-        "weights": weights,
+        **{f"{_WEIGHTS}{variant}": digest for variant, digest in weights.items()},
         "created": str(int(time.time())),  # seconds since the epoch
         "clip_sha256": clip_sha256,
         "schema": str(SCHEMA),
     }
+
+
+def tensor_prefix(variant: str, names: Collection[str]) -> str:
+    """Return what stands before the names of a model's tensors in a file with these names."""
+    return f"{variant}/" if any("/" in name for name in names) else ""
 
 
 def read_file(directory: Path, name: str) -> bytes:
@@ -78,19 +90,28 @@ def read_file(directory: Path, name: str) -> bytes:
         raise UnusableVoiceError(str(error.strerror), next_step="delete it") from error
 
 
-def check_bytes(data: bytes, *, variant: str, weights: str) -> int:
+@dataclass(frozen=True, kw_only=True)
+class CheckedFile:
+    """The result of `check_bytes`.
+
+    Attributes:
+        created: when the voice was created, in seconds since the epoch.
+        problems: why a model cannot use the voice, by its variant. A model that can use it has no entry.
+    """
+
+    created: int
+    problems: Mapping[str, str]
+
+
+def check_bytes(data: bytes, models: Mapping[str, str]) -> CheckedFile:
     """Check the content of a voice's file without torch.
 
     Args:
         data: the whole file.
-        variant: name of the model variant that will speak with it.
-        weights: set digest of the checkpoint.
-
-    Returns:
-        when the voice was created, in seconds since the epoch.
+        models: set digest of the checkpoint by the variant of each model that will speak with the voice.
 
     Raises:
-        UnusableVoiceError: the file is damaged, or was made for another model.
+        UnusableVoiceError: the file is damaged, or no model can use it.
     """
     if len(data) > MAX_BYTES:
         raise UnusableVoiceError(f"it is larger than {MAX_BYTES} bytes", next_step="delete it")
@@ -102,9 +123,16 @@ def check_bytes(data: bytes, *, variant: str, weights: str) -> int:
         raise UnusableVoiceError(
             f"it has {len(data)} bytes, but its header describes {header.size} bytes", next_step=_ADD_AGAIN
         )
-    created = _check_metadata(header.metadata, variant=variant, weights=weights)
-    _check_shapes(header.tensors)
-    return created
+    created, recorded = _read_metadata(header.metadata)
+    problems: dict[str, UnusableVoiceError] = {}
+    for variant, weights in models.items():
+        try:
+            _check_model(header, recorded, variant, weights)
+        except UnusableVoiceError as error:
+            problems[variant] = error
+    if len(problems) == len(models):
+        raise next(iter(problems.values()))
+    return CheckedFile(created=created, problems={name: error.message for name, error in problems.items()})
 
 
 def digest_of(data: bytes) -> str:
@@ -112,9 +140,10 @@ def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _check_metadata(metadata: Mapping[str, str], *, variant: str, weights: str) -> int:
+def _read_metadata(metadata: Mapping[str, str]) -> tuple[int, dict[str, str]]:
+    """Return when a voice was created, and the set digest of the checkpoint by the variant of each of its models."""
     schema = metadata.get("schema", "none")
-    if schema != str(SCHEMA):
+    if schema not in {"1", str(SCHEMA)}:
         raise UnusableVoiceError(
             f"its schema is {schema[:20]!r}, this version reads {SCHEMA}",
             next_step="add the voice again from its clip, or use the version that made it",
@@ -122,16 +151,30 @@ def _check_metadata(metadata: Mapping[str, str], *, variant: str, weights: str) 
     created, clip = metadata.get("created", ""), metadata.get("clip_sha256", "")
     if not _DIGITS.fullmatch(created) or not _SHA256.fullmatch(clip):
         raise UnusableVoiceError("its metadata are incomplete", next_step=_ADD_AGAIN)
-    for label, actual, expected in (
-        ("variant", metadata.get("variant", ""), variant),
-        ("checkpoint", metadata.get("weights", ""), weights),
-    ):
-        if actual != expected:
-            raise UnusableVoiceError(
-                f"it was made for the {label} {actual[:64]!r}, this server has {expected!r}",
-                next_step="add the voice again from its clip, under another name or after deleting this one",
-            )
-    return int(created)
+    if schema == "1":
+        return int(created), {metadata.get("variant", ""): metadata.get("weights", "")}
+    weights = {name: digest for name, digest in metadata.items() if name.startswith(_WEIGHTS)}
+    return int(created), {name.removeprefix(_WEIGHTS): digest for name, digest in weights.items()}
+
+
+def _check_model(header: Header, recorded: Mapping[str, str], variant: str, weights: str) -> None:
+    """Check that a model can use a voice, whose metadata record these models.
+
+    Raises:
+        UnusableVoiceError: it cannot.
+    """
+    again = "add the voice again from its clip, under another name or after deleting this one"
+    if variant not in recorded:
+        made_for = ", ".join(sorted(recorded))[:64]
+        raise UnusableVoiceError(f"it was made for the model {made_for!r}, and not for {variant!r}", next_step=again)
+    if recorded[variant] != weights:
+        raise UnusableVoiceError(
+            f"it was made for the checkpoint {recorded[variant][:64]!r}, this server has {weights!r}", next_step=again
+        )
+    prefix = tensor_prefix(variant, header.tensors)
+    _check_shapes(
+        {name.removeprefix(prefix): shape for name, shape in header.tensors.items() if name.startswith(prefix)}
+    )
 
 
 def _check_shapes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:

@@ -47,7 +47,8 @@ class VoiceEntry:
         size: in bytes: of a baked voice's tensors, of an added voice's file.
         created: seconds since the epoch; None if unknown.
         digest: SHA-256 of an added voice's file, in hexadecimal.
-        problem: why it cannot be used; None if it can.
+        models: the models that can speak with it.
+        problem: why a model, or the server, cannot use it; None if all models can.
     """
 
     name: str
@@ -55,6 +56,7 @@ class VoiceEntry:
     size: int
     created: int | None = None
     digest: str | None = None
+    models: tuple[str, ...] = ()
     problem: str | None = None
 
 
@@ -63,27 +65,26 @@ class VoiceStore:
 
     Args:
         directory: the directory of the added voices. If it does not exist, no voice can be added.
-        baked: names of the baked voices, and the bytes that each takes in a worker's memory. Set the attribute `baked`
-            when the first worker has reported its voices; "default" always counts as baked.
-        variant: name of the model variant.
-        weights: set digest of the checkpoint.
+        models: set digest of the checkpoint by the variant of each model; the first one is the server's default.
         max_voices: maximum number of added voices. Replicas that add at the same time may exceed it by one each.
         aliases: alternative names of voices; the alias `text.ANY` matches every name without a voice.
+
+    Attributes:
+        baked: for each model the names of its baked voices, and the bytes that each takes in a worker's memory. Set
+            them when a worker has reported its voices; "default" always counts as baked.
     """
 
     def __init__(
         self,
         directory: Path,
+        models: Mapping[str, str],
         *,
-        baked: Mapping[str, int],
-        variant: str,
-        weights: str,
         max_voices: int = 1000,
         aliases: Mapping[str, str] | None = None,
     ) -> None:
-        self.baked = baked
+        self.baked: dict[str, Mapping[str, int]] = {name: {} for name in models}
         self._directory = directory
-        self._variant, self._weights = variant, weights
+        self._models = dict(models)
         self._max_voices = max_voices
         self._aliases = aliases or {}
         #: For each name the identity of the file that was read last, and the result. A file is never modified.
@@ -91,7 +92,7 @@ class VoiceStore:
 
     def entries(self) -> list[VoiceEntry]:
         """Return all voices by name, including unusable ones. A baked voice hides a file of the same name."""
-        entries = {name: VoiceEntry(name=name, baked=True, size=size) for name, size in self.baked.items()}
+        entries = {name: self._baked_entry(name) for voices in self.baked.values() for name in voices}
         for name in sorted(self._names())[: self._max_voices]:
             if not self._is_baked(name):
                 with contextlib.suppress(UnknownVoiceError):  # another process has just deleted it
@@ -108,29 +109,37 @@ class VoiceStore:
             BadInputError: the name is not a valid voice name.
         """
         check_voice_name(name)
-        if self._is_baked(name):
-            return VoiceEntry(name=name, baked=True, size=self.baked.get(name, 0))
-        return self._added(name)
+        return self._baked_entry(name) if self._is_baked(name) else self._added(name)
 
-    def digest(self, name: str) -> str | None:
+    def digest(self, name: str, model: str = "") -> str | None:
         """Return the digest of an added voice's file; None for a baked voice.
 
+        Args:
+            name: of the voice.
+            model: the model that will speak with it; "" for the first one.
+
         Raises:
-            UnusableVoiceError: the voice cannot be used.
+            UnusableVoiceError: the model cannot use the voice.
             UnknownVoiceError, BadInputError: as for `get`.
         """
-        entry = self.get(name)
-        if entry.problem:
+        entry, model = self.get(name), model or next(iter(self._models))
+        if model in entry.models:
+            return entry.digest
+        if entry.baked:
             raise UnusableVoiceError(
-                f"the voice {name!r} cannot be used: {entry.problem}", next_step="delete it and add it again"
+                f"the voice {name!r} is baked for the model {', '.join(entry.models)}, and not for {model!r}",
+                next_step="choose another voice or model, or bake the voice into the state of this model, too",
             )
-        return entry.digest
+        raise UnusableVoiceError(
+            f"the voice {name!r} cannot be used: {entry.problem}", next_step="delete it and add it again"
+        )
 
-    def resolve(self, name: str) -> tuple[str, str | None]:
+    def resolve(self, name: str, model: str = "") -> tuple[str, str | None]:
         """Return the voice that a request means, and its `digest`. A voice takes precedence over an alias.
 
         Args:
             name: any string. Clients of other servers send names that no voice can have here, such as `Emily.wav`.
+            model: as for `digest`.
 
         Raises:
             UnknownVoiceError: neither a voice nor an alias has this name.
@@ -138,11 +147,11 @@ class VoiceStore:
         """
         if is_voice_name(name):
             with contextlib.suppress(UnknownVoiceError):
-                return name, self.digest(name)
+                return name, self.digest(name, model)
         target = self._aliases.get(name, self._aliases.get(ANY))
         if target is None:
             raise self._unknown(name, "start the server with --voice-alias NAME=VOICE")
-        return target, self.digest(target)
+        return target, self.digest(target, model)
 
     def check_free(self, name: str) -> None:
         """Check that a voice can be added, before it is computed. The errors are those of `add`."""
@@ -172,7 +181,7 @@ class VoiceStore:
 
         Args:
             name: see `text.check_voice_name`.
-            data: the file, as `worker_voices.voice_bytes` returned it.
+            data: the file, as `voice_process.make_voice` returned it.
 
         Raises:
             VoiceError: the name is taken ("voice_exists"), the disk or the limit is full ("voices_full"), or the
@@ -181,7 +190,8 @@ class VoiceStore:
             BadInputError: the name is not a valid voice name.
         """
         self.check_free(name)
-        check_bytes(data, variant=self._variant, weights=self._weights)
+        for model, problem in check_bytes(data, self._models).problems.items():
+            raise UnusableVoiceError(f"the model {model} cannot use the voice: {problem}", next_step="add it again")
         self._remove_stale_files()
         try:
             with atomic_file(self._path(name), mode=0o644, durable=True, exclusive=True) as temporary:
@@ -221,7 +231,12 @@ class VoiceStore:
         return self._directory / f"{name}{SUFFIX}"
 
     def _is_baked(self, name: str) -> bool:
-        return name == DEFAULT_VOICE or name in self.baked
+        return name == DEFAULT_VOICE or any(name in voices for voices in self.baked.values())
+
+    def _baked_entry(self, name: str) -> VoiceEntry:
+        sizes = {model: voices.get(name, 0) for model, voices in self.baked.items()}
+        models = [model for model, voices in self.baked.items() if name in voices or name == DEFAULT_VOICE]
+        return VoiceEntry(name=name, baked=True, size=sum(sizes.values()), models=tuple(models))
 
     def _names(self) -> set[str]:
         """Return the names of all files that may be voices."""
@@ -260,16 +275,24 @@ class VoiceStore:
         """Read and check the file of a voice."""
         try:
             data = read_file(self._directory, name)
-            created = check_bytes(data, variant=self._variant, weights=self._weights)
+            checked = check_bytes(data, self._models)
         except FileNotFoundError:
             raise self._unknown(name) from None
         except (UnusableVoiceError, OSError) as error:
             problem = f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else error.message
             return VoiceEntry(name=name, baked=False, size=size, problem=problem)
-        return VoiceEntry(name=name, baked=False, size=len(data), created=created, digest=digest_of(data))
+        return VoiceEntry(
+            name=name,
+            baked=False,
+            size=len(data),
+            created=checked.created,
+            digest=digest_of(data),
+            models=tuple(model for model in self._models if model not in checked.problems),
+            problem=next(iter(checked.problems.values()), None),
+        )
 
     def _unknown(self, name: str, *other_steps: str) -> UnknownVoiceError:
-        names = sorted({*self.baked, *self._names()})
+        names = sorted({*self._names(), *(name for voices in self.baked.values() for name in voices)})
         shown = ", ".join(names[:_MAX_NAMES_SHOWN]) + (" and others" if len(names) > _MAX_NAMES_SHOWN else "")
         add = "add it with POST /v1/audio/voices" if upstream_installed() else "bake it into the image"
         next_step = ", or ".join((f"choose one of: {shown}", add, *other_steps))

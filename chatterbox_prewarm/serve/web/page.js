@@ -2,7 +2,7 @@
 
 import { address } from "./api.js";
 import { byId, say } from "./dom.js";
-import { refreshLanguages, setReady, wireSpeak } from "./speak.js";
+import { refreshModels, setReady, wireSpeak } from "./speak.js";
 import { showCaches, showFacts, showWaterfall, showWorkers } from "./startup.js";
 import { refreshVoices, wireVoices } from "./voices.js";
 
@@ -50,7 +50,7 @@ function show() {
   if (latest.attached && voices !== voicesShown) {
     voicesShown = voices;
     refreshVoices(latest.voices ?? []);
-    refreshLanguages().catch(() => { voicesShown = null; }); // asked again with the next poll
+    refreshModels().catch(() => { voicesShown = null; }); // asked again with the next poll
   }
 }
 

@@ -9,6 +9,8 @@ const NUMBERS = ["exaggeration", "cfg_weight", "temperature", "look_ahead"];
 let ready = false;
 let running = null; // the AbortController of the current request
 let phase = "";
+let models = []; // as /v1/models lists them
+let voices = []; // the usable ones
 
 /** Enable or disable the form. `phaseNow` is the activity of a server that is not ready. */
 export function setReady(isReady, phaseNow) {
@@ -17,22 +19,42 @@ export function setReady(isReady, phaseNow) {
   update();
 }
 
-/** Show these voices in the form, and keep the selected one. */
-export function setVoices(names) {
+/** Show these voices in the form, each an object with `id` and `models`, and keep the selected one. */
+export function setVoices(entries) {
+  voices = entries;
+  showVoices();
+}
+
+/** Show the models in the form, if there are several, and keep the selected one. */
+export async function refreshModels() {
+  models = (await (await ask("v1/models")).json()).data;
+  const select = byId("model");
+  const chosen = select.value;
+  select.replaceChildren(...models.map((model) => new Option(model.id, model.id)));
+  if (models.some((model) => model.id === chosen)) select.value = chosen;
+  byId("model-field").hidden = models.length < 2;
+  showModel();
+}
+
+/** Show the languages of the selected model, if there are several, and its voices. */
+function showModel() {
+  const model = models.find((one) => one.id === byId("model").value);
+  if (!model) return;
+  const languages = Object.entries(model.languages);
+  byId("language").replaceChildren(...languages.map(([code, name]) => new Option(name, code)));
+  byId("language").value = model.language;
+  byId("language-field").hidden = languages.length < 2;
+  showVoices();
+}
+
+function showVoices() {
+  const model = byId("model").value;
+  const names = voices.filter((voice) => !model || voice.models.includes(model)).map((voice) => voice.id);
   const select = byId("voice");
   const chosen = select.value;
   if ([...select.options].map((option) => option.value).join("\n") === names.join("\n")) return;
   select.replaceChildren(...names.map((name) => new Option(name, name)));
   select.value = names.includes(chosen) ? chosen : names.includes("default") ? "default" : (names[0] ?? "");
-}
-
-/** Show the languages of the model in the form, if there are several. */
-export async function refreshLanguages() {
-  const [model] = (await (await ask("v1/models")).json()).data;
-  const languages = Object.entries(model.languages);
-  byId("language").replaceChildren(...languages.map(([code, name]) => new Option(name, code)));
-  byId("language").value = model.language;
-  byId("language-field").hidden = languages.length < 2;
 }
 
 export function wireSpeak() {
@@ -44,6 +66,7 @@ export function wireSpeak() {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("speak").requestSubmit();
   });
   byId("stop").addEventListener("click", () => running?.abort());
+  byId("model").addEventListener("change", showModel);
 }
 
 function update(text) {
@@ -64,6 +87,7 @@ function order() {
     response_format: "pcm",
     stream_format: "audio",
   };
+  if (!byId("model-field").hidden) fields.model = byId("model").value;
   if (!byId("language-field").hidden) fields.language = byId("language").value;
   for (const name of NUMBERS) if (byId(name).value !== "") fields[name] = Number(byId(name).value);
   return fields;

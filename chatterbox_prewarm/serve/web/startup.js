@@ -12,10 +12,15 @@ export function showFacts(status) {
   const marks = status.marks ?? {};
   facts(byId("facts"), [
     ...MARKS.map((name) => [name, name in marks ? `${seconds(marks[name])} s` : undefined]),
+    ["start of", severalModels(status) ? status.model : undefined],
     ["profile", status.profile],
     ["warm state", status.cross_compiled ? `${status.state}, compiled without the GPU: unproven` : status.state],
     ["restarts", status.restarts],
   ]);
+}
+
+function severalModels(status) {
+  return Object.keys(status.models ?? {}).length > 1;
 }
 
 /** Show the phases as bars and the marks as points, ordered by time. */
@@ -135,7 +140,9 @@ export function showWorkers(status) {
   const workers = status.workers ?? [];
   byId("workers-section").hidden = workers.length === 0;
   const onGpu = workers.some((worker) => worker.vram_bytes);
+  const several = severalModels(status);
   const hasAdded = workers.some((worker) => worker.voices);
+  byId("workers").querySelector(".model").hidden = !several;
   byId("workers").querySelector(".gpu").hidden = !onGpu;
   byId("workers").querySelector(".added").hidden = !hasAdded;
   byId("workers").tBodies[0].replaceChildren(
@@ -144,6 +151,7 @@ export function showWorkers(status) {
         "tr",
         {},
         element("th", { scope: "row" }, worker.device),
+        element("td", { hidden: !several }, worker.model),
         element("td", {}, worker.reason ? `${worker.phase}: ${worker.reason}` : worker.phase),
         element("td", {}, worker.busy ? "yes" : "no"),
         element("td", { class: "number" }, count(worker.restarts)),

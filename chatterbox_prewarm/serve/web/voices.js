@@ -15,11 +15,11 @@ export async function refreshVoices(names = known) {
     voices = (await (await ask("v1/audio/voices")).json()).data;
     showError(byId("voices-error"), null);
   } catch (error) {
-    setVoices(names);
+    setVoices(names.map((id) => ({ id, models: [byId("model").value] })));
     showError(byId("voices-error"), error);
     return;
   }
-  setVoices(voices.filter((voice) => voice.usable).map((voice) => voice.id));
+  setVoices(voices.filter((voice) => voice.usable));
   const described = JSON.stringify(voices);
   if (described === shown) return; // keeps the keyboard focus in the table
   shown = described;
@@ -30,7 +30,10 @@ export async function refreshVoices(names = known) {
 function row(voice) {
   const date = voice.created ? ` ${new Date(1000 * voice.created).toISOString().slice(0, 10)}` : "";
   const kind = voice.baked ? ["baked"] : ["added", element("span", { class: "date" }, date)];
-  if (!voice.usable) kind.push(element("p", { class: "error" }, `cannot be used: ${voice.reason}`));
+  if (voice.reason) {
+    const only = voice.usable ? `only for ${voice.models.join(", ")}` : "cannot be used";
+    kind.push(element("p", { class: "error" }, `${only}: ${voice.reason}`));
+  }
   const button = (text, action) =>
     element("button", { type: "button", class: "small", "aria-label": `${text} ${voice.id}`, onclick: () => action(voice.id) }, text);
   return element(

@@ -1,4 +1,4 @@
-"""Distribute requests to the workers, and repeat a request when its worker dies.
+"""Distribute the requests for one model to its workers, and repeat a request when its worker dies.
 
 A long text is queued part by part, so that a short text behind it waits for one part at most.
 """
@@ -18,9 +18,9 @@ from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.serve.workers.audio_buffer import AudioBuffer, Backlog
 from chatterbox_prewarm.serve.workers.sentence_split import split
 from chatterbox_prewarm.serve.workers.supervisor import Supervisor
-from chatterbox_prewarm.serve.workers.voice_process import make_voice
 from chatterbox_prewarm.serve.workers.worker_client import WorkerGoneError
 from chatterbox_prewarm.system.limits import MAX_SEED
+from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -46,16 +46,18 @@ class BusyError(ModelError):
 
 
 class Pool:
-    """The workers and the queue of parts that wait for one.
+    """The workers of a model and the queue of parts that wait for one.
 
     Args:
         workers: configuration and first process of each worker, as `spawn_all` returned them.
+        model: the variant of the model.
         wait_seconds: how long a part may wait for a worker.
         hang_seconds: how long a worker may send no message before it is replaced.
         voices: the store of added voices, if there is one. The pool tells it which voices are baked.
+        backlog: the amount of audio that waits for clients, if all models of a server share it.
 
     Attributes:
-        backlog: the amount of audio that waits for clients.
+        was_ready: True once a worker could speak.
         on_part: called after each part with the worker's seconds and the seconds of audio.
         on_skipped: called for each part that cannot be spoken.
     """
@@ -64,22 +66,25 @@ class Pool:
         self,
         workers: Sequence[tuple[WorkerConfig, WorkerProcess]],
         *,
+        model: str = DEFAULT_VARIANT.name,
         wait_seconds: float,
         hang_seconds: float,
         voices: VoiceStore | None = None,
+        backlog: Backlog | None = None,
     ) -> None:
+        self.model = model
         self.workers = [
             Supervisor(config, first, hang_seconds=hang_seconds, on_change=self._worker_changed)
             for config, first in workers
         ]
-        self.backlog = Backlog()
+        self.backlog = backlog or Backlog()
+        self.was_ready = False
         self.on_part: Callable[[float, float], None] = lambda *_: None
         self.on_skipped: Callable[[], None] = lambda: None
         self._wait_seconds = wait_seconds
         self._voices = voices
         self._queue: collections.deque[asyncio.Future[Supervisor]] = collections.deque()
         self._part_seconds = 1.0
-        self._making_voice = asyncio.Lock()
 
     @property
     def attached(self) -> bool:
@@ -161,24 +166,6 @@ class Pool:
             await asyncio.gather(producer, return_exceptions=True)
             buffer.close()
 
-    async def prepare_voice(self, clip: bytes) -> bytes:
-        """Compute a voice from a reference clip in a process of its own, one at a time.
-
-        Args:
-            clip: a WAV file.
-
-        Returns:
-            the voice as a safetensors file.
-
-        Raises:
-            WorkerGoneError: no worker is ready.
-            PrewarmError: as `voice_process.make_voice`.
-        """
-        if not self.ready:
-            raise WorkerGoneError("no worker is ready", next_step="try again when the server is ready")
-        async with self._making_voice:
-            return await make_voice(self.leading.config, clip)
-
     async def _produce(self, options: SpeechOptions, buffer: AudioBuffer) -> None:
         """Speak all parts of a text into a buffer."""
         seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(31)
@@ -186,7 +173,7 @@ class Pool:
         texts = await asyncio.to_thread(split, options.text, options.language)
         voice, digest = options.voice, options.voice_digest
         if self._voices:
-            voice, digest = await asyncio.to_thread(self._voices.resolve, voice)
+            voice, digest = await asyncio.to_thread(self._voices.resolve, voice, self.model)
         spoken, skipped_error = False, None
 
         def put(chunk: Chunk) -> None:
@@ -270,8 +257,9 @@ class Pool:
         return waiter.result()
 
     def _worker_changed(self) -> None:
+        self.was_ready = self.was_ready or self.ready
         if self._voices is not None and self.leading.voices:
-            self._voices.baked = self.leading.voices
+            self._voices.baked[self.model] = self.leading.voices
         self._assign()
 
     def _assign(self) -> None:

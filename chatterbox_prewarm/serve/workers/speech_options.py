@@ -20,6 +20,7 @@ class SpeechOptions:
 
     Attributes:
         text: the text of the request, or one part of it.
+        model: the name of the model's variant; "" for the first model of the server.
         voice: the name of a voice. The voice store and the worker check whether it exists.
         language: a code of the variant's languages; None chooses the first one.
         seed: makes the audio repeatable on the same machine.
@@ -36,6 +37,7 @@ class SpeechOptions:
     """
 
     text: str
+    model: str = ""
     voice: str = DEFAULT_VOICE
     language: str | None = None
     seed: int | None = None

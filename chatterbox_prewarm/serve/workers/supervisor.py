@@ -88,9 +88,9 @@ class Supervisor(WorkerClient):
                 self._fail(failure)
                 return
             if self._warmup_step is not None:
-                logger.error("the worker on %s died during the warm-up of %s", self.config.device, self._warmup_step)
+                logger.error("the %s died during the warm-up of %s", self.config.name, self._warmup_step)
                 self.config = replace(self.config, skipped=(*self.config.skipped, self._warmup_step))
-            logger.error("the worker on %s ended with status %s; starting another", self.config.device, status)
+            logger.error("the %s ended with status %s; starting another", self.config.name, status)
             if attempts:
                 with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
                     await asyncio.wait_for(self._closing.wait(), self._pause_seconds)
@@ -116,7 +116,7 @@ class Supervisor(WorkerClient):
         )
 
     def _fail(self, failure: PrewarmError) -> None:
-        logger.error("there will be no worker on %s: %s", self.config.device, failure.message)
+        logger.error("there will be no %s: %s", self.config.name, failure.message)
         self.phase, self.reason, self.failure = "failed", failure.message, failure
 
     async def _exit_status(self) -> int:

@@ -25,17 +25,21 @@ from chatterbox_prewarm.system.json_subprocess import claim_stdout, describe, pa
 from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from chatterbox.tts import ChatterboxTTS
 
-#: A voice takes 4 to 20 s on a CPU, most of it for the imports and the weights.
+    from chatterbox_prewarm.model.conditionals import Conditionals
+
+#: The limit for each model. A voice takes 4 to 20 s on a CPU, most of it for the imports and the weights.
 _SECONDS = 180.0
 
 
-async def make_voice(config: WorkerConfig, clip: bytes) -> bytes:
+async def make_voice(configs: Sequence[WorkerConfig], clip: bytes) -> bytes:
     """Compute a voice from a reference clip.
 
     Args:
-        config: of a worker that will use the voice.
+        configs: of one worker of each model that will use the voice.
         clip: a WAV file, as `decode_clip.decode` returned it.
 
     Returns:
@@ -45,19 +49,21 @@ async def make_voice(config: WorkerConfig, clip: bytes) -> bytes:
         BadInputError: the model cannot make a voice from this clip.
         PrewarmError: the process failed for another reason.
     """
+    seconds = _SECONDS * len(configs)
     # Started from the event loop's thread, because the kernel ends a child with the thread that started it.
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "chatterbox_prewarm.serve.workers.voice_process", config.to_json()),
+        *(sys.executable, "-m", "chatterbox_prewarm.serve.workers.voice_process"),
+        *(config.to_json() for config in configs),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         env=child_environment(),
         start_new_session=True,  # Ctrl-C in the terminal should reach only the server
     )
     try:
-        output, _ = await asyncio.wait_for(process.communicate(clip), _SECONDS)
+        output, _ = await asyncio.wait_for(process.communicate(clip), seconds)
     except (asyncio.TimeoutError, TimeoutError) as error:
         raise ModelError(
-            f"the voice was not complete after {_SECONDS:.0f} s", next_step="try again when the machine is less busy"
+            f"the voice was not complete after {seconds:.0f} s", next_step="try again when the machine is less busy"
         ) from error
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -72,13 +78,13 @@ async def make_voice(config: WorkerConfig, clip: bytes) -> bytes:
 
 
 def main() -> None:
-    """Run the subprocess. Its argument is the configuration of a worker."""
+    """Run the subprocess. Its arguments are the configurations of the workers."""
     die_with_parent()
-    config = WorkerConfig.from_json(sys.argv[1])
+    configs = [WorkerConfig.from_json(argument) for argument in sys.argv[1:]]
     with claim_stdout() as out:
-        log_lines.install(config.log_format, process="voice", level=logging.INFO)
+        log_lines.install(configs[0].log_format, process="voice", level=logging.INFO)
         try:
-            voice = _voice_bytes(config, sys.stdin.buffer.read())
+            voice = _voice_bytes(configs, sys.stdin.buffer.read())
         except Exception as error:  # noqa: BLE001 - the server reports every error to the client
             failure = as_prewarm_error(error)
             json.dump(describe(failure), out)
@@ -87,42 +93,60 @@ def main() -> None:
         out.buffer.write(voice)
 
 
-def _voice_bytes(config: WorkerConfig, clip: bytes) -> bytes:
+def _voice_bytes(configs: Sequence[WorkerConfig], clip: bytes) -> bytes:
+    """Compute the conditionals of a clip, a WAV file, for each model, and return the file of the voice."""
     # Imported here, because the server imports this module while it starts.
     from chatterbox_prewarm.start.attach import set_threads
     from chatterbox_prewarm.start.prepare import prepare
     from chatterbox_prewarm.start.upstream import attach_upstream
 
-    # The voice is the same for every device. On the CPU it takes no memory from the workers' GPU.
-    prepared = prepare(config.start)
-    model = attach_upstream(prepared)
-    set_threads(config.threads)
-    record = read_record(config.start.weights)
-    return voice_bytes(
-        model,
-        clip,
-        make_metadata(variant=record.variant, weights=record.set_digest, clip_sha256=hashlib.sha256(clip).hexdigest()),
-    )
+    voices: dict[str, Conditionals] = {}
+    weights: dict[str, str] = {}
+    # All before the first model is loaded, because packages read their settings when they are imported.
+    for config, prepared in [(config, prepare(config.start)) for config in configs]:
+        record = read_record(config.start.weights)
+        # The voice is the same for every device. On the CPU it takes no memory from the workers' GPU.
+        model = attach_upstream(prepared)
+        set_threads(config.threads)
+        voices[record.variant], weights[record.variant] = make_conditionals(model, clip), record.set_digest
+        del model  # before the next one is loaded
+    return voice_bytes(voices, weights, clip)
 
 
-def voice_bytes(model: ChatterboxTTS, clip: bytes, metadata: dict[str, str]) -> bytes:
-    """Compute the conditionals of a clip, a WAV file, and return them as a safetensors file.
+def voice_bytes(voices: Mapping[str, Conditionals], weights: Mapping[str, str], clip: bytes) -> bytes:
+    """Return the file of a voice.
+
+    Args:
+        voices: its conditionals by the variant of each model.
+        weights: set digest of the checkpoint by the same variants.
+        clip: the WAV file that they were computed from.
+    """
+    from chatterbox_prewarm.families.base import tensor_bytes
+    from chatterbox_prewarm.families.conditionals import voice_tensors
+
+    tensors = {
+        f"{variant}/{name}": tensor
+        for variant, voice in voices.items()
+        for name, tensor in voice_tensors(voice).items()
+    }
+    return tensor_bytes(tensors, make_metadata(weights, clip_sha256=hashlib.sha256(clip).hexdigest()))
+
+
+def make_conditionals(model: ChatterboxTTS, clip: bytes) -> Conditionals:
+    """Compute the conditionals of a clip, a WAV file.
 
     Raises:
         BadInputError: the model cannot make a voice from this clip.
     """
-    from chatterbox_prewarm.families.base import tensor_bytes
-    from chatterbox_prewarm.families.conditionals import voice_tensors
     from chatterbox_prewarm.model.voices import prepare_voice
 
     try:
-        voice = prepare_voice(model, io.BytesIO(clip))
+        return prepare_voice(model, io.BytesIO(clip))
     except ModelError as error:
         raise BadInputError(
             f"no voice could be made from the clip: {first_line(error.__cause__ or error)}",
             next_step="give 5 to 10 s of clean speech",
         ) from error
-    return tensor_bytes(voice_tensors(voice), metadata)
 
 
 if __name__ == "__main__":

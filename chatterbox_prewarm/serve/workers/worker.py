@@ -57,7 +57,7 @@ def main() -> None:
         if message is None:
             return  # the front ended before it had a configuration
         config = WorkerConfig.from_json(message[1])
-        log_lines.install(config.log_format, process=f"worker {config.device}", level=logging.INFO)
+        log_lines.install(config.log_format, process=config.name, level=logging.INFO)
         worker = Worker(config, connection)
         threading.Thread(target=worker.report_alive, name="alive", daemon=True).start()
         try:

@@ -199,7 +199,7 @@ class WorkerClient:
     def _kill_hung(self) -> None:
         if self.phase == "hung":
             return
-        logger.error("the worker on %s hangs (%s); killing it", self.config.device, self.phase)
+        logger.error("the %s hangs (%s); killing it", self.config.name, self.phase)
         self.phase, self.ready = "hung", False  # immediately, or the worker would receive the next request
         self._process.kill()
 

@@ -15,6 +15,7 @@ from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.metrics import exec_time
+from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ class WorkerConfig:
     """Configuration of a worker; the front passes it as JSON.
 
     Attributes:
+        model: the variant of the checkpoint.
         start: which warm state, weights and device the worker uses.
         voices: names and reference clips of voices to compute at start unless they are baked.
         threads: torch threads; None uses the cores of the machine, divided among the workers on a CPU.
@@ -43,6 +45,7 @@ class WorkerConfig:
             executed, because a user waits from then on. None for a replacement.
     """
 
+    model: str = DEFAULT_VARIANT.name
     start: StartOptions
     voices: Mapping[str, Path] = field(default_factory=dict)
     threads: int | None = None
@@ -57,6 +60,11 @@ class WorkerConfig:
     def device(self) -> str:
         """The torch device."""
         return self.start.device
+
+    @property
+    def name(self) -> str:
+        """What log lines call the worker."""
+        return f"worker {self.model} {self.device}"
 
     def to_json(self) -> str:
         """Return the configuration as JSON."""
@@ -101,16 +109,29 @@ def _all_gpus() -> list[str]:
     raise BadInputError("this machine has no GPU", next_step="give --device cpu, or use a machine with a GPU")
 
 
-def for_devices(devices: Sequence[str], worker: WorkerConfig) -> list[WorkerConfig]:
-    """Return one configuration for each device. Workers on the CPU divide the usable CPUs unless `threads` is set."""
-    on_cpu = sum(device.startswith("cpu") for device in devices)
+def for_devices(
+    devices: Sequence[str], worker: WorkerConfig, checkpoints: Mapping[str, Path] | None = None
+) -> list[WorkerConfig]:
+    """Return one configuration for each model and device, those of the first model first.
+
+    Workers on the CPU divide the usable CPUs unless `threads` is set.
+
+    Args:
+        devices: of each model.
+        worker: what all workers have in common.
+        checkpoints: the directory of each model's checkpoint by its variant; by default the one of `worker`.
+    """
+    checkpoints = checkpoints or {worker.model: worker.start.weights}
+    on_cpu = len(checkpoints) * sum(device.startswith("cpu") for device in devices)
     share = max(1, usable_cpus() // on_cpu) if on_cpu > 1 else None
     return [
         replace(
             worker,
-            start=replace(worker.start, device=device),
+            model=model,
+            start=replace(worker.start, device=device, weights=weights),
             threads=worker.threads or (share if device.startswith("cpu") else None),
         )
+        for model, weights in checkpoints.items()
         for device in devices
     ]
 

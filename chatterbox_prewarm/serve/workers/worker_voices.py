@@ -11,7 +11,7 @@ from chatterbox_prewarm.families.conditionals import voice_of, voice_tensors
 from chatterbox_prewarm.model.synthesis import Synthesizer
 from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.serve.voices.voice_errors import UnusableVoiceError
-from chatterbox_prewarm.serve.voices.voice_file import check_bytes, digest_of, read_file
+from chatterbox_prewarm.serve.voices.voice_file import check_bytes, digest_of, read_file, tensor_prefix
 from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox_prewarm.start.attach import Attached
-    from chatterbox_prewarm.weights.record import WeightsRecord
 
 #: Tensors of speech tokens. A token outside the codebook would break the CUDA context, not only the request.
 _TOKENS = ("t3.cond_prompt_speech_tokens", "gen.prompt_token")
@@ -46,7 +45,7 @@ class VoiceCache:
 
     def __init__(self, attached: Attached, directory: Path, *, max_voices: int = 64, max_bytes: int = 16 << 20) -> None:
         self._model = attached.synthesizer.model
-        self._record = _weights_record(attached)
+        self._record = read_record(attached.prepared.options.weights)
         self._directory = directory
         self._max_voices, self._max_bytes = max_voices, max_bytes
         self._cached: OrderedDict[tuple[str, str], tuple[Synthesizer, int]] = OrderedDict()
@@ -99,8 +98,10 @@ class VoiceCache:
             data = read_file(self._directory, name)
             if digest_of(data) != digest:
                 raise UnusableVoiceError("another voice has just replaced it", next_step=_RETRY)  # noqa: TRY301
-            check_bytes(data, variant=self._record.variant, weights=self._record.set_digest)
-            tensors: dict[str, torch.Tensor] = load(data)
+            check_bytes(data, {self._record.variant: self._record.set_digest})
+            loaded = load(data)
+            prefix = tensor_prefix(self._record.variant, loaded)
+            tensors = {key.removeprefix(prefix): value for key, value in loaded.items() if key.startswith(prefix)}
             check_values(tensors, codebook=self._model.codebook)
         except UnusableVoiceError as error:
             raise UnusableVoiceError(
@@ -139,10 +140,6 @@ def check_values(tensors: Mapping[str, torch.Tensor], *, codebook: int) -> None:
         problem = f"it has {actual} speech tokens, but states {stated}"
     if problem:
         raise UnusableVoiceError(problem, next_step="delete it and add it again")
-
-
-def _weights_record(attached: Attached) -> WeightsRecord:
-    return read_record(attached.prepared.options.weights)
 
 
 def _size(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -303,3 +303,23 @@ def test_a_manifest_that_is_not_an_image_or_has_a_huge_configuration_is_refused(
     with pytest.raises(EngineError, match="the limit is 4194304"):
         resolve(store, "latest", platform="linux/amd64")
     assert store.opened == []
+
+
+def test_each_model_of_an_image_needs_a_state_that_fits(tmp_path: Path) -> None:
+    def state(variant: str, facts: Mapping[str, str]) -> Manifest:
+        manifest = make_state_for(tmp_path / f"{variant}-{facts['gpu'][-2:]}", dict(facts))
+        return complete(replace(manifest, variant=variant))
+
+    english = [state("english", facts) for facts in (H100, L4)]
+    both = image_of(image_labels([*english, state("multilingual", H100)]))
+    on_h100 = compare_with_node(both, {**CPU, **H100})
+    on_h100.require_hit()
+    lines = on_h100.lines()
+    assert [line for line in lines if line.startswith("model ")] == ["model english:", "model multilingual:"]
+    assert sum(line.endswith(": would hit") for line in lines) == 2
+    assert sum("not used" in line for line in lines) == 1, "English for the L4"
+    on_l4 = compare_with_node(both, {**CPU, **L4})
+    assert not on_l4.hits
+    assert [on_l4.variants[state.name] for state in on_l4.misses] == ["multilingual"]
+    with pytest.raises(FingerprintMismatchError, match="GPU: baked with NVIDIA H100, here NVIDIA L4"):
+        on_l4.require_hit()

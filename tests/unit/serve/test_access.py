@@ -15,6 +15,7 @@ from chatterbox_prewarm.serve.http.access import Token, check_access, load_token
 from chatterbox_prewarm.system.children import TOKEN
 from tests.conftest import run_cli
 from tests.helpers.http_server import basic, connect, request, respond, serving
+from tests.helpers.states import record_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -278,6 +279,7 @@ def test_a_server_with_an_invalid_token_file_does_not_start(tmp_path: Path, cont
     path = tmp_path / "token"
     if content is not None:
         path.write_text(content)
+    record_weights(tmp_path)
     refused = run_cli("serve", "--token-file", path, "--warm", tmp_path, "--weights", tmp_path)
     assert refused.returncode == 16, refused.stderr
     assert refused.stderr.count("token") >= 2

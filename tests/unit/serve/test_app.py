@@ -39,6 +39,7 @@ from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
 from chatterbox_prewarm.serve.workers import audio_buffer
 from chatterbox_prewarm.serve.workers.messages import Chunk
 from chatterbox_prewarm.serve.workers.pool import Pool
+from chatterbox_prewarm.serve.workers.pools import Pools
 from tests.conftest import ROOT
 from tests.helpers.added_voices import VARIANT, WEIGHTS, sound_file, tone
 from tests.helpers.added_voices import voice as voice_file
@@ -75,11 +76,12 @@ class Server:
         **settings: Any,
     ) -> None:
         aliases = {"John Smith=Bob": "default"}
-        store = VoiceStore(directory, baked={}, variant=VARIANT, weights=WEIGHTS, aliases=aliases)
+        store = VoiceStore(directory, {VARIANT: WEIGHTS}, aliases=aliases)
         processes = [(CONFIG, start(part)(CONFIG))]
         self.pool = Pool(processes, wait_seconds=wait_seconds, hang_seconds=600, voices=store)
-        self.admission = Admission(self.pool, limit=limit)
-        app = App(self.pool, self.admission, store, SpeechRules(max_characters=500, **settings)).asgi()
+        self.pools = Pools([self.pool])
+        self.admission = Admission(self.pools, limit=limit)
+        app = App(self.pools, self.admission, store, SpeechRules(max_characters=500, **settings)).asgi()
         config = uvicorn.Config(
             log_requests(close_while_draining(check_access(app, None, sites), self.admission), app.routes),
             lifespan="off",
@@ -93,9 +95,9 @@ class Server:
         self._thread.start()
 
     async def _run(self) -> None:
-        supervision = asyncio.create_task(self.pool.run())
+        supervision = asyncio.create_task(self.pools.run())
         await self._server.serve([self._listener])
-        await self.pool.stop()
+        await self.pools.stop()
         await supervision
 
     def close(self) -> None:
@@ -112,9 +114,10 @@ class Server:
 
     def metric(self, name: str) -> float:
         text = request(self.port, "GET", "/metrics")[1].decode()
-        match = re.search(rf"^chatterbox_prewarm_{name} (\S+)$", text, re.MULTILINE)
+        pattern = rf'^chatterbox_prewarm_{name}({{model="[a-z]+"}})? (\S+)$'
+        match = re.search(pattern, text, re.MULTILINE)
         assert match, text
-        return float(match[1])
+        return float(match[2])
 
     def wait_until(self, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + 60
@@ -166,7 +169,7 @@ def slow_voice(monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.sleep(1)
         return voice_file()
 
-    monkeypatch.setattr("chatterbox_prewarm.serve.workers.pool.make_voice", make_voice)
+    monkeypatch.setattr("chatterbox_prewarm.serve.workers.pools.make_voice", make_voice)
 
 
 @pytest.mark.usefixtures("slow_voice")
@@ -199,11 +202,12 @@ def test_the_model_can_be_requested_by_name(serve: Callable[..., Server]) -> Non
     (listed,) = json.loads(request(server.port, "GET", "/v1/models")[1])["data"]
     response, body = request(server.port, "GET", f"/v1/models/{listed['id']}")
     assert (response.status, json.loads(body)) == (200, listed)
-    for name in ("tts-1", "resemble-ai/chatterbox", "resemble-ai%2Fchatterbox", "x" * 5000):
+    assert request(server.port, "GET", "/v1/models/tts-1")[1] == body
+    for name in ("resemble-ai/chatterbox", "resemble-ai%2Fchatterbox", "x" * 5000):
         response, body = request(server.port, "GET", f"/v1/models/{name}")
         error = json.loads(body)["error"]
         assert (response.status, error["code"], error["param"]) == (404, "model_not_found", "model")
-        assert error["message"].endswith("this server has only 'chatterbox'")
+        assert error["message"].endswith("this server has english")
         assert len(error["message"]) < 300
 
 
@@ -470,8 +474,8 @@ def test_startupz_shows_the_reason_of_a_failed_worker(serve: Callable[..., Serve
 def test_the_openapi_document_is_built_once(serve: Callable[..., Server]) -> None:
     server = serve("silent")
     first, second = (request(server.port, "GET", "/openapi.json") for _ in range(2))
-    assert first[1] == second[1] == encoded_document(500, False, ("en",))
-    assert encoded_document(500, False, ("en",)) is encoded_document(500, False, ("en",))
+    assert first[1] == second[1] == encoded_document(500, False, ("english",), ("en",))
+    assert encoded_document(500, False, ("english",), ("en",)) is encoded_document(500, False, ("english",), ("en",))
     assert first[0].headers["Content-Type"] == "application/json"
     assert json.loads(first[1])["components"]["schemas"]["SpeechRequest"]["properties"]["input"]["maxLength"] == 500
 

@@ -12,9 +12,11 @@ from chatterbox_prewarm.serve.http.access import Token, check_access
 from chatterbox_prewarm.serve.http.cross_origin import Sites, allow_origins, parse_host, parse_origin
 from tests.conftest import run_cli
 from tests.helpers.http_server import basic, request, respond, serving
+from tests.helpers.states import record_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from starlette.types import Receive, Scope, Send
 
@@ -162,7 +164,8 @@ def test_other_texts_are_no_origins(text: str) -> None:
         parse_origin(text)
 
 
-def test_serve_refuses_an_invalid_origin() -> None:
-    refused = run_cli("serve", "--allow-origin", "chat.example")
+def test_serve_refuses_an_invalid_origin(tmp_path: Path) -> None:
+    record_weights(tmp_path)
+    refused = run_cli("serve", "--weights", tmp_path, "--allow-origin", "chat.example")
     assert refused.returncode == 16
     assert "write it as https://chat.example" in refused.stderr

@@ -28,6 +28,7 @@ ROUTES = {
     "/livez": {"get"},
     "/startupz": {"get"},
     "/readyz": {"get"},
+    "/readyz/{model}": {"get"},
     "/metrics": {"get"},
     "/openapi.json": {"get"},
     "/v1/models": {"get"},
@@ -37,7 +38,7 @@ ROUTES = {
     "/v1/audio/voices/{name}": {"get", "delete"},
     "/v1/audio/voices/{name}/preview": {"get"},
 }
-PROBES = {"/livez", "/startupz", "/readyz"}
+PROBES = {"/livez", "/startupz", "/readyz", "/readyz/{model}"}
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ pytest.importorskip("pydantic")
 
 from chatterbox_prewarm.serve.http import speech_request
 from chatterbox_prewarm.serve.http.speech_request import SpeechRequest, parse_speech_options
-from chatterbox_prewarm.weights.variants import MULTILINGUAL
+from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL
 
 
 def parse(**fields: Any) -> SpeechOptions:
@@ -31,7 +31,9 @@ def parse(**fields: Any) -> SpeechOptions:
 
 
 def test_a_request_needs_only_a_text() -> None:
-    assert parse_speech_options(b'{"input": "Hello."}') == SpeechOptions(text="Hello.", voice="default", format="mp3")
+    assert parse_speech_options(b'{"input": "Hello."}') == SpeechOptions(
+        text="Hello.", model="english", language="en", voice="default", format="mp3"
+    )
 
 
 def test_all_fields_become_options() -> None:
@@ -46,6 +48,8 @@ def test_all_fields_become_options() -> None:
     options = parse(voice="fox", response_format="opus", stream_format="sse", speed=1, model="tts-1", **settings)
     assert options == SpeechOptions(
         text="Hello.",
+        model="english",
+        language="en",
         voice="fox",
         format="opus",
         stream_format="sse",
@@ -62,14 +66,14 @@ def test_all_fields_become_options() -> None:
 @pytest.mark.parametrize(("code", "known"), [("fr", "fr"), ("FR", "fr"), (None, "de")])
 def test_a_request_names_its_language_or_gets_that_of_the_server(field: str, code: str | None, known: str) -> None:
     body = json.dumps({"input": "Bonjour.", field: code}).encode()
-    assert parse_speech_options(body, SpeechRules(variant=MULTILINGUAL, language="de")).language == known
+    assert parse_speech_options(body, SpeechRules(variants=(MULTILINGUAL,), language="de")).language == known
 
 
 @pytest.mark.parametrize("code", ["xx", "", "zh-CN", "french", 7, True, ["fr"]])
 def test_a_language_that_the_model_does_not_speak_is_refused(code: object) -> None:
     with pytest.raises(RequestError) as caught:
         parse_speech_options(
-            json.dumps({"input": "Bonjour.", "language": code}).encode(), SpeechRules(variant=MULTILINGUAL)
+            json.dumps({"input": "Bonjour.", "language": code}).encode(), SpeechRules(variants=(MULTILINGUAL,))
         )
     assert caught.value.param == "language"
 
@@ -77,24 +81,24 @@ def test_a_language_that_the_model_does_not_speak_is_refused(code: object) -> No
 def test_two_different_languages_are_refused() -> None:
     body = {"input": "Bonjour.", "language": "fr", "language_id": "de"}
     with pytest.raises(RequestError, match="differ"):
-        parse_speech_options(json.dumps(body).encode(), SpeechRules(variant=MULTILINGUAL))
+        parse_speech_options(json.dumps(body).encode(), SpeechRules(variants=(MULTILINGUAL,)))
     body["language"] = "DE"
-    assert parse_speech_options(json.dumps(body).encode(), SpeechRules(variant=MULTILINGUAL)).language == "de"
+    assert parse_speech_options(json.dumps(body).encode(), SpeechRules(variants=(MULTILINGUAL,))).language == "de"
 
 
 def test_a_complete_text_is_checked_for_the_marks_of_its_language() -> None:
     body = json.dumps({"input": "Привет, как дела?", "language": "ru"}).encode()
     with pytest.raises(RequestError, match="stress") as caught:
-        parse_speech_options(body, SpeechRules(variant=MULTILINGUAL))
+        parse_speech_options(body, SpeechRules(variants=(MULTILINGUAL,)))
     assert caught.value.param == "input"
-    rules = SpeechRules(plain_text=("RU",)).for_variant(MULTILINGUAL)
+    rules = SpeechRules(plain_text=("RU",)).for_variants([MULTILINGUAL])
     assert parse_speech_options(body, rules).language == "ru"
 
 
 @pytest.mark.parametrize("rules", [SpeechRules(plain_text=("hebrew",)), SpeechRules(language="xx")])
 def test_rules_with_a_language_that_the_model_does_not_speak_are_refused(rules: SpeechRules) -> None:
     with pytest.raises(BadInputError, match="does not speak it"):
-        rules.for_variant(MULTILINGUAL)
+        rules.for_variants([MULTILINGUAL])
 
 
 def test_a_model_of_one_language_refuses_the_others() -> None:
@@ -280,3 +284,32 @@ def test_parsing_a_request_imports_no_torch_or_numpy() -> None:
         "assert not {'numpy', 'soundfile', 'torch'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+BOTH = SpeechRules(language="fr").for_variants([MULTILINGUAL, ENGLISH])
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "language"),
+    [
+        *((name, "multilingual", "fr") for name in (None, "multilingual", "tts-1", "gpt-4o-mini-tts", "chatterbox")),
+        ("english", "english", "en"),
+    ],
+)
+def test_the_field_model_chooses_a_model_and_its_language(name: str | None, model: str, language: str) -> None:
+    options = parse_speech_options(json.dumps({"input": "Hello.", "model": name}).encode(), BOTH)
+    assert (options.model, options.language) == (model, language)
+
+
+@pytest.mark.parametrize("name", ["multilingual-v3", "../english", "English", "", " english", "kokoro", "x" * 5000])
+def test_a_model_that_the_server_does_not_have_is_refused_with_the_names_of_its_models(name: str) -> None:
+    with pytest.raises(RequestError, match=r"this server has multilingual, english\n") as caught:
+        parse_speech_options(json.dumps({"input": "Hello.", "model": name}).encode(), BOTH)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (404, "model_not_found", "model")
+    assert len(str(caught.value)) < 300
+
+
+def test_a_model_refuses_a_language_that_only_another_one_speaks() -> None:
+    with pytest.raises(RequestError, match="the model english does not speak it") as caught:
+        parse_speech_options(b'{"input": "Bonjour.", "model": "english", "language": "fr"}', BOTH)
+    assert caught.value.param == "language"

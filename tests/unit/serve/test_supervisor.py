@@ -94,7 +94,7 @@ async def test_a_worker_that_fails_twice_before_it_is_ready_is_not_restarted(cap
     async with supervised("dies", "dies") as worker:
         await until(lambda: worker.ended)
         assert worker.reason == "the worker ended 2 times before it was ready, last with status 3"
-    assert "there will be no worker on cpu: out of memory" in caplog.text
+    assert "there will be no worker english cpu: out of memory" in caplog.text
 
 
 @in_event_loop
@@ -223,7 +223,7 @@ async def test_the_failure_of_one_of_two_workers_is_logged_and_reported(caplog: 
         assert pool.failure is None
         assert pool.workers[0].reason == "the weights are gone"
         assert await spoken(pool) == b"Hello."
-    assert "there will be no worker on cpu: the weights are gone" in caplog.text
+    assert "there will be no worker english cpu: the weights are gone" in caplog.text
 
 
 @in_event_loop

@@ -26,6 +26,7 @@ from chatterbox_prewarm.serve.http.decode_clip import UploadLimits
 from chatterbox_prewarm.serve.http.voice_routes import PREVIEW_TEXT, VoiceRoutes
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
 from chatterbox_prewarm.serve.workers.audio_buffer import Backlog
+from chatterbox_prewarm.serve.workers.pools import Pools
 from chatterbox_prewarm.serve.workers.worker_client import WorkerGoneError
 from tests.helpers.added_voices import VARIANT, WEIGHTS, children, sound_file, tone, voice
 from tests.helpers.http_server import serving
@@ -45,16 +46,15 @@ class Server:
     """A server with a simulated worker, which records its inputs, and waits for `free` before it makes a voice."""
 
     def __init__(self, directory: Path, limits: UploadLimits, **settings: Any) -> None:
-        self.store = VoiceStore(
-            directory, baked={"default": 10, "fox": 20}, variant=VARIANT, weights=WEIGHTS, **settings
-        )
+        self.store = VoiceStore(directory, {VARIANT: WEIGHTS}, **settings)
+        self.store.baked[VARIANT] = {"default": 10, "fox": 20}
         self.clips: list[bytes] = []
         self.spoken: list[SpeechOptions] = []
         self.free = threading.Event()
         self.free.set()
         self.failure: PrewarmError | None = None
-        ready = cast("Pool", SimpleNamespace(ready=True, backlog=Backlog()))
-        admission = Admission(ready, limit=32)
+        ready = SimpleNamespace(model=VARIANT, ready=True, was_ready=True, retry_after=1, backlog=Backlog())
+        admission = Admission(Pools([cast("Pool", ready)]), limit=32)
         self.routes = VoiceRoutes(self.store, admission, prepare=self._prepare, speak=self._speak, limits=limits)
         self._stack = contextlib.ExitStack()
         self.port = self._stack.enter_context(serving(Starlette(routes=self.routes.routes())))
@@ -127,7 +127,7 @@ def test_a_voice_is_added_listed_shown_previewed_and_deleted(server: Server) -> 
         "bytes": len(voice()),
         "created": 1_700_000_000,
     }
-    assert body == {**expected, "digest": body["digest"], "usable": True, "reason": None}
+    assert body == {**expected, "digest": body["digest"], "models": ["english"], "usable": True, "reason": None}
     assert len(body["digest"]) == 64
     (wav,) = server.clips
     samples, rate = soundfile.read(io.BytesIO(wav), dtype="int16")
@@ -159,7 +159,7 @@ def test_name_conflicts_and_unknown_names_have_distinct_statuses(server: Server)
     assert_error(server.add("fox"), 409, "voice_exists", "baked")
     assert_error(server.client.delete(f"{PATH}/fox"), 403, "voice_is_baked", "cannot be deleted")
     fox = {"id": "fox", "name": "fox", "object": "voice", "baked": True, "bytes": 20, "created": None, "digest": None}
-    assert server.client.get(f"{PATH}/fox").json() == {**fox, "usable": True, "reason": None}
+    assert server.client.get(f"{PATH}/fox").json() == {**fox, "models": ["english"], "usable": True, "reason": None}
     assert server.client.get(f"{PATH}/fox/preview").status_code == 200
     for method, path in (("GET", "/bob"), ("GET", "/bob/preview"), ("DELETE", "/bob")):
         assert_error(
@@ -352,7 +352,7 @@ def test_a_failed_voice_process_is_not_the_fault_of_the_clip(server: Server, tmp
 
 
 def test_an_unusable_voice_is_listed_but_not_previewed(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "old.safetensors").write_bytes(voice(weights="sha256:" + "9" * 64))
+    (tmp_path / "old.safetensors").write_bytes(voice(models={VARIANT: "sha256:" + "9" * 64}))
     voices = server.client.get(PATH).json()
     assert "old" not in [voice["id"] for voice in voices["voices"]], "clients offer these voices"
     listed = {voice["id"]: voice for voice in voices["data"]}["old"]

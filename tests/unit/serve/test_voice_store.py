@@ -18,8 +18,9 @@ from safetensors.numpy import load
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.serve.voices.voice_errors import UnknownVoiceError, UnusableVoiceError, VoiceError
+from chatterbox_prewarm.serve.voices.voice_file import MAX_BYTES, digest_of
 from chatterbox_prewarm.serve.voices.voice_store import VoiceEntry, VoiceStore
-from tests.helpers.added_voices import VARIANT, WEIGHTS, tensors, voice
+from tests.helpers.added_voices import VARIANT, WEIGHTS, tensors, voice, voice_of_schema_1
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 
 def open_store(directory: Path, **settings: Any) -> VoiceStore:
-    return VoiceStore(directory, baked={"default": 10, "fox": 20}, variant=VARIANT, weights=WEIGHTS, **settings)
+    store = VoiceStore(directory, {VARIANT: WEIGHTS}, **settings)
+    store.baked[VARIANT] = {"default": 10, "fox": 20}
+    return store
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def problems(store: VoiceStore) -> dict[str, str | None]:
 
 def has_tensors(path: Path, seed: int) -> bool:
     """Return whether a file has the tensors of `voice(seed)`; the order of the metadata differs between processes."""
-    actual, expected = load(path.read_bytes()), tensors(seed)
+    actual, expected = load(path.read_bytes()), {f"{VARIANT}/{name}": value for name, value in tensors(seed).items()}
     return actual.keys() == expected.keys() and all(np.array_equal(actual[name], expected[name]) for name in expected)
 
 
@@ -76,7 +79,7 @@ def test_all_servers_of_a_directory_see_an_added_voice_until_it_is_deleted(store
 
 def test_an_entry_has_the_size_of_a_baked_voice_and_the_creation_time_of_an_added_one(store: VoiceStore) -> None:
     added = store.add("ann", voice())
-    assert store.get("fox") == VoiceEntry(name="fox", baked=True, size=20)
+    assert store.get("fox") == VoiceEntry(name="fox", baked=True, size=20, models=(VARIANT,))
     assert added.created == 1_700_000_000
 
 
@@ -141,10 +144,10 @@ def test_a_baked_voice_is_read_only_and_hides_a_file_of_its_name(store: VoiceSto
 
 
 def test_the_default_voice_counts_as_baked_before_a_worker_reports_its_voices(tmp_path: Path) -> None:
-    store = VoiceStore(tmp_path, baked={}, variant=VARIANT, weights=WEIGHTS)
+    store = VoiceStore(tmp_path, {VARIANT: WEIGHTS})
     with refused("voice_exists", 409):
         store.add("default", voice())
-    store.baked = {"default": 1, "ann": 2}
+    store.baked[VARIANT] = {"default": 1, "ann": 2}
     with refused("voice_exists", 409):
         store.add("ann", voice())
 
@@ -160,9 +163,10 @@ _ADD_ALL = """
 import sys
 from pathlib import Path
 from chatterbox_prewarm.serve.voices.voice_errors import VoiceError
+from chatterbox_prewarm.serve.voices.voice_file import MAX_BYTES, digest_of
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
 from tests.helpers.added_voices import VARIANT, WEIGHTS, voice
-store = VoiceStore(Path(sys.argv[1]), baked={}, variant=VARIANT, weights=WEIGHTS)
+store = VoiceStore(Path(sys.argv[1]), {VARIANT: WEIGHTS})
 data = voice(int(sys.argv[2]))
 store.check_free = lambda name: None  # so that only the write itself protects an existing file
 print("ready", flush=True)
@@ -200,9 +204,10 @@ def test_one_replica_wins_when_several_add_the_same_name_at_once(tmp_path: Path)
 _ADD_AND_DELETE = """
 import sys
 from pathlib import Path
+from chatterbox_prewarm.serve.voices.voice_file import MAX_BYTES, digest_of
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
 from tests.helpers.added_voices import VARIANT, WEIGHTS, voice
-store = VoiceStore(Path(sys.argv[1]), baked={}, variant=VARIANT, weights=WEIGHTS)
+store = VoiceStore(Path(sys.argv[1]), {VARIANT: WEIGHTS})
 data = voice()
 while True:
     for number in range(20):
@@ -309,10 +314,13 @@ def _write(data: bytes) -> Callable[[Path], Any]:
         (_write(voice()[:-1]), "its header describes"),
         (_write(voice()[:50]), "not a safetensors file"),
         (_write(voice() + b"x"), "its header describes"),
-        (_write(bytes(2 << 20)), "larger than"),
-        (_write(voice(weights="sha256:" + "3" * 64)), "made for the checkpoint 'sha256:333"),
-        (_write(voice(variant="turbo")), "made for the variant 'turbo'"),
-        (_write(voice(schema="2")), "schema is '2', this version reads 1"),
+        (_write(bytes(MAX_BYTES + 1)), "larger than"),
+        (_write(voice(models={VARIANT: "sha256:" + "3" * 64})), "made for the checkpoint 'sha256:333"),
+        (_write(voice(models={"multilingual": WEIGHTS})), "made for the model 'multilingual', and not for 'english'"),
+        (_write(voice(models={})), "made for the model '', and not for 'english'"),
+        (_write(voice_of_schema_1(weights="sha256:" + "3" * 64)), "made for the checkpoint 'sha256:333"),
+        (_write(voice_of_schema_1("multilingual")), "made for the model 'multilingual', and not for 'english'"),
+        (_write(voice(schema="3")), "schema is '3', this version reads 2"),
         (_write(voice(created="-1")), "incomplete"),
         (_write(voice(created="x" * 999)), "incomplete"),
         (_write(voice(clip_sha256="")), "incomplete"),
@@ -344,6 +352,41 @@ def test_an_unusable_file_is_listed_with_the_reason(
         assert problems(store) == {"good": None}
 
 
+def test_a_voice_of_an_older_version_stays_usable(store: VoiceStore, tmp_path: Path) -> None:
+    (tmp_path / "old.safetensors").write_bytes(voice_of_schema_1())
+    assert problems(store) == {"old": None}
+    assert store.digest("old") is not None
+
+
+def test_a_voice_speaks_with_the_models_that_it_was_made_for(tmp_path: Path) -> None:
+    store = VoiceStore(tmp_path, {"english": "e", "multilingual": "m"})
+    store.baked = {"english": {"default": 1, "fox": 2}, "multilingual": {"default": 3}}
+    both = voice(models={"english": "e", "multilingual": "m"})
+    (tmp_path / "english.safetensors").write_bytes(voice(models={"english": "e"}))
+    (tmp_path / "changed.safetensors").write_bytes(voice(models={"english": "e", "multilingual": "other"}))
+    store.add("both", both)
+    assert {entry.name: entry.models for entry in store.entries()} == {
+        "both": ("english", "multilingual"),
+        "changed": ("english",),
+        "default": ("english", "multilingual"),
+        "english": ("english",),
+        "fox": ("english",),
+    }
+    assert store.resolve("both") == store.resolve("both", "multilingual") == ("both", digest_of(both))
+    assert store.resolve("default", "multilingual") == ("default", None)
+    for name, reason in (
+        ("english", "made for the model 'english', and not for 'multilingual'"),
+        ("changed", "made for the checkpoint 'other', this server has 'm'"),
+        ("fox", "baked for the model english, and not for 'multilingual'"),
+    ):
+        assert store.resolve(name)[0] == name
+        with pytest.raises(UnusableVoiceError, match=reason):
+            store.resolve(name, "multilingual")
+    with pytest.raises(UnusableVoiceError, match="the model multilingual cannot use the voice"):
+        store.add("half", voice(models={"english": "e"}))
+    assert not (tmp_path / "half.safetensors").exists()
+
+
 def test_other_files_in_the_directory_are_ignored(store: VoiceStore, tmp_path: Path) -> None:
     for name in ("lost+found", "notes.txt", "a b.safetensors", ".safetensors", "..safetensors", "x.safetensors.bak"):
         (tmp_path / name).write_bytes(voice())
@@ -353,7 +396,7 @@ def test_other_files_in_the_directory_are_ignored(store: VoiceStore, tmp_path: P
 
 
 def test_unusable_data_is_not_added(store: VoiceStore, tmp_path: Path) -> None:
-    for data in (b"", b"text", voice()[:-1], voice(weights="other")):
+    for data in (b"", b"text", voice()[:-1], voice(models={VARIANT: "other"})):
         with pytest.raises(UnusableVoiceError):
             store.add("ann", data)
     assert list(tmp_path.iterdir()) == []

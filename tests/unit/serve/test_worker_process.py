@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_prewarm.errors import WeightsError
+from chatterbox_prewarm.errors import IntegrityError, WeightsError
 from chatterbox_prewarm.serve.workers import messages
 from chatterbox_prewarm.serve.workers.worker_config import spawn, spawn_all
 from chatterbox_prewarm.serve.workers.worker_process import start_process
 from chatterbox_prewarm.system.children import PARENT, TOKEN
 from tests.helpers.stand_in_worker import CONFIG
+from tests.helpers.states import record_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,8 +111,10 @@ def order_of(*arguments: str) -> tuple[int, list[str]]:
 
 
 def test_serve_starts_and_configures_its_worker_before_it_imports_packages(tmp_path: Path) -> None:
-    code, events = order_of("serve", "--weights", str(tmp_path / "missing"), "--cache", str(tmp_path / "cache"))
-    assert code == WeightsError.exit_code
+    record_weights(tmp_path / "weights")
+    arguments = ("--weights", tmp_path / "weights", "--warm", tmp_path / "warm", "--cache", tmp_path / "cache")
+    code, events = order_of("serve", *map(str, arguments), "--policy", "require")
+    assert code == IntegrityError.exit_code
     assert events == ["subprocess.Popen", "click", "configuration", "chatterbox_prewarm.serve.http.server"]
 
 

@@ -1,0 +1,62 @@
+"""Refuse several models that do not fit into memory together, before any of them is loaded.
+
+A single model is not checked: the kernel can drop pages of its mapped weights, so it runs in less memory, slowly.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.system.fingerprint import free_gpu_memory
+from chatterbox_prewarm.system.memory import usable_memory
+from chatterbox_prewarm.weights.mapped import MappedWeights
+from chatterbox_prewarm.weights.variants import get_variant
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
+
+#: Bytes of a worker besides the weights. On a CPU the workers have 0.35 to 0.7 GB of their own, and share 0.3 GB of
+#: libraries. On a GPU it is the CUDA context, and what torch allocates for a synthesis.
+_WORKER_BYTES = 1 << 30
+
+
+def check_memory(configs: Sequence[WorkerConfig]) -> None:
+    """Check that the models of a server fit into the memory of the machine and of each GPU.
+
+    Raises:
+        BadInputError: they do not fit.
+        WeightsError, OSError: as `MappedWeights`.
+    """
+    sizes = {config.model: _tensor_files(config) for config in configs}
+    # Files of two models may be hard links to one file. On a CPU all workers share its pages.
+    shared = {file: size for files in sizes.values() for file, size in files.items()}
+    _compare(sum(shared.values()) + len(configs) * _WORKER_BYTES, usable_memory(), "this container", configs)
+    for device in dict.fromkeys(config.device for config in configs if config.device.startswith("cuda")):
+        on_device = [config for config in configs if config.device == device]
+        needed = sum(sum(sizes[config.model].values()) + _WORKER_BYTES for config in on_device)
+        free = free_gpu_memory(int(device.partition(":")[2] or 0))
+        if free is not None:
+            _compare(needed, free, f"the GPU {device}", on_device)
+
+
+def _tensor_files(config: WorkerConfig) -> dict[tuple[int, int], int]:
+    """Return the bytes of the tensors that a worker maps, by the device and the inode of their file."""
+    files = {}
+    for file in MappedWeights(config.start.weights, get_variant(config.model)).files:
+        status = file.path.stat()
+        begin, end = file.span
+        files[status.st_dev, status.st_ino] = end - begin
+    return files
+
+
+def _compare(needed: int, available: int, place: str, configs: Sequence[WorkerConfig]) -> None:
+    if needed <= available:
+        return
+    names = ", ".join(dict.fromkeys(config.model for config in configs))
+    raise BadInputError(
+        f"the models {names} need {needed / 1e9:.1f} GB together, and {place} has {available / 1e9:.1f} GB",
+        next_step="serve fewer of them with --variant, use fewer devices, or give more memory",
+    )

@@ -1,0 +1,153 @@
+"""A server with two models: each request chooses one, and a model that dies does not stop the other."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+
+from tests.conftest import run_cli
+from tests.helpers.serving import SENTENCE, Server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chatterbox_prewarm.start.attach import Attached
+
+
+@pytest.fixture(scope="module")
+def checkpoints(mini: Path, mini_multilingual: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with the checkpoints of two models."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    (directory / "english").symlink_to(mini)
+    (directory / "multilingual").symlink_to(mini_multilingual)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def server(checkpoints: Path, baked: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Start a server with two models. Only English has a warm state, and Multilingual is the first model."""
+    directory = tmp_path_factory.mktemp("several")
+    shutil.copytree(baked, directory / "warm" / "english")
+    (directory / "voices").mkdir()
+    running = Server(
+        directory / "log",
+        *("--weights", checkpoints, "--warm", directory / "warm", "--cache", directory / "cache"),
+        *("--variant", "multilingual", "--variant", "english", "--voices-dir", directory / "voices"),
+    )
+    try:
+        running.wait_ready(workers=2)
+        yield running
+    finally:
+        assert running.end() == 0
+
+
+def test_a_request_chooses_a_model_and_the_first_one_is_the_default(server: Server, attached: Attached) -> None:
+    spoken = attached.synthesizer.synthesize(SENTENCE["input"], seed=SENTENCE["seed"], max_new_tokens=12)
+    status, wav = server.speak(model="english")
+    assert status == 200
+    # Equal except for rounding: a worker computes with half as many threads.
+    assert np.abs(soundfile.read(io.BytesIO(wav), dtype="int16")[0].astype(float) - spoken.pcm).max() < 30
+    first, chosen = server.speak(), server.speak(model="multilingual")
+    assert first == chosen
+    assert first != (status, wav)
+    assert server.speak(model="multilingual", input="Bonjour.", language="fr")[0] == 200
+    refused, body = server.speak(model="english", input="Bonjour.", language="fr")
+    assert (refused, json.loads(body)["error"]["param"]) == (400, "language")
+
+
+def test_models_readiness_and_metrics_are_listed_by_model(server: Server) -> None:
+    listed = json.loads(server.ask("GET", "/v1/models")[1])["data"]
+    assert [model["id"] for model in listed] == ["multilingual", "english"]
+    assert len(listed[0]["languages"]) == 23
+    status, body = server.status("/readyz/english")
+    assert (status, body["model"], body["models"]) == (200, "english", {"english": True})
+    assert [worker["model"] for worker in body["workers"]] == ["english"]
+    assert body["misses"] == {}, "it has a warm state"
+    assert server.status("/readyz")[1]["models"] == {"multilingual": True, "english": True}
+    assert server.ask("GET", "/readyz/multilingual-v3")[0] == 404
+    metrics = server.ask("GET", "/metrics")[1].decode()
+    for model in ("multilingual", "english"):
+        (line,) = [line for line in metrics.splitlines() if line.startswith(_worker("rss_bytes", model))]
+        assert float(line.rpartition(" ")[2]) > 500 << 20
+    assert 'cache_misses_total{family="all",model="multilingual"} 1.0' in metrics, "it has no warm state"
+    assert 'family="all",model="english"' not in metrics
+
+
+def _worker(name: str, model: str) -> str:
+    number = ["multilingual", "english"].index(model)
+    return f'chatterbox_prewarm_worker_{name}{{device="cpu",model="{model}",worker="{number}"}}'
+
+
+def test_an_added_voice_speaks_with_every_model(server: Server, clip: Path) -> None:
+    address = f"http://127.0.0.1:{server.port}/v1/audio/voices"
+    added = httpx.post(address, data={"name": "ann"}, files={"file": clip.read_bytes()}, timeout=240)
+    assert (added.status_code, added.json()["models"]) == (201, ["multilingual", "english"])
+    for model in ("multilingual", "english"):
+        assert server.speak(model=model, voice="ann") != server.speak(model=model)
+        assert server.speak(model=model, voice="ann")[0] == 200
+    assert server.speak(model="english", voice="fox")[0] == 200
+    status, answer = server.speak(model="multilingual", voice="fox")
+    assert status == 400
+    assert "baked for the model english" in json.loads(answer)["error"]["message"]
+    assert server.ask("GET", "/v1/audio/voices/fox/preview")[0] == 200
+
+
+def test_a_killed_model_does_not_stop_the_other(server: Server) -> None:
+    english = _pid_of(server, "english")
+    os.kill(english, signal.SIGKILL)
+    server.wait("/readyz/english", 503)
+    assert server.status("/readyz")[0] == 200, "the server can speak with the other model"
+    assert server.speak(model="multilingual")[0] == 200
+    status, answer = server.speak(model="english")
+    assert (status, json.loads(answer)["error"]["code"]) == (503, "not_ready")
+    assert "the model english is not ready" in json.loads(answer)["error"]["message"]
+    server.wait("/readyz/english", 200)
+    assert server.speak(model="english")[0] == 200
+    assert server.status("/readyz/english")[1]["restarts"] == 1
+    assert server.status("/readyz/multilingual")[1]["restarts"] == 0
+
+
+def _pid_of(server: Server, model: str) -> int:
+    """Return the process id of the worker of a model: the one that has mapped a file of its checkpoint."""
+    (pid,) = [pid for pid in server.workers() if _maps(pid, "t3_cfg" if model == "english" else "t3_mtl")]
+    return pid
+
+
+def _maps(pid: int, name: str) -> bool:
+    return name in Path(f"/proc/{pid}/maps").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--variant", "english", "--variant", "english"], 16, "the variant english is named twice"),
+        (["--variant", "../english"], 16, "there is no model variant '../english'"),
+        (["--variant", "multilingual-v3"], 10, "no checkpoint of the variant multilingual-v3, only of: english, multi"),
+        (["--language", "xx"], 16, "the language is 'xx'"),
+    ],
+)
+def test_a_server_that_cannot_have_its_models_does_not_start(
+    checkpoints: Path, tmp_path: Path, arguments: list[Any], code: int, message: str
+) -> None:
+    places = ("--weights", checkpoints, "--warm", tmp_path / "warm", "--cache", tmp_path / "cache")
+    refused = run_cli("serve", *places, *arguments)
+    assert refused.returncode == code, refused.stderr
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_one_checkpoint_is_needed_where_a_command_has_one_model(checkpoints: Path, tmp_path: Path) -> None:
+    refused = run_cli("bake", "--weights", checkpoints, "--warm", tmp_path / "warm", "--cache", tmp_path / "cache")
+    assert refused.returncode == 10
+    assert "has 2 checkpoints: english, multilingual" in refused.stderr
+    assert f"such as {checkpoints / 'english'}" in refused.stderr
