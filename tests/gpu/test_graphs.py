@@ -8,13 +8,17 @@ import pytest
 import torch
 
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.model import load
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.t3 import T3Decoder
 from chatterbox_prewarm.model.sampling import Sampling
+from chatterbox_prewarm.model.variants.multilingual import aligned_heads
+from chatterbox_prewarm.model.voices import read_builtin_voice
 from chatterbox_prewarm.start.attach import attach
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
+from chatterbox_prewarm.weights.variants import MULTILINGUAL
 from tests.conftest import run_cli
 
 if TYPE_CHECKING:
@@ -80,6 +84,31 @@ def test_graph_draws_the_same_tokens_as_eager_mode(
 ) -> None:
     assert draw(captured, attached, sampling, 60) == draw(plain, attached, sampling, 60)
     assert captured.capture_seconds > 0
+
+
+@pytest.fixture(scope="module")
+def multilingual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("weights") / "multilingual"
+    made = run_cli("weights", "synthesize", directory, "--size", "mini", "--variant", "multilingual")
+    assert made.returncode == 0, made.stderr
+    return directory
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(repetition_penalty=2.0)], ids=str)
+def test_graph_that_analyzes_the_alignment_draws_the_same_tokens_as_eager_mode(
+    sampling: Sampling, multilingual: Path
+) -> None:
+    model, voice = load(multilingual, device="cuda"), read_builtin_voice(multilingual, device="cuda")
+    assert voice is not None
+    drawn = []
+    for graphs in (False, True):
+        tensors = NamedTensors(model.tensors, "t3.")
+        decoder = T3Decoder(tensors, eager, aligned=aligned_heads(MULTILINGUAL, 2), graphs=graphs)
+        for text in ("Ça va très bien.", "Ça va."):  # the second utterance starts with the sums of the first one
+            torch.manual_seed(3)
+            prompt = model.text_tokens(text, "fr")
+            drawn.append(decoder(voice.t3, prompt, sampling=sampling, max_new_tokens=60).tolist())
+    assert drawn[:2] == drawn[2:]
 
 
 def test_graph_uses_the_current_sampling_settings(attached: Attached, plain: T3Decoder, captured: T3Decoder) -> None:
