@@ -60,7 +60,7 @@ def demo(work: Path, dist: Path, variant: str = DEFAULT_VARIANT.name) -> None:
         _detail(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}")
     require_passed(evidence, evidence_path)
     _announce("5/5 start: upstream unchanged, ours cold, ours warm; each answers requests")
-    report = measure_starts(weights, warm, rounds=1, say=_detail, hello=dist / "hello.wav")
+    report = measure_starts(weights, warm, rounds=1, requests=1, say=_detail, hello=dist / "hello.wav")
     (dist / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     click.echo("\n" + table(report))
     click.echo(

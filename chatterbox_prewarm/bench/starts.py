@@ -32,6 +32,8 @@ from chatterbox_prewarm.weights.record import read_record
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from chatterbox_prewarm.bench.server import MeasuredServer
+
 #: Prefix of the names of temporary folders.
 SCRATCH = "chatterbox-prewarm-bench-"
 
@@ -110,14 +112,15 @@ def time_torch_import() -> dict[str, Any]:
     return {"imported": float(done) - started, "read_bytes": int(read)}
 
 
-def time_upstream(weights: Path, clip: Path, device: str) -> dict[str, Any]:
-    """Time upstream without changes, up to its first audio and a few more requests."""
+def time_upstream(weights: Path, clip: Path, device: str, *, requests: int = STEADY_REQUESTS) -> dict[str, Any]:
+    """Time upstream without changes, up to its first audio and some more requests."""
     arguments = {
         "weights": str(weights),
         "clip": str(clip),
         "text": SHORT_TEXT,
         "max_new_tokens": REFERENCE_TOKENS,
         "device": device,
+        "requests": requests,
     }
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as numba_cache:
         environment = {**os.environ, "NUMBA_CACHE_DIR": numba_cache, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -134,7 +137,7 @@ def time_upstream(weights: Path, clip: Path, device: str) -> dict[str, Any]:
     }
 
 
-def time_server(
+def time_server(  # noqa: PLR0913 - keyword options of a benchmark
     weights: Path,
     state: Path,
     device: str,
@@ -142,8 +145,9 @@ def time_server(
     clip: Path | None = None,
     serve_options: Sequence[str] = (),
     hello: Path | None = None,
+    requests: int = STEADY_REQUESTS,
 ) -> dict[str, Any]:
-    """Time our server, up to its first audio and a few more requests.
+    """Time our server, up to its first audio and some more requests.
 
     Args:
         weights: checkpoint.
@@ -153,6 +157,7 @@ def time_server(
             are used. Without a clip, the start is warm.
         serve_options: additional options of `serve`. By default, the cache is a new directory.
         hello: file to which the first sentence is written as WAV.
+        requests: requests after the first one. With one, no other length and no stream is requested.
     """
     request = _reference_request(state, cold=clip is not None)
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
@@ -165,11 +170,11 @@ def time_server(
             status = server.wait_ready()
             audio, first = server.speak(request)
             first_audio = server.since_exec()
-            steady = statistics.median(server.speak(request)[1] for _ in range(STEADY_REQUESTS))
-            new_length = server.speak({**request, "max_new_tokens": request["max_new_tokens"] + 2})[1]
+            steady = statistics.median(server.speak(request)[1] for _ in range(requests))
+            more = {"new_length_request": _new_length(server, request)} if requests > 1 else {}
             read_bytes, resident_bytes = server.read_bytes(), server.resident_bytes()
-            streams = STEADY_REQUESTS if clip is None else 0  # a cold start takes long enough without them
-            chunks = [request_speech(server.target, request, streamed=True).first_chunk for _ in range(streams)]
+            if requests > 1 and clip is None:  # a cold start takes long enough without streams
+                more["first_chunk_to_steady"] = _first_chunk(server, request, requests)
     if hello is not None:
         hello.write_bytes(audio)
     phases = {phase["name"]: phase["start"] + phase["seconds"] for phase in status["phases"]}
@@ -186,14 +191,24 @@ def time_server(
         "steady_request": steady,
         "first_to_steady": first / steady,
         "first_to_sum": first_audio / (marks["attached"] + steady),
-        "new_length_request": new_length,
-        **({"first_chunk_to_steady": chunks[0] / statistics.median(chunks[1:])} if chunks else {}),
+        **more,
         "modules": float(status["modules"]),
         "resident_bytes": float(resident_bytes),
         **{f"livez_{name}": getattr(server, f"livez_{name}") for name in ("first", "worst", "failed")},
         **{name: status[name] for name in ("hits", "misses", "phases")},
         "read_bytes": read_bytes,
     }
+
+
+def _new_length(server: MeasuredServer, request: dict[str, Any]) -> float:
+    """Return the seconds of a request for another length of audio."""
+    return server.speak({**request, "max_new_tokens": request["max_new_tokens"] + 2})[1]
+
+
+def _first_chunk(server: MeasuredServer, request: dict[str, Any], streams: int) -> float:
+    """Return the time to the first chunk of the first stream, divided by that of later streams."""
+    chunks = [request_speech(server.target, request, streamed=True).first_chunk for _ in range(streams)]
+    return chunks[0] / statistics.median(chunks[1:])
 
 
 def _reference_request(state: Path, *, cold: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from chatterbox_prewarm.bench.starts import (
     time_torch_import,
     time_upstream,
 )
+from chatterbox_prewarm.bench.upstream import STEADY_REQUESTS
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.reference_clip import reference_clip
 from chatterbox_prewarm.start.save import REFERENCE_TOKENS
@@ -61,6 +62,7 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
     device: str = "cpu",
     say: Callable[[str], None],
     hello: Path | None = None,
+    requests: int = STEADY_REQUESTS,
 ) -> dict[str, Any]:
     """Measure starts of bare torch, of upstream, and of our server with and without the warm state.
 
@@ -78,6 +80,7 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
         device: device of all systems. The state must be baked for it.
         say: called with one line for each start.
         hello: path of a WAV file for the first sentence of the warm server; None to write no file.
+        requests: requests of each process after its first one.
 
     Returns:
         the report: machine, all runs, medians and ratios.
@@ -90,7 +93,7 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
     State.read(warm)  # report a damaged state before the first start
     runs: list[dict[str, Any]] = []
     with reference_clip() as clip:
-        measure = start_functions(weights, warm, clip, device, hello=hello)
+        measure = start_functions(weights, warm, clip, device, hello=hello, requests=requests)
         for pages, count in (("hot", rounds), ("cold", int(cold_pages))):
             for number in range(1, count + 1):
                 for system in systems:
@@ -101,14 +104,20 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
 
 
 def start_functions(
-    weights: Path, warm: Path, clip: Path, device: str, *, hello: Path | None = None
+    weights: Path,
+    warm: Path,
+    clip: Path,
+    device: str,
+    *,
+    hello: Path | None = None,
+    requests: int = STEADY_REQUESTS,
 ) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return for each system a function that measures one start; see `measure_starts` for the arguments."""
     return {
         "torch": time_torch_import,
-        "upstream": partial(time_upstream, weights, clip, device),
-        "cold": partial(time_server, weights, warm, device, clip=clip),
-        "warm": partial(time_server, weights, warm, device, hello=hello),
+        "upstream": partial(time_upstream, weights, clip, device, requests=requests),
+        "cold": partial(time_server, weights, warm, device, clip=clip, requests=requests),
+        "warm": partial(time_server, weights, warm, device, hello=hello, requests=requests),
     }
 
 

@@ -19,7 +19,7 @@ from chatterbox_prewarm.weights.variants import get_variant
 if TYPE_CHECKING:
     from chatterbox.tts import ChatterboxTTS
 
-#: Number of requests after the first one. The steady request is their median.
+#: Default number of requests after the first one. The steady request is their median.
 STEADY_REQUESTS = 3
 
 
@@ -36,7 +36,7 @@ def load(weights: str, device: str) -> ChatterboxTTS:
         return code.upstream_from_local(Path(weights), variant, device)
 
 
-def run(*, weights: str, clip: str, text: str, max_new_tokens: int, device: str) -> dict[str, Any]:
+def run(*, weights: str, clip: str, text: str, max_new_tokens: int, device: str, requests: int) -> dict[str, Any]:
     """Start upstream, send a first request, then the requests that give the steady figure.
 
     Returns:
@@ -57,7 +57,7 @@ def run(*, weights: str, clip: str, text: str, max_new_tokens: int, device: str)
     code.upstream_generate(model, text, language)
     metrics.mark("first_audio")
     steady = []
-    for _ in range(STEADY_REQUESTS):
+    for _ in range(requests):
         started = time.monotonic()
         code.upstream_generate(model, text, language)
         steady.append(time.monotonic() - started)
