@@ -142,10 +142,18 @@ def _pullable(image: str) -> str:
 @click.option("--gpu-memory", "gpu_memory_mib", type=_MIB, help="Measured: peak GPU memory, MiB.")
 @click.option("--cache-size", "cache_mib", type=_MIB, help="Size of the cache volume, MiB. Default: computed.")
 @click.option("--pre-pull", is_flag=True, help="Also pull the image on all matching nodes before a pod starts.")
+@click.option("--helm-values", is_flag=True, help="Write values for the chart charts/chatterbox instead of manifests.")
 @_common_options
 @insecure_option
 def render(
-    *, image: str, platform: str, labels: Path | None, output: Path | None, insecure: bool | None, **fields: Any
+    *,
+    image: str,
+    platform: str,
+    labels: Path | None,
+    helm_values: bool,
+    output: Path | None,
+    insecure: bool | None,
+    **fields: Any,
 ) -> None:
     """Render the deployment of an image for the nodes that fit its states, with probes that allow a cold start.
 
@@ -155,6 +163,7 @@ def render(
     """
     from chatterbox_prewarm.kube.render import Request
     from chatterbox_prewarm.kube.render import render as render_deployment
+    from chatterbox_prewarm.kube.values import to_values
 
     if output is not None:
         check_output(output)
@@ -162,7 +171,8 @@ def render(
     image, states = _states(image, labels, platform=platform, insecure=insecure)
     measured = Measured(**{field.name: fields.pop(field.name) for field in dataclasses.fields(Measured)})
     request = Request(image=image, states=states, measured=measured, **fields)
-    _write(render_deployment(request), output)
+    rendering = render_deployment(request)
+    _write(to_values(rendering) if helm_values else rendering, output)
 
 
 @k8s.command("render-bake")

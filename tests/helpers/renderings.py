@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.image.labels import FamilyLabel, StateLabel
+from chatterbox_prewarm.kube.budgets import Measured
+from chatterbox_prewarm.kube.nodes import Cluster
 from chatterbox_prewarm.kube.render import Request, render
 
 if TYPE_CHECKING:
@@ -46,3 +48,16 @@ SLICE = state("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "9.0")
 def render_for(states: list[StateLabel], **fields: Any) -> Rendering:
     """Render a deployment for an image with these states."""
     return render(Request(image=IMAGE, states=tuple(states), **fields))
+
+
+RENDERINGS = {
+    "cpu": render_for([CPU]),
+    "one": render_for([L4]),
+    "several": render_for([H100, L4, CPU], replicas=2, policy="require", queue_limit=4),
+    "slice": render_for([SLICE], cluster=Cluster(mig_strategy="mixed", runtime_class="nvidia")),
+    "unlabelled": render_for([L4], cluster=Cluster(feature_discovery=False, labels={"gpu": "l4"})),
+    "pulled before": render_for([H100, L4], pre_pull=True, name="a" * 32, pull_secret="login"),
+    "measured": render_for(
+        [H100], measured=Measured(cold_seconds=200.5, request_seconds=7.5, rss_mib=5000, gpu_memory_mib=7000)
+    ),
+}

@@ -1,4 +1,4 @@
-"""checkov reports no finding in overlays, renderings and bakes, except the exceptions in k8s/.checkov.yaml."""
+"""checkov reports no finding in overlays, renderings, bakes and the chart, with the exceptions in k8s/.checkov.yaml."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 from chatterbox_prewarm.kube.proof import Request, render_proofs
+from tests.helpers.helm import helm
 from tests.helpers.manifests import K8S, kustomize
 from tests.helpers.renderings import H100, IMAGE, L4, render_for
+from tests.kube.test_chart import EVERYTHING
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +44,7 @@ def test_checkov_reports_no_finding(tmp_path: Path) -> None:
     for path in (K8S / "components").rglob("autoscaler.yaml"):
         shutil.copy(path, tmp_path)
     (tmp_path / "rendered.yaml").write_text(render_for([H100, L4], pre_pull=True).to_yaml())
+    (tmp_path / "chart.yaml").write_text(yaml.safe_dump_all(helm(EVERYTHING)))
     crossed = replace(L4, cross_compiled=True)
     proofs = render_proofs(Request(image=IMAGE, states=(crossed,), registry_secret="login"))
     (tmp_path / "proofs.yaml").write_text(proofs.to_yaml())

@@ -37,7 +37,7 @@ from tests.helpers.manifests import (
     violations,
 )
 from tests.helpers.registry_server import serve
-from tests.helpers.renderings import CPU, H100, H200, IMAGE, L4, MIB, SLICE, render_for, state
+from tests.helpers.renderings import CPU, H100, H200, IMAGE, L4, MIB, RENDERINGS, SLICE, render_for, state
 from tests.helpers.states import make_state_for
 
 if TYPE_CHECKING:
@@ -140,18 +140,6 @@ def test_components_can_be_added_to_a_rendering(tmp_path: Path) -> None:
 
 #: Files of the component in the order of a rendering.
 PRE_PULL = ("daemon-set.yaml", "network-policy.yaml")
-
-RENDERINGS = {
-    "cpu": render_for([CPU]),
-    "one": render_for([L4]),
-    "several": render_for([H100, L4, CPU], replicas=2, policy="require", queue_limit=4),
-    "slice": render_for([SLICE], cluster=Cluster(mig_strategy="mixed", runtime_class="nvidia")),
-    "unlabelled": render_for([L4], cluster=Cluster(feature_discovery=False, labels={"gpu": "l4"})),
-    "pulled before": render_for([H100, L4], pre_pull=True, name="a" * 32, pull_secret="login"),
-    "measured": render_for(
-        [H100], measured=Measured(cold_seconds=200.5, request_seconds=7.5, rss_mib=5000, gpu_memory_mib=7000)
-    ),
-}
 
 
 @pytest.mark.parametrize("name", RENDERINGS)
