@@ -51,6 +51,7 @@ COMPONENTS: dict[str, Document] = {
     "keda": {"keda": {"enabled": True}},
     "monitor": {"monitor": {"enabled": True}},
     "alerts": {"alerts": {"enabled": True}},
+    "dashboard": {"dashboard": {"enabled": True}},
 }
 #: Values that no component has.
 SELECTION = {
@@ -78,7 +79,7 @@ def by_identity(documents: list[Document]) -> dict[str, Document]:
     index = {}
     for original in documents:
         document = copy.deepcopy(original)
-        if document["kind"] == "ConfigMap":
+        if "CHATTERBOX_PREWARM_DRAIN_SECONDS" in document.get("data", {}):
             document["metadata"]["name"] = "settings"
         if document["kind"] == "Deployment":
             template = document["spec"]["template"]

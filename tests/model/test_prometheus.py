@@ -1,4 +1,4 @@
-"""Prometheus evaluates the queries of the autoscalers and alerts on the metrics of real servers."""
+"""Prometheus evaluates the queries of autoscalers, alerts and the dashboard on the metrics of real servers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, writable_copy
+from tests.helpers.dashboard import LABEL, queries
 from tests.helpers.manifests import K8S
 from tests.helpers.prometheus import POD, Prometheus
 from tests.helpers.serving import Server
@@ -71,6 +72,26 @@ def test_the_autoscaler_reads_the_number_of_requests_in_flight(server: Server, p
         assert 5.0 / float(metric["pods"]["target"]["averageValue"]) > 2, "the autoscaler starts three pods"
         assert [request.result()[0] for request in requests] == [200] * 5
     prometheus.wait(query, lambda found: found == [(pod, 0.0)])
+
+
+def test_the_dashboard_shows_a_warm_pod(server: Server, prometheus: Prometheus) -> None:
+    """Each query has a sample with the labels of its legend, except those of events that did not happen."""
+    assert server.speak(max_new_tokens=12, seed=1)[0] == 200
+    prometheus.wait("increase(chatterbox_prewarm_real_time_factor_count[30s]) > 0", bool)
+    prometheus.wait("rate(chatterbox_prewarm_speech_answers_total[30s])", bool)  # needs two samples
+    empty = set()
+    for panel, query, legend in queries(namespace=POD["namespace"], pod=POD["pod"], interval="30s"):
+        samples = prometheus.query(query)
+        if not samples:
+            empty.add(panel)
+        assert all(set(LABEL.findall(legend)) <= labels.keys() for labels, _ in samples), panel
+    assert empty == {"Cache misses by family and node", "Artifacts made available"}
+    values = {
+        panel: prometheus.query(query)[0][1]
+        for panel, query, _ in queries(namespace=POD["namespace"], pod=POD["pod"], interval="30s")
+        if panel in {"Pods ready", "Pods starting", "Cache misses", "Pods without a state"}
+    }
+    assert values == {"Pods ready": 1.0, "Pods starting": 0.0, "Cache misses": 0.0, "Pods without a state": 0.0}
 
 
 def test_a_warm_pod_fires_no_alert(prometheus: Prometheus) -> None:
