@@ -21,7 +21,7 @@ from chatterbox_prewarm.commands.options import (
     cache_option,
     check_output,
     device_option,
-    say,
+    note,
     warm_option,
     weights_option,
 )
@@ -50,7 +50,7 @@ def profiles(*, weights: Path, cache: Path, device: str, output: Path, rounds: i
     from benchmarks.profiles import run, table
 
     check_output(output)
-    report = run(weights, cache=cache, device=device, profiles=profiles.split(","), rounds=rounds, say=say)
+    report = run(weights, cache=cache, device=device, profiles=profiles.split(","), rounds=rounds, say=note)
     write_report(report, output)
     click.echo(table(report))
 
@@ -66,7 +66,7 @@ def image(*, output: Path, size: str, checkout: Path) -> None:
     from benchmarks.image import run
 
     check_output(output)
-    report = run(checkout, size=size, say=say)
+    report = run(checkout, size=size, say=note)
     write_report(report, output)
     rebuild = report["after a change"]
     seconds, steps = rebuild["build_seconds"], rebuild["steps"]
@@ -85,7 +85,7 @@ def containers(*, image: str, output: Path, counts: str, rounds: int) -> None:
     from benchmarks.containers import run, table
 
     check_output(output)
-    report = run(image, counts=numbers(counts), rounds=rounds, say=say)
+    report = run(image, counts=numbers(counts), rounds=rounds, say=note)
     write_report(report, output)
     click.echo(table(report))
 
@@ -101,7 +101,7 @@ def snapshot(*, weights: Path, warm: Path, output: Path, criu: str, rounds: int)
     from benchmarks.snapshot import run, table
 
     check_output(output)
-    report = run(weights, warm, criu=criu, rounds=rounds, say=say)
+    report = run(weights, warm, criu=criu, rounds=rounds, say=note)
     write_report(report, output)
     click.echo(table(report))
 
@@ -130,7 +130,7 @@ def append(*, warm: Path, output: Path, gigabytes: int, rounds: int) -> None:
     from benchmarks.append import run, table
 
     check_output(output)
-    report = run(warm, gigabytes=gigabytes, rounds=rounds, say=say)
+    report = run(warm, gigabytes=gigabytes, rounds=rounds, say=note)
     write_report(report, output)
     click.echo(table(report))
 
@@ -147,7 +147,7 @@ def routes(*, output: Path, checkout: Path, names: tuple[str, ...]) -> None:
     from benchmarks.routes import run, table
 
     check_output(output)
-    report = run(checkout, names=names or ROUTES, say=say)
+    report = run(checkout, names=names or ROUTES, say=note)
     write_report(report, output)
     click.echo(table(report))
 
@@ -163,7 +163,7 @@ def calls(*, weights: Path, cache: Path, device: str, output: Path, calls: int) 
     from benchmarks.calls import run
 
     check_output(output)
-    report = run(weights, cache=cache, device=device, calls=calls, say=say)
+    report = run(weights, cache=cache, device=device, calls=calls, say=note)
     write_report(report, output)
     for name, ratio in report["last_to_first"].items():
         click.echo(f"{name}: the last five calls took {ratio:.2f} times as long as calls 2 to 6")
@@ -185,7 +185,7 @@ def leak(*, output: Path, tokens: str, **fields: Any) -> None:
     from chatterbox_prewarm.bench.load import LoadOptions
 
     check_output(output)
-    report = run(LoadOptions(tokens=numbers(tokens), **fields), say=say)
+    report = run(LoadOptions(tokens=numbers(tokens), **fields), say=note)
     write_report(report, output)
     click.echo(table(report))
     if not report["flat"]:
@@ -210,7 +210,7 @@ def kill(*, output: Path, after: float, clients: int, tokens: str, **fields: Any
     from chatterbox_prewarm.bench.load import LoadOptions
 
     check_output(output)
-    report = run(LoadOptions(clients=(clients,), tokens=numbers(tokens), **fields), after=after, say=say)
+    report = run(LoadOptions(clients=(clients,), tokens=numbers(tokens), **fields), after=after, say=note)
     write_report(report, output)
     click.echo(table(report))
     if messages := faults(report):
@@ -235,7 +235,7 @@ def pods(*, manifests: TextIO, image: str | None, output: Path, rounds: int, tok
         documents = [document for document in yaml.safe_load_all(manifests) if isinstance(document, dict)]
     except yaml.YAMLError as error:
         raise BadInputError(f"the manifests are not YAML: {error}", next_step="see `kubectl kustomize`") from error
-    report = run(documents, image=image, rounds=rounds, tokens=numbers(tokens), clients=clients, say=say)
+    report = run(documents, image=image, rounds=rounds, tokens=numbers(tokens), clients=clients, say=note)
     write_report(report, output)
     click.echo(table(report))
     update = report["update"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from chatterbox_prewarm.commands import progress as shown
 from chatterbox_prewarm.errors import as_prewarm_error
 from chatterbox_prewarm.redaction import RedactedFormatter, print_traceback
 from chatterbox_prewarm.system.json_subprocess import DEBUG
@@ -24,18 +25,18 @@ _SECTIONS = {
         "weights": "weights",
         "bake": "states",
         "inspect": "states",
-        "verify": "states",
-        "prove": "proving",
+        "verify": "proofs",
+        "prove": "proofs",
         "sign": "trust",
     },
     "Image": {
-        "build": "images",
+        "build": "builds",
         "pack": "states",
         "append": "images",
         "publish": "images",
         "attest": "images",
         "sbom": "trust",
-        "dockerfile": "images",
+        "dockerfile": "builds",
     },
     "Serve": {"serve": "serving"},
     "Cluster": {"k8s": "kube", "facts": "nodes"},
@@ -82,16 +83,22 @@ class _SectionedGroup(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="chatterbox-prewarm")
-@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
-def cli(*, debug: bool) -> None:
+@click.option("--debug", is_flag=True, help="Show the log, and a traceback with an error.")
+@click.option(
+    "--progress/--quiet",
+    default=None,
+    help="Show the steps of a command and their times, or not. Default: only on a terminal.",
+)
+def cli(*, debug: bool, progress: bool | None) -> None:
     """Bake warm caches for Chatterbox TTS, prove that they are used, and serve from them.
 
     Exit codes: 0 ok, 2 usage, 10 weights, 11 fingerprint mismatch, 12 integrity, 13 not warm, 14 engine or registry,
     15 model, 16 bad input, 70 bug.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(RedactedFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler])
+    handler = shown.LogHandler()
+    handler.setFormatter(RedactedFormatter(f"{'%(asctime)s ' if debug else ''}%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler])
+    shown.start(progress=progress, debug=debug)
     if debug:
         os.environ[DEBUG] = "1"
     for noisy in ("httpx", "httpx2", "urllib3", "docker", "asyncio", "filelock"):

@@ -6,7 +6,6 @@ It is a separate process because a compiler imports a thousand modules that a st
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from chatterbox_prewarm.start.attach import attach
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.system import metrics as metrics_module
 from chatterbox_prewarm.system.json_subprocess import report
+from chatterbox_prewarm.system.progress import detail
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,12 +81,12 @@ def _compile_packages(prepared: Prepared, directory: Path) -> None:
     if execution.graphs and not has_single_threaded_mode():
         weights_of = {name: weights for name, weights in weights_of.items() if name not in IN_GRAPHS}
     with prepared.metrics.phase("aot make"):
-        compile_packages(weights_of, directory, progress=_say)
+        compile_packages(weights_of, directory, progress=detail)
 
 
 def _fill_compiler_caches(prepared: Prepared, compiled: Path, families: list[str]) -> None:
     """Run every region through `torch.compile`, with and without top-p, and for each class of lengths."""
-    _say("compiling during a synthesis")
+    detail("compiling during a synthesis")
     synthesizer = attach(prepared).synthesizer
 
     import torch
@@ -105,10 +105,6 @@ def _fill_compiler_caches(prepared: Prepared, compiled: Path, families: list[str
     for name in families:
         (compiled / name).mkdir(parents=True)
         FAMILIES[name].save(compiled / name, context)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from chatterbox_prewarm.start.upstream import attach_upstream
 from chatterbox_prewarm.system import metrics as metrics_module
 from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
 from chatterbox_prewarm.system.json_subprocess import report
+from chatterbox_prewarm.system.progress import detail
 
 if TYPE_CHECKING:
     from chatterbox.tts import ChatterboxTTS
@@ -70,14 +70,10 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
     with metrics.phase("reference"):
         reference = make_reference(attached)
     for name, clip in bake.voices.items():
-        print(f"voice {name}", file=sys.stderr)
+        detail(f"voice {name}")
         with metrics.phase("conditionals"):
             synthesizer.voices[name] = prepare_voice(upstream, clip)
-    strategy = ChatterboxWarmupStrategy(
-        levels=bake.levels,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
-        metrics=metrics,
-    )
+    strategy = ChatterboxWarmupStrategy(levels=bake.levels, progress=detail, metrics=metrics)
     if computes:
         strategy.perform_full_warmup(upstream)
     record = WarmupRecord(

@@ -12,10 +12,10 @@ from chatterbox_prewarm.commands.options import (
     PATH,
     check_output,
     device_option,
-    say,
     warm_option,
     weights_option,
 )
+from chatterbox_prewarm.commands.progress import end, say
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.profiles import PROFILES
 from chatterbox_prewarm.system.atomic_files import write_whole
@@ -50,6 +50,7 @@ def bench_startup(*, output: Path, systems: str, **fields: Any) -> None:
     check_output(output)
     report = measure_starts(systems=systems.split(","), say=say, **fields)
     write_report(report, output)
+    end()
     click.echo(table(report))
 
 
@@ -144,6 +145,7 @@ def bench_load(*, output: Path, clients: str, tokens: str, **fields: Any) -> Non
     check_output(output)
     report = run(LoadOptions(clients=numbers(clients), tokens=numbers(tokens), **fields), say=say)
     write_report(report, output)
+    end()
     click.echo(table(report))
     if messages := faults(report):
         raise ModelError("; ".join(messages), next_step=f"see {output}, and the log of the server")

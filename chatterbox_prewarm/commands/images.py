@@ -1,11 +1,8 @@
-"""build, append, attest, publish, dockerfile: the commands that put a warm state into an image."""
+"""append, attest, publish: the commands that change an image in a registry, a layout or an archive."""
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,156 +11,25 @@ import click
 from chatterbox_prewarm.commands.options import (
     PATH,
     cache_option,
-    check_output,
+    exit_on_sigterm,
     insecure_option,
+    json_option,
     option,
-    parse_voice,
+    parse_pair,
     refuse_options,
-    say,
-    targets_option,
+    show,
     weights_option,
 )
+from chatterbox_prewarm.commands.progress import say, unattended
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.image.build_request import BUILDERS, ROUTES
-from chatterbox_prewarm.image.dockerfile import VARIANTS
-from chatterbox_prewarm.image.engines.engine import ENGINES
 from chatterbox_prewarm.image.matrix import MATRIX_NAME
-from chatterbox_prewarm.model.profiles import PROFILES, T3_DTYPES
 from chatterbox_prewarm.system.paths import WARM
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from chatterbox_prewarm.image.append import AppendResult
-    from chatterbox_prewarm.image.build_request import BuildRequest
-    from chatterbox_prewarm.image.layer import Layer
-    from chatterbox_prewarm.proof.checks import Evidence
 
 #: Where `publish` writes the new state in its container.
 _NEW_STATE = Path("/tmp/warm")  # noqa: S108
-#: Options without effect for GPUs that the machine lacks, and the reason.
-_NOT_WITH_A_TARGET = {"levels", "evidence"}, "--target, because without the GPU nothing is warmed up or proven"
-#: Options that each bake of a matrix sets itself. Its evidence is next to its state.
-_NOT_WITH_A_MATRIX = {"device", "targets", "profile", "t3_dtype", "levels", "voices", "evidence"}
-
-
-@click.command(short_help="Build, bake, prove and tag an image.")
-@click.option("--tag", default="", help="Name of the image. With --matrix, the default is derived from its target.")
-@click.option("--matrix", type=PATH, help="Build an image for each bake of this file that this machine can run.")
-@click.option("--checkout", type=PATH, default=Path(), help="Checkout of this project. Default: the current directory.")
-@click.option("--warm", type=PATH, default=Path("out/warm"), show_default=True, help="Directory of the warm state.")
-@option("--device", default="cpu", help="Torch device that the image is for, such as cpu or cuda.")
-@targets_option
-@click.option(
-    "--route",
-    default="export",
-    show_default=True,
-    type=click.Choice(ROUTES),
-    help="Bake in a container (export), in the Dockerfile, or only what needs no GPU (no-gpu).",
-)
-@click.option(
-    "--builder",
-    default="buildkit",
-    show_default=True,
-    type=click.Choice(BUILDERS),
-    help="Docker's builder. The steps of the classic one get the GPU of the engine's default runtime.",
-)
-@option("--profile", default="aot", type=click.Choice(PROFILES), help="How the model runs.")
-@option("--t3-dtype", default="float32", type=click.Choice(T3_DTYPES), help="Data type of T3's transformer.")
-@option("--levels", default="1,2,3", help="Warm-up levels, separated by commas.")
-@click.option("--voice", "voices", multiple=True, metavar="NAME=PATH", help="Bake a voice from a clip; repeatable.")
-@click.option(
-    "--build-arg",
-    "arguments",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Build argument of the Dockerfile; repeatable.",
-)
-@click.option("--secret", "secrets", multiple=True, metavar="SPEC", help="Secret, as for docker build; repeatable.")
-@click.option("--network", default="default", show_default=True, help="Network of the build, as for docker build.")
-@option("--engine", "engine_name", default="docker", type=click.Choice(ENGINES), help="Engine that builds and runs.")
-@click.option(
-    "--evidence", type=PATH, help="Path of the evidence, also of a failed proof. Default: WARM.evidence.json."
-)
-@click.option("--replace", "replacing", is_flag=True, help="Replace an image that has this name.")
-@click.option("--rebake", is_flag=True, help="Bake even if the existing state was made with the same recipe and fits.")
-@click.option("--dry-run", is_flag=True, help="Check the engine and show the plan, but do nothing.")
-@click.pass_context
-def build(
-    context: click.Context,
-    /,
-    *,
-    matrix: Path | None,
-    engine_name: str,
-    evidence: Path | None,
-    dry_run: bool,
-    **fields: Any,
-) -> None:
-    """Build an image on a container engine, bake a warm state, prove the image, and tag it if the proof passes.
-
-    The warm state is kept. It is baked again only if something changed on which it depends. With --target, the image
-    gets its tag without a proof, which needs the GPU; several targets give an image with a state for each.
-    """
-    from chatterbox_prewarm.image import build as building
-    from chatterbox_prewarm.image.build_request import check_request, describe_plan, describe_routes
-    from chatterbox_prewarm.image.engines.connect import connect
-    from chatterbox_prewarm.proof.checks import default_evidence
-
-    requests = _requests(context, matrix, fields)
-    if not all(each.tag for each in requests):
-        raise click.UsageError("Missing option '--tag'.")
-    _exit_on_sigterm()
-    with contextlib.closing(connect(engine_name)) as engine:
-        if dry_run:
-            click.echo("\n".join(describe_routes(requests[0], engine)))
-        for each in requests:  # before anything slow
-            check_request(each, engine)
-        if dry_run:
-            for each in requests:
-                click.echo("\n".join(describe_plan(each, engine)))
-            return
-        outputs = [evidence or default_evidence(each.warm) for each in requests]
-        for output in outputs:
-            check_output(output)
-        for each, output in zip(requests, outputs, strict=True):
-            _report_build(each.tag, *building.build(each, engine, output, say=say))
-
-
-def _report_build(tag: str, layers: Sequence[Layer], proofs: Mapping[Path, Evidence]) -> None:
-    for layer in layers:
-        click.echo(f"warm layer: {layer.size / 1e6:.1f} MB, diff id sha256:{layer.diff_id}")
-    if not proofs:
-        click.echo(f"{tag}: unproven. On a machine with the GPU: prove --image {tag}")
-    for path, proof in proofs.items():
-        click.echo(f"{tag}: proven, {len(proof.checks)} checks passed, evidence {path}")
-
-
-def _requests(context: click.Context, matrix: Path | None, fields: dict[str, Any]) -> Sequence[BuildRequest]:
-    """Make the builds of a command line."""
-    from chatterbox_prewarm.image.build_request import BuildRequest
-
-    if fields["targets"]:
-        refuse_options(context, *_NOT_WITH_A_TARGET)
-    request = BuildRequest(
-        **{
-            **fields,
-            "voices": dict(map(parse_voice, fields["voices"])),
-            "arguments": dict(map(_parse_argument, fields["arguments"])),
-        }
-    )
-    return [request] if matrix is None else _matrix_requests(context, matrix, request)
-
-
-def _matrix_requests(context: click.Context, path: Path, template: BuildRequest) -> Sequence[BuildRequest]:
-    """Make the builds of a matrix, and report builds that this machine cannot run."""
-    from chatterbox_prewarm.image import matrix as matrices
-    from chatterbox_prewarm.system.fingerprint import read_fingerprint
-
-    refuse_options(context, _NOT_WITH_A_MATRIX, "--matrix")
-    requests, skipped = matrices.select_builds(matrices.read_matrix(path), template, gpu=read_fingerprint("cuda").gpu)
-    for line in skipped:
-        say(f"skipped, because it needs another machine: {line}")
-    return requests
 
 
 @click.command(short_help="Add warm states to an image.")
@@ -185,6 +51,7 @@ def _matrix_requests(context: click.Context, path: Path, template: BuildRequest)
 @click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="Label of the result; repeatable.")
 @insecure_option
 @click.option("--replace", "replacing", is_flag=True, help="Replace an image that has this tag.")
+@json_option
 def append(
     *,
     base: str,
@@ -209,12 +76,13 @@ def append(
 
     below, result = parse(base), parse(target)
     settings = Change(
-        labels=dict(_parse_pair("--label", text) for text in labels),
-        environment=dict(_parse_pair("--env", text) for text in variables),
+        labels=dict(parse_pair("--label", text) for text in labels),
+        environment=dict(parse_pair("--env", text) for text in variables),
         entrypoint=_parse_words("--entrypoint", entrypoint),
         command=_parse_words("--cmd", command),
     )
-    _exit_on_sigterm()
+    exit_on_sigterm()
+    say("packing the states")
     with pack_states(states, weights) as addition:
         made = append_image(below, result, addition, AppendOptions(settings=settings, say=say, **more))
     _print_result(result, made)
@@ -224,6 +92,7 @@ def append(
 @click.option("--image", required=True, metavar="IMAGE", help="Image in a registry or an OCI layout.")
 @click.option("--evidence", required=True, type=PATH, help="File that `prove --evidence` wrote.")
 @insecure_option
+@json_option
 def attest(*, image: str, evidence: Path, insecure: bool | None) -> None:
     """Attach the evidence of a proof to an image as an OCI referrer. The image does not change."""
     from chatterbox_prewarm.image.attest import attach_evidence
@@ -232,28 +101,7 @@ def attest(*, image: str, evidence: Path, insecure: bool | None) -> None:
 
     with open_store(parse(image), insecure=insecure) as (store, name):
         digest = attach_evidence(store, name, evidence)
-    click.echo(f"{image}: evidence attached as {digest}")
-
-
-@click.command(short_help="Print the Dockerfile for another builder.")
-@click.option("--for", "variant", required=True, type=click.Choice(VARIANTS), help="Builder for the Dockerfile.")
-@click.option("--checkout", type=PATH, default=Path(), help="Checkout of this project. Default: the current directory.")
-@click.option("--target", default="runtime", show_default=True, help="Last stage, for the classic builder.")
-@click.option("--build-arg", "arguments", multiple=True, metavar="NAME=VALUE", help="Selects stages; repeatable.")
-def dockerfile(*, variant: str, checkout: Path, target: str, arguments: tuple[str, ...]) -> None:
-    """Print the Dockerfile for another builder: with a GPU in the bake step (cdi), or without mounts (classic).
-
-    cdi needs BuildKit 0.20 and Buildx 0.22: docker buildx build --allow device=nvidia.com/gpu=all --build-arg
-    DEVICE=cuda -f - .
-    """
-    from chatterbox_prewarm.image.dockerfile import for_cdi, for_classic
-
-    path = checkout / "Dockerfile"
-    if not path.is_file():
-        raise BadInputError(f"{checkout} has no Dockerfile", next_step="name a checkout of this project")
-    text = path.read_text(encoding="utf-8")
-    found = for_cdi(text) if variant == "cdi" else for_classic(text, dict(map(_parse_argument, arguments)), target)
-    click.echo(found, nl=False)
+    _show_attached(image, digest)
 
 
 @click.command(short_help="Bake, prove and publish on this node.")
@@ -266,6 +114,7 @@ def dockerfile(*, variant: str, checkout: Path, target: str, arguments: tuple[st
 @weights_option
 @cache_option
 @insecure_option
+@json_option
 @click.pass_context
 def publish(
     context: click.Context,
@@ -288,11 +137,13 @@ def publish(
     from chatterbox_prewarm.image import matrix as matrices
     from chatterbox_prewarm.image import publish as publishing
 
+    unattended()
     if image is not None:
         refuse_options(context, {"matrix", "index", "listing"}, "--prove-only")
         options = publishing.PublishOptions(warm=warm or WARM, say=say, **places)
-        for digest in publishing.prove_image(image, options, name=state):
-            click.echo(f"{image}: evidence attached as {digest}")
+        digests = publishing.prove_image(image, options, name=state)
+        lines = "\n".join(f"{image}: evidence attached as {digest}" for digest in digests)
+        show(lines, {"image": image, "digests": digests})
         return
     if state is not None:
         raise click.UsageError("--state needs --prove-only.")
@@ -306,7 +157,7 @@ def publish(
         raise BadInputError(
             f"{matrix} has {len(found.bakes)} bakes, but --index is {index}", next_step="see publish --list"
         )
-    _exit_on_sigterm()
+    exit_on_sigterm()
     options = publishing.PublishOptions(warm=warm or _NEW_STATE, say=say, **places)
     made = publishing.publish(found.bakes[index], found.base, found.target, options)
     if made is not None:
@@ -314,23 +165,19 @@ def publish(
 
 
 def _print_result(image: object, made: AppendResult) -> None:
-    click.echo(f"{image}: {made.blobs_sent} blobs sent, {made.bytes_sent / 1e6:.1f} MB\ndigest {made.document.digest}")
+    show(
+        f"{image}: {made.blobs_sent} blobs sent, {made.bytes_sent / 1e6:.1f} MB\ndigest {made.document.digest}",
+        {
+            "image": image,
+            "digest": made.document.digest,
+            "blobs_sent": made.blobs_sent,
+            "bytes_sent": made.bytes_sent,
+        },
+    )
 
 
-def _exit_on_sigterm() -> None:
-    """Let SIGTERM end the command like Ctrl-C, so that unfinished work is cleaned up."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
-
-def _parse_argument(text: str) -> tuple[str, str]:
-    return _parse_pair("--build-arg", text)
-
-
-def _parse_pair(option: str, text: str) -> tuple[str, str]:
-    name, separator, value = text.partition("=")
-    if not separator or not name:
-        raise BadInputError(f"{option} {text!r} has no value", next_step=f"write {option} NAME=VALUE")
-    return name, value
+def _show_attached(image: str, digest: str) -> None:
+    show(f"{image}: evidence attached as {digest}", {"image": image, "digest": digest})
 
 
 def _parse_words(option: str, text: str | None) -> list[str] | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chatterbox_prewarm.commands.options import PATH, check_output, insecure_option, say
+from chatterbox_prewarm.commands.options import PATH, check_output, insecure_option, note
 from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.image.matrix import MATRIX_NAME
 from chatterbox_prewarm.image.references import parse
@@ -236,8 +236,8 @@ def render_proof(*, image: str, platform: str, output: Path | None, **fields: An
 
 
 def _write(rendering: Rendering, output: Path | None) -> None:
-    for note in rendering.notes[1:]:
-        say(f"note: {note}")
+    for line in rendering.notes[1:]:
+        note(f"note: {line}")
     if output is None:
         click.echo(rendering.to_yaml(), nl=False)
     else:

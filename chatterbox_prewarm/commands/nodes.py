@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_prewarm.commands.options import PATH, check_output
+from chatterbox_prewarm.commands.options import PATH, check_output, show
 from chatterbox_prewarm.system.atomic_files import write_whole
 
 if TYPE_CHECKING:
@@ -38,6 +38,6 @@ def report_node_fit(node_fit: NodeFit) -> None:
     Raises:
         FingerprintMismatchError: a start would miss.
     """
-    for line in node_fit.lines():
-        click.echo(line)
+    lines = node_fit.lines()
+    show("\n".join(lines), {"hits": node_fit.hits, "lines": lines})
     node_fit.require_hit()

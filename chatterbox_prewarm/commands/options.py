@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
+import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from chatterbox_prewarm.commands import progress
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.profiles import PROFILES
 from chatterbox_prewarm.model.text import check_voice_name
@@ -17,7 +21,7 @@ from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Mapping
 
 PATH = click.Path(path_type=Path)
 
@@ -115,9 +119,39 @@ def check_output(path: Path) -> None:
         pass
 
 
-def say(line: str) -> None:
-    """Print a line of progress on standard error."""
+def note(line: str) -> None:
+    """Print a remark for the user on standard error."""
+    progress.end()
     click.echo(line, err=True)
+
+
+_JSON = "chatterbox_prewarm.json"
+
+
+def _remember_json(context: click.Context, _: click.Parameter, value: bool) -> None:
+    context.meta[_JSON] = value
+
+
+#: Option of the commands that print a result with `show`.
+json_option = click.option(
+    "--json", is_flag=True, expose_value=False, callback=_remember_json, help="Print the result as JSON."
+)
+
+
+def wants_json() -> bool:
+    """Return whether the present command was called with --json."""
+    return bool(click.get_current_context().meta.get(_JSON))
+
+
+def show(text: str, document: Mapping[str, Any]) -> None:
+    """Print the result of a command on standard output: as text, or with --json as a document.
+
+    Args:
+        text: the result for people.
+        document: the same for programs. Paths become text.
+    """
+    progress.end()
+    click.echo(json.dumps(document, indent=1, sort_keys=True, default=str) if wants_json() else text)
 
 
 def parse_alias(text: str) -> tuple[str, str]:
@@ -156,3 +190,24 @@ def parse_levels(text: str) -> tuple[int, ...]:
         return tuple(int(level) for level in text.split(","))
     except ValueError:
         raise BadInputError(f"{text!r} is not a list of warm-up levels", next_step="use --levels 1,2,3") from None
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end the command like Ctrl-C, so that unfinished work is cleaned up."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def parse_pair(name_of_option: str, text: str) -> tuple[str, str]:
+    """Parse NAME=VALUE.
+
+    Args:
+        name_of_option: the option, for the message.
+        text: its value.
+
+    Raises:
+        BadInputError: the text does not have this form.
+    """
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise BadInputError(f"{name_of_option} {text!r} has no value", next_step=f"write {name_of_option} NAME=VALUE")
+    return name, value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import click
@@ -191,7 +192,7 @@ def serve(
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, for_devices, parse_devices, running
     from chatterbox_prewarm.weights.checkpoints import choose_checkpoints
 
-    log_lines.install(log_format, process="front")
+    log_lines.install(log_format, process="front", level=min(logging.root.level, logging.INFO))
     worker = WorkerConfig(
         start=StartOptions(
             warm=warm,

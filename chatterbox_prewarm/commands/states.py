@@ -1,4 +1,4 @@
-"""bake, pack, inspect, verify: the commands for a warm state."""
+"""bake, pack, inspect: the commands for a warm state."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ from chatterbox_prewarm.commands.options import (
     PATH,
     cache_option,
     device_option,
-    insecure_option,
+    json_option,
     option,
     parse_levels,
     parse_voice,
     profile_option,
     refuse_options,
-    start_device_option,
+    show,
     state_option,
     targets_option,
-    trust_options,
+    wants_json,
     warm_option,
     weights_option,
 )
+from chatterbox_prewarm.commands.progress import say
 from chatterbox_prewarm.errors import BadInputError, IntegrityError
 from chatterbox_prewarm.model.profiles import T3_DTYPES, default_execution
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from chatterbox_prewarm.state.manifest import Manifest
-    from chatterbox_prewarm.state.signature import Trust
     from chatterbox_prewarm.state.state import State
 
 #: How `inspect` describes a state that was baked with --target.
@@ -50,6 +49,7 @@ _CROSS_COMPILED = "  compiled without the GPU: not tuned, and unproven until `pr
 @option("--levels", default="1,2,3", help="Warm-up levels, separated by commas.")
 @click.option("--voice", "voices", multiple=True, metavar="NAME=PATH", help="Bake a voice from a clip; repeatable.")
 @click.option("--without", multiple=True, metavar="FAMILY", help="Leave out a cache family; repeatable.")
+@json_option
 @click.pass_context
 def bake(
     context: click.Context,
@@ -93,20 +93,41 @@ def bake(
         families=tuple(name for name in FAMILIES if name not in without),
     )
 
-    def progress(line: str) -> None:
-        click.echo(f"bake: {line}", err=True)
-
     if len(targets) > 1 or len(checkpoints_in(weights)) > 1:
-        for name, manifest in bake_several(options, targets, progress=progress).items():
-            click.echo(f"{warm / name}\n{_family_table(manifest)}")
+        made = bake_several(options, targets, progress=say)
+        baked = {warm / name: manifest for name, manifest in made.items()}
+        text = "\n".join(f"{path}\n{_family_table(manifest)}" for path, manifest in baked.items())
     else:
-        click.echo(_family_table(run_bake(options, progress=progress)))
+        baked = {warm: run_bake(options, progress=say)}
+        text = _family_table(baked[warm])
+    show(text, {"states": [_to_document(path, manifest) for path, manifest in baked.items()]})
+
+
+def _to_document(path: Path, manifest: Manifest) -> dict[str, Any]:
+    from chatterbox_prewarm.state.state import state_key
+
+    return {
+        "path": path,
+        "key": state_key(manifest),
+        "set_digest": manifest.set_digest,
+        "families": [
+            {
+                "name": family.name,
+                "files": len(family.files),
+                "bytes": family.size,
+                "seconds_spent": family.seconds_spent,
+                "seconds_saved": family.seconds_saved,
+            }
+            for family in manifest.families
+        ],
+    }
 
 
 @click.command(short_help="Pack a warm state as an image layer.")
 @warm_option
 @state_option
 @click.option("--output", type=PATH, required=True, help="Path of the layer, a .tar.gz file.")
+@json_option
 def pack(*, warm: Path, state: str | None, output: Path) -> None:
     """Pack a warm state as a deterministic image layer: the same state gives the same bytes.
 
@@ -116,19 +137,25 @@ def pack(*, warm: Path, state: str | None, output: Path) -> None:
     from chatterbox_prewarm.state.selection import state_path
     from chatterbox_prewarm.state.state import State
 
+    say(f"packing {warm}")
     layer = pack_layer(State.open(state_path(warm, state)), output)
-    click.echo(f"{output}: {layer.size / 1e6:.1f} MB, digest sha256:{layer.digest}, diff id sha256:{layer.diff_id}")
+    digest, diff_id = f"sha256:{layer.digest}", f"sha256:{layer.diff_id}"
+    show(
+        f"{output}: {layer.size / 1e6:.1f} MB, digest {digest}, diff id {diff_id}",
+        {"output": output, "bytes": layer.size, "digest": digest, "diff_id": diff_id},
+    )
 
 
 @click.command(short_help="Show the contents of a warm state.")
 @warm_option
 @state_option
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+@json_option
 @click.option("--diff", nargs=2, type=PATH, metavar="A B", help="Show how state B differs from state A.")
-def inspect(*, warm: Path, state: str | None, as_json: bool, diff: tuple[Path, Path] | None) -> None:
+def inspect(*, warm: Path, state: str | None, diff: tuple[Path, Path] | None) -> None:
     """Show the contents of a warm state and what it was baked for, or list the states of a folder.
 
-    --diff ignores all other options. Its exit code is 0 for different states too.
+    With --json, the result is the manifest of the state. --diff ignores the options that choose a state. Its exit code
+    is 0 for different states too.
     """
     from chatterbox_prewarm.state.manifest_file import manifest_to_json
     from chatterbox_prewarm.state.selection import state_path, states_in
@@ -138,91 +165,19 @@ def inspect(*, warm: Path, state: str | None, as_json: bool, diff: tuple[Path, P
         from chatterbox_prewarm.state.state_diff import differences
 
         one, other = (State.read(state_path(path)).manifest for path in diff)
-        click.echo("\n".join(differences(one, other)) or "no difference")
+        found = differences(one, other)
+        show("\n".join(found) or "no difference", {"differences": found})
         return
     states = states_in(warm)
-    if state is None and len(states) > 1 and not as_json:
-        for name, path in states.items():
-            click.echo(_state_line(name, path))
+    if state is None and len(states) > 1:
+        lines = {name: _state_line(name, path) for name, path in states.items()}
+        show("\n".join(lines.values()), {"states": lines})
         return
     selected = State.read(state_path(warm, state))
-    if as_json:
-        click.echo(manifest_to_json(selected.manifest), nl=False)
+    if wants_json():
+        click.echo(manifest_to_json(selected.manifest), nl=False)  # the bytes of the file
     else:
         click.echo(_summary(selected))
-
-
-@click.command(short_help="Check that a state is intact and fits this machine.")
-@warm_option
-@state_option
-@start_device_option
-@weights_option
-@cache_option
-@trust_options
-@click.option("--image", metavar="IMAGE", help="Check only the labels of an image; it is not pulled.")
-@click.option("--host-facts", type=PATH, help="With --image: the node, as written by `facts`. Default: this machine.")
-@insecure_option
-def verify(
-    *, image: str | None, host_facts: Path | None, insecure: bool | None, device: str | None, **options: Any
-) -> None:
-    """Check every digest of a warm state and whether each family fits this machine; explain each difference.
-
-    If --warm holds several states, check the one that a start would use here, and say why the others are not used. With
-    --key or --expect-digest, first check that you can trust the state; the labels of an image cannot show that.
-    """
-    if image is not None:
-        _refuse_trust(options["trust"])
-        _verify_image(image, host_facts, device, insecure=insecure)
-    elif host_facts is not None:
-        raise BadInputError("--host-facts is for an image", next_step="add --image IMAGE")
-    else:
-        _verify_here(device=device, **options)
-
-
-def _refuse_trust(trust: Trust) -> None:
-    """Refuse the trust options for labels. Labels are not signed, so a result would look safer than it is.
-
-    Raises:
-        BadInputError: a trust option is set, on the command line or in the environment.
-    """
-    for name, value in (("key", trust.key), ("signature", trust.signature), ("expect-digest", trust.expected_digest)):
-        if value is not None:
-            option_name, variable = f"--{name}", name.upper().replace("-", "_")
-            raise BadInputError(
-                f"{option_name} is checked against the manifest of a state, but --image reads only labels",
-                next_step=f"leave {option_name} out, or unset CHATTERBOX_PREWARM_{variable}; a start of the image "
-                "checks it, and so does `verify` in a container of the image",
-            )
-
-
-def _verify_image(reference: str, host_facts: Path | None, device: str | None, *, insecure: bool | None) -> None:
-    from chatterbox_prewarm.commands.nodes import report_node_fit
-    from chatterbox_prewarm.image.compose import platform_of
-    from chatterbox_prewarm.image.image_states import image_with_states
-    from chatterbox_prewarm.image.node_fit import compare_with_node
-    from chatterbox_prewarm.image.references import parse
-    from chatterbox_prewarm.state.node_facts import node_facts, read_node_facts
-
-    facts = read_node_facts(host_facts) if host_facts else node_facts(device)
-    _, image = image_with_states(parse(reference), platform=platform_of(facts["arch"]), insecure=insecure)
-    report_node_fit(compare_with_node(image, facts))
-
-
-def _verify_here(
-    *, warm: Path, state: str | None, device: str | None, weights: Path, cache: Path, trust: Trust
-) -> None:
-    from chatterbox_prewarm.state.compatibility import machine_facts
-    from chatterbox_prewarm.state.selection import Request, checkpoints_for, select_state
-    from chatterbox_prewarm.state.verify import verify as verify_state
-
-    for checkpoint in checkpoints_for(weights, warm, state).values():
-
-        def facts(candidate: State, weights: Path = checkpoint) -> Mapping[str, str]:
-            return machine_facts(weights, cache, device or candidate.manifest.reference.device)
-
-        selection = select_state(warm, facts, Request(device=device, name=state, strict=True, trust=trust))
-        for line in (*selection.remarks, *verify_state(selection.state, checkpoint, cache)):
-            click.echo(line)
 
 
 def _state_line(name: str, path: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from chatterbox_prewarm.commands.options import PATH, check_output, warm_option, weights_option
+from chatterbox_prewarm.commands.options import PATH, check_output, json_option, show, warm_option, weights_option
 from chatterbox_prewarm.system.atomic_files import write_whole
 
 
@@ -15,6 +15,7 @@ from chatterbox_prewarm.system.atomic_files import write_whole
 @warm_option
 @click.option("--key", type=PATH, required=True, help="Private key, a PEM file of the curve P-256, P-384 or P-521.")
 @click.option("--output", type=PATH, help="Path of the signature. Default: next to the state, with .sig.")
+@json_option
 def sign(*, warm: Path, key: Path, output: Path | None) -> None:
     """Sign a warm state, so that a start with --key can check who made it. Uses no network.
 
@@ -26,7 +27,10 @@ def sign(*, warm: Path, key: Path, output: Path | None) -> None:
 
     state = State.open(warm)
     signature = sign_state(state, key, output, passphrase=os.environ.get(PASSPHRASE) or None)
-    click.echo(f"{signature}: signs {warm}, manifest sha256:{state.manifest_digest}")
+    show(
+        f"{signature}: signs {warm}, manifest sha256:{state.manifest_digest}",
+        {"signature": signature, "state": warm, "manifest_digest": f"sha256:{state.manifest_digest}"},
+    )
 
 
 @click.command(short_help="List the contents of an image, as CycloneDX.")

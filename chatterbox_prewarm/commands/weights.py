@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_prewarm.commands.options import PATH, option
+from chatterbox_prewarm.commands.options import PATH, json_option, option, show
+from chatterbox_prewarm.commands.progress import say
 from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, VARIANTS, get_variant
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from chatterbox_prewarm.weights.record import WeightsRecord
 
 
 @click.group()
@@ -22,14 +25,17 @@ def weights() -> None:
 @click.argument("directory", type=PATH)
 @option("--variant", default=DEFAULT_VARIANT.name, type=click.Choice(list(VARIANTS)), help="Model variant.")
 @option("--revision", help="Full commit hash. Default: the pinned commit of the variant.")
+@json_option
 def weights_fetch(directory: Path, variant: str, revision: str | None) -> None:
     """Download a checkpoint from the model hub into DIRECTORY at a pinned commit, verify it and record it."""
     from chatterbox_prewarm.state.places import check_weights_place
     from chatterbox_prewarm.weights.fetch import fetch
 
     check_weights_place(directory)
-    record = fetch(directory, variant=get_variant(variant), revision=revision or None)
-    click.echo(f"{directory}: {len(record.files)} files of {record.repository} at {record.revision}")
+    record = fetch(directory, variant=get_variant(variant), revision=revision or None, say=say)
+    _show_record(
+        f"{directory}: {len(record.files)} files of {record.repository} at {record.revision}", directory, record
+    )
 
 
 @weights.command("synthesize", short_help="Make a checkpoint of random weights.")
@@ -43,6 +49,7 @@ def weights_fetch(directory: Path, variant: str, revision: str | None) -> None:
     type=click.Choice(list(VARIANTS)),
     help="Model variant.",
 )
+@json_option
 def weights_synthesize(directory: Path, size: str, seed: int, variant: str) -> None:
     """Make a checkpoint of random weights in DIRECTORY. Its speech is noise.
 
@@ -55,31 +62,54 @@ def weights_synthesize(directory: Path, size: str, seed: int, variant: str) -> N
     from chatterbox_prewarm.system.json_subprocess import quiet_packages
 
     quiet_packages()
+    say("generating random weights")
     record = synthesize(directory, size=size, seed=seed, variant=get_variant(variant))
     total = sum(file.size for file in record.files)
-    click.echo(f"{directory}: {total / 1e9:.2f} GB of random weights; the speech of this model is noise")
+    text = f"{directory}: {total / 1e9:.2f} GB of random weights; the speech of this model is noise"
+    _show_record(text, directory, record)
 
 
 @weights.command("record", short_help="Record a checkpoint of your own.")
 @click.argument("directory", type=PATH)
 @click.option("--variant", default=DEFAULT_VARIANT.name, show_default=True, type=click.Choice(list(VARIANTS)))
+@json_option
 def weights_record(directory: Path, variant: str) -> None:
     """Record the digests of your own checkpoint in DIRECTORY."""
     from chatterbox_prewarm.weights.record import record
     from chatterbox_prewarm.weights.tensor_shapes import check_tensors
 
     check_tensors(directory, get_variant(variant))
+    say(f"reading {directory}")
     written = record(directory, variant=get_variant(variant), repository="own", revision="unversioned")
-    click.echo(f"{directory}: recorded {len(written.files)} files, set digest {written.set_digest}")
+    text = f"{directory}: recorded {len(written.files)} files, set digest {written.set_digest}"
+    _show_record(text, directory, written)
 
 
 @weights.command("verify", short_help="Check the files of a checkpoint.")
 @click.argument("directory", type=PATH)
+@json_option
 def weights_verify(directory: Path) -> None:
     """Compare every file in DIRECTORY with its recorded digest, and the names and shapes of the tensors."""
     from chatterbox_prewarm.weights.record import verify
     from chatterbox_prewarm.weights.tensor_shapes import check_tensors
 
+    say(f"reading {directory}")
     record = verify(directory)
     check_tensors(directory, get_variant(record.variant), record.synthetic)
-    click.echo(f"{directory}: {len(record.files)} files as recorded, set digest {record.set_digest}")
+    text = f"{directory}: {len(record.files)} files as recorded, set digest {record.set_digest}"
+    _show_record(text, directory, record)
+
+
+def _show_record(text: str, directory: Path, record: WeightsRecord) -> None:
+    show(
+        text,
+        {
+            "directory": directory,
+            "variant": record.variant,
+            "repository": record.repository,
+            "revision": record.revision,
+            "files": len(record.files),
+            "bytes": sum(file.size for file in record.files),
+            "set_digest": record.set_digest,
+        },
+    )

@@ -20,6 +20,7 @@ from chatterbox_prewarm.image.oci import INDEXES, to_documents
 from chatterbox_prewarm.image.state_layers import change_for
 from chatterbox_prewarm.image.stores import open_store
 from chatterbox_prewarm.state.places import check_output_place
+from chatterbox_prewarm.system.progress import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -154,7 +155,7 @@ def send(
 
     def put(descriptor: Descriptor, open_stream: OpenStream, title: str) -> None:
         options.say(f"sending {title}, {descriptor.size / 1e6:.1f} MB")
-        target.put_blob(descriptor, open_stream)
+        target.put_blob(descriptor, lambda: counted(open_stream(), descriptor.size))
         sent.append(descriptor.size)
 
     for number, descriptor in enumerate(image.layers, start=1):

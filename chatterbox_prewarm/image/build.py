@@ -150,20 +150,20 @@ def _add_states(
             else:
                 places = [warm]
             for made, place in zip(baked.values(), places, strict=True):
-                _keep(made, place, say)
+                _keep(made, place)
         if not request.targets and not request.several_states:
             recipe = json.dumps(request.recipe(), indent=1, sort_keys=True) + "\n"
             _recipe_path(warm).write_text(recipe, encoding="utf-8")
     return _load_states(request, engine, cold, unproven, places)
 
 
-def _keep(baked: Path, warm: Path, say: Callable[[str], None]) -> None:
+def _keep(baked: Path, warm: Path) -> None:
     """Store a new state at its place."""
     State.open(baked)
     seal(baked)
     if (signature := default_signature(warm)).exists():
         signature.unlink()
-        say(f"removed {signature}, the signature of the replaced state: sign the new one")
+        logger.warning("removed %s, the signature of the replaced state: sign the new one", signature)
     _recipe_path(warm).unlink(missing_ok=True)  # it belongs to the old state, which stays until here
     put_in_place(baked, warm)
 

@@ -38,9 +38,13 @@ class Evidence:
     checks: tuple[Check, ...]
     observed: dict[str, Any]
 
+    def to_document(self) -> dict[str, Any]:
+        """Return the evidence as a JSON object."""
+        return asdict(self)
+
     def to_json(self) -> str:
         """Return the evidence as JSON text."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        return json.dumps(self.to_document(), indent=1, sort_keys=True) + "\n"
 
 
 def judge(observed: dict[str, Any], set_digest: str, *, isolated: bool = True) -> Evidence:

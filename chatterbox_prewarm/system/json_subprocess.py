@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import ModelError, PrewarmError, as_prewarm_error, error_with_code
 from chatterbox_prewarm.redaction import print_traceback
-from chatterbox_prewarm.system.children import die_with_parent
+from chatterbox_prewarm.system.children import PARENT, die_with_parent
 from chatterbox_prewarm.system.process import run as run_process
+from chatterbox_prewarm.system.progress import send_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,6 +44,8 @@ def run_module(
 def report(function: Callable[..., dict[str, Any]]) -> None:
     """Call `function` with the JSON object in `sys.argv[1]`, and print its result or the error that it raises."""
     die_with_parent()
+    if PARENT in os.environ:
+        send_records()
     with claim_stdout() as out:
         try:
             result = function(**json.loads(sys.argv[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import re
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,13 @@ from chatterbox_prewarm.weights.record import RECORD_NAME, WeightsRecord, read_r
 from chatterbox_prewarm.weights.safetensors_header import FETCH_AGAIN, read_metadata, read_safetensors_header
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from chatterbox_prewarm.weights.variants import Variant
 
+
+logger = logging.getLogger(__name__)
 
 #: Errors of the storage. Errors of the network are OSErrors too.
 _STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})
@@ -28,7 +32,9 @@ _STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPE
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def fetch(directory: Path, *, variant: Variant, revision: str | None = None) -> WeightsRecord:
+def fetch(
+    directory: Path, *, variant: Variant, revision: str | None = None, say: Callable[[str], None] = logger.info
+) -> WeightsRecord:
     """Download the files of a variant at a pinned commit, compare them with the digests of the hub, and record them.
 
     The client of the hub shows progress and resumes a broken transfer. A second call keeps complete files and downloads
@@ -38,6 +44,7 @@ def fetch(directory: Path, *, variant: Variant, revision: str | None = None) -> 
         directory: where the files are written.
         variant: the model variant.
         revision: a full commit hash; by default that of the variant. Branches and tags are refused, because they move.
+        say: called with one line for each file.
 
     Raises:
         BadInputError: `revision` is not a commit hash, or `directory` is not writable or holds another checkpoint.
@@ -63,14 +70,17 @@ def fetch(directory: Path, *, variant: Variant, revision: str | None = None) -> 
         )
     converted = _recorded_digests(directory)
     for name in wanted:
+        say(f"fetching {name} of {variant.repository}")
         if name in variant.published:
             _fetch_pickle(directory, name, variant, commit, converted.get(name))
         else:
             _fetch_file(directory, name, variant, commit)
     for archive in variant.archives:
+        say(f"fetching {archive.path}")
         fetch_archive(directory, archive)
     for leftover in (directory / ".cache" / "huggingface").rglob("*.incomplete"):
         leftover.unlink(missing_ok=True)  # of a killed call; the client never resumes them
+    say("recording the digests")
     return record(directory, variant=variant, repository=variant.repository, revision=commit)
 
 

@@ -71,7 +71,9 @@ def _build(
     context: Path, place: Path, *more: str | Path, tag: str = TAG, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     arguments = [*ARGUMENTS, *(() if "--target" in more else ("--levels", "1")), *more]
-    return run_cli("build", "--tag", tag, "--checkout", context, "--warm", place / "warm", *arguments, env=env)
+    return run_cli(
+        "--progress", "build", "--tag", tag, "--checkout", context, "--warm", place / "warm", *arguments, env=env
+    )
 
 
 def _copy_state(place: Path, folder: Path) -> Path:
@@ -175,7 +177,7 @@ def test_a_matrix_builds_the_bakes_for_this_machine_and_reports_the_others(
     shutil.copy(place / "warm.recipe.json", tmp_path / "states" / f"{name}.recipe.json")
     arguments = [word for word in ARGUMENTS if word not in {"--profile", "eager", "--levels", "1"}]
     finished = run_cli(
-        *("build", "--matrix", matrix, "--checkout", context, "--warm", tmp_path / "states", *arguments),
+        *("--progress", "build", "--matrix", matrix, "--checkout", context, "--warm", tmp_path / "states", *arguments),
     )
     try:
         assert finished.returncode == 0, finished.stderr
@@ -306,7 +308,7 @@ def test_an_interrupted_build_leaves_nothing_new(
     docker: str, context: Path, place: Path, tmp_path: Path, sent: int, step: str, options: list[str]
 ) -> None:
     """With `--rebake`, a stored state that fits is baked again; until the bake is done, it stays."""
-    command = [sys.executable, "-m", "chatterbox_prewarm", "build", "--tag", f"{TAG}-interrupted"]
+    command = [sys.executable, "-m", "chatterbox_prewarm", "--progress", "build", "--tag", f"{TAG}-interrupted"]
     command += ["--checkout", str(context), "--warm", str(tmp_path / "warm"), *ARGUMENTS, *options]
     kept = {".warm.lock"}
     if step.startswith("prove") or options:

@@ -212,7 +212,7 @@ def test_a_killed_bake_keeps_the_old_state_and_a_second_bake_is_refused(
     paths = ["--weights", str(mini), "--warm", str(state), "--cache", str(tmp_path / "cache")]
     command = ["bake", *paths, "--profile", "eager"]
     running = subprocess.Popen(
-        [sys.executable, "-m", "chatterbox_prewarm", *command],
+        [sys.executable, "-m", "chatterbox_prewarm", "--progress", *command],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -24,6 +24,7 @@ from chatterbox_prewarm.image.engines.engine import (
 from chatterbox_prewarm.image.engines.transfer import packed, unpack
 from chatterbox_prewarm.system.paths import CACHE
 from chatterbox_prewarm.system.process import deferred_interrupts
+from chatterbox_prewarm.system.progress import detail
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -95,7 +96,7 @@ class DockerEngine(Engine):
                 created.start()
                 if container.follow:
                     for line in created.logs(stdout=False, stream=True, follow=True):
-                        logger.info("%s", line.decode(errors="replace").rstrip())
+                        detail(line.decode(errors="replace").rstrip())
                 status = int(created.wait()["StatusCode"])
                 output = created.logs(stdout=True, stderr=False).decode(errors="replace")
                 stderr = created.logs(stdout=False).decode(errors="replace")

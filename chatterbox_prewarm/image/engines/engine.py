@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 ENGINES = ("docker", "podman")
 #: User and group of a container of a finished image. The image has no entry for them in /etc/passwd.
 USER = "12345:12345"
-#: A build's log goes to standard error, because standard output is for results.
-_STDERR = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +182,7 @@ def prove(engine: Engine, image: str, *, device: str, variant: str | None = None
 
 
 def run_build(engine: Engine, arguments: Sequence[str], *, dockerfile: str | None = None) -> None:
-    """Build an image and pass the log through to standard error.
+    """Build an image. The lines of its log are details of the present work.
 
     Args:
         engine: engine to build with.
@@ -195,7 +193,7 @@ def run_build(engine: Engine, arguments: Sequence[str], *, dockerfile: str | Non
         EngineError: the build failed.
     """
     command = engine.build_command(arguments, classic=dockerfile is not None)
-    finished = run_process(command, stdout=_STDERR, input=dockerfile)
+    finished = run_process(command, follow=True, input=dockerfile)
     if finished.returncode != 0:
         raise EngineError(
             f"the build ended with status {finished.returncode}", next_step="see the end of its log above"

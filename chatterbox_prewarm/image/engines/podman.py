@@ -31,7 +31,7 @@ from chatterbox_prewarm.image.engines.transfer import unpack
 from chatterbox_prewarm.image.oci import Image, to_documents
 from chatterbox_prewarm.image.oci_layout import Layout
 from chatterbox_prewarm.system.paths import CACHE
-from chatterbox_prewarm.system.process import deferred_interrupts
+from chatterbox_prewarm.system.process import deferred_interrupts, logged_output
 from chatterbox_prewarm.system.process import run as run_process
 
 if TYPE_CHECKING:
@@ -292,9 +292,12 @@ def _has_gpus() -> bool:
 
 @contextlib.contextmanager
 def _logs_followed(name: str) -> Iterator[None]:
-    """Pass on the standard error of a container. Podman 4.3 may never stop following an ended container."""
+    """Show the standard error of a container. Podman 4.3 may never stop following an ended container."""
     command = ["podman", "logs", "--follow", name]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as follower:
+    with (
+        logged_output(follow=True) as output,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=output.pipe) as follower,
+    ):
         try:
             yield
             with contextlib.suppress(subprocess.TimeoutExpired):

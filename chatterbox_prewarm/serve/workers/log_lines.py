@@ -25,17 +25,17 @@ _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u206
 _PLAIN = re.compile(r"[^\s\"=\\]+")
 
 
-def install(log_format: str, *, process: str, level: int | None = None) -> None:
+def install(log_format: str, *, process: str, level: int) -> None:
     """Make this process write its log to standard error.
 
     Args:
         log_format: one of `FORMATS`.
         process: name of this process, such as "front" or "worker cuda:0".
-        level: lowest level that is logged; None keeps the current level.
+        level: lowest level that is logged.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines(process) if log_format == "json" else TextLines(process))
-    logging.basicConfig(level=logging.root.level if level is None else level, handlers=[handler], force=True)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:

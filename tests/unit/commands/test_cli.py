@@ -106,7 +106,7 @@ def test_the_public_names_can_be_imported_before_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def _commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+def all_commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
     """Return every command and group below `group` by its full name."""
     commands = {}
     context = click.Context(group)
@@ -115,7 +115,7 @@ def _commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
         assert command is not None
         commands[f"{prefix}{name}"] = command
         if isinstance(command, click.Group):
-            commands |= _commands(command, f"{prefix}{name} ")
+            commands |= all_commands(command, f"{prefix}{name} ")
     return commands
 
 
@@ -123,7 +123,7 @@ def test_the_readme_lists_all_commands() -> None:
     readme = (ROOT / "README.md").read_text()
     table = readme[readme.index("| command |") : readme.index("Every option of `serve`")]
     listed = {name for row in table.splitlines() if row for name in _commands_of(row)}
-    real = {name for name, command in _commands(cli).items() if not hasattr(command, "commands")}
+    real = {name for name, command in all_commands(cli).items() if not hasattr(command, "commands")}
     assert listed == real
 
 
@@ -137,7 +137,7 @@ def _commands_of(row: str) -> set[str]:
 
 
 def test_the_help_of_serve_names_the_environment_variable_of_every_option() -> None:
-    serve = _commands(cli)["serve"]
+    serve = all_commands(cli)["serve"]
     shown = run_cli("serve", "--help").stdout
     assert len(serve.params) >= 12
     for option in serve.params:
@@ -159,7 +159,7 @@ def test_the_variables_of_the_kubernetes_manifests_are_options_of_serve() -> Non
     files = [path for path in (ROOT / "k8s").rglob("kustomization.yaml") if path.parent.name != "bake"]
     variables = {name for path in files for name in re.findall(r"- (CHATTERBOX_PREWARM_\w+)=", path.read_text())}
     assert variables
-    assert variables <= {str(option.envvar) for option in _commands(cli)["serve"].params}
+    assert variables <= {str(option.envvar) for option in all_commands(cli)["serve"].params}
 
 
 @pytest.mark.parametrize(

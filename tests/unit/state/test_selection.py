@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tarfile
 from typing import TYPE_CHECKING, Any
@@ -346,7 +347,8 @@ def test_inspect_lists_several_states_and_shows_a_named_one(warm: Path) -> None:
     assert incomplete.startswith("incomplete: cannot be used: ")
     shown = run_cli("inspect", "--warm", warm, "--state", "l4")
     assert f"  key {State.read(warm / 'l4').key}" in shown.stdout
-    assert run_cli("inspect", "--warm", warm, "--json").returncode == 16
+    document = json.loads(run_cli("inspect", "--warm", warm, "--json").stdout)
+    assert list(document["states"].values()) == [h100, incomplete, l4]
 
 
 def test_verify_checks_the_state_that_a_start_here_uses(tmp_path: Path) -> None:

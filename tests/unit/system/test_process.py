@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
+import time
 
 import pytest
 
 from chatterbox_prewarm.errors import EngineError
 from chatterbox_prewarm.system.process import deferred_interrupts, run
+from chatterbox_prewarm.system.progress import show_details
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -81,3 +84,41 @@ def test_a_missing_program_and_a_timeout_are_errors_that_name_the_program() -> N
     assert caught.value.exit_code == 14
     with pytest.raises(EngineError, match="'sleep' did not end within 0 s"):
         run(["sleep", "60"], timeout=0.1)
+
+
+def _failing(code: int) -> list[str]:
+    program = (
+        f"import sys; sys.stderr.write('first\\nAuthorization: Bearer abcdefghijklmnop12345\\n'); sys.exit({code})"
+    )
+    return [sys.executable, "-c", program]
+
+
+def test_the_standard_error_of_a_program_is_printed_only_if_it_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(_failing(0)).returncode == 0
+    assert capfd.readouterr().err == ""
+    assert run(_failing(3)).returncode == 3
+    assert capfd.readouterr().err == "first\nAuthorization: ***\n"
+
+
+def test_the_standard_error_of_a_program_that_does_not_end_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    program = "import sys, time; print('working', file=sys.stderr, flush=True); time.sleep(60)"
+    with pytest.raises(EngineError, match="did not end within 3 s"):
+        run([sys.executable, "-c", program], timeout=3)
+    assert capfd.readouterr().err == "working\n"
+
+
+def test_a_process_that_a_program_leaves_behind_delays_nothing_for_long() -> None:
+    program = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(20)'])"
+    started = time.monotonic()
+    assert run([sys.executable, "-c", program], stdout=subprocess.DEVNULL).returncode == 0
+    assert time.monotonic() - started < 15
+
+
+def test_both_outputs_of_a_followed_program_are_details() -> None:
+    details: list[str] = []
+    show_details(lambda text, _: details.append(text))
+    try:
+        run(["sh", "-c", "echo out; echo err >&2"], follow=True)
+    finally:
+        show_details(None)
+    assert details == ["out", "err"]
