@@ -89,12 +89,18 @@ class _SectionedGroup(click.Group):
     default=None,
     help="Show the steps of a command and their times, or not. Default: only on a terminal.",
 )
-def cli(*, debug: bool, progress: bool | None) -> None:
+@click.pass_context
+def cli(context: click.Context, /, *, debug: bool, progress: bool | None) -> None:
     """Bake warm caches for Chatterbox TTS, prove that they are used, and serve from them.
 
     Exit codes: 0 ok, 2 usage, 10 weights, 11 fingerprint mismatch, 12 integrity, 13 not warm, 14 engine or registry,
     15 model, 16 bad input, 70 bug.
     """
+    from chatterbox_prewarm.commands import config_file
+
+    configured = config_file.apply(context)
+    progress = configured.get("progress", progress) if progress is None else progress
+    debug = debug or configured.get("debug", False)
     handler = shown.LogHandler()
     handler.setFormatter(RedactedFormatter(f"{'%(asctime)s ' if debug else ''}%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler])
