@@ -40,6 +40,7 @@ _SECTIONS = {
     },
     "Serve": {"serve": "serving"},
     "Cluster": {"k8s": "kube", "facts": "nodes"},
+    "Machine": {"doctor": "doctor"},
     "Measure": {"bench": "bench"},
 }
 _MODULES = {name: module for section in _SECTIONS.values() for name, module in section.items()}

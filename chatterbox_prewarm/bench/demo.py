@@ -7,10 +7,7 @@ upstream, our cold server and our warm server.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from chatterbox_prewarm.model.profiles import Execution
 from chatterbox_prewarm.proof.checks import require_passed
 from chatterbox_prewarm.proof.prove import ProofOptions, prove
 from chatterbox_prewarm.state.state import State
+from chatterbox_prewarm.system.compiler import missing_packages
 from chatterbox_prewarm.system.process import run as run_process
 from chatterbox_prewarm.weights.record import RECORD_NAME
 from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, VARIANTS
@@ -86,19 +84,6 @@ def _execution() -> Execution | None:
     _detail(f"without {' and '.join(missing)}, the regions of the model are not compiled (profile eager)")
     _detail(f"for a faster model, run: apt-get install {' '.join(missing)}")
     return Execution(profile="eager")
-
-
-def missing_packages() -> list[str]:
-    """Return the Debian packages that this machine lacks to compile the regions of the model.
-
-    torch's Inductor runs the compiler `$CXX`, by default g++, and its C++ wrappers include `Python.h`.
-    """
-    missing = []
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        missing.append("g++")
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        missing.append("python3-dev")
-    return missing
 
 
 def _announce(step: str) -> None:

@@ -35,7 +35,7 @@ _PROOF_STEP = (
     "prove: a fresh container with a read-only root, without network and as another user must have no cache miss"
 )
 #: Bytes that a build needs where the engine stores images: twice the packages, the weights, and temporary files.
-_BUILD_BYTES = 20_000_000_000
+BUILD_BYTES = 20_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +208,9 @@ def check_request(request: BuildRequest, engine: Engine) -> None:
                 "and add --build-arg DEPS=IMAGE",
             )
     free = engine.info.free_bytes
-    if free is not None and free < _BUILD_BYTES:
+    if free is not None and free < BUILD_BYTES:
         raise EngineError(
-            f"the engine has {free / 1e9:.0f} GB left for images, but a build needs about {_BUILD_BYTES / 1e9:.0f} GB",
+            f"the engine has {free / 1e9:.0f} GB left for images, but a build needs about {BUILD_BYTES / 1e9:.0f} GB",
             next_step=f"remove images (`{engine.info.name.lower()} image prune`) or the builder's cache",
         )
 

@@ -63,7 +63,7 @@ def prove(options: ProofOptions) -> Evidence:
     warm = state.path.resolve()
     scratch = Path(tempfile.mkdtemp(prefix="chatterbox-prewarm-proof-"))
     try:
-        _check_namespaces(warm)
+        check_namespaces(warm)
         cache = scratch / "cache"
         cache.mkdir()
         baked_cache = _baked_cache(state)
@@ -127,8 +127,11 @@ def _environment(scratch: Path) -> dict[str, str]:
     }
 
 
-def _check_namespaces(warm: Path) -> None:
+def check_namespaces(warm: Path) -> None:
     """Check that this system allows the namespaces, so that a failure of the proof process has another cause.
+
+    Args:
+        warm: a folder to mount.
 
     Raises:
         EngineError: it does not.

@@ -135,18 +135,23 @@ def check_torch(target: GpuTarget) -> None:
         ModelError: see above.
     """
     installed = metadata.version("torch").partition("+")[0]
-    series = ".".join(installed.split(".")[:2])
-    if series not in _NEWEST_CAPABILITY:
+    newest = newest_capability(installed)
+    if newest is None:
         raise ModelError(
             f"compiling without a GPU was tried with torch {' and '.join(_NEWEST_CAPABILITY)}, not with {installed}",
             next_step="use one of these versions, or bake on the GPU",
         )
-    if target.capability > (newest := _NEWEST_CAPABILITY[series]):
+    if target.capability > newest:
         raise ModelError(
             f"torch {installed} runs on GPUs up to {architecture(newest)}, and {target.name} is "
             f"{architecture(target.capability)}",
             next_step="use the stack torch-2.11 for newer GPUs",
         )
+
+
+def newest_capability(torch: str) -> tuple[int, int] | None:
+    """Return the newest compute capability that a version of torch has kernels for, or None if it was never tried."""
+    return _NEWEST_CAPABILITY.get(".".join(torch.split(".")[:2]))
 
 
 def cuda_headers() -> list[Path]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_prewarm.bench.demo import _execution, missing_packages
+from chatterbox_prewarm.bench.demo import _execution
 from chatterbox_prewarm.model.profiles import Execution
+from chatterbox_prewarm.system.compiler import missing_packages
 
 if TYPE_CHECKING:
     from pathlib import Path
