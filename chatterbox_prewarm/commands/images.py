@@ -16,8 +16,10 @@ from chatterbox_prewarm.commands.options import (
     json_option,
     option,
     parse_pair,
+    read_signing_key,
     refuse_options,
     show,
+    signing_key_option,
     weights_option,
 )
 from chatterbox_prewarm.commands.progress import say, unattended
@@ -91,16 +93,30 @@ def append(
 @click.command(short_help="Attach the evidence of a proof to an image.")
 @click.option("--image", required=True, metavar="IMAGE", help="Image in a registry or an OCI layout.")
 @click.option("--evidence", required=True, type=PATH, help="File that `prove --evidence` wrote.")
+@signing_key_option
+@click.option(
+    "--predicates", type=PATH, help="Only write proof.json and provenance.json to this folder, for `cosign attest`."
+)
 @insecure_option
 @json_option
-def attest(*, image: str, evidence: Path, insecure: bool | None) -> None:
-    """Attach the evidence of a proof to an image as an OCI referrer. The image does not change."""
-    from chatterbox_prewarm.image.attest import attach_evidence
+def attest(*, image: str, evidence: Path, key: Path | None, predicates: Path | None, insecure: bool | None) -> None:
+    """Attach the evidence of a proof to an image as an OCI referrer. The image does not change.
+
+    With --key, also attach two signed statements of in-toto, which admission controllers can require: the result of the
+    proof as a test result, and the provenance of the state as that of SLSA. The passphrase of an encrypted key is read
+    from CHATTERBOX_PREWARM_PASSPHRASE.
+    """
+    from chatterbox_prewarm.image.attest import attach_evidence, write_predicates
     from chatterbox_prewarm.image.references import parse
     from chatterbox_prewarm.image.stores import open_store
 
+    signing_key = read_signing_key(key)
     with open_store(parse(image), insecure=insecure) as (store, name):
-        digest = attach_evidence(store, name, evidence)
+        if predicates is not None:
+            written = write_predicates(store, name, evidence, predicates)
+            show("\n".join(f"wrote {path}" for path in written), {"predicates": written})
+            return
+        digest = attach_evidence(store, name, evidence, key=signing_key)
     _show_attached(image, digest)
 
 
@@ -113,6 +129,7 @@ def attest(*, image: str, evidence: Path, insecure: bool | None) -> None:
 @option("--warm", type=PATH, help=f"Directory of the new state. Default: {_NEW_STATE}; with --prove-only, {WARM}.")
 @weights_option
 @cache_option
+@signing_key_option
 @insecure_option
 @json_option
 @click.pass_context
@@ -126,6 +143,7 @@ def publish(
     image: str | None,
     state: str | None,
     warm: Path | None,
+    key: Path | None,
     **places: Any,
 ) -> None:
     """Bake on this node without a container engine, prove the state, and add it to an image in a registry.
@@ -138,6 +156,7 @@ def publish(
     from chatterbox_prewarm.image import publish as publishing
 
     unattended()
+    places["key"] = read_signing_key(key)
     if image is not None:
         refuse_options(context, {"matrix", "index", "listing"}, "--prove-only")
         options = publishing.PublishOptions(warm=warm or WARM, say=say, **places)

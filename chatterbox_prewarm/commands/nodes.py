@@ -10,6 +10,7 @@ from chatterbox_prewarm.commands.options import PATH, check_output, show
 from chatterbox_prewarm.system.atomic_files import write_whole
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from chatterbox_prewarm.image.node_fit import NodeFit
@@ -32,12 +33,17 @@ def facts(*, device: str | None, output: Path | None) -> None:
         click.echo(f"wrote {output}")
 
 
-def report_node_fit(node_fit: NodeFit) -> None:
+def report_node_fit(node_fit: NodeFit, attestations: Sequence[str] = ()) -> None:
     """Print whether a start would hit every cache, and end with exit code 11 if not.
+
+    Args:
+        node_fit: how the states of an image fit a node.
+        attestations: lines about the signed statements of the image.
 
     Raises:
         FingerprintMismatchError: a start would miss.
     """
     lines = node_fit.lines()
-    show("\n".join(lines), {"hits": node_fit.hits, "lines": lines})
+    document = {"hits": node_fit.hits, "lines": lines, "attestations": list(attestations)}
+    show("\n".join([*lines, *attestations]), document)
     node_fit.require_hit()

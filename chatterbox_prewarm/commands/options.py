@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
+
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 PATH = click.Path(path_type=Path)
 
@@ -117,6 +120,26 @@ def check_output(path: Path) -> None:
         raise BadInputError(f"{path} is a directory", next_step="name a file")
     with tempfile.TemporaryFile(dir=path.parent):
         pass
+
+
+signing_key_option = click.option(
+    "--key",
+    type=PATH,
+    help="Private key (PEM). It signs the result of the proof and the provenance, which are attached too.",
+)
+
+
+def read_signing_key(path: Path | None) -> EllipticCurvePrivateKey | None:
+    """Read the private key of `signing_key_option`. Its passphrase is in the environment.
+
+    Raises:
+        BadInputError: the key cannot be used.
+    """
+    if path is None:
+        return None
+    from chatterbox_prewarm.state.keys import PASSPHRASE, read_private_key
+
+    return read_private_key(path, os.environ.get(PASSPHRASE) or None)
 
 
 def note(line: str) -> None:

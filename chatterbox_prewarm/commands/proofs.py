@@ -52,11 +52,12 @@ def verify(
     """Check every digest of a warm state and whether each family fits this machine; explain each difference.
 
     If --warm holds several states, check the one that a start would use here, and say why the others are not used. With
-    --key or --expect-digest, first check that you can trust the state; the labels of an image cannot show that.
+    --key or --expect-digest, first check that you can trust the state. With --image and --key, check that the image has
+    a proof of the state that fits, signed with that key by `attest --key`.
     """
     if image is not None:
         _refuse_trust(options["trust"])
-        _verify_image(image, host_facts, device, insecure=insecure)
+        _verify_image(image, host_facts, device, insecure=insecure, key=options["trust"].key)
     elif host_facts is not None:
         raise BadInputError("--host-facts is for an image", next_step="add --image IMAGE")
     else:
@@ -69,7 +70,7 @@ def _refuse_trust(trust: Trust) -> None:
     Raises:
         BadInputError: a trust option is set, on the command line or in the environment.
     """
-    for name, value in (("key", trust.key), ("signature", trust.signature), ("expect-digest", trust.expected_digest)):
+    for name, value in (("signature", trust.signature), ("expect-digest", trust.expected_digest)):
         if value is not None:
             option_name, variable = f"--{name}", name.upper().replace("-", "_")
             raise BadInputError(
@@ -79,17 +80,28 @@ def _refuse_trust(trust: Trust) -> None:
             )
 
 
-def _verify_image(reference: str, host_facts: Path | None, device: str | None, *, insecure: bool | None) -> None:
+def _verify_image(
+    reference: str, host_facts: Path | None, device: str | None, *, insecure: bool | None, key: Path | None
+) -> None:
     from chatterbox_prewarm.commands.nodes import report_node_fit
     from chatterbox_prewarm.image.compose import platform_of
-    from chatterbox_prewarm.image.image_states import image_with_states
+    from chatterbox_prewarm.image.image_states import attested_image, image_with_states
     from chatterbox_prewarm.image.node_fit import compare_with_node
     from chatterbox_prewarm.image.references import parse
+    from chatterbox_prewarm.state.keys import read_public_key
     from chatterbox_prewarm.state.node_facts import node_facts, read_node_facts
 
     facts = read_node_facts(host_facts) if host_facts else node_facts(device)
-    _, image = image_with_states(parse(reference), platform=platform_of(facts["arch"]), insecure=insecure)
-    report_node_fit(compare_with_node(image, facts))
+    platform = platform_of(facts["arch"])
+    if key is None:
+        _, image = image_with_states(parse(reference), platform=platform, insecure=insecure)
+        report_node_fit(compare_with_node(image, facts))
+        return
+    image, attestations = attested_image(parse(reference), read_public_key(key), platform=platform, insecure=insecure)
+    node_fit = compare_with_node(image, facts)
+    for state in node_fit.selected.values():
+        attestations.require_proof(reference, state.name)
+    report_node_fit(node_fit, attestations.lines())
 
 
 def _verify_here(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
     from chatterbox_prewarm.image.layer import Layer
     from chatterbox_prewarm.image.oci import Descriptor, Document, Image, OpenStream, Store
     from chatterbox_prewarm.image.references import ImageReference
@@ -45,6 +47,7 @@ class AppendOptions:
         replacing: replace an existing tag or archive.
         expected: the digest that the tag must have, or "" if it must not exist. None disables the check.
         evidence: evidence of a proof of the states, attached before the tag is set. Ignored for an archive.
+        key: private key that signs the statements about the proof; see `attach_evidence`.
         insecure: HTTP or HTTPS for both registries, as in `Repository`.
         say: called with one line of progress for each blob that is sent.
     """
@@ -55,6 +58,7 @@ class AppendOptions:
     replacing: bool = False
     expected: str | None = None
     evidence: Path | None = None
+    key: EllipticCurvePrivateKey | None = None
     insecure: bool | None = None
     say: Callable[[str], None] = logger.info
 
@@ -139,7 +143,7 @@ def send(
         layers: the new layers.
         target: the store to write to.
         reference: the tag of the image.
-        options: `replacing`, `expected`, `evidence` and `say` are used.
+        options: `replacing`, `expected`, `evidence`, `key` and `say` are used.
 
     Raises:
         BadInputError: the tag exists.
@@ -168,7 +172,7 @@ def send(
         check()  # sending can take minutes
         # Attach the evidence by digest before the tag exists, so that no tag names an image without its evidence.
         target.put_manifest(document, document.digest)
-        attach_evidence(target, document.digest, options.evidence)
+        attach_evidence(target, document.digest, options.evidence, key=options.key)
     target.put_manifest(document, reference, check=check)
     return AppendResult(document=document, blobs_sent=len(sent), bytes_sent=sum(sent))
 

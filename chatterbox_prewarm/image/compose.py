@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from chatterbox_prewarm.image.layer import Layer
-    from chatterbox_prewarm.image.oci import Descriptor, Store
+    from chatterbox_prewarm.image.oci import Descriptor, Document, Store
 
 #: The kernel's name of an architecture -> the name in images.
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm"}
@@ -68,13 +68,7 @@ def resolve(store: Store, reference: str, *, platform: str = "") -> Image:
         EngineError: the image does not exist, is malformed, or is for another platform.
     """
     platform = platform or platform_of(this_machine.machine())
-    document = store.read_manifest(reference)
-    if document.media_type in INDEXES:
-        document = store.read_manifest(_choose(read_index(document), platform, reference).digest)
-    if document.media_type not in MANIFESTS:
-        raise EngineError(
-            f"{reference} is not an image; its media type is {document.media_type!r}", next_step="check the reference"
-        )
+    document = find_manifest(store, reference, platform=platform)
     config = config_descriptor(document)
     if config.size > MAX_DOCUMENT:
         raise EngineError(
@@ -89,6 +83,22 @@ def resolve(store: Store, reference: str, *, platform: str = "") -> Image:
             next_step="choose a base for that platform, or another platform with --platform",
         )
     return image
+
+
+def find_manifest(store: Store, reference: str, *, platform: str) -> Document:
+    """Read the manifest of an image; an index is searched for the platform. The arguments are those of `resolve`.
+
+    Raises:
+        EngineError: there is no such image.
+    """
+    document = store.read_manifest(reference)
+    if document.media_type in INDEXES:
+        document = store.read_manifest(_choose(read_index(document), platform, reference).digest)
+    if document.media_type not in MANIFESTS:
+        raise EngineError(
+            f"{reference} is not an image; its media type is {document.media_type!r}", next_step="check the reference"
+        )
+    return document
 
 
 def add_layers(base: Image, layers: Sequence[Layer], change: Change, *, created: str) -> Image:

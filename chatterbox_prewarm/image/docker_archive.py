@@ -73,6 +73,11 @@ class Archive:
                 f"{path} is not an archive of `docker save`: {error!r}", next_step="save the image again, uncompressed"
             ) from error
 
+    @property
+    def name(self) -> str:
+        """See `Store.name`."""
+        return str(self.path)
+
     def read_manifest(self, reference: str) -> Document:
         """Return the OCI manifest of an image, by "name:tag", or "" if the archive has only one image."""
         manifest = self._find(reference)

@@ -15,22 +15,26 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import EngineError
-from chatterbox_prewarm.image.compose import resolve
+from chatterbox_prewarm.image.compose import find_manifest, resolve
 from chatterbox_prewarm.image.engines.connect import connect
 from chatterbox_prewarm.image.engines.engine import ContainerRun
 from chatterbox_prewarm.image.labels import PREFIX, STATES, image_labels, read_states
-from chatterbox_prewarm.image.oci import MAX_DOCUMENT
-from chatterbox_prewarm.image.referrers import proven_states
+from chatterbox_prewarm.image.oci import MAX_DOCUMENT, digest_of
+from chatterbox_prewarm.image.referrers import proven_states, read_attestations
+from chatterbox_prewarm.image.statements import BakedState
 from chatterbox_prewarm.image.stores import open_store
 from chatterbox_prewarm.state.manifest import MANIFEST_NAME
 from chatterbox_prewarm.state.manifest_file import parse_manifest
 from chatterbox_prewarm.system.paths import WARM
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
     from chatterbox_prewarm.image.oci import Descriptor, Image, Store
     from chatterbox_prewarm.image.references import ImageReference
+    from chatterbox_prewarm.image.referrers import Attestations
     from chatterbox_prewarm.state.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -56,10 +60,46 @@ def with_states(store: Store, image: Image) -> Image:
     """
     if not _lacks_labels(image):
         return image
-    for layer in image.layers[: -_LAYERS - 1 : -1]:
-        if layer.size <= _MAX_LAYER and (manifests := _manifests(store, layer)):
-            return _labelled(image, manifests)
+    for layer in _state_layers(image):
+        if states := _read_states(store, layer):
+            return _labelled(image, [state.manifest for state in states])
     return image
+
+
+def baked_states(store: Store, image: Image) -> Iterator[BakedState]:
+    """Yield the states in the layers of an image, newest layer first. Each layer is read when it is needed.
+
+    Raises:
+        EngineError: a layer cannot be read.
+        IntegrityError: the manifest of a state is malformed.
+    """
+    for layer in _state_layers(image):
+        yield from _read_states(store, layer)
+
+
+def _state_layers(image: Image) -> list[Descriptor]:
+    return [layer for layer in image.layers[: -_LAYERS - 1 : -1] if layer.size <= _MAX_LAYER]
+
+
+def attested_image(
+    reference: ImageReference, key: EllipticCurvePublicKey, *, platform: str, insecure: bool | None
+) -> tuple[Image, Attestations]:
+    """Read an image with the labels of its states, and its signed statements. The local engine has none.
+
+    Args:
+        reference: names the image.
+        key: the public key of the statements.
+        platform: of the image, if the reference is an index.
+        insecure: for a registry, see `Repository`.
+
+    Raises:
+        EngineError: the store does not have the image.
+        IntegrityError: the manifest of a state is malformed.
+    """
+    with open_store(reference, insecure=insecure) as (store, name):
+        digest = find_manifest(store, name, platform=platform).digest
+        image = with_states(store, resolve(store, digest, platform=platform))
+        return image, read_attestations(store, digest, key)
 
 
 def image_with_states(reference: ImageReference, *, platform: str, insecure: bool | None) -> tuple[str, Image]:
@@ -133,7 +173,7 @@ def _with_labels(image: Image, labels: Mapping[str, str]) -> Image:
     return replace(image, config={**image.config, "config": settings})
 
 
-def _manifests(store: Store, layer: Descriptor) -> list[Manifest]:
+def _read_states(store: Store, layer: Descriptor) -> list[BakedState]:
     """Read the manifests of the states in a layer. The layer is read to its end, which verifies its digest."""
     logger.info("reading the states of the image from layer %s, %.1f MB", layer.digest, layer.size / 1e6)
     found: dict[str, bytes] = {}
@@ -153,4 +193,7 @@ def _manifests(store: Store, layer: Descriptor) -> list[Manifest]:
         ) from error
     # If the folder has a manifest, it is one state, and its folders are cache families.
     roots = [""] if "" in found else sorted(found)
-    return [parse_manifest(found[root], source=f"{MANIFEST_NAME} in the layer {layer.digest}") for root in roots]
+    source = f"{MANIFEST_NAME} in the layer {layer.digest}"
+    return [
+        BakedState(manifest=parse_manifest(found[root], source=source), digest=digest_of(found[root])) for root in roots
+    ]

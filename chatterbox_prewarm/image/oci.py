@@ -111,6 +111,10 @@ class Store(Protocol):
     Every method raises EngineError if the store cannot be reached, refuses, or has damaged content.
     """
 
+    @property
+    def name(self) -> str:
+        """The repository with its registry, or the path of the layout or the archive."""
+
     def read_manifest(self, reference: str) -> Document:
         """Read a manifest or an index by tag or digest, and verify its digest.
 

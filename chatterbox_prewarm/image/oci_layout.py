@@ -55,6 +55,11 @@ class Layout:
         if path.exists() and not (path / _MARKER).is_file() and not _is_unfinished(path):
             raise EngineError(f"{path} is not an OCI image layout", next_step="name an empty or a new folder")
 
+    @property
+    def name(self) -> str:
+        """See `Store.name`."""
+        return str(self.path)
+
     def read_manifest(self, reference: str) -> Document:
         """See `Store.read_manifest`. If a layout has only one image and no tags, every tag finds it."""
         digest = self._digest_of(reference)

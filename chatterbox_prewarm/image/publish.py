@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
     from chatterbox_prewarm.image.append import AppendResult
     from chatterbox_prewarm.image.labels import StateLabel
     from chatterbox_prewarm.image.matrix import Bake
@@ -59,6 +61,7 @@ class PublishOptions:
         weights: directory of the checkpoint, or of several, of which the one of the bake's variant is used.
         warm: directory that the state is written to. The evidence is written next to it, also if the proof fails.
         cache: the cache directory.
+        key: private key that signs the statements about the proof; see `attach_evidence`.
         insecure: HTTP or HTTPS for the registries, as in `Repository`.
         say: called with one line of progress for each step.
     """
@@ -66,6 +69,7 @@ class PublishOptions:
     weights: Path
     warm: Path
     cache: Path
+    key: EllipticCurvePrivateKey | None = None
     insecure: bool | None = None
     say: Callable[[str], None] = logger.info
 
@@ -106,7 +110,7 @@ def publish(planned: Bake, base: str, target: str, options: PublishOptions) -> A
         )
     _check_images(base_reference, target_reference, insecure=options.insecure)
     evidence = _bake_and_prove(planned, options)
-    append_options = AppendOptions(evidence=evidence, insecure=options.insecure, say=options.say)
+    append_options = AppendOptions(evidence=evidence, key=options.key, insecure=options.insecure, say=options.say)
     with pack_states([options.warm]) as states:
         result = add_to_image(base_reference, target_reference, states, append_options)
     if result is None:
@@ -172,7 +176,7 @@ def prove_image(image: str, options: PublishOptions, *, name: str | None = None)
             path = scratch / "evidence.json"
             write_whole(path, evidence.to_json())
             with open_store(reference, insecure=options.insecure) as (store, _):
-                attached.append(attach_evidence(store, subject.digest, path))
+                attached.append(attach_evidence(store, subject.digest, path, key=options.key))
     return attached
 
 

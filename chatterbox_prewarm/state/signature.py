@@ -11,7 +11,6 @@ take (docs/trust.md has the figures). Formats: DSSE v1 for the envelope, in-toto
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
@@ -21,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, IntegrityError
-from chatterbox_prewarm.state.keys import CURVES, key_hint, read_public_key
+from chatterbox_prewarm.state.envelope import STATEMENT, Bundle
+from chatterbox_prewarm.state.keys import key_hint, read_public_key
 from chatterbox_prewarm.state.manifest import MANIFEST_NAME
 from chatterbox_prewarm.system.digests import FileEntry, set_digest
 from chatterbox_prewarm.system.regular_files import read_regular
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
-_PAYLOAD_TYPE = "application/vnd.in-toto+json"
-_STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _SIGN = "sign the state with `chatterbox-prewarm sign`, or give the path of the signature with --signature"
@@ -139,31 +137,14 @@ def _stated_set_digest(manifest: bytes) -> str:
         return "unknown, because the manifest cannot be read"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Bundle:
-    """The content of a bundle's envelope, the signature over it, and the hint that names the key."""
-
-    payload: bytes
-    signature: bytes
-    hint: str | None
-
-
-def _read_bundle(path: Path) -> _Bundle:
+def _read_bundle(path: Path) -> Bundle:
     """Read a bundle without verifying it.
 
     Raises:
         IntegrityError: the file is missing or is not a bundle.
     """
     try:
-        bundle = json.loads(read_regular(path, follow_links=True))
-        envelope = bundle["dsseEnvelope"]
-        kind, payload = envelope["payloadType"], base64.b64decode(envelope["payload"], validate=True)
-        (only,) = envelope["signatures"]
-        signature = base64.b64decode(only["sig"], validate=True)
-        hint = bundle["verificationMaterial"]["publicKey"].get("hint")
-        if kind != _PAYLOAD_TYPE:
-            raise ValueError(f"its content is {kind!r}")  # noqa: TRY301 - one error for every invalid bundle
-        return _Bundle(payload=payload, signature=signature, hint=hint)
+        return Bundle.parse(read_regular(path, follow_links=True))
     except FileNotFoundError as error:
         raise IntegrityError(f"there is no signature {path}", next_step=_SIGN) from error
     except OSError as error:
@@ -178,25 +159,14 @@ def _open_bundle(path: Path, key: EllipticCurvePublicKey) -> bytes:
     Raises:
         IntegrityError: the file is not a bundle, or the signature is not of this key.
     """
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
-
     bundle = _read_bundle(path)
-    kind, payload = _PAYLOAD_TYPE.encode(), bundle.payload
-    try:
-        key.verify(
-            bundle.signature,
-            b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload),
-            ECDSA(getattr(hashes, CURVES[key.curve.name])()),
-        )
-    except InvalidSignature:
+    if not bundle.is_signed_with(key):
         if bundle.hint == (expected := key_hint(key)):
             reason = "it is of this key, but the signature or its content was changed"
         else:
             reason = f"it names the key {bundle.hint}, and the given key is {expected}"
-        raise IntegrityError(f"the signature {path} is not valid: {reason}", next_step=_NOT_TRUSTED) from None
-    return payload
+        raise IntegrityError(f"the signature {path} is not valid: {reason}", next_step=_NOT_TRUSTED)
+    return bundle.payload
 
 
 def _signed_files(payload: bytes, signature: Path) -> Mapping[str, str]:
@@ -210,7 +180,7 @@ def _signed_files(payload: bytes, signature: Path) -> Mapping[str, str]:
     try:
         statement: Any = json.loads(payload)
         predicate = statement["predicate"]
-        if (statement["_type"], statement["predicateType"]) != (_STATEMENT, _PREDICATE):
+        if (statement["_type"], statement["predicateType"]) != (STATEMENT, _PREDICATE):
             raise ValueError(f"a statement of the type {statement['predicateType']!r}")  # noqa: TRY301 - as above
         if predicate["serialization"]["method"] != "files":
             raise ValueError("files were signed in pieces")  # noqa: TRY301 - as above

@@ -362,10 +362,9 @@ def test_the_labels_of_an_image_show_whether_its_states_fit_a_node(
 @pytest.mark.parametrize(
     ("arguments", "env", "name"),
     [
-        (("--key", "public.pem"), {}, "--key"),
         (("--signature", "warm.sig"), {}, "--signature"),
         (("--expect-digest", f"sha256:{'0' * 64}"), {}, "--expect-digest"),
-        ((), {"CHATTERBOX_PREWARM_KEY": "public.pem"}, "--key"),
+        ((), {"CHATTERBOX_PREWARM_SIGNATURE": "warm.sig"}, "--signature"),
     ],
 )
 def test_options_for_the_manifest_are_refused_for_an_image(

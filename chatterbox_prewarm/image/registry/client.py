@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from chatterbox_prewarm.errors import BadInputError, EngineError
 from chatterbox_prewarm.image.byte_stream import chunk_stream
-from chatterbox_prewarm.image.oci import INDEXES, MANIFESTS, Document, digest_of
+from chatterbox_prewarm.image.oci import INDEXES, MANIFESTS, OCI_INDEX, Document, digest_of
 from chatterbox_prewarm.image.references import is_digest, is_tag
 from chatterbox_prewarm.image.registry.downloads import download
 from chatterbox_prewarm.image.registry.registry_errors import TransientError, resolve_location
@@ -74,6 +74,11 @@ class Repository:
     def __exit__(self, *_: object) -> None:
         self._transport.close()
 
+    @property
+    def name(self) -> str:
+        """See `Store.name`."""
+        return f"{self.reference.host}/{self.reference.repository}"
+
     def read_manifest(self, reference: str) -> Document:
         """Read a manifest or an index by tag or digest, and verify its bytes.
 
@@ -101,6 +106,25 @@ class Repository:
             BadInputError: `reference` is neither a tag nor a digest.
         """
         return self._send(self._manifest_request("HEAD", reference, {200, 404})).status == 200
+
+    def read_referrers(self, digest: str) -> Document | None:
+        """Read the index that lists the referrers of a manifest; None if the registry lacks the referrers API.
+
+        Args:
+            digest: of the manifest.
+
+        Raises:
+            EngineError: the registry failed.
+        """
+        request = self._request(
+            "GET", f"referrers/{digest}", f"referrers of {digest}", actions="pull", expect={200, 400, 404, 405}
+        )
+        response = self._send(request)
+        if response.status != 200 or response.headers.get("Content-Type", "").partition(";")[0] != OCI_INDEX:
+            return None
+        if "Link" in response.headers:
+            logger.warning("the registry lists the referrers of %s on several pages; only the first is read", digest)
+        return Document(media_type=OCI_INDEX, raw=response.body)
 
     def put_manifest(self, document: Document, reference: str, *, check: Callable[[], None] | None = None) -> None:
         """Store a manifest or an index under a tag, or under its own digest; see `Store.put_manifest`.

@@ -139,7 +139,7 @@ def test_the_memory_is_that_of_the_machine_or_the_lowest_limit_of_the_groups(
 ) -> None:
     groups, meminfo = tmp_path / "groups", tmp_path / "meminfo"
     groups.write_text(f"{line}\n")
-    meminfo.write_text("MemTotal:        4000 kB\nMemFree: 1 kB\n")
+    meminfo.write_text("MemTotal:        9000 kB\nMemAvailable:        4000 kB\n")
     assert usable_memory(tmp_path, groups, meminfo) == 4000 * 1024
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / name).write_text("max\n")

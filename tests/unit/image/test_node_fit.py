@@ -220,6 +220,8 @@ def test_the_command_prints_the_prediction_and_exits_with_11_for_a_miss(labels: 
 class Memory:
     """A store in memory that records which blobs are read."""
 
+    name = "memory"
+
     def __init__(self) -> None:
         self.manifests: dict[str, Document] = {}
         self.blobs: dict[str, bytes] = {}
