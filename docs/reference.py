@@ -22,6 +22,7 @@ METRIC_LABELS = {
     "family": "a [cache family](families.md)",
     "key": "the key of a warm state: its variant, device and profile",
     "le": "the upper bound of a bucket",
+    "model": "the [variant](variants.md) of the model; empty for a request that was refused before its model was known",
     "moment": "`attached` (the model and the state are loaded) or `ready` (every stage of a synthesis has run)",
     "phase": "a phase of a start, such as `import` or `weights`",
     "status": "the HTTP status of an answer",
@@ -117,6 +118,7 @@ def _families() -> Iterator[tuple[Any, list[str]]]:
 
     from chatterbox_prewarm.serve.http.http_metrics import HttpMetrics
     from chatterbox_prewarm.serve.workers.messages import Usage
+    from chatterbox_prewarm.serve.workers.pools import Pools
 
     counts = {"aot": 1}
     log = {
@@ -129,11 +131,17 @@ def _families() -> Iterator[tuple[Any, list[str]]]:
         config=SimpleNamespace(device="cuda"), usage=Usage(), ready=True, busy=True, restarts=0, log=log
     )
     pool: Any = SimpleNamespace(
-        attached=True, ready=True, waiting=0, leading=worker, workers=[worker], backlog=SimpleNamespace(size=0)
+        model="english",
+        attached=True,
+        ready=True,
+        waiting=0,
+        leading=worker,
+        workers=[worker],
+        backlog=SimpleNamespace(size=0),
     )
     admission: Any = SimpleNamespace(in_flight=0, limit=1)
-    collected = HttpMetrics(pool, admission)
-    collected.responses.labels("200")
+    collected = HttpMetrics(Pools([pool]), admission)
+    collected.responses.labels("english", "200")
     families = text_string_to_metric_families(collected.render().decode())
     for family in sorted((one for one in families if not one.name.endswith("_created")), key=lambda one: one.name):
         yield family, sorted({label for sample in family.samples for label in sample.labels} - {"le"})

@@ -145,6 +145,8 @@ def _write(directory: Path, variant: Variant, synthetic: Synthetic) -> None:
         torch.manual_seed(synthetic.seed)
         logger.info("generating random weights: T3")
         _save(make_t3(variant, synthetic.t3_layers), directory / variant.t3)
+        # Again, so that two variants get the same S3Gen and voice encoder, as the published ones do.
+        torch.manual_seed(synthetic.seed)
         logger.info("generating random weights: S3Gen")
         s3gen = S3Gen()
         if synthetic.s3gen_blocks is not None:

@@ -60,7 +60,7 @@ def test_the_proof_of_a_missing_image_is_refused(docker: str) -> None:
     assert "has no image" in refused.stderr
 
 
-def _ask(docker: str, container: str, method: str, path: str, body: str = "") -> tuple[int, bytes]:
+def ask(docker: str, container: str, method: str, path: str, body: str = "") -> tuple[int, bytes]:
     """Send a request from inside the container, because it has no network; its body is printed in hexadecimal."""
     program = (
         "import http.client,sys;c=http.client.HTTPConnection('127.0.0.1',8000,timeout=60);"
@@ -81,17 +81,17 @@ def test_the_container_speaks_without_network_and_drains(docker: str, image: str
         deadline = time.monotonic() + 180
         status, body = 0, b""
         while status != 200 and time.monotonic() < deadline:
-            status, body = _ask(docker, container, "GET", "/readyz")
+            status, body = ask(docker, container, "GET", "/readyz")
         assert status == 200, run(docker, "logs", container).stderr
         state: dict[str, Any] = json.loads(body)
         assert state["misses"] == {}
         assert set(state["hits"]) == {"bytecode", "conditionals", "aot"}
         assert state["profile"] == "aot"
         sentence = json.dumps({"input": "Hello.", "seed": 1, "max_new_tokens": 12, "response_format": "wav"})
-        status, sound = _ask(docker, container, "POST", "/v1/audio/speech", sentence)
+        status, sound = ask(docker, container, "POST", "/v1/audio/speech", sentence)
         assert status == 200
         assert sound.startswith(b"RIFF")
-        status, refused = _ask(docker, container, "POST", "/v1/audio/voices")
+        status, refused = ask(docker, container, "POST", "/v1/audio/voices")
         assert (status, json.loads(refused)["error"]["code"]) == (501, "uploads_unsupported")
         assert run(docker, "stop", "--time", "60", container).returncode == 0
         exited = run(docker, "inspect", "--format", "{{.State.ExitCode}}", container)

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from chatterbox_prewarm.serve.http.http_metrics import HttpMetrics
 from chatterbox_prewarm.serve.workers.messages import Usage
+from chatterbox_prewarm.serve.workers.pools import Pools
 from tests.helpers.dashboard import LABEL, dashboard, queries, variables
 from tests.helpers.manifests import K8S
 
@@ -41,11 +42,17 @@ class Worker:
 def exposed() -> dict[str, set[str]]:
     """Return the names of all samples with their labels."""
     pool: Any = SimpleNamespace(
-        attached=True, ready=True, waiting=0, leading=Worker(), workers=[Worker()], backlog=SimpleNamespace(size=0)
+        model="english",
+        attached=True,
+        ready=True,
+        waiting=0,
+        leading=Worker(),
+        workers=[Worker()],
+        backlog=SimpleNamespace(size=0),
     )
     admission: Any = SimpleNamespace(in_flight=2, limit=32)
-    metrics = HttpMetrics(pool, admission)
-    metrics.responses.labels("200").inc()
+    metrics = HttpMetrics(Pools([pool]), admission)
+    metrics.responses.labels("english", "200").inc()
     text = metrics.render().decode()
     labels: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(text):
@@ -79,8 +86,8 @@ def test_an_alert_uses_exposed_metrics_and_labels(rule: dict[str, Any], exposed:
     assert not grouped or "sum" not in expression or in_texts <= grouped, "a text uses a label that `sum` removes"
 
 
-def test_misses_are_counted_by_family(exposed: dict[str, set[str]]) -> None:
-    assert exposed["chatterbox_prewarm_cache_misses_total"] == {"family"}
+def test_misses_are_counted_by_model_and_family(exposed: dict[str, set[str]]) -> None:
+    assert exposed["chatterbox_prewarm_cache_misses_total"] == {"family", "model"}
 
 
 def test_the_autoscaler_uses_an_exposed_metric(exposed: dict[str, set[str]]) -> None:
