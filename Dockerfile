@@ -160,7 +160,11 @@ COPY chatterbox_prewarm /opt/chatterbox-prewarm/app/chatterbox_prewarm
 # Compile this project's modules here and not in the bake, so that a change of them does not bake again. -B keeps Python
 # from writing to /opt/venv, whose modification times must not change. A named volume at /data/voices takes over the
 # permissions of the folder, so that any user may add voices.
-RUN python -B -m compileall -q /opt/chatterbox-prewarm/app \
+ARG SOURCE_REVISION=
+RUN if [ -n "${SOURCE_REVISION}" ]; then \
+      echo "${SOURCE_REVISION}" >/opt/chatterbox-prewarm/app/chatterbox_prewarm/commit.txt; \
+    fi \
+ && python -B -m compileall -q /opt/chatterbox-prewarm/app \
  && mkdir -m 1777 /var/cache/chatterbox-prewarm \
  && mkdir -p /data && mkdir -m 1777 /data/voices
 ENV PYTHONPATH=/opt/chatterbox-prewarm/app \

@@ -14,7 +14,7 @@ from chatterbox_prewarm.commands import progress as shown
 from chatterbox_prewarm.errors import as_prewarm_error
 from chatterbox_prewarm.redaction import RedactedFormatter, print_traceback
 from chatterbox_prewarm.system.json_subprocess import DEBUG
-from chatterbox_prewarm.version import __version__
+from chatterbox_prewarm.version import describe
 
 if TYPE_CHECKING:
     from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
@@ -79,11 +79,24 @@ class _SectionedGroup(click.Group):
                 )
 
 
+def _show_version(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        click.echo(f"chatterbox-prewarm, version {describe()}")
+        context.exit()
+
+
 @click.group(
     cls=_SectionedGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.version_option(__version__, prog_name="chatterbox-prewarm")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and the commit.",
+)
 @click.option("--debug", is_flag=True, help="Show the log, and a traceback with an error.")
 @click.option(
     "--progress/--quiet",

@@ -12,11 +12,12 @@ from chatterbox_prewarm.commands.options import (
     PATH,
     check_output,
     device_option,
+    usage_error,
     warm_option,
     weights_option,
 )
 from chatterbox_prewarm.commands.progress import end, say
-from chatterbox_prewarm.errors import BadInputError, ModelError
+from chatterbox_prewarm.errors import ModelError
 from chatterbox_prewarm.model.profiles import PROFILES
 from chatterbox_prewarm.system.atomic_files import write_whole
 
@@ -160,9 +161,9 @@ def numbers(text: str) -> list[int]:
     """Parse positive integers that are separated by commas.
 
     Raises:
-        BadInputError: the text is not such a list.
+        click.UsageError: the text is not such a list.
     """
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise BadInputError(f"{text!r} is not a list of positive numbers", next_step="write them as 1,4,16")
+        raise usage_error(f"{text!r} is not a list of positive numbers", "write them as 1,4,16")
     return [int(part) for part in parts]

@@ -20,10 +20,10 @@ from chatterbox_prewarm.commands.options import (
     refuse_options,
     show,
     signing_key_option,
+    usage_error,
     weights_option,
 )
 from chatterbox_prewarm.commands.progress import say, unattended
-from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.image.matrix import MATRIX_NAME
 from chatterbox_prewarm.system.paths import WARM
 
@@ -173,9 +173,7 @@ def publish(
             click.echo(f"{number}: {bake.title}, {voices}")
         return
     if index is None or index >= len(found.bakes):
-        raise BadInputError(
-            f"{matrix} has {len(found.bakes)} bakes, but --index is {index}", next_step="see publish --list"
-        )
+        raise usage_error(f"{matrix} has {len(found.bakes)} bakes, but --index is {index}", "see publish --list")
     exit_on_sigterm()
     options = publishing.PublishOptions(warm=warm or _NEW_STATE, say=say, **places)
     made = publishing.publish(found.bakes[index], found.base, found.target, options)
@@ -204,4 +202,4 @@ def _parse_words(option: str, text: str | None) -> list[str] | None:
     try:
         return None if text is None else shlex.split(text)
     except ValueError as error:
-        raise BadInputError(f"{option} {text!r} cannot be parsed: {error}", next_step="close the quotes") from error
+        raise usage_error(f"{option} {text!r} cannot be parsed: {error}", "close the quotes") from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chatterbox_prewarm.commands.options import PATH, check_output, insecure_option, note
+from chatterbox_prewarm.commands.options import PATH, check_output, insecure_option, note, usage_error
 from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.image.matrix import MATRIX_NAME
 from chatterbox_prewarm.image.references import parse
@@ -94,9 +94,9 @@ def _common_options(command: Callable[..., None]) -> Callable[..., None]:
 def _parse_label(text: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
     if not (separator and _LABEL_KEY.fullmatch(key) and (not value or _LABEL_VALUE.fullmatch(value))):
-        raise BadInputError(
+        raise usage_error(
             f"--node-label {text!r} is not a label",
-            next_step="write --node-label KEY=VALUE, as `kubectl get nodes --show-labels` prints it",
+            "write --node-label KEY=VALUE, as `kubectl get nodes --show-labels` prints it",
         )
     return key, value
 

@@ -177,17 +177,23 @@ def show(text: str, document: Mapping[str, Any]) -> None:
     click.echo(json.dumps(document, indent=1, sort_keys=True, default=str) if wants_json() else text)
 
 
+def usage_error(message: str, next_step: str) -> click.UsageError:
+    """Return the error for the value of an option that has the wrong form. Its exit code is 2."""
+    return click.UsageError(f"{message}\n  next: {next_step}")
+
+
 def parse_alias(text: str) -> tuple[str, str]:
     """Parse NAME=VOICE. NAME is any name that a client sends, such as `voices/Alice.wav`.
 
     Raises:
-        BadInputError: the text does not have this form.
+        click.UsageError: the text does not have this form.
+        BadInputError: VOICE cannot name a voice.
     """
     name, separator, voice = text.rpartition("=")  # a voice has no "=" in its name
     if not separator:
-        raise BadInputError(f"--voice-alias {text!r} has no voice", next_step="write --voice-alias NAME=VOICE")
+        raise usage_error(f"--voice-alias {text!r} has no voice", "write --voice-alias NAME=VOICE")
     if not name:
-        raise BadInputError(f"--voice-alias {text!r} has no name", next_step="write --voice-alias NAME=VOICE")
+        raise usage_error(f"--voice-alias {text!r} has no name", "write --voice-alias NAME=VOICE")
     return name, check_voice_name(voice)
 
 
@@ -195,11 +201,11 @@ def parse_voice(text: str) -> tuple[str, Path]:
     """Parse NAME=PATH.
 
     Raises:
-        BadInputError: the text does not have this form.
+        click.UsageError: the text does not have this form.
     """
     name, separator, path = text.partition("=")
     if not separator or not path:
-        raise BadInputError(f"--voice {text!r} has no path", next_step="write --voice NAME=PATH")
+        raise usage_error(f"--voice {text!r} has no path", "write --voice NAME=PATH")
     return name, Path(path)
 
 
@@ -207,12 +213,12 @@ def parse_levels(text: str) -> tuple[int, ...]:
     """Parse a list of warm-up levels such as 1,2,3.
 
     Raises:
-        BadInputError: the text is not a list of numbers.
+        click.UsageError: the text is not a list of numbers.
     """
     try:
         return tuple(int(level) for level in text.split(","))
     except ValueError:
-        raise BadInputError(f"{text!r} is not a list of warm-up levels", next_step="use --levels 1,2,3") from None
+        raise usage_error(f"{text!r} is not a list of warm-up levels", "use --levels 1,2,3") from None
 
 
 def exit_on_sigterm() -> None:
@@ -228,9 +234,9 @@ def parse_pair(name_of_option: str, text: str) -> tuple[str, str]:
         text: its value.
 
     Raises:
-        BadInputError: the text does not have this form.
+        click.UsageError: the text does not have this form.
     """
     name, separator, value = text.partition("=")
     if not separator or not name:
-        raise BadInputError(f"{name_of_option} {text!r} has no value", next_step=f"write {name_of_option} NAME=VALUE")
+        raise usage_error(f"{name_of_option} {text!r} has no value", f"write {name_of_option} NAME=VALUE")
     return name, value

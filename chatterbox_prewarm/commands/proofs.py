@@ -18,11 +18,11 @@ from chatterbox_prewarm.commands.options import (
     start_device_option,
     state_option,
     trust_options,
+    usage_error,
     warm_option,
     weights_option,
 )
 from chatterbox_prewarm.commands.progress import end, say
-from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.image.engines.engine import ENGINES
 from chatterbox_prewarm.system.atomic_files import write_whole
 
@@ -59,7 +59,7 @@ def verify(
         _refuse_trust(options["trust"])
         _verify_image(image, host_facts, device, insecure=insecure, key=options["trust"].key)
     elif host_facts is not None:
-        raise BadInputError("--host-facts is for an image", next_step="add --image IMAGE")
+        raise usage_error("--host-facts is for an image", "add --image IMAGE")
     else:
         _verify_here(device=device, **options)
 
@@ -68,14 +68,14 @@ def _refuse_trust(trust: Trust) -> None:
     """Refuse the trust options for labels. Labels are not signed, so a result would look safer than it is.
 
     Raises:
-        BadInputError: a trust option is set, on the command line or in the environment.
+        click.UsageError: a trust option is set, on the command line or in the environment.
     """
     for name, value in (("signature", trust.signature), ("expect-digest", trust.expected_digest)):
         if value is not None:
             option_name, variable = f"--{name}", name.upper().replace("-", "_")
-            raise BadInputError(
+            raise usage_error(
                 f"{option_name} is checked against the manifest of a state, but --image reads only labels",
-                next_step=f"leave {option_name} out, or unset CHATTERBOX_PREWARM_{variable}; a start of the image "
+                f"leave {option_name} out, or unset CHATTERBOX_PREWARM_{variable}; a start of the image "
                 "checks it, and so does `verify` in a container of the image",
             )
 

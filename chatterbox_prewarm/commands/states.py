@@ -19,12 +19,13 @@ from chatterbox_prewarm.commands.options import (
     show,
     state_option,
     targets_option,
+    usage_error,
     wants_json,
     warm_option,
     weights_option,
 )
 from chatterbox_prewarm.commands.progress import say
-from chatterbox_prewarm.errors import BadInputError, IntegrityError
+from chatterbox_prewarm.errors import IntegrityError
 from chatterbox_prewarm.model.profiles import T3_DTYPES, default_execution
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def bake(
         refuse_options(context, {"levels"}, "--target, because without the GPU nothing is warmed up")
 
     if unknown := sorted(set(without) - set(FAMILIES)):
-        raise BadInputError(f"there is no cache family {unknown[0]!r}", next_step=f"choose from: {', '.join(FAMILIES)}")
+        raise usage_error(f"there is no cache family {unknown[0]!r}", f"choose from: {', '.join(FAMILIES)}")
     options = BakeOptions(
         weights=weights,
         warm=warm,

@@ -40,7 +40,13 @@ def weights_fetch(directory: Path, variant: str, revision: str | None) -> None:
 
 @weights.command("synthesize", short_help="Make a checkpoint of random weights.")
 @click.argument("directory", type=PATH)
-@click.option("--size", default="full", show_default=True, help="full (3.2 GB, the published size) or mini.")
+@click.option(
+    "--size",
+    default="full",
+    show_default=True,
+    type=click.Choice(["full", "mini"]),
+    help="full (3.2 GB, the published size) or mini.",
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of the random generator.")
 @click.option(
     "--variant",

@@ -267,7 +267,7 @@ def test_a_dry_run_prints_the_plan_and_builds_nothing(docker: str, context: Path
         (["--device", "cuda", "--route", "dockerfile"], 14, "default runtime"),
         (["--route", "no-gpu"], 16, "for an image for a GPU"),
         (["--voice", "fox=/nowhere/fox.wav"], 16, "there is no clip"),
-        (["--build-arg", "WEIGHTS"], 16, "has no value"),
+        (["--build-arg", "WEIGHTS"], 2, "has no value"),
         (["--build-arg", "BASE_DIGEST=debian:12"], 16, "is not the digest of an image"),
         (["--checkout", "/nowhere"], 16, "has no Dockerfile"),
     ],

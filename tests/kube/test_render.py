@@ -468,8 +468,8 @@ def test_an_image_outside_a_registry_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("label", ["x", "=x", "a b=c", "a=b c", "/a=b", "a=" + "b" * 64])
 def test_an_invalid_node_label_is_refused(label: str) -> None:
     refused = call("render", "--image", IMAGE, "--node-label", label)
-    assert isinstance(refused.exception, BadInputError)
-    assert "is not a label" in str(refused.exception)
+    assert refused.exit_code == 2
+    assert "is not a label" in refused.output
 
 
 @pytest.mark.parametrize("image", ["oci:layout:1", "Speech:1", "registry.example.com/speech:a b"])

@@ -207,10 +207,40 @@ def test_a_voice_alias_can_be_any_text(name: str) -> None:
     assert parse_alias(f"{name}=fox") == (name, "fox")
 
 
-@pytest.mark.parametrize("text", ["alloy", "=fox", "alloy=", "alloy=*", "alloy=a b"])
-def test_an_incomplete_voice_alias_is_refused(text: str) -> None:
-    with pytest.raises(BadInputError):
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("alloy", click.UsageError),
+        ("=fox", click.UsageError),
+        ("alloy=", BadInputError),
+        ("alloy=*", BadInputError),
+        ("alloy=a b", BadInputError),
+    ],
+)
+def test_an_incomplete_voice_alias_is_refused(text: str, kind: type[Exception]) -> None:
+    with pytest.raises(kind):
         parse_alias(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bake", "--levels", "one"], "is not a list of warm-up levels"),
+        (["bake", "--voice", "fox"], "write --voice NAME=PATH"),
+        (["bake", "--without", "everything"], "choose from: bytecode"),
+        (["build", "--tag", "a:b", "--build-arg", "A"], "write --build-arg NAME=VALUE"),
+        (["append", "--base", "a", "--to", "b", "--warm", "c", "--cmd", "'"], "close the quotes"),
+        (["bench", "load", "--clients", "0", "--output", "{tmp}/load.json"], "write them as 1,4,16"),
+        (["verify", "--host-facts", "node.json"], "add --image IMAGE"),
+        (["weights", "synthesize", "{tmp}/w", "--size", "big"], "'big' is not one of"),
+    ],
+)
+def test_the_value_of_an_option_in_a_wrong_form_is_a_usage_error(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    refused = run_cli(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
+    assert refused.returncode == 2, refused.stderr
+    assert message in refused.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
