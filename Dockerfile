@@ -156,6 +156,7 @@ LABEL org.opencontainers.image.title="chatterbox-prewarm" \
       io.chatterbox-prewarm.torch="${STACK}" \
       io.chatterbox-prewarm.packages="${PACKAGES}"
 COPY --from=weights /opt/chatterbox-prewarm/weights /opt/chatterbox-prewarm/weights
+COPY LICENSE NOTICE.md /usr/share/doc/chatterbox-prewarm/
 COPY chatterbox_prewarm /opt/chatterbox-prewarm/app/chatterbox_prewarm
 # Compile this project's modules here and not in the bake, so that a change of them does not bake again. -B keeps Python
 # from writing to /opt/venv, whose modification times must not change. A named volume at /data/voices takes over the

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _TAG = "chatterbox-prewarm-bench:warm"
 _CHANGED = "chatterbox_prewarm/serve/http/server.py"
 #: Files and folders that a build reads, as in `.dockerignore`.
-_CONTEXT = ("Dockerfile", ".dockerignore", "pyproject.toml", "build", "chatterbox_prewarm")
+_CONTEXT = ("Dockerfile", ".dockerignore", "LICENSE", "NOTICE.md", "pyproject.toml", "build", "chatterbox_prewarm")
 
 
 def run(checkout: Path, *, size: str, say: Callable[[str], None]) -> dict[str, Any]:

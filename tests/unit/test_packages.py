@@ -1,0 +1,129 @@
+"""Test the wheel and the sdist: their contents, and that the program runs from an unpacked wheel."""
+
+from __future__ import annotations
+
+import email
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from tests.conftest import ROOT
+
+_BUILD = "import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
+
+
+def _files() -> list[str]:
+    """Return the files of this checkout, also those that are not committed yet."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@example.com", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with a copy of this checkout, so that a build writes nothing here."""
+    copy = tmp_path_factory.mktemp("packages") / "checkout"
+    for name in _files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+    _git(copy, "init", "--quiet")
+    _git(copy, "add", ".")
+    _git(copy, "commit", "--quiet", "--message", "a commit")
+    return copy
+
+
+def _build(kind: str, source: Path, folder: Path) -> Path:
+    """Build a wheel or an sdist as pip does, but with the installed setuptools."""
+    command = [sys.executable, "-c", _BUILD.format(kind=kind), str(folder)]
+    built = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    (path,) = folder.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path) -> Path:
+    return _build("wheel", checkout, checkout.parent / "wheel")
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout: Path) -> Path:
+    return _build("sdist", checkout, checkout.parent / "sdist")
+
+
+def test_the_wheel_has_all_files_of_the_package_and_nothing_else(wheel: Path) -> None:
+    expected = {name for name in _files() if name.startswith("chatterbox_prewarm/")}
+    assert {PurePosixPath(name).suffix for name in expected} > {".py", ".html", ".js", ".cpp", ".json", ".typed"}
+    with zipfile.ZipFile(wheel) as opened:
+        names = {name for name in opened.namelist() if ".dist-info/" not in name}
+        licences = {name.rpartition("/")[2] for name in opened.namelist() if "/licenses/" in name}
+    assert names == expected | {"chatterbox_prewarm/commit.txt"}
+    assert licences == {"LICENSE", "NOTICE.md"}
+
+
+def test_the_wheel_states_its_version_extras_and_program(wheel: Path) -> None:
+    from chatterbox_prewarm.version import __version__
+
+    with zipfile.ZipFile(wheel) as opened:
+        (metadata,) = (name for name in opened.namelist() if name.endswith("/METADATA"))
+        stated = email.message_from_bytes(opened.read(metadata))
+        programs = opened.read(metadata.replace("METADATA", "entry_points.txt")).decode()
+    assert (stated["Name"], stated["Version"]) == ("chatterbox-prewarm", __version__)
+    assert {"lean", "multilingual", "model", "trust", "report"} <= set(stated.get_all("Provides-Extra") or [])
+    assert "chatterbox-prewarm = chatterbox_prewarm.__main__:main" in programs
+
+
+def test_the_program_runs_from_an_unpacked_wheel(wheel: Path, checkout: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as opened:
+        opened.extractall(tmp_path)
+    for arguments, expected in (
+        (["--version"], f"(commit {_git(checkout, 'rev-parse', 'HEAD')})"),
+        (["bake", "--help"], "--profile"),
+        (["k8s", "render", "--help"], "--image"),
+    ):
+        command = [sys.executable, "-m", "chatterbox_prewarm", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+        assert ran.returncode == 0, ran.stderr
+        assert expected in ran.stdout
+
+
+def test_the_sdist_builds_the_same_wheel_and_keeps_its_commit_in_another_repository(
+    sdist: Path, wheel: Path, checkout: Path, tmp_path: Path
+) -> None:
+    _git(tmp_path, "init", "--quiet")
+    (tmp_path / "file").touch()
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "--quiet", "--message", "another repository")
+    with tarfile.open(sdist) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+        opened.extractall(tmp_path, filter="data")
+    assert {"LICENSE", "NOTICE.md", "CHANGELOG.md", "README.md", "pyproject.toml", "setup.py"} <= names
+    assert not {name for name in names if name.startswith(("tests", "benchmarks", "docs", ".ci"))}
+    (source,) = (path for path in tmp_path.iterdir() if path.name.startswith("chatterbox_prewarm-"))
+    again = _build("wheel", source, tmp_path / "wheel")
+    with zipfile.ZipFile(again) as one, zipfile.ZipFile(wheel) as other:
+        assert one.read("chatterbox_prewarm/commit.txt").decode().strip() == _git(checkout, "rev-parse", "HEAD")
+        content = {name: one.read(name) for name in one.namelist() if not name.endswith("/RECORD")}
+        assert content == {name: other.read(name) for name in other.namelist() if not name.endswith("/RECORD")}
+
+
+def test_the_licences_of_others_are_in_the_image() -> None:
+    from importlib import metadata
+
+    text = (ROOT / "Dockerfile").read_text()
+    assert "COPY LICENSE NOTICE.md /usr/share/doc/chatterbox-prewarm/" in text
+    notice = (ROOT / "NOTICE.md").read_text()
+    (licence,) = (path for path in metadata.files("chatterbox-tts") or [] if path.name == "LICENSE")
+    words = " ".join(licence.read_text().split())
+    assert words in " ".join(notice.replace(">", " ").split()), "the text of upstream's licence, word by word"
