@@ -65,17 +65,10 @@ def run(*, weights: str, clip: str, text: str, max_new_tokens: int, device: str,
 
 
 def limit_tokens(model: ChatterboxTTS, max_new_tokens: int) -> None:
-    """Limit the speech tokens of `model.generate`, because random weights never stop.
+    """Limit the speech tokens of `model.generate`, because random weights never stop."""
+    from chatterbox_prewarm.model.upstream import variant_of
 
-    Tokens without a sound, which trained weights never draw, are left out: upstream's Multilingual model fails at them.
-    """
-    inference, stop = model.t3.inference, model.t3.hp.stop_speech_token
-
-    def limited(**arguments: Any) -> Any:
-        tokens = inference(**{**arguments, "max_new_tokens": max_new_tokens})
-        return tokens[:, tokens[0] <= stop]
-
-    model.t3.inference = limited
+    code_of(variant_of(model)).limit_upstream(model, max_new_tokens)
 
 
 def read_bytes(pid: int | str) -> int:

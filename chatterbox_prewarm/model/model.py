@@ -17,9 +17,7 @@ from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.flow import Flow
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
-from chatterbox_prewarm.model.regions.t3 import T3Decoder
 from chatterbox_prewarm.model.regions.t3_blocks import START_SPEECH_TOKEN
-from chatterbox_prewarm.model.regions.t3_prompt import START_TEXT_TOKEN, STOP_TEXT_TOKEN
 from chatterbox_prewarm.model.regions.vocoder import SAMPLE_RATE, SAMPLES_PER_FRAME, Vocoder
 from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.variants import code_of
@@ -35,13 +33,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from chatterbox_prewarm.model.regions.decoder import TokenDecoder
     from chatterbox_prewarm.model.regions.executors import Executor
     from chatterbox_prewarm.model.upstream_source import Behaviour
     from chatterbox_prewarm.model.variants import TextFrontEnd
     from chatterbox_prewarm.weights.variants import Variant
 
 #: The parts of T3 that may run in another dtype than the checkpoint's.
-_TRANSFORMER = ("tfmr.layers.", "tfmr.norm.")
+_TRANSFORMER = ("tfmr.layers.", "tfmr.norm.", "tfmr.h.", "tfmr.ln_f.")
 #: A speech token is 40 ms of audio, two mel frames.
 _SAMPLES_PER_TOKEN = 2 * SAMPLES_PER_FRAME
 #: Torch's dtypes by their names in safetensors files.
@@ -86,7 +85,7 @@ class Model:
     behaviour: Behaviour
     tensors: Mapping[str, torch.Tensor]
     text: TextFrontEnd
-    decoder: T3Decoder
+    decoder: TokenDecoder
     flow: Flow
     vocoder: Vocoder
     watermark: Watermark
@@ -97,10 +96,12 @@ class Model:
     @property
     def sampling(self) -> Sampling:
         """The sampling settings that upstream uses by default."""
-        return Sampling(repetition_penalty=self.behaviour.repetition_penalty)
+        defaults = {name: control.default for name, control in self.variant.controls.items()}
+        defaults["repetition_penalty"] = self.behaviour.repetition_penalty
+        return Sampling(**defaults)  # type: ignore[arg-type]  # the exaggeration may be None, and top-k is an integer
 
     def text_tokens(self, text: str, language: str | None = None) -> torch.Tensor:
-        """Return the text tokens that the decoder expects, int64 (1, n), with the start and the stop token.
+        """Return the text tokens that the decoder expects, int64 (1, n), with the tokens around the text.
 
         Args:
             text: the text to speak.
@@ -109,8 +110,8 @@ class Model:
         Raises:
             BadInputError: the variant does not speak this language.
         """
-        ids = self.text.ids(text, self.variant.check_language(language))
-        return torch.tensor([[START_TEXT_TOKEN, *ids, STOP_TEXT_TOKEN]], device=self.device)
+        ids, frame = self.text.ids(text, self.variant.check_language(language)), self.text.frame
+        return torch.tensor([[*frame.start, *ids, *frame.stop]], device=self.device)
 
     def heard_samples(self, tokens: int) -> int | None:
         """Return how many samples of an utterance of so many tokens are heard; None for all."""
@@ -159,13 +160,12 @@ def load(
     weights.populate()
     tensors = dict(read_tensors(weights, device, t3_dtype))
     code, t3 = code_of(variant), NamedTensors(tensors, "t3.")
-    aligned = code.aligned_heads(variant, len(t3.layers("tfmr.layers")))
     return Model(
         variant=variant,
         behaviour=code.behaviour(variant),
         tensors=tensors,
         text=code.read_text(directory, variant, frozenset(plain_text)),
-        decoder=T3Decoder(t3, executor, dtype=t3_dtype, graphs=graphs, aligned=aligned),
+        decoder=code.decoder(variant, t3, executor, dtype=t3_dtype, graphs=graphs),
         flow=Flow(NamedTensors(tensors, "s3gen.flow."), executor),
         vocoder=Vocoder(NamedTensors(tensors, "s3gen.mel2wav."), executor),
         watermark=Watermark(),

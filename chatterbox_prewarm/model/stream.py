@@ -173,9 +173,10 @@ class Stream:
             mel = flow(drawn, voice, noise=noise, on_step=self._check)
             yield drawn[count:known], _blended(mel[..., frames:end], tail), False
             count, frames, tail, wanted = known, end, mel[..., end:], chunk
-        mel = flow(self._synthesizer.usable(drawn), voice, noise=noise, on_step=self._check)
+        tokens = self._synthesizer.usable(drawn)
+        mel = flow(tokens, voice, noise=noise, on_step=self._check)
         self._is_truncated = self._synthesizer.is_truncated(last_block)
-        yield drawn[count:], _blended(mel[..., frames:], tail), True
+        yield tokens[count:], _blended(mel[..., frames:], tail), True
 
     def _check(self) -> None:
         if self._stopped():

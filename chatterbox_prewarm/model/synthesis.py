@@ -18,7 +18,6 @@ from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.conditionals import T3Conditionals
 from chatterbox_prewarm.model.regions.t3_blocks import STOP_SPEECH_TOKEN
-from chatterbox_prewarm.model.regions.t3_prompt import MAX_TEXT_TOKENS
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS
 from chatterbox_prewarm.model.text import check_text
 from chatterbox_prewarm.system.limits import MAX_SEED, MIN_TOKENS
@@ -197,7 +196,7 @@ class Synthesizer:
         """Draw the same tokens in blocks, including the tokens that `usable` drops. Check the arguments immediately.
 
         Returns:
-            a generator of int64 (n,), see `T3Decoder.blocks`.
+            a generator of int64 (n,), see `TokenDecoder.blocks`.
         """
         sampling = sampling or self.model.sampling
         conditionals, prompt = self._t3_inputs(text, voice, language, sampling)
@@ -227,7 +226,7 @@ class Synthesizer:
             raise ModelError("the model computes values that are not finite", next_step=_DAMAGED)
 
     def usable(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the tokens of an utterance that are part of the codebook.
+        """Return the tokens of an utterance that are part of the codebook, and the silence that the model needs.
 
         Raises:
             ModelError: there are too few of them.
@@ -239,7 +238,8 @@ class Synthesizer:
                 f"the model returned {usable.numel()} usable speech tokens for this text, too few for audio",
                 next_step="try again, or use another text",
             )
-        return usable
+        silence = self.model.behaviour.silence
+        return torch.cat([usable, usable.new_tensor(silence)]) if silence else usable
 
     def is_truncated(self, drawn: torch.Tensor) -> bool:
         """Return whether drawn tokens end at the token limit: the stop token is not the last one."""
@@ -256,14 +256,18 @@ class Synthesizer:
         self, text: str, voice: str, language: str | None, sampling: Sampling
     ) -> tuple[T3Conditionals, torch.Tensor]:
         """Return T3's inputs: the voice, and the text tokens, int64 (1, n), including start and stop tokens."""
+        if sampling.top_k:
+            self.model.variant.check_controls(["top_k"])
         text = check_text(text, limit=None)  # the model limits the number of tokens instead, see below
         conditionals = self.voice(voice)
         language = self.model.variant.check_language(language)
         self.model.text.check(text, language)
         tokens = self.model.text_tokens(text, language)
-        if tokens.size(1) > MAX_TEXT_TOKENS:
+        frame = self.model.text.frame
+        count = tokens.size(1) - len(frame.start) - len(frame.stop)
+        if count > frame.limit:
             raise BadInputError(
-                f"the text has {tokens.size(1) - 2} tokens; the model's limit is {MAX_TEXT_TOKENS - 2}",
+                f"the text has {count} tokens; the model's limit is {frame.limit}",
                 next_step="split it at sentences and send the parts separately",
             )
         emotion = conditionals.t3.emotion_adv

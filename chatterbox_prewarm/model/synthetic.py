@@ -53,8 +53,8 @@ def shortened_upstream(variant: Variant, synthetic: Synthetic | None) -> Iterato
     module: Any = sys.modules[code_of(variant).upstream_class().__module__]
     full_t3, full_s3gen, blocks = module.T3, module.S3Gen, synthetic.s3gen_blocks
 
-    def s3gen() -> nn.Module:
-        model: nn.Module = full_s3gen()
+    def s3gen(**arguments: Any) -> nn.Module:
+        model: nn.Module = full_s3gen(**arguments)
         shorten_s3gen(model, blocks)
         return model
 
@@ -144,11 +144,12 @@ def _write(directory: Path, variant: Variant, synthetic: Synthetic) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(synthetic.seed)
         logger.info("generating random weights: T3")
-        _save(make_t3(variant, synthetic.t3_layers), directory / variant.t3)
+        t3 = make_t3(variant, synthetic.t3_layers)
+        _save(t3, directory / variant.t3)
         # Again, so that two variants get the same S3Gen and voice encoder, as the published ones do.
         torch.manual_seed(synthetic.seed)
         logger.info("generating random weights: S3Gen")
-        s3gen = S3Gen()
+        s3gen = S3Gen(**code_of(variant).s3gen_arguments())
         if synthetic.s3gen_blocks is not None:
             shorten_s3gen(s3gen, synthetic.s3gen_blocks)
         _save(s3gen, directory / variant.s3gen)
@@ -157,7 +158,7 @@ def _write(directory: Path, variant: Variant, synthetic: Synthetic) -> None:
         voice = Conditionals(
             T3Cond(
                 speaker_emb=torch.nn.functional.normalize(torch.randn(1, 256)),
-                cond_prompt_speech_tokens=torch.randint(0, 6561, (1, 150)),
+                cond_prompt_speech_tokens=torch.randint(0, 6561, (1, t3.hp.speech_cond_prompt_len)),
                 emotion_adv=0.5 * torch.ones(1, 1, 1),
             ),
             {

@@ -56,7 +56,7 @@ def check_text(text: object, *, limit: int | None = MAX_CHARACTERS) -> str:
     return text
 
 
-#: What `normalize_punctuation` replaces, in this order.
+#: What `normalize_punctuation` replaces for most models, in this order.
 _PUNCTUATION = (
     ("...", ", "),
     ("…", ", "),
@@ -74,10 +74,15 @@ _PUNCTUATION = (
 SENTENCE_ENDS = (".", "!", "?", "-", ",")
 
 
-def normalize_punctuation(text: str, *, ends: tuple[str, ...] = SENTENCE_ENDS) -> str:
+def normalize_punctuation(
+    text: str,
+    *,
+    ends: tuple[str, ...] = SENTENCE_ENDS,
+    replaced: tuple[tuple[str, str], ...] = _PUNCTUATION,
+) -> str:
     """Return a text in the form that the model was trained on, as upstream's `punc_norm` does.
 
-    The first letter becomes upper case, white space becomes single spaces, rare punctuation is replaced, and a full
+    The first letter becomes upper case, white space becomes single spaces, rare punctuation is `replaced`, and a full
     stop is added if the text has no end of a sentence, which is one of `ends`.
 
     Example:
@@ -87,7 +92,7 @@ def normalize_punctuation(text: str, *, ends: tuple[str, ...] = SENTENCE_ENDS) -
     if text[:1].islower():
         text = text[0].upper() + text[1:]
     text = " ".join(text.split())
-    for old, new in _PUNCTUATION:
+    for old, new in replaced:
         text = text.replace(old, new)
     text = text.rstrip(" ")
     return text if text.endswith(ends) else f"{text}."

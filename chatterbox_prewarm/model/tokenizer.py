@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import unicodedata
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
@@ -17,8 +18,26 @@ if TYPE_CHECKING:
 
 #: The tokens of upstream's vocabulary for a space and for an unknown character.
 SPACE, _UNKNOWN = "[SPACE]", "[UNK]"
-#: Upstream's id of the token that begins a text.
-_START = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFrame:
+    """The tokens around the text of a prompt.
+
+    Attributes:
+        start, stop: before and after the text.
+        limit: the most tokens of a text, without these.
+    """
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    limit: int
+
+
+#: Of upstream's `T3Config`: the start and the stop token, and the most text tokens with both.
+MAX_TEXT_TOKENS = 2048
+LLAMA_FRAME = TextFrame(start=(255,), stop=(0,), limit=MAX_TEXT_TOKENS - 2)
+_START = LLAMA_FRAME.start[0]
 
 
 def read_tokenizer(path: Path, *, needed: Iterable[str] = ()) -> Tokenizer:
@@ -75,6 +94,30 @@ def check_known(tokenizer: Tokenizer, text: str, *, step: str) -> None:
         raise BadInputError(
             f"the model does not know {len(spans)} of the {count} tokens of this text, mostly {script or 'unnamed'} "
             "characters",
+            next_step=step,
+        )
+
+
+def check_script(text: str, script: str, *, step: str) -> None:
+    """Check that at least half of the letters of a text belong to a script, for a tokenizer that knows all bytes.
+
+    Args:
+        text: the text to speak.
+        script: the first word of Unicode's names of its letters, such as "LATIN".
+        step: the next step in the error.
+
+    Raises:
+        BadInputError: more than half of the letters belong to other scripts.
+    """
+    scripts = collections.Counter(
+        unicodedata.name(character, "unnamed").partition(" ")[0] for character in text if character.isalpha()
+    )
+    foreign = scripts.total() - scripts[script]
+    if 2 * foreign > scripts.total():
+        del scripts[script]
+        ((name, _), *_) = scripts.most_common(1)
+        raise BadInputError(
+            f"the model was not trained with {foreign} of the letters of this text, mostly {name} characters",
             next_step=step,
         )
 

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.model import Model
     from chatterbox_prewarm.weights.variants import Variant
 
-_SHORT_LLAMA = "chatterbox_prewarm_{layers}_layers"
+_SHORTENED = "{name}_with_{layers}_layers"
+#: The number of layers in a configuration of a Llama, and of a GPT-2.
+_LAYERS = ("num_hidden_layers", "n_layer")
 #: Names of functions, because transformers replaces the functions of torch.nn.init while it constructs a model. The set
 #: also contains the initializers that call the fills: a mode is off while one of its functions runs.
 _RANDOM_FILLS = frozenset(
@@ -107,7 +109,7 @@ def variant_of(model: ChatterboxTTS) -> Variant:
         lean: Model = model.lean
         return lean.variant
     for variant in VARIANTS.values():
-        if isinstance(model, code_of(variant).upstream_class()):
+        if code_of(variant).is_upstream(model, variant):
             return variant
     raise BadInputError(
         f"{type(model).__name__} is not a model of a variant that this project knows",
@@ -127,7 +129,9 @@ def construct(variant: Variant, synthetic: Synthetic | None) -> tuple[T3, nn.Mod
 
     with SkipRandomFills():
         t3 = make_t3(variant, synthetic.t3_layers if synthetic else None)
-        s3gen = S3Gen()
+        if hasattr(t3.tfmr, "wte"):
+            del t3.tfmr.wte  # as upstream does after loading a GPT-2, which never uses it
+        s3gen = S3Gen(**code_of(variant).s3gen_arguments())
         ve = VoiceEncoder()
     if synthetic and synthetic.s3gen_blocks is not None:
         shorten_s3gen(s3gen, synthetic.s3gen_blocks)
@@ -154,17 +158,17 @@ def make_t3(variant: Variant, layers: int | None) -> T3:
     """Construct the T3 of a variant. `layers` shortens its transformer; None keeps the published number of layers."""
     from chatterbox.models.t3 import T3
     from chatterbox.models.t3.llama_configs import LLAMA_CONFIGS
-    from chatterbox.models.t3.modules.t3_config import T3Config
 
-    config = T3Config(variant.text_vocabulary)
+    config = code_of(variant).t3_config(variant)
     heads = code_of(variant).aligned_heads(variant, layers) if layers is not None else ()
     if heads:
         analyzer: Any = importlib.import_module("chatterbox.models.t3.inference.alignment_stream_analyzer")
         analyzer.LLAMA_ALIGNED_HEADS = list(heads)
     if layers is not None:
         # Upstream looks up the transformer's configuration by name, so add an entry for the shorter one.
-        name = _SHORT_LLAMA.format(layers=layers)
-        LLAMA_CONFIGS[name] = {**LLAMA_CONFIGS[config.llama_config_name], "num_hidden_layers": layers}
+        name = _SHORTENED.format(name=config.llama_config_name, layers=layers)
+        complete = LLAMA_CONFIGS[config.llama_config_name]
+        LLAMA_CONFIGS[name] = {**complete, next(key for key in _LAYERS if key in complete): layers}
         config.llama_config_name = name
     return T3(config)
 

@@ -1,6 +1,7 @@
-"""What upstream's Multilingual model does, found by reading its source: the wheel and the main branch share a version.
+"""Details of what upstream's models do. Those of the Multilingual model are found by reading its source.
 
-The lean packages do not contain upstream. What the pinned wheel (0.1.7) does is assumed there.
+Its wheel and its main branch share a version. The lean packages do not contain upstream. What the pinned wheel (0.1.7)
+does is assumed there.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ class Behaviour:
         repetition_penalty: the default of upstream's `generate`.
         analyzes_alignment: T3 decides by its attention when the speech ends.
         dropped_tokens: the number of speech tokens at the end whose audio is left out.
+        silence: speech tokens that are added at the end.
     """
 
     repetition_penalty: float
     analyzes_alignment: bool = False
     dropped_tokens: int = 0
+    silence: tuple[int, ...] = ()
 
 
 #: The behaviour of the main branch. No other source loads T3 v3.

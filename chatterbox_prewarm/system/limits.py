@@ -21,5 +21,6 @@ SAMPLING = MappingProxyType(
         "repetition_penalty": (1.0, 5.0),
         "min_p": (0.0, 1.0),
         "top_p": (0.01, 1.0),
+        "top_k": (0, 10_000),
     }
 )

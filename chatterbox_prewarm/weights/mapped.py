@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 #: The parts of the model, and the tensors of each that a synthesis uses. S3Gen's other tensors and the voice encoder
 #: make voices from clips.
 _PARTS = {"t3": ("",), "s3gen": ("flow.", "mel2wav.")}
+#: Tensors that only a training uses. Those of Turbo have 412 MB.
+_UNUSED = ("text_head.", "tfmr.wte.")
 #: `madvise(2)`, since Linux 5.14: map all pages now instead of one page fault each, and read missing pages from disk.
 _MADV_POPULATE_READ = 22
 #: The kernel reads at most the largest request of the device for one call of `posix_fadvise`.
@@ -52,12 +54,17 @@ class MappedFile:
         return self.path.stem
 
     @property
-    def span(self) -> tuple[int, int]:
-        """Where the used tensors begin in the file, rounded down to a page, and where they end."""
+    def spans(self) -> list[tuple[int, int]]:
+        """Where runs of used tensors begin in the file, rounded down to a page, and where they end."""
         offsets = self.header.offsets
-        last = max(self.used, key=offsets.__getitem__)
-        first = min(offsets[name] for name in self.used)
-        return first // mmap.PAGESIZE * mmap.PAGESIZE, offsets[last] + self.header.size_of(last)
+        spans: list[tuple[int, int]] = []
+        for name in sorted(self.used, key=offsets.__getitem__):
+            begin, end = offsets[name], offsets[name] + self.header.size_of(name)
+            if spans and begin - spans[-1][1] < _ADVISED_BYTES:
+                spans[-1] = spans[-1][0], end
+            else:
+                spans.append((begin // mmap.PAGESIZE * mmap.PAGESIZE, end))
+        return spans
 
 
 class MappedWeights:
@@ -86,8 +93,9 @@ class MappedWeights:
         """
         for file in self.files:
             with open_regular(file.path, follow_links=True) as stream:
-                for position in range(*file.span, _ADVISED_BYTES):
-                    os.posix_fadvise(stream.fileno(), position, _ADVISED_BYTES, os.POSIX_FADV_WILLNEED)
+                for span in file.spans:
+                    for position in range(*span, _ADVISED_BYTES):
+                        os.posix_fadvise(stream.fileno(), position, _ADVISED_BYTES, os.POSIX_FADV_WILLNEED)
 
     def populate(self) -> None:
         """Map all pages of the used tensors, so that no use causes a page fault.
@@ -97,13 +105,18 @@ class MappedWeights:
         harm.
         """
         for file in self.files:
-            begin, end = file.span
-            _madvise(ctypes.addressof(ctypes.c_char.from_buffer(file.memory)) + begin, end - begin, _MADV_POPULATE_READ)
+            address = ctypes.addressof(ctypes.c_char.from_buffer(file.memory))
+            for begin, end in file.spans:
+                _madvise(address + begin, end - begin, _MADV_POPULATE_READ)
 
 
 def _map(path: Path, part: str, prefixes: tuple[str, ...]) -> MappedFile:
     with open_regular(path, follow_links=True) as stream:
         header = read_open_header(stream, path)
         memory = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    used = tuple(name for name, (_, shape) in header.tensors.items() if name.startswith(prefixes) and 0 not in shape)
+    used = tuple(
+        name
+        for name, (_, shape) in header.tensors.items()
+        if name.startswith(prefixes) and not name.startswith(_UNUSED) and 0 not in shape
+    )
     return MappedFile(part=part, path=path, memory=memory, header=header, used=used)

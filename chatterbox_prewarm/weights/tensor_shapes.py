@@ -1,8 +1,8 @@
 """Check that a checkpoint has the tensors of its variant. Importing this module does not import torch.
 
-The expected tensors lie in `tensors.json`: for each part of the model, the name of a tensor → [dtype, shape]. In a
-shape, a word is an attribute of the variant. In the names of a stack of equal layers, `*` is the number of the layer. A
-synthetic checkpoint may have fewer layers than `_LAYERS`.
+The expected tensors lie in `tensors.json`: in groups that `Variant.shapes` names, the name of a tensor → [dtype,
+shape]. In a shape, a word is an attribute of the variant, which may have a factor. In the names of a stack of equal
+layers, `*` is the number of the layer. A synthetic checkpoint may have fewer layers than published.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.weights.record import Synthetic
     from chatterbox_prewarm.weights.variants import Variant
 
-#: The stacks of equal layers, and their published numbers of layers. T3's is the first.
+#: The stack of layers of a T3 that is a Llama, and of one that is a GPT-2.
+_T3_STACKS = ("tfmr.layers", "tfmr.h")
+#: The stacks of equal layers of S3Gen, and their published numbers of layers.
 _LAYERS = {
-    "tfmr.layers": 30,
     "flow.encoder.encoders": 6,
     "flow.encoder.up_encoders": 4,
     "flow.decoder.estimator.mid_blocks": 12,
     "tokenizer.encoder.blocks": 6,
 }
-_STACKS = re.compile(rf"^({'|'.join(map(re.escape, _LAYERS))})\.\d+\.")
+_STACKS = re.compile(rf"^({'|'.join(map(re.escape, (*_T3_STACKS, *_LAYERS)))})\.\d+\.")
 #: Constants that upstream's constructor computes, so that a file may lack them.
 COMPUTED = frozenset({"tokenizer._mel_filters", "tokenizer.window"})
 #: Dtypes that are read in place of float32.
@@ -50,8 +51,7 @@ def check_tensors(directory: Path, variant: Variant, synthetic: Synthetic | None
     Raises:
         WeightsError: naming the first tensor that is missing, unknown, or has another dtype or shape.
     """
-    data = Path(__file__).with_name("tensors.json").read_text(encoding="utf-8")
-    for part, expected in json.loads(data).items():
+    for part, expected in expected_tensors(variant).items():
         path = directory / variant.tensor_files[part]
         header = read_safetensors_header(path)
         extra = []
@@ -60,7 +60,7 @@ def check_tensors(directory: Path, variant: Variant, synthetic: Synthetic | None
             if wanted is None:
                 extra.append(tensor)
                 continue
-            wanted_dtype, wanted_shape = wanted[0], [_size(entry, variant) for entry in wanted[1]]
+            wanted_dtype, wanted_shape = wanted
             if list(shape) != wanted_shape:
                 raise WeightsError(
                     f"{path}: {tensor} has shape {list(shape)}, the model {variant.name} needs {wanted_shape}",
@@ -70,7 +70,7 @@ def check_tensors(directory: Path, variant: Variant, synthetic: Synthetic | None
                 raise WeightsError(
                     f"{path}: {tensor} has dtype {dtype}, the model needs {wanted_dtype}", next_step=_STEP
                 )
-        names = _all_names(expected, synthetic)
+        names = _all_names(expected, variant, synthetic)
         surplus = {tensor for tensor in header if _STACKS.match(tensor)} - names
         missing = sorted(names - header.keys() - COMPUTED)
         if missing:
@@ -83,13 +83,29 @@ def check_tensors(directory: Path, variant: Variant, synthetic: Synthetic | None
             )
 
 
+def expected_tensors(variant: Variant) -> dict[str, dict[str, tuple[str, list[int]]]]:
+    """Return the dtype and the shape of each tensor of a variant, by the part of the model and by the name."""
+    groups = json.loads(Path(__file__).with_name("tensors.json").read_text(encoding="utf-8"))
+    return {
+        part: {
+            name: (dtype, [_size(entry, variant) for entry in shape])
+            for group in names
+            for name, (dtype, shape) in groups[group].items()
+        }
+        for part, names in variant.shapes.items()
+    }
+
+
 def _size(entry: int | str, variant: Variant) -> int:
-    """Return a size of a shape, which may be given as an attribute of the variant."""
-    size: int = getattr(variant, entry) if isinstance(entry, str) else entry
-    return size
+    """Return a size of a shape, which may be given as an attribute of the variant, such as "3*t3_width"."""
+    if isinstance(entry, int):
+        return entry
+    factor, _, attribute = entry.rpartition("*")
+    size: int = getattr(variant, attribute)
+    return int(factor or 1) * size
 
 
-def _all_names(expected: Iterable[str], synthetic: Synthetic | None) -> set[str]:
+def _all_names(expected: Iterable[str], variant: Variant, synthetic: Synthetic | None) -> set[str]:
     """Return the names of all tensors, with the number of each layer."""
     names = set()
     for name in expected:
@@ -97,9 +113,10 @@ def _all_names(expected: Iterable[str], synthetic: Synthetic | None) -> set[str]
         if not star:
             names.add(name)
             continue
-        count = _LAYERS[stack]
+        is_t3 = stack in _T3_STACKS
+        count = variant.t3_layers if is_t3 else _LAYERS[stack]
         if synthetic is not None:
-            shortened = synthetic.t3_layers if stack == "tfmr.layers" else synthetic.s3gen_blocks
+            shortened = synthetic.t3_layers if is_t3 else synthetic.s3gen_blocks
             count = min(count, shortened or count)
         names |= {f"{stack}.{number}.{rest}" for number in range(count)}
     return names

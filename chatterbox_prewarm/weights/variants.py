@@ -9,9 +9,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.system.limits import SAMPLING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+
+_LLAMA_SHAPES: Mapping[str, tuple[str, ...]] = MappingProxyType({"t3": ("t3",), "s3gen": ("s3gen",), "ve": ("ve",)})
+_GPT_SHAPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"t3": ("t3_gpt",), "s3gen": ("s3gen", "s3gen_mean"), "ve": ("ve",)}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,30 @@ class Archive:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Control:
+    """A setting of the sampling that a variant has.
+
+    Attributes:
+        default: upstream's default; None if it is part of the voice or depends on the installed upstream.
+        low, high: the bounds.
+    """
+
+    default: float | None
+    low: float
+    high: float
+
+
+def _controls(**defaults: float | None) -> Mapping[str, Control]:
+    """Return controls by their names, with the bounds that all variants share."""
+    return MappingProxyType(
+        {
+            name: Control(default=default, low=SAMPLING[name][0], high=SAMPLING[name][1])
+            for name, default in defaults.items()
+        }
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Variant:
     """A Chatterbox variant: its checkpoint, and what its users can choose.
 
@@ -55,6 +85,11 @@ class Variant:
         t3_sha256: the digest of the published T3, to recognize it under the name of a variant with equal shapes; "" if
             no other variant has its shapes.
         text_vocabulary: the number of text tokens that T3 has embeddings for.
+        shapes: the parts of `tensors.json` that describe the tensors of T3, S3Gen and the voice encoder.
+        t3_layers, t3_width: the size of T3's transformer.
+        controls: the settings of the sampling, by their names.
+        ignored_controls: settings of other variants that upstream's `generate` accepts here without an effect.
+        clip_seconds: a reference clip must be longer than this.
         languages: the names of the languages that a request can choose, by their code.
         samples: a short text in each language, which a bake turns into tokens.
     """
@@ -73,6 +108,12 @@ class Variant:
     published: Mapping[str, str] = field(default_factory=dict)
     t3_sha256: str = ""
     text_vocabulary: int
+    shapes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _LLAMA_SHAPES)
+    t3_layers: int = 30
+    t3_width: int = 1024
+    controls: Mapping[str, Control]
+    ignored_controls: tuple[str, ...] = ()
+    clip_seconds: float = 0.0
     languages: Mapping[str, str]
     samples: Mapping[str, str]
 
@@ -86,6 +127,19 @@ class Variant:
     def safetensors(self) -> tuple[str, ...]:
         """The files that hold tensors and must not be pickles."""
         return (self.voice_encoder, self.t3, self.s3gen)
+
+    def check_controls(self, names: Iterable[str]) -> None:
+        """Check that the variant has controls with these names, or that upstream ignores them.
+
+        Raises:
+            BadInputError: naming the first one that it does not have.
+        """
+        for name in names:
+            if name not in self.controls and name not in self.ignored_controls:
+                raise BadInputError(
+                    f"the model {self.name} has no setting {name!r}",
+                    next_step=f"leave it out; the model has: {', '.join(self.controls)}",
+                )
 
     def check_language(self, code: str | None) -> str:
         """Return the code of a language as `languages` spells it; the first language if `code` is None.
@@ -124,6 +178,9 @@ ENGLISH = Variant(
     s3gen="s3gen.safetensors",
     builtin_voice="conds.pt",
     text_vocabulary=704,
+    controls=_controls(
+        temperature=0.8, cfg_weight=0.5, exaggeration=None, repetition_penalty=1.2, min_p=0.05, top_p=1.0
+    ),
     languages=MappingProxyType({"en": "English"}),
     samples=MappingProxyType({"en": "Hello, world."}),
 )
@@ -151,6 +208,9 @@ MULTILINGUAL = Variant(
     archives=(_PKUSEG,),
     published=MappingProxyType({"ve.safetensors": "ve.pt", "s3gen.safetensors": "s3gen.pt"}),
     text_vocabulary=2454,
+    controls=_controls(
+        temperature=0.8, cfg_weight=0.5, exaggeration=None, repetition_penalty=None, min_p=0.05, top_p=1.0
+    ),
     languages=MappingProxyType(
         {
             "en": "English",
@@ -215,9 +275,45 @@ MULTILINGUAL_V3 = dataclasses.replace(
     t3_sha256="5abca8321ede76f8e61f1cc0d19aea6c946b28871017ce8726f8a69203f05953",
 )
 
-VARIANTS: Mapping[str, Variant] = MappingProxyType(
-    {variant.name: variant for variant in (ENGLISH, MULTILINGUAL, MULTILINGUAL_V3)}
+#: A GPT-2 that was distilled from the English model, with tags for sounds such as a laugh. Several public projects pin
+#: the same commit; upstream does not pin one.
+TURBO = Variant(
+    name="turbo",
+    module="turbo",
+    repository="ResembleAI/chatterbox-turbo",
+    revision="749d1c1a46eb10492095d68fbcf55691ccf137cd",
+    tokenizer="vocab.json",
+    voice_encoder="ve.safetensors",
+    t3="t3_turbo_v1.safetensors",
+    s3gen="s3gen_meanflow.safetensors",
+    builtin_voice="conds.pt",
+    data=("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"),
+    text_vocabulary=50276,
+    shapes=_GPT_SHAPES,
+    t3_layers=24,
+    controls=_controls(temperature=0.8, top_k=1000, top_p=0.95, repetition_penalty=1.2),
+    ignored_controls=("cfg_weight", "exaggeration", "min_p"),
+    clip_seconds=5.0,
+    languages=ENGLISH.languages,
+    samples=MappingProxyType({"en": "Hello, world. [laugh]"}),
 )
+
+#: A smaller Turbo. Only upstream's main branch loads it.
+NANO = dataclasses.replace(
+    TURBO,
+    name="nano",
+    repository="ResembleAI/chatterbox-nano",
+    revision="71ccd1d0081b430592cea481f4307e764e07bc64",
+    t3="t3_nano_v1.safetensors",
+    t3_layers=12,
+    t3_width=768,
+)
+
+VARIANTS: Mapping[str, Variant] = MappingProxyType(
+    {variant.name: variant for variant in (ENGLISH, MULTILINGUAL, MULTILINGUAL_V3, TURBO, NANO)}
+)
+#: Names of related models that this project has no code for.
+_RELATIVES = ("flash", "vc")
 
 #: The variant that commands use if no other is named.
 DEFAULT_VARIANT = ENGLISH
@@ -232,6 +328,11 @@ def get_variant(name: str) -> Variant:
     try:
         return VARIANTS[name]
     except KeyError:
+        if name.lower().removeprefix("chatterbox-") in _RELATIVES:
+            raise BadInputError(
+                f"Chatterbox's model {name!r} has another architecture, which this version does not support",
+                next_step=f"choose one of: {', '.join(VARIANTS)}",
+            ) from None
         raise BadInputError(
             f"there is no model variant {name!r}", next_step=f"choose one of: {', '.join(VARIANTS)}"
         ) from None

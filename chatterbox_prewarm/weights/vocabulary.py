@@ -49,7 +49,12 @@ def check_vocabulary(directory: Path, variant: Variant) -> None:
 
 
 def _tokens(raw: Any) -> dict[str, int]:
-    """Return the number of each token. Models such as Unigram list their tokens as pairs of text and score."""
+    """Return the number of each token. Models such as Unigram list their tokens as pairs of text and score.
+
+    GPT-2's file has only the numbers of the tokens.
+    """
+    if raw and all(isinstance(number, int) for number in raw.values()):
+        return dict(raw)
     vocabulary = raw.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, list):
         vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from chatterbox_prewarm.model.conditionals import Conditionals
+    from chatterbox_prewarm.model.regions.decoder import TokenDecoder
 
 TEXTS = MULTILINGUAL.samples
 #: How far the difference from upstream must be below the audio. It is due to rounding.
@@ -103,7 +104,7 @@ def test_text_in_a_script_that_the_model_does_not_know_is_refused(model: Model) 
 
 
 def _tokens_of_both(
-    decoder: T3Decoder, upstream: Any, voice: Conditionals, sampling: Sampling
+    decoder: TokenDecoder, upstream: Any, voice: Conditionals, sampling: Sampling
 ) -> tuple[list[int], list[int]]:
     """Draw at most 25 speech tokens of a French text with our decoder and with upstream's."""
     prompt = upstream_text_tokens(upstream, TEXTS["fr"], "fr")

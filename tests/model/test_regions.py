@@ -12,13 +12,14 @@ from chatterbox_prewarm.bench import fidelity
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.profiles import Execution
-from chatterbox_prewarm.model.regions import flow, t3, t3_blocks, t3_prompt, vocoder
+from chatterbox_prewarm.model.regions import decoder, flow, t3_blocks, t3_prompt, vocoder
 from chatterbox_prewarm.model.regions.alignment import FREE
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.region import MAX_FRAMES, MAX_POSITIONS, REGIONS
 from chatterbox_prewarm.model.regions.t3 import T3Decoder
 from chatterbox_prewarm.model.sampling import Sampling
+from chatterbox_prewarm.model.tokenizer import LLAMA_FRAME, MAX_TEXT_TOKENS
 from chatterbox_prewarm.model.upstream import upstream_text_tokens
 from chatterbox_prewarm.model.voices import for_upstream
 from chatterbox_prewarm.start.attach import attach
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.model.conditionals import Conditionals
     from chatterbox_prewarm.model.model import Model
+    from chatterbox_prewarm.model.regions.decoder import TokenDecoder
     from chatterbox_prewarm.start.attach import Attached
 
 GREEDY = Sampling(min_p=1.0)
@@ -64,7 +66,12 @@ def upstream_tokens(upstream: ChatterboxTTS, voice: Conditionals, sampling: Samp
     return drawn
 
 
-def our_tokens(decoder: T3Decoder, model: Model, voice: Conditionals, sampling: Sampling, count: int) -> Any:
+def llama(model: Model) -> T3Decoder:
+    assert isinstance(model.decoder, T3Decoder)
+    return model.decoder
+
+
+def our_tokens(decoder: TokenDecoder, model: Model, voice: Conditionals, sampling: Sampling, count: int) -> Any:
     torch.manual_seed(3)
     return decoder(voice.t3, model.text_tokens(TEXT), sampling=sampling, max_new_tokens=count)
 
@@ -142,7 +149,7 @@ def test_tokens_after_the_stop_token_are_dropped(
         changed[[t3_blocks.STOP_SPEECH_TOKEN, int(free[6])]] = changed[[int(free[6]), t3_blocks.STOP_SPEECH_TOKEN]]
         head.weight = torch.nn.Parameter(changed)
         theirs = upstream_tokens(upstream, voice, GREEDY, 12)
-        monkeypatch.setattr(t3, "_CHECK_EVERY_ON_CPU", check_every)
+        monkeypatch.setattr(decoder, "_CHECK_EVERY_ON_CPU", check_every)
         tensors = {**model.tensors, "t3.speech_head.weight": changed}
         ours = our_tokens(T3Decoder(NamedTensors(tensors, "t3."), eager), model, voice, GREEDY, 12)
     finally:
@@ -176,7 +183,7 @@ def test_gpu_attention_equals_cpu_attention(positions: int, dtype: torch.dtype, 
     q, k = q * peak, k * peak
     seen = torch.arange(positions)[None, None, None, :] <= positions // 2
     wanted = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=seen)
-    found = t3_blocks._attend(q, k, v, attn_mask=seen)
+    found = t3_blocks.attend(q, k, v, attn_mask=seen)
     assert found.dtype == dtype
     assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
 
@@ -188,7 +195,7 @@ def test_t3_computes_in_bfloat16_and_s3gen_in_float32(model: Model, voice: Condi
         narrow = wide.to(torch.bfloat16)
     outputs = []
     for prefill, x, cosine, sine in (
-        (model.decoder._prefill[0], wide, model.decoder._cosine, model.decoder._sine),
+        (llama(model)._prefill[0], wide, llama(model)._cosine, llama(model)._sine),
         (decoder._prefill[0], narrow, decoder._cosine, decoder._sine),
     ):
         output, _, _ = prefill(x, cosine[: x.size(1)], sine[: x.size(1)])
@@ -206,11 +213,11 @@ def test_rotary_embedding_is_exact_in_bfloat16(mini: Path, model: Model, tmp_pat
     cache = tmp_path / "cache"
     options = StartOptions(warm=tmp_path, weights=mini, cache=cache, policy="off", execution=execution)
     narrow = attach(prepare(options))
-    decoder = narrow.synthesizer.model.decoder
+    decoder = llama(narrow.synthesizer.model)
     assert decoder.dtype == torch.bfloat16
     tensors = narrow.synthesizer.model.tensors.items()
     assert {tensor.dtype for name, tensor in tensors if ".tfmr.layers." in name} == {torch.bfloat16}
-    assert (decoder._cosine.float() - model.decoder._cosine).abs().max() <= 2**-8, "rounded once, at the end"
+    assert (decoder._cosine.float() - llama(model)._cosine).abs().max() <= 2**-8, "rounded once, at the end"
     speech = narrow.synthesizer.synthesize("Hello, world.", seed=1, max_new_tokens=12)
     assert len(speech.samples) > 0
 
@@ -260,8 +267,8 @@ def test_constants_and_voice_embeddings_equal_those_of_upstream(
                 t3_prompt.embed_voice(weights, voice.t3),
                 upstream.t3.prepare_conditioning(for_upstream(voice).t3),
             ),
-            "cosines": (model.decoder._cosine, tables[0][0]),
-            "sines": (model.decoder._sine, tables[1][0]),
+            "cosines": (llama(model)._cosine, tables[0][0]),
+            "sines": (llama(model)._sine, tables[1][0]),
             "tokens": (model.flow._embed(x, "embed")[0], embedded),
             "distances": (model.flow._embed(x, "embed")[1], distances),
             "times": (flow.time_embeddings(times), flow_module.decoder.estimator.time_embeddings(times)),
@@ -280,8 +287,8 @@ def test_constants_and_voice_embeddings_equal_those_of_upstream(
     assert vocoder_module.audio_limit == vocoder._MAX_SAMPLE
     assert flow_module.decoder.inference_cfg_rate == flow._GUIDANCE
     hp = upstream.t3.hp
-    assert (hp.start_text_token, hp.stop_text_token) == (t3_prompt.START_TEXT_TOKEN, t3_prompt.STOP_TEXT_TOKEN)
-    assert (hp.start_speech_token, hp.max_text_tokens) == (t3_blocks.START_SPEECH_TOKEN, t3_prompt.MAX_TEXT_TOKENS)
+    assert (hp.start_text_token, hp.stop_text_token) == (*LLAMA_FRAME.start, *LLAMA_FRAME.stop)
+    assert (hp.start_speech_token, hp.max_text_tokens) == (t3_blocks.START_SPEECH_TOKEN, MAX_TEXT_TOKENS)
 
 
 @pytest.mark.slow
@@ -337,7 +344,7 @@ def test_hot_path_has_no_host_sync(
     with Operations() as upstreams:
         upstream.s3gen.flow_inference(torch.arange(12)[None], ref_dict=for_upstream(voice).gen, finalize=True)
     assert syncs(upstreams.names), "upstream has host syncs; otherwise this test detects nothing"
-    monkeypatch.setattr(t3, "_CHECK_EVERY_ON_CPU", 8)
+    monkeypatch.setattr(decoder, "_CHECK_EVERY_ON_CPU", 8)
     counts = []
     for count in (8, 16):
         with Operations() as decoding:

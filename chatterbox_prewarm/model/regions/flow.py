@@ -12,9 +12,8 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.regions.flow_blocks import causal_convolution
 from chatterbox_prewarm.model.regions.region import (
     FLOW_ENCODER_LAYER,
-    FLOW_EULER,
-    FLOW_RESNETS,
-    FLOW_TRANSFORMER,
+    FLOW_GUIDED,
+    FLOW_MEAN,
     MAX_FRAMES,
 )
 
@@ -24,8 +23,10 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.regions.executors import BoundRegion, Executor
     from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 
-#: Upstream's number of steps for models that were not distilled.
-EULER_STEPS = 10
+#: Upstream's number of steps for models that were not distilled, and for a mean flow.
+_EULER_STEPS, _MEAN_STEPS = 10, 2
+#: The tensor that only a mean flow has: it mixes the beginning and the end of a step.
+_MIXER = "time_embed_mixer.weight"
 #: Upstream's strength of the classifier-free guidance (`CFM_PARAMS`).
 _GUIDANCE = 0.7
 #: Sizes of the embeddings of a token's position and of a time step.
@@ -38,6 +39,8 @@ _LOOK_AHEAD, _FRAMES_PER_TOKEN = 3, 2
 
 class Flow:
     """Computes the same as upstream's `CausalMaskedDiffWithXvec.inference`, for one utterance.
+
+    Turbo's flow is a mean flow (arXiv:2505.13447): two steps without guidance.
 
     Args:
         weights: of upstream's module; they are used in place.
@@ -52,17 +55,20 @@ class Flow:
             for name in ("encoders", "up_encoders")
         )
         estimator = self._estimator
+        self._is_mean = _MIXER in estimator
+        self._steps = _MEAN_STEPS if self._is_mean else _EULER_STEPS
+        regions = FLOW_MEAN if self._is_mean else FLOW_GUIDED
         blocks = [block for name in ("down_blocks", "mid_blocks", "up_blocks") for block in estimator.layers(name)]
         self._stages: list[tuple[BoundRegion, list[BoundRegion]]] = [
             (
-                executor(FLOW_RESNETS[block["0.res_conv.weight"].size(1)], resnet_weights(block.below("0"))),
-                [executor(FLOW_TRANSFORMER, transformer_weights(layer)) for layer in block.layers("1")],
+                executor(regions.resnets[block["0.res_conv.weight"].size(1)], resnet_weights(block.below("0"))),
+                [executor(regions.transformer, transformer_weights(layer)) for layer in block.layers("1")],
             )
             for block in blocks
         ]
         self._down = estimator.pair("down_blocks.0.2")
         last = ("up_blocks.0.2", "final_block.block.0", "final_block.block.2", "final_proj")
-        self._euler = executor(FLOW_EULER, estimator.pairs(*last))
+        self._step = executor(regions.step, estimator.pairs(*last))
 
     @torch.inference_mode()
     def __call__(
@@ -72,7 +78,7 @@ class Flow:
         *,
         noise: torch.Tensor | None = None,
         on_step: Callable[[], None] | None = None,
-        steps: int = EULER_STEPS,
+        steps: int | None = None,
     ) -> torch.Tensor:
         """Compute the mel spectrogram of speech tokens.
 
@@ -81,8 +87,8 @@ class Flow:
             voice: `prompt_token` (1, m), `prompt_feat` (1, 2m, 80) and `embedding` (1, 192) of the reference clip.
             noise: (1, frames, 80), at least as many frames as the voice's clip and the speech have. None draws noise
                 from the generator of the device.
-            on_step: called before each Euler step; its exceptions end the computation.
-            steps: how many of the Euler steps to run. Fewer give no speech; the check of a start runs one.
+            on_step: called before each step; its exceptions end the computation.
+            steps: how many of the steps to run; None runs all. Fewer give no speech; the check of a start runs one.
 
         Returns:
             (1, 80, 2n), 50 frames per second.
@@ -107,10 +113,20 @@ class Flow:
         speaker = functional.linear(speaker, *weights.pair("spk_embed_affine_layer"))
         known = torch.cat([mean, speaker[:, None].expand(-1, mean.size(1), -1), condition], dim=2)
         if noise is None:
-            # Draw in upstream's layout, so that a seed gives upstream's noise.
-            noise = torch.randn_like(mean.transpose(1, 2).contiguous()).transpose(1, 2)
-        mel = self._solve(noise[:, : mean.size(1)].contiguous(), known, steps, on_step)
+            noise = self._noise(mean, 2 * tokens.numel())
+        mel = self._solve(noise[:, : mean.size(1)].contiguous(), known, steps or self._steps, on_step)
         return mel[:, prompt.size(1) :].transpose(1, 2).contiguous()
+
+    def _noise(self, mean: torch.Tensor, frames: int) -> torch.Tensor:
+        """Draw noise with the shape of `mean`, (1, n, 80), in upstream's layout, so that a seed gives upstream's noise.
+
+        For a mean flow, upstream draws the noise of the speech, `frames`, first.
+        """
+        speech = mean.new_empty(1, mean.size(2), frames).normal_() if self._is_mean else None
+        noise = torch.randn_like(mean.transpose(1, 2).contiguous()).transpose(1, 2)
+        if speech is not None:
+            noise[:, -frames:] = speech.transpose(1, 2)
+        return noise
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         """Encode embedded tokens (1, n, 512) into the mean of the mel spectrogram (1, 2n, 80)."""
@@ -140,24 +156,34 @@ class Flow:
     ) -> torch.Tensor:
         """Integrate the flow from noise to the mel spectrogram, (1, frames, 80).
 
-        `known` is (1, frames, 240): mean, speaker and condition. Only the first of the estimator's two rows gets it.
+        `known` is (1, frames, 240): mean, speaker and condition. With guidance, the estimator has two rows, and only
+        the first one gets it.
         """
-        times = torch.linspace(0, 1, EULER_STEPS + 1, device=mel.device, dtype=mel.dtype)
-        times = 1 - torch.cos(times * 0.5 * torch.pi)
-        embedded = functional.linear(time_embeddings(times[:-1]), *self._estimator.pair("time_mlp.linear_1"))
-        embedded = functional.linear(functional.silu(embedded), *self._estimator.pair("time_mlp.linear_2"))
-        known = torch.cat([known, torch.zeros_like(known)])
-        guidance = torch.full((1,), _GUIDANCE, device=mel.device, dtype=mel.dtype)
+        times = torch.linspace(0, 1, self._steps + 1, device=mel.device, dtype=mel.dtype)
+        if not self._is_mean:
+            times = 1 - torch.cos(times * 0.5 * torch.pi)
+            known = torch.cat([known, torch.zeros_like(known)])
+        embedded = self._embed_times(times)
+        guidance = [] if self._is_mean else [torch.full((1,), _GUIDANCE, device=mel.device, dtype=mel.dtype)]
         for step in range(steps):
             if on_step is not None:
                 on_step()
             hidden = self._estimate(mel, known, embedded[step : step + 1])
-            (mel,) = self._euler(hidden, mel, guidance, times[step + 1 : step + 2] - times[step : step + 1])
+            (mel,) = self._step(hidden, mel, *guidance, times[step + 1 : step + 2] - times[step : step + 1])
         return mel
 
+    def _embed_times(self, times: torch.Tensor) -> torch.Tensor:
+        """Embed the beginning of each step, and for a mean flow its end too: (steps, 1024)."""
+        weights = self._estimator
+        embedded = functional.linear(time_embeddings(times), *weights.pair("time_mlp.linear_1"))
+        embedded = functional.linear(functional.silu(embedded), *weights.pair("time_mlp.linear_2"))
+        if not self._is_mean:
+            return embedded[:-1]
+        return functional.linear(torch.cat([embedded[:-1], embedded[1:]], dim=1), weights[_MIXER])
+
     def _estimate(self, mel: torch.Tensor, known: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """Run the estimator up to its last transformer block: (2, frames, 256)."""
-        x = torch.cat([mel.expand(2, -1, -1), known], dim=2)
+        """Run the estimator up to its last transformer block: (rows, frames, 256)."""
+        x = torch.cat([mel.expand(known.size(0), -1, -1), known], dim=2)
         skipped = x
         last = len(self._stages) - 1
         for number, (resnet, transformers) in enumerate(self._stages):

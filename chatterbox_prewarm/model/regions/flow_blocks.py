@@ -1,8 +1,8 @@
 """The regions of S3Gen's flow: the layer of the conformer encoder, and the blocks of the estimator.
 
-Upstream pads and masks batches of utterances with different lengths. One utterance needs no mask. The estimator's two
-rows implement classifier-free guidance. Weights are the first arguments of every function, so one compiled artifact
-serves all ten encoder layers, all 56 transformer blocks and every checkpoint.
+Upstream pads and masks batches of utterances with different lengths. One utterance needs no mask. The estimator has two
+rows, which implement classifier-free guidance, or one row for a mean flow. Weights are the first arguments of every
+function, so one compiled artifact serves all ten encoder layers, all 56 transformer blocks and every checkpoint.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def transformer(
 
     Args:
         query, key, value: (512, 256), 8 heads of 64.
-        x: (2, frames, 256).
+        x: (rows, frames, 256).
 
     Returns:
         a tensor with the shape of `x`.
@@ -153,11 +153,11 @@ def resnet(
     The weights belong to upstream's `CausalResnetBlock1D`; `flow.resnet_weights` defines their order.
 
     Args:
-        x: (2, frames, channels); 320, 256 or 512 channels.
+        x: (rows, frames, channels); 320, 256 or 512 channels.
         time: (1, 1024), the embedding of the time step.
 
     Returns:
-        (2, frames, 256).
+        (rows, frames, 256).
     """
     y = _causal_block(x, first_weight, first_bias, first_norm_weight, first_norm_bias)
     y = y + functional.linear(functional.mish(time), time_weight, time_bias)[:, None]
@@ -192,7 +192,55 @@ def euler(
     Returns:
         (1, frames, 80), the mel spectrogram after the step.
     """
+    flow = _direction(
+        up_weight, up_bias, block_weight, block_bias, norm_weight, norm_bias, output_weight, output_bias, hidden
+    )
+    return (mel + length * ((1.0 + guidance) * flow[:1] - guidance * flow[1:]),)
+
+
+def mean_step(
+    up_weight: Tensor,
+    up_bias: Tensor,
+    block_weight: Tensor,
+    block_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    hidden: Tensor,
+    mel: Tensor,
+    length: Tensor,
+) -> tuple[Tensor]:
+    """Run the estimator's last convolutions, then one step of a mean flow (arXiv:2505.13447), without guidance.
+
+    The weights are those of `euler`.
+
+    Args:
+        hidden: (1, frames, 256), the output of the last transformer block.
+        mel: (1, frames, 80), the mel spectrogram before the step.
+        length: float32 (1,), the length of the step in time.
+
+    Returns:
+        (1, frames, 80), the mel spectrogram after the step.
+    """
+    flow = _direction(
+        up_weight, up_bias, block_weight, block_bias, norm_weight, norm_bias, output_weight, output_bias, hidden
+    )
+    return (mel + length * flow,)
+
+
+def _direction(
+    up_weight: Tensor,
+    up_bias: Tensor,
+    block_weight: Tensor,
+    block_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    hidden: Tensor,
+) -> Tensor:
+    """Run the estimator's last convolutions: from (rows, frames, 256) to (rows, frames, 80)."""
     y = causal_convolution(hidden, up_weight, up_bias)
     y = _causal_block(y, block_weight, block_bias, norm_weight, norm_bias)
-    flow = functional.linear(y, output_weight.squeeze(2), output_bias)
-    return (mel + length * ((1.0 + guidance) * flow[:1] - guidance * flow[1:]),)
+    return functional.linear(y, output_weight.squeeze(2), output_bias)

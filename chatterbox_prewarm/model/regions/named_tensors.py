@@ -42,6 +42,10 @@ class NamedTensors:
                 next_step="check that the files belong to this variant with `chatterbox-prewarm weights verify`",
             ) from None
 
+    def __contains__(self, name: str) -> bool:
+        """Return whether the module has a tensor of this name."""
+        return self._prefix + name in self._tensors
+
     def below(self, name: str) -> NamedTensors:
         """Return the tensors of a submodule."""
         return NamedTensors(self._tensors, f"{self._prefix}{name}.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from chatterbox_prewarm.model.regions import flow_blocks, t3_blocks, vocoder_blocks
+from chatterbox_prewarm.model.regions import flow_blocks, gpt_blocks, t3_blocks, vocoder_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -88,6 +88,7 @@ _SPEECH = Size(name="tokens", example=100, minimum=4, maximum=MAX_FRAMES)
 _FRAMES = Size(name="frames", example=300, minimum=4, maximum=MAX_FRAMES)
 #: Number of speech tokens, special ones included.
 _VOCABULARY = 8194
+_GPT_VOCABULARY = 6563
 
 
 def _region(name: str, function: Callable[..., tuple[torch.Tensor, ...]], *inputs: Input | Shape) -> Region:
@@ -123,6 +124,39 @@ T3_DECODE = _region("t3_decode", t3_blocks.decode, *_STEP)
 T3_DECODE_ALIGNED = _region(
     "t3_decode_aligned", t3_blocks.decode_aligned, *_STEP, Input(shape=(t3_blocks.HEADS,), dtype=torch.float32)
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptRegions:
+    """The regions of a GPT-2 with one width. torch.export fixes a size of 1, so one token has a region of its own."""
+
+    prefill: Region
+    decode: Region
+    sample: Region
+
+    @staticmethod
+    def of(width: int) -> GptRegions:
+        """Define the regions of a width, which their names contain."""
+        place, vocabulary = Input(shape=(1,), dtype=torch.int64), _GPT_VOCABULARY
+        cache = (_POSITIONS, 1, width // t3_blocks.HEAD_SIZE, t3_blocks.HEAD_SIZE)
+        return GptRegions(
+            prefill=_region(f"t3_gpt_prefill_{width}", gpt_blocks.block, (1, _TOKENS, width), place, cache, cache),
+            decode=_region(f"t3_gpt_decode_{width}", gpt_blocks.block, (1, 1, width), place, cache, cache),
+            sample=_region(
+                f"t3_gpt_sample_{width}",
+                gpt_blocks.sample,
+                (1, width),
+                Input(shape=(len(gpt_blocks.CONTROLS),), dtype=torch.float32),
+                Input(shape=(vocabulary,), dtype=torch.float32),
+                Input(shape=(vocabulary,), dtype=torch.bool),
+                place,
+                place,
+            ),
+        )
+
+
+#: By the width of the model.
+GPT_REGIONS: Mapping[int, GptRegions] = {width: GptRegions.of(width) for width in (1024, 768)}
 T3_SAMPLE = _sampling("t3_sample", t3_blocks.sample)
 T3_SAMPLE_NUCLEUS = _sampling("t3_sample_nucleus", t3_blocks.sample_nucleus)
 FLOW_ENCODER_LAYER = _region(
@@ -131,12 +165,47 @@ FLOW_ENCODER_LAYER = _region(
     (1, _SPEECH, 512),
     (1, dataclasses.replace(_SPEECH, factor=2, offset=-1), 512),
 )
-FLOW_RESNETS: Mapping[int, Region] = {
-    channels: _region(f"flow_resnet_{channels}", flow_blocks.resnet, (2, _FRAMES, channels), (1, 1024))
-    for channels in (320, 256, 512)
-}
-FLOW_TRANSFORMER = _region("flow_transformer", flow_blocks.transformer, (2, _FRAMES, 256))
-FLOW_EULER = _region("flow_euler", flow_blocks.euler, (2, _FRAMES, 256), (1, _FRAMES, 80), (1,), (1,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimatorRegions:
+    """The regions of the flow's estimator.
+
+    Attributes:
+        resnets: by their number of channels.
+        transformer: of all blocks.
+        step: the last convolutions and one step of the integration.
+    """
+
+    resnets: Mapping[int, Region]
+    transformer: Region
+    step: Region
+
+    @staticmethod
+    def of(prefix: str, rows: int, step: Region) -> EstimatorRegions:
+        """Define the regions for a number of rows."""
+        return EstimatorRegions(
+            resnets={
+                channels: _region(
+                    f"{prefix}_resnet_{channels}", flow_blocks.resnet, (rows, _FRAMES, channels), (1, 1024)
+                )
+                for channels in (320, 256, 512)
+            },
+            transformer=_region(f"{prefix}_transformer", flow_blocks.transformer, (rows, _FRAMES, 256)),
+            step=step,
+        )
+
+    @property
+    def all(self) -> tuple[Region, ...]:
+        """All of these regions."""
+        return (*self.resnets.values(), self.transformer, self.step)
+
+
+_FLOW_EULER = _region("flow_euler", flow_blocks.euler, (2, _FRAMES, 256), (1, _FRAMES, 80), (1,), (1,))
+_FLOW_MEAN_STEP = _region("flow_mean_step", flow_blocks.mean_step, (1, _FRAMES, 256), (1, _FRAMES, 80), (1,))
+#: With guidance, and without it for a mean flow.
+FLOW_GUIDED = EstimatorRegions.of("flow", 2, _FLOW_EULER)
+FLOW_MEAN = EstimatorRegions.of("flow_mean", 1, _FLOW_MEAN_STEP)
 VOCODER_PITCH = _region("vocoder_pitch", vocoder_blocks.pitch, (1, 80, _FRAMES))
 VOCODER_TRUNK = _region(
     "vocoder_trunk",
@@ -145,7 +214,7 @@ VOCODER_TRUNK = _region(
     (1, 2 * vocoder_blocks.BINS, dataclasses.replace(_FRAMES, factor=120, offset=1)),
 )
 
-#: The regions that every variant has.
+#: The regions that the models with a Llama and a guided flow share.
 COMMON_REGIONS: Mapping[str, Region] = {
     region.name: region
     for region in (
@@ -154,13 +223,21 @@ COMMON_REGIONS: Mapping[str, Region] = {
         T3_SAMPLE,
         T3_SAMPLE_NUCLEUS,
         FLOW_ENCODER_LAYER,
-        *FLOW_RESNETS.values(),
-        FLOW_TRANSFORMER,
-        FLOW_EULER,
+        *FLOW_GUIDED.all,
         VOCODER_PITCH,
         VOCODER_TRUNK,
     )
 }
-REGIONS: Mapping[str, Region] = {**COMMON_REGIONS, T3_DECODE_ALIGNED.name: T3_DECODE_ALIGNED}
+_GPT = tuple(region for group in GPT_REGIONS.values() for region in (group.prefill, group.decode, group.sample))
+REGIONS: Mapping[str, Region] = {
+    **COMMON_REGIONS,
+    **{region.name: region for region in (T3_DECODE_ALIGNED, *_GPT, *FLOW_MEAN.all)},
+}
 #: The regions of T3's step, which a CUDA graph may contain.
-IN_GRAPHS = frozenset({T3_DECODE.name, T3_DECODE_ALIGNED.name, T3_SAMPLE.name, T3_SAMPLE_NUCLEUS.name})
+IN_GRAPHS = frozenset(
+    region.name
+    for region in (
+        *(T3_DECODE, T3_DECODE_ALIGNED, T3_SAMPLE, T3_SAMPLE_NUCLEUS),
+        *(region for group in GPT_REGIONS.values() for region in (group.decode, group.sample)),
+    )
+)

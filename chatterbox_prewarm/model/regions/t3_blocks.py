@@ -50,8 +50,8 @@ def _project(x: Tensor, weight: Tensor) -> Tensor:
     return functional.linear(x, weight).view(rows, tokens, HEADS, HEAD_SIZE).transpose(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor) -> Tensor:
-    """Compute attention for one query on a GPU.
+def attend(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor) -> Tensor:
+    """Compute attention for a few queries on a GPU.
 
     PyTorch's GPU kernels need a mask whose length is a multiple of 8 or 16, so a package would only support such
     lengths. With one query they also use one thread block for each head, a quarter of a GPU. PyTorch's CPU kernel is
@@ -197,9 +197,9 @@ def _attend_to_cache(
     keys.index_copy_(0, position, rotate(_project(normed, key), cosine, sine).permute(2, 0, 1, 3))
     values.index_copy_(0, position, _project(normed, value).permute(2, 0, 1, 3))
     seen = torch.arange(keys.size(0), device=x.device)[None, None, None, :] <= position
-    attend = _attend if x.is_cuda else functional.scaled_dot_product_attention
+    function = attend if x.is_cuda else functional.scaled_dot_product_attention
     q = rotate(_project(normed, query), cosine, sine)
-    return attend(q, keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3), attn_mask=seen), q, seen
+    return function(q, keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3), attn_mask=seen), q, seen
 
 
 def sample(
@@ -234,7 +234,7 @@ def sample(
         the token, int64 (1,); its embedding for both rows, (2, 1, 1024); `used` including the token.
     """
     probabilities = _softmax_above_minimum(_penalized(norm, head, x, controls, used, decision), controls)
-    return _draw(probabilities, tokens, positions, noise, used, step)
+    return _embed(draw(probabilities, noise), tokens, positions, used, step)
 
 
 def sample_nucleus(
@@ -259,7 +259,7 @@ def sample_nucleus(
     # Always keep the most likely token: rounding of the sum could drop it.
     dropped = dropped & (torch.arange(dropped.size(0), device=x.device) < dropped.size(0) - 1)
     kept = torch.zeros_like(probabilities).scatter(0, order, torch.where(dropped, 0.0, ordered))
-    return _draw(kept / kept.sum(), tokens, positions, noise, used, step)
+    return _embed(draw(kept / kept.sum(), noise), tokens, positions, used, step)
 
 
 def _penalized(norm: Tensor, head: Tensor, x: Tensor, controls: Tensor, used: Tensor, decision: Tensor) -> Tensor:
@@ -281,10 +281,15 @@ def _softmax_above_minimum(logits: Tensor, controls: Tensor) -> Tensor:
     return torch.softmax(torch.where(kept, logits, -torch.inf), dim=0)
 
 
-def _draw(
-    probabilities: Tensor, tokens: Tensor, positions: Tensor, noise: Tensor, used: Tensor, step: Tensor
+def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """Return the token with the largest quotient of probability and noise, int64 (1,), from two tensors (n,)."""
+    return torch.argmax(probabilities / noise.clamp(min=_MIN_NOISE), dim=0, keepdim=True)
+
+
+def _embed(
+    token: Tensor, tokens: Tensor, positions: Tensor, used: Tensor, step: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    token = torch.argmax(probabilities / noise.clamp(min=_MIN_NOISE), dim=0, keepdim=True)
+    """Return the results of `sample` for a drawn token."""
     used = used | (torch.arange(used.size(0), device=used.device) == token)
     # Position 0 belongs to the start token.
     embedding = tokens.index_select(0, token) + positions.index_select(0, step + 1)

@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.conditionals import T3Conditionals
     from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 
-#: Tokens of upstream's `T3Config`.
-START_TEXT_TOKEN, STOP_TEXT_TOKEN = 255, 0
-#: The most text tokens of an utterance, with the start and the stop token.
-MAX_TEXT_TOKENS = 2048
 _PERCEIVER_HEADS = 4
 
 
@@ -26,9 +22,9 @@ class Prompt:
     """A prompt of T3.
 
     Attributes:
-        embeddings: (2, length, 1024).
+        embeddings: (rows, length, width).
         text_start: the position of the first text token.
-        text_tokens: the number of text tokens, with the start and the stop token.
+        text_tokens: the number of text tokens, with the start and the stop token if the model has them.
     """
 
     embeddings: torch.Tensor

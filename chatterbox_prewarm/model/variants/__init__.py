@@ -10,18 +10,33 @@ import importlib
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
+    import torch
     from tokenizers import Tokenizer
 
+    from chatterbox_prewarm.model.regions.decoder import TokenDecoder
+    from chatterbox_prewarm.model.regions.executors import Executor
+    from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
+    from chatterbox_prewarm.model.sampling import Sampling
+    from chatterbox_prewarm.model.tokenizer import TextFrame
     from chatterbox_prewarm.model.upstream_source import Behaviour
     from chatterbox_prewarm.weights.variants import Variant
 
 
 class TextFrontEnd(Protocol):
-    """Turns the text of a request into text tokens."""
+    """Turns the text of a request into text tokens.
+
+    Attributes:
+        tokenizer: of the checkpoint.
+        frame: the tokens around a text, and its limit.
+        tags: what a text may contain to ask for a sound, such as "[laugh]".
+    """
 
     tokenizer: Tokenizer
+    frame: TextFrame
+    tags: tuple[str, ...]
 
     def check(self, text: str, language: str) -> None:
         """Check that the model can speak a text.
@@ -47,7 +62,13 @@ class TextFrontEnd(Protocol):
 
 
 class VariantCode(Protocol):
-    """The functions of a variant's module."""
+    """The functions of a variant's module.
+
+    Attributes:
+        GREEDY: settings with which sampling always draws the most likely token.
+    """
+
+    GREEDY: Sampling
 
     def read_text(self, directory: Path, variant: Variant, plain: frozenset[str] = frozenset()) -> TextFrontEnd:
         """Read the tokenizer of a checkpoint, and what else its texts need.
@@ -71,8 +92,36 @@ class VariantCode(Protocol):
         With such heads, `regions.alignment` decides when the speech must end and when it must not.
         """
 
+    def decoder(
+        self,
+        variant: Variant,
+        weights: NamedTensors,
+        executor: Executor,
+        *,
+        dtype: torch.dtype | None,
+        graphs: bool,
+    ) -> TokenDecoder:
+        """Make the decoder of speech tokens.
+
+        Args:
+            variant: what the model is.
+            weights: of upstream's `T3`.
+            executor: makes the regions callable.
+            dtype: of the transformer; None keeps the checkpoint's.
+            graphs: capture the step of a token as a CUDA graph.
+        """
+
+    def t3_config(self, variant: Variant) -> Any:
+        """Return the configuration with which upstream constructs T3."""
+
+    def s3gen_arguments(self) -> dict[str, Any]:
+        """Return the arguments with which upstream constructs S3Gen."""
+
     def upstream_class(self) -> Any:
         """Import upstream's class of this variant."""
+
+    def is_upstream(self, model: Any, variant: Variant) -> bool:
+        """Return whether a model of upstream is this variant."""
 
     def upstream_tokenizer(self, directory: Path, variant: Variant) -> Any:
         """Construct the tokenizer of upstream's class."""
@@ -82,6 +131,25 @@ class VariantCode(Protocol):
 
     def upstream_generate(self, model: Any, text: str, language: str) -> Any:
         """Speak a text with upstream's `generate` and its default settings: float32 (1, samples)."""
+
+    def upstream_speech_tokens(
+        self, model: Any, conditionals: Any, text_ids: Sequence[int], *, sampling: Sampling, max_new_tokens: int
+    ) -> torch.Tensor:
+        """Draw speech tokens with upstream's T3.
+
+        Args:
+            model: upstream's model.
+            conditionals: upstream's `T3Cond`, which this changes.
+            text_ids: from `upstream_text_ids`.
+            sampling: the sampling settings.
+            max_new_tokens: the maximum number of tokens, because random weights never stop.
+
+        Returns:
+            int64 (n,).
+        """
+
+    def limit_upstream(self, model: Any, max_new_tokens: int) -> None:
+        """Limit the speech tokens of `model.generate` from now on."""
 
     def upstream_text_ids(self, model: Any, text: str, language: str) -> list[int]:
         """Return the text tokens that upstream's `generate` computes, without the start and the stop token."""

@@ -6,15 +6,26 @@ import string
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.model.text import normalize_punctuation
-from chatterbox_prewarm.model.tokenizer import character_tokenizer, check_known, encode, read_tokenizer
+from chatterbox_prewarm.model.tokenizer import LLAMA_FRAME, character_tokenizer, check_known, encode, read_tokenizer
 from chatterbox_prewarm.model.upstream_source import Behaviour
+from chatterbox_prewarm.model.variants import llama
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from tokenizers import Tokenizer
 
+    from chatterbox_prewarm.model.regions.executors import Executor
+    from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
+    from chatterbox_prewarm.model.regions.t3 import T3Decoder
     from chatterbox_prewarm.weights.variants import Variant
+
+
+#: See `VariantCode`.
+GREEDY = llama.GREEDY
+t3_config, s3gen_arguments = llama.t3_config, llama.s3gen_arguments
+upstream_speech_tokens, limit_upstream = llama.upstream_speech_tokens, llama.limit_upstream
 
 
 class EnglishText:
@@ -22,6 +33,8 @@ class EnglishText:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self.frame = LLAMA_FRAME
+        self.tags: tuple[str, ...] = ()
 
     def check(self, text: str, language: str) -> None:  # noqa: ARG002 - there is only one language
         """Check that the tokenizer knows at least half of a text; see `check_known`."""
@@ -50,11 +63,30 @@ def aligned_heads(variant: Variant, layers: int) -> tuple[tuple[int, int], ...]:
     return ()
 
 
+def decoder(
+    variant: Variant,  # noqa: ARG001 - see `VariantCode`
+    weights: NamedTensors,
+    executor: Executor,
+    *,
+    dtype: torch.dtype | None,
+    graphs: bool,
+) -> T3Decoder:
+    """Make the decoder of speech tokens."""
+    from chatterbox_prewarm.model.regions.t3 import T3Decoder
+
+    return T3Decoder(weights, executor, dtype=dtype, graphs=graphs)
+
+
 def upstream_class() -> Any:
     """Import upstream's class."""
     from chatterbox.tts import ChatterboxTTS
 
     return ChatterboxTTS
+
+
+def is_upstream(model: Any, variant: Variant) -> bool:  # noqa: ARG001 - see `VariantCode`
+    """Return whether a model of upstream is this variant."""
+    return isinstance(model, upstream_class())
 
 
 def upstream_tokenizer(directory: Path, variant: Variant) -> Any:

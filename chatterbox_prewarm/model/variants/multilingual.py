@@ -20,17 +20,27 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.errors import ModelError, WeightsError, first_line
 from chatterbox_prewarm.model.marks import check_marks
 from chatterbox_prewarm.model.text import SENTENCE_ENDS, normalize_punctuation
-from chatterbox_prewarm.model.tokenizer import check_known, encode, read_tokenizer
+from chatterbox_prewarm.model.tokenizer import LLAMA_FRAME, check_known, encode, read_tokenizer
 from chatterbox_prewarm.model.upstream_source import MAIN_BRANCH, Behaviour, installed_multilingual
+from chatterbox_prewarm.model.variants import llama
 from chatterbox_prewarm.system.regular_files import read_regular
 from chatterbox_prewarm.weights.variants import MULTILINGUAL_V3
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    import torch
     from tokenizers import Tokenizer
 
+    from chatterbox_prewarm.model.regions.executors import Executor
+    from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
+    from chatterbox_prewarm.model.regions.t3 import T3Decoder
     from chatterbox_prewarm.weights.variants import Variant
+
+#: See `VariantCode`.
+GREEDY = llama.GREEDY
+t3_config, s3gen_arguments = llama.t3_config, llama.s3gen_arguments
+upstream_speech_tokens, limit_upstream = llama.upstream_speech_tokens, llama.limit_upstream
 
 #: Upstream's `LLAMA_ALIGNED_HEADS`: the layer and the head.
 _ALIGNED_HEADS = ((12, 15), (13, 11), (9, 2))
@@ -51,6 +61,8 @@ class MultilingualText:
 
     def __init__(self, tokenizer: Tokenizer, directory: Path, variant: Variant, plain: frozenset[str]) -> None:
         self.tokenizer = tokenizer
+        self.frame = LLAMA_FRAME
+        self.tags: tuple[str, ...] = ()
         self._directory, self._variant, self._plain = directory, variant, plain
         self._rewrite: Mapping[str, Callable[[str], str]] = {
             "zh": self._chinese,
@@ -166,11 +178,31 @@ def aligned_heads(variant: Variant, layers: int) -> tuple[tuple[int, int], ...]:
     return tuple((layer % layers, head) for layer, head in _ALIGNED_HEADS)
 
 
+def decoder(
+    variant: Variant,
+    weights: NamedTensors,
+    executor: Executor,
+    *,
+    dtype: torch.dtype | None,
+    graphs: bool,
+) -> T3Decoder:
+    """Make the decoder of speech tokens."""
+    from chatterbox_prewarm.model.regions.t3 import T3Decoder
+
+    aligned = aligned_heads(variant, len(weights.layers("tfmr.layers")))
+    return T3Decoder(weights, executor, dtype=dtype, graphs=graphs, aligned=aligned)
+
+
 def upstream_class() -> Any:
     """Import upstream's class."""
     from chatterbox.mtl_tts import ChatterboxMultilingualTTS
 
     return ChatterboxMultilingualTTS
+
+
+def is_upstream(model: Any, variant: Variant) -> bool:  # noqa: ARG001 - see `VariantCode`
+    """Return whether a model of upstream is this variant."""
+    return isinstance(model, upstream_class())
 
 
 def upstream_tokenizer(directory: Path, variant: Variant) -> Any:

@@ -12,9 +12,8 @@ import pytest
 from chatterbox_prewarm.errors import WeightsError
 from chatterbox_prewarm.weights import tensor_shapes
 from chatterbox_prewarm.weights.record import Synthetic
-from chatterbox_prewarm.weights.tensor_shapes import check_tensors
+from chatterbox_prewarm.weights.tensor_shapes import check_tensors, expected_tensors
 from chatterbox_prewarm.weights.variants import ENGLISH
-from tests.conftest import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,14 +52,9 @@ def write(path: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
 @pytest.fixture
 def published(tmp_path: Path) -> Files:
     """Write the files of a complete checkpoint; return their tensors."""
-    expected = json.loads((ROOT / "chatterbox_prewarm" / "weights" / "tensors.json").read_text())
     files = {
-        ENGLISH.tensor_files[part]: {
-            name: (dtype, [ENGLISH.text_vocabulary if size == "text_vocabulary" else size for size in shape])
-            for pattern, (dtype, shape) in tensors.items()
-            for name in names(pattern)
-        }
-        for part, tensors in expected.items()
+        ENGLISH.tensor_files[part]: {name: value for pattern, value in tensors.items() for name in names(pattern)}
+        for part, tensors in expected_tensors(ENGLISH).items()
     }
     for file, tensors in files.items():
         write(tmp_path / file, tensors)
