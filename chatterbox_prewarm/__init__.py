@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for type checkers; at run time `__getattr__` imports the na
     from chatterbox_prewarm.start.attach import load_warmup_cache
     from chatterbox_prewarm.start.pretrained import PrewarmedChatterbox, from_pretrained_with_warmup
     from chatterbox_prewarm.start.pretrained_multilingual import PrewarmedMultilingual
+    from chatterbox_prewarm.start.pretrained_turbo import PrewarmedTurbo
     from chatterbox_prewarm.start.save import save_warmup_cache
     from chatterbox_prewarm.start.service import ChatterboxService
     from chatterbox_prewarm.start.streaming import generate_stream_with_warmup_check
@@ -35,6 +36,7 @@ _PUBLIC = {
     "ChatterboxWarmupStrategy": "chatterbox_prewarm.model.warmup.strategy",
     "PrewarmedChatterbox": "chatterbox_prewarm.start.pretrained",
     "PrewarmedMultilingual": "chatterbox_prewarm.start.pretrained_multilingual",
+    "PrewarmedTurbo": "chatterbox_prewarm.start.pretrained_turbo",
     "WarmupMetrics": "chatterbox_prewarm.bench.effectiveness",
     "benchmark_warmup_effectiveness": "chatterbox_prewarm.bench.effectiveness",
     "from_pretrained_with_warmup": "chatterbox_prewarm.start.pretrained",
@@ -54,6 +56,7 @@ __all__ = [
     "ChatterboxWarmupStrategy",
     "PrewarmedChatterbox",
     "PrewarmedMultilingual",
+    "PrewarmedTurbo",
     "WarmupMetrics",
     "benchmark_warmup_effectiveness",
     "from_pretrained_with_warmup",

@@ -45,7 +45,7 @@ from chatterbox_prewarm.system.paths import (
     require_execution,
 )
 from chatterbox_prewarm.system.process import run as run_process
-from chatterbox_prewarm.weights.record import verify
+from chatterbox_prewarm.weights.record import read_variant, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -133,8 +133,10 @@ def check_options(options: BakeOptions) -> BakeOptions:
     check_apart({"--warm": options.warm, "--weights": options.weights, "--cache": options.cache})
     check_state_place(options.warm)
     check_cache_place(options.cache, warm=options.warm, weights=options.weights)
-    for name, clip in voices.items():
-        check_clip(clip, name=name)
+    if voices:
+        longer_than = read_variant(options.weights).clip_seconds
+        for name, clip in voices.items():
+            check_clip(clip, name=name, longer_than=longer_than)
     check_base_image()
     return options
 

@@ -23,6 +23,7 @@ from chatterbox_prewarm.commands.options import (
     weights_option,
 )
 from chatterbox_prewarm.commands.progress import end, say
+from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.image.engines.engine import ENGINES
 from chatterbox_prewarm.system.atomic_files import write_whole
 

@@ -37,12 +37,13 @@ CONVERT_STEP = (
 _SPEECH_STEP = "give 5 to 10 s of clean speech"
 
 
-def check_clip(path: Path, *, name: str) -> None:
+def check_clip(path: Path, *, name: str, longer_than: float = 0.0) -> None:
     """Refuse a reference clip that would give a bad voice.
 
     Args:
         path: a file in a format that libsndfile reads (WAV, FLAC, OGG, MP3).
         name: of the voice, for the message.
+        longer_than: seconds that the clip must exceed, see `Variant.clip_seconds`.
 
     Raises:
         BadInputError: the name belongs to the built-in voice, or the file is missing, not audio, empty, silent, too
@@ -53,11 +54,16 @@ def check_clip(path: Path, *, name: str) -> None:
     what = f"the clip {path} for the voice {name!r}"
     if not path.is_file():
         raise BadInputError(f"{what} does not exist", next_step="give an audio file: --voice NAME=PATH")
-    read_clip(path, what=what)
+    read_clip(path, what=what, longer_than=longer_than)
 
 
 def read_clip(
-    source: Path | BinaryIO, *, what: str, channels: int = 1, max_samples: int | None = None
+    source: Path | BinaryIO,
+    *,
+    what: str,
+    channels: int = 1,
+    max_samples: int | None = None,
+    longer_than: float = 0.0,
 ) -> tuple[NDArray[np.float32], int]:
     """Decode a reference clip to its end. Never decodes more than the maximum length, even if the header promises more.
 
@@ -66,6 +72,7 @@ def read_clip(
         what: describes the clip in messages.
         channels: the maximum number of channels; several are mixed down to one.
         max_samples: the maximum number of samples per channel.
+        longer_than: seconds that the clip must exceed.
 
     Returns:
         float32 of shape (n,), all finite, with the loudness of the file; and the sample rate in Hz.
@@ -103,6 +110,11 @@ def read_clip(
         seconds = f"more than {MAX_SECONDS:.0f}" if unknown and total > limit else f"{total / rate:.2f}"
         problem = f"is {seconds} s long; {MIN_SECONDS:.0f} to {MAX_SECONDS:.0f} s are needed"
         raise BadInputError(f"{what} {problem}", next_step=_SPEECH_STEP)
+    if total / rate <= longer_than:
+        raise BadInputError(
+            f"{what} is {total / rate:.2f} s long; this model needs more than {longer_than:g} s",
+            next_step="give 6 to 10 s of clean speech",
+        )
     if max_samples is not None and total > max_samples:
         step = f"use a lower sample rate, or {_SPEECH_STEP}"
         raise BadInputError(f"{what} has more than {max_samples} samples", next_step=step)
@@ -156,7 +168,7 @@ def has_no_length(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def decoded_clip(source: Path | BinaryIO, *, what: str, channels: int = 1) -> Iterator[Path]:
+def decoded_clip(source: Path | BinaryIO, *, what: str, channels: int = 1, longer_than: float = 0.0) -> Iterator[Path]:
     """Decode a clip into a WAV file of float32, for readers that would trust a wrong length in its header.
 
     It is a memory file, because the clip contains a person's voice: a killed process must not leave a copy on a disk.
@@ -165,13 +177,14 @@ def decoded_clip(source: Path | BinaryIO, *, what: str, channels: int = 1) -> It
         source: a file in a format that libsndfile reads.
         what: describes the clip in messages.
         channels: the maximum number of channels; several are mixed down to one.
+        longer_than: seconds that the clip must exceed.
 
     Raises:
         BadInputError: the clip would give a bad voice, see `check_clip`.
     """
     import soundfile
 
-    samples, rate = read_clip(source, what=what, channels=channels)
+    samples, rate = read_clip(source, what=what, channels=channels, longer_than=longer_than)
     with os.fdopen(os.memfd_create("clip", os.MFD_CLOEXEC), "wb") as file:
         path = Path(f"/proc/self/fd/{file.fileno()}")
         soundfile.write(path, samples, rate, format="WAV", subtype="FLOAT")

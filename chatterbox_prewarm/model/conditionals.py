@@ -17,8 +17,8 @@ class T3Conditionals:
 
     Attributes:
         speaker_emb: float32 (1, 256).
-        cond_prompt_speech_tokens: int64 (1, n <= 150).
-        emotion_adv: float32 (1, 1, 1), the strength of the emotion.
+        cond_prompt_speech_tokens: int64 (1, n), at most `Variant.prompt_tokens`.
+        emotion_adv: float32 (1, 1, 1), the strength of the emotion; Turbo has none.
     """
 
     speaker_emb: torch.Tensor

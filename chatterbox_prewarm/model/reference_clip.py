@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CLIP_SAMPLE_RATE = 24_000
-CLIP_SECONDS = 3.0
+#: Longer than each variant needs.
+CLIP_SECONDS = 6.0
 
 
 def reference_audio(seconds: float = CLIP_SECONDS, sample_rate: int = CLIP_SAMPLE_RATE) -> NDArray[np.float32]:

@@ -225,6 +225,14 @@ class Synthesizer:
         if not np.isfinite(samples).all():
             raise ModelError("the model computes values that are not finite", next_step=_DAMAGED)
 
+    def prepare_voices(self) -> None:
+        """Compute what all texts of a voice share: first for the default voice, then for others while there is room."""
+        decoder = self.model.decoder
+        for name in sorted(self.voices, key=lambda name: (name != DEFAULT_VOICE, name)):
+            if not decoder.has_room():
+                return
+            decoder.prepare_voice(self.voices[name].t3)
+
     def usable(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the tokens of an utterance that are part of the codebook, and the silence that the model needs.
 
@@ -257,7 +265,7 @@ class Synthesizer:
     ) -> tuple[T3Conditionals, torch.Tensor]:
         """Return T3's inputs: the voice, and the text tokens, int64 (1, n), including start and stop tokens."""
         if sampling.top_k:
-            self.model.variant.check_controls(["top_k"])
+            self.model.variant.check_control("top_k")
         text = check_text(text, limit=None)  # the model limits the number of tokens instead, see below
         conditionals = self.voice(voice)
         language = self.model.variant.check_language(language)

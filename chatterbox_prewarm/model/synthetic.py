@@ -144,8 +144,7 @@ def _write(directory: Path, variant: Variant, synthetic: Synthetic) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(synthetic.seed)
         logger.info("generating random weights: T3")
-        t3 = make_t3(variant, synthetic.t3_layers)
-        _save(t3, directory / variant.t3)
+        _save(make_t3(variant, synthetic.t3_layers), directory / variant.t3)
         # Again, so that two variants get the same S3Gen and voice encoder, as the published ones do.
         torch.manual_seed(synthetic.seed)
         logger.info("generating random weights: S3Gen")
@@ -158,7 +157,7 @@ def _write(directory: Path, variant: Variant, synthetic: Synthetic) -> None:
         voice = Conditionals(
             T3Cond(
                 speaker_emb=torch.nn.functional.normalize(torch.randn(1, 256)),
-                cond_prompt_speech_tokens=torch.randint(0, 6561, (1, t3.hp.speech_cond_prompt_len)),
+                cond_prompt_speech_tokens=torch.randint(0, 6561, (1, variant.prompt_tokens)),
                 emotion_adv=0.5 * torch.ones(1, 1, 1),
             ),
             {

@@ -18,6 +18,7 @@ import torch
 from chatterbox_prewarm.errors import ModelError, WeightsError, first_line, is_out_of_memory, is_out_of_threads
 from chatterbox_prewarm.model.clips import decoded_clip
 from chatterbox_prewarm.model.conditionals import Conditionals, T3Conditionals
+from chatterbox_prewarm.model.upstream import variant_of
 from chatterbox_prewarm.weights.record import read_record
 from chatterbox_prewarm.weights.variants import get_variant
 
@@ -45,8 +46,9 @@ def prepare_voice(model: ChatterboxTTS, clip: Path | BinaryIO) -> Conditionals:
         ModelError: upstream cannot process this clip.
     """
     saved, what = model.conds, f"the clip {clip}" if isinstance(clip, Path) else "the clip"
+    decoded = decoded_clip(clip, what=what, longer_than=variant_of(model).clip_seconds)
     try:
-        with torch.inference_mode(), decoded_clip(clip, what=what) as path, _without_a_search_for_decoders():
+        with torch.inference_mode(), decoded as path, _without_a_search_for_decoders():
             model.prepare_conditionals(path)
             return detached(model.conds)
     except (RuntimeError, ValueError) as error:

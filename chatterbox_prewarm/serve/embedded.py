@@ -110,7 +110,8 @@ class ChatterboxServer:
             trust=trust or Trust(),
             plain_text=MARKED,  # complete texts are checked here
         )
-        self._rules = SpeechRules(plain_text=tuple(plain_text)).for_variants([_variant_of(start.weights)])
+        rules, variant = SpeechRules(plain_text=tuple(plain_text)), _variant_of(start.weights)
+        self._rules = rules.for_variants([variant], {variant.name: start.weights})
         self._prompts = PromptVoices()  # a temporary folder, so only after the checks of the arguments
         worker = WorkerConfig(
             model=self._rules.variants[0].name,

@@ -27,8 +27,7 @@ from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 from chatterbox_prewarm.weights.mapped import MappedWeights
-from chatterbox_prewarm.weights.record import read_record
-from chatterbox_prewarm.weights.variants import get_variant
+from chatterbox_prewarm.weights.record import read_variant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -142,8 +141,10 @@ def attach(
         BadInputError: a clip or a name of a voice is invalid.
     """
     clips = {check_voice_name(name): clip for name, clip in (voices or {}).items()}
-    for name, clip in clips.items():
-        check_clip(clip, name=name)  # before anything slow
+    if clips:
+        longer_than = read_variant(prepared.options.weights).clip_seconds
+        for name, clip in clips.items():
+            check_clip(clip, name=name, longer_than=longer_than)  # before anything slow
     attached = attach_baked(prepared, threads=threads)
     make_missing_voices(attached, clips)
     return attached.judged_again()
@@ -153,7 +154,7 @@ def attach_baked(prepared: Prepared, *, threads: int | None = None) -> Attached:
     """Do the same as `attach`, with the baked voices only."""
     metrics, device = prepared.metrics, prepared.options.device
     libraries, weights = torch_libraries(), prepared.options.weights
-    mapped = MappedWeights(weights, get_variant(read_record(weights).variant))
+    mapped = MappedWeights(weights, read_variant(weights))
     ahead = [libraries, Ahead("read ahead", mapped.read_ahead)]
     if device.startswith("cuda"):
         ahead.append(Ahead("CUDA context", partial(create_context, int(device.partition(":")[2] or 0))))
@@ -305,10 +306,15 @@ def _executor(prepared: Prepared) -> Executor:
 def make_missing_voices(attached: Attached, clips: Mapping[str, Path]) -> ChatterboxTTS | None:
     """Make the built-in voice and those of `clips` that are not baked; each is a miss. Then mark "attached".
 
+    Before that, what all texts of a voice share is computed, if the model has such a thing.
+
     Returns:
         upstream's model, if a voice needed it.
     """
     upstream = _make_voices(attached, clips)
+    if attached.synthesizer.model.decoder.prepares_voices:
+        with attached.metrics.phase("voice prefixes"):
+            attached.synthesizer.prepare_voices()
     attached.metrics.mark("attached")
     return upstream
 

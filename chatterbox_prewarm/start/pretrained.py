@@ -68,6 +68,8 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
     """
 
     _variant: ClassVar[Variant] = DEFAULT_VARIANT
+    #: How many tokens more than `MAX_NEW_TOKENS` upstream's `generate` draws.
+    _more_tokens: ClassVar[int] = 0
     _start: Attached
     warmup_completed: bool
     conds: UpstreamConditionals | None
@@ -189,7 +191,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         if variant.module != cls._variant.module:
             raise BadInputError(
                 f"{weights} contains the variant {variant.name!r}, and {cls.__name__} loads {cls._variant.name!r}",
-                next_step="use the class of that variant: PrewarmedChatterbox or PrewarmedMultilingual",
+                next_step="use the class of that variant: PrewarmedChatterbox, PrewarmedMultilingual or PrewarmedTurbo",
             )
 
     def _warm_up(self, strategy: ChatterboxWarmupStrategy | None) -> None:
@@ -256,9 +258,11 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         try:
             with torch.inference_mode(), contextlib.ExitStack() as stack:
                 path: str | Path = wav_fpath
-                if has_no_length(Path(path)):
-                    path = stack.enter_context(decoded_clip(Path(path), what=f"the clip {path}", channels=2))
-                super().prepare_conditionals(path, exaggeration=exaggeration)
+                longer_than = self._variant.clip_seconds  # upstream's error is an assertion
+                if longer_than or has_no_length(Path(path)):
+                    decoded = decoded_clip(Path(path), what=f"the clip {path}", channels=2, longer_than=longer_than)
+                    path = stack.enter_context(decoded)
+                self._prepare_with_upstream(path, exaggeration)
                 self.conds = for_upstream(detached(self.conds))
         except torch.OutOfMemoryError:
             raise
@@ -266,6 +270,9 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
             raise BadInputError(
                 f"no voice could be made from {wav_fpath}: {first_line(error)}", next_step=step
             ) from error
+
+    def _prepare_with_upstream(self, path: str | Path, exaggeration: float) -> None:
+        super().prepare_conditionals(path, exaggeration=exaggeration)
 
     def generate(  # noqa: PLR0913 - upstream's signature
         self,
@@ -321,7 +328,8 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
             text = _NO_TEXT
         elif isinstance(text, str) and not text.strip():
             text = "."  # as upstream normalizes it
-        tokens = synthesizer.speech_tokens(text, language=language, max_new_tokens=MAX_NEW_TOKENS, sampling=sampling)
+        limit = MAX_NEW_TOKENS + self._more_tokens
+        tokens = synthesizer.speech_tokens(text, language=language, max_new_tokens=limit, sampling=sampling)
         samples = synthesizer.sound(tokens, synthesizer.voice(DEFAULT_VOICE))
         return torch.from_numpy(samples).unsqueeze(0)
 
@@ -389,7 +397,7 @@ def from_pretrained_with_warmup(
 ) -> PrewarmedChatterbox:
     """Load the English model warm; see `PrewarmedChatterbox.from_pretrained_with_warmup`.
 
-    `PrewarmedMultilingual` has the same method for the Multilingual model.
+    `PrewarmedMultilingual` and `PrewarmedTurbo` have the same method for the other models.
 
     Example:
         >>> model = from_pretrained_with_warmup("cuda")

@@ -145,6 +145,15 @@ def read_record(directory: Path) -> WeightsRecord:
         raise WeightsError(f"{path} cannot be read: {error!r}", next_step=FETCH_AGAIN) from error
 
 
+def read_variant(directory: Path) -> Variant:
+    """Return the variant of a checkpoint.
+
+    Raises:
+        WeightsError: as `read_record`.
+    """
+    return get_variant(read_record(directory).variant)
+
+
 def check_quickly(directory: Path, weights: WeightsRecord) -> None:
     """Compare the size of every file and the digests of small files with the record.
 

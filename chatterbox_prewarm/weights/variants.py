@@ -12,7 +12,7 @@ from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.system.limits import SAMPLING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
 _LLAMA_SHAPES: Mapping[str, tuple[str, ...]] = MappingProxyType({"t3": ("t3",), "s3gen": ("s3gen",), "ve": ("ve",)})
 _GPT_SHAPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -80,6 +80,7 @@ class Variant:
         builtin_voice: the file with upstream's voice. It is a pickle, so it is only read with `weights_only`.
         data: other files of the repository that the text needs.
         archives: archives from elsewhere that the text needs.
+        tags: the file of `data` with the tags that ask for a sound, such as "[laugh]"; "" if there are none.
         published: the names under which the hub publishes files that have another name here. Such a file is a pickle of
             tensors, which `weights fetch` converts to safetensors.
         t3_sha256: the digest of the published T3, to recognize it under the name of a variant with equal shapes; "" if
@@ -90,6 +91,7 @@ class Variant:
         controls: the settings of the sampling, by their names.
         ignored_controls: settings of other variants that upstream's `generate` accepts here without an effect.
         clip_seconds: a reference clip must be longer than this.
+        prompt_tokens: the most speech tokens of a voice that T3 uses.
         languages: the names of the languages that a request can choose, by their code.
         samples: a short text in each language, which a bake turns into tokens.
     """
@@ -105,6 +107,7 @@ class Variant:
     builtin_voice: str
     data: tuple[str, ...] = ()
     archives: tuple[Archive, ...] = ()
+    tags: str = ""
     published: Mapping[str, str] = field(default_factory=dict)
     t3_sha256: str = ""
     text_vocabulary: int
@@ -114,6 +117,7 @@ class Variant:
     controls: Mapping[str, Control]
     ignored_controls: tuple[str, ...] = ()
     clip_seconds: float = 0.0
+    prompt_tokens: int = 150
     languages: Mapping[str, str]
     samples: Mapping[str, str]
 
@@ -128,18 +132,18 @@ class Variant:
         """The files that hold tensors and must not be pickles."""
         return (self.voice_encoder, self.t3, self.s3gen)
 
-    def check_controls(self, names: Iterable[str]) -> None:
-        """Check that the variant has controls with these names, or that upstream ignores them.
+    def check_control(self, name: str) -> str:
+        """Return the name of a control of this variant, or of one that upstream ignores here.
 
         Raises:
-            BadInputError: naming the first one that it does not have.
+            BadInputError: the variant does not have it.
         """
-        for name in names:
-            if name not in self.controls and name not in self.ignored_controls:
-                raise BadInputError(
-                    f"the model {self.name} has no setting {name!r}",
-                    next_step=f"leave it out; the model has: {', '.join(self.controls)}",
-                )
+        if name not in self.controls and name not in self.ignored_controls:
+            raise BadInputError(
+                f"the model {self.name} has no setting {name!r}",
+                next_step=f"leave it out; the model has: {', '.join(self.controls)}",
+            )
+        return name
 
     def check_language(self, code: str | None) -> str:
         """Return the code of a language as `languages` spells it; the first language if `code` is None.
@@ -288,12 +292,14 @@ TURBO = Variant(
     s3gen="s3gen_meanflow.safetensors",
     builtin_voice="conds.pt",
     data=("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"),
+    tags="added_tokens.json",
     text_vocabulary=50276,
     shapes=_GPT_SHAPES,
     t3_layers=24,
     controls=_controls(temperature=0.8, top_k=1000, top_p=0.95, repetition_penalty=1.2),
     ignored_controls=("cfg_weight", "exaggeration", "min_p"),
     clip_seconds=5.0,
+    prompt_tokens=375,
     languages=ENGLISH.languages,
     samples=MappingProxyType({"en": "Hello, world. [laugh]"}),
 )

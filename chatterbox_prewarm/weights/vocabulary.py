@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import WeightsError
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 #: T3's embedding of text tokens, (tokens, width).
 _EMBEDDING = "text_emb.weight"
+#: What looks like a tag, such as "[laugh]".
+TAG = re.compile(r"\[[A-Za-z][A-Za-z ]*\]")
 
 
 def check_vocabulary(directory: Path, variant: Variant) -> None:
@@ -60,3 +63,18 @@ def _tokens(raw: Any) -> dict[str, int]:
         vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
     added = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
     return {str(word): int(number) for word, number in {**vocabulary, **added}.items()}
+
+
+def read_tags(directory: Path, variant: Variant) -> tuple[str, ...]:
+    """Return what a text may contain to ask for a sound, in alphabetical order; empty for a variant without tags.
+
+    Raises:
+        WeightsError: the file of the tags cannot be read.
+    """
+    if not variant.tags:
+        return ()
+    path = directory / variant.tags
+    try:
+        return tuple(sorted(tag for tag in json.loads(read_regular(path, follow_links=True)) if TAG.fullmatch(tag)))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise WeightsError(f"{path} cannot be read: {error!r}", next_step=FETCH_AGAIN) from error

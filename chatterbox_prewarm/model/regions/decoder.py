@@ -52,6 +52,8 @@ class TokenDecoder(ABC):
     _gpu_cache_sizes: ClassVar[tuple[int, ...]] = (1280, 2304, MAX_POSITIONS)
     #: The number of drawn tokens before the first one that may end the speech.
     _never_last: ClassVar[int] = 0
+    #: Whether `prepare_voice` computes anything.
+    prepares_voices: ClassVar[bool] = False
     #: By whether they sample with top-p.
     _samplers: dict[bool, BoundRegion]
 
@@ -103,7 +105,15 @@ class TokenDecoder(ABC):
         """
 
     def prepare_voice(self, conditionals: T3Conditionals) -> None:  # noqa: B027 - most decoders need nothing
-        """Compute what every text of a voice shares, so that no request waits for it."""
+        """Compute what all texts of a voice share, so that no request waits for it."""
+
+    def has_room(self) -> bool:
+        """Return whether the results of `prepare_voice` for one more voice would be kept."""
+        return False
+
+    def prefix_usage(self) -> dict[str, int]:
+        """Return the number and the bytes of the results of `prepare_voice`, and how they were used."""
+        return {}
 
     def _uses_nucleus(self, sampling: Sampling) -> bool:
         """Return whether the sampler with top-p is needed."""

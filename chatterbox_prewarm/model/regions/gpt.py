@@ -71,6 +71,7 @@ class GptDecoder(TokenDecoder):
     """
 
     _gpu_cache_sizes: ClassVar[tuple[int, ...]] = (1536, 2304, MAX_POSITIONS)
+    prepares_voices: ClassVar[bool] = True
     # Upstream does not look for the stop token in its first draw.
     _never_last: ClassVar[int] = 1
 
@@ -115,6 +116,16 @@ class GptDecoder(TokenDecoder):
     def prepare_voice(self, conditionals: T3Conditionals) -> None:
         """Compute the keys and values of a voice, so that no request waits for them."""
         self._prefix(conditionals)
+
+    def prefix_usage(self) -> dict[str, int]:
+        """Return the number and the bytes of the voices' keys and values, and how they were used."""
+        names = ("prefixes", "prefix_bytes", "prefix_hits", "prefix_misses", "prefix_evictions")
+        return {name: getattr(self, name) for name in names}
+
+    def has_room(self) -> bool:
+        """Return whether the keys and values of one more voice would be kept."""
+        largest = max((prefix.size for prefix in self._prefixes.values()), default=0)
+        return self.prefix_bytes + largest <= self._max_prefix_bytes
 
     def _prefix(self, conditionals: T3Conditionals) -> VoicePrefix:
         """Return the keys and values of a voice. Its content is the key, because callers copy voices."""

@@ -6,20 +6,22 @@ GPT-2, and the tags, such as "[laugh]", are tokens of their own.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
-import re
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from chatterbox_prewarm.errors import WeightsError, first_line
+from chatterbox_prewarm.errors import ModelError, WeightsError, first_line
 from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.text import normalize_punctuation
 from chatterbox_prewarm.model.tokenizer import MAX_TEXT_TOKENS, TextFrame, check_script
 from chatterbox_prewarm.model.upstream_source import Behaviour
 from chatterbox_prewarm.system.regular_files import read_regular
 from chatterbox_prewarm.weights.safetensors_header import FETCH_AGAIN
+from chatterbox_prewarm.weights.variants import TURBO
+from chatterbox_prewarm.weights.vocabulary import TAG, read_tags
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,8 +48,6 @@ _PUNCTUATION = (
     ("\N{LEFT SINGLE QUOTATION MARK}", "'"),
     ("\N{RIGHT SINGLE QUOTATION MARK}", "'"),
 )
-#: What looks like a tag.
-_TAG = re.compile(r"\[[A-Za-z][A-Za-z ]*\]")
 #: The token that upstream's `generate` appends three times: silence.
 _SILENCE = (4299, 4299, 4299)
 #: Upstream's names of the configurations of GPT-2, by the width.
@@ -79,7 +79,7 @@ class TurboText:
             BadInputError: most letters of the text belong to another script.
         """
         check_script(text, "LATIN", step="send a text in a language of the model; this one speaks English")
-        if unknown := [tag for tag in _TAG.findall(text) if tag not in self.tags]:
+        if unknown := [tag for tag in TAG.findall(text) if tag not in self.tags]:
             logger.info("%d tag(s) in brackets are spoken as text: the model does not have them", len(unknown))
 
     def load(self) -> None:
@@ -110,8 +110,7 @@ def read_text(directory: Path, variant: Variant, plain: frozenset[str] = frozens
         ) from error
     if numbers != tags or max(tags.values(), default=0) >= variant.text_vocabulary:
         raise WeightsError(f"{added} does not continue the tokens of {variant.tokenizer}", next_step=FETCH_AGAIN)
-    shown = tuple(sorted(tag for tag in ordered if _TAG.fullmatch(tag)))
-    return TurboText(tokenizer, shown, limit if limit < _NO_LIMIT else MAX_TEXT_TOKENS)
+    return TurboText(tokenizer, read_tags(directory, variant), limit if limit < _NO_LIMIT else MAX_TEXT_TOKENS)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -162,7 +161,7 @@ def t3_config(variant: Variant) -> Any:
     config.llama_config_name = name
     config.speech_tokens_dict_size = 6563
     config.input_pos_emb = None
-    config.speech_cond_prompt_len = 375
+    config.speech_cond_prompt_len = variant.prompt_tokens
     config.use_perceiver_resampler = False
     config.emotion_adv = False
     return config
@@ -226,8 +225,12 @@ def upstream_tokenizer(directory: Path, variant: Variant) -> Any:  # noqa: ARG00
 def upstream_from_local(directory: Path, variant: Variant, device: str) -> Any:
     """Load upstream's model with upstream's code. Only its main branch loads Nano."""
     kind = upstream_class()
-    if variant.t3_width == 1024:
+    if variant == TURBO:
         return kind.from_local(directory, device)
+    if "nano" not in inspect.signature(kind.from_local).parameters:
+        raise ModelError(
+            "the installed upstream cannot load Nano", next_step="install the main branch of resemble-ai/chatterbox"
+        )
     return kind.from_local(directory, device, nano=True)
 
 

@@ -145,7 +145,7 @@ def _openapi_body(rules: SpeechRules) -> bytes:
 
     languages = dict.fromkeys(code for variant in rules.variants for code in variant.languages)
     models = tuple(variant.name for variant in rules.variants)
-    return encoded_document(rules.max_characters, rules.ignore_speed, models, tuple(languages))
+    return encoded_document(rules.max_characters, rules.ignore_speed, models, tuple(languages), rules.settings)
 
 
 def _model_entry(rules: SpeechRules, variant: Variant) -> Model:
@@ -156,6 +156,11 @@ def _model_entry(rules: SpeechRules, variant: Variant) -> Model:
         "owned_by": "resemble-ai",
         "languages": dict(variant.languages),
         "language": rules.language_of(variant),
+        "controls": {
+            name: {"default": control.default, "minimum": control.low, "maximum": control.high}
+            for name, control in variant.controls.items()
+        },
+        "tags": list(rules.tags.get(variant.name, ())),
     }
 
 

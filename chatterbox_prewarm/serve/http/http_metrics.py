@@ -29,6 +29,11 @@ _WORKER_GAUGES = {
     "vram_peak_bytes": "Peak device memory in use.",
     "voices": "Added voices that the worker holds in memory.",
     "voice_bytes": "Memory used by the added voices.",
+    "prefixes": "Voices whose keys and values the worker holds in memory; Turbo and Nano use them.",
+    "prefix_bytes": "Memory used by the keys and values of voices.",
+    "prefix_hits": "Texts whose voice had its keys and values in memory, since the worker's start.",
+    "prefix_misses": "Texts whose voice had to be computed, since the worker's start.",
+    "prefix_evictions": "Voices whose keys and values were removed for others, since the worker's start.",
 }
 
 

@@ -16,6 +16,7 @@ from chatterbox_prewarm.model.text import MAX_CHARACTERS, VOICE_NAME
 from chatterbox_prewarm.serve.http import events, schemas
 from chatterbox_prewarm.serve.http.encoding import MEDIA_TYPES
 from chatterbox_prewarm.serve.http.speech_request import SpeechRequest
+from chatterbox_prewarm.system.limits import SAMPLING
 from chatterbox_prewarm.version import __version__
 from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT
 
@@ -60,11 +61,20 @@ _TEXT = {"description": "Plain text.", "content": {"text/plain": {"schema": {"ty
 
 @functools.cache
 def encoded_document(
-    max_characters: int, ignore_speed: bool, models: tuple[str, ...], languages: tuple[str, ...]
+    max_characters: int,
+    ignore_speed: bool,
+    models: tuple[str, ...],
+    languages: tuple[str, ...],
+    settings: tuple[str, ...],
 ) -> bytes:
     """Return the body of `/openapi.json`. Building it takes about half a second."""
     document = build_document(
-        __version__, max_characters=max_characters, ignore_speed=ignore_speed, models=models, languages=languages
+        __version__,
+        max_characters=max_characters,
+        ignore_speed=ignore_speed,
+        models=models,
+        languages=languages,
+        settings=settings,
     )
     return json.dumps(document).encode()
 
@@ -76,6 +86,7 @@ def build_document(
     ignore_speed: bool = False,
     models: Sequence[str] = (DEFAULT_VARIANT.name,),
     languages: Sequence[str] = tuple(DEFAULT_VARIANT.languages),
+    settings: Sequence[str] = tuple(DEFAULT_VARIANT.controls),
 ) -> dict[str, Any]:
     """Build the OpenAPI document from JSON-compatible values.
 
@@ -85,6 +96,7 @@ def build_document(
         ignore_speed: True if this server accepts any value of the field `speed`, without an effect.
         models: the names of the models of this server.
         languages: the codes of their languages.
+        settings: the settings of the sampling that a request may have.
     """
     return {
         "openapi": "3.1.0",
@@ -98,7 +110,7 @@ def build_document(
         "security": [{}, {"bearer": []}],  # a server without a token accepts all requests
         "paths": {**_probes(), **_pages(), **_speech(), **_voices()},
         "components": {
-            "schemas": _schemas(max_characters, models, languages, ignore_speed=ignore_speed),
+            "schemas": _schemas(max_characters, models, languages, settings, ignore_speed=ignore_speed),
             "responses": {name: _error(status, text) for status, (name, text) in _ERRORS.items()},
             "parameters": {
                 "voice": {
@@ -122,7 +134,12 @@ def build_document(
 
 
 def _schemas(
-    max_characters: int, models: Sequence[str], languages: Sequence[str], *, ignore_speed: bool
+    max_characters: int,
+    models: Sequence[str],
+    languages: Sequence[str],
+    settings: Sequence[str],
+    *,
+    ignore_speed: bool,
 ) -> dict[str, Any]:
     for shape in filter(is_typeddict, vars(schemas).values()):
         with_config(ConfigDict(use_attribute_docstrings=True))(shape)
@@ -134,6 +151,8 @@ def _schemas(
     fields["input"]["maxLength"] = max_characters
     for name, examples in (("model", models), ("language", languages), ("language_id", languages)):
         fields[name]["examples"] = list(examples)
+    for name in SAMPLING.keys() - set(settings):
+        del fields[name]
     if ignore_speed:
         fields["speed"] = {"description": "Ignored. The model has only one speed."}
     event = {"oneOf": [_ref(shape.__name__) for shape in get_args(schemas.SpeechEvent)]}

@@ -64,6 +64,16 @@ class Worker(TypedDict):
     """Number of added voices in memory."""
     voice_bytes: int
     """Memory used by the added voices."""
+    prefixes: int
+    """Number of voices whose keys and values are in memory, for Turbo and Nano."""
+    prefix_bytes: int
+    """Memory used by them."""
+    prefix_hits: int
+    """How often a text found the keys and values of its voice."""
+    prefix_misses: int
+    """How often they were computed."""
+    prefix_evictions: int
+    """How often they were removed for those of another voice."""
 
 
 class Status(TypedDict):
@@ -108,6 +118,15 @@ class Status(TypedDict):
     """Number of modules that the worker had imported when it was ready."""
 
 
+class Control(TypedDict):
+    """A setting of the sampling."""
+
+    default: float | None
+    """Null if it is part of the voice or of the installed model."""
+    minimum: float
+    maximum: float
+
+
 class Model(TypedDict):
     """A model in the format of OpenAI's API."""
 
@@ -121,6 +140,10 @@ class Model(TypedDict):
     """The names of its languages by their code."""
     language: str
     """The language of a request that names none."""
+    controls: dict[str, Control]
+    """The settings of the sampling that a request can have."""
+    tags: list[str]
+    """What a text may contain to ask for a sound, such as [laugh]."""
 
 
 class Models(TypedDict):

@@ -92,7 +92,7 @@ def serve(config: ServeConfig, workers: Sequence[tuple[WorkerConfig, WorkerProce
     # process of a container ignores SIGTERM by default.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     listener = listen(config.host, config.port)
-    rules = config.rules.for_variants([get_variant(name) for name in config.checkpoints])
+    rules = config.rules.for_variants([get_variant(name) for name in config.checkpoints], config.checkpoints)
     digests = {name: read_record(path).set_digest for name, path in config.checkpoints.items()}
     voices = VoiceStore(config.voices_dir, digests, max_voices=config.max_voices, aliases=config.voice_aliases)
     asyncio.run(_run(replace(config, rules=rules), workers, voices, listener))

@@ -3,7 +3,9 @@
 The behaviour of existing clients decided the open questions. The default format is mp3 as in OpenAI's API, because
 clients save the response with that file name. `model` names a model of the server; the names of OpenAI's models mean
 the first one. `instructions` has no effect, as in OpenAI's models without instructions. Unknown fields have no effect
-either, because clients of other servers send them. A known field with an invalid value is an error.
+either, because clients of other servers send them. A known field with an invalid value is an error. A setting of the
+sampling that the model does not have is an error too, unless upstream's `generate` accepts it without an effect:
+clients of other servers always send the settings of the English model.
 """
 
 from __future__ import annotations
@@ -34,9 +36,7 @@ logger = logging.getLogger(__name__)
 _DEFAULT_RULES = SpeechRules()
 _EXAMPLE = 'send {"input": "Hello."}'
 #: The fields that have the same name and meaning in `SpeechOptions`.
-_SAME_IN_OPTIONS = {
-    *("stream_format", "seed", "max_new_tokens", "temperature", "cfg_weight", "exaggeration", "look_ahead"),
-}
+_SAME_IN_OPTIONS = {"stream_format", "seed", "max_new_tokens", "look_ahead"}
 
 # `parse_speech_options` checks these limits with the functions that all callers use. Here they are only documentation.
 _Text = Annotated[StrictStr, Field(json_schema_extra={"minLength": 1, "maxLength": MAX_CHARACTERS})]
@@ -106,6 +106,20 @@ class SpeechRequest(BaseModel):
     exaggeration: Annotated[float, _number("exaggeration")] | None = Field(
         default=None, description="Expressiveness of the speech. Default: stored with the voice."
     )
+    repetition_penalty: Annotated[float, _number("repetition_penalty")] | None = Field(
+        default=None, description="Lowers the probability of tokens that were drawn before. Default: the model's."
+    )
+    min_p: Annotated[float, _number("min_p")] | None = Field(
+        default=None,
+        description="Leaves out tokens less probable than this share of the most probable one. Default: 0.05.",
+    )
+    top_p: Annotated[float, _number("top_p")] | None = Field(
+        default=None,
+        description="Keeps the most probable tokens that have this probability together. Default: the model's.",
+    )
+    top_k: Annotated[int, _integer(*SAMPLING["top_k"])] | None = Field(
+        default=None, description="Keeps so many of the most probable tokens; 0 keeps all. Default: 1000."
+    )
     look_ahead: Annotated[int, _integer(MIN_LOOK_AHEAD, MAX_TOKENS)] | None = Field(
         default=None,
         description="Number of tokens after a chunk that must exist before its audio is computed. A small number gives "
@@ -148,6 +162,7 @@ def parse_speech_options(body: bytes, rules: SpeechRules = _DEFAULT_RULES) -> Sp
         language=language,
         format=request.response_format or "mp3",
         **request.model_dump(include=_SAME_IN_OPTIONS),
+        **_sampling_of(request, variant),
     )
 
 
@@ -163,6 +178,20 @@ def _model_of(request: SpeechRequest, rules: SpeechRules) -> Variant:
         raise RequestError(
             error.message, next_step=error.next_step, status=404, code="model_not_found", param="model"
         ) from None
+
+
+def _sampling_of(request: SpeechRequest, variant: Variant) -> dict[str, Any]:
+    """Return the settings of the sampling that a request has, without those that have no effect in the model.
+
+    Raises:
+        RequestError: the model does not have a setting, and upstream refuses it too.
+    """
+    given = {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
+    for name in given:
+        _check_field(name, name, variant.check_control)
+    if ignored := [name for name in given if name in variant.ignored_controls]:
+        logger.info("ignored %s: the model %s does not have them", ", ".join(ignored), variant.name)
+    return {name: value for name, value in given.items() if name not in ignored}
 
 
 def _language_of(request: SpeechRequest, variant: Variant) -> str | None:
@@ -230,5 +259,6 @@ _NEXT_STEPS = {
     "seed": _range("an integer", (0, MAX_SEED)),
     "max_new_tokens": _range("an integer", (MIN_TOKENS, MAX_TOKENS)),
     "look_ahead": _range("an integer", (MIN_LOOK_AHEAD, MAX_TOKENS)),
-    **{name: _range("a number", SAMPLING[name]) for name in ("temperature", "cfg_weight", "exaggeration")},
+    **{name: _range("a number", bounds) for name, bounds in SAMPLING.items()},
+    "top_k": _range("an integer", SAMPLING["top_k"]),
 }

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 import reprlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.marks import check_marks
 from chatterbox_prewarm.model.text import MAX_CHARACTERS
 from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, Variant
+from chatterbox_prewarm.weights.vocabulary import read_tags
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 #: Names that stand for the first model of a server: those of OpenAI's models, which many clients send by default, and
 #: the project's name without a variant.
@@ -34,6 +37,7 @@ class SpeechRules:
         variants: the models. The first one speaks requests that name none.
         language: of requests that name none, if their model speaks it; None chooses the model's first language.
         plain_text: languages whose texts may lack the marks that their pronunciation needs.
+        tags: what a text may contain to ask for a sound, by the name of the variant.
     """
 
     max_characters: int = MAX_CHARACTERS
@@ -41,17 +45,32 @@ class SpeechRules:
     variants: tuple[Variant, ...] = (DEFAULT_VARIANT,)
     language: str | None = None
     plain_text: tuple[str, ...] = ()
+    tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def for_variants(self, variants: Sequence[Variant]) -> SpeechRules:
-        """Return these rules for the models of a server, with their spelling of the languages.
+    def for_variants(
+        self, variants: Sequence[Variant], checkpoints: Mapping[str, Path] = MappingProxyType({})
+    ) -> SpeechRules:
+        """Return these rules for the models of a server, with their spelling of the languages, and their tags.
+
+        Args:
+            variants: of the models.
+            checkpoints: the directory of each model's checkpoint by its variant, for the tags.
 
         Raises:
             BadInputError: no model speaks one of the languages.
+            WeightsError: the tags cannot be read.
         """
         models = tuple(variants)
         language = None if self.language is None else _spelled(models, self.language)
         plain = tuple(_spelled(models, code) for code in self.plain_text)
-        return replace(self, variants=models, language=language, plain_text=plain)
+        tags = {one.name: read_tags(checkpoints[one.name], one) for one in models if one.name in checkpoints}
+        return replace(self, variants=models, language=language, plain_text=plain, tags=tags)
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The settings of the sampling that a request for one of the models may have."""
+        names = (name for variant in self.variants for name in (*variant.controls, *variant.ignored_controls))
+        return tuple(dict.fromkeys(names))
 
     def model(self, name: str | None) -> Variant:
         """Return the model with the name that a request sends.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.serve.voices.voice_errors import UnusableVoiceError
 from chatterbox_prewarm.system.regular_files import NotRegularError, open_regular
 from chatterbox_prewarm.weights.safetensors_header import parse_safetensors_header
-from chatterbox_prewarm.weights.variants import VARIANTS
+from chatterbox_prewarm.weights.variants import VARIANTS, get_variant
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -35,10 +36,11 @@ MAX_BYTES = len(VARIANTS) << 20
 _WEIGHTS = "weights:"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DIGITS = re.compile(r"[0-9]{1,12}")
-#: Dtype and allowed dimensions of each tensor. S3Gen takes 10 s at 25 tokens per second, T3 takes 150 tokens.
+#: Dtype and allowed dimensions of each tensor. S3Gen takes 10 s at 25 tokens per second. T3's tokens have the limit of
+#: their variant.
 _TENSORS: dict[str, tuple[str, tuple[range, ...]]] = {
     "t3.speaker_emb": ("F32", (range(1, 2), range(256, 257))),
-    "t3.cond_prompt_speech_tokens": ("I64", (range(1, 2), range(1, 151))),
+    "t3.cond_prompt_speech_tokens": ("I64", (range(1, 2), range(1, sys.maxsize))),
     "t3.emotion_adv": ("F32", (range(1, 2), range(1, 2), range(1, 2))),
     "gen.prompt_token": ("I64", (range(1, 2), range(1, 252))),
     "gen.prompt_token_len": ("I64", (range(1, 2),)),
@@ -172,12 +174,11 @@ def _check_model(header: Header, recorded: Mapping[str, str], variant: str, weig
             f"it was made for the checkpoint {recorded[variant][:64]!r}, this server has {weights!r}", next_step=again
         )
     prefix = tensor_prefix(variant, header.tensors)
-    _check_shapes(
-        {name.removeprefix(prefix): shape for name, shape in header.tensors.items() if name.startswith(prefix)}
-    )
+    shapes = {name.removeprefix(prefix): shape for name, shape in header.tensors.items() if name.startswith(prefix)}
+    _check_shapes(shapes, get_variant(variant).prompt_tokens)
 
 
-def _check_shapes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+def _check_shapes(shapes: Mapping[str, tuple[str, tuple[int, ...]]], prompt_tokens: int) -> None:
     """Refuse tensors that would raise errors inside upstream's code."""
     if set(shapes) != set(_TENSORS):
         raise _unexpected(f"it contains the tensors {', '.join(sorted(shapes))[:200]}")
@@ -186,6 +187,8 @@ def _check_shapes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         fits = len(shape) == len(dimensions) and all(map(range.__contains__, dimensions, shape))
         if dtype != expected_dtype or not fits:
             raise _unexpected(f"its tensor {name} is {dtype} of shape {shape}")
+    if (count := shapes["t3.cond_prompt_speech_tokens"][1][1]) > prompt_tokens:
+        raise _unexpected(f"it has {count} speech tokens for T3")
     frames, tokens = shapes["gen.prompt_feat"][1][1], shapes["gen.prompt_token"][1][1]
     if frames - 2 * tokens not in {0, 1}:
         raise _unexpected(f"it has {frames} frames for {tokens} speech tokens")

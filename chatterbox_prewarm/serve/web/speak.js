@@ -1,10 +1,11 @@
 // The form to speak a text: one request at a time, played while it arrives.
 
 import { ask, showError } from "./api.js";
-import { byId, facts, say, seconds } from "./dom.js";
+import { byId, element, facts, say, seconds } from "./dom.js";
 import { Player, Samples } from "./sound.js";
 
-const NUMBERS = ["exaggeration", "cfg_weight", "temperature", "look_ahead"];
+/** The settings of the sampling in the form. Each model has some of them. */
+const CONTROLS = ["exaggeration", "cfg_weight", "temperature", "top_k"];
 
 let ready = false;
 let running = null; // the AbortController of the current request
@@ -36,7 +37,7 @@ export async function refreshModels() {
   showModel();
 }
 
-/** Show the languages of the selected model, if there are several, and its voices. */
+/** Show what the selected model has: its languages, if there are several, its settings, tags and voices. */
 function showModel() {
   const model = models.find((one) => one.id === byId("model").value);
   if (!model) return;
@@ -44,7 +45,24 @@ function showModel() {
   byId("language").replaceChildren(...languages.map(([code, name]) => new Option(name, code)));
   byId("language").value = model.language;
   byId("language-field").hidden = languages.length < 2;
+  for (const name of CONTROLS) {
+    const control = model.controls[name];
+    byId(name).parentElement.hidden = !control;
+    if (control) byId(name).placeholder = control.default ?? "of the voice";
+  }
+  byId("tags").hidden = model.tags.length === 0;
+  byId("tags").replaceChildren(
+    "Sounds: ",
+    ...model.tags.map((tag) => element("button", { type: "button", class: "small", onclick: () => insert(tag) }, tag)),
+  );
   showVoices();
+}
+
+/** Replace the selection in the text with a tag. */
+function insert(tag) {
+  const text = byId("text");
+  text.setRangeText(tag, text.selectionStart, text.selectionEnd, "end");
+  text.focus();
 }
 
 function showVoices() {
@@ -89,7 +107,10 @@ function order() {
   };
   if (!byId("model-field").hidden) fields.model = byId("model").value;
   if (!byId("language-field").hidden) fields.language = byId("language").value;
-  for (const name of NUMBERS) if (byId(name).value !== "") fields[name] = Number(byId(name).value);
+  for (const name of [...CONTROLS, "look_ahead"]) {
+    const field = byId(name);
+    if (!field.parentElement.hidden && field.value !== "") fields[name] = Number(field.value);
+  }
   return fields;
 }
 

@@ -47,8 +47,7 @@ def _tensor_files(config: WorkerConfig) -> dict[tuple[int, int], int]:
     files = {}
     for file in MappedWeights(config.start.weights, get_variant(config.model)).files:
         status = file.path.stat()
-        begin, end = file.span
-        files[status.st_dev, status.st_ino] = end - begin
+        files[status.st_dev, status.st_ino] = sum(end - begin for begin, end in file.spans)
     return files
 
 

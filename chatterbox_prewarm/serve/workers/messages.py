@@ -59,6 +59,8 @@ class Usage:
         vram_bytes: GPU memory that PyTorch's allocator has reserved.
         vram_peak_bytes: the most GPU memory that was allocated at one time.
         voices, voice_bytes: number and size of the added voices in memory.
+        prefixes, prefix_bytes: number and size of the voices' keys and values in memory.
+        prefix_hits, prefix_misses, prefix_evictions: how often they were there, were computed, and were removed.
     """
 
     rss_bytes: int = 0
@@ -66,6 +68,11 @@ class Usage:
     vram_peak_bytes: int = 0
     voices: int = 0
     voice_bytes: int = 0
+    prefixes: int = 0
+    prefix_bytes: int = 0
+    prefix_hits: int = 0
+    prefix_misses: int = 0
+    prefix_evictions: int = 0
 
 
 def encode(header: dict[str, Any], payload: bytes = b"") -> bytes:

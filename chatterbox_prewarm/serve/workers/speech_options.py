@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.system.limits import SAMPLING
 
 #: Speech tokens in each chunk of a stream: one second of audio.
 _CHUNK_TOKENS = 25
-_SAMPLING = ("temperature", "cfg_weight", "exaggeration")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class SpeechOptions:
         language: a code of the variant's languages; None chooses the first one.
         seed: makes the audio repeatable on the same machine.
         max_new_tokens: upper bound on the speech tokens of each part; 25 tokens are one second of audio.
-        temperature, cfg_weight, exaggeration: see `model.sampling.Sampling`.
+        temperature, cfg_weight, exaggeration, repetition_penalty, min_p, top_p, top_k: see `model.sampling.Sampling`.
         look_ahead: number of tokens after a chunk that must exist before its audio is computed. None waits for all
             tokens and gives the same audio as a one-shot synthesis.
         format: "wav", "pcm", "flac", "opus" or "mp3".
@@ -45,6 +45,10 @@ class SpeechOptions:
     temperature: float | None = None
     cfg_weight: float | None = None
     exaggeration: float | None = None
+    repetition_penalty: float | None = None
+    min_p: float | None = None
+    top_p: float | None = None
+    top_k: float | None = None
     look_ahead: int | None = None
     format: str = "pcm"
     stream_format: str | None = None
@@ -53,4 +57,4 @@ class SpeechOptions:
 
     def sampling(self) -> dict[str, float]:
         """Return the sampling settings that the request sets, as arguments for `model.sampling.Sampling`."""
-        return {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        return {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}

@@ -17,12 +17,13 @@ import sys
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError, ModelError, as_prewarm_error, first_line
+from chatterbox_prewarm.model.clips import read_clip
 from chatterbox_prewarm.serve.voices.voice_file import make_metadata
 from chatterbox_prewarm.serve.workers import log_lines
 from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
 from chatterbox_prewarm.system.children import child_environment, die_with_parent
 from chatterbox_prewarm.system.json_subprocess import claim_stdout, describe, parse_report, rebuild
-from chatterbox_prewarm.weights.record import read_record
+from chatterbox_prewarm.weights.record import read_record, read_variant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -100,6 +101,8 @@ def _voice_bytes(configs: Sequence[WorkerConfig], clip: bytes) -> bytes:
     from chatterbox_prewarm.start.prepare import prepare
     from chatterbox_prewarm.start.upstream import attach_upstream
 
+    for config in configs:  # checked here, too, because loading upstream's model takes seconds
+        read_clip(io.BytesIO(clip), what="the clip", longer_than=read_variant(config.start.weights).clip_seconds)
     voices: dict[str, Conditionals] = {}
     weights: dict[str, str] = {}
     # All before the first model is loaded, because packages read their settings when they are imported.

@@ -259,5 +259,6 @@ class Worker:
             vram_peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else 0,
             voices=self._added_voices.voices if self._added_voices else 0,
             voice_bytes=self._added_voices.size if self._added_voices else 0,
+            **(self._attached.synthesizer.model.decoder.prefix_usage() if self._attached else {}),
         )
         return {"metrics": self._metrics.to_dict(), "usage": asdict(usage)}

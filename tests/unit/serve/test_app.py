@@ -40,6 +40,7 @@ from chatterbox_prewarm.serve.workers import audio_buffer
 from chatterbox_prewarm.serve.workers.messages import Chunk
 from chatterbox_prewarm.serve.workers.pool import Pool
 from chatterbox_prewarm.serve.workers.pools import Pools
+from chatterbox_prewarm.weights.variants import ENGLISH
 from tests.conftest import ROOT
 from tests.helpers.added_voices import VARIANT, WEIGHTS, sound_file, tone
 from tests.helpers.added_voices import voice as voice_file
@@ -474,8 +475,9 @@ def test_startupz_shows_the_reason_of_a_failed_worker(serve: Callable[..., Serve
 def test_the_openapi_document_is_built_once(serve: Callable[..., Server]) -> None:
     server = serve("silent")
     first, second = (request(server.port, "GET", "/openapi.json") for _ in range(2))
-    assert first[1] == second[1] == encoded_document(500, False, ("english",), ("en",))
-    assert encoded_document(500, False, ("english",), ("en",)) is encoded_document(500, False, ("english",), ("en",))
+    arguments = (500, False, ("english",), ("en",), tuple(ENGLISH.controls))
+    assert first[1] == second[1] == encoded_document(*arguments)
+    assert encoded_document(*arguments) is encoded_document(*arguments)
     assert first[0].headers["Content-Type"] == "application/json"
     assert json.loads(first[1])["components"]["schemas"]["SpeechRequest"]["properties"]["input"]["maxLength"] == 500
 

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from chatterbox_prewarm.serve.http import error_responses, events, schemas
 from chatterbox_prewarm.serve.http.openapi import build_document
 from chatterbox_prewarm.serve.http.speech_request import SpeechRequest, parse_speech_options
+from chatterbox_prewarm.weights.variants import TURBO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,7 +125,9 @@ def test_the_speech_route_lists_all_formats(document: dict[str, Any]) -> None:
 
 def test_the_request_schema_has_the_fields_of_the_model(document: dict[str, Any]) -> None:
     schema = document["components"]["schemas"]["SpeechRequest"]
-    assert schema["properties"].keys() == SpeechRequest.model_fields.keys()
+    assert schema["properties"].keys() == SpeechRequest.model_fields.keys() - {"top_k"}
+    turbo = build_document("1", settings=tuple(TURBO.controls))["components"]["schemas"]["SpeechRequest"]
+    assert SpeechRequest.model_fields.keys() - turbo["properties"].keys() == {"cfg_weight", "exaggeration", "min_p"}
     assert schema["required"] == ["input"]
     assert all(field.get("description") for field in schema["properties"].values())
     assert schema["properties"]["input"]["maxLength"] == MAX_CHARACTERS
