@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from chatterbox_prewarm.bench.server import free_port
 from chatterbox_prewarm.errors import IntegrityError, WeightsError
 from chatterbox_prewarm.serve.workers import messages
 from chatterbox_prewarm.serve.workers.worker_config import spawn, spawn_all
@@ -29,8 +30,10 @@ _ORDER = """
 import atexit, json, sys
 events, modules = [], {"click", "chatterbox_prewarm.serve.http.server"}
 def note(event, arguments):
-    if event == "subprocess.Popen" or (event == "import" and arguments[0] in modules):
-        events.append(event if event != "import" else arguments[0])
+    if event == "subprocess.Popen" and "chatterbox_prewarm.serve.workers" in arguments[1]:
+        events.append("worker")
+    elif event == "import" and arguments[0] in modules:
+        events.append(arguments[0])
 sys.addaudithook(note)
 atexit.register(lambda: print(json.dumps(list(dict.fromkeys(events)))))
 from chatterbox_prewarm.serve.workers import worker_config
@@ -113,9 +116,9 @@ def order_of(*arguments: str) -> tuple[int, list[str]]:
 def test_serve_starts_and_configures_its_worker_before_it_imports_packages(tmp_path: Path) -> None:
     record_weights(tmp_path / "weights")
     arguments = ("--weights", tmp_path / "weights", "--warm", tmp_path / "warm", "--cache", tmp_path / "cache")
-    code, events = order_of("serve", *map(str, arguments), "--policy", "require")
+    code, events = order_of("serve", *map(str, arguments), "--policy", "require", "--port", str(free_port()))
     assert code == IntegrityError.exit_code
-    assert events == ["subprocess.Popen", "click", "configuration", "chatterbox_prewarm.serve.http.server"]
+    assert events == ["worker", "click", "configuration", "chatterbox_prewarm.serve.http.server"]
 
 
 @pytest.mark.parametrize("arguments", [("serve", "--help"), ("verify", "--help"), ("--version",)])
