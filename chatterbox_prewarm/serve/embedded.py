@@ -164,7 +164,7 @@ class ChatterboxServer:
         Args:
             text: what to say.
             audio_prompt_path: a reference clip to speak like. Its voice is computed at the first call with it.
-            **options: voice, language, seed, max_new_tokens, temperature, cfg_weight, exaggeration, look_ahead; see
+            **options: voice, language, seed, max_new_tokens, look_ahead, and the settings of the sampling; see
                 `SpeechOptions`.
 
         Raises:
@@ -341,6 +341,8 @@ def _speech_options(text: str, options: dict[str, Any], rules: SpeechRules) -> S
     language = variant.check_language(options.pop("language", None))
     text = rules.check_text(check_text(text, limit=None), variant, language)
     checked = SpeechOptions(text=text, language=language, **options)
+    for name in checked.sampling():
+        rules.variant.check_control(name)
     check_voice_name(checked.voice)
     if checked.seed is not None and not 0 <= checked.seed <= MAX_SEED:
         raise BadInputError(f"the seed is {checked.seed}", next_step=f"give a whole number from 0 to {MAX_SEED}")

@@ -16,9 +16,12 @@ from tests.conftest import build_once, run_cli
 from tests.helpers.newest_target import NEWEST_TARGET
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from chatterbox.tts import ChatterboxTTS
 
     from chatterbox_prewarm.start.attach import Attached
+    from chatterbox_prewarm.weights.variants import Variant
 
 
 @pytest.fixture(scope="session")
@@ -34,15 +37,17 @@ def mini(shared_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mini_multilingual(shared_dir: Path) -> Path:
-    """Return a mini checkpoint of the Multilingual model."""
+def checkpoint(shared_dir: Path) -> Callable[[Variant], Path]:
+    """Return a function that makes a mini checkpoint of a variant, once. Tests share it: copy it to change it."""
 
-    def synthesize(directory: Path) -> None:
-        made = run_cli("weights", "synthesize", directory, "--size", "mini", "--variant", "multilingual")
-        assert made.returncode == 0, made.stderr
-        assert "length =" not in made.stdout, "pkuseg prints what it reads"
+    def make(variant: Variant) -> Path:
+        def synthesize(directory: Path) -> None:
+            made = run_cli("weights", "synthesize", directory, "--size", "mini", "--variant", variant.name)
+            assert made.returncode == 0, made.stderr
 
-    return build_once(shared_dir / "weights" / "mini-multilingual", synthesize)
+        return build_once(shared_dir / "weights" / f"mini-{variant.name}", synthesize)
+
+    return make
 
 
 @pytest.fixture(scope="session")

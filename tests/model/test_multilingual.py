@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.model.conditionals import Conditionals
     from chatterbox_prewarm.model.regions.decoder import TokenDecoder
+    from chatterbox_prewarm.weights.variants import Variant
 
 TEXTS = MULTILINGUAL.samples
 #: How far the difference from upstream must be below the audio. It is due to rounding.
@@ -51,8 +52,8 @@ _LEAST_DECIBELS = 100
 
 
 @pytest.fixture(scope="module")
-def weights(mini_multilingual: Path) -> Path:
-    return mini_multilingual
+def weights(checkpoint: Callable[[Variant], Path]) -> Path:
+    return checkpoint(MULTILINGUAL)
 
 
 @pytest.fixture(scope="module")

@@ -15,21 +15,23 @@ import numpy as np
 import pytest
 import soundfile
 
+from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL
 from tests.conftest import run_cli
 from tests.helpers.serving import SENTENCE, Server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from chatterbox_prewarm.start.attach import Attached
+    from chatterbox_prewarm.weights.variants import Variant
 
 
 @pytest.fixture(scope="module")
-def checkpoints(mini: Path, mini_multilingual: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoints(checkpoint: Callable[[Variant], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with the checkpoints of two models."""
     directory = tmp_path_factory.mktemp("checkpoints")
-    (directory / "english").symlink_to(mini)
-    (directory / "multilingual").symlink_to(mini_multilingual)
+    for variant in (ENGLISH, MULTILINGUAL):
+        (directory / variant.name).symlink_to(checkpoint(variant))
     return directory
 
 

@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from chatterbox_prewarm.bench import fidelity
 from chatterbox_prewarm.bench.upstream import limit_tokens
-from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.errors import BadInputError, WeightsError
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE, check_clip
 from chatterbox_prewarm.model.model import Model, load
+from chatterbox_prewarm.model.reference_clip import reference_audio
 from chatterbox_prewarm.model.regions import decoder as decoder_module
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.gpt import GptDecoder
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.t3_blocks import START_SPEECH_TOKEN, STOP_SPEECH_TOKEN
+from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.streaming import generate_stream
 from chatterbox_prewarm.model.synthesis import Synthesizer, seed_everything
 from chatterbox_prewarm.model.upstream import load_upstream, variant_of
 from chatterbox_prewarm.model.variants import code_of
-from chatterbox_prewarm.model.voices import for_upstream, read_builtin_voice
-from chatterbox_prewarm.weights.variants import NANO, TURBO, Variant
-from tests.conftest import build_once, run_cli
+from chatterbox_prewarm.model.voices import for_upstream, prepare_voice, read_builtin_voice
+from chatterbox_prewarm.start.pretrained_turbo import PrewarmedTurbo
+from chatterbox_prewarm.weights.record import record
+from chatterbox_prewarm.weights.variants import ENGLISH, NANO, TURBO, Variant
+from tests.conftest import run_cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from chatterbox_prewarm.model.conditionals import Conditionals
-    from chatterbox_prewarm.model.sampling import Sampling
+    from chatterbox_prewarm.start.attach import Attached
 
 TEXTS = (
     "Hello, world. [laugh]",
@@ -46,20 +54,6 @@ TEXTS = (
 @pytest.fixture(scope="module")
 def variant() -> Variant:
     return TURBO
-
-
-@pytest.fixture(scope="module")
-def checkpoint(shared_dir: Path) -> Callable[[Variant], Path]:
-    """Make mini checkpoints."""
-
-    def make(variant: Variant) -> Path:
-        def synthesize(directory: Path) -> None:
-            made = run_cli("weights", "synthesize", directory, "--size", "mini", "--variant", variant.name)
-            assert made.returncode == 0, made.stderr
-
-        return build_once(shared_dir / "weights" / f"mini-{variant.name}", synthesize)
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -315,3 +309,109 @@ def test_nano_speaks_as_upstream_does(checkpoint: Callable[[Variant], Path]) -> 
     with torch.inference_mode():
         model.tensors["t3.tfmr.h.0.mlp.c_fc.weight"].mul_(1.01)
     assert differences(model, upstream, voice)[0] > 1e-5
+
+
+def _clip(path: Path, seconds: float, rate: int = 24_000) -> Path:
+    soundfile.write(path, reference_audio(seconds, sample_rate=rate), rate, subtype="PCM_16")
+    return path
+
+
+@pytest.mark.parametrize("seconds", [4.9, 5.0])
+def test_a_clip_that_upstream_refuses_is_refused_before_anything_slow(
+    seconds: float, tmp_path: Path, weights: Path
+) -> None:
+    clip = _clip(tmp_path / "clip.wav", seconds)
+    with pytest.raises(BadInputError, match=rf"is {seconds:.2f} s long; this model needs more than 5 s"):
+        check_clip(clip, name="v", longer_than=TURBO.clip_seconds)
+    check_clip(clip, name="v", longer_than=ENGLISH.clip_seconds)
+    arguments = ("--weights", weights, "--warm", tmp_path / "warm", "--cache", tmp_path / "cache")
+    baked = run_cli("bake", *arguments, "--profile", "eager", "--voice", f"v={clip}")
+    assert baked.returncode == BadInputError.exit_code
+    assert "needs more than 5 s" in baked.stderr
+    assert "verifying" not in baked.stderr
+
+
+def test_a_voice_of_a_clip_equals_that_of_upstream(upstream: Any, tmp_path: Path) -> None:
+    clip = _clip(tmp_path / "clip.wav", 5.01, rate=22_050)
+    ours = prepare_voice(upstream, clip)
+    kept = upstream.conds
+    upstream.prepare_conditionals(clip)
+    theirs, upstream.conds = upstream.conds, kept
+    assert torch.equal(ours.t3.cond_prompt_speech_tokens, theirs.t3.cond_prompt_speech_tokens)
+    assert 120 < ours.t3.cond_prompt_speech_tokens.size(1) <= TURBO.prompt_tokens
+    assert torch.equal(ours.t3.speaker_emb, theirs.t3.speaker_emb)
+    assert torch.equal(ours.gen["prompt_feat"], theirs.gen["prompt_feat"])
+    with pytest.raises(BadInputError, match="needs more than 5 s"):
+        prepare_voice(upstream, _clip(tmp_path / "short.wav", 5.0))
+
+
+@pytest.mark.parametrize(("given", "claimed"), [(NANO, TURBO), (TURBO, NANO)], ids=["nano", "turbo"])
+def test_the_t3_of_one_is_refused_as_the_other(
+    given: Variant, claimed: Variant, checkpoint: Callable[[Variant], Path], tmp_path: Path
+) -> None:
+    directory = tmp_path / "weights"
+    shutil.copytree(checkpoint(given), directory, copy_function=os.link)
+    (directory / given.t3).rename(directory / claimed.t3)
+    (directory / "weights.json").unlink()
+    record(directory, variant=claimed, repository="own", revision="unversioned")
+    with pytest.raises(WeightsError, match=f"the model {claimed.name} needs"):
+        load(directory)
+
+
+def _no_merges(directory: Path) -> None:
+    (directory / "merges.txt").unlink()
+    (directory / "merges.txt").write_text("#version: 0.2\nnot a merge of this\n")
+
+
+def _tags_with_other_numbers(directory: Path) -> None:
+    (directory / "added_tokens.json").unlink()
+    (directory / "added_tokens.json").write_text('{"[laugh]": 50300}')
+
+
+def _no_object(directory: Path) -> None:
+    (directory / "tokenizer_config.json").unlink()
+    (directory / "tokenizer_config.json").write_text("[]")
+
+
+@pytest.mark.parametrize("damage", [_no_merges, _tags_with_other_numbers, _no_object])
+def test_a_damaged_tokenizer_is_an_error(damage: Callable[[Path], None], weights: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "weights"
+    shutil.copytree(weights, directory, copy_function=os.link)
+    damage(directory)
+    with pytest.raises(WeightsError):
+        code_of(TURBO).read_text(directory, TURBO)
+    assert run_cli("weights", "verify", directory).returncode == WeightsError.exit_code
+
+
+def test_the_english_model_has_no_top_k(attached: Attached) -> None:
+    with pytest.raises(BadInputError, match="the model english has no setting 'top_k'"):
+        attached.synthesizer.synthesize("Hello.", max_new_tokens=6, sampling=Sampling(top_k=5))
+
+
+def test_the_python_class_is_upstreams_and_speaks_with_the_regions(
+    weights: Path, tmp_path: Path, voice: Conditionals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chatterbox.tts_turbo import ChatterboxTurboTTS
+
+    monkeypatch.setattr("chatterbox_prewarm.start.pretrained.MAX_NEW_TOKENS", 11)
+    model = PrewarmedTurbo.from_pretrained_with_warmup(
+        "cpu", False, weights=weights, cache=tmp_path / "cache", policy="off"
+    )
+    assert isinstance(model, ChatterboxTurboTTS)
+    for name in ("generate", "prepare_conditionals"):
+        ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (PrewarmedTurbo, ChatterboxTurboTTS))
+        assert [(entry.name, entry.default) for entry in ours.parameters.values()] == [
+            (entry.name, entry.default) for entry in theirs.parameters.values()
+        ]
+    expected = Synthesizer(load(weights), {DEFAULT_VOICE: voice}).synthesize(TEXTS[0], seed=3, max_new_tokens=12)
+    seed_everything(3)
+    assert np.array_equal(model.generate(TEXTS[0])[0].numpy(), expected.samples)
+    chunks = list(model.generate_stream(TEXTS[0], seed=3, max_new_tokens=12))
+    assert np.array_equal(np.concatenate([chunk.samples for chunk in chunks]), expected.samples)
+    with pytest.raises(BadInputError, match="needs more than 5 s"):
+        model.generate("Hello.", audio_prompt_path=_clip(tmp_path / "short.wav", 4.9))
+    quiet = _clip(tmp_path / "clip.wav", 5.5)
+    model.generate("Hello.", audio_prompt_path=quiet)
+    normal = model.conds.gen["prompt_feat"]
+    model.generate("Hello.", audio_prompt_path=quiet, norm_loudness=False)
+    assert not torch.equal(normal, model.conds.gen["prompt_feat"])

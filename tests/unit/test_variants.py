@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL, VARIANTS, get_variant
+from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL, VARIANTS, Variant, get_variant
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
@@ -65,6 +65,21 @@ def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:
     with pytest.raises(BadInputError) as caught:
         get_variant("../english")
     assert "english, multilingual, multilingual-v3" in (caught.value.next_step or "")
+
+
+@pytest.mark.parametrize("name", ["flash", "Chatterbox-Flash", "vc"])
+def test_a_related_model_is_refused_by_its_name(name: str) -> None:
+    with pytest.raises(BadInputError, match="has another architecture, which this version does not support"):
+        get_variant(name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda variant: variant.name)
+def test_the_default_of_each_control_is_within_its_bounds(variant: Variant) -> None:
+    for control in variant.controls.values():
+        assert control.default is None or control.low <= control.default <= control.high
+    assert not set(variant.controls) & set(variant.ignored_controls)
+    with pytest.raises(BadInputError, match="has no setting 'speed'"):
+        variant.check_control("speed")
 
 
 def test_a_variant_cannot_be_changed() -> None:
