@@ -6,13 +6,14 @@ A Dockerfile cannot set labels from the result of a step. So the manifests of th
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import logging
 import re
 import tarfile
 import zlib
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from chatterbox_prewarm.errors import EngineError
 from chatterbox_prewarm.image.compose import find_manifest, resolve
@@ -179,14 +180,17 @@ def _read_states(store: Store, layer: Descriptor) -> list[BakedState]:
     found: dict[str, bytes] = {}
     try:
         with store.open_blob(layer) as stream:
-            with tarfile.open(fileobj=stream, mode="r|*") as tar:
+            # tarfile itself reads only the first member of a gzip stream, and `pack` writes several.
+            zipped = layer.media_type.endswith("gzip")
+            unzipped = cast("BinaryIO", gzip.GzipFile(fileobj=stream)) if zipped else stream
+            with tarfile.open(fileobj=unzipped, mode="r|" if zipped else "r|*") as tar:
                 for member in tar:
                     match = _MANIFEST.fullmatch(member.name)
                     if match and member.size <= MAX_DOCUMENT and (content := tar.extractfile(member)):
                         found[match["state"]] = content.read()
             while stream.read(_CHUNK):
                 pass
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise EngineError(
             f"the layer {layer.digest} cannot be read: {error!r}",
             next_step="build the image with `chatterbox-prewarm build`, which sets the labels of its states",

@@ -91,12 +91,10 @@ def provenance_predicate(state: BakedState) -> dict[str, Any]:
         name, _, digest = provenance.base_image.rpartition("@")
         dependencies.append({"name": name or "base image", "digest": _digest(digest)})
     weights = manifest.weights
+    # Random or private weights have no owner, and therefore no address on the model hub.
+    hub = f"pkg:huggingface/{weights.repository}@{weights.revision}" if "/" in weights.repository else ""
     dependencies += [
-        {
-            "name": file.path,
-            "uri": f"pkg:huggingface/{weights.repository}@{weights.revision}#{file.path}",
-            "digest": {"sha256": file.sha256},
-        }
+        {"name": file.path, "digest": {"sha256": file.sha256}, **({"uri": f"{hub}#{file.path}"} if hub else {})}
         for file in weights.files
     ]
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,8 @@ def layout(tmp_path: Path) -> Layout:
     """A layout with an image with a state for an H100 under the tag `warm`."""
     layout = Layout(tmp_path / "layout")
     make_base(layout, "base", Labels=LABELS)
-    make_state_for(tmp_path / "h100", H100, code=b"for an H100")
+    # Several members of gzip, as in a real layer.
+    make_state_for(tmp_path / "h100", H100, code=random.Random(0).randbytes(3 << 20))
     to = f"oci:{layout.path}:warm"
     appended = run_cli("append", "--base", f"oci:{layout.path}:base", "--to", to, "--warm", tmp_path / "h100")
     assert appended.returncode == 0, appended.stderr
