@@ -39,8 +39,8 @@ lint: $(VENV)/.complete
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-checks: $(CHECKS)/.complete  ## lint the Dockerfile; also installs checkov, check-jsonschema, Helm and Compose for tests
-	$(CHECKS)/bin/hadolint Dockerfile
+checks: $(CHECKS)/.complete  ## lint the Dockerfiles; also installs checkov, check-jsonschema, Helm and Compose for tests
+	$(CHECKS)/bin/hadolint Dockerfile docs/examples/ray.Dockerfile
 
 docs: $(DOCS)/.complete  ## build the documentation site into dist/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 from chatterbox_prewarm.bench.server import free_port
 from tests.conftest import ROOT
@@ -35,10 +36,14 @@ def test_the_ray_serve_example_serves(baked: Path, mini: Path, tmp_path: Path, s
         text = text.replace(documented, str(path))
     (tmp_path / "ray_serve_app.py").write_text(text)
     port = free_port()
-    config = {
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [{"name": "speech", "route_prefix": "/", "import_path": "ray_serve_app:app"}],
-    }
+    # The configuration of the RayService example, for the CPU of this machine.
+    service = yaml.safe_load((ROOT / "docs" / "examples" / "rayservice.yaml").read_text())
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    config["http_options"] = {"host": "127.0.0.1", "port": port}
+    (application,) = config["applications"]
+    application["args"]["device"] = "cpu"
+    (deployment,) = application["deployments"]
+    deployment["ray_actor_options"] = {"num_cpus": 1, "num_gpus": 0}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     command = [str(RAY / "serve"), "run", str(tmp_path / "config.yaml")]
     environment = {
@@ -51,7 +56,7 @@ def test_the_ray_serve_example_serves(baked: Path, mini: Path, tmp_path: Path, s
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=400) as client:
             deadline = time.monotonic() + 480
             while not ready(client):
                 assert process.poll() is None, (tmp_path / "log").read_text()
