@@ -191,12 +191,13 @@ def decoded_clip(source: Path | BinaryIO, *, what: str, channels: int = 1, longe
         yield path
 
 
-def check_samples(samples: NDArray[np.float32], *, what: str) -> None:
+def check_samples(samples: NDArray[np.float32], *, what: str, speech_step: str = _SPEECH_STEP) -> None:
     """Refuse samples that are silent or not finite.
 
     Args:
         samples: float32 of shape (n,), n at least 1.
         what: describes the clip in messages.
+        speech_step: what to do if the samples are silent.
 
     Raises:
         BadInputError: a sample is NaN or infinite, or all samples are silent.
@@ -206,4 +207,4 @@ def check_samples(samples: NDArray[np.float32], *, what: str) -> None:
     if not np.isfinite(samples).all():
         raise BadInputError(f"{what} contains NaN or infinity", next_step=CONVERT_STEP)
     if np.abs(samples).max() < _SILENCE:
-        raise BadInputError(f"{what} is silent", next_step=_SPEECH_STEP)
+        raise BadInputError(f"{what} is silent", next_step=speech_step)

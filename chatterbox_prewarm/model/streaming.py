@@ -47,6 +47,21 @@ def synthesizer_of(source: Any) -> Synthesizer:
     return synthesizer
 
 
+def check_chunks(chunk_tokens: int, look_ahead: int | None) -> None:
+    """Check the size of the chunks of a stream, and how many tokens the flow waits for.
+
+    Raises:
+        BadInputError: one of them is too small.
+    """
+    if chunk_tokens < 1:
+        raise BadInputError(f"a chunk of {chunk_tokens} tokens", next_step="give 1 or more; 25 tokens are one second")
+    if look_ahead is not None and look_ahead < MIN_LOOK_AHEAD:
+        raise BadInputError(
+            f"a look ahead of {look_ahead} tokens",
+            next_step=f"give {MIN_LOOK_AHEAD} or more, or None to wait for all tokens",
+        )
+
+
 def generate_stream(  # noqa: PLR0913 - public API with optional keyword arguments
     source: Synthesizer | HasSynthesizer,
     text: str,
@@ -93,13 +108,7 @@ def generate_stream(  # noqa: PLR0913 - public API with optional keyword argumen
 
     called = time.perf_counter()
     synthesizer = synthesizer_of(source)
-    if chunk_tokens < 1:
-        raise BadInputError(f"a chunk of {chunk_tokens} tokens", next_step="give 1 or more; 25 tokens are one second")
-    if look_ahead is not None and look_ahead < MIN_LOOK_AHEAD:
-        raise BadInputError(
-            f"a look ahead of {look_ahead} tokens",
-            next_step=f"give {MIN_LOOK_AHEAD} or more, or None to wait for all tokens",
-        )
+    check_chunks(chunk_tokens, look_ahead)
     stream = Stream(synthesizer, synthesizer.voice(voice), chunk_tokens, look_ahead, stopped or (lambda: False))
     blocks = synthesizer.token_blocks(
         text, voice=voice, language=language, max_new_tokens=max_new_tokens, sampling=sampling

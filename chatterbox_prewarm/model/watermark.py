@@ -12,15 +12,15 @@ import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import soxr
 import torch
 from torch.nn import functional
 
 from chatterbox_prewarm.errors import ModelError, first_line
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
+from chatterbox_prewarm.model.resampling import resampled
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 _CHECKPOINT = "perth_net/pretrained/implicit/perth_net_250000.pth.tar"
@@ -74,7 +74,7 @@ class Watermark:
         Returns:
             float32 (n,), or a few samples less where n is not a multiple of 10 ms.
         """
-        signal = torch.from_numpy(_resampled(samples, sample_rate, _SAMPLE_RATE))
+        signal = torch.from_numpy(resampled(samples, sample_rate, _SAMPLE_RATE))
         spectrum = torch.stft(signal, _FFT_SIZE, _HOP, window=self._window, return_complex=True)
         scale = _HEADROOM_DECIBELS - _MIN_DECIBELS
         magnitudes = (20 * torch.log10(spectrum.abs().clip(_MIN_MAGNITUDE)) - _MIN_DECIBELS) / scale
@@ -84,7 +84,7 @@ class Watermark:
         decibels = magnitudes * scale + _MIN_DECIBELS
         marked = 10.0 ** (decibels / 20).clip(max=_MAX_EXPONENT) * torch.exp(1j * torch.angle(spectrum))
         wave = torch.istft(marked, _FFT_SIZE, _HOP, window=self._window)
-        return _resampled(wave.numpy(), _SAMPLE_RATE, sample_rate)
+        return resampled(wave.numpy(), _SAMPLE_RATE, sample_rate)
 
     def _encode(self, magnitudes: torch.Tensor) -> torch.Tensor:
         """Compute what the watermark adds to normalized magnitudes, (128, steps)."""
@@ -104,12 +104,3 @@ def _installed_checkpoint() -> Path:
             next_step="install the lean extra: pip install 'chatterbox-prewarm[lean]'",
         )
     return Path(spec.origin).parent / _CHECKPOINT
-
-
-def _resampled(samples: NDArray[np.float32], source: int, target: int) -> NDArray[np.float32]:
-    """Resample mono audio as `librosa.resample` does: n samples become ceil(n * target / source)."""
-    if source == target:
-        return samples
-    count = math.ceil(samples.size * (target / source))
-    resampled = soxr.resample(samples, source, target)[:count]
-    return np.asarray(np.pad(resampled, (0, count - resampled.size)), dtype=np.float32)

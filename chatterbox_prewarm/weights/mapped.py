@@ -6,20 +6,24 @@ import ctypes
 import mmap
 import os
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.system.regular_files import open_regular
 from chatterbox_prewarm.weights.safetensors_header import read_open_header
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from chatterbox_prewarm.weights.safetensors_header import Header
     from chatterbox_prewarm.weights.variants import Variant
 
-#: The parts of the model, and the tensors of each that a synthesis uses. S3Gen's other tensors and the voice encoder
-#: make voices from clips.
-_PARTS = {"t3": ("",), "s3gen": ("flow.", "mel2wav.")}
+#: The parts of the model, and the tensors of each that a synthesis uses, by the beginnings of their names. S3Gen's
+#: other tensors and the voice encoder make voices from clips.
+_SYNTHESIS = MappingProxyType({"t3": ("",), "s3gen": ("flow.", "mel2wav.")})
+#: The speech tokenizer, which a voice conversion uses besides.
+SPEECH_TOKENIZER = MappingProxyType({"s3gen": ("tokenizer.",)})
 #: Tensors that only a training uses. Those of Turbo have 412 MB.
 _UNUSED = ("text_head.", "tfmr.wte.")
 #: `madvise(2)`, since Linux 5.14: map all pages now instead of one page fault each, and read missing pages from disk.
@@ -39,7 +43,7 @@ class MappedFile:
         path: of the file.
         memory: the complete file.
         header: of the file.
-        used: names of the tensors that a synthesis uses.
+        used: names of the tensors that are used.
     """
 
     part: str
@@ -68,20 +72,22 @@ class MappedFile:
 
 
 class MappedWeights:
-    """The files of a checkpoint that a synthesis uses, mapped into memory.
+    """Files of a checkpoint, mapped into memory.
 
     Args:
         directory: of the checkpoint.
         variant: has the names of the files.
+        parts: the parts of the model, and the beginnings of the names of the tensors that are used; by default those of
+            a synthesis.
 
     Raises:
         WeightsError: a file is not a safetensors file, or is truncated.
         OSError: a file cannot be opened.
     """
 
-    def __init__(self, directory: Path, variant: Variant) -> None:
+    def __init__(self, directory: Path, variant: Variant, parts: Mapping[str, tuple[str, ...]] = _SYNTHESIS) -> None:
         self.directory = directory
-        self.files = [_map(directory / variant.tensor_files[part], part, prefixes) for part, prefixes in _PARTS.items()]
+        self.files = [_map(directory / variant.tensor_files[part], part, prefixes) for part, prefixes in parts.items()]
 
     def read_ahead(self) -> None:
         """Let the kernel read the used tensors into the page cache. It continues after this call.

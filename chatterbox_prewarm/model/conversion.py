@@ -1,0 +1,252 @@
+"""Voice conversion: speak recorded speech with another voice, as upstream's `ChatterboxVC.generate`.
+
+The speech becomes tokens, which the flow and the vocoder of a loaded model speak with the target voice. T3 is not used.
+Speech of more than 40 s is cut at quiet places, because that is the longest speech that the flow computes at once for a
+text. The parts are independent: part k is spoken with the seed plus k, and has a watermark of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.model.clips import MAX_SAMPLE_RATE, MAX_SECONDS, check_samples
+from chatterbox_prewarm.model.conditionals import Conditionals
+from chatterbox_prewarm.model.model import read_tensors
+from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
+from chatterbox_prewarm.model.regions.t3_blocks import STOP_SPEECH_TOKEN
+from chatterbox_prewarm.model.resampling import resampled
+from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS
+from chatterbox_prewarm.model.speech_tokenizer import SAMPLES_PER_TOKEN, TOKENIZER_RATE, SpeechTokenizer
+from chatterbox_prewarm.model.stream import Stream
+from chatterbox_prewarm.model.streaming import CHUNK_TOKENS, check_chunks
+from chatterbox_prewarm.model.synthesis import Speech, Synthesizer, chosen_seed, seed_everything
+from chatterbox_prewarm.system.limits import MAX_SEED, MIN_TOKENS
+from chatterbox_prewarm.weights.mapped import SPEECH_TOKENIZER, MappedWeights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from chatterbox_prewarm.model.chunk import Chunk
+    from chatterbox_prewarm.model.model import Model
+
+#: The sample rate of a telephone. Speech of a lower rate cannot be understood well.
+MIN_SOURCE_RATE = 8_000
+#: The shortest speech: S3Gen needs three tokens of 40 ms.
+MIN_SOURCE_SECONDS = MIN_TOKENS * SAMPLES_PER_TOKEN / TOKENIZER_RATE
+#: The longest speech, which is also that of a reference clip.
+MAX_SOURCE_SECONDS = MAX_SECONDS
+#: Samples of a recording are within [-1, 1]. Larger ones than this are integers that were not scaled.
+_MAX_PEAK = 32.0
+#: The longest part, 40 s, and the shortest one at the end, 1 s.
+_PART_TOKENS, _LAST_TOKENS = MAX_NEW_TOKENS, 25
+#: How many tokens a stream gets at once. With a look ahead, the flow can run after each block.
+_BLOCK_TOKENS = 5
+_WHAT = "the speech to convert"
+
+
+class Converter:
+    """Converts speech to another voice. Only one call of it or of the model may run at a time.
+
+    Args:
+        model: a loaded model.
+        tokenizer: turns speech into tokens.
+    """
+
+    def __init__(self, model: Model, tokenizer: SpeechTokenizer) -> None:
+        # Upstream leaves out the audio of the last token only where T3 drew it.
+        heard = replace(model.behaviour, dropped_tokens=0)
+        self._synthesizer = Synthesizer(replace(model, behaviour=heard), {})
+        self._tokenizer = tokenizer
+
+    def convert(
+        self, samples: NDArray[np.float32], sample_rate: int, voice: Conditionals, *, seed: int | None = None
+    ) -> Speech:
+        """Speak recorded speech with another voice.
+
+        Args:
+            samples: float32 (n,) mono, 0.12 s to 300 s, not silent.
+            sample_rate: in Hz, 8,000 to 192,000.
+            voice: the target voice. Only `voice.gen` is used.
+            seed: makes the result reproducible on the same machine; None chooses a random seed.
+
+        Returns:
+            speech with the duration of the source, rounded to 40 ms.
+
+        Raises:
+            BadInputError: the samples, the sample rate or the seed cannot be used.
+        """
+        seed = chosen_seed(seed)
+        parts = self._parts(_prepared(samples, sample_rate))
+        spoken = []
+        for number, part in enumerate(parts):
+            seed_everything(_part_seed(seed, number))
+            spoken.append(self._synthesizer.sound(part, _part_voice(voice, number)))
+        return Speech(
+            tokens=torch.cat(parts).cpu().numpy(),
+            samples=np.concatenate(spoken),
+            sample_rate=self._synthesizer.model.sample_rate,
+        )
+
+    def stream(  # noqa: PLR0913 - public API with optional keyword arguments
+        self,
+        samples: NDArray[np.float32],
+        sample_rate: int,
+        voice: Conditionals,
+        *,
+        seed: int | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
+        look_ahead: int | None = None,
+        stopped: Callable[[], bool] | None = None,
+    ) -> Generator[Chunk]:
+        """Speak recorded speech with another voice, in chunks.
+
+        Without `look_ahead`, the audio is that of `convert`. The last chunk of each part may be shorter.
+
+        Args:
+            samples: see `convert`.
+            sample_rate: see `convert`.
+            voice: see `convert`.
+            seed: see `convert`.
+            chunk_tokens: see `generate_stream`.
+            look_ahead: see `generate_stream`.
+            stopped: see `generate_stream`.
+
+        Raises:
+            BadInputError: at the call, an argument cannot be used.
+        """
+        called = time.perf_counter()
+        check_chunks(chunk_tokens, look_ahead)
+        seed, prepared = chosen_seed(seed), _prepared(samples, sample_rate)
+        stopped = stopped or (lambda: False)
+
+        def chunks_of(part: torch.Tensor, number: int) -> Generator[Chunk]:
+            stream = Stream(self._synthesizer, _part_voice(voice, number), chunk_tokens, look_ahead, stopped)
+            return stream.chunks(_blocks(part), _part_seed(seed, number), called)
+
+        return self._chunks(prepared, chunks_of, stopped)
+
+    def _chunks(
+        self,
+        prepared: NDArray[np.float32],
+        chunks_of: Callable[[torch.Tensor, int], Generator[Chunk]],
+        stopped: Callable[[], bool],
+    ) -> Generator[Chunk]:
+        """Yield the chunks of all parts, numbered from 0."""
+        parts, index = self._parts(prepared), 0
+        for number, part in enumerate(parts):
+            with contextlib.closing(chunks_of(part, number)) as chunks:
+                for chunk in chunks:
+                    yield replace(chunk, index=index, is_last=chunk.is_last and number == len(parts) - 1)
+                    index += 1
+            if stopped():
+                return
+
+    @torch.inference_mode()
+    def _parts(self, prepared: NDArray[np.float32]) -> list[torch.Tensor]:
+        """Return the tokens of each part of prepared samples: int64 (n,)."""
+        tokens = self._tokenizer(torch.from_numpy(prepared)).to(self._synthesizer.model.device)
+        return list(torch.split(tokens, part_lengths(prepared, tokens.numel())))
+
+
+def load_converter(model: Model, weights: Path) -> Converter:
+    """Make a converter for a loaded model. Map the speech tokenizer, which a synthesis does not use.
+
+    On a CPU the tensors are mapped pages of the file: 0.5 GB with the published weights.
+
+    Args:
+        model: a model of these weights. Its tensors are shared.
+        weights: the directory of the checkpoint.
+
+    Raises:
+        WeightsError: a file is not a safetensors file, or lacks a tensor.
+        OSError: a file cannot be opened.
+    """
+    mapped = MappedWeights(weights, model.variant, SPEECH_TOKENIZER)
+    mapped.populate()
+    tensors = dict(read_tensors(mapped, model.device, None))
+    name = "s3gen.tokenizer."
+    tokenizer = SpeechTokenizer(
+        NamedTensors(tensors, name), mel_filters=tensors.get(f"{name}_mel_filters"), window=tensors.get(f"{name}window")
+    )
+    return Converter(model, tokenizer)
+
+
+def part_lengths(samples: NDArray[np.float32], tokens: int) -> list[int]:
+    """Choose where to cut speech: after 20 to 40 s, between the two neighbouring tokens with the least energy.
+
+    Args:
+        samples: float32 (n,), 16 kHz.
+        tokens: the number of tokens of the samples.
+
+    Returns:
+        the number of tokens of each part, from 1 s to 40 s if there are several parts.
+    """
+    padded = np.pad(samples, (0, max(0, tokens * SAMPLES_PER_TOKEN - samples.size)))[: tokens * SAMPLES_PER_TOKEN]
+    energies = np.square(padded).reshape(tokens, SAMPLES_PER_TOKEN).sum(axis=1)
+    lengths, begin = [], 0
+    while (left := tokens - begin) > _PART_TOKENS:
+        longest = min(_PART_TOKENS, left - _LAST_TOKENS)
+        cuts = np.arange(longest, _PART_TOKENS // 2 - 1, -1)  # the longest part first, which wins if all are equal
+        lengths.append(int(cuts[np.argmin(energies[begin + cuts - 1] + energies[begin + cuts])]))
+        begin += lengths[-1]
+    return [*lengths, tokens - begin]
+
+
+def _prepared(samples: NDArray[np.float32], sample_rate: int) -> NDArray[np.float32]:
+    """Check samples, and resample them to 16 kHz.
+
+    Raises:
+        BadInputError: they cannot be used.
+    """
+    if not MIN_SOURCE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
+        raise BadInputError(
+            f"{_WHAT} is sampled at {sample_rate} Hz; {MIN_SOURCE_RATE} to {MAX_SAMPLE_RATE} Hz are possible",
+            next_step="record it at 24000 Hz",
+        )
+    if samples.ndim != 1 or samples.dtype != np.float32:
+        raise BadInputError(
+            f"{_WHAT} is an array of {samples.dtype} with the shape {samples.shape}; float32 (n,) is needed",
+            next_step="mix it down to one channel, and convert it to float32 within [-1, 1]",
+        )
+    seconds = samples.size / sample_rate
+    if not MIN_SOURCE_SECONDS <= seconds <= MAX_SOURCE_SECONDS:
+        raise BadInputError(
+            f"{_WHAT} has {seconds:.2f} s; {MIN_SOURCE_SECONDS} s to {MAX_SOURCE_SECONDS:.0f} s are possible",
+            next_step="cut longer speech at pauses and convert the parts separately",
+        )
+    check_samples(samples, what=_WHAT, speech_step="give a recording that contains speech")
+    if (peak := float(np.abs(samples).max())) > _MAX_PEAK:
+        raise BadInputError(
+            f"{_WHAT} has samples up to {peak:.0f}; the full scale is 1", next_step="divide 16-bit samples by 32768"
+        )
+    return resampled(samples, sample_rate, TOKENIZER_RATE)
+
+
+def _part_seed(seed: int, number: int) -> int:
+    return (seed + number) % (MAX_SEED + 1)
+
+
+def _part_voice(voice: Conditionals, number: int) -> Conditionals:
+    """Return the voice of a part. The spectrogram of a voice may have one frame more than its tokens.
+
+    The flow then drops the first frame of the speech, as in upstream. That must not add up over the parts.
+    """
+    if number == 0:
+        return voice
+    frames = 2 * voice.gen["prompt_token"].size(1)
+    return Conditionals(t3=voice.t3, gen={**voice.gen, "prompt_feat": voice.gen["prompt_feat"][:, :frames]})
+
+
+def _blocks(tokens: torch.Tensor) -> Generator[torch.Tensor]:
+    """Yield tokens as T3 would draw them: a few at a time, with the stop token at the end."""
+    yield from torch.split(torch.cat([tokens, tokens.new_full((1,), STOP_SPEECH_TOKEN)]), _BLOCK_TOKENS)

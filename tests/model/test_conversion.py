@@ -1,0 +1,325 @@
+"""Test voice conversion against upstream's `ChatterboxVC`: tokens, audio, long speech, streams, bad input."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file, save_file
+
+from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.model.conditionals import Conditionals
+from chatterbox_prewarm.model.conversion import Converter, load_converter, part_lengths
+from chatterbox_prewarm.model.model import Model, load
+from chatterbox_prewarm.model.reference_clip import reference_audio
+from chatterbox_prewarm.model.regions.executors import eager
+from chatterbox_prewarm.model.regions.flow import Flow
+from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
+from chatterbox_prewarm.model.resampling import resampled
+from chatterbox_prewarm.model.speech_tokenizer import SpeechTokenizer, slaney_filters
+from chatterbox_prewarm.model.synthesis import Synthesizer, seed_everything
+from chatterbox_prewarm.model.upstream import load_upstream
+from chatterbox_prewarm.model.upstream_source import Behaviour
+from chatterbox_prewarm.model.voices import for_upstream, read_builtin_voice
+from chatterbox_prewarm.weights.variants import ENGLISH
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from chatterbox_prewarm.model.chunk import Chunk
+
+RATE = 24_000
+#: How far the difference from upstream must be below the audio. It is due to rounding.
+_LEAST_DECIBELS = 60
+_LAST_LAYER = "tokenizer.quantizer._codebook.project_down"
+
+
+def speech(seconds: float, rate: int = RATE) -> NDArray[np.float32]:
+    """Generate speech-like sound whose timbre changes, so that its tokens do."""
+    samples = reference_audio(seconds, rate)
+    time = np.arange(samples.size) / rate
+    noise = np.random.default_rng(1).normal(0.0, 0.1, samples.size) * (np.sin(2 * np.pi * 1.3 * time) > 0.4)
+    return (samples * (0.6 + 0.4 * np.sin(2 * np.pi * 0.31 * time)) + noise).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def weights(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a mini checkpoint whose speech tokenizer uses all levels.
+
+    With random weights, its tokens hardly depend on the sound: its last layer is changed so that each of the eight
+    dimensions has a mean of 0 and a deviation of 1.
+    """
+    directory = tmp_path_factory.mktemp("conversion") / "weights"
+    shutil.copytree(mini, directory, copy_function=os.link)
+    tensors = load_file(directory / ENGLISH.s3gen)
+    tokenizer = SpeechTokenizer(NamedTensors(tensors, "tokenizer."))
+    weight = tensors[f"{_LAST_LAYER}.weight"]
+    with torch.inference_mode():
+        hidden = tokenizer._encode(tokenizer.log_mel(torch.from_numpy(speech(12.0, 16_000)))[None])[0]
+        mean, deviation = (hidden @ weight.T).mean(dim=0), (hidden @ weight.T).std(dim=0)
+        tensors[f"{_LAST_LAYER}.weight"] = weight / deviation[:, None]
+        tensors[f"{_LAST_LAYER}.bias"] = -mean / deviation
+    (directory / ENGLISH.s3gen).unlink()
+    save_file(tensors, directory / ENGLISH.s3gen)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(weights: Path) -> Model:
+    return load(weights)
+
+
+@pytest.fixture(scope="module")
+def converter(model: Model, weights: Path) -> Converter:
+    return load_converter(model, weights)
+
+
+@pytest.fixture(scope="module")
+def voice(weights: Path) -> Conditionals:
+    found = read_builtin_voice(weights)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def upstream(weights: Path, model: Model, voice: Conditionals) -> Any:
+    """Load upstream's `ChatterboxVC`. Its tokenizer is read from the file, and not shared with ours."""
+    s3gen = load_upstream(weights, lean=model).s3gen
+    from chatterbox.vc import ChatterboxVC
+
+    return ChatterboxVC(s3gen, "cpu", for_upstream(voice).gen)
+
+
+def decibels(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
+    """Return how far the difference is below the audio."""
+    assert ours.shape == theirs.shape
+    return float(10 * np.log10(np.square(theirs).sum() / max(np.square(ours - theirs).sum(), 1e-30)))
+
+
+def tokens_of(tokenizer: SpeechTokenizer, samples: NDArray[np.float32], rate: int) -> list[int]:
+    return tokenizer(torch.from_numpy(resampled(samples, rate, 16_000))).tolist()
+
+
+def upstream_tokens(upstream: Any, samples: NDArray[np.float32], rate: int) -> list[int]:
+    import librosa
+
+    audio = librosa.resample(samples, orig_sr=rate, target_sr=16_000)
+    return upstream.s3gen.tokenizer(torch.from_numpy(audio)[None])[0][0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rate", "count"),
+    [(0.5, 24_000, 13), (5.0, 44_100, 125), (12.0, 16_000, 300), (40.0, 48_000, 1000)],
+)
+def test_tokens_equal_those_of_upstream(
+    seconds: float, rate: int, count: int, converter: Converter, upstream: Any
+) -> None:
+    samples = speech(seconds, rate)
+    ours = tokens_of(converter._tokenizer, samples, rate)
+    assert ours == upstream_tokens(upstream, samples, rate)
+    assert len(ours) == count
+    assert len(set(ours)) > count / 4, "the tokens depend on the sound"
+
+
+def test_speech_whose_last_window_is_short_is_complete(converter: Converter, upstream: Any) -> None:
+    samples = speech(53.0, 16_000)
+    ours, theirs = tokens_of(converter._tokenizer, samples, 16_000), upstream_tokens(upstream, samples, 16_000)
+    assert (len(ours), len(theirs)) == (1325, 1275), "upstream loses 2 s"
+    assert ours[:1275] == theirs
+
+
+def test_the_comparison_notices_a_weight_of_the_tokenizer_that_is_scaled(weights: Path, upstream: Any) -> None:
+    tensors = load_file(weights / ENGLISH.s3gen)
+    tensors[f"{_LAST_LAYER}.weight"] *= 1.01
+    changed = SpeechTokenizer(NamedTensors(tensors, "tokenizer."))
+    samples = speech(12.0, 16_000)
+    assert tokens_of(changed, samples, 16_000) != upstream_tokens(upstream, samples, 16_000)
+
+
+def test_constants_that_a_checkpoint_lacks_are_computed(weights: Path) -> None:
+    tensors = load_file(weights / ENGLISH.s3gen)
+    assert np.array_equal(slaney_filters(), tensors["tokenizer._mel_filters"].numpy())
+    named = NamedTensors(tensors, "tokenizer.")
+    given = SpeechTokenizer(named, mel_filters=tensors["tokenizer._mel_filters"], window=tensors["tokenizer.window"])
+    samples = torch.from_numpy(speech(1.0, 16_000))
+    assert torch.equal(SpeechTokenizer(named).log_mel(samples), given.log_mel(samples))
+
+
+def test_a_synthesis_maps_no_tensor_of_the_tokenizer(model: Model) -> None:
+    assert not [name for name in model.tensors if "tokenizer" in name]
+
+
+def both(
+    seconds: float, converter: Converter, upstream: Any, voice: Conditionals, path: Path
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Convert speech with ours and with upstream's public method."""
+    samples = speech(seconds)
+    soundfile.write(path, samples, RATE, subtype="FLOAT")
+    upstream.ref_dict = for_upstream(voice).gen
+    seed_everything(7)
+    theirs = upstream.generate(path).squeeze(0).numpy()
+    return converter.convert(samples, RATE, voice, seed=7).samples, theirs
+
+
+@pytest.mark.parametrize("seconds", [0.5, 12.0])
+def test_audio_equals_that_of_upstream(
+    seconds: float, converter: Converter, upstream: Any, voice: Conditionals, tmp_path: Path
+) -> None:
+    ours, theirs = both(seconds, converter, upstream, voice, tmp_path / "speech.wav")
+    assert decibels(ours, theirs) >= _LEAST_DECIBELS
+
+
+def test_audio_before_the_watermark_equals_that_of_upstream(
+    converter: Converter, upstream: Any, voice: Conditionals, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(upstream.watermarker, "apply_watermark", lambda wave, **_: wave)
+    monkeypatch.setattr(type(converter._synthesizer.model), "marked", lambda _, samples: samples)
+    ours, theirs = both(5.0, converter, upstream, voice, tmp_path / "speech.wav")
+    assert decibels(ours, theirs) >= _LEAST_DECIBELS
+
+
+def test_the_comparison_notices_a_weight_of_the_flow_that_is_scaled(
+    model: Model, converter: Converter, upstream: Any, voice: Conditionals, tmp_path: Path
+) -> None:
+    name = "s3gen.flow.decoder.estimator.final_proj.weight"
+    scaled = {**model.tensors, name: model.tensors[name] * 1.01}
+    changed = replace(model, tensors=scaled, flow=Flow(NamedTensors(scaled, "s3gen.flow."), eager))
+    ours, theirs = both(0.5, Converter(changed, converter._tokenizer), upstream, voice, tmp_path / "speech.wav")
+    assert decibels(ours, theirs) < _LEAST_DECIBELS
+
+
+@pytest.mark.parametrize("rate", [8_000, 44_100])
+def test_ten_seconds_become_ten_seconds(rate: int, converter: Converter, voice: Conditionals) -> None:
+    converted = converter.convert(speech(10.0, rate), rate, voice, seed=1)
+    assert abs(len(converted.samples) - 10 * RATE) <= 480
+    assert not converted.is_truncated
+
+
+def test_the_last_token_is_heard_where_upstream_leaves_it_out_of_spoken_texts(
+    model: Model, converter: Converter, voice: Conditionals
+) -> None:
+    main = replace(model, behaviour=Behaviour(repetition_penalty=1.2, dropped_tokens=1))
+    converted = Converter(main, converter._tokenizer).convert(speech(1.0), RATE, voice, seed=1)
+    assert len(converted.samples) == RATE
+
+
+def test_upstream_finds_the_watermark(converter: Converter, upstream: Any, voice: Conditionals) -> None:
+    converted = converter.convert(speech(5.0), RATE, voice, seed=1)
+    assert upstream.watermarker.get_watermark(converted.samples, sample_rate=RATE, round=False).mean() > 0.9
+    assert upstream.watermarker.get_watermark(speech(5.0), sample_rate=RATE, round=False).mean() < 0.5
+
+
+def samples_of(chunks: list[Chunk]) -> NDArray[np.float32]:
+    return np.concatenate([chunk.samples for chunk in chunks])
+
+
+def test_a_stream_equals_the_audio(converter: Converter, voice: Conditionals) -> None:
+    ours = converter.convert(speech(3.3), RATE, voice, seed=7)
+    chunks = list(converter.stream(speech(3.3), RATE, voice, seed=7, chunk_tokens=20))
+    assert np.array_equal(samples_of(chunks), ours.samples)
+    assert np.concatenate([chunk.tokens for chunk in chunks]).tolist() == ours.tokens.tolist()
+    assert [chunk.index for chunk in chunks] == list(range(5))
+    assert [chunk.is_last for chunk in chunks] == [False] * 4 + [True]
+    assert not any(chunk.is_truncated for chunk in chunks)
+
+
+def test_a_stream_that_looks_ahead_has_the_same_length(converter: Converter, voice: Conditionals) -> None:
+    ours = converter.convert(speech(3.3), RATE, voice, seed=7)
+    chunks = list(converter.stream(speech(3.3), RATE, voice, seed=7, look_ahead=3))
+    assert samples_of(chunks).shape == ours.samples.shape
+    assert np.concatenate([chunk.tokens for chunk in chunks]).tolist() == ours.tokens.tolist()
+    assert chunks[-1].is_last
+
+
+def test_a_stopped_stream_ends(converter: Converter, voice: Conditionals) -> None:
+    gone = False
+    chunks = converter.stream(speech(3.0), RATE, voice, seed=7, stopped=lambda: gone)
+    assert not next(chunks).is_last
+    gone = True
+    assert list(chunks) == []
+
+
+def test_long_speech_is_cut_at_quiet_places(
+    converter: Converter, voice: Conditionals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With parts of at most 4 s instead of 40 s, which the CPU computes sooner."""
+    monkeypatch.setattr("chatterbox_prewarm.model.conversion._PART_TOKENS", 100)
+    samples = speech(9.0)
+    pauses = (3.2, 6.0)
+    for pause in pauses:
+        samples[int((pause - 0.1) * RATE) : int((pause + 0.1) * RATE)] = 0
+    longer = Conditionals(  # a voice with one frame more than its tokens
+        t3=voice.t3,
+        gen={**voice.gen, "prompt_feat": torch.cat([voice.gen["prompt_feat"], voice.gen["prompt_feat"][:, -1:]], 1)},
+    )
+    lengths = [part.numel() for part in converter._parts(resampled(samples, RATE, 16_000))]
+    assert sum(lengths) == 225
+    assert np.abs(np.cumsum(lengths)[:2] * 0.04 - pauses).max() < 0.1
+    for target, missing in ((voice, 0), (longer, 480)):
+        ours = converter.convert(samples, RATE, target, seed=7)
+        assert len(ours.samples) == 9 * RATE - missing
+        chunks = list(converter.stream(samples, RATE, target, seed=7, chunk_tokens=40))
+        assert np.array_equal(samples_of(chunks), ours.samples)
+        assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
+        assert [chunk.is_last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+
+
+@pytest.mark.parametrize("tokens", [1, 1000, 1001, 1024, 1026, 7500])
+def test_parts_have_at_most_forty_seconds(tokens: int) -> None:
+    noise = np.random.default_rng(0).normal(size=tokens * 640 - 100).astype(np.float32)
+    for samples in (noise, np.zeros_like(noise)):
+        lengths = part_lengths(samples, tokens)
+        assert sum(lengths) == tokens
+        assert max(lengths) <= 1000
+        assert len(lengths) == 1 or min(lengths) >= 25
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "message"),
+    [
+        (speech(0.1), RATE, "has 0.10 s"),
+        (np.zeros(0, np.float32), RATE, "has 0.00 s"),
+        (np.ones(301 * 8_000, np.float32), 8_000, "has 301.00 s"),
+        (np.zeros(RATE, np.float32), RATE, "is silent"),
+        (np.full(RATE, np.nan, np.float32), RATE, "NaN or infinity"),
+        (np.full(RATE, -np.inf, np.float32), RATE, "NaN or infinity"),
+        (speech(1.0) * 32768, RATE, "the full scale is 1"),
+        (np.zeros((RATE, 2), np.float32), RATE, r"shape \(24000, 2\)"),
+        (np.zeros(RATE, np.int16), RATE, "array of int16"),
+        (speech(1.0), 4_000, "sampled at 4000 Hz"),
+        (speech(1.0), 400_000, "sampled at 400000 Hz"),
+    ],
+)
+def test_speech_that_cannot_be_converted_is_refused(
+    samples: NDArray[np.float32], rate: int, message: str, converter: Converter, voice: Conditionals
+) -> None:
+    for call in (converter.convert, converter.stream):
+        with pytest.raises(BadInputError, match=message) as caught:
+            call(samples, rate, voice)  # type: ignore[operator]
+        assert caught.value.next_step
+
+
+def test_the_shortest_speech_can_be_converted(converter: Converter, voice: Conditionals) -> None:
+    assert len(converter.convert(speech(0.12), RATE, voice, seed=1).samples) == 0.12 * RATE
+
+
+def test_bad_settings_of_a_stream_are_refused_at_the_call(converter: Converter, voice: Conditionals) -> None:
+    for settings in ({"chunk_tokens": 0}, {"look_ahead": 2}, {"seed": -1}):
+        with pytest.raises(BadInputError):
+            converter.stream(speech(1.0), RATE, voice, **settings)  # type: ignore[arg-type]
+
+
+def test_a_conversion_leaves_the_model_usable(model: Model, converter: Converter, voice: Conditionals) -> None:
+    synthesizer = Synthesizer(model, {"default": voice})
+    before = synthesizer.synthesize("Hello.", seed=7, max_new_tokens=6).pcm_sha256
+    one, two = (converter.convert(speech(0.5), RATE, voice, seed=3).pcm_sha256 for _ in range(2))
+    assert one == two
+    assert synthesizer.synthesize("Hello.", seed=7, max_new_tokens=6).pcm_sha256 == before
