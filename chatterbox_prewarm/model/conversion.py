@@ -2,7 +2,7 @@
 
 The speech becomes tokens, which the flow and the vocoder of a loaded model speak with the target voice. T3 is not used.
 Speech of more than 40 s is cut at quiet places, because that is the longest speech that the flow computes at once for a
-text. The parts are independent: part k is spoken with the seed plus k, and has a watermark of its own.
+text. The parts are independent: part k is spoken with the seed plus k, and each part has a watermark.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 MIN_SOURCE_RATE = 8_000
 #: The shortest speech: S3Gen needs three tokens of 40 ms.
 MIN_SOURCE_SECONDS = MIN_TOKENS * SAMPLES_PER_TOKEN / TOKENIZER_RATE
-#: The longest speech, which is also that of a reference clip.
+#: The longest speech. A reference clip has the same limit.
 MAX_SOURCE_SECONDS = MAX_SECONDS
 #: Samples of a recording are within [-1, 1]. Larger ones than this are integers that were not scaled.
 _MAX_PEAK = 32.0
@@ -110,7 +110,7 @@ class Converter:
     ) -> Generator[Chunk]:
         """Speak recorded speech with another voice, in chunks.
 
-        Without `look_ahead`, the audio is that of `convert`. The last chunk of each part may be shorter.
+        Without `look_ahead`, the audio equals the audio of `convert`. The last chunk of each part may be shorter.
 
         Args:
             samples: see `convert`.

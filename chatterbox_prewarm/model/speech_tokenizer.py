@@ -91,7 +91,7 @@ class SpeechTokenizer:
         return (torch.maximum(log, log.max() - _RANGE) + 4.0) / 4.0
 
     def _windows(self, mel: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the tokens of each window of a spectrogram, without those that a neighbour yields."""
+        """Yield the tokens of each window of a spectrogram. Half of each overlap belongs to each neighbour."""
         half = _OVERLAP // 2 // _FRAMES_PER_TOKEN
         for begin in itertools.count(0, _WINDOW - _OVERLAP):
             last = begin + _WINDOW >= mel.size(1)

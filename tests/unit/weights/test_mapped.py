@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from chatterbox_prewarm.errors import WeightsError
-from chatterbox_prewarm.weights.mapped import MappedWeights
+from chatterbox_prewarm.weights.mapped import SPEECH_TOKENIZER, MappedWeights
 from chatterbox_prewarm.weights.variants import ENGLISH
 
 _ELEMENTS = 1 << 18  # a MiB of float32
@@ -42,6 +42,13 @@ def test_the_used_tensors_are_found_at_their_offsets(checkpoint: Path) -> None:
     found = np.frombuffer(s3gen.memory, np.float32, _ELEMENTS, s3gen.header.offsets["mel2wav.y"])
     assert np.array_equal(found, np.arange(_ELEMENTS, dtype=np.float32) + 1)
     assert s3gen.header.size_of("mel2wav.y") == 4 * _ELEMENTS
+
+
+def test_the_speech_tokenizer_is_mapped_if_it_is_asked_for(checkpoint: Path) -> None:
+    [s3gen] = MappedWeights(checkpoint, ENGLISH, SPEECH_TOKENIZER).files
+    assert (s3gen.part, s3gen.used) == ("s3gen", ("tokenizer.z",))
+    begin, end = s3gen.span
+    assert end - begin < 4 * _ELEMENTS + mmap.PAGESIZE
 
 
 def test_populating_maps_the_pages_of_the_used_tensors_only(checkpoint: Path) -> None:
