@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from chatterbox_prewarm.model.reference_clip import reference_audio
+from chatterbox_prewarm.weights.variants import ENGLISH
 from tests.conftest import build_once, run_cli
 from tests.helpers.newest_target import NEWEST_TARGET
 
@@ -25,18 +26,6 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def mini(shared_dir: Path) -> Path:
-    """Return a mini checkpoint of random weights. Tests share it: copy it to change it."""
-
-    def synthesize(directory: Path) -> None:
-        result = run_cli("weights", "synthesize", directory, "--size", "mini")
-        assert result.returncode == 0, result.stderr
-        assert "noise" in result.stdout
-
-    return build_once(shared_dir / "weights" / "mini", synthesize)
-
-
-@pytest.fixture(scope="session")
 def checkpoint(shared_dir: Path) -> Callable[[Variant], Path]:
     """Return a function that makes a mini checkpoint of a variant, once. Tests share it: copy it to change it."""
 
@@ -44,10 +33,18 @@ def checkpoint(shared_dir: Path) -> Callable[[Variant], Path]:
         def synthesize(directory: Path) -> None:
             made = run_cli("weights", "synthesize", directory, "--size", "mini", "--variant", variant.name)
             assert made.returncode == 0, made.stderr
+            assert "noise" in made.stdout
+            assert "length =" not in made.stdout, "pkuseg prints what it reads"
 
         return build_once(shared_dir / "weights" / f"mini-{variant.name}", synthesize)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def mini(checkpoint: Callable[[Variant], Path]) -> Path:
+    """Return a mini checkpoint of the English model."""
+    return checkpoint(ENGLISH)
 
 
 @pytest.fixture(scope="session")

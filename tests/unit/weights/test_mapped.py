@@ -47,7 +47,7 @@ def test_the_used_tensors_are_found_at_their_offsets(checkpoint: Path) -> None:
 def test_the_speech_tokenizer_is_mapped_if_it_is_asked_for(checkpoint: Path) -> None:
     [s3gen] = MappedWeights(checkpoint, ENGLISH, SPEECH_TOKENIZER).files
     assert (s3gen.part, s3gen.used) == ("s3gen", ("tokenizer.z",))
-    begin, end = s3gen.span
+    ((begin, end),) = s3gen.spans
     assert end - begin < 4 * _ELEMENTS + mmap.PAGESIZE
 
 
