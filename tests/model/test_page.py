@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import soundfile
 
 from tests.conftest import writable_copy
 from tests.helpers.added_voices import voice
@@ -90,6 +92,9 @@ def driver() -> Iterator[webdriver.Chrome]:
     options.binary_location = browser
     # Chromium has no sandbox for root, the user in most containers. /dev/shm of a container is small.
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--mute-audio"):
+        options.add_argument(argument)
+    # A microphone that beeps, and permission to use it.
+    for argument in ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(program))
@@ -229,6 +234,26 @@ def test_typed_text_is_spoken_downloadable_and_measured(page: Page) -> None:
     assert page.text("#speak-error") == ""
 
 
+def test_the_waveform_shows_the_speech_and_moves_the_player(page: Page) -> None:
+    type_text(page)
+    page.find("#go").click()
+    page.wait(lambda: page.find("#wave").is_displayed())
+    page.wait(lambda: page.find("#go").is_enabled())
+    height, filled = page.script(WAVE)
+    assert len(filled) > 100, "one column for each pixel"
+    assert all(0 < one <= height for one in filled)
+    assert max(filled) > min(filled), "the speech has loud and quiet parts"
+    length = page.wait(lambda: page.script("return document.getElementById('player').duration"))
+    page.find("#wave").click()  # in its middle
+    assert page.script("return document.getElementById('player').currentTime") == pytest.approx(length / 2, rel=0.05)
+    page.find("#wave").send_keys(Keys.ARROW_LEFT)
+    assert page.script("return document.getElementById('player').currentTime") == pytest.approx(
+        max(0.0, length / 2 - 1), abs=0.05
+    )
+    page.find("#wave").send_keys(Keys.ARROW_RIGHT)
+    page.wait(lambda: float(page.find("#wave").get_attribute("aria-valuenow") or 0) > 0)
+
+
 def test_without_a_seed_the_drawn_seed_is_shown(page: Page) -> None:
     type_text(page)
     page.find("#go").click()
@@ -285,6 +310,43 @@ def test_a_voice_is_added_from_a_file_previewed_and_deleted(page: Page, clip: Pa
     page.wait(lambda: page.text("#voices-state") == "visitor was deleted." or page.text("#voices-error"))
     assert not page.all("[data-voice=visitor]")
     assert "visitor" not in page.server.status("/startupz")[1]["voices"]
+
+
+def test_a_voice_is_added_from_a_recording(page: Page) -> None:
+    page.wait(lambda: page.all("[data-voice=fox]"))
+    page.find("#record").click()
+    page.wait(lambda: page.text("#record") == "Stop recording")
+    page.wait(lambda: page.text("#voices-state") == "Recording: 2 s.")
+    page.find("#record").click()
+    page.wait(lambda: page.text("#voices-state").startswith("Recorded ") or page.text("#voices-error"))
+    assert page.text("#voices-error") == ""
+    assert page.text("#record") == "Record"
+    name, content = page.script(
+        "const file = document.getElementById('file').files[0];"
+        "return file.arrayBuffer().then((bytes) => [file.name, [...new Uint8Array(bytes)]]);"
+    )
+    assert name == "recording.wav"
+    samples, rate = soundfile.read(io.BytesIO(bytes(content)))
+    assert rate == 24_000
+    assert samples.ndim == 1
+    assert len(samples) / rate == pytest.approx(2, abs=1)
+    assert abs(samples).max() > 0.01, "the microphone beeps"
+    page.find("#name").send_keys("me")
+    page.find("#add-button").click()
+    page.wait(lambda: page.text("#voices-state") == "me was added." or page.text("#voices-error"))
+    assert page.text("#voices-error") == ""
+    page.find("[aria-label='Delete me']").click()
+    page.driver.switch_to.alert.accept()
+    page.wait(lambda: page.text("#voices-state") == "me was deleted." or page.text("#voices-error"))
+
+
+def test_a_microphone_that_is_refused_is_reported(page: Page) -> None:
+    page.script(
+        "navigator.mediaDevices.getUserMedia = () => Promise.reject(new DOMException('no', 'NotAllowedError'));"
+    )
+    page.find("#record").click()
+    page.wait(lambda: "does not allow this page to use the microphone" in page.text("#voices-error"))
+    assert page.text("#record") == "Record"
 
 
 def test_an_unusable_voice_is_not_offered_and_its_reason_is_shown(page: Page) -> None:
@@ -344,7 +406,7 @@ def test_text_has_enough_contrast(page: Page, scheme: str) -> None:
 
 
 def test_every_control_has_a_name(page: Page) -> None:
-    controls = page.all("input, select, textarea, button, audio, a")
+    controls = page.all("input, select, textarea, button, audio, canvas, a")
     assert len(controls) > 15
     for control in controls:
         shown = control.is_displayed()
@@ -379,6 +441,15 @@ def test_a_browser_with_the_token_shows_the_page(
     finally:
         server.end()
 
+
+#: Return the height of the waveform in pixels, and how many pixels of each column are filled.
+WAVE = """
+const canvas = document.getElementById("wave");
+const { data, width, height } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+const opaque = (x, y) => data[4 * (y * width + x) + 3] > 0;
+const filled = (x) => Array.from({ length: height }, (_, y) => opaque(x, y)).filter(Boolean).length;
+return [height, Array.from({ length: width }, (_, x) => filled(x))];
+"""
 
 #: Find the displayed text with the lowest contrast. Relative luminance as in WCAG 2.2.
 CONTRAST = """

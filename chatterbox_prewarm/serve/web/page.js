@@ -2,9 +2,11 @@
 
 import { address } from "./api.js";
 import { byId, say } from "./dom.js";
+import { wireRecord } from "./record.js";
 import { refreshModels, setReady, wireSpeak } from "./speak.js";
 import { showCaches, showFacts, showWaterfall, showWorkers } from "./startup.js";
 import { refreshVoices, wireVoices } from "./voices.js";
+import { wireWave } from "./wave.js";
 
 const WHILE_STARTING = 1000; // milliseconds between two requests
 const ONCE_READY = 5000;
@@ -73,4 +75,6 @@ function showLost() {
 document.addEventListener("visibilitychange", poll);
 wireSpeak();
 wireVoices();
+wireRecord();
+wireWave();
 poll();

@@ -66,23 +66,43 @@ export class Samples {
     return this.length / SAMPLE_RATE;
   }
 
+  /** Return the lowest and the highest sample of each of `columns` equal parts, within [-1, 1]. */
+  peaks(columns) {
+    const all = new Int16Array(this.length);
+    let start = 0;
+    for (const piece of this.pieces) {
+      const view = new DataView(piece.buffer, piece.byteOffset, piece.byteLength);
+      for (let index = 0; index < piece.byteLength / 2; index += 1) all[start + index] = view.getInt16(2 * index, true);
+      start += piece.byteLength / 2;
+    }
+    return Array.from({ length: columns }, (_, column) => {
+      const part = all.subarray(Math.floor((column * all.length) / columns), Math.ceil(((column + 1) * all.length) / columns));
+      return part.reduce(([low, high], value) => [Math.min(low, value / 32768), Math.max(high, value / 32768)], [0, 0]);
+    });
+  }
+
   /** Return all samples as a WAV file. */
   wav() {
-    const bytes = 2 * this.length;
-    const header = new DataView(new ArrayBuffer(44));
-    const write = (offset, text) => [...text].forEach((letter, index) => header.setUint8(offset + index, letter.charCodeAt(0)));
-    write(0, "RIFF");
-    header.setUint32(4, 36 + bytes, true);
-    write(8, "WAVEfmt ");
-    header.setUint32(16, 16, true); // size of the format fields
-    header.setUint16(20, 1, true); // PCM
-    header.setUint16(22, 1, true); // channels
-    header.setUint32(24, SAMPLE_RATE, true);
-    header.setUint32(28, 2 * SAMPLE_RATE, true); // bytes per second
-    header.setUint16(32, 2, true); // bytes per sample
-    header.setUint16(34, 16, true); // bits per sample
-    write(36, "data");
-    header.setUint32(40, bytes, true);
-    return new Blob([header, ...this.pieces], { type: "audio/wav" });
+    return wavFile(this.pieces, this.length);
   }
+}
+
+/** Return `length` samples, little-endian with 16 bits, as a WAV file. */
+export function wavFile(pieces, length) {
+  const bytes = 2 * length;
+  const header = new DataView(new ArrayBuffer(44));
+  const write = (offset, text) => [...text].forEach((letter, index) => header.setUint8(offset + index, letter.charCodeAt(0)));
+  write(0, "RIFF");
+  header.setUint32(4, 36 + bytes, true);
+  write(8, "WAVEfmt ");
+  header.setUint32(16, 16, true); // size of the format fields
+  header.setUint16(20, 1, true); // PCM
+  header.setUint16(22, 1, true); // channels
+  header.setUint32(24, SAMPLE_RATE, true);
+  header.setUint32(28, 2 * SAMPLE_RATE, true); // bytes per second
+  header.setUint16(32, 2, true); // bytes per sample
+  header.setUint16(34, 16, true); // bits per sample
+  write(36, "data");
+  header.setUint32(40, bytes, true);
+  return new Blob([header, ...pieces], { type: "audio/wav" });
 }

@@ -3,6 +3,7 @@
 import { ask, showError } from "./api.js";
 import { byId, element, facts, say, seconds } from "./dom.js";
 import { Player, Samples } from "./sound.js";
+import { showWave } from "./wave.js";
 
 /** The settings of the sampling in the form. Each model has some of them. */
 const CONTROLS = ["exaggeration", "cfg_weight", "temperature", "top_k"];
@@ -191,4 +192,5 @@ function show(fields, player, samples, times) {
   link.href = audio.src;
   link.download = `${fields.voice}-${fields.seed}.wav`;
   byId("result").hidden = false;
+  showWave(samples);
 }
