@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 RATE = 24_000
 #: How far the difference from upstream must be below the audio. It is due to rounding.
-_LEAST_DECIBELS = 60
+_LEAST_DECIBELS = 100
+#: The same for a stream, whose windows round differently, also for a text.
+_LEAST_DECIBELS_OF_A_STREAM = 80
 _LAST_LAYER = "tokenizer.quantizer._codebook.project_down"
 
 
@@ -238,20 +240,20 @@ def samples_of(chunks: list[Chunk]) -> NDArray[np.float32]:
 
 
 def test_a_stream_equals_the_audio(converter: Converter, voice: Conditionals) -> None:
-    ours = converter.convert(speech(3.3), RATE, voice, seed=7)
-    chunks = list(converter.stream(speech(3.3), RATE, voice, seed=7, chunk_tokens=20))
-    assert np.array_equal(samples_of(chunks), ours.samples)
+    ours = converter.convert(speech(2.1), RATE, voice, seed=7)
+    chunks = list(converter.stream(speech(2.1), RATE, voice, seed=7, chunk_tokens=20))
+    assert decibels(samples_of(chunks), ours.samples) >= _LEAST_DECIBELS_OF_A_STREAM
     assert np.concatenate([chunk.tokens for chunk in chunks]).tolist() == ours.tokens.tolist()
-    assert [chunk.index for chunk in chunks] == list(range(5))
-    assert [chunk.is_last for chunk in chunks] == [False] * 4 + [True]
+    assert [chunk.index for chunk in chunks] == [0, 1, 2]
+    assert [chunk.is_last for chunk in chunks] == [False, False, True]
     assert not any(chunk.is_truncated for chunk in chunks)
 
 
-def test_a_stream_that_looks_ahead_has_the_same_length(converter: Converter, voice: Conditionals) -> None:
-    ours = converter.convert(speech(3.3), RATE, voice, seed=7)
-    chunks = list(converter.stream(speech(3.3), RATE, voice, seed=7, look_ahead=3))
-    assert samples_of(chunks).shape == ours.samples.shape
-    assert np.concatenate([chunk.tokens for chunk in chunks]).tolist() == ours.tokens.tolist()
+def test_a_stream_that_looks_ahead_has_the_length_of_the_speech(converter: Converter, voice: Conditionals) -> None:
+    chunks = list(converter.stream(speech(2.1), RATE, voice, seed=7, look_ahead=3))
+    assert samples_of(chunks).size == 53 * 960
+    tokens = np.concatenate([chunk.tokens for chunk in chunks]).tolist()
+    assert tokens == tokens_of(converter._tokenizer, speech(2.1), RATE)
     assert chunks[-1].is_last
 
 
@@ -266,26 +268,24 @@ def test_a_stopped_stream_ends(converter: Converter, voice: Conditionals) -> Non
 def test_long_speech_is_cut_at_quiet_places(
     converter: Converter, voice: Conditionals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With parts of at most 4 s instead of 40 s, which the CPU computes sooner."""
-    monkeypatch.setattr("chatterbox_prewarm.model.conversion._PART_TOKENS", 100)
-    samples = speech(9.0)
-    pauses = (3.2, 6.0)
+    """With parts of at most 2 s instead of 40 s, which the CPU computes sooner."""
+    monkeypatch.setattr("chatterbox_prewarm.model.conversion._PART_TOKENS", 50)
+    samples, pauses = speech(4.4), (1.6, 3.0)
     for pause in pauses:
         samples[int((pause - 0.1) * RATE) : int((pause + 0.1) * RATE)] = 0
-    longer = Conditionals(  # a voice with one frame more than its tokens
-        t3=voice.t3,
-        gen={**voice.gen, "prompt_feat": torch.cat([voice.gen["prompt_feat"], voice.gen["prompt_feat"][:, -1:]], 1)},
-    )
     lengths = [part.numel() for part in converter._parts(resampled(samples, RATE, 16_000))]
-    assert sum(lengths) == 225
+    assert len(lengths) == 3
+    assert sum(lengths) == 110
     assert np.abs(np.cumsum(lengths)[:2] * 0.04 - pauses).max() < 0.1
-    for target, missing in ((voice, 0), (longer, 480)):
-        ours = converter.convert(samples, RATE, target, seed=7)
-        assert len(ours.samples) == 9 * RATE - missing
-        chunks = list(converter.stream(samples, RATE, target, seed=7, chunk_tokens=40))
-        assert np.array_equal(samples_of(chunks), ours.samples)
-        assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
-        assert [chunk.is_last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert len(converter.convert(samples, RATE, voice, seed=7).samples) == 110 * 960
+    frames = voice.gen["prompt_feat"]
+    surplus = Conditionals(t3=voice.t3, gen={**voice.gen, "prompt_feat": torch.cat([frames, frames[:, -1:]], dim=1)})
+    ours = converter.convert(samples, RATE, surplus, seed=7)
+    assert len(ours.samples) == 110 * 960 - 480, "only the first part lacks a frame, as in upstream"
+    chunks = list(converter.stream(samples, RATE, surplus, seed=7, chunk_tokens=30))
+    assert decibels(samples_of(chunks), ours.samples) >= _LEAST_DECIBELS_OF_A_STREAM
+    assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
+    assert [chunk.is_last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
 
 
 @pytest.mark.parametrize("tokens", [1, 1000, 1001, 1024, 1026, 7500])
