@@ -51,8 +51,8 @@ class SpeechTokenizer:
     Speech of more than 30 s is processed in windows that overlap by 4 s, and the middle of each overlap is the seam.
     Upstream processes all windows as one batch. Here they are processed one after the other, so memory is bounded.
 
-    Upstream adds a window if 52 to 56 s, 78 to 82 s, and so on are left, although the previous window reaches the end.
-    It then loses up to 2 s of the speech. Here the window that reaches the end is the last one.
+    If the speech has 52 to 56 s, 78 to 82 s, and so on, upstream adds a window although the previous window reaches the
+    end. It then loses up to 2 s of the speech. Here the window that reaches the end is the last one.
 
     Args:
         weights: of upstream's module; they are used in place.
