@@ -105,8 +105,8 @@ def variant_of(model: ChatterboxTTS) -> Variant:
     Raises:
         BadInputError: this project does not know the class of the model.
     """
-    if hasattr(model, "lean"):
-        lean: Model = model.lean
+    lean: Model | None = getattr(model, "lean", None)  # None in a process that only makes voices
+    if lean is not None:
         return lean.variant
     for variant in VARIANTS.values():
         if code_of(variant).is_upstream(model, variant):
