@@ -103,7 +103,7 @@ def attest(*, image: str, evidence: Path, key: Path | None, predicates: Path | N
     """Attach the evidence of a proof to an image as an OCI referrer. The image does not change.
 
     With --key, also attach two signed statements of in-toto, which admission controllers can require: the result of the
-    proof as a test result, and the provenance of the state as that of SLSA. The passphrase of an encrypted key is read
+    proof as a test result, and the provenance of the state in the form of SLSA. The passphrase of an encrypted key is read
     from CHATTERBOX_PREWARM_PASSPHRASE.
     """
     from chatterbox_prewarm.image.attest import attach_evidence, write_predicates

@@ -1,6 +1,6 @@
 """Progress on standard error: the steps of a command, with their times.
 
-On a terminal, a line shows the present step, what it does now, and its seconds. Elsewhere nothing is shown, unless
+On a terminal, a line shows the present step, its present work, and its seconds. Elsewhere nothing is shown, unless
 --progress asks for it: then each step is a line with the seconds since the command started, as logs need it.
 """
 
@@ -53,7 +53,7 @@ class Steps:
             self._start_line(step)
 
     def detail(self, text: str, passing: bool) -> None:
-        """Show what the present step does now; see `system.progress.detail`."""
+        """Show the present work of a step; see `system.progress.detail`."""
         if self.mode == "lines" and not passing:
             self._print(f"  {redact(text)}")
         elif self._bar is not None:
@@ -120,7 +120,7 @@ def start(*, progress: bool | None, debug: bool) -> None:
     show_details(_steps.detail)
     click.get_current_context().call_on_close(_steps.close)
     if progress is False:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # the client of the hub has bars of its own
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # the client of the hub shows other bars
 
 
 def unattended() -> None:
