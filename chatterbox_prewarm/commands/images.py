@@ -103,8 +103,8 @@ def attest(*, image: str, evidence: Path, key: Path | None, predicates: Path | N
     """Attach the evidence of a proof to an image as an OCI referrer. The image does not change.
 
     With --key, also attach two signed statements of in-toto, which admission controllers can require: the result of the
-    proof as a test result, and the provenance of the state in the form of SLSA. The passphrase of an encrypted key is read
-    from CHATTERBOX_PREWARM_PASSPHRASE.
+    proof as a test result, and the provenance of the state in the form of SLSA. The passphrase of an encrypted key is
+    read from CHATTERBOX_PREWARM_PASSPHRASE.
     """
     from chatterbox_prewarm.image.attest import attach_evidence, write_predicates
     from chatterbox_prewarm.image.references import parse
