@@ -37,7 +37,7 @@ def weights(checkpoint: Callable[[Variant], Path]) -> Path:
     return checkpoint(TURBO)
 
 
-@pytest.fixture(scope="module", params=["eager", "aot"])
+@pytest.fixture(scope="module", params=["eager", pytest.param("aot", marks=pytest.mark.slow)])
 def warm(request: pytest.FixtureRequest, weights: Path, shared_dir: Path) -> Path:
     """Bake a state with the built-in voice and the voice `fox`."""
     profile: str = request.param
@@ -67,6 +67,7 @@ def test_a_proof_finds_no_miss(warm: Path, weights: Path) -> None:
 @pytest.fixture(scope="module")
 def server(warm: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("serve")
+    (folder / "voices").mkdir()
     server = Server(
         folder / "log",
         *("--warm", warm, "--weights", weights, "--cache", warm.parent / "cache", "--policy", "require"),
