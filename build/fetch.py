@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from chatterbox_prewarm.errors import exit_with_code
+from chatterbox_prewarm.errors import BadInputError, exit_with_code
 from chatterbox_prewarm.weights.checkpoints import share_files
 from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, Variant, get_variant
 
@@ -30,6 +30,13 @@ def main() -> None:
         for name, place in places.items():
             synthesize(place, size=source[1], seed=0, variant=get_variant(name))
     else:
+        repositories = {get_variant(name).repository for name in names}
+        if os.environ.get("REVISION") and len(repositories) > 1:
+            raise BadInputError(
+                f"REVISION is a commit of one repository, and the variants have {len(repositories)}: "
+                f"{', '.join(sorted(repositories))}",
+                next_step="leave REVISION out, or build an image for each repository",
+            )
         _prepare_network()
         for name, place in places.items():
             _fetch(Path(source[0]) / name, place, get_variant(name))

@@ -110,10 +110,13 @@ def _verify_here(
 ) -> None:
     from chatterbox_prewarm.state.compatibility import machine_facts
     from chatterbox_prewarm.state.selection import Request, checkpoints_for, select_state
+    from chatterbox_prewarm.state.signature import check_trust_for_models
     from chatterbox_prewarm.state.verify import verify as verify_state
 
     found: list[dict[str, Any]] = []
-    for checkpoint in checkpoints_for(weights, warm, state).values():
+    checkpoints = checkpoints_for(weights, warm, state)
+    check_trust_for_models(trust, checkpoints)
+    for checkpoint in checkpoints.values():
 
         def facts(candidate: State, weights: Path = checkpoint) -> Mapping[str, str]:
             return machine_facts(weights, cache, device or candidate.manifest.reference.device)
@@ -148,15 +151,15 @@ def prove(
     """
     from chatterbox_prewarm.proof.checks import remove_older_evidence, require_passed
 
-    if evidence is not None and str(evidence) != "-":
-        check_output(evidence)
-        remove_older_evidence(evidence)
     proofs = _proofs_of_image(image, engine, variant) if image else _proofs_here(variant, here=here, **options)
     if evidence is not None and len(proofs) > 1:
         raise BadInputError(
             f"--evidence is a file for one proof, and there are {len(proofs)} models: {', '.join(proofs)}",
             next_step="prove them one by one: add --variant NAME",
         )
+    if evidence is not None and str(evidence) != "-":
+        check_output(evidence)
+        remove_older_evidence(evidence)
     results = {}
     for name, run in proofs.items():
         say(f"proving {name + ' of ' if len(proofs) > 1 else ''}{image or options['warm']} in a fresh process")

@@ -190,6 +190,7 @@ def serve(
 ) -> None:
     """Serve speech over HTTP: /v1/audio/speech, /livez, /startupz, /readyz, /metrics, and a page at /."""
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, for_devices, parse_devices, running
+    from chatterbox_prewarm.state.signature import check_trust_for_models
     from chatterbox_prewarm.weights.checkpoints import choose_checkpoints
 
     log_lines.install(log_format, process="front", level=min(logging.root.level, logging.INFO))
@@ -211,6 +212,7 @@ def serve(
         log_format=log_format,
     )
     checkpoints = choose_checkpoints(weights, variants)
+    check_trust_for_models(trust, checkpoints)
     configs = for_devices(parse_devices(device), worker, checkpoints)
     if len(checkpoints) > 1:
         from chatterbox_prewarm.serve.workers.memory import check_memory

@@ -82,8 +82,9 @@ def bake(
 
     if unknown := sorted(set(without) - set(FAMILIES)):
         raise usage_error(f"there is no cache family {unknown[0]!r}", f"choose from: {', '.join(FAMILIES)}")
+    checkpoints = checkpoints_in(weights)
     options = BakeOptions(
-        weights=weights,
+        weights=weights if len(checkpoints) > 1 else next(iter(checkpoints.values())),
         warm=warm,
         cache=cache,
         device=device,
@@ -94,7 +95,7 @@ def bake(
         families=tuple(name for name in FAMILIES if name not in without),
     )
 
-    if len(targets) > 1 or len(checkpoints_in(weights)) > 1:
+    if len(targets) > 1 or len(checkpoints) > 1:
         made = bake_several(options, targets, progress=say)
         baked = {warm / name: manifest for name, manifest in made.items()}
         text = "\n".join(f"{path}\n{_family_table(manifest)}" for path, manifest in baked.items())

@@ -23,6 +23,7 @@ from chatterbox_prewarm.system.gpu_stand_in import newest_capability
 from chatterbox_prewarm.system.gpu_targets import architecture
 from chatterbox_prewarm.system.memory import usable_memory
 from chatterbox_prewarm.system.paths import require_execution
+from chatterbox_prewarm.weights.checkpoints import checkpoints_in
 from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def _compiler(_: Request) -> Iterator[Finding]:
 
 def _weights(request: Request) -> Iterator[Finding]:
     try:
-        record = read_record(request.weights)
+        records = {path: read_record(path) for path in checkpoints_in(request.weights).values()}
     except PrewarmError as error:
         yield Finding(
             subject="weights",
@@ -209,10 +210,10 @@ def _weights(request: Request) -> Iterator[Finding]:
             error=WeightsError,
         )
         return
-    size = sum(file.size for file in record.files)
-    yield Finding(
-        subject="weights", seen=f"{record.variant}, {size / 1e9:.1f} GB of {record.repository} in {request.weights}"
-    )
+    for path, record in records.items():
+        size = sum(file.size for file in record.files)
+        seen = f"{record.variant}, {size / 1e9:.1f} GB of {record.repository} in {path}"
+        yield Finding(subject=f"weights of {record.variant}" if len(records) > 1 else "weights", seen=seen)
 
 
 def _disk(request: Request) -> Iterator[Finding]:

@@ -31,12 +31,15 @@ from chatterbox_prewarm.state.selection import states_in
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.digests import FileEntry
 from chatterbox_prewarm.version import __version__
+from chatterbox_prewarm.weights.checkpoints import checkpoints_in
 from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from cyclonedx.model.license import License
+
+    from chatterbox_prewarm.weights.record import WeightsRecord
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ def make_sbom(warm: Path, weights: Path, *, root: Path = Path("/")) -> str:
         name="chatterbox-prewarm", version=__version__, type=ComponentType.APPLICATION, bom_ref="chatterbox-prewarm"
     )
     timestamp = _timestamp()
-    parts = [*_python_packages(root), *_system_packages(root), _weights(weights), *_warm_states(warm)]
+    parts = [*_python_packages(root), *_system_packages(root), *_weights(weights), *_warm_states(warm)]
     bom = Bom(
         components=parts,
         metadata=BomMetaData(component=subject, timestamp=timestamp),  # None gives the current time
@@ -178,8 +181,14 @@ def _os_release(root: Path) -> Mapping[str, str]:
     return {name: value.strip().strip("\"'") for name, _, value in lines}
 
 
-def _weights(directory: Path) -> Component:
-    record = read_record(directory)
+def _weights(directory: Path) -> Iterator[Component]:
+    """Yield one checkpoint as "weights", or each of several as "weights/VARIANT"."""
+    found = checkpoints_in(directory)
+    for variant, path in found.items():
+        yield _checkpoint(read_record(path), f"weights/{variant}" if len(found) > 1 else "weights")
+
+
+def _checkpoint(record: WeightsRecord, reference: str) -> Component:
     owner, _, name = record.repository.rpartition("/")
     # Random or private weights have no owner and therefore no address on the model hub.
     purl = PackageURL(type="huggingface", namespace=owner, name=name, version=record.revision) if owner else None
@@ -188,8 +197,8 @@ def _weights(directory: Path) -> Component:
         version=record.revision,
         type=ComponentType.MACHINE_LEARNING_MODEL,
         purl=purl,
-        bom_ref="weights",
-        components=_files(record.files, "weights"),
+        bom_ref=reference,
+        components=_files(record.files, reference),
         properties=_properties({"set-digest": record.set_digest, "variant": record.variant}),
     )
 

@@ -18,7 +18,7 @@ from chatterbox_prewarm.image.compose import platform_of
 from chatterbox_prewarm.system.fingerprint import ABSENT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from chatterbox_prewarm.image.labels import StateLabel
     from chatterbox_prewarm.kube.documents import Document
@@ -94,15 +94,21 @@ def state_affinity(
         cluster: the cluster.
         require_product: require the product of a state, for pods that must not have a miss.
         gpu_memory_mib: memory that the GPU must have, in MiB; 0 if it is unknown.
+
+    Raises:
+        BadInputError: no type of node fits a state of each model.
     """
-    products_by_term: dict[tuple[str, str], list[str]] = defaultdict(list)
+    variants = {state.variant for state in states}
+    states_by_term: dict[tuple[str, str], list[StateLabel]] = defaultdict(list)
     for state in states:
-        product = gpu_product(state)
         on_gpu = state.device == "cuda" and cluster.feature_discovery
         capability = state.compute_capability if on_gpu else ""
-        products_by_term[_requirement(state, "arch"), capability].append(product)
+        states_by_term[_requirement(state, "arch"), capability].append(state)
     required = []
-    for (arch, capability), products in products_by_term.items():
+    for (arch, capability), found in states_by_term.items():
+        products = _products_of_all_variants(found, variants)
+        if not products:
+            continue  # a model has no state for such a node
         term = [_in("kubernetes.io/arch", platform_of(arch).partition("/")[2])] if arch else []
         # The capability of a state that was baked without a GPU does not match.
         if match := _CAPABILITY.fullmatch(capability):
@@ -115,7 +121,25 @@ def state_affinity(
                 key = f"{_resource(products[0], cluster)}.memory"
                 term.append({"key": key, "operator": "Gt", "values": [str(gpu_memory_mib - 1)]})
         required.append(term)
+    if not required:
+        raise BadInputError(
+            f"no type of node fits a state of each of the models {', '.join(sorted(variants))}",
+            next_step="bake the missing states, or render a deployment for each model from an image with one",
+        )
     return _node_affinity(required, _preferences(states, cluster) if cluster.feature_discovery else [])
+
+
+def _products_of_all_variants(states: Sequence[StateLabel], variants: Collection[str]) -> list[str]:
+    """Return the products for which each variant has one of the states; "" is any product.
+
+    A state without a product, such as one that was compiled for an architecture, is for every product.
+    """
+    products = list(dict.fromkeys(gpu_product(state) for state in states))
+    return [
+        product
+        for product in products
+        if {state.variant for state in states if gpu_product(state) in {product, ""}} >= set(variants)
+    ]
 
 
 def product_affinity(product: str, cluster: Cluster) -> Document:

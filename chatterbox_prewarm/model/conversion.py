@@ -63,8 +63,8 @@ class Converter:
     """
 
     def __init__(self, model: Model, tokenizer: SpeechTokenizer) -> None:
-        # Upstream leaves out the audio of the last token only where T3 drew it.
-        heard = replace(model.behaviour, dropped_tokens=0)
+        # Upstream leaves out the audio of the last token, and adds silence, only where T3 drew the tokens.
+        heard = replace(model.behaviour, dropped_tokens=0, silence=())
         self._synthesizer = Synthesizer(replace(model, behaviour=heard), {})
         self._tokenizer = tokenizer
 

@@ -56,6 +56,9 @@ class PrewarmedTurbo(PrewarmedChatterbox):
 
         if not issubclass(PrewarmedTurbo, ChatterboxTurboTTS):
             PrewarmedTurbo.__bases__ = (PrewarmedChatterbox, ChatterboxTurboTTS)
+            # `PrewarmedChatterbox` inherits shorter ones from upstream's English class, which comes before Turbo's.
+            PrewarmedTurbo.ENC_COND_LEN = ChatterboxTurboTTS.ENC_COND_LEN
+            PrewarmedTurbo.DEC_COND_LEN = ChatterboxTurboTTS.DEC_COND_LEN
 
     def prepare_conditionals(
         self, wav_fpath: str | Path, exaggeration: float = 0.5, norm_loudness: bool = True

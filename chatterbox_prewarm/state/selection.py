@@ -131,8 +131,8 @@ def select_state(folder: Path, facts: Facts, request: Request) -> Selection:
 
     Raises:
         IntegrityError: no state can be read or is trusted, or other users own the folder or can write it.
-        FingerprintMismatchError: the only state is for another variant; or, with `strict`, several states were compared
-            and none fits.
+        FingerprintMismatchError: all states are for other variants; or, with `strict`, several states were compared and
+            none fits.
         BadInputError: there is no state with the given name.
         OSError: the only state cannot be read.
     """
@@ -142,19 +142,7 @@ def select_state(folder: Path, facts: Facts, request: Request) -> Selection:
         _check_variant(state, facts)
         return Selection(state=state, compatibility=_compare(state, facts, request))
     refuse_changeable(folder, [folder])
-    unusable: dict[str, str] = {}
-    candidates: list[tuple[State, Compatibility]] = []
-    for name, path in states.items():
-        if path.is_symlink():
-            unusable[name] = f"{path} is a link"
-            continue
-        try:
-            state = State.read(path)
-            _check_variant(state, facts)
-        except (IntegrityError, FingerprintMismatchError) as error:
-            unusable[name] = error.message
-        else:
-            candidates.append((state, _compare(state, facts, request)))
+    candidates, unusable = _read_candidates(states, facts, request)
     candidates.sort(key=lambda candidate: candidate[1].rank)
     while candidates:
         try:
@@ -164,6 +152,36 @@ def select_state(folder: Path, facts: Facts, request: Request) -> Selection:
         else:
             break
     return _take_first(folder, candidates, unusable, request)
+
+
+def _read_candidates(
+    states: Mapping[str, Path], facts: Facts, request: Request
+) -> tuple[list[tuple[State, Compatibility]], dict[str, str]]:
+    """Read the states for the variant of the weights. Return them, and why each other one of them cannot be read.
+
+    Raises:
+        FingerprintMismatchError: all states are for other variants.
+    """
+    candidates: list[tuple[State, Compatibility]] = []
+    unusable: dict[str, str] = {}
+    foreign: list[FingerprintMismatchError] = []
+    for name, path in states.items():
+        if path.is_symlink():
+            unusable[name] = f"{path} is a link"
+            continue
+        try:
+            state = State.read(path)
+            _check_variant(state, facts)
+        except FingerprintMismatchError as error:
+            logger.info("the state %s is left out: %s", name, error.message)
+            foreign.append(error)
+        except IntegrityError as error:
+            unusable[name] = error.message
+        else:
+            candidates.append((state, _compare(state, facts, request)))
+    if foreign and not (candidates or unusable):
+        raise foreign[0]
+    return candidates, unusable
 
 
 def _check_variant(state: State, facts: Facts) -> None:

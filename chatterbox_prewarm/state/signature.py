@@ -27,7 +27,7 @@ from chatterbox_prewarm.system.digests import FileEntry, set_digest
 from chatterbox_prewarm.system.regular_files import read_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
@@ -80,6 +80,20 @@ class Trust:
             verify_signature(signature, read_public_key(self.key), root, manifest)
             passed.append(f"the manifest is signed with the key of {self.key}, signature {signature}")
         return tuple(passed)
+
+
+def check_trust_for_models(trust: Trust, models: Collection[str]) -> None:
+    """Check that trust options can hold for the states of several models.
+
+    Raises:
+        BadInputError: they name one state, by its digest or its signature.
+    """
+    if len(models) > 1 and (trust.expected_digest is not None or trust.signature is not None):
+        raise BadInputError(
+            f"--expect-digest and --signature are for one state, and there are {len(models)} models: "
+            f"{', '.join(models)}",
+            next_step="sign each state and give the key with --key, or serve the models separately with --variant",
+        )
 
 
 def default_signature(root: Path) -> Path:

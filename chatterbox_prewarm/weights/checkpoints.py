@@ -69,7 +69,7 @@ def share_files(checkpoints: Mapping[str, Path]) -> int:
     """Replace files that several checkpoints have by hard links to one file. Return the bytes that this saves.
 
     Files are equal if they hold the same tensors. The files of two variants may differ in their headers only. Then the
-    checkpoint is recorded again, because its file has another digest now.
+    checkpoint is recorded again, because its file has another digest now; its set digest stays.
 
     Args:
         checkpoints: the directory of each checkpoint by its variant, all on one file system.
@@ -91,7 +91,7 @@ def share_files(checkpoints: Mapping[str, Path]) -> int:
                 replacement.hardlink_to(other)
                 replacement.replace(path)
                 saved += entry.size
-                changed = True
+                changed = changed or hash_file(other) != entry.sha256
                 break
             else:
                 kept.append(path)
@@ -102,6 +102,7 @@ def share_files(checkpoints: Mapping[str, Path]) -> int:
                 repository=entries.repository,
                 revision=entries.revision,
                 synthetic=entries.synthetic,
+                identity=entries.set_digest,
             )
     return saved
 

@@ -42,7 +42,12 @@ class Synthetic:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsRecord:
-    """`weights.json`: the origin and the digests of a checkpoint."""
+    """`weights.json`: the origin and the digests of a checkpoint.
+
+    Attributes:
+        identity: the set digest from before files were replaced by files with the same tensors; "" if none were. States
+            and voices belong to the tensors of a checkpoint, so they stay usable.
+    """
 
     schema: int = RECORD_SCHEMA
     variant: str
@@ -50,15 +55,22 @@ class WeightsRecord:
     revision: str
     synthetic: Synthetic | None
     files: tuple[FileEntry, ...]
+    identity: str = ""
 
     @property
     def set_digest(self) -> str:
         """The digest of the whole checkpoint."""
-        return set_digest(self.files)
+        return self.identity or set_digest(self.files)
 
 
 def record(
-    directory: Path, *, variant: Variant, repository: str, revision: str, synthetic: Synthetic | None = None
+    directory: Path,
+    *,
+    variant: Variant,
+    repository: str,
+    revision: str,
+    synthetic: Synthetic | None = None,
+    identity: str = "",
 ) -> WeightsRecord:
     """Hash the files of a variant in `directory` and write `weights.json`. Also for a checkpoint of your own.
 
@@ -79,13 +91,24 @@ def record(
             _check_t3(path, files[-1].sha256, variant)
     check_vocabulary(directory, variant)
     written = WeightsRecord(
-        variant=variant.name, repository=repository, revision=revision, synthetic=synthetic, files=tuple(files)
+        variant=variant.name,
+        repository=repository,
+        revision=revision,
+        synthetic=synthetic,
+        files=tuple(files),
+        identity=identity,
     )
     try:
-        write_whole(directory / RECORD_NAME, json.dumps(asdict(written), indent=1, sort_keys=True) + "\n")
+        write_whole(directory / RECORD_NAME, json.dumps(_to_json(written), indent=1, sort_keys=True) + "\n")
     except OSError as error:
         raise from_os_error(error, f"writing {RECORD_NAME}") from error
     return written
+
+
+def _to_json(weights: WeightsRecord) -> dict[str, Any]:
+    """Return the record as JSON. Without an identity, older versions read it too."""
+    fields = asdict(weights)
+    return fields if weights.identity else {name: value for name, value in fields.items() if name != "identity"}
 
 
 def _check_t3(path: Path, digest: str, variant: Variant) -> None:

@@ -349,6 +349,17 @@ def test_a_pod_holds_a_model_of_each_variant() -> None:
     assert server_of(render_for(states[:2]))["resources"]["requests"]["memory"] == "3840Mi"
 
 
+def test_a_node_must_fit_a_state_of_each_model() -> None:
+    def turbo(label: StateLabel) -> StateLabel:
+        return replace(label, key=f"turbo-{label.key}", variant="turbo")
+
+    with_both = terms(render_for([L4, H100, turbo(H100)]))
+    assert with_both == terms(render_for([H100])), "no pod on an L4, where Turbo would run cold"
+    assert terms(render_for([L4, H100, turbo(H100), turbo(L4)])) == terms(render_for([L4, H100]))
+    with pytest.raises(BadInputError, match="no type of node fits a state of each of the models english, turbo"):
+        render_for([L4, turbo(H100)])
+
+
 def test_the_cache_has_four_times_the_size_of_the_largest_state() -> None:
     def size(**fields: Any) -> str:
         cache = pod_of(render_for([L4, replace(H100, families=())], **fields))["volumes"][0]

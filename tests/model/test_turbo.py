@@ -30,6 +30,7 @@ from chatterbox_prewarm.model.synthesis import Synthesizer, seed_everything
 from chatterbox_prewarm.model.upstream import load_upstream, variant_of
 from chatterbox_prewarm.model.variants import code_of
 from chatterbox_prewarm.model.voices import for_upstream, prepare_voice, read_builtin_voice
+from chatterbox_prewarm.start.pretrained import PrewarmedChatterbox
 from chatterbox_prewarm.start.pretrained_turbo import PrewarmedTurbo
 from chatterbox_prewarm.weights.record import record
 from chatterbox_prewarm.weights.variants import ENGLISH, NANO, TURBO, Variant
@@ -415,3 +416,12 @@ def test_the_python_class_is_upstreams_and_speaks_with_the_regions(
     normal = model.conds.gen["prompt_feat"]
     model.generate("Hello.", audio_prompt_path=quiet, norm_loudness=False)
     assert not torch.equal(normal, model.conds.gen["prompt_feat"])
+
+
+def test_the_python_class_uses_as_much_of_a_clip_as_upstreams_class() -> None:
+    from chatterbox.tts_turbo import ChatterboxTurboTTS
+
+    PrewarmedTurbo._inherit()
+    for name in ("ENC_COND_LEN", "DEC_COND_LEN"):
+        assert getattr(PrewarmedTurbo, name) == getattr(ChatterboxTurboTTS, name)
+    assert ChatterboxTurboTTS.ENC_COND_LEN > PrewarmedChatterbox.ENC_COND_LEN, "those of the English class are shorter"

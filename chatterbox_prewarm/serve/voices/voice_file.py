@@ -1,7 +1,7 @@
 """The file of an added voice: its conditionals for each model of the server, as safetensors, with their origin.
 
-The tensors of a model are named `VARIANT/t3.NAME` and `VARIANT/gen.NAME`. Files of schema 1 have one model, and no
-variant in the names of the tensors.
+The tensors of a model are named `VARIANT/t3.NAME` and `VARIANT/gen.NAME` in schema 2. A file for one model has
+schema 1, and no variant in the names of the tensors.
 
 Every check that does not need torch is here. The front runs it before it lists a voice, and a worker before it loads
 one: another version of this package may have written the file, for another checkpoint, or anyone with access.
@@ -57,11 +57,14 @@ def make_metadata(weights: Mapping[str, str], *, clip_sha256: str) -> dict[str, 
         weights: set digest of the checkpoint by the variant of each model.
         clip_sha256: SHA-256 of the WAV file that the conditionals were computed from, in hexadecimal.
     """
+    origin = {"created": str(int(time.time())), "clip_sha256": clip_sha256}  # seconds since the epoch
+    if len(weights) == 1:  # replicas of an older version, which have one model, read this
+        ((variant, digest),) = weights.items()
+        return {**origin, "schema": "1", "variant": variant, "weights": digest}
     return {
-        **{f"{_WEIGHTS}{variant}": digest for variant, digest in weights.items()},
-        "created": str(int(time.time())),  # seconds since the epoch
-        "clip_sha256": clip_sha256,
+        **origin,
         "schema": str(SCHEMA),
+        **{f"{_WEIGHTS}{variant}": digest for variant, digest in weights.items()},
     }
 
 

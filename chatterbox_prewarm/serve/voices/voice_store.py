@@ -126,6 +126,11 @@ class VoiceStore:
         if model in entry.models:
             return entry.digest
         if entry.baked:
+            # A model without such a baked voice uses an added voice of this name.
+            with contextlib.suppress(UnknownVoiceError):
+                added = self._added(name)
+                if model in added.models:
+                    return added.digest
             raise UnusableVoiceError(
                 f"the voice {name!r} is baked for the model {', '.join(entry.models)}, and not for {model!r}",
                 next_step="choose another voice or model, or bake the voice into the state of this model, too",
@@ -211,7 +216,7 @@ class VoiceStore:
             UnknownVoiceError, BadInputError: as for `get`.
         """
         check_voice_name(name)
-        if self._is_baked(name):
+        if self._is_baked(name) and not (self._is_partly_baked(name) and os.path.lexists(self._path(name))):
             raise VoiceError(
                 f"the voice {name!r} is baked into this server and cannot be deleted",
                 next_step="bake the state without it",
@@ -232,6 +237,10 @@ class VoiceStore:
 
     def _is_baked(self, name: str) -> bool:
         return name == DEFAULT_VOICE or any(name in voices for voices in self.baked.values())
+
+    def _is_partly_baked(self, name: str) -> bool:
+        """Return whether a model has no baked voice of this name, so that it uses an added one."""
+        return name != DEFAULT_VOICE and not all(name in voices for voices in self.baked.values())
 
     def _baked_entry(self, name: str) -> VoiceEntry:
         sizes = {model: voices.get(name, 0) for model, voices in self.baked.items()}

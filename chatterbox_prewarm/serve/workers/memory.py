@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
 
-#: Bytes of a worker besides the weights. On a CPU the workers have 0.35 to 0.7 GB of their own, and share 0.3 GB of
-#: libraries. On a GPU it is the CUDA context, and what torch allocates for a synthesis.
+#: Bytes of a worker process besides the weights. On a CPU the workers have 0.35 to 0.7 GB of their own, and share
+#: 0.3 GB of libraries.
 _WORKER_BYTES = 1 << 30
+#: Bytes of a worker on its GPU besides the weights: about 1 GiB for the CUDA context, and 1 GiB for the KV cache
+#: (0.6 GiB for English in float32), the voices of Turbo (0.3 GiB), and what a synthesis allocates.
+_GPU_BYTES = 2 << 30
 
 
 def check_memory(configs: Sequence[WorkerConfig]) -> None:
@@ -31,12 +34,14 @@ def check_memory(configs: Sequence[WorkerConfig]) -> None:
         WeightsError, OSError: as `MappedWeights`.
     """
     sizes = {config.model: _tensor_files(config) for config in configs}
-    # Files of two models may be hard links to one file. On a CPU all workers share its pages.
-    shared = {file: size for files in sizes.values() for file, size in files.items()}
+    # Files of two models may be hard links to one file, and all workers on the CPU share its pages. A worker on a GPU
+    # copies the weights there, and the kernel may drop its pages.
+    on_cpu = [config for config in configs if not config.device.startswith("cuda")]
+    shared = {file: size for config in on_cpu for file, size in sizes[config.model].items()}
     _compare(sum(shared.values()) + len(configs) * _WORKER_BYTES, usable_memory(), "this container", configs)
     for device in dict.fromkeys(config.device for config in configs if config.device.startswith("cuda")):
         on_device = [config for config in configs if config.device == device]
-        needed = sum(sum(sizes[config.model].values()) + _WORKER_BYTES for config in on_device)
+        needed = sum(sum(sizes[config.model].values()) + _GPU_BYTES for config in on_device)
         free = free_gpu_memory(int(device.partition(":")[2] or 0))
         if free is not None:
             _compare(needed, free, f"the GPU {device}", on_device)

@@ -128,7 +128,7 @@ def voice_bytes(voices: Mapping[str, Conditionals], weights: Mapping[str, str], 
     from chatterbox_prewarm.families.conditionals import voice_tensors
 
     tensors = {
-        f"{variant}/{name}": tensor
+        f"{variant}/{name}" if len(voices) > 1 else name: tensor
         for variant, voice in voices.items()
         for name, tensor in voice_tensors(voice).items()
     }

@@ -12,6 +12,7 @@ from chatterbox_prewarm.errors import EngineError, WeightsError
 from chatterbox_prewarm.image import doctor
 from chatterbox_prewarm.image.doctor import USES, Finding, gpu_problem, require
 from chatterbox_prewarm.system.memory import usable_memory
+from chatterbox_prewarm.weights.record import RECORD_NAME
 from tests.conftest import run_cli
 from tests.helpers.states import record_weights
 
@@ -43,6 +44,16 @@ def test_a_machine_with_all_parts_but_an_engine_can_bake_and_serve(weights: Path
     assert found["works"] == {"bake": True, "serve": True, "build": False}
     assert found["container engine docker"]["blocks"] == ["build"]
     assert not (weights.parent / "cache").exists(), "it changes nothing"
+
+
+def test_a_machine_with_several_checkpoints_can_serve_them(tmp_path: Path) -> None:
+    for variant in ("english", "multilingual"):
+        (tmp_path / "weights" / variant).mkdir(parents=True)
+        record_weights(tmp_path / "weights" / variant)
+        path = tmp_path / "weights" / variant / RECORD_NAME
+        path.write_text(json.dumps({**json.loads(path.read_text()), "variant": variant}))
+    found = _examine(tmp_path, "--for", "serve", "--device", "cpu")
+    assert {"weights of english", "weights of multilingual"} <= found.keys()
 
 
 def test_the_exit_code_is_of_what_was_asked_for(weights: Path, tmp_path: Path) -> None:

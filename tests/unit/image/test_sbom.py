@@ -130,6 +130,19 @@ def test_every_file_of_weights_and_state_is_listed_with_its_digest(tmp_path: Pat
     assert properties["io.chatterbox-prewarm:base-image"] == PROVENANCE.base_image
 
 
+def test_each_of_several_checkpoints_is_listed(tmp_path: Path, image: Path) -> None:
+    record = json.loads((tmp_path / "weights" / RECORD_NAME).read_text())
+    (tmp_path / "weights" / RECORD_NAME).unlink()
+    for variant in ("english", "turbo"):
+        (tmp_path / "weights" / variant).mkdir()
+        (tmp_path / "weights" / variant / RECORD_NAME).write_text(json.dumps({**record, "variant": variant}))
+    found = components(make(tmp_path, image))
+    for variant in ("english", "turbo"):
+        assert found[f"weights/{variant}/ve.safetensors"]["hashes"][0]["content"] == "6" * 64
+        properties = {entry["name"]: entry["value"] for entry in found[f"weights/{variant}"]["properties"]}
+        assert properties["io.chatterbox-prewarm:variant"] == variant
+
+
 def test_weights_without_an_owner_have_no_purl(tmp_path: Path, image: Path) -> None:
     write_record(tmp_path / "weights", "own", "unversioned")
     weights = components(make(tmp_path, image))["weights"]

@@ -136,7 +136,7 @@ def test_models_that_do_not_fit_together_are_refused(
     monkeypatch.setattr(memory, "usable_memory", lambda: available["memory"])
     monkeypatch.setattr(memory, "free_gpu_memory", lambda number: available["gpu"] if number == 1 else 0)
     check_memory(configs)
-    worker = memory._WORKER_BYTES
+    worker, on_gpu = memory._WORKER_BYTES, memory._GPU_BYTES
     # On the CPU the shared file counts once; the file's tensors that a synthesis does not use do not count.
     enough = 4 * worker + 3_000_000
     available["memory"] = enough + 30_000
@@ -147,8 +147,8 @@ def test_models_that_do_not_fit_together_are_refused(
     ):
         check_memory(configs)
     # On the GPU each model has its own tensors.
-    available |= {"memory": 1 << 40, "gpu": 2 * worker + 4_000_000 + 30_000}
+    available |= {"memory": 1 << 40, "gpu": 2 * on_gpu + 4_000_000 + 30_000}
     check_memory(configs)
     available["gpu"] -= 60_000
-    with pytest.raises(BadInputError, match=r"the GPU cuda:1 has 2\.2 GB"):
+    with pytest.raises(BadInputError, match=r"the GPU cuda:1 has 4\.3 GB"):
         check_memory(configs)

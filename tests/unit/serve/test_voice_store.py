@@ -18,7 +18,7 @@ from safetensors.numpy import load
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.serve.voices.voice_errors import UnknownVoiceError, UnusableVoiceError, VoiceError
-from chatterbox_prewarm.serve.voices.voice_file import MAX_BYTES, digest_of
+from chatterbox_prewarm.serve.voices.voice_file import MAX_BYTES, digest_of, make_metadata
 from chatterbox_prewarm.serve.voices.voice_store import VoiceEntry, VoiceStore
 from tests.helpers.added_voices import VARIANT, WEIGHTS, tensors, voice, voice_of_schema_1
 
@@ -385,6 +385,27 @@ def test_a_voice_speaks_with_the_models_that_it_was_made_for(tmp_path: Path) -> 
     with pytest.raises(UnusableVoiceError, match="the model multilingual cannot use the voice"):
         store.add("half", voice(models={"english": "e"}))
     assert not (tmp_path / "half.safetensors").exists()
+
+
+def test_an_added_voice_stays_usable_for_a_model_that_has_no_baked_voice_of_its_name(tmp_path: Path) -> None:
+    store = VoiceStore(tmp_path, {"english": "e", "multilingual": "m"})
+    (tmp_path / "fox.safetensors").write_bytes(voice(models={"english": "e"}))
+    store.baked = {"english": {"default": 1}, "multilingual": {"default": 1, "fox": 2}}
+    assert store.resolve("fox", "multilingual") == ("fox", None)
+    assert store.resolve("fox", "english")[1] is not None
+    store.delete("fox")
+    assert not (tmp_path / "fox.safetensors").exists()
+    with refused("voice_is_baked", 403):
+        store.delete("fox")
+    with pytest.raises(UnusableVoiceError, match="baked for the model multilingual"):
+        store.resolve("fox", "english")
+
+
+def test_the_file_of_a_voice_for_one_model_can_be_read_by_older_versions() -> None:
+    one = make_metadata({"english": "e"}, clip_sha256="a" * 64)
+    assert (one["schema"], one["variant"], one["weights"]) == ("1", "english", "e")
+    two = make_metadata({"english": "e", "multilingual": "m"}, clip_sha256="a" * 64)
+    assert (two["schema"], two["weights:multilingual"]) == ("2", "m")
 
 
 def test_other_files_in_the_directory_are_ignored(store: VoiceStore, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from chatterbox_prewarm.errors import BadInputError, IntegrityError
 from chatterbox_prewarm.state.keys import read_public_key
-from chatterbox_prewarm.state.signature import Trust, check_same_state, verify_signature
+from chatterbox_prewarm.state.signature import Trust, check_same_state, check_trust_for_models, verify_signature
 from chatterbox_prewarm.state.signing import sign
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.state.verify import verify
@@ -27,7 +28,6 @@ from tests.helpers.states import make_state, record_weights, rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 
 # ---- the signed content
@@ -348,3 +348,13 @@ def test_a_signature_may_be_a_link_but_not_a_pipe(signed: SignedState) -> None:
     os.mkfifo(pipe)
     with pytest.raises(IntegrityError, match="cannot be read: it is a pipe and not a regular file"):
         signed.check(key=signed.public, signature=pipe)
+
+
+@pytest.mark.parametrize(
+    "trust", [Trust(expected_digest="sha256:" + "0" * 64), Trust(key=Path("k"), signature=Path("s"))]
+)
+def test_options_for_one_state_are_refused_for_several_models(trust: Trust) -> None:
+    check_trust_for_models(trust, ["english"])
+    check_trust_for_models(Trust(key=Path("k")), ["english", "multilingual"])
+    with pytest.raises(BadInputError, match="are for one state, and there are 2 models: english, multilingual"):
+        check_trust_for_models(trust, ["english", "multilingual"])

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from chatterbox_prewarm.errors import BadInputError, WeightsError
 from chatterbox_prewarm.weights.checkpoints import checkpoints_in, choose_checkpoints, share_files
-from chatterbox_prewarm.weights.record import RECORD_NAME, record, verify
+from chatterbox_prewarm.weights.record import RECORD_NAME, read_record, record, verify
 from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL, get_variant
 from tests.helpers.states import record_weights
 
@@ -99,13 +99,16 @@ def test_checkpoints_share_the_files_with_equal_tensors(tmp_path: Path, header: 
     same = {"flow.x": np.arange(1000, dtype=np.float32)}
     english = checkpoint(tmp_path / "english", "english", header="here", tensors=same)
     multilingual = checkpoint(tmp_path / "multilingual", "multilingual", header=header, tensors=same)
+    before = read_record(multilingual)
     saved = share_files({"english": english, "multilingual": multilingual})
     for name in ("s3gen.safetensors", "ve.safetensors", "conds.pt"):
         assert (english / name).samefile(multilingual / name)
     assert saved >= 4000
     assert not (english / ENGLISH.t3).samefile(multilingual / MULTILINGUAL.t3)
-    assert verify(multilingual).variant == "multilingual"
     assert verify(english).variant == "english"
+    after = verify(multilingual)
+    assert after.set_digest == before.set_digest, "states and voices of the checkpoint stay usable"
+    assert (after.files == before.files) == (header == "here")
     assert not list(multilingual.glob(".*"))
     assert share_files({"english": english, "multilingual": multilingual}) == 0
 
