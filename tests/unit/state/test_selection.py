@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tarfile
 from typing import TYPE_CHECKING, Any
 
@@ -255,6 +256,7 @@ def test_a_state_for_another_variant_is_never_used(warm: Path) -> None:
         with pytest.raises(FingerprintMismatchError, match="is for the model variant multilingual"):
             select(only, {**H100, "variant": "english"}, **({"name": "h100"} if only == warm else {}))
     rewrite(warm / "l4", lambda raw: raw.update(variant="multilingual"))
+    shutil.rmtree(warm / "incomplete")
     with pytest.raises(FingerprintMismatchError, match="is for the model variant multilingual"):
         select(warm, {**H100, "variant": "english"})
 
