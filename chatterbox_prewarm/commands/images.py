@@ -103,8 +103,9 @@ def attest(*, image: str, evidence: Path, key: Path | None, predicates: Path | N
     """Attach the evidence of a proof to an image as an OCI referrer. The image does not change.
 
     With --key, also attach two signed statements of in-toto, which admission controllers can require: the result of the
-    proof as a test result, and the provenance of the state in the form of SLSA. The passphrase of an encrypted key is
-    read from CHATTERBOX_PREWARM_PASSPHRASE.
+    proof as a test result, and the provenance of the state in the form of SLSA. Then IMAGE must be a digest,
+    NAME@sha256:..., because a tag can move after the proof. The passphrase of an encrypted key is read from
+    CHATTERBOX_PREWARM_PASSPHRASE.
     """
     from chatterbox_prewarm.image.attest import attach_evidence, write_predicates
     from chatterbox_prewarm.image.references import parse
@@ -150,7 +151,7 @@ def publish(
 
     For a Kubernetes Job. It runs in an image of the stage `tools`; the base of the matrix is an image of the stage
     `cold`. With --prove-only, it runs in an image that has a state, proves that state on this node, and attaches the
-    evidence to the image in the registry.
+    evidence to the image in the registry. With --prove-only and --key, IMAGE must be a digest.
     """
     from chatterbox_prewarm.image import matrix as matrices
     from chatterbox_prewarm.image import publish as publishing

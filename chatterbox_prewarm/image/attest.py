@@ -25,6 +25,7 @@ from chatterbox_prewarm.image.oci import (
     image_manifest,
     read_image_layers,
 )
+from chatterbox_prewarm.image.references import is_digest
 from chatterbox_prewarm.image.referrers import EVIDENCE_TYPE, add_referrer, read_bundles, referrers_tag
 from chatterbox_prewarm.image.statements import (
     PROVENANCE,
@@ -58,7 +59,7 @@ def attach_evidence(store: Store, reference: str, evidence: Path, *, key: Ellipt
 
     Args:
         store: has the image.
-        reference: tag or digest of the image.
+        reference: tag or digest of the image; with a key, the digest. See `check_pinned`.
         evidence: the file that `prove` wrote.
         key: signs the statements; None attaches only the evidence.
 
@@ -66,13 +67,15 @@ def attach_evidence(store: Store, reference: str, evidence: Path, *, key: Ellipt
         the digest of the referrer with the evidence.
 
     Raises:
-        BadInputError: the file is not evidence, or the store is read-only.
+        BadInputError: the file is not evidence, the store is read-only, or there is a key and no digest.
         NotWarmError: the proof did not pass.
         IntegrityError: the proof is for a state that the image does not have.
         EngineError: the image cannot be read, or the store cannot be written.
     """
     raw = _read_evidence(evidence)
     subject, image = read_subject(store, reference)
+    if key is not None:
+        check_pinned(reference, subject.digest)
     set_digest = json.loads(raw)["set_digest"]
     if set_digest not in {state.set_digest for state in read_states(image.labels)}:
         raise IntegrityError(
@@ -85,6 +88,28 @@ def attach_evidence(store: Store, reference: str, evidence: Path, *, key: Ellipt
         payloads = [dump(make_statement(about, kind, predicate)) for kind, predicate in predicates.items()]
         _attach_signed(store, subject, payloads, key)
     return _attach(store, subject, raw, EVIDENCE_TYPE).digest
+
+
+def check_pinned(reference: str, digest: str) -> None:
+    """Check that an image that gets signed statements is named by its digest.
+
+    The evidence names the state, and not the image. Anyone who may write to the registry can move the tag to another
+    image with the same state and another layer. A statement about that image would be wrong.
+
+    Args:
+        reference: the name of the image in its store.
+        digest: the digest that the name has now.
+
+    Raises:
+        BadInputError: it is a tag; the message has its digest.
+    """
+    if not is_digest(reference):
+        raise BadInputError(
+            f"with a key, name the image by its digest: the tag {reference!r} can move after the proof, "
+            f"and has the digest {digest} now",
+            next_step="compare this digest with the one that the push of the proven image printed, and if they are "
+            f"equal, write @{digest} instead of the tag",
+        )
 
 
 def make_predicates(store: Store, image: Image, evidence: bytes) -> dict[str, dict[str, Any]]:
@@ -131,13 +156,15 @@ def _read_evidence(evidence: Path) -> bytes:
         raw = read_regular(evidence, follow_links=True)
         parsed = json.loads(raw)
         passed, set_digest = parsed["passed"], parsed["set_digest"]
+        failed = [str(check["name"]) for check in parsed["checks"] if check["passed"] is not True]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise BadInputError(
             f"{evidence} is not evidence: {error!r}", next_step="write it with `prove --image IMAGE --evidence FILE`"
         ) from error
-    if passed is not True or not isinstance(set_digest, str):
+    if passed is not True or failed or not isinstance(set_digest, str):
+        names = f": {', '.join(failed)}" if failed else ""
         raise NotWarmError(
-            f"{evidence} is of a proof that did not pass", next_step="see its failed checks, and bake again"
+            f"{evidence} is of a proof that did not pass{names}", next_step="see its failed checks, and bake again"
         )
     return raw
 

@@ -15,7 +15,7 @@ from chatterbox_prewarm.bake.bake import bake
 from chatterbox_prewarm.bake.options import BakeOptions
 from chatterbox_prewarm.errors import BadInputError, EngineError, FingerprintMismatchError, IntegrityError
 from chatterbox_prewarm.image.append import AppendOptions, TagMovedError, append, check_tag
-from chatterbox_prewarm.image.attest import attach_evidence, read_subject
+from chatterbox_prewarm.image.attest import attach_evidence, check_pinned, read_subject
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import STATES, read_states, state_label
 from chatterbox_prewarm.image.node_fit import image_setting
@@ -153,7 +153,7 @@ def prove_image(image: str, options: PublishOptions, *, name: str | None = None)
         the digest of the manifest with the evidence, for each state.
 
     Raises:
-        BadInputError: an archive cannot have evidence.
+        BadInputError: an archive cannot have evidence, or there is a key and `image` is not named by its digest.
         IntegrityError: the image has other states.
         NotWarmError: a proof did not pass; nothing was sent for it.
         PrewarmError: see `prove_here` and `attach_evidence`.
@@ -163,6 +163,8 @@ def prove_image(image: str, options: PublishOptions, *, name: str | None = None)
         raise BadInputError(f"{image} is an archive, which cannot have evidence", next_step="name it in a registry")
     with open_store(reference, insecure=options.insecure) as (store, target):
         subject, found = read_subject(store, target)
+        if options.key is not None:
+            check_pinned(target, subject.digest)
     _check_has_states(image, found, options.warm)
     device = image_setting(found, "DEVICE")
     attached = []

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EVIDENCE_TYPE = "application/vnd.chatterbox-prewarm.evidence.v1+json"
+#: Errors of a referrer that is malformed, or listed but missing. Anyone who may write to the registry can attach one.
+_UNREADABLE = (EngineError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def referrers_tag(digest: str) -> str:
@@ -162,24 +164,27 @@ def read_attestations(store: Store, digest: str, key: EllipticCurvePublicKey) ->
 def read_bundles(store: Store, digest: str) -> Iterator[tuple[str, Bundle]]:
     """Yield the digest and the content of each bundle that is attached to an image, without verifying it.
 
+    A bundle that cannot be read is logged and left out.
+
     Raises:
-        EngineError: the store cannot be read.
+        EngineError: the list of the referrers cannot be read.
     """
     for entry in list_referrers(store, digest, BUNDLE_TYPE):
         try:
-            yield entry["digest"], Bundle.parse(_read_layer(store, entry["digest"]))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            logger.warning("the manifest %s has no bundle that this version can read: %r", entry["digest"], error)
+            bundle = Bundle.parse(_read_layer(store, entry["digest"]))
+        except _UNREADABLE as error:
+            logger.warning("the bundle in the manifest %s cannot be read: %r", entry["digest"], error)
+        else:
+            yield entry["digest"], bundle
 
 
 def _proven_state(store: Store, digest: str) -> str:
     """Return the key of the state that evidence is for, or "" if it is unknown or its proof did not pass."""
-    raw = _read_layer(store, digest)
     try:
-        evidence = json.loads(raw)
+        evidence = json.loads(_read_layer(store, digest))
         return str(evidence["observed"]["metrics"]["state"]) if evidence["passed"] is True else ""
-    except (ValueError, LookupError, TypeError) as error:
-        logger.warning("the manifest %s has no evidence that this version can read: %r", digest, error)
+    except _UNREADABLE as error:
+        logger.warning("the evidence in the manifest %s cannot be read: %r", digest, error)
         return ""
 
 

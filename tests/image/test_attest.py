@@ -85,7 +85,15 @@ def node(tmp_path: Path) -> Path:
     return path
 
 
+def _pinned(image: str) -> str:
+    """Return the image by its digest instead of its tag."""
+    with open_store(parse(image)) as (store, name):
+        return str(parse(image).at(store.read_manifest(name).digest))
+
+
 def _attest(image: str, evidence: Path, *arguments: str | Path) -> None:
+    if "--key" in arguments:
+        image = _pinned(image)
     attached = run_cli("attest", "--image", image, "--evidence", evidence, *arguments)
     assert attached.returncode == 0, attached.stderr
 
