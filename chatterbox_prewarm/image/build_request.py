@@ -125,12 +125,15 @@ class BuildRequest:
         recipe = self.recipe()
         names = ["device", "profile", "t3_dtype", *(() if self.targets else ("levels",))]
         words = [word for name in names for word in (f"--{name.replace('_', '-')}", recipe[name])]
-        return ["bake", *words, *(word for target in self.targets for word in ("--target", target))]
+        # A container has no terminal, so the bake would be silent. Its lines are shown as details of this build's step.
+        return ["--progress", "bake", *words, *(word for target in self.targets for word in ("--target", target))]
 
     def rebake_hint(self) -> str:
-        """Say how to replace a state that failed its proof: the next build would reuse it."""
+        """Say how to replace a state that failed its proof: the next build reuses the state of one model."""
         # The bake step of the Dockerfile has no other input that a user would change.
         cached = "empty the builder's cache, which contains the bake, and " if self.route == "dockerfile" else ""
+        if self.several_states:
+            return f"{cached}build again on this kind of machine"
         return f"{cached}build with --rebake on this kind of machine, because a build reuses {self.warm} otherwise"
 
     def build_arguments(self, stage: str, tag: str) -> list[str]:
@@ -285,9 +288,9 @@ def describe_plan(request: BuildRequest, engine: Engine) -> list[str]:
         f"engine: {engine.info.name} {engine.info.version}, GPUs through {engine.info.gpu or 'nothing'}",
         f"selected route: {request.route}",
         command("cold"),
-        "state: a new bake"
-        if request.rebake or request.targets
-        else f"state: {request.warm}, if it has the same recipe and fits the image; otherwise a new bake",
+        f"state: {request.warm}, if it has the same recipe and fits the image; otherwise a new bake"
+        if request.may_reuse
+        else "state: a new bake",
         *bake,
         "pack: load the state on top, as an image layer",
         "no proof, which needs the GPU" if request.targets else _PROOF_STEP,

@@ -11,16 +11,21 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from chatterbox_prewarm.image.build_request import BuildRequest
 from tests.conftest import ROOT, run_cli
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+MODELS = ("--build-arg", "VARIANT=english,multilingual")
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
@@ -134,6 +139,48 @@ def test_only_the_classic_builder_gives_a_step_a_gpu(tmp_path: Path) -> None:
     ]
     assert "DOCKER_BUILDKIT=0" in built
     assert "--file=-" in built
+
+
+def test_the_bake_in_a_container_shows_its_steps(tmp_path: Path) -> None:
+    """It has no terminal, so it shows them only with an option, which stands before the command."""
+    with engine_of("28.2.2", "1.50", tmp_path) as address:
+        shown = build(address, tmp_path, "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    assert "in a container of that image: --progress bake --device cpu" in shown.stdout
+
+
+@pytest.mark.parametrize(("more", "reused"), [((), True), (("--rebake",), False), (MODELS, False)])
+def test_the_plan_promises_a_stored_state_only_where_the_build_can_reuse_it(
+    more: tuple[str, ...], reused: bool, tmp_path: Path
+) -> None:
+    with engine_of("28.2.2", "1.50", tmp_path) as address:
+        shown = build(address, tmp_path, "--dry-run", *more)
+    assert shown.returncode == 0, shown.stderr
+    assert ("if it has the same recipe" in shown.stdout) is reused
+    assert ("state: a new bake" in shown.stdout) is not reused
+
+
+def test_only_a_state_that_the_next_build_reuses_needs_rebake() -> None:
+    request = BuildRequest(
+        checkout=ROOT,
+        tag="speech:1",
+        warm=ROOT / "out" / "warm",
+        device="cpu",
+        route="export",
+        builder="buildkit",
+        profile="aot",
+        t3_dtype="float32",
+        levels="1",
+        voices={},
+        arguments={},
+        secrets=(),
+        network="default",
+        replacing=False,
+        rebake=True,
+    )
+    assert "--rebake" in request.rebake_hint()
+    several = replace(request, arguments={"VARIANT": "english,multilingual"})
+    assert several.rebake_hint() == "build again on this kind of machine"
 
 
 def test_an_image_for_the_profile_compiled_needs_all_packages(tmp_path: Path) -> None:
