@@ -111,13 +111,14 @@ def build(
         raise click.UsageError("Missing option '--tag'.")
     exit_on_sigterm()
     with contextlib.closing(connect(engine_name)) as engine:
-        if dry_run:
-            click.echo("\n".join(describe_routes(requests[0], engine)))
+        routes = describe_routes(requests[0], engine) if dry_run else []
+        if routes and not wants_json():
+            show("\n".join(routes), {})  # also if the request is refused
         for each in requests:  # before anything slow
             check_request(each, engine)
         if dry_run:
-            for each in requests:
-                click.echo("\n".join(describe_plan(each, engine)))
+            plans = [{"tag": each.tag, "steps": describe_plan(each, engine)} for each in requests]
+            show("\n".join(line for plan in plans for line in plan["steps"]), {"routes": routes, "plans": plans})
             return
         outputs = [evidence or default_evidence(each.warm) for each in requests]
         for output in outputs:

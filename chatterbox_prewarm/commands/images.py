@@ -28,7 +28,10 @@ from chatterbox_prewarm.image.matrix import MATRIX_NAME
 from chatterbox_prewarm.system.paths import WARM
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from chatterbox_prewarm.image.append import AppendResult
+    from chatterbox_prewarm.image.matrix import Bake
 
 #: Where `publish` writes the new state in its container.
 _NEW_STATE = Path("/tmp/warm")  # noqa: S108
@@ -169,17 +172,20 @@ def publish(
         raise click.UsageError("--state needs --prove-only.")
     found = matrices.read_matrix(matrix)
     if listing:
-        for number, bake in enumerate(found.bakes):
-            voices = ", ".join(bake.voices) or "no added voices"
-            click.echo(f"{number}: {bake.title}, {voices}")
+        _show_bakes(found.bakes)
         return
     if index is None or index >= len(found.bakes):
         raise usage_error(f"{matrix} has {len(found.bakes)} bakes, but --index is {index}", "see publish --list")
     exit_on_sigterm()
     options = publishing.PublishOptions(warm=warm or _NEW_STATE, say=say, **places)
     made = publishing.publish(found.bakes[index], found.base, found.target, options)
-    if made is not None:
-        _print_result(found.target, made)
+    _print_result(found.target, made)
+
+
+def _show_bakes(bakes: Sequence[Bake]) -> None:
+    lines = [f"{n}: {bake.title}, {', '.join(bake.voices) or 'no added voices'}" for n, bake in enumerate(bakes)]
+    listed = [{"index": n, "title": bake.title, "voices": list(bake.voices)} for n, bake in enumerate(bakes)]
+    show("\n".join(lines), {"bakes": listed})
 
 
 def _print_result(image: object, made: AppendResult) -> None:

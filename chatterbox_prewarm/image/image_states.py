@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
+    from chatterbox_prewarm.image.engines.engine import Engine
     from chatterbox_prewarm.image.oci import Descriptor, Image, Store
     from chatterbox_prewarm.image.references import ImageReference
     from chatterbox_prewarm.image.referrers import Attestations
@@ -153,9 +154,17 @@ def _from_engine(reference: ImageReference) -> Image | None:
             image = engine.image(name)
             if not _lacks_labels(image):
                 return image
-            _, manifest = engine.run(ContainerRun(image=name, command=["inspect", "--json"]))
-            return _labelled(image, [parse_manifest(manifest.encode(), source=f"the manifest in {name}")])
+            return _labelled(image, _inspect(engine, name))
     return None
+
+
+def _inspect(engine: Engine, name: str, state: str | None = None) -> list[Manifest]:
+    """Read the manifests of the states in an image by running it. Of several states, it lists only the names."""
+    command = ["inspect", "--json", *(() if state is None else ("--state", state))]
+    _, output = engine.run(ContainerRun(image=name, command=command))
+    if state is None and (several := json.loads(output).get("states")):
+        return [manifest for each in several for manifest in _inspect(engine, name, each)]
+    return [parse_manifest(output.encode(), source=f"the manifest in {name}")]
 
 
 def _lacks_labels(image: Image) -> bool:

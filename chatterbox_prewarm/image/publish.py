@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.bake.bake import bake
 from chatterbox_prewarm.bake.options import BakeOptions
 from chatterbox_prewarm.errors import BadInputError, EngineError, FingerprintMismatchError, IntegrityError
-from chatterbox_prewarm.image.append import AppendOptions, TagMovedError, append, check_tag
+from chatterbox_prewarm.image.append import AppendOptions, AppendResult, TagMovedError, append, check_tag
 from chatterbox_prewarm.image.attest import attach_evidence, check_pinned, read_subject
 from chatterbox_prewarm.image.compose import resolve
 from chatterbox_prewarm.image.labels import STATES, read_states, state_label
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-    from chatterbox_prewarm.image.append import AppendResult
     from chatterbox_prewarm.image.labels import StateLabel
     from chatterbox_prewarm.image.matrix import Bake
     from chatterbox_prewarm.image.oci import Image, Store
@@ -74,7 +73,7 @@ class PublishOptions:
     say: Callable[[str], None] = logger.info
 
 
-def publish(planned: Bake, base: str, target: str, options: PublishOptions) -> AppendResult | None:
+def publish(planned: Bake, base: str, target: str, options: PublishOptions) -> AppendResult:
     """Bake on this node, prove the state, add it to an image, and attach the evidence.
 
     The state is added to `target` if that exists, and to `base` otherwise. So the states of several GPU types
@@ -87,7 +86,7 @@ def publish(planned: Bake, base: str, target: str, options: PublishOptions) -> A
         options: see `PublishOptions`.
 
     Returns:
-        the blobs and bytes that were sent, or None if the image had the state already.
+        the image with the blobs and bytes that were sent; none of them if the image had the state already.
 
     Raises:
         FingerprintMismatchError: this node has another GPU.
@@ -112,10 +111,7 @@ def publish(planned: Bake, base: str, target: str, options: PublishOptions) -> A
     evidence = _bake_and_prove(planned, options)
     append_options = AppendOptions(evidence=evidence, key=options.key, insecure=options.insecure, say=options.say)
     with pack_states([options.warm]) as states:
-        result = add_to_image(base_reference, target_reference, states, append_options)
-    if result is None:
-        options.say(f"{target} has this state already, from an earlier attempt: nothing is sent")
-    return result
+        return add_to_image(base_reference, target_reference, states, append_options)
 
 
 def _bake_and_prove(planned: Bake, options: PublishOptions) -> Path:
@@ -215,11 +211,11 @@ def _check_images(base: ImageReference, target: ImageReference, *, insecure: boo
 
 def add_to_image(
     base: ImageReference, target: ImageReference, states: StateLayers, options: AppendOptions
-) -> AppendResult | None:
+) -> AppendResult:
     """Add a state to the image that has the tag now, or to the base if no image has it.
 
     Returns:
-        the blobs and bytes that were sent, or None if the image had the state already.
+        the image with the blobs and bytes that were sent; none of them if the image had the state already.
 
     Raises:
         BadInputError: the image has another state for the same machine and software.
@@ -229,11 +225,14 @@ def add_to_image(
     result: AppendResult | None = None
     for _ in range(_ATTEMPTS):
         with open_store(target, insecure=options.insecure) as (store, tag):
-            digest = store.read_manifest(tag).digest if store.has_manifest(tag) else ""
-            existing = _find_state(store, digest, state.key) if digest else None
-        if existing is not None:
+            document = store.read_manifest(tag) if store.has_manifest(tag) else None
+            existing = _find_state(store, document.digest, state.key) if document else None
+        if document and existing:
             _check_same(state, existing, target)
-            return result
+            if result is None:
+                options.say(f"{target} has this state already, from an earlier attempt: nothing is sent")
+            return result or AppendResult(document=document, blobs_sent=0, bytes_sent=0)
+        digest = document.digest if document else ""
         try:
             current = target.at(digest) if digest else base
             result = append(current, target, states, replace(options, expected=digest))

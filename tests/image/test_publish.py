@@ -204,7 +204,6 @@ def test_evidence_is_attached_before_the_tag_is_set(layout: Layout, tmp_path: Pa
             add_to_image(base, target, states, AppendOptions(evidence=other))
         assert not layout.has_manifest("warm"), "no tag is set without evidence"
         published = add_to_image(base, target, states, AppendOptions(evidence=write_evidence(tmp_path / "l4")))
-    assert published is not None
     assert layout.read_manifest("warm").digest == published.document.digest
     (listed,) = json.loads(layout.read_manifest(published.document.digest.replace(":", "-")).raw)["manifests"]
     assert json.loads(layout.read_manifest(listed["digest"]).raw)["subject"]["digest"] == published.document.digest
@@ -220,14 +219,15 @@ def test_another_state_for_the_same_machine_is_refused(layout: Layout, tmp_path:
     make_state_for(tmp_path / "other voice", facts, code=b"with a voice")
     rewrite(tmp_path / "other voice", lambda raw: raw["provenance"]["parameters"].update({"voice:fox": "sha256:1"}))
 
-    def add(name: str) -> AppendResult | None:
+    def add(name: str) -> AppendResult:
         with pack_states([tmp_path / name]) as states:
             return add_to_image(base, target, states, AppendOptions(evidence=write_evidence(tmp_path / name)))
 
-    assert add("first") is not None
+    assert add("first").blobs_sent > 0
     before = layout.read_manifest("warm").digest
-    assert add("first") is None
-    assert add("repeated") is None
+    for name in ("first", "repeated"):
+        again = add(name)
+        assert (again.document.digest, again.blobs_sent, again.bytes_sent) == (before, 0, 0)
     for name in ("other weights", "other voice"):
         with pytest.raises(BadInputError, match="another state for this machine and software") as caught:
             add(name)

@@ -160,6 +160,16 @@ def test_the_plan_promises_a_stored_state_only_where_the_build_can_reuse_it(
     assert ("state: a new bake" in shown.stdout) is not reused
 
 
+def test_the_plan_of_a_dry_run_is_also_json(tmp_path: Path) -> None:
+    with engine_of("28.2.2", "1.50", tmp_path) as address:
+        shown = build(address, tmp_path, "--dry-run")
+        document = json.loads(build(address, tmp_path, "--dry-run", "--json").stdout)
+    assert document["routes"][0] == "route export: possible"
+    (plan,) = document["plans"]
+    assert plan["tag"] == "speech:1"
+    assert [*document["routes"], *plan["steps"]] == shown.stdout.splitlines()
+
+
 def test_only_a_state_that_the_next_build_reuses_needs_rebake() -> None:
     request = BuildRequest(
         checkout=ROOT,

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chatterbox_prewarm.errors import EngineError, IntegrityError
+from chatterbox_prewarm.image import image_states
 from chatterbox_prewarm.image.compose import Change, add_layers
 from chatterbox_prewarm.image.docker_archive import save_archive
+from chatterbox_prewarm.image.engines.engine import check_status
 from chatterbox_prewarm.image.image_states import image_with_states, with_states
 from chatterbox_prewarm.image.labels import PREFIX, STATES, image_labels, read_states
 from chatterbox_prewarm.image.oci import OCI_LAYER, Descriptor, Image, digest_of
 from chatterbox_prewarm.image.oci_layout import Layout
 from chatterbox_prewarm.image.references import parse
+from tests.conftest import run_cli
 from tests.helpers.images import layer_of, make_base
 from tests.helpers.states import make_state_for
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from chatterbox_prewarm.image.engines.engine import ContainerRun
     from chatterbox_prewarm.state.manifest import Manifest
 
 WARM = "opt/chatterbox-prewarm/warm"
@@ -78,6 +82,41 @@ def test_the_states_of_a_folder_of_several_are_found(layout: Layout, tmp_path: P
     _, h100 = make_manifest_file(tmp_path / "h100", gpu="NVIDIA H100 80GB HBM3", compute_capability="9.0")
     image = build(layout, {f"./{WARM}/l4/manifest.json": l4, f"./{WARM}/h100/manifest.json": h100})
     assert {one.gpu for one in read_states(with_states(layout, image).labels)} == {"NVIDIA L4", "NVIDIA H100 80GB HBM3"}
+
+
+class _Engine:
+    """An engine whose containers have this folder of states. A real one needs an image with the packages."""
+
+    def __init__(self, image: Image, warm: Path) -> None:
+        self._image, self._warm = image, warm
+
+    def close(self) -> None:
+        pass
+
+    def exists(self, _: str) -> bool:
+        return True
+
+    def image(self, _: str) -> Image:
+        return self._image
+
+    def run(self, container: ContainerRun) -> tuple[int, str]:
+        done = run_cli(*container.command, "--warm", self._warm)
+        check_status(done.returncode, container.allowed, done.stderr)
+        return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("gpus", [["NVIDIA L4"], ["NVIDIA L4", "NVIDIA H100"]])
+def test_the_states_of_a_plain_build_are_read_from_the_local_engine(
+    gpus: list[str], layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for gpu in gpus:
+        make_manifest_file(tmp_path / "warm" / gpu.replace(" ", "-"), gpu=gpu)
+    engine = _Engine(build(layout, {"app/code": b"code"}), tmp_path / "warm")
+    monkeypatch.setattr(image_states, "connect", lambda: engine)
+    # Nothing listens on this port, so the image is read from the engine.
+    digest, found = image_with_states(parse("127.0.0.1:1/speech:1"), platform="linux/amd64", insecure=None)
+    assert digest == ""
+    assert sorted(state.gpu for state in read_states(found.labels)) == sorted(gpus)
 
 
 def test_labels_take_precedence_and_other_images_are_not_read(layout: Layout, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ def test_the_bakes_are_listed_with_their_numbers(tmp_path: Path) -> None:
     assert listed.returncode == 0, listed.stderr
     assert listed.stdout.splitlines()[1] == "1: english, NVIDIA H100 80GB HBM3, compiled, float32, fox"
     assert listed.stdout.splitlines()[4] == "4: english, CPU, eager, bfloat16, no added voices"
+    document = json.loads(run_cli("publish", "--list", "--json", "--matrix", tmp_path / "prewarm.toml").stdout)
+    assert [bake["index"] for bake in document["bakes"]] == [0, 1, 2, 3, 4]
+    titles = {"index": 1, "title": "english, NVIDIA H100 80GB HBM3, compiled, float32", "voices": ["fox"]}
+    assert document["bakes"][1] == titles
     refused = run_cli("publish", "--matrix", tmp_path / "prewarm.toml", "--index", "5")
     assert refused.returncode == 2
     assert "has 5 bakes" in refused.stderr
