@@ -125,20 +125,35 @@ class ConfigFile:
 def read_config_file(folder: Path) -> ConfigFile | None:
     """Read the configuration in a folder: `chatterbox-prewarm.toml`, or else the table in `pyproject.toml`.
 
+    A `pyproject.toml` may belong to another project, so it is left out with a warning if it cannot be read.
+
     Raises:
-        BadInputError: the file cannot be read, or is not TOML.
+        BadInputError: `chatterbox-prewarm.toml` cannot be read or is not TOML, or the table has another type.
     """
     path = folder / NAME
     if (tables := _read(path)) is not None:
         return ConfigFile(source=str(path), tables=tables)
     path = folder / _PROJECT
-    tables = (_read(path) or {}).get("tool", {}).get(_TABLE)
+    try:
+        tool = (_read(path) or {}).get("tool", {})
+    except BadInputError as error:
+        _report_left_out(error.message)
+        return None
+    if not isinstance(tool, dict):
+        _report_left_out(f"{path}: `tool` is not a table")
+        return None
+    tables = tool.get(_TABLE)
     if tables is None:
         return None
     source = f"{path} [tool.{_TABLE}]"
     if not isinstance(tables, dict):
         raise BadInputError(f"{source} is not a table", next_step="write it as a table")
     return ConfigFile(source=source, tables=tables)
+
+
+def _report_left_out(problem: str) -> None:
+    # The file can set --debug, so it is read before the log is set up.
+    click.echo(f"WARNING: {problem}; continuing without this file", err=True)
 
 
 def apply(context: click.Context) -> dict[str, Any]:

@@ -114,6 +114,17 @@ def test_an_error_in_a_pyproject_names_its_table(tmp_path: Path) -> None:
     assert "next: use one of: output" in refused.stderr
 
 
+@pytest.mark.parametrize("content", [b"tool = ", b"tool = 1", b"\xff"])
+def test_a_pyproject_of_another_project_that_cannot_be_read_is_left_out(content: bytes, folder: Path) -> None:
+    (folder / "pyproject.toml").write_bytes(content)
+    shown = _run(folder, "inspect", "--warm", "one", "--json")
+    _digest(shown)
+    assert "WARNING: pyproject.toml" in shown.stderr
+    assert "continuing without this file" in shown.stderr
+    (folder / NAME).write_bytes(content)
+    assert _run(folder, "inspect", "--warm", "one").returncode == 16
+
+
 def test_every_option_of_every_command_can_be_set() -> None:
     """The value of each option is checked with the option's own type."""
     samples = {"integer": 3, "integer range": 10, "float range": 5.5}
