@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import signal
 import time
 from typing import TYPE_CHECKING, Any
@@ -15,11 +14,11 @@ import soundfile
 
 from tests.conftest import writable_copy
 from tests.helpers.added_voices import voice
+from tests.helpers.chromium import chromium
 from tests.helpers.serving import Server
 from tests.helpers.states import mark_cross_compiled
 
 pytest.importorskip("selenium", reason="selenium is not installed (it is in the extra `dev`)")
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from selenium import webdriver
     from selenium.webdriver.remote.webelement import WebElement
 
 pytestmark = pytest.mark.programs
@@ -85,23 +85,8 @@ class Page:
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[webdriver.Chrome]:
-    browser, program = shutil.which("chromium"), shutil.which("chromedriver")
-    if browser is None or program is None:
-        pytest.skip("there is no Chromium (Debian: apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    # Chromium has no sandbox for root, the user in most containers. /dev/shm of a container is small.
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--mute-audio"):
-        options.add_argument(argument)
-    # A microphone that beeps, and permission to use it.
-    for argument in ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(program))
-    try:
+    with chromium() as driver:
         yield driver
-    finally:
-        driver.quit()
 
 
 def wait_for_routes(server: Server) -> None:

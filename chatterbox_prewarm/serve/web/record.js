@@ -6,16 +6,17 @@ import { SAMPLE_RATE, wavFile } from "./sound.js";
 
 const LONGEST = 30; // seconds; the model uses the first 10
 
-let recorder = null;
+let stop = null; // ends the current recording
 
 /** Show the button where the browser offers a microphone: on HTTPS, or on this machine. */
 export function wireRecord() {
   const offered = Boolean(navigator.mediaDevices?.getUserMedia && window.MediaRecorder);
   byId("record").hidden = !offered;
-  byId("record").addEventListener("click", () => (recorder ? recorder.stop() : record()));
+  byId("record").addEventListener("click", () => (stop ? stop() : record()));
 }
 
 async function record() {
+  byId("record").disabled = true; // until the recording begins: a second click would start a second one
   showError(byId("voices-error"), null);
   let stream = null;
   try {
@@ -28,14 +29,15 @@ async function record() {
     showError(byId("voices-error"), explained(error));
   }
   stream?.getTracks().forEach((track) => track.stop());
-  recorder = null;
+  stop = null;
+  byId("record").disabled = false;
   byId("record").textContent = "Record";
 }
 
 /** Record until the button is pressed again, or for LONGEST seconds. Returns the encoded recording. */
 async function capture(stream) {
   const pieces = [];
-  recorder = new MediaRecorder(stream);
+  const recorder = new MediaRecorder(stream);
   recorder.addEventListener("dataavailable", (event) => pieces.push(event.data));
   const stopped = new Promise((resolve, reject) => {
     recorder.addEventListener("stop", resolve);
@@ -45,9 +47,13 @@ async function capture(stream) {
   const show = () => {
     const length = (performance.now() - began) / 1000;
     say(byId("voices-state"), `Recording: ${length.toFixed(0)} s.`);
-    if (length >= LONGEST && recorder.state === "recording") recorder.stop();
+    if (length >= LONGEST) stop();
   };
   recorder.start();
+  stop = () => {
+    if (recorder.state === "recording") recorder.stop();
+  };
+  byId("record").disabled = false;
   byId("record").textContent = "Stop recording";
   show();
   const timer = setInterval(show, 250);

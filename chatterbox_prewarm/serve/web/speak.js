@@ -21,7 +21,7 @@ export function setReady(isReady, phaseNow) {
   update();
 }
 
-/** Show these voices in the form, each an object with `id` and `models`, and keep the selected one. */
+/** Show these voices in the form, each with `id` and, if they are known, `models`. Keep the selected one. */
 export function setVoices(entries) {
   voices = entries;
   showVoices();
@@ -43,12 +43,14 @@ function showModel() {
   const model = models.find((one) => one.id === byId("model").value);
   if (!model) return;
   const languages = Object.entries(model.languages);
+  const language = byId("language").value;
   byId("language").replaceChildren(...languages.map(([code, name]) => new Option(name, code)));
-  byId("language").value = model.language;
+  byId("language").value = Object.hasOwn(model.languages, language) ? language : model.language;
   byId("language-field").hidden = languages.length < 2;
   for (const name of CONTROLS) {
     const control = model.controls[name];
     byId(name).parentElement.hidden = !control;
+    byId(name).disabled = !control; // the browser validates hidden fields too
     if (control) byId(name).placeholder = control.default ?? "of the voice";
   }
   byId("tags").hidden = model.tags.length === 0;
@@ -68,7 +70,7 @@ function insert(tag) {
 
 function showVoices() {
   const model = byId("model").value;
-  const names = voices.filter((voice) => !model || voice.models.includes(model)).map((voice) => voice.id);
+  const names = voices.filter((voice) => !model || !voice.models || voice.models.includes(model)).map((voice) => voice.id);
   const select = byId("voice");
   const chosen = select.value;
   if ([...select.options].map((option) => option.value).join("\n") === names.join("\n")) return;

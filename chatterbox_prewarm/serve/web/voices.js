@@ -15,7 +15,7 @@ export async function refreshVoices(names = known) {
     voices = (await (await ask("v1/audio/voices")).json()).data;
     showError(byId("voices-error"), null);
   } catch (error) {
-    setVoices(names.map((id) => ({ id, models: [byId("model").value] })));
+    setVoices(names.map((id) => ({ id })));
     showError(byId("voices-error"), error);
     return;
   }
