@@ -86,7 +86,7 @@ def publish(planned: Bake, base: str, target: str, options: PublishOptions) -> A
         options: see `PublishOptions`.
 
     Returns:
-        the image with the blobs and bytes that were sent; none of them if the image had the state already.
+        the image with the number of blobs and bytes that were sent; both are 0 if the image had the state already.
 
     Raises:
         FingerprintMismatchError: this node has another GPU.
@@ -215,7 +215,7 @@ def add_to_image(
     """Add a state to the image that has the tag now, or to the base if no image has it.
 
     Returns:
-        the image with the blobs and bytes that were sent; none of them if the image had the state already.
+        the image with the number of blobs and bytes that were sent; both are 0 if the image had the state already.
 
     Raises:
         BadInputError: the image has another state for the same machine and software.
