@@ -208,7 +208,7 @@ def test_typed_text_is_spoken_downloadable_and_measured(page: Page) -> None:
     page.find("#go").click()
     page.wait(lambda: page.find("#player").is_displayed())
     length = page.wait(lambda: page.script("return document.getElementById('player').duration"))
-    assert length > 0.3
+    assert length > 0.2
     figures = page.figures()
     assert 0 < float(figures["first chunk"].split()[0]) <= float(figures["total time"].split()[0])
     assert float(figures["audio"].split()[0]) == pytest.approx(length, abs=0.01)
