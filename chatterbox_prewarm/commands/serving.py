@@ -190,6 +190,7 @@ def serve(
 ) -> None:
     """Serve speech over HTTP: /v1/audio/speech, /livez, /startupz, /readyz, /metrics, and a page at /."""
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, for_devices, parse_devices, running
+    from chatterbox_prewarm.state.places import check_cache_place, check_output_place
     from chatterbox_prewarm.state.signature import check_trust_for_models
     from chatterbox_prewarm.weights.checkpoints import choose_checkpoints
 
@@ -214,6 +215,8 @@ def serve(
     checkpoints = choose_checkpoints(weights, variants)
     check_trust_for_models(trust, checkpoints)
     configs = for_devices(parse_devices(device), worker, checkpoints)
+    check_output_place(voices_dir)
+    check_cache_place(cache, warm=warm, weights=weights)  # a worker checks it too
     if len(checkpoints) > 1:
         from chatterbox_prewarm.serve.workers.memory import check_memory
 
@@ -226,10 +229,7 @@ def serve(
         from chatterbox_prewarm.serve.http.server import ServeConfig
         from chatterbox_prewarm.serve.http.server import serve as run_server
         from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
-        from chatterbox_prewarm.state.places import check_cache_place, check_output_place
 
-        check_output_place(voices_dir)
-        check_cache_place(cache, warm=warm, weights=weights)  # a worker checks it too
         config = ServeConfig(
             host=host,
             port=port,

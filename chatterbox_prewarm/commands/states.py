@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -82,9 +83,8 @@ def bake(
 
     if unknown := sorted(set(without) - set(FAMILIES)):
         raise usage_error(f"there is no cache family {unknown[0]!r}", f"choose from: {', '.join(FAMILIES)}")
-    checkpoints = checkpoints_in(weights)
     options = BakeOptions(
-        weights=weights if len(checkpoints) > 1 else next(iter(checkpoints.values())),
+        weights=weights,
         warm=warm,
         cache=cache,
         device=device,
@@ -95,11 +95,13 @@ def bake(
         families=tuple(name for name in FAMILIES if name not in without),
     )
 
+    checkpoints = checkpoints_in(weights)
     if len(targets) > 1 or len(checkpoints) > 1:
         made = bake_several(options, targets, progress=say)
         baked = {warm / name: manifest for name, manifest in made.items()}
         text = "\n".join(f"{path}\n{_family_table(manifest)}" for path, manifest in baked.items())
     else:
+        options = replace(options, weights=next(iter(checkpoints.values())))
         baked = {warm: run_bake(options, progress=say)}
         text = _family_table(baked[warm])
     show(text, {"states": [_to_document(path, manifest) for path, manifest in baked.items()]})

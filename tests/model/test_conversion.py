@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.model.chunk import Chunk
 
+pytestmark = pytest.mark.slow
+
 RATE = 24_000
 #: How far the difference from upstream must be below the audio. It is due to rounding.
 _LEAST_DECIBELS = 100

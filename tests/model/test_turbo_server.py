@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 #: The regions of Turbo.
 PACKAGES = {
     *("t3_gpt_prefill_1024", "t3_gpt_decode_1024", "t3_gpt_sample_1024", "flow_encoder_layer"),
@@ -93,7 +95,7 @@ def test_the_server_speaks_without_misses_and_with_the_prefixes_of_its_voices(se
 
 def test_the_server_lists_the_settings_and_the_tags(server: Server) -> None:
     (entry,) = json.loads(server.ask("GET", "/v1/models")[1])["data"]
-    assert entry["variant"] == "turbo"
+    assert entry["id"] == "turbo"
     assert entry["controls"].keys() == {"temperature", "top_k", "top_p", "repetition_penalty"}
     assert entry["controls"]["top_k"] == {"default": 1000, "minimum": 0, "maximum": 10_000}
     assert "[laugh]" in entry["tags"]
