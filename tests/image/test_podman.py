@@ -25,6 +25,7 @@ from chatterbox_prewarm.image.engines.connect import connect
 from chatterbox_prewarm.image.engines.engine import ContainerRun, run_build
 from chatterbox_prewarm.image.engines.podman import PodmanEngine
 from chatterbox_prewarm.image.oci import Image, to_documents
+from chatterbox_prewarm.system.progress import show_details
 from tests.helpers.images import layer_of
 from tests.image.conftest import copy_programs
 
@@ -195,16 +196,20 @@ def test_an_exit_code_raises_its_error_unless_it_is_allowed(engine: PodmanEngine
     assert leftovers() == []
 
 
-def test_standard_error_is_logged_while_the_container_runs_and_is_part_of_the_error(
-    engine: PodmanEngine, base: str, capfd: pytest.CaptureFixture[str]
+def test_standard_error_is_shown_while_the_container_runs_and_is_part_of_the_error(
+    engine: PodmanEngine, base: str
 ) -> None:
-    with pytest.raises(EngineError, match="status 14: step 1\nstep 2"):
-        engine.run(
-            ContainerRun(image=base, command=["echo step 1 >&2; echo out; echo step 2 >&2; exit 14"], follow=True)
-        )
-    printed = capfd.readouterr()
-    assert "step 1\nstep 2\n" in printed.err
-    assert "out" not in printed.err + printed.out
+    shown: list[str] = []
+    show_details(lambda text, _share: shown.append(text))
+    try:
+        with pytest.raises(EngineError, match="status 14: step 1\nstep 2"):
+            engine.run(
+                ContainerRun(image=base, command=["echo step 1 >&2; echo out; echo step 2 >&2; exit 14"], follow=True)
+            )
+    finally:
+        show_details(None)
+    assert [line for line in shown if "step" in line] == ["step 1", "step 2"]
+    assert "out" not in shown
 
 
 def test_a_container_that_cannot_start_is_reported_as_such(engine: PodmanEngine, storage: Storage) -> None:
