@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     help="Model to serve, if --weights has several checkpoints; the first one is the default. Default: all.",
 )
 @option(
+    "--convert",
+    is_flag=True,
+    help="Also convert speech to the voices of the first model. Each device gets one more worker.",
+)
+@option(
     "--device",
     default="cpu",
     help="Torch devices, separated by commas, with a worker for each. cuda:all is every GPU.",
@@ -160,6 +165,7 @@ def serve(
     weights: Path,
     cache: Path,
     variants: tuple[str, ...],
+    convert: bool,
     device: str,
     voices: tuple[str, ...],
     voices_dir: Path,
@@ -214,10 +220,10 @@ def serve(
     )
     checkpoints = choose_checkpoints(weights, variants)
     check_trust_for_models(trust, checkpoints)
-    configs = for_devices(parse_devices(device), worker, checkpoints)
+    configs = for_devices(parse_devices(device), worker, checkpoints, convert=convert)
     check_output_place(voices_dir)
     check_cache_place(cache, warm=warm, weights=weights)  # a worker checks it too
-    if len(checkpoints) > 1:
+    if len(checkpoints) > 1 or convert:
         from chatterbox_prewarm.serve.workers.memory import check_memory
 
         check_memory(configs)
@@ -234,7 +240,11 @@ def serve(
             host=host,
             port=port,
             rules=SpeechRules(
-                max_characters=max_characters, ignore_speed=ignore_speed, language=language, plain_text=plain_text
+                max_characters=max_characters,
+                ignore_speed=ignore_speed,
+                language=language,
+                plain_text=plain_text,
+                converts=convert,
             ),
             checkpoints=checkpoints,
             voices_dir=voices_dir,

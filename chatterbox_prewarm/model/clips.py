@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.mp3_length import with_endless_length
+from chatterbox_prewarm.system.limits import MIN_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -19,10 +22,7 @@ if TYPE_CHECKING:
 #: The built-in voice: upstream's, or a voice of a generated clip if the checkpoint has no voice.
 DEFAULT_VOICE = "default"
 
-MIN_SECONDS = 1.0
 MAX_SECONDS = 300.0
-#: Voice encoder and speech tokenizer use frequencies up to 8 kHz, which a lower sample rate does not contain.
-MIN_SAMPLE_RATE = 16_000
 #: No recording of a voice has a higher sample rate, so a higher value in a header is wrong.
 MAX_SAMPLE_RATE = 192_000
 _SILENCE = 1e-4
@@ -35,6 +35,49 @@ CONVERT_STEP = (
     "converted: ffmpeg -i IN -ac 1 -ar 24000 OUT.wav"
 )
 _SPEECH_STEP = "give 5 to 10 s of clean speech"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipKind:
+    """What an audio clip is for, and what it must be like.
+
+    Attributes:
+        what: describes the clip in messages.
+        min_seconds: the shortest clip. The longest one has `MAX_SECONDS`.
+        min_sample_rate: in Hz.
+        speech_step, length_step, rate_step: what to do if the clip is silent, if its length cannot be used, and if its
+            sample rate cannot.
+    """
+
+    what: str
+    min_seconds: float
+    min_sample_rate: int
+    speech_step: str
+    length_step: str
+    rate_step: str
+
+
+#: A clip whose voice the model copies. Voice encoder and speech tokenizer use frequencies up to 8 kHz, which a lower
+#: sample rate does not contain.
+REFERENCE = ClipKind(
+    what="the clip",
+    min_seconds=1.0,
+    min_sample_rate=16_000,
+    speech_step=_SPEECH_STEP,
+    length_step=_SPEECH_STEP,
+    rate_step="record it at 24000 Hz or more; resampling cannot restore missing frequencies",
+)
+#: Speech to speak with another voice. S3Gen needs three tokens of 40 ms; a telephone has 8 kHz.
+SOURCE = ClipKind(
+    what="the speech to convert",
+    min_seconds=0.04 * MIN_TOKENS,
+    min_sample_rate=8_000,
+    speech_step="give a recording that contains speech",
+    length_step="cut long speech at pauses, and convert the parts separately",
+    rate_step="record it at 24000 Hz",
+)
+#: The kinds by their names in the arguments of a process.
+KINDS: Mapping[str, ClipKind] = MappingProxyType({"reference": REFERENCE, "source": SOURCE})
 
 
 def check_clip(path: Path, *, name: str, longer_than: float = 0.0) -> None:
@@ -64,8 +107,9 @@ def read_clip(
     channels: int = 1,
     max_samples: int | None = None,
     longer_than: float = 0.0,
+    kind: ClipKind = REFERENCE,
 ) -> tuple[NDArray[np.float32], int]:
-    """Decode a reference clip to its end. Never decodes more than the maximum length, even if the header promises more.
+    """Decode a clip to its end. Never decodes more than the maximum length, even if the header promises more.
 
     Args:
         source: a file in a format that libsndfile reads.
@@ -73,19 +117,20 @@ def read_clip(
         channels: the maximum number of channels; several are mixed down to one.
         max_samples: the maximum number of samples per channel.
         longer_than: seconds that the clip must exceed.
+        kind: what the clip is for.
 
     Returns:
         float32 of shape (n,), all finite, with the loudness of the file; and the sample rate in Hz.
 
     Raises:
-        BadInputError: the clip would give a bad voice, see `check_clip`.
+        BadInputError: the clip cannot be used, as for `check_clip`.
     """
     import numpy as np
     import soundfile
 
     try:
         with _opened(source) as sound:
-            _check_header(sound, what=what, channels=channels)
+            _check_header(sound, what=what, channels=channels, kind=kind)
             rate, promised = sound.samplerate, sound.frames
             limit = int(MAX_SECONDS * rate)
             unknown = promised > _UNKNOWN_LENGTH
@@ -106,20 +151,20 @@ def read_clip(
         reason = getattr(error, "error_string", str(error))  # without the file name, which `what` contains
         raise BadInputError(f"{what} is not audio that can be read ({reason})", next_step=CONVERT_STEP) from error
     # The header may promise more samples than the file contains.
-    if not MIN_SECONDS <= total / rate <= MAX_SECONDS:
+    if not kind.min_seconds <= total / rate <= MAX_SECONDS:
         seconds = f"more than {MAX_SECONDS:.0f}" if unknown and total > limit else f"{total / rate:.2f}"
-        problem = f"is {seconds} s long; {MIN_SECONDS:.0f} to {MAX_SECONDS:.0f} s are needed"
-        raise BadInputError(f"{what} {problem}", next_step=_SPEECH_STEP)
+        problem = f"is {seconds} s long; {kind.min_seconds:g} to {MAX_SECONDS:.0f} s are needed"
+        raise BadInputError(f"{what} {problem}", next_step=kind.length_step)
     if total / rate <= longer_than:
         raise BadInputError(
             f"{what} is {total / rate:.2f} s long; this model needs more than {longer_than:g} s",
             next_step="give 6 to 10 s of clean speech",
         )
     if max_samples is not None and total > max_samples:
-        step = f"use a lower sample rate, or {_SPEECH_STEP}"
+        step = f"use a lower sample rate, or {kind.length_step}"
         raise BadInputError(f"{what} has more than {max_samples} samples", next_step=step)
     samples = np.concatenate(blocks)
-    check_samples(samples, what=what)
+    check_samples(samples, what=what, speech_step=kind.speech_step)
     return samples, rate
 
 
@@ -137,17 +182,17 @@ def _opened(source: Path | BinaryIO) -> Iterator[Any]:
             yield sound
 
 
-def _check_header(sound: Any, *, what: str, channels: int) -> None:
+def _check_header(sound: Any, *, what: str, channels: int, kind: ClipKind) -> None:
     """Check the sample rate and the number of channels.
 
     Raises:
         BadInputError: one of them cannot be used.
     """
     rate = sound.samplerate
-    if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
+    if not kind.min_sample_rate <= rate <= MAX_SAMPLE_RATE:
         raise BadInputError(
-            f"{what} is sampled at {rate} Hz; {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} Hz are needed",
-            next_step="record it at 24000 Hz or more; resampling cannot restore missing frequencies",
+            f"{what} is sampled at {rate} Hz; {kind.min_sample_rate} to {MAX_SAMPLE_RATE} Hz are needed",
+            next_step=kind.rate_step,
         )
     if sound.channels > channels:
         raise BadInputError(

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from chatterbox_prewarm.errors import BadInputError
-from chatterbox_prewarm.model.clips import MAX_SAMPLE_RATE, MAX_SECONDS, check_samples
+from chatterbox_prewarm.errors import BadInputError, ModelError
+from chatterbox_prewarm.model.clips import MAX_SAMPLE_RATE, MAX_SECONDS, SOURCE, check_samples
 from chatterbox_prewarm.model.conditionals import Conditionals
 from chatterbox_prewarm.model.model import read_tensors
+from chatterbox_prewarm.model.reference_clip import reference_audio
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.t3_blocks import STOP_SPEECH_TOKEN
 from chatterbox_prewarm.model.resampling import resampled
@@ -27,7 +28,7 @@ from chatterbox_prewarm.model.speech_tokenizer import SAMPLES_PER_TOKEN, TOKENIZ
 from chatterbox_prewarm.model.stream import Stream
 from chatterbox_prewarm.model.streaming import CHUNK_TOKENS, check_chunks
 from chatterbox_prewarm.model.synthesis import Speech, Synthesizer, chosen_seed, seed_everything
-from chatterbox_prewarm.system.limits import MAX_SEED, MIN_TOKENS
+from chatterbox_prewarm.system.limits import MAX_SEED
 from chatterbox_prewarm.weights.mapped import SPEECH_TOKENIZER, MappedWeights
 
 if TYPE_CHECKING:
@@ -39,19 +40,14 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.chunk import Chunk
     from chatterbox_prewarm.model.model import Model
 
-#: The sample rate of a telephone. Speech of a lower rate cannot be understood well.
-MIN_SOURCE_RATE = 8_000
-#: The shortest speech: S3Gen needs three tokens of 40 ms.
-MIN_SOURCE_SECONDS = MIN_TOKENS * SAMPLES_PER_TOKEN / TOKENIZER_RATE
-#: The longest speech. A reference clip has the same limit.
-MAX_SOURCE_SECONDS = MAX_SECONDS
 #: Samples of a recording are within [-1, 1]. Larger ones than this are integers that were not scaled.
 _MAX_PEAK = 32.0
 #: The longest part, 40 s, and the shortest one at the end, 1 s.
 _PART_TOKENS, _LAST_TOKENS = MAX_NEW_TOKENS, 25
 #: How many tokens a stream gets at once. With a look ahead, the flow can run after each block.
 _BLOCK_TOKENS = 5
-_WHAT = "the speech to convert"
+#: The speech that the check of a start turns into tokens, in seconds.
+_CHECKED_SECONDS = 0.2
 
 
 class Converter:
@@ -67,6 +63,24 @@ class Converter:
         heard = replace(model.behaviour, dropped_tokens=0, silence=())
         self._synthesizer = Synthesizer(replace(model, behaviour=heard), {})
         self._tokenizer = tokenizer
+
+    @torch.inference_mode()
+    def check(self) -> None:
+        """Turn a moment of speech into tokens, which runs the tokenizer once. `Synthesizer.check` runs the rest.
+
+        Raises:
+            ModelError: its result is not a sequence of speech tokens.
+        """
+        tokens = self._tokenizer(torch.from_numpy(reference_audio(_CHECKED_SECONDS, TOKENIZER_RATE)))
+        codebook = self._synthesizer.model.codebook
+        if (
+            tokens.numel() != round(_CHECKED_SECONDS * TOKENIZER_RATE / SAMPLES_PER_TOKEN)
+            or int(tokens.max()) >= codebook
+        ):
+            raise ModelError(
+                f"the speech tokenizer returns {tokens.tolist()}",
+                next_step="check the weights with `chatterbox-prewarm weights verify`",
+            )
 
     def convert(
         self, samples: NDArray[np.float32], sample_rate: int, voice: Conditionals, *, seed: int | None = None
@@ -159,9 +173,15 @@ class Converter:
 
 
 def load_converter(model: Model, weights: Path) -> Converter:
-    """Make a converter for a loaded model. Map the speech tokenizer, which a synthesis does not use.
+    """Make a converter for a loaded model.
 
-    On a CPU the tensors are mapped pages of the file: 0.5 GB with the published weights.
+    A model that was loaded to speak texts lacks the speech tokenizer, which is mapped here. On a CPU its tensors are
+    mapped pages of the file: 0.5 GB with the published weights.
+
+    Example:
+        >>> model = load(weights, converts=True)
+        >>> converter = load_converter(model, weights)
+        >>> speech = converter.convert(samples, 24_000, read_builtin_voice(weights), seed=1)
 
     Args:
         model: a model of these weights. Its tensors are shared.
@@ -171,10 +191,11 @@ def load_converter(model: Model, weights: Path) -> Converter:
         WeightsError: a file is not a safetensors file, or lacks a tensor.
         OSError: a file cannot be opened.
     """
-    mapped = MappedWeights(weights, model.variant, SPEECH_TOKENIZER)
-    mapped.populate()
-    tensors = dict(read_tensors(mapped, model.device, None))
-    name = "s3gen.tokenizer."
+    name, tensors = "s3gen.tokenizer.", model.tensors
+    if not any(tensor.startswith(name) for tensor in tensors):
+        mapped = MappedWeights(weights, model.variant, SPEECH_TOKENIZER)
+        mapped.populate()
+        tensors = dict(read_tensors(mapped, model.device, None))
     tokenizer = SpeechTokenizer(
         NamedTensors(tensors, name), mel_filters=tensors.get(f"{name}_mel_filters"), window=tensors.get(f"{name}window")
     )
@@ -208,26 +229,27 @@ def _prepared(samples: NDArray[np.float32], sample_rate: int) -> NDArray[np.floa
     Raises:
         BadInputError: they cannot be used.
     """
-    if not MIN_SOURCE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
+    what = SOURCE.what
+    if not SOURCE.min_sample_rate <= sample_rate <= MAX_SAMPLE_RATE:
         raise BadInputError(
-            f"{_WHAT} is sampled at {sample_rate} Hz; {MIN_SOURCE_RATE} to {MAX_SAMPLE_RATE} Hz are possible",
-            next_step="record it at 24000 Hz",
+            f"{what} is sampled at {sample_rate} Hz; {SOURCE.min_sample_rate} to {MAX_SAMPLE_RATE} Hz are needed",
+            next_step=SOURCE.rate_step,
         )
     if samples.ndim != 1 or samples.dtype != np.float32:
         raise BadInputError(
-            f"{_WHAT} is an array of {samples.dtype} with the shape {samples.shape}; float32 (n,) is needed",
+            f"{what} is an array of {samples.dtype} with the shape {samples.shape}; float32 (n,) is needed",
             next_step="mix it down to one channel, and convert it to float32 within [-1, 1]",
         )
     seconds = samples.size / sample_rate
-    if not MIN_SOURCE_SECONDS <= seconds <= MAX_SOURCE_SECONDS:
+    if not SOURCE.min_seconds <= seconds <= MAX_SECONDS:
         raise BadInputError(
-            f"{_WHAT} has {seconds:.2f} s; {MIN_SOURCE_SECONDS} s to {MAX_SOURCE_SECONDS:.0f} s are possible",
-            next_step="cut longer speech at pauses and convert the parts separately",
+            f"{what} is {seconds:.2f} s long; {SOURCE.min_seconds:g} to {MAX_SECONDS:.0f} s are needed",
+            next_step=SOURCE.length_step,
         )
-    check_samples(samples, what=_WHAT, speech_step="give a recording that contains speech")
+    check_samples(samples, what=what, speech_step=SOURCE.speech_step)
     if (peak := float(np.abs(samples).max())) > _MAX_PEAK:
         raise BadInputError(
-            f"{_WHAT} has samples up to {peak:.0f}; the full scale is 1", next_step="divide 16-bit samples by 32768"
+            f"{what} has samples up to {peak:.0f}; the full scale is 1", next_step="divide 16-bit samples by 32768"
         )
     return resampled(samples, sample_rate, TOKENIZER_RATE)
 

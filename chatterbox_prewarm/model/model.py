@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
+from chatterbox_prewarm.model.no_speech import no_decoder, no_text
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.flow import Flow
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
@@ -22,7 +23,7 @@ from chatterbox_prewarm.model.regions.vocoder import SAMPLE_RATE, SAMPLES_PER_FR
 from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.variants import code_of
 from chatterbox_prewarm.model.watermark import Watermark
-from chatterbox_prewarm.weights.mapped import MappedWeights
+from chatterbox_prewarm.weights.mapped import CONVERSION, SYNTHESIS, MappedWeights
 from chatterbox_prewarm.weights.record import read_record
 from chatterbox_prewarm.weights.tensor_shapes import check_tensors
 from chatterbox_prewarm.weights.variants import get_variant
@@ -71,8 +72,8 @@ class Model:
         variant: what the model is.
         behaviour: details of this variant.
         tensors: the tensors by the part of the model and their name in its file, such as "t3.speech_head.weight".
-        text: turns text into tokens.
-        decoder: T3, draws speech tokens.
+        text: turns text into tokens; see `no_speech` for a model that only converts speech.
+        decoder: T3, draws speech tokens; see `no_speech`, too.
         flow: turns speech tokens into a mel spectrogram.
         vocoder: turns a mel spectrogram into a waveform.
         watermark: marks the waveform.
@@ -123,7 +124,7 @@ class Model:
         return self.watermark.apply(samples, sample_rate=self.sample_rate)
 
 
-def load(
+def load(  # noqa: PLR0913 - keyword arguments, most of which have defaults
     weights: Path | MappedWeights,
     *,
     device: str = "cpu",
@@ -131,6 +132,7 @@ def load(
     t3_dtype: torch.dtype | None = None,
     graphs: bool = False,
     plain_text: Collection[str] = (),
+    converts: bool = False,
 ) -> Model:
     """Load the model in a weights directory.
 
@@ -144,6 +146,7 @@ def load(
         t3_dtype: of T3's transformer; None keeps the checkpoint's.
         graphs: capture T3's step as a CUDA graph.
         plain_text: languages whose texts may lack the marks that their pronunciation needs.
+        converts: load what converts speech, and not what speaks texts.
 
     Raises:
         WeightsError: a tensor is missing, unknown, or has another shape or dtype, or a file of the text is damaged.
@@ -156,16 +159,21 @@ def load(
     check_tensors(directory, variant, record.synthetic)
     check_device(device)
     if isinstance(weights, Path):
-        weights = MappedWeights(directory, variant)
+        weights = MappedWeights(directory, variant, CONVERSION if converts else SYNTHESIS)
     weights.populate()
     tensors = dict(read_tensors(weights, device, t3_dtype))
     code, t3 = code_of(variant), NamedTensors(tensors, "t3.")
+    if converts:
+        text, decoder = no_text(), no_decoder()
+    else:
+        text = code.read_text(directory, variant, frozenset(plain_text))
+        decoder = code.decoder(variant, t3, executor, dtype=t3_dtype, graphs=graphs)
     return Model(
         variant=variant,
         behaviour=code.behaviour(variant),
         tensors=tensors,
-        text=code.read_text(directory, variant, frozenset(plain_text)),
-        decoder=code.decoder(variant, t3, executor, dtype=t3_dtype, graphs=graphs),
+        text=text,
+        decoder=decoder,
         flow=Flow(NamedTensors(tensors, "s3gen.flow."), executor),
         vocoder=Vocoder(NamedTensors(tensors, "s3gen.mel2wav."), executor),
         watermark=Watermark(),

@@ -26,7 +26,7 @@ from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
-from chatterbox_prewarm.weights.mapped import MappedWeights
+from chatterbox_prewarm.weights.mapped import CONVERSION, SYNTHESIS, MappedWeights
 from chatterbox_prewarm.weights.record import read_variant
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def attach_baked(prepared: Prepared, *, threads: int | None = None) -> Attached:
     """Do the same as `attach`, with the baked voices only."""
     metrics, device = prepared.metrics, prepared.options.device
     libraries, weights = torch_libraries(), prepared.options.weights
-    mapped = MappedWeights(weights, read_variant(weights))
+    mapped = MappedWeights(weights, read_variant(weights), CONVERSION if prepared.options.converts else SYNTHESIS)
     ahead = [libraries, Ahead("read ahead", mapped.read_ahead)]
     if device.startswith("cuda"):
         ahead.append(Ahead("CUDA context", partial(create_context, int(device.partition(":")[2] or 0))))
@@ -278,6 +278,7 @@ def _load(prepared: Prepared, mapped: MappedWeights | None = None) -> Model:
         t3_dtype=getattr(torch, execution.t3_dtype),
         graphs=execution.graphs and options.device.startswith("cuda"),
         plain_text=options.plain_text,
+        converts=options.converts,
     )
 
 

@@ -30,6 +30,7 @@ class StartOptions:
         profile: how the model runs; by default as the state was baked, and `eager` without a state.
         trust: a key or a digest that the state must match. A state that does not counts as missing.
         plain_text: languages whose texts may lack the marks that their pronunciation needs.
+        converts: load what converts speech, and not what speaks texts. The same warm state serves both.
         execution: for a bake: the profile together with its other settings.
         compiled: for a bake: a folder with one folder for each family that was compiled before this start.
 
@@ -45,6 +46,7 @@ class StartOptions:
     profile: str | None = None
     trust: Trust = field(default_factory=Trust)
     plain_text: tuple[str, ...] = ()
+    converts: bool = False
     execution: Execution | None = None
     compiled: Path | None = None
 

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 #: The parts of the model, and the tensors of each that a synthesis uses, by the beginnings of their names. S3Gen's
 #: other tensors and the voice encoder make voices from clips.
-_SYNTHESIS = MappingProxyType({"t3": ("",), "s3gen": ("flow.", "mel2wav.")})
-#: The speech tokenizer, which a voice conversion uses besides.
-SPEECH_TOKENIZER = MappingProxyType({"s3gen": ("tokenizer.",)})
+SYNTHESIS: Mapping[str, tuple[str, ...]] = MappingProxyType({"t3": ("",), "s3gen": ("flow.", "mel2wav.")})
+#: The same for a voice conversion, which needs the speech tokenizer instead of T3.
+CONVERSION: Mapping[str, tuple[str, ...]] = MappingProxyType({"s3gen": ("flow.", "mel2wav.", "tokenizer.")})
+#: What a conversion needs in addition to a synthesis.
+SPEECH_TOKENIZER: Mapping[str, tuple[str, ...]] = MappingProxyType({"s3gen": ("tokenizer.",)})
 #: Tensors that only a training uses. Those of Turbo have 412 MB.
 _UNUSED = ("text_head.", "tfmr.wte.")
 #: `madvise(2)`, since Linux 5.14: map all pages now instead of one page fault each, and read missing pages from disk.
@@ -85,7 +87,7 @@ class MappedWeights:
         OSError: a file cannot be opened.
     """
 
-    def __init__(self, directory: Path, variant: Variant, parts: Mapping[str, tuple[str, ...]] = _SYNTHESIS) -> None:
+    def __init__(self, directory: Path, variant: Variant, parts: Mapping[str, tuple[str, ...]] = SYNTHESIS) -> None:
         self.directory = directory
         self.files = [_map(directory / variant.tensor_files[part], part, prefixes) for part, prefixes in parts.items()]
 

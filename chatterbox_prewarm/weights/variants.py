@@ -318,8 +318,8 @@ NANO = dataclasses.replace(
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {variant.name: variant for variant in (ENGLISH, MULTILINGUAL, MULTILINGUAL_V3, TURBO, NANO)}
 )
-#: Names of related models that this project has no code for.
-_RELATIVES = ("flash", "vc")
+#: A related model that this project has no code for, and the voice conversion.
+_FLASH, _CONVERSION = "flash", "vc"
 
 #: The variant that commands use if no other is named.
 DEFAULT_VARIANT = ENGLISH
@@ -334,7 +334,13 @@ def get_variant(name: str) -> Variant:
     try:
         return VARIANTS[name]
     except KeyError:
-        if name.lower().removeprefix("chatterbox-") in _RELATIVES:
+        relative = name.lower().removeprefix("chatterbox-")
+        if relative == _CONVERSION:
+            raise BadInputError(
+                "the voice conversion has no checkpoint of its own",
+                next_step=f"use the checkpoint of {DEFAULT_VARIANT.name}, and add --convert to `serve`",
+            ) from None
+        if relative == _FLASH:
             raise BadInputError(
                 f"Chatterbox's model {name!r} has another architecture, which this version does not support",
                 next_step=f"choose one of: {', '.join(VARIANTS)}",

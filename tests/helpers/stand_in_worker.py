@@ -97,10 +97,10 @@ class StandIn:
             if behaviour == "slow":
                 time.sleep(1)
             if behaviour in {"ready", "slow"}:
-                self._answer(message[0])
+                self._answer(*message)
 
-    def _answer(self, header: dict[str, Any]) -> None:
-        """Send the text as its audio.
+    def _answer(self, header: dict[str, Any], payload: bytes) -> None:
+        """Send the text as its audio, or speech as it is.
 
         The text can contain the words "loud" (megabytes of audio), "endless" (the token limit is reached), "foreign"
         (the text is refused) and "unanswered".
@@ -115,6 +115,9 @@ class StandIn:
             answer = {"type": "audio", "id": header["id"], "tokens": 1, "last": True, "seconds": 0.1}
             audio = text.encode() * ((1 << 22) if "loud" in text else 1)
             self.send({**answer, "truncated": "endless" in text}, audio)
+        else:
+            answer = {"type": "audio", "id": header["id"], "tokens": 1, "last": True, "seconds": 0.1}
+            self.send({**answer, "truncated": False}, payload)
 
 
 def main(behaviour: str, connection: socket.socket) -> None:

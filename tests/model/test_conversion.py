@@ -303,9 +303,9 @@ def test_parts_have_at_most_forty_seconds(tokens: int) -> None:
 @pytest.mark.parametrize(
     ("samples", "rate", "message"),
     [
-        (speech(0.1), RATE, "has 0.10 s"),
-        (np.zeros(0, np.float32), RATE, "has 0.00 s"),
-        (np.ones(301 * 8_000, np.float32), 8_000, "has 301.00 s"),
+        (speech(0.1), RATE, "is 0.10 s long"),
+        (np.zeros(0, np.float32), RATE, "is 0.00 s long"),
+        (np.ones(301 * 8_000, np.float32), 8_000, "is 301.00 s long"),
         (np.zeros(RATE, np.float32), RATE, "is silent"),
         (np.full(RATE, np.nan, np.float32), RATE, "NaN or infinity"),
         (np.full(RATE, -np.inf, np.float32), RATE, "NaN or infinity"),

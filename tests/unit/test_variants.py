@@ -67,10 +67,16 @@ def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:
     assert "english, multilingual, multilingual-v3" in (caught.value.next_step or "")
 
 
-@pytest.mark.parametrize("name", ["flash", "Chatterbox-Flash", "vc"])
+@pytest.mark.parametrize("name", ["flash", "Chatterbox-Flash"])
 def test_a_related_model_is_refused_by_its_name(name: str) -> None:
     with pytest.raises(BadInputError, match="has another architecture, which this version does not support"):
         get_variant(name)
+
+
+def test_the_voice_conversion_is_no_variant_and_the_error_says_how_to_get_it() -> None:
+    with pytest.raises(BadInputError, match="has no checkpoint of its own") as caught:
+        get_variant("vc")
+    assert "add --convert to `serve`" in (caught.value.next_step or "")
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda variant: variant.name)

@@ -14,12 +14,15 @@ from starlette.routing import Match, Route
 
 from chatterbox_prewarm.serve.http import page
 from chatterbox_prewarm.serve.http.access import visible_status
+from chatterbox_prewarm.serve.http.audio_response import AudioResponder
+from chatterbox_prewarm.serve.http.conversion_route import ConversionRoute
 from chatterbox_prewarm.serve.http.error_responses import error_response
 from chatterbox_prewarm.serve.http.http_metrics import HttpMetrics
 from chatterbox_prewarm.serve.http.speech_route import SpeechRoute
 from chatterbox_prewarm.serve.http.speech_rules import UnknownModelError
 from chatterbox_prewarm.serve.http.voice_routes import VoiceRoutes
 from chatterbox_prewarm.serve.workers.pools import slowest
+from chatterbox_prewarm.serve.workers.worker_config import CONVERSION
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -50,7 +53,9 @@ class App:
         self._admission = admission
         self._rules = rules
         self._http_metrics = HttpMetrics(pools, admission)
-        self._speech = SpeechRoute(pools, admission, self._http_metrics, rules)
+        responder = AudioResponder(pools, admission, self._http_metrics)
+        self._speech = SpeechRoute(admission, responder, rules)
+        self._conversions = ConversionRoute(admission, responder, rules)
         self._voices = VoiceRoutes(voices, admission, prepare=pools.prepare_voice, speak=self._speech.respond)
 
     def asgi(self) -> Starlette:
@@ -65,6 +70,7 @@ class App:
                 Route("/v1/models", self._models),
                 Route("/v1/models/{model:path}", self._model),  # names of models often contain a slash
                 Route("/v1/audio/speech", self._speech, methods=["POST"]),
+                Route("/v1/audio/conversions", self._conversions, methods=["POST"]),
                 *self._voices.routes(),
                 Route("/openapi.json", self._openapi),
                 *page.routes(),
@@ -126,10 +132,13 @@ class App:
         return Response(self._http_metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, _: Request) -> Response:
-        models: Models = {"object": "list", "data": [_model_entry(self._rules, one) for one in self._rules.variants]}
+        entries = [_model_entry(self._rules, one) for one in self._rules.variants]
+        models: Models = {"object": "list", "data": entries + [_CONVERTING] * self._rules.converts}
         return JSONResponse(models)
 
     async def _model(self, request: Request) -> Response:
+        if self._rules.converts and request.path_params["model"] == CONVERSION:
+            return JSONResponse(_CONVERTING)
         try:
             return JSONResponse(_model_entry(self._rules, self._rules.model(request.path_params["model"])))
         except UnknownModelError as error:
@@ -154,6 +163,7 @@ def _model_entry(rules: SpeechRules, variant: Variant) -> Model:
         "object": "model",
         "created": 0,
         "owned_by": "resemble-ai",
+        "task": "speech",
         "languages": dict(variant.languages),
         "language": rules.language_of(variant),
         "controls": {
@@ -162,6 +172,20 @@ def _model_entry(rules: SpeechRules, variant: Variant) -> Model:
         },
         "tags": list(rules.tags.get(variant.name, ())),
     }
+
+
+#: The entry of the model that converts speech.
+_CONVERTING: Model = {
+    "id": CONVERSION,
+    "object": "model",
+    "created": 0,
+    "owned_by": "resemble-ai",
+    "task": "conversion",
+    "languages": {},
+    "language": "",
+    "controls": {},
+    "tags": [],
+}
 
 
 def _without_slash(request: Request) -> str | None:

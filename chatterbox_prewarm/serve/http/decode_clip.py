@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from chatterbox_prewarm.errors import BadInputError, PrewarmError, as_prewarm_error
-from chatterbox_prewarm.model.clips import CONVERT_STEP, MAX_SECONDS, read_clip
+from chatterbox_prewarm.model.clips import CONVERT_STEP, KINDS, MAX_SECONDS, REFERENCE, ClipKind, read_clip
 from chatterbox_prewarm.system.children import PARENT, die_with_parent
 from chatterbox_prewarm.system.json_subprocess import claim_stdout, describe, rebuild
 
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 MAX_SAMPLES = int(MAX_SECONDS) * 48_000
 _MAX_OUTPUT = 2 * MAX_SAMPLES + 1024
 _MAX_CHANNELS = 2
-_WHAT = "the clip"
 #: The variables that a Python process needs to find its packages. The rest of the environment may contain secrets.
 _INHERITED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV", "LANG")
 
@@ -64,31 +63,32 @@ class UploadLimits:
     wall_seconds: float = 60.0
 
 
-async def decode(clip: bytes, limits: UploadLimits | None = None) -> bytes:
+async def decode(clip: bytes, limits: UploadLimits | None = None, *, kind: str = "reference") -> bytes:
     """Decode a clip in a subprocess.
 
     Args:
         clip: a file in a format that libsndfile reads (WAV, FLAC, OGG, MP3), with one or two channels.
         limits: limits on the size of the clip, and on the resources of the subprocess.
+        kind: what the clip is for, a name in `clips.KINDS`.
 
     Returns:
         a WAV file: mono, 16 bits, with the sampling rate of the clip and at most `MAX_SAMPLES` samples. The samples of
         a mono clip with 16 bits do not change.
 
     Raises:
-        BadInputError: the clip is not usable for a voice, as for `clips.check_clip`, or exceeds a limit.
+        BadInputError: the clip cannot be used, as for `clips.read_clip`, or exceeds a limit.
         PrewarmError: the subprocess failed for a reason other than the clip.
     """
-    limits = limits or UploadLimits()
+    limits, what = limits or UploadLimits(), KINDS[kind].what
     if len(clip) > limits.clip_bytes:
         raise BadInputError(
-            f"{_WHAT} has {len(clip)} bytes, more than the limit of {limits.clip_bytes}",
-            next_step="send 5 to 10 s of clean speech, if necessary as FLAC or MP3",
+            f"{what} has {len(clip)} bytes, more than the limit of {limits.clip_bytes}",
+            next_step=f"{KINDS[kind].length_step}, or send it as FLAC or MP3",
         )
     # Started from the event loop's thread, because the kernel ends a child with the thread that started it.
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "chatterbox_prewarm.serve.http.decode_clip"),
-        *(str(limits.address_space), str(limits.cpu_seconds)),
+        *(str(limits.address_space), str(limits.cpu_seconds), kind),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -99,7 +99,7 @@ async def decode(clip: bytes, limits: UploadLimits | None = None) -> bytes:
         output, log = await asyncio.wait_for(_communicate(process, clip), limits.wall_seconds)
     except (asyncio.TimeoutError, TimeoutError) as error:
         raise BadInputError(
-            f"{_WHAT} takes longer than {limits.wall_seconds:.0f} s to decode", next_step=CONVERT_STEP
+            f"{what} takes longer than {limits.wall_seconds:.0f} s to decode", next_step=CONVERT_STEP
         ) from error
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -107,7 +107,7 @@ async def decode(clip: bytes, limits: UploadLimits | None = None) -> bytes:
         status = await process.wait()
     if status == 0:
         return output
-    raise _failure(status, output, log)
+    raise _failure(status, output, log, what)
 
 
 def _environment() -> dict[str, str]:
@@ -153,21 +153,22 @@ async def _read_tail(stream: asyncio.StreamReader, length: int = 2000) -> bytes:
     return tail
 
 
-def _failure(status: int, output: bytes, log: bytes) -> PrewarmError:
+def _failure(status: int, output: bytes, log: bytes, what: str) -> PrewarmError:
     """Return the error that the process reported, or one that explains its exit status."""
     with contextlib.suppress(ValueError, LookupError, TypeError):
         return rebuild(json.loads(output))
     logger.warning("decoding a clip ended with status %d: %s", status, log.decode(errors="replace"))
     if status in {-signal.SIGXCPU, -signal.SIGKILL}:
-        return BadInputError(f"{_WHAT} takes too much time or memory to decode", next_step=CONVERT_STEP)
+        return BadInputError(f"{what} takes too much time or memory to decode", next_step=CONVERT_STEP)
     if status < 0:
-        return BadInputError(f"{_WHAT} is not audio that can be read (the decoder crashed)", next_step=CONVERT_STEP)
+        return BadInputError(f"{what} is not audio that can be read (the decoder crashed)", next_step=CONVERT_STEP)
     return PrewarmError("the decoding process failed to start", next_step="see the server's log")
 
 
 def main() -> None:
-    """Run the subprocess. Its arguments are the limits on address space and CPU time."""
+    """Run the subprocess. Its arguments are the limits on address space and CPU time, and the kind of the clip."""
     die_with_parent()
+    kind = KINDS[sys.argv[3]]
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _lower_limit(resource.RLIMIT_AS, int(sys.argv[1]))
     _lower_limit(resource.RLIMIT_CPU, int(sys.argv[2]))
@@ -177,9 +178,9 @@ def main() -> None:
             clip = sys.stdin.buffer.read()
             _lower_limit(resource.RLIMIT_FSIZE, 0)
             _lower_limit(resource.RLIMIT_NOFILE, 0)
-            wav = to_wav(clip)
+            wav = to_wav(clip, kind)
         except MemoryError:
-            _fail(out, BadInputError(f"{_WHAT} takes too much memory to decode", next_step=CONVERT_STEP))
+            _fail(out, BadInputError(f"{kind.what} takes too much memory to decode", next_step=CONVERT_STEP))
         except Exception as error:  # noqa: BLE001 - the server reports every error to the client
             _fail(out, as_prewarm_error(error))
         else:
@@ -199,13 +200,15 @@ def _lower_limit(kind: int, limit: int) -> None:
     resource.setrlimit(kind, (limit, limit))
 
 
-def to_wav(clip: bytes) -> bytes:
+def to_wav(clip: bytes, kind: ClipKind = REFERENCE) -> bytes:
     """Decode a clip in this process. `decode` documents the result.
 
     Raises:
-        BadInputError: the clip is not usable for a voice.
+        BadInputError: the clip cannot be used.
     """
-    samples, rate = read_clip(io.BytesIO(clip), what=_WHAT, channels=_MAX_CHANNELS, max_samples=MAX_SAMPLES)
+    samples, rate = read_clip(
+        io.BytesIO(clip), what=kind.what, channels=_MAX_CHANNELS, max_samples=MAX_SAMPLES, kind=kind
+    )
     output = io.BytesIO()
     with wave.open(output, "wb") as file:
         file.setnchannels(1)

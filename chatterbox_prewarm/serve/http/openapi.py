@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import is_typeddict
 
+from chatterbox_prewarm.model.clips import MAX_SECONDS, SOURCE
 from chatterbox_prewarm.model.text import MAX_CHARACTERS, VOICE_NAME
 from chatterbox_prewarm.serve.http import events, schemas
+from chatterbox_prewarm.serve.http.conversion_request import ConversionRequest
 from chatterbox_prewarm.serve.http.encoding import MEDIA_TYPES
 from chatterbox_prewarm.serve.http.speech_request import SpeechRequest
 from chatterbox_prewarm.system.limits import SAMPLING
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 #: The types that routes refer to by name. The schemas of nested types follow from them.
 _ROOTS: tuple[Any, ...] = (
     SpeechRequest,
+    ConversionRequest,
     schemas.Error,
     schemas.Model,
     schemas.Models,
@@ -214,7 +217,20 @@ def _speech() -> dict[str, Any]:
     }
     body = {"required": True, "content": {"application/json": {"schema": _ref("SpeechRequest")}}}
     responses = {200: audio, **_errors(400, 403, 404, 408, 413, 415, 422, 429, 500, 503)}
-    return {"/v1/audio/speech": {"post": _operation("speak", "Speak a text.", responses, requestBody=body)}}
+    source = {
+        **_BINARY,
+        "description": f"{SOURCE.min_seconds:g} to {MAX_SECONDS:.0f} s of speech as WAV, FLAC, Ogg or MP3.",
+    }
+    form = {
+        "allOf": [_ref("ConversionRequest"), {"type": "object", "required": ["file"], "properties": {"file": source}}]
+    }
+    upload = {"required": True, "content": {"multipart/form-data": {"schema": form}}}
+    return {
+        "/v1/audio/speech": {"post": _operation("speak", "Speak a text.", responses, requestBody=body)},
+        "/v1/audio/conversions": {
+            "post": _operation("convert", "Speak recorded speech with another voice.", responses, requestBody=upload)
+        },
+    }
 
 
 def _voices() -> dict[str, Any]:

@@ -136,10 +136,12 @@ class Model(TypedDict):
     created: int
     """Unix time."""
     owned_by: str
+    task: Literal["speech", "conversion"]
+    """`speech`: it speaks texts. `conversion`: it speaks recorded speech with another voice."""
     languages: dict[str, str]
-    """The names of its languages by their code."""
+    """The names of its languages by their code; empty for a conversion."""
     language: str
-    """The language of a request that names none."""
+    """The language of a request that names none; empty for a conversion."""
     controls: dict[str, Control]
     """The settings of the sampling that a request can have."""
     tags: list[str]
@@ -214,7 +216,7 @@ class SpeechUsage(TypedDict):
     """The amount of text read and speech generated."""
 
     input_tokens: int
-    """Number of characters in the text. The server does not count the model's text tokens."""
+    """Number of characters in the text; 0 for a conversion. The server does not count the model's text tokens."""
     output_tokens: int
     """Number of speech tokens, 25 per second of audio."""
     total_tokens: int

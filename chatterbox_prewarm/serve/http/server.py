@@ -45,7 +45,7 @@ class ServeConfig:
 
     Attributes:
         host, port: the address to listen on.
-        rules: what the server accepts in a speech request; `serve` fills in the models.
+        rules: what the server accepts in a request; `serve` fills in the models that speak texts.
         checkpoints: the directory of each model's checkpoint by its variant. Added voices must belong to them.
         voices_dir, max_voices: the directory of added voices, and their maximum number.
         voice_aliases: additional names of voices.
@@ -185,19 +185,20 @@ def _make_pools(
     from chatterbox_prewarm.serve.workers.audio_buffer import Backlog
     from chatterbox_prewarm.serve.workers.pool import Pool
     from chatterbox_prewarm.serve.workers.pools import Pools
+    from chatterbox_prewarm.serve.workers.worker_config import CONVERSION
 
     backlog = Backlog()
     return Pools(
         [
             Pool(
-                [worker for worker in workers if worker[0].model == model],
+                [worker for worker in workers if worker[0].pool == model],
                 model=model,
                 wait_seconds=config.queue_seconds,
                 hang_seconds=config.hang_seconds,
                 voices=voices,
                 backlog=backlog,
             )
-            for model in config.checkpoints
+            for model in (*config.checkpoints, *([CONVERSION] if config.rules.converts else []))
         ]
     )
 

@@ -24,6 +24,7 @@ from chatterbox_prewarm.model.text import MAX_CHARACTERS, check_text, decode_tex
 from chatterbox_prewarm.serve.http.error_responses import RequestError
 from chatterbox_prewarm.serve.http.speech_rules import SpeechRules, UnknownModelError
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
+from chatterbox_prewarm.serve.workers.worker_config import CONVERSION
 from chatterbox_prewarm.system.limits import MAX_SEED, MAX_TOKENS, MIN_LOOK_AHEAD, MIN_TOKENS, SAMPLING
 
 if TYPE_CHECKING:
@@ -170,8 +171,14 @@ def _model_of(request: SpeechRequest, rules: SpeechRules) -> Variant:
     """Return the model of a request.
 
     Raises:
-        RequestError: the server does not have it. The status is 404, as in OpenAI's API.
+        RequestError: it converts speech, or the server does not have it. Then the status is 404, as in OpenAI's API.
     """
+    if request.model == CONVERSION and rules.converts:
+        raise RequestError(
+            f"the model {CONVERSION} converts speech, and speaks no texts",
+            next_step="leave the field out, or send a recording to /v1/audio/conversions",
+            param="model",
+        )
     try:
         return rules.model(request.model)
     except UnknownModelError as error:
@@ -232,7 +239,7 @@ def _raise_for(error: ValidationError, check_input: Callable[[Any], str]) -> NoR
         if first["type"] == "missing":
             raise RequestError("the body has no field 'input'", param=param, next_step=_EXAMPLE) from None
         _check_field(param, value, check_input)
-    raise RequestError(f"{param!r} is {reprlib.repr(value)}", param=param, next_step=_NEXT_STEPS[param]) from None
+    raise RequestError(f"{param!r} is {reprlib.repr(value)}", param=param, next_step=NEXT_STEPS[param]) from None
 
 
 def _check_field(param: str, value: Any, check: Callable[[Any], str]) -> str:
@@ -247,7 +254,8 @@ def _range(kind: str, bounds: tuple[float, float]) -> str:
     return f"send {kind} from {bounds[0]} to {bounds[1]}, or leave the field out"
 
 
-_NEXT_STEPS = {
+#: What to do about an invalid field.
+NEXT_STEPS = {
     "input": "send a string",
     "model": "send a string, or leave the field out",
     "voice": 'send the name of a voice, as a string or as {"id": NAME}, or leave the field out',

@@ -1,4 +1,4 @@
-"""The speech requests that a server accepts."""
+"""The requests for audio that a server accepts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class UnknownModelError(BadInputError):
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechRules:
-    """The speech requests that a server accepts.
+    """The requests for audio that a server accepts.
 
     Attributes:
         max_characters: the length of the longest text.
@@ -37,6 +37,7 @@ class SpeechRules:
         variants: the models. The first one speaks requests that name none.
         language: of requests that name none, if their model speaks it; None chooses the model's first language.
         plain_text: languages whose texts may lack the marks that their pronunciation needs.
+        converts: True if a model converts speech.
         tags: what a text may contain to ask for a sound, by the name of the variant.
     """
 
@@ -45,6 +46,7 @@ class SpeechRules:
     variants: tuple[Variant, ...] = (DEFAULT_VARIANT,)
     language: str | None = None
     plain_text: tuple[str, ...] = ()
+    converts: bool = False
     tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def for_variants(

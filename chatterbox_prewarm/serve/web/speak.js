@@ -29,7 +29,7 @@ export function setVoices(entries) {
 
 /** Show the models in the form, if there are several, and keep the selected one. */
 export async function refreshModels() {
-  models = (await (await ask("v1/models")).json()).data;
+  models = (await (await ask("v1/models")).json()).data.filter((model) => model.task !== "conversion");
   const select = byId("model");
   const chosen = select.value;
   select.replaceChildren(...models.map((model) => new Option(model.id, model.id)));

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.system.fingerprint import free_gpu_memory
 from chatterbox_prewarm.system.memory import usable_memory
-from chatterbox_prewarm.weights.mapped import MappedWeights
+from chatterbox_prewarm.weights.mapped import CONVERSION, SYNTHESIS, MappedWeights
 from chatterbox_prewarm.weights.variants import get_variant
 
 if TYPE_CHECKING:
@@ -33,33 +33,41 @@ def check_memory(configs: Sequence[WorkerConfig]) -> None:
         BadInputError: they do not fit.
         WeightsError, OSError: as `MappedWeights`.
     """
-    sizes = {config.model: _tensor_files(config) for config in configs}
+    sizes = [_tensor_sizes(config) for config in configs]
     # Files of two models may be hard links to one file, and all workers on the CPU share its pages. A worker on a GPU
     # copies the weights there, and the kernel may drop its pages.
-    on_cpu = [config for config in configs if not config.device.startswith("cuda")]
-    shared = {file: size for config in on_cpu for file, size in sizes[config.model].items()}
+    shared: dict[tuple[int, int, str], int] = {}
+    for config, tensors in zip(configs, sizes, strict=True):
+        if not config.device.startswith("cuda"):
+            shared |= tensors
     _compare(sum(shared.values()) + len(configs) * _WORKER_BYTES, usable_memory(), "this container", configs)
     for device in dict.fromkeys(config.device for config in configs if config.device.startswith("cuda")):
         on_device = [config for config in configs if config.device == device]
-        needed = sum(sum(sizes[config.model].values()) + _GPU_BYTES for config in on_device)
+        needed = sum(
+            sum(tensors.values()) + _GPU_BYTES
+            for config, tensors in zip(configs, sizes, strict=True)
+            if config.device == device
+        )
         free = free_gpu_memory(int(device.partition(":")[2] or 0))
         if free is not None:
             _compare(needed, free, f"the GPU {device}", on_device)
 
 
-def _tensor_files(config: WorkerConfig) -> dict[tuple[int, int], int]:
-    """Return the bytes of the tensors that a worker maps, by the device and the inode of their file."""
-    files = {}
-    for file in MappedWeights(config.start.weights, get_variant(config.model)).files:
+def _tensor_sizes(config: WorkerConfig) -> dict[tuple[int, int, str], int]:
+    """Return the bytes of each tensor that a worker maps, by the device and the inode of its file, and its name."""
+    sizes = {}
+    parts = CONVERSION if config.start.converts else SYNTHESIS
+    for file in MappedWeights(config.start.weights, get_variant(config.model), parts).files:
         status = file.path.stat()
-        files[status.st_dev, status.st_ino] = sum(end - begin for begin, end in file.spans)
-    return files
+        for name in file.used:
+            sizes[status.st_dev, status.st_ino, name] = file.header.size_of(name)
+    return sizes
 
 
 def _compare(needed: int, available: int, place: str, configs: Sequence[WorkerConfig]) -> None:
     if needed <= available:
         return
-    names = ", ".join(dict.fromkeys(config.model for config in configs))
+    names = ", ".join(dict.fromkeys(config.pool for config in configs))
     raise BadInputError(
         f"the models {names} need {needed / 1e9:.1f} GB together, and {place} has {available / 1e9:.1f} GB",
         next_step="serve fewer of them with --variant, use fewer devices, or give more memory",

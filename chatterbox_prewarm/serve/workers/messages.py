@@ -2,9 +2,10 @@
 
 A message is a JSON header and a payload of bytes. Two unsigned 32-bit big-endian lengths precede it on the wire.
 
-The front sends `configure` with the configuration, then `speak`, `cancel` and `stop`. A worker answers `speak` with one
-`audio` message for each chunk. It answers a failed request with `error` and a cancelled one with `cancelled`. During a
-request it sends `progress`, so that the front can distinguish a busy worker from a hung one.
+The front sends `configure` with the configuration, then `speak`, `convert` with a WAV file, `cancel` and `stop`. A
+worker answers `speak` and `convert` with one `audio` message for each chunk. It answers a failed request with `error`
+and a cancelled one with `cancelled`. During a request it sends `progress`, so that the front can distinguish a busy
+worker from a hung one.
 
 During its start a worker sends `phase`, `attached`, and `ready` or `failed`. It sends `alive` every second from its
 first moment on, so that the front notices a stopped process. Before each step of the idle warm-up it sends `warming`
@@ -39,7 +40,7 @@ class Chunk:
     Attributes:
         pcm: mono audio at 24 kHz, 16-bit little-endian samples.
         tokens: number of speech tokens in it.
-        seconds: how long the worker needed for the text; None for all chunks but the last.
+        seconds: how long the worker needed for the request; None for all chunks but the last.
         truncated: True if the speech ends at the token limit, so that its end may be missing. With `look_ahead`, only
             the last chunk tells.
     """

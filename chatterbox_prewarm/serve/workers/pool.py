@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 import logging
 import math
+import operator
 import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.errors import PrewarmError
     from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
     from chatterbox_prewarm.serve.workers.messages import Chunk
-    from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
+    from chatterbox_prewarm.serve.workers.speech_options import AudioOptions, ConversionOptions, SpeechOptions
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
     from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
 
@@ -50,13 +52,14 @@ class Pool:
 
     Args:
         workers: configuration and first process of each worker, as `spawn_all` returned them.
-        model: the variant of the model.
+        model: the name of the model in requests.
         wait_seconds: how long a part may wait for a worker.
         hang_seconds: how long a worker may send no message before it is replaced.
         voices: the store of added voices, if there is one. The pool tells it which voices are baked.
         backlog: the amount of audio that waits for clients, if all models of a server share it.
 
     Attributes:
+        converts: True if the workers convert speech instead of speaking texts.
         was_ready: True once a worker could speak.
         on_part: called after each part with the worker's seconds and the seconds of audio.
         on_skipped: called for each part that cannot be spoken.
@@ -77,6 +80,7 @@ class Pool:
             Supervisor(config, first, hang_seconds=hang_seconds, on_change=self._worker_changed)
             for config, first in workers
         ]
+        self._variant, self.converts = workers[0][0].model, workers[0][0].start.converts
         self.backlog = backlog or Backlog()
         self.was_ready = False
         self.on_part: Callable[[float, float], None] = lambda *_: None
@@ -153,8 +157,31 @@ class Pool:
             WorkerGoneError: the worker of a part ended, and so did the worker of its retry.
             PrewarmError: the error that a worker reported for this request.
         """
+        async with contextlib.aclosing(
+            self._buffered(functools.partial(self._speak_all, options), on_complete)
+        ) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def convert(
+        self, options: ConversionOptions, *, on_complete: Callable[[], None] = lambda: None
+    ) -> AsyncGenerator[Chunk]:
+        """Convert speech and yield the audio in order. The rest is as in `speak`.
+
+        One worker converts all of it, because only the worker can find the quiet places where long speech is cut.
+        """
+        async with contextlib.aclosing(
+            self._buffered(functools.partial(self._convert, options), on_complete)
+        ) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _buffered(
+        self, produce: Callable[[AudioBuffer], Awaitable[None]], on_complete: Callable[[], None]
+    ) -> AsyncGenerator[Chunk]:
+        """Yield what `produce` puts into a buffer."""
         buffer = AudioBuffer(self.backlog)
-        producer = asyncio.create_task(self._produce(options, buffer))
+        producer = asyncio.ensure_future(produce(buffer))
         producer.add_done_callback(lambda _: on_complete())
         producer.add_done_callback(lambda _: buffer.end())
         try:
@@ -166,14 +193,25 @@ class Pool:
             await asyncio.gather(producer, return_exceptions=True)
             buffer.close()
 
-    async def _produce(self, options: SpeechOptions, buffer: AudioBuffer) -> None:
+    async def _convert(self, options: ConversionOptions, buffer: AudioBuffer) -> None:
+        """Convert speech into a buffer."""
+        voice, digest = await self._resolved(options)
+        resolved = replace(options, voice=voice, voice_digest=digest, seed=_seed(options))
+        await self._run(operator.methodcaller("convert", resolved), buffer.put)
+
+    async def _resolved(self, options: AudioOptions) -> tuple[str, str | None]:
+        """Return the name of the voice in the workers, and the digest of its file."""
+        if not self._voices:
+            return options.voice, options.voice_digest
+        # In a thread, because the store reads a volume.
+        return await asyncio.to_thread(self._voices.resolve, options.voice, self._variant)
+
+    async def _speak_all(self, options: SpeechOptions, buffer: AudioBuffer) -> None:
         """Speak all parts of a text into a buffer."""
-        seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(31)
-        # In threads, because the first split imports the splitter and the store reads a volume.
+        seed = _seed(options)
+        # In a thread, because the first split imports the splitter.
         texts = await asyncio.to_thread(split, options.text, options.language)
-        voice, digest = options.voice, options.voice_digest
-        if self._voices:
-            voice, digest = await asyncio.to_thread(self._voices.resolve, voice, self.model)
+        voice, digest = await self._resolved(options)
         spoken, skipped_error = False, None
 
         def put(chunk: Chunk) -> None:
@@ -187,7 +225,7 @@ class Pool:
             part_seed = (seed + number) % (MAX_SEED + 1)
             part = replace(options, text=text, voice=voice, voice_digest=digest, seed=part_seed)
             try:
-                await self._speak_part(part, put)
+                await self._run(operator.methodcaller("speak", part), put)
             except (BusyError, WorkerGoneError):
                 raise
             except (BadInputError, ModelError) as error:
@@ -198,14 +236,14 @@ class Pool:
         if skipped_error is not None and not spoken:
             raise skipped_error
 
-    async def _speak_part(self, part: SpeechOptions, put: Callable[[Chunk], None]) -> None:
-        """Speak a part and `put` its chunks. A retry leaves out the audio that the dead worker had sent."""
+    async def _run(self, start: Callable[[Supervisor], AsyncGenerator[Chunk]], put: Callable[[Chunk], None]) -> None:
+        """Have a worker make audio, and `put` its chunks. A retry leaves out what the dead worker had sent."""
         sent = 0
 
-        async def speak(worker: Supervisor) -> None:
+        async def run(worker: Supervisor) -> None:
             nonlocal sent
             position = 0
-            async with contextlib.aclosing(worker.speak(part)) as chunks:
+            async with contextlib.aclosing(start(worker)) as chunks:
                 async for chunk in chunks:
                     new = chunk.pcm[max(0, sent - position) :]
                     position += len(chunk.pcm)
@@ -216,7 +254,7 @@ class Pool:
                         self._part_seconds += _AVERAGE_WEIGHT * (chunk.seconds - self._part_seconds)
                         self.on_part(chunk.seconds, position / _BYTES_PER_SECOND)
 
-        await self._with_retry(speak)
+        await self._with_retry(run)
 
     async def _with_retry(self, call: Callable[[Supervisor], Awaitable[Any]]) -> Any:
         """Call the next free worker. If it dies during the call, retry with another worker."""
@@ -259,7 +297,7 @@ class Pool:
     def _worker_changed(self) -> None:
         self.was_ready = self.was_ready or self.ready
         if self._voices is not None and self.leading.voices:
-            self._voices.baked[self.model] = self.leading.voices
+            self._voices.baked[self._variant] = self.leading.voices
         self._assign()
 
     def _assign(self) -> None:
@@ -272,3 +310,8 @@ class Pool:
             message = "no worker is left" if self.failure else "the server is shutting down, and its worker ended"
             while self._queue:
                 self._queue.popleft().set_exception(WorkerGoneError(message, next_step="use another server"))
+
+
+def _seed(options: AudioOptions) -> int:
+    """Return the seed of a request, or a random one."""
+    return options.seed if options.seed is not None else random.SystemRandom().getrandbits(31)

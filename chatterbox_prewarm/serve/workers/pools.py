@@ -47,7 +47,7 @@ class Pools:
 
     @property
     def first(self) -> Pool:
-        """The pool of the first model."""
+        """The pool of the first model, which speaks texts."""
         return next(iter(self))
 
     @property
@@ -114,4 +114,4 @@ class Pools:
         if not all(pool.ready for pool in self):
             raise WorkerGoneError("no worker is ready", next_step="try again when the server is ready")
         async with self._making_voice:
-            return await make_voice([pool.leading.config for pool in self], clip)
+            return await make_voice([pool.leading.config for pool in self if not pool.converts], clip)

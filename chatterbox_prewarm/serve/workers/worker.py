@@ -7,6 +7,7 @@ that the front can answer probes while this process imports packages and loads w
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import queue
@@ -14,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import wave
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from chatterbox_prewarm.redaction import print_traceback
 from chatterbox_prewarm.serve.workers import log_lines, messages
 from chatterbox_prewarm.serve.workers.fatal_errors import is_fatal
 from chatterbox_prewarm.serve.workers.messages import PROGRESS_SECONDS, PreemptedError, RequestQueue, Usage
-from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
+from chatterbox_prewarm.serve.workers.speech_options import ConversionOptions, SpeechOptions
 from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
 from chatterbox_prewarm.start.attach import attach, checked
 from chatterbox_prewarm.start.prepare import prepare
@@ -33,7 +35,13 @@ from chatterbox_prewarm.system.json_subprocess import DEBUG, claim_stdout, descr
 from chatterbox_prewarm.system.metrics import StartMetrics
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from chatterbox_prewarm.model.chunk import Chunk
+    from chatterbox_prewarm.model.conversion import Converter
+    from chatterbox_prewarm.model.synthesis import Synthesizer
     from chatterbox_prewarm.model.warmup.adaptive import WarmupStep
+    from chatterbox_prewarm.serve.workers.speech_options import AudioOptions
     from chatterbox_prewarm.serve.workers.worker_voices import VoiceCache
     from chatterbox_prewarm.start.attach import Attached
 
@@ -82,6 +90,7 @@ class Worker:
             on_phase=lambda name: self.send({"type": "phase", "name": name, "metrics": self._metrics.to_dict()}),
         )
         self._attached: Attached | None = None
+        self._converter: Converter | None = None
         self._added_voices: VoiceCache | None = None
         self._progress_sent = 0.0
         self._send_lock = threading.Lock()
@@ -105,6 +114,8 @@ class Worker:
         self.send({"type": "attached", "voices": sizes, "metrics": self._metrics.to_dict()})
         with self._metrics.phase("first synthesis"):
             attached = self._attached = checked(attached)
+            if config.start.converts:
+                self._converter = _checked_converter(attached)
         if config.voice_directory is not None:
             self._added_voices = VoiceCache(attached, config.voice_directory)
         self._metrics.mark("ready")
@@ -132,7 +143,7 @@ class Worker:
                 continue
             if message is None or message[0]["type"] == "stop":
                 return
-            self._handle(requests, message[0])
+            self._handle(requests, *message)
 
     def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
         """Send a message to the front. Any thread may call this."""
@@ -146,7 +157,7 @@ class Worker:
                 self.send({"type": "alive"})
                 time.sleep(PROGRESS_SECONDS)
 
-    def _handle(self, requests: RequestQueue, header: dict[str, Any]) -> None:
+    def _handle(self, requests: RequestQueue, header: dict[str, Any], payload: bytes) -> None:
         """Handle a request and send its answer or its error.
 
         Raises:
@@ -155,7 +166,10 @@ class Worker:
         request_id = header["id"]
         log_lines.REQUEST_ID.set(header["request"])
         try:
-            self._speak(requests, request_id, SpeechOptions(**header["options"]))
+            if header["type"] == "convert":
+                self._convert(requests, request_id, ConversionOptions(**header["options"], source=payload))
+            else:
+                self._speak(requests, request_id, SpeechOptions(**header["options"]))
         except PrewarmError as error:
             self.send({"type": "error", "id": request_id, "fatal": False, **describe(error)})
         except Exception as error:
@@ -177,9 +191,7 @@ class Worker:
     def _speak(self, requests: RequestQueue, request_id: int, options: SpeechOptions) -> None:
         from chatterbox_prewarm.model.streaming import generate_stream
 
-        synthesizer = self._loaded.synthesizer
-        if options.voice_digest is not None and self._added_voices is not None:
-            synthesizer = self._added_voices.synthesizer(options.voice, options.voice_digest)
+        synthesizer = self._synthesizer(options)
         limit = self._config.max_new_tokens
         started = time.monotonic()
         stream = generate_stream(
@@ -194,6 +206,35 @@ class Worker:
             look_ahead=options.look_ahead,
             stopped=lambda: self._is_cancelled(requests, request_id),
         )
+        self._send_audio(stream, request_id, started)
+
+    def _convert(self, requests: RequestQueue, request_id: int, options: ConversionOptions) -> None:
+        import numpy as np
+
+        if self._converter is None:
+            raise AssertionError("a worker that speaks texts was asked to convert speech")
+        started = time.monotonic()
+        with wave.open(io.BytesIO(options.source)) as file:
+            rate, frames = file.getframerate(), file.readframes(file.getnframes())
+        stream = self._converter.stream(
+            np.frombuffer(frames, "<i2").astype(np.float32) / np.float32(32768),
+            rate,
+            self._synthesizer(options).voice(options.voice),
+            seed=options.seed,
+            chunk_tokens=options.chunk_tokens or _LONG_CHUNK_TOKENS,
+            look_ahead=options.look_ahead,
+            stopped=lambda: self._is_cancelled(requests, request_id),
+        )
+        self._send_audio(stream, request_id, started)
+
+    def _synthesizer(self, options: AudioOptions) -> Synthesizer:
+        """Return a synthesizer with the voice of a request, if the voice exists."""
+        if options.voice_digest is not None and self._added_voices is not None:
+            return self._added_voices.synthesizer(options.voice, options.voice_digest)
+        return self._loaded.synthesizer
+
+    def _send_audio(self, stream: Iterable[Chunk], request_id: int, started: float) -> None:
+        """Send the chunks of a request, or that it was cancelled."""
         finished = False
         for chunk in stream:
             finished = chunk.is_last
@@ -262,3 +303,12 @@ class Worker:
             **(self._attached.synthesizer.model.decoder.prefix_usage() if self._attached else {}),
         )
         return {"metrics": self._metrics.to_dict(), "usage": asdict(usage)}
+
+
+def _checked_converter(attached: Attached) -> Converter:
+    """Return a converter for the model of a start, after a check of its speech tokenizer."""
+    from chatterbox_prewarm.model.conversion import load_converter
+
+    converter = load_converter(attached.synthesizer.model, attached.prepared.options.weights)
+    converter.check()
+    return converter

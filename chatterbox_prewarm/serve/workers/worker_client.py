@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from chatterbox_prewarm.serve.workers.messages import Message
-    from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
+    from chatterbox_prewarm.serve.workers.speech_options import ConversionOptions, SpeechOptions
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
 
     Answers = asyncio.Queue[Message | PrewarmError]
@@ -113,7 +113,21 @@ class WorkerClient:
             WorkerGoneError: the worker ended, reported a fatal error, or hung and was killed.
             PrewarmError: the error that the worker reported for this request.
         """
-        async with contextlib.aclosing(self._request({"type": "speak", "options": asdict(options)})) as answers:
+        async with contextlib.aclosing(self._audio({"type": "speak", "options": asdict(options)})) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def convert(self, options: ConversionOptions) -> AsyncGenerator[Chunk]:
+        """Have the reserved worker convert speech. The rest is as in `speak`."""
+        fields = asdict(options)
+        source = fields.pop("source")
+        async with contextlib.aclosing(self._audio({"type": "convert", "options": fields}, source)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _audio(self, request: dict[str, Any], payload: bytes = b"") -> AsyncGenerator[Chunk]:
+        """Send a request and yield the audio of its answers."""
+        async with contextlib.aclosing(self._request(request, payload)) as answers:
             async for header, payload in answers:
                 yield Chunk(
                     pcm=payload,

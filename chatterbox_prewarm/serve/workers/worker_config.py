@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
 
+#: The name of the model that converts speech. It has the checkpoint, the warm state and the voices of a model that
+#: speaks texts, so it is not a variant.
+CONVERSION = "vc"
 #: Device name that starts one worker on each GPU.
 ALL_GPUS = "cuda:all"
 
@@ -32,7 +35,7 @@ class WorkerConfig:
 
     Attributes:
         model: the variant of the checkpoint.
-        start: which warm state, weights and device the worker uses.
+        start: which warm state, weights and device the worker uses, and whether it converts speech.
         voices: names and reference clips of voices to compute at start unless they are baked.
         threads: torch threads; None uses the cores of the machine, divided among the workers on a CPU.
         max_new_tokens: upper bound on the speech tokens of each part of a text; 25 tokens are one second of audio.
@@ -62,9 +65,14 @@ class WorkerConfig:
         return self.start.device
 
     @property
+    def pool(self) -> str:
+        """The name of the model in requests: `model`, or `CONVERSION`."""
+        return CONVERSION if self.start.converts else self.model
+
+    @property
     def name(self) -> str:
         """What log lines call the worker."""
-        return f"worker {self.model} {self.device}"
+        return f"worker {self.pool} {self.device}"
 
     def to_json(self) -> str:
         """Return the configuration as JSON."""
@@ -110,7 +118,11 @@ def _all_gpus() -> list[str]:
 
 
 def for_devices(
-    devices: Sequence[str], worker: WorkerConfig, checkpoints: Mapping[str, Path] | None = None
+    devices: Sequence[str],
+    worker: WorkerConfig,
+    checkpoints: Mapping[str, Path] | None = None,
+    *,
+    convert: bool = False,
 ) -> list[WorkerConfig]:
     """Return one configuration for each model and device, those of the first model first.
 
@@ -120,18 +132,22 @@ def for_devices(
         devices: of each model.
         worker: what all workers have in common.
         checkpoints: the directory of each model's checkpoint by its variant; by default the one of `worker`.
+        convert: add workers that convert speech, with the checkpoint of the first model.
     """
     checkpoints = checkpoints or {worker.model: worker.start.weights}
-    on_cpu = len(checkpoints) * sum(device.startswith("cpu") for device in devices)
+    models = [(model, weights, False) for model, weights in checkpoints.items()]
+    if convert:
+        models.append((*next(iter(checkpoints.items())), True))
+    on_cpu = len(models) * sum(device.startswith("cpu") for device in devices)
     share = max(1, usable_cpus() // on_cpu) if on_cpu > 1 else None
     return [
         replace(
             worker,
             model=model,
-            start=replace(worker.start, device=device, weights=weights),
+            start=replace(worker.start, device=device, weights=weights, converts=converts),
             threads=worker.threads or (share if device.startswith("cpu") else None),
         )
-        for model, weights in checkpoints.items()
+        for model, weights, converts in models
         for device in devices
     ]
 

@@ -25,15 +25,15 @@ import uvicorn
 from pydantic import TypeAdapter
 
 from chatterbox_prewarm.bench.server import free_port
-from chatterbox_prewarm.serve.http import encoding, request_body, speech_route
+from chatterbox_prewarm.serve.http import audio_response, encoding, request_body
 from chatterbox_prewarm.serve.http.access import check_access
 from chatterbox_prewarm.serve.http.admission import Admission, close_while_draining
 from chatterbox_prewarm.serve.http.app import App
+from chatterbox_prewarm.serve.http.audio_response import encoded
 from chatterbox_prewarm.serve.http.cross_origin import Sites
 from chatterbox_prewarm.serve.http.openapi import encoded_document
 from chatterbox_prewarm.serve.http.request_log import log_requests
 from chatterbox_prewarm.serve.http.schemas import Status
-from chatterbox_prewarm.serve.http.speech_route import encoded
 from chatterbox_prewarm.serve.http.speech_rules import SpeechRules
 from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
 from chatterbox_prewarm.serve.workers import audio_buffer
@@ -504,7 +504,7 @@ def test_libsndfile_runs_outside_the_event_loop(
             threads.add(threading.get_ident())
             return self._real.finish()
 
-    monkeypatch.setattr(speech_route, "encoder", Watched)
+    monkeypatch.setattr(audio_response, "encoder", Watched)
 
     async def chunks() -> AsyncIterator[Chunk]:
         for _ in range(3):

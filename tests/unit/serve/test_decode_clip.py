@@ -234,7 +234,7 @@ import asyncio
 from chatterbox_prewarm.serve.http import decode_clip
 async def main():
     process = await asyncio.create_subprocess_exec(
-        *(decode_clip.sys.executable, "-m", "chatterbox_prewarm.serve.http.decode_clip", str(1 << 30), "20"),
+        *(decode_clip.sys.executable, "-m", decode_clip.__name__, str(1 << 30), "20", "reference"),
         stdin=asyncio.subprocess.PIPE, env=decode_clip._environment(),
     )
     print(process.pid, flush=True)

@@ -35,6 +35,7 @@ ROUTES = {
     "/v1/models": {"get"},
     "/v1/models/{model}": {"get"},
     "/v1/audio/speech": {"post"},
+    "/v1/audio/conversions": {"post"},
     "/v1/audio/voices": {"get", "post"},
     "/v1/audio/voices/{name}": {"get", "delete"},
     "/v1/audio/voices/{name}/preview": {"get"},

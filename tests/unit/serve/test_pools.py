@@ -129,6 +129,18 @@ def test_each_model_gets_a_worker_on_each_device(configs: list[WorkerConfig]) ->
     assert all(WorkerConfig.from_json(config.to_json()) == config for config in configs)
 
 
+def test_speech_is_converted_with_the_checkpoint_of_the_first_model(configs: list[WorkerConfig]) -> None:
+    checkpoints = {config.model: config.start.weights for config in configs}
+    converting = [
+        config for config in for_devices(["cpu", "cuda:1"], CONFIG, checkpoints, convert=True) if config.start.converts
+    ]
+    assert [(config.name, config.model, config.pool) for config in converting] == [
+        ("worker vc cpu", "english", "vc"),
+        ("worker vc cuda:1", "english", "vc"),
+    ]
+    assert all(WorkerConfig.from_json(config.to_json()) == config for config in converting)
+
+
 def test_models_that_do_not_fit_together_are_refused(
     configs: list[WorkerConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,7 +136,7 @@ def test_the_formats_of_the_request_match_those_of_the_encoder() -> None:
 
 
 def test_all_fields_have_a_next_step_for_their_error() -> None:
-    assert speech_request._NEXT_STEPS.keys() == SpeechRequest.model_fields.keys()
+    assert speech_request.NEXT_STEPS.keys() == SpeechRequest.model_fields.keys()
 
 
 def test_the_default_text_limit_is_openais() -> None:

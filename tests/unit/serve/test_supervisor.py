@@ -18,7 +18,7 @@ from chatterbox_prewarm.errors import WeightsError
 from chatterbox_prewarm.serve.workers import audio_buffer
 from chatterbox_prewarm.serve.workers.pool import Pool
 from chatterbox_prewarm.serve.workers.sentence_split import LIMIT
-from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
+from chatterbox_prewarm.serve.workers.speech_options import ConversionOptions, SpeechOptions
 from chatterbox_prewarm.serve.workers.supervisor import Supervisor
 from chatterbox_prewarm.serve.workers.worker_client import WorkerGoneError
 from tests.helpers.stand_in_worker import CONFIG, start
@@ -178,6 +178,10 @@ async def spoken(pool: Pool) -> bytes:
     return b"".join([chunk.pcm async for chunk in pool.speak(OPTIONS)])
 
 
+async def converted(pool: Pool, source: bytes) -> bytes:
+    return b"".join([chunk.pcm async for chunk in pool.convert(ConversionOptions(source=source))])
+
+
 @contextlib.asynccontextmanager
 async def running_pool(*behaviours: str) -> AsyncIterator[Pool]:
     """Run a pool with one worker for each behaviour."""
@@ -213,6 +217,16 @@ async def test_another_worker_retries_the_request_of_a_worker_that_died_during_a
         pool.close()
         os.kill(pool.workers[0].pid, signal.SIGKILL)
         assert await asyncio.gather(*requests) == [b"Hello."] * 3
+
+
+@in_event_loop
+async def test_the_next_worker_converts_the_speech_of_a_worker_that_died() -> None:
+    async with running_pool("stuck", "ready") as pool:
+        await until(lambda: all(worker.ready for worker in pool.workers))
+        requests = [asyncio.create_task(converted(pool, source)) for source in (b"one", b"two", b"three")]
+        await until(lambda: sum(request.done() for request in requests) == 2)
+        os.kill(pool.workers[0].pid, signal.SIGKILL)
+        assert await asyncio.gather(*requests) == [b"one", b"two", b"three"]
 
 
 @in_event_loop

@@ -206,7 +206,7 @@ INVALID_FORMS: list[tuple[dict[str, Any], str]] = [
     ({"data": {str(n): "x" for n in range(99)}, "files": {"file": ("c", CLIP)}}, "Too many fields"),
     ({"data": {"name": "x" * 70_000}, "files": {"file": ("c", CLIP)}}, "exceeded maximum size"),
     ({"data": {"name": "../x"}, "files": {"file": ("c", CLIP)}}, "cannot name a voice"),
-    ({"files": {"name": ("c", b"ann"), "x": (None, b"")}}, "no field 'name'"),
+    ({"files": {"name": ("c", b"ann"), "x": (None, b"")}}, "the field 'name' of the form is a file"),
     ({"data": {"name": "ann"}, "files": {"file": ("c", b"hello")}}, "not audio that can be read"),
     ({"data": {"name": "ann"}, "files": {"file": ("c", sound_file(tone(0.2)))}}, "0.20 s long"),
 ]
