@@ -20,17 +20,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
+#: The data types of T3 with half the bytes, and their names in reports.
+HALVES = {"bfloat16": "bf16", "float16": "fp16"}
+
+
 def select_executions(device: str, profiles: Sequence[str]) -> dict[str, Execution]:
-    """Return the executions to measure: each profile, on a GPU also with graphs, and the last profile in bfloat16."""
+    """Return each profile, and the last one in bfloat16. On a GPU, add each profile with graphs, and float16."""
     if unknown := set(profiles) - set(PROFILES):
         raise BadInputError(f"unknown profile {min(unknown)!r}", next_step=f"choose from {', '.join(PROFILES)}")
     found = {profile: Execution(profile=profile) for profile in profiles}
-    if device.startswith("cuda"):
+    last, on_gpu = profiles[-1], device.startswith("cuda")
+    if on_gpu:
         found |= {f"{profile}, graphs": Execution(profile=profile, graphs=True) for profile in profiles}
-        last = profiles[-1]
-        found[f"{last}, graphs, bf16"] = Execution(profile=last, graphs=True, t3_dtype="bfloat16")
-    else:
-        found[f"{profiles[-1]}, bf16"] = Execution(profile=profiles[-1], t3_dtype="bfloat16")
+        last = f"{last}, graphs"
+    for dtype, short in HALVES.items():
+        if dtype == "float16" and not on_gpu:
+            continue
+        found[f"{last}, {short}"] = Execution(profile=profiles[-1], graphs=on_gpu, t3_dtype=dtype)
     return found
 
 

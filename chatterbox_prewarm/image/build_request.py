@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.errors import BadInputError, EngineError, PrewarmError
 from chatterbox_prewarm.image.dockerfile import for_classic
 from chatterbox_prewarm.image.labels import variants_of
+from chatterbox_prewarm.model.profiles import default_execution
 from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.state.places import check_state_place, check_states_place
 from chatterbox_prewarm.state.provenance import builder_args, check_base_image
@@ -233,6 +234,7 @@ def check_tag(request: BuildRequest, engine: Engine) -> None:
 
 def _check_route(request: BuildRequest, engine: Engine) -> None:
     on_gpu = request.device.startswith("cuda")
+    default_execution(request.device, profile=request.profile, t3_dtype=request.t3_dtype)
     if "TARGET" in request.arguments:
         raise BadInputError("TARGET is an option here", next_step="use --target instead of --build-arg TARGET=...")
     if request.targets:

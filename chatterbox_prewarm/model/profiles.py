@@ -9,8 +9,9 @@ from chatterbox_prewarm.errors import BadInputError
 #: `eager` runs regions as plain PyTorch, `compiled` uses `torch.compile` with a persisted cache, and `aot` uses
 #: packages compiled ahead of time.
 PROFILES = ("eager", "compiled", "aot")
-#: Dtypes of T3's transformer. S3Gen always computes in float32.
-T3_DTYPES = ("float32", "bfloat16")
+#: Dtypes of T3's transformer. S3Gen always computes in float32. float16 is for GPUs: on a CPU, PyTorch's kernels for it
+#: take ten times as long as those for float32.
+T3_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,13 @@ def default_execution(
         graphs: None chooses graphs on a GPU only.
 
     Raises:
-        BadInputError: the profile or the dtype is unknown, or a CPU cannot use graphs.
+        BadInputError: the profile or the dtype is unknown, or a CPU cannot use the dtype or graphs.
     """
     on_gpu = device.startswith("cuda")
     if graphs and not on_gpu:
         raise BadInputError(f"the device {device!r} does not support CUDA graphs", next_step="leave out --graphs")
+    if t3_dtype == "float16" and not on_gpu:
+        raise BadInputError("a CPU computes too slowly in float16", next_step="use --t3-dtype bfloat16")
     return Execution(profile=profile or "aot", t3_dtype=t3_dtype, graphs=on_gpu if graphs is None else graphs)
 
 

@@ -55,7 +55,7 @@ _RANDOM_FILLS = frozenset(
 def load_upstream(directory: Path, *, device: str = "cpu", lean: Model | None = None) -> ChatterboxTTS:
     """Build upstream's class of the variant in a weights directory.
 
-    All tensors equal those of its `from_local`. If `lean` runs T3 in bfloat16, T3's layers are in bfloat16
+    All tensors equal those of its `from_local`. If `lean` runs T3 in another data type, T3's layers have it
     here, too, and upstream's own `T3.inference` cannot run.
 
     On a CPU the parameters are mapped pages of the files. On a GPU each file is loaded directly to the device. The

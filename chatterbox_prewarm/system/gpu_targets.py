@@ -127,7 +127,7 @@ def check_target(text: str, device: str, profile: str, t3_dtype: str) -> GpuTarg
     if t3_dtype == "bfloat16" and target.capability < _BFLOAT16:
         raise BadInputError(
             f"{target.name} cannot compute in bfloat16, which needs {architecture(_BFLOAT16)} or newer",
-            next_step="use --t3-dtype float32",
+            next_step="use --t3-dtype float16 or float32",
         )
     return target
 

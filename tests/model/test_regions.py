@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatterbox_prewarm.bench import fidelity
-from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.model import load
 from chatterbox_prewarm.model.profiles import Execution
 from chatterbox_prewarm.model.regions import decoder, flow, t3_blocks, t3_prompt, vocoder
 from chatterbox_prewarm.model.regions.alignment import FREE
@@ -19,9 +20,10 @@ from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.region import MAX_FRAMES, MAX_POSITIONS, REGIONS
 from chatterbox_prewarm.model.regions.t3 import T3Decoder
 from chatterbox_prewarm.model.sampling import Sampling
+from chatterbox_prewarm.model.synthesis import Synthesizer
 from chatterbox_prewarm.model.tokenizer import LLAMA_FRAME, MAX_TEXT_TOKENS
 from chatterbox_prewarm.model.upstream import upstream_text_tokens
-from chatterbox_prewarm.model.voices import for_upstream
+from chatterbox_prewarm.model.voices import for_upstream, read_builtin_voice
 from chatterbox_prewarm.start.attach import attach
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
@@ -188,11 +190,14 @@ def test_gpu_attention_equals_cpu_attention(positions: int, dtype: torch.dtype, 
     assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
-def test_t3_computes_in_bfloat16_and_s3gen_in_float32(model: Model, voice: Conditionals) -> None:
-    decoder = T3Decoder(NamedTensors(model.tensors, "t3."), eager, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_t3_computes_with_half_the_bytes_and_s3gen_in_float32(
+    dtype: torch.dtype, model: Model, voice: Conditionals
+) -> None:
+    decoder = T3Decoder(NamedTensors(model.tensors, "t3."), eager, dtype=dtype)
     with torch.inference_mode():
         wide = t3_prompt.embed_prompt(model.decoder._weights, voice.t3, model.text_tokens(TEXT), 0.5).embeddings
-        narrow = wide.to(torch.bfloat16)
+        narrow = wide.to(dtype)
     outputs = []
     for prefill, x, cosine, sine in (
         (llama(model)._prefill[0], wide, llama(model)._cosine, llama(model)._sine),
@@ -206,6 +211,17 @@ def test_t3_computes_in_bfloat16_and_s3gen_in_float32(model: Model, voice: Condi
     assert drawn.shape == (5,)
     assert ((drawn >= 0) & (drawn < 8194)).all()
     assert {tensor.dtype for tensor in model.tensors.values()} == {torch.float32}
+
+
+def test_values_that_float16_cannot_hold_end_the_start(mini: Path) -> None:
+    narrow = load(mini, t3_dtype=torch.float16)
+    with torch.inference_mode():
+        narrow.tensors["t3.tfmr.layers.0.mlp.down_proj.weight"].mul_(1e5).clamp_(-6e4, 6e4)
+    found = read_builtin_voice(mini)
+    assert found is not None
+    with pytest.raises(ModelError, match="T3 computes values that are not finite, in float16") as caught:
+        Synthesizer(narrow, {DEFAULT_VOICE: found}).check()
+    assert "--t3-dtype bfloat16" in caught.value.next_step
 
 
 def test_rotary_embedding_is_exact_in_bfloat16(mini: Path, model: Model, tmp_path: Path) -> None:

@@ -191,6 +191,30 @@ def test_hidden_states_and_spectrogram_equal_those_of_upstream(
     assert max(differences(model, upstream, voice)) <= 1e-5
 
 
+def test_bfloat16_only_rounds_the_hidden_states(weights: Path, upstream: Any, voice: Conditionals) -> None:
+    narrow = load(weights, t3_dtype=torch.bfloat16)
+    blocks = {tensor.dtype for name, tensor in narrow.tensors.items() if name.startswith("t3.tfmr.h.")}
+    assert blocks == {torch.bfloat16}
+    hidden, spectrogram = differences(narrow, upstream, voice)
+    assert 1e-5 < hidden <= 0.03
+    assert spectrogram <= 1e-5
+    assert len(narrow.decoder(voice.t3, narrow.text_tokens("Hi."), sampling=Sampling(), max_new_tokens=3)) == 3
+
+
+def test_a_block_computes_in_float16(model: Model) -> None:
+    outputs = []
+    for dtype in (torch.float32, torch.float16):
+        narrow = GptDecoder(NamedTensors(model.tensors, "t3."), eager, dtype=dtype)
+        heads = model.variant.t3_width // 64
+        keys, values = (torch.zeros(4, 1, heads, 64, dtype=dtype) for _ in "kv")
+        x = torch.randn(1, 4, heads * 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+        with torch.inference_mode():
+            (y,) = narrow._prefill[0](x, torch.tensor([0]), keys, values)
+        assert y.dtype == keys.dtype == dtype
+        outputs.append(y.float())
+    assert 0 < (outputs[0] - outputs[1]).abs().max() <= 0.002 * outputs[0].abs().max()
+
+
 @pytest.mark.parametrize(
     ("name", "compared"),
     [

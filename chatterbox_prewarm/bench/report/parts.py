@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bench import load as bench_load
-from chatterbox_prewarm.bench.executions import bake_one, file_name, select_executions, token_limit
+from chatterbox_prewarm.bench.executions import HALVES, bake_one, file_name, select_executions, token_limit
 from chatterbox_prewarm.bench.report.options import WARM_AGAIN, ReportOptions
 from chatterbox_prewarm.bench.report.quality import compare_audio
 from chatterbox_prewarm.bench.report.quality_process import QualityOptions
@@ -120,7 +120,7 @@ def _without(options: ReportOptions, family: str | None) -> dict[str, Any]:
 
 
 def profiles(options: ReportOptions, record: RecordedSteps) -> None:
-    """Bake each profile and an additional one in bfloat16, and start from each state."""
+    """Bake each profile, and the last one with half the bytes of T3, and start from each state."""
     names = _bake(options, record)
     for number in _rounds(options):
         for name in names:
@@ -205,9 +205,9 @@ def audio_of(options: ReportOptions, name: str) -> Path:
 
 
 def _pairs(systems: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the pairs to compare: warm with upstream and cold, profiles with the first one, bfloat16 with float32."""
+    """Return the pairs to compare: warm with upstream and cold, profiles with the first one, halves with float32."""
     names = [name for name in systems if name not in _SYSTEMS]
-    halves = [(name.removesuffix(", bf16"), name) for name in names if name.endswith(", bf16")]
+    halves = [(name.rpartition(", ")[0], name) for name in names if name.rpartition(", ")[2] in HALVES.values()]
     return [(UPSTREAM, WARM), (COLD, WARM), *((names[0], name) for name in names[1:]), *halves]
 
 

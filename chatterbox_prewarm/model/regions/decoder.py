@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.model.regions.region import MAX_POSITIONS
 from chatterbox_prewarm.model.regions.t3_blocks import STOP_SPEECH_TOKEN
 from chatterbox_prewarm.model.sampling import Sampling
@@ -189,6 +189,9 @@ class TokenDecoder(ABC):
         Args:
             conditionals: of the voice.
             text_tokens: int64 (1, tokens), start and stop tokens included.
+
+        Raises:
+            ModelError: the transformer computes values that are not finite.
         """
         sampling = Sampling()
         prompt = self._shortened(self._prompt(conditionals, text_tokens, sampling), _CHECKED_POSITIONS)
@@ -198,6 +201,16 @@ class TokenDecoder(ABC):
         if self._samplers[True] is not self._samplers[False]:
             self._sample(state, self._samplers[True])
         self._advance(state, nucleus=False, positions=self._attended(state, length + 1))
+        # The first positions have the largest values, so a checkpoint that is too large for float16 shows here.
+        if not bool(state.hidden.isfinite().all()):
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"T3 computes values that are not finite, in {dtype}",
+                next_step="bake with `--t3-dtype bfloat16`, or check the weights with "
+                "`chatterbox-prewarm weights verify`"
+                if self.dtype == torch.float16
+                else "check the weights with `chatterbox-prewarm weights verify`",
+            )
 
     @torch.inference_mode()
     def hidden(

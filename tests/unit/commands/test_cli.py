@@ -187,6 +187,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(state: Path
     assert "next:" in refused.stderr
 
 
+def test_float16_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    refused = run_cli("bake", "--t3-dtype", "float16", "--warm", tmp_path / "warm", "--weights", tmp_path)
+    assert refused.returncode == 16
+    assert "a CPU computes too slowly in float16" in refused.stderr
+    assert default_execution("cuda", t3_dtype="float16").t3_dtype == "float16"
+
+
 def test_graphs_are_refused_on_a_cpu(tmp_path: Path) -> None:
     refused = run_cli("bake", "--graphs", "--warm", tmp_path / "warm", "--weights", tmp_path)
     assert refused.returncode == 16
