@@ -138,20 +138,34 @@ def _verify_here(
 @click.option("--evidence", type=PATH, help="Write the evidence to this JSON file, or to standard output (-).")
 @click.option("--here", is_flag=True, help="Do not isolate the process: it is isolated already, as in a container.")
 @click.option("--variant", metavar="NAME", help="Model to prove, if --weights has several checkpoints. Default: all.")
+@click.option("--convert", "converts", is_flag=True, help="Prove the conversion of speech, see `serve --convert`.")
 @click.option("--image", help="Prove in a container of this image, with the flags of the README.")
 @option("--engine", default="docker", type=click.Choice(ENGINES), help="The engine that has the image.")
 @json_option
 def prove(
-    *, evidence: Path | None, here: bool, variant: str | None, image: str | None, engine: str, **options: Any
+    *,
+    evidence: Path | None,
+    here: bool,
+    variant: str | None,
+    converts: bool,
+    image: str | None,
+    engine: str,
+    **options: Any,
 ) -> None:
     """Show that a fresh, isolated process hits every cache and misses none. Exit code 13 if it does not.
 
     If --warm holds several states, prove the ones that a start would use here, one for each model. With --image the
     paths and the states are those of the image. --cache is used only with --here; otherwise the cache is a new folder.
+
+    The process repeats a synthesis of the bake, and its audio must be identical. With --convert it converts speech with
+    the first model, or with --variant, and the audio must be like that of eager mode.
     """
     from chatterbox_prewarm.proof.checks import remove_older_evidence, require_passed
 
-    proofs = _proofs_of_image(image, engine, variant) if image else _proofs_here(variant, here=here, **options)
+    if image:
+        proofs = _proofs_of_image(image, engine, variant, converts=converts)
+    else:
+        proofs = _proofs_here(variant, here=here, converts=converts, **options)
     if evidence is not None and len(proofs) > 1:
         raise BadInputError(
             f"--evidence is a file for one proof, and there are {len(proofs)} models: {', '.join(proofs)}",
@@ -183,7 +197,9 @@ def _lines(model: str, result: Evidence) -> list[str]:
     return [*([f"model {model}:"] if model else []), *checks]
 
 
-def _proofs_of_image(image: str, engine: str, variant: str | None) -> dict[str, Callable[[], Evidence]]:
+def _proofs_of_image(
+    image: str, engine: str, variant: str | None, *, converts: bool
+) -> dict[str, Callable[[], Evidence]]:
     """Return a function for each model of an image, or for one of them, that proves it in a container."""
     from chatterbox_prewarm.image.engines.connect import image_variants, prove_image
 
@@ -192,13 +208,24 @@ def _proofs_of_image(image: str, engine: str, variant: str | None) -> dict[str, 
         raise BadInputError(f"{image} has no model {variant}", next_step=f"choose one of: {', '.join(variants)}")
     # An image of an older version does not know the option --variant.
     chosen = {name: name if len(variants) > 1 else None for name in variants if variant in {None, name}}
+    if converts:
+        chosen = dict(list(chosen.items())[:1])
     return {
-        name: functools.partial(prove_image, image, engine=engine, variant=option) for name, option in chosen.items()
+        name: functools.partial(prove_image, image, engine=engine, variant=option, converts=converts)
+        for name, option in chosen.items()
     }
 
 
 def _proofs_here(
-    variant: str | None, *, here: bool, warm: Path, weights: Path, cache: Path, device: str | None, state: str | None
+    variant: str | None,
+    *,
+    here: bool,
+    converts: bool,
+    warm: Path,
+    weights: Path,
+    cache: Path,
+    device: str | None,
+    state: str | None,
 ) -> dict[str, Callable[[], Evidence]]:
     """Return a function for each checkpoint, or for one of them, that proves its state on this machine."""
     from chatterbox_prewarm.proof.prove import ProofOptions, prove_here
@@ -207,8 +234,10 @@ def _proofs_here(
     from chatterbox_prewarm.weights.checkpoints import choose_checkpoints
 
     chosen = choose_checkpoints(weights, [variant]) if variant else checkpoints_for(weights, warm, state)
+    if converts:
+        chosen = dict(list(chosen.items())[:1])
     proofs = {
-        name: ProofOptions(warm=warm, weights=checkpoint, device=device, name=state)
+        name: ProofOptions(warm=warm, weights=checkpoint, device=device, name=state, converts=converts)
         for name, checkpoint in chosen.items()
     }
     return {

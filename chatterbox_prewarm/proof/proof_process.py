@@ -1,5 +1,7 @@
 """The proof process: start from a state, repeat the bake's synthesis, make a voice, and report what happened.
 
+A start that converts speech has no T3, so it converts a generated clip instead.
+
 A bake runs it to check its result, and `prove` runs it in isolation.
 """
 
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import IntegrityError
 from chatterbox_prewarm.families.registry import is_used
-from chatterbox_prewarm.model.reference_clip import reference_clip
+from chatterbox_prewarm.model.reference_clip import CLIP_SAMPLE_RATE, reference_audio, reference_clip
 from chatterbox_prewarm.proof import probes
 from chatterbox_prewarm.start.attach import attach_baked, make_missing_voices, with_eager_regions
 from chatterbox_prewarm.start.options import StartOptions
@@ -26,13 +28,15 @@ from chatterbox_prewarm.system.json_subprocess import report
 from chatterbox_prewarm.system.metrics import StartMetrics, now
 
 if TYPE_CHECKING:
-    from chatterbox_prewarm.model.synthesis import Speech, Synthesizer
+    from collections.abc import Callable
+
+    from chatterbox_prewarm.model.synthesis import Speech
     from chatterbox_prewarm.start.attach import Attached
     from chatterbox_prewarm.state.manifest import Reference
 
 
-def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
-    """Load a state and repeat its reference synthesis.
+def run(*, warm: str, weights: str, cache: str, converts: bool = False) -> dict[str, Any]:
+    """Load a state and repeat its reference synthesis, or convert speech.
 
     Returns:
         the observations for `judge`: isolation, counters, and how the audio compares.
@@ -52,6 +56,7 @@ def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
         cache=Path(cache),
         device=reference.device,
         policy="require",
+        converts=converts,
     )
     prepared = prepare(options, metrics=metrics)
     files_before = probes.listing(options.cache)
@@ -59,15 +64,15 @@ def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
     upstream = make_missing_voices(attached, {})
     from chatterbox_prewarm.model.voices import prepare_voice
 
-    computes = stand_in_target() is None
+    computes, synthesize = stand_in_target() is None, _convert if converts else _speak
     with metrics.phase("synthesis"):
         if computes:
-            speech = _speak(attached.synthesizer, reference)
+            speech = synthesize(attached, reference)
         else:
             attached.synthesizer.check()
     ready = now() - metrics.origin
     if upstream_installed():  # with the families that only it uses
-        lean = attached.synthesizer.model if computes else None
+        lean = attached.synthesizer.model if computes and not converts else None
         with metrics.phase("voice"), reference_clip() as clip:
             prepare_voice(upstream or attach_upstream(prepared, lean=lean), clip)
     metrics.marks["ready"] = ready  # only now, because misses of bytecode count until then
@@ -85,26 +90,36 @@ def run(*, warm: str, weights: str, cache: str) -> dict[str, Any]:
         "state_writes": observer.writes + _changes(state),
         # Inductor locks each entry that it reads. An empty lock file is of no use to a later start.
         "cache_writes": sorted(path for path in changed if not _is_lock(Path(path))),
-        "audio": _compare(speech, attached, reference) if computes else None,
+        "audio": _compare(speech, attached, reference, synthesize) if computes else None,
     }
 
 
-def _speak(synthesizer: Synthesizer, reference: Reference) -> Speech:
-    return synthesizer.synthesize(
+def _speak(attached: Attached, reference: Reference) -> Speech:
+    return attached.synthesizer.synthesize(
         reference.text, voice=reference.voice, seed=reference.seed, max_new_tokens=reference.max_new_tokens
     )
 
 
-def _compare(speech: Speech, attached: Attached, reference: Reference) -> dict[str, Any]:
-    """Compare the reference synthesis with the bake, or with eager mode on this device if the bake has no audio.
+def _convert(attached: Attached, reference: Reference) -> Speech:
+    from chatterbox_prewarm.model.conversion import load_converter
+
+    converter = load_converter(attached.synthesizer.model, attached.prepared.options.weights)
+    voice, samples = attached.synthesizer.voice(reference.voice), reference_audio(1.0)
+    return converter.convert(samples, CLIP_SAMPLE_RATE, voice, seed=reference.seed)
+
+
+def _compare(
+    speech: Speech, attached: Attached, reference: Reference, synthesize: Callable[[Attached, Reference], Speech]
+) -> dict[str, Any]:
+    """Compare speech with that of the bake, or with that of eager mode on this device if the bake has none.
 
     Returns:
         the digests of tokens and audio, here and expected; and how far the difference from eager mode is below the
         audio, in dB, or None if the bake's audio is known.
     """
     expected, decibels = reference, None
-    if not reference.pcm_sha256:
-        eager = _speak(with_eager_regions(attached).synthesizer, reference)
+    if not reference.pcm_sha256 or synthesize is not _speak:
+        eager = synthesize(with_eager_regions(attached), reference)
         expected = replace(reference, tokens_sha256=eager.tokens_sha256)
         decibels = _decibels(speech, eager)
     return {

@@ -1,7 +1,7 @@
 """Prove that a warm state is used, in a fresh process that is isolated from everything that baked it.
 
 The process has another UID, host name, HOME and working directory, no network, and a read-only state. It repeats a
-synthesis of the bake.
+synthesis of the bake, or converts speech.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class ProofOptions:
         weights: the directory of the checkpoint.
         device: the device for which one of several states is selected; by default the device of each state.
         name: the state to prove; by default the one that a start would use here.
+        converts: prove a start that converts speech instead of one that speaks texts.
         timeout: seconds that the process may run.
     """
 
@@ -49,6 +50,7 @@ class ProofOptions:
     weights: Path
     device: str | None = None
     name: str | None = None
+    converts: bool = False
     timeout: float = 900.0
 
 
@@ -69,7 +71,7 @@ def prove(options: ProofOptions) -> Evidence:
         baked_cache = _baked_cache(state)
         if baked_cache is not None:
             make_cache(baked_cache)  # the mount point
-        command = proof_command(warm, options.weights.resolve(), baked_cache or cache)
+        command = proof_command(warm, options.weights.resolve(), baked_cache or cache, converts=options.converts)
         finished = run_process(
             _isolated(command, warm, cache, baked_cache),
             env=_environment(scratch),
@@ -91,14 +93,15 @@ def prove_here(options: ProofOptions, cache: Path, *, isolated: bool = True) -> 
             has no check of the isolation.
     """
     state = _select(options, cache)
-    finished = run_process(proof_command(state.path, options.weights, cache), timeout=options.timeout)
+    command = proof_command(state.path, options.weights, cache, converts=options.converts)
+    finished = run_process(command, timeout=options.timeout)
     return judge(parse_report(finished.stdout, finished.returncode), state.manifest.set_digest, isolated=isolated)
 
 
-def proof_command(warm: Path, weights: Path, cache: Path) -> list[str]:
+def proof_command(warm: Path, weights: Path, cache: Path, *, converts: bool = False) -> list[str]:
     """Return the command that runs the proof process in a fresh interpreter."""
-    arguments = json.dumps({"warm": str(warm), "weights": str(weights), "cache": str(cache)})
-    return [sys.executable, "-m", "chatterbox_prewarm.proof.proof_process", arguments]
+    arguments = {"warm": str(warm), "weights": str(weights), "cache": str(cache), "converts": converts}
+    return [sys.executable, "-m", "chatterbox_prewarm.proof.proof_process", json.dumps(arguments)]
 
 
 def _select(options: ProofOptions, cache: Path | None) -> State:

@@ -53,6 +53,14 @@ def test_the_image_passes_its_proof_under_the_documented_flags(docker: str, imag
     assert set(evidence["observed"]["metrics"]["hits"]) == {"bytecode", "conditionals", "aot"}
 
 
+def test_the_conversion_of_speech_passes_its_proof_without_upstreams_packages(image: str) -> None:
+    proven = run_cli("prove", "--image", image, "--convert", "--json")
+    assert proven.returncode == 0, proven.stderr
+    evidence = json.loads(proven.stdout)
+    assert evidence["observed"]["metrics"]["misses"] == {}
+    assert 40 <= evidence["observed"]["audio"]["decibels"] < 300, "packages round otherwise than eager mode"
+
+
 def test_the_proof_of_a_missing_image_is_refused(docker: str) -> None:
     assert docker
     refused = run_cli("prove", "--image", "chatterbox-prewarm-test:nowhere")

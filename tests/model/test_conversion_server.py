@@ -265,3 +265,14 @@ def test_a_server_whose_memory_does_not_suffice_for_both_does_not_start(
 
 def test_the_help_names_the_option() -> None:
     assert "--convert" in run_cli("serve", "--help").stdout
+
+
+def test_a_start_that_converts_is_proven(mini: Path, baked: Path, tmp_path: Path) -> None:
+    evidence = tmp_path / "evidence.json"
+    proven = run_cli("prove", "--convert", "--warm", baked, "--weights", mini, "--evidence", evidence)
+    assert proven.returncode == 0, proven.stdout + proven.stderr
+    assert "ok   the audio is like that of eager mode" in proven.stdout
+    observed = json.loads(evidence.read_text())["observed"]
+    assert observed["metrics"]["misses"] == {}
+    assert observed["audio"]["samples"] == RATE
+    assert observed["audio"]["decibels"] == 300, "the state has the profile eager"

@@ -39,9 +39,9 @@ def image_variants(image: str, *, engine: str = "docker") -> list[str]:
     return variants_of(label)
 
 
-def prove_image(image: str, *, engine: str = "docker", variant: str | None = None) -> Evidence:
+def prove_image(image: str, *, engine: str = "docker", variant: str | None = None, converts: bool = False) -> Evidence:
     """Prove a model of an image that the engine has, on the device that the image was built for; see `prove`."""
     with contextlib.closing(connect(engine)) as connected:
         variables = connected.image(image).config["config"].get("Env") or []
         device = dict(line.partition("=")[::2] for line in variables).get("CHATTERBOX_PREWARM_DEVICE", "cpu")
-        return prove(connected, image, device=device, variant=variant)
+        return prove(connected, image, device=device, variant=variant, converts=converts)

@@ -156,7 +156,7 @@ class Engine(abc.ABC):
             raise EngineError(f"{self.info.name} has no image {reference!r}", next_step="build or pull it")
 
 
-def prove(engine: Engine, image: str, *, device: str, variant: str | None = None) -> Evidence:
+def prove(engine: Engine, image: str, *, device: str, variant: str | None = None, converts: bool = False) -> Evidence:
     """Run `prove` in an isolated container of `image`.
 
     Args:
@@ -164,11 +164,13 @@ def prove(engine: Engine, image: str, *, device: str, variant: str | None = None
         image: its name.
         device: of the start.
         variant: of the model to prove, if the image has several.
+        converts: prove a start that converts speech.
 
     Raises:
         EngineError: there is no such image, or the container did not print evidence.
     """
-    command = ["prove", "--here", "--device", device, "--evidence", "-", *(["--variant", variant] if variant else [])]
+    command = ["prove", "--here", "--device", device, "--evidence", "-"]
+    command += [*(["--variant", variant] if variant else []), *(["--convert"] if converts else [])]
     container = ContainerRun(image=image, command=command, device=device, allowed=(0, NotWarmError.exit_code))
     _, output = engine.run(container)
     try:
