@@ -1,0 +1,167 @@
+"""The page at `/` has no violation that axe-core finds, in Chromium, in each of its states."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.helpers.chromium import chromium
+from tests.helpers.page import ENGLISH, MULTILINGUAL, TURBO, VOICES, Site
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from selenium import webdriver
+
+pytestmark = pytest.mark.programs
+
+_package = pytest.importorskip("axe_playwright_python", reason="axe-core is not installed (it is in the extra `dev`)")
+AXE = Path(_package.__file__).with_name("axe.min.js").read_text()
+#: WCAG 2.2 at level AA, and axe-core's own advice. Without this list axe-core leaves out the size of targets.
+RULES = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice")
+RUN = """
+const [rules, done] = arguments;
+axe.run(document, { runOnly: rules }).then(done, (error) => done({ error: String(error) }));
+"""
+DESKTOP, PHONE = (1280, 1000), (360, 740)
+
+PHASES = [
+    {"name": name, "start": start, "seconds": seconds}
+    for name, start, seconds in (("prepare", 0.1, 1.2), ("import", 1.3, 3.2), ("weights", 4.5, 0.3))
+]
+STARTING = {"ready": False, "attached": False, "phase": "conditionals", "phases": PHASES, "marks": {}}
+GONE = {**STARTING, "phase": "worker gone", "restarts": 2}
+WORKER = {"phase": "ready", "busy": False, "restarts": 0, "rss_bytes": 3.4e9, "vram_bytes": 5e9}
+#: Every table is shown, and the table of the workers has all its columns.
+READY = {
+    "ready": True,
+    "attached": True,
+    "phase": "ready",
+    "phases": PHASES,
+    "marks": {"attached": 5.1, "ready": 6.0},
+    "profile": "aot",
+    "state": "cpu-x86_64-torch2.6.0-aot-c5f5cd4abedf",
+    "cross_compiled": True,
+    "restarts": 1,
+    "loaded": {"aot": 12, "bytecode": 830, "conditionals": 1},
+    "hits": {"aot": 11, "bytecode": 830},
+    "misses": {"conditionals": 1},
+    "reasons": ["conditionals: the voice owl was baked for another checkpoint"],
+    "model": "turbo",
+    "models": {"turbo": {}, "multilingual": {}},
+    "voices": ["fox", "owl"],
+    "workers": [
+        {**WORKER, "device": "cuda:0", "model": "turbo", "busy": True, "voices": 1, "voice_bytes": 2e6},
+        {**WORKER, "device": "cuda:1", "model": "multilingual", "phase": "failed", "reason": "out of memory"},
+    ],
+}
+ADDED = {
+    "id": "visitor",
+    "usable": True,
+    "baked": False,
+    "bytes": 250_000,
+    "created": 1_764_000_000,
+    "models": ["english"],
+    "reason": "it has no tokens for turbo",
+}
+BROKEN = {**ADDED, "id": "old", "usable": False, "models": [], "reason": "it was made for another checkpoint"}
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[webdriver.Chrome]:
+    with chromium() as driver:
+        yield driver
+
+
+@pytest.fixture
+def page(driver: webdriver.Chrome) -> Iterator[Site]:
+    site = Site(driver)
+    with site.serving():
+        yield site
+
+
+def violations(page: Site, size: tuple[int, int], scheme: str) -> list[str]:
+    """Run axe-core in a window of this size and with this colour scheme."""
+    width, height = size
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    page.script(AXE)
+    result: dict[str, Any] = page.driver.execute_async_script(RUN, list(RULES))
+    assert "error" not in result, result["error"]
+    # An engine that skips the rules, or sees no text, must not pass.
+    assert {"color-contrast", "label", "target-size"} <= {rule["id"] for rule in result["passes"]}
+    return [
+        f"{width} px, {scheme}: {rule['id']}: {rule['help']}: {node['html']}: {node['failureSummary']}"
+        for rule in result["violations"]
+        for node in rule["nodes"]
+    ]
+
+
+def check(page: Site) -> None:
+    """Assert that the page, as it is shown now, has no violation in any size and colour scheme."""
+    found = [violations(page, size, scheme) for size in (DESKTOP, PHONE) for scheme in ("light", "dark")]
+    assert list(chain.from_iterable(found)) == []
+
+
+def test_a_start(page: Site) -> None:
+    page.open("starting: conditionals", startup=STARTING)
+    check(page)
+
+
+def test_a_lost_worker(page: Site) -> None:
+    page.open("not ready: the worker ended, and the server starts a new one", startup=GONE)
+    check(page)
+
+
+def test_a_ready_server_with_all_tables(page: Site) -> None:
+    page.open(startup=READY, voices=VOICES)
+    page.wait(lambda: page.options("voice") == ["fox", "owl"])
+    check(page)
+
+
+def test_several_models_with_tags_and_languages(page: Site) -> None:
+    turbo = {**TURBO, "tags": ["[laugh]", "[sigh]"]}
+    page.open(startup=READY, models=[turbo, MULTILINGUAL, ENGLISH])
+    page.wait(lambda: page.options("model") == ["turbo", "multilingual", "english"])
+    check(page)
+    page.select("model").select_by_value("multilingual")
+    page.wait(lambda: page.options("language") == ["en", "da", "fr"])
+    check(page)
+
+
+def test_added_voices_and_a_recording(page: Site) -> None:
+    page.open(voices=[*VOICES, ADDED, BROKEN])
+    page.wait(lambda: "cannot be used" in page.text("voices"))
+    page.click("record")
+    page.wait(lambda: page.text("voices-state") == "Recording: 1 s.")
+    check(page)
+    page.click("record")
+    page.wait(lambda: page.text("voices-state").startswith("Recorded "))
+    check(page)
+
+
+def test_played_speech(page: Site) -> None:
+    page.open()
+    page.wait(lambda: page.options("voice") == ["fox", "owl"])
+    page.click("go")
+    page.wait(lambda: "real-time factor" in page.text("figures"))
+    check(page)
+
+
+def test_refused_requests(page: Site) -> None:
+    page.open(voices=None, speech=None)
+    page.wait(lambda: page.text("voices-error"))
+    page.click("go")
+    page.wait(lambda: page.text("speak-error"))
+    check(page)
+
+
+def test_the_check_finds_a_list_without_a_label(page: Site) -> None:
+    page.open()
+    page.script("document.querySelector('label[for=voice]').remove()")
+    assert [found.split(": ")[1] for found in violations(page, DESKTOP, "light")] == ["select-name"]
