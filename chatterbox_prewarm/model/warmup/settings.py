@@ -10,7 +10,7 @@ from chatterbox_prewarm.errors import BadInputError
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-#: Level 1 runs each model, level 2 the kernels that real use needs, level 3 the memory pools.
+#: Level 1 runs each model, level 2 the kernels that real use needs, level 3 the memory pools of a GPU.
 LEVELS = (1, 2, 3)
 #: If this environment variable is "off", every warm-up returns immediately.
 SWITCH = "CHATTERBOX_PREWARM_WARMUP"

@@ -40,7 +40,8 @@ class ChatterboxWarmupStrategy:
 
     Level 1 runs each model once: voice encoder, T3, S3Gen. Level 2 runs the kernels that real use needs: a voice from a
     reference clip, complete syntheses of a short, a medium and a long text, the watermark. Level 3 first releases
-    cached GPU memory, then grows the memory pools to the largest of the texts' shapes.
+    cached GPU memory, then grows the memory pools to the largest of the texts' shapes. A CPU has no such pools, so
+    level 3 does nothing there.
 
     Example:
         >>> model = ChatterboxTTS.from_pretrained("cuda")
@@ -169,7 +170,7 @@ class ChatterboxWarmupStrategy:
             self._speak(model, text, voice, self.max_new_tokens)
 
     def warm_up_memory_pools(self, model: ChatterboxTTS) -> None:
-        """Run level 3: grow the memory pools to the shapes of the longest text.
+        """Run level 3: grow the memory pools of a GPU to the shapes of the longest text.
 
         Raises:
             BadInputError: the model is not on the device of this strategy.
@@ -177,17 +178,17 @@ class ChatterboxWarmupStrategy:
         if not self.enabled:
             return
         self._check_model(model)
+        if not str(model.device).startswith("cuda"):
+            self._progress("level 3: nothing to do, because a CPU has no memory pools")
+            return
         import torch
 
         self._progress("level 3: memory pools at the largest shape")
-        on_gpu = str(model.device).startswith("cuda")
-        if on_gpu:
-            torch.cuda.empty_cache()  # release the memory of the earlier levels; the memory allocated from now on stays
+        torch.cuda.empty_cache()  # release the memory of the earlier levels; the memory allocated from now on stays
         self._speak(model, max(self.texts, key=len), _voice(model), 4 * self.max_new_tokens)
-        if on_gpu:
-            torch.cuda.synchronize(model.device)
-            peak = torch.cuda.max_memory_allocated(model.device)
-            self._progress(f"level 3: peak GPU memory {peak / 2**20:.0f} MiB")
+        torch.cuda.synchronize(model.device)
+        peak = torch.cuda.max_memory_allocated(model.device)
+        self._progress(f"level 3: peak GPU memory {peak / 2**20:.0f} MiB")
 
     def _check_model(self, model: ChatterboxTTS) -> None:
         """Refuse an object that is not a model, or is on another device than the strategy's.
