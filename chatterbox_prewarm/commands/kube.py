@@ -124,6 +124,7 @@ def _pullable(image: str) -> str:
     "--device", default="", type=click.Choice(["", "cuda", "cpu"]), help="Default: cuda if there is a state for it."
 )
 @click.option("--gpu", "gpus", multiple=True, help="Use only states for this GPU, such as L4; repeatable.")
+@click.option("--convert", "converts", is_flag=True, help="The pods also convert speech, see `serve --convert`.")
 @click.option("--policy", default="fallback", show_default=True, type=click.Choice(POLICIES), help="Policy of a start.")
 @click.option("--replicas", type=click.IntRange(0), help="Number of pods. Default: 1, or the current number.")
 @click.option(

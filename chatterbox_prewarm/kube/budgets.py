@@ -30,6 +30,9 @@ _REQUEST_MARGIN, _LIMIT_MARGIN = 1.1, 1.5
 _DEFAULT_MEMORY_MIB = (6 * 1024, 8 * 1024)
 #: A bake measures only the worker process. Add the memory of the front process, and on a GPU that of the CUDA context.
 _FRONT_MIB, _CUDA_MIB = 256, 1024
+#: Memory of a worker that converts speech, which no bake measures: 1 GiB for the weights of S3Gen and of the speech
+#: tokenizer, and 1 GiB for the process, or for what it allocates on a GPU.
+_CONVERSION_MIB = 2048
 #: Factor for the size of a state: the cache holds the caches of the state and those that a cold start compiles, and
 #: temporary copies of both.
 _CACHE_MARGIN = 4
@@ -115,20 +118,26 @@ def budgets(
     )
 
 
-def with_baked_values(measured: Measured, states: Sequence[StateLabel]) -> Measured:
+def with_baked_values(measured: Measured, states: Sequence[StateLabel], *, converts: bool = False) -> Measured:
     """Replace missing measurements of pods by what the bakes of these states measured.
 
     A pod holds a model of each variant, and the largest state of each counts.
+
+    Args:
+        measured: measurements of pods.
+        states: states of the image.
+        converts: a pod also has a worker that converts speech.
     """
     cold = max((state.measured.cold_seconds for state in states), default=0.0)
     resident = _sum_over_variants(states, lambda state: state.measured.resident_bytes)
     device = _sum_over_variants(states, lambda state: state.measured.device_bytes)
-    contexts = _CUDA_MIB * len({state.variant for state in states})
+    contexts = _CUDA_MIB * (len({state.variant for state in states}) + converts)
+    more = _CONVERSION_MIB * converts
     return replace(
         measured,
         cold_seconds=measured.cold_seconds or cold or None,
-        rss_mib=measured.rss_mib or (math.ceil(resident / _MIB) + _FRONT_MIB if resident else None),
-        gpu_memory_mib=measured.gpu_memory_mib or (math.ceil(device / _MIB) + contexts if device else None),
+        rss_mib=measured.rss_mib or (math.ceil(resident / _MIB) + _FRONT_MIB + more if resident else None),
+        gpu_memory_mib=measured.gpu_memory_mib or (math.ceil(device / _MIB) + contexts + more if device else None),
     )
 
 

@@ -67,6 +67,7 @@ class Request:
         pull_secret: secret with the login to pull the image; empty if no login is needed.
         device: "cuda" or "cpu"; empty for "cuda" if there is a state for it.
         gpus: use only the states for these products; empty for all.
+        converts: the pods also convert speech.
         policy: policy of a start. With "require", pods run only on nodes that fit a state, because others fail to
             start.
         replicas: number of pods; None leaves it to an autoscaler.
@@ -84,6 +85,7 @@ class Request:
     pull_secret: str = ""
     device: str = ""
     gpus: tuple[str, ...] = ()
+    converts: bool = False
     policy: str = "fallback"
     replicas: int | None = None
     queue_limit: int = QUEUE_LIMIT
@@ -107,7 +109,7 @@ def render(request: Request) -> Rendering:
             is too small.
     """
     device, states = _choose(request)
-    request = replace(request, measured=with_baked_values(request.measured, states))
+    request = replace(request, measured=with_baked_values(request.measured, states, converts=request.converts))
     sizes = budgets(
         states,
         request.measured,
@@ -160,6 +162,8 @@ def _settings(request: Request, device: str, sizes: Budgets) -> dict[str, str]:
     settings = {"DRAIN_SECONDS": str(sizes.drain_seconds)}
     if device == "cuda" or len({state.device for state in request.states}) > 1:
         settings["DEVICE"] = device
+    if request.converts:
+        settings["CONVERT"] = "true"
     if request.policy != "fallback":
         settings["POLICY"] = request.policy
     if request.queue_limit != QUEUE_LIMIT:

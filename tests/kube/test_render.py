@@ -349,6 +349,18 @@ def test_a_pod_holds_a_model_of_each_variant() -> None:
     assert server_of(render_for(states[:2]))["resources"]["requests"]["memory"] == "3840Mi"
 
 
+def test_a_pod_that_converts_speech_has_memory_for_one_more_worker() -> None:
+    measurements = Measurements(cold_seconds=1, ready_seconds=1, resident_bytes=3 << 30, device_bytes=4 << 30)
+    label = replace(L4, measured=measurements)
+    rendering = render_for([label], converts=True)
+    assert document_of(rendering.documents, "ConfigMap")["data"]["CHATTERBOX_PREWARM_CONVERT"] == "true"
+    assert server_of(rendering)["resources"]["requests"]["memory"] == "6Gi", "3 and 2 GiB and the front, and a tenth"
+    assert server_of(render_for([label]))["resources"]["requests"]["memory"] == "3840Mi"
+    assert "'8191'" in str(terms(rendering)), "4 GiB, 2 GiB, and two contexts"
+    measured = render_for([label], converts=True, measured=Measured(rss_mib=5000))
+    assert server_of(measured)["resources"]["requests"]["memory"] == "5632Mi", "the measured pod converts, too"
+
+
 def test_a_node_must_fit_a_state_of_each_model() -> None:
     def turbo(label: StateLabel) -> StateLabel:
         return replace(label, key=f"turbo-{label.key}", variant="turbo")
