@@ -323,12 +323,14 @@ def server(weights: Path, shared_dir: Path, tmp_path_factory: pytest.TempPathFac
         server.end()
 
 
+@pytest.mark.slow
 def test_a_warm_start_misses_nothing(server: Server) -> None:
     status = server.status()[1]
     assert status["hits"]["conditionals"] == 1
     assert status["misses"] == {}
 
 
+@pytest.mark.slow
 def test_the_server_speaks_the_language_of_the_request(server: Server) -> None:
     default, german, french, upstreams = (
         server.speak(**fields, temperature=0.05, cfg_weight=5)  # random weights hardly depend on the text
@@ -340,6 +342,7 @@ def test_the_server_speaks_the_language_of_the_request(server: Server) -> None:
     assert server.speak(input="Привет", language="ru")[0] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"language": "xx"}, {"language": ""}, {"language": "he", "input": "שלום"}])
 def test_the_server_refuses_a_language_that_it_cannot_speak(fields: dict[str, str], server: Server) -> None:
     status, body = server.speak(**fields)
@@ -347,6 +350,7 @@ def test_the_server_refuses_a_language_that_it_cannot_speak(fields: dict[str, st
     assert json.loads(body)["error"]["message"]
 
 
+@pytest.mark.slow
 def test_the_server_lists_its_languages(server: Server) -> None:
     (entry,) = json.loads(server.ask("GET", "/v1/models")[1])["data"]
     assert entry["id"] == "multilingual"

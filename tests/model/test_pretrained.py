@@ -237,6 +237,7 @@ def test_its_state_can_be_saved_and_loaded(model: PrewarmedChatterbox, mini: Pat
     assert verified.returncode == 0, verified.stderr
 
 
+@pytest.mark.slow
 def test_the_complete_warm_up_runs_when_a_family_is_missing(baked: Path, mini: Path, tmp_path: Path) -> None:
     state = writable_copy(baked, tmp_path / "warm")
     next((state / "numba").rglob("*.nbi")).write_bytes(b"damaged")

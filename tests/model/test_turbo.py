@@ -319,6 +319,7 @@ def test_a_text_that_upstream_would_cut_off_is_refused(model: Model, voice: Cond
         synthesizer.synthesize("  ", max_new_tokens=8)
 
 
+@pytest.mark.slow
 def test_nano_speaks_as_upstream_does(checkpoint: Callable[[Variant], Path]) -> None:
     weights = checkpoint(NANO)
     model, voice = load(weights), read_builtin_voice(weights)
