@@ -94,12 +94,10 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
     runs: list[dict[str, Any]] = []
     with reference_clip() as clip:
         measure = start_functions(weights, warm, clip, device, hello=hello, requests=requests)
-        settle(weights, warm)  # once: a run whose pages were evicted in the meantime is marked as apart
         for pages, count in (("hot", rounds), ("cold", int(cold_pages))):
             for number in range(1, count + 1):
                 for system in systems:
-                    if pages == "cold":
-                        drop_page_cache()
+                    settle(weights, warm) if pages == "hot" else drop_page_cache()
                     say(f"{_TITLES[system]}, page cache {pages}, {number} of {count}")
                     runs.append(label_run(measure[system](), system, pages))
     return summarize(runs, weights=weights, warm=warm, device=device)
