@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 #: Test files that build images and run containers.
 _CONTAINER_FILES = tuple(
-    f"tests/image/test_{name}.py" for name in ("build", "full_disk", "image", "pod", "podman", "routes")
+    f"tests/image/test_{name}.py" for name in ("build", "full_disk", "image", "pod", "podman", "routes", "two_models")
 )
 
 # A shell ignores SIGINT in the processes that it starts in the background, and the tests' subprocesses inherit that.

@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -74,7 +74,9 @@ class Steps:
 
         self._step = step
         columns = shutil.get_terminal_size().columns  # tqdm writes nothing to a terminal that says 0
-        self._bar = tqdm(desc=step, bar_format="{desc} {elapsed}", file=sys.stderr, ncols=columns, position=0)
+        # TQDM_DISABLE, which is meant for the bars of packages, would switch the steps off: `disable` overrides it.
+        shape: dict[str, Any] = {"bar_format": "{desc} {elapsed}", "ncols": columns, "position": 0, "disable": False}
+        self._bar = tqdm(desc=step, file=sys.stderr, **shape)
         self._describe(step)
         self._ended = threading.Event()
         threading.Thread(target=self._tick, args=(self._bar, self._ended), daemon=True).start()

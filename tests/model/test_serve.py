@@ -247,6 +247,7 @@ GUARDED = {
     ("GET", "/v1/models"): 200,
     ("GET", "/v1/models/{model}"): 404,
     ("POST", "/v1/audio/speech"): 200,
+    ("POST", "/v1/audio/conversions"): 404,
     ("GET", "/v1/audio/voices"): 200,
     ("POST", "/v1/audio/voices"): 400,
     ("GET", "/v1/audio/voices/{name}"): 200,

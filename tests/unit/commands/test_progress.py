@@ -65,7 +65,8 @@ main()
 def _run(*arguments: str, terminal: bool = False) -> tuple[str, str]:
     """Run the program, and return its standard output and its standard error."""
     command = [sys.executable, "-c", _PROGRAM, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    # A start sets TQDM_DISABLE for the packages of the model, and some users do.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "TQDM_DISABLE": "1"}
     if not terminal:
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         return done.stdout, done.stderr
