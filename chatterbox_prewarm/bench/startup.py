@@ -80,7 +80,7 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
         device: device of all systems. The state must be baked for it.
         say: called with one line for each start.
         hello: path of a WAV file for the first sentence of the warm server; None to write no file.
-        requests: requests of each process after its first one.
+        requests: requests of each process after its first one. With one, a cold server gets only its first request.
 
     Returns:
         the report: machine, all runs, medians and ratios.
@@ -116,7 +116,7 @@ def start_functions(
     return {
         "torch": time_torch_import,
         "upstream": partial(time_upstream, weights, clip, device, requests=requests),
-        "cold": partial(time_server, weights, warm, device, clip=clip, requests=requests),
+        "cold": partial(time_server, weights, warm, device, clip=clip, requests=requests if requests > 1 else 0),
         "warm": partial(time_server, weights, warm, device, hello=hello, requests=requests),
     }
 

@@ -29,7 +29,7 @@ SPEECH_TOKENIZER: Mapping[str, tuple[str, ...]] = MappingProxyType({"s3gen": ("t
 #: Tensors that only a training uses. Those of Turbo have 412 MB.
 _UNUSED = ("text_head.", "tfmr.wte.")
 #: `madvise(2)`, since Linux 5.14: map all pages now instead of one page fault each, and read missing pages from disk.
-_MADV_POPULATE_READ = 22
+MADV_POPULATE_READ = 22
 #: The kernel reads at most the largest request of the device for one call of `posix_fadvise`.
 _ADVISED_BYTES = 1 << 20
 _madvise = ctypes.CDLL(None).madvise  # found here, because a later search waits for libraries that a thread loads
@@ -115,7 +115,7 @@ class MappedWeights:
         for file in self.files:
             address = ctypes.addressof(ctypes.c_char.from_buffer(file.memory))
             for begin, end in file.spans:
-                _madvise(address + begin, end - begin, _MADV_POPULATE_READ)
+                _madvise(address + begin, end - begin, MADV_POPULATE_READ)
 
 
 def _map(path: Path, part: str, prefixes: tuple[str, ...]) -> MappedFile:
