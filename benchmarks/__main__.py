@@ -170,6 +170,25 @@ def calls(*, weights: Path, cache: Path, device: str, output: Path, calls: int) 
     click.echo("hooks of upstream's T3: {before} before, {after} after".format_map(report["hooks_of_upstream"]))
 
 
+@benchmarks.command("conversion")
+@weights_option
+@warm_option
+@device_option
+@output_option
+@click.option(
+    "--seconds", default=10.0, show_default=True, type=click.FloatRange(0.2, 40), help="Length of the speech."
+)
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Fresh processes of each system.")
+def conversion(*, weights: Path, warm: Path, device: str, output: Path, seconds: float, rounds: int) -> None:
+    """Start upstream's ChatterboxVC and ours in fresh processes, and convert the same speech."""
+    from benchmarks.conversion import run, table
+
+    check_output(output)
+    report = run(weights, warm, device=device, seconds=seconds, rounds=rounds, say=note)
+    write_report(report, output)
+    click.echo(table(report))
+
+
 @benchmarks.command("leak")
 @weights_option
 @warm_option
