@@ -375,7 +375,8 @@ def test_a_bake_without_a_family_that_runs_out_of_memory_in_a_level_completes(mi
     (tmp_path / "sitecustomize.py").write_text(_FULL_DEVICE)
     paths = ("--weights", mini, "--warm", tmp_path / "warm", "--cache", tmp_path / "cache")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
-    baked = run_cli("bake", *paths, "--profile", "eager", "--levels", "1,3", "--without", "numba", env=env)
+    arguments = ("--profile", "eager", "--levels", "1,3", "--without", "numba")
+    baked = run_cli("--progress", "bake", *paths, *arguments, env=env)
     assert baked.returncode == 0, baked.stderr
     manifest = State.read(tmp_path / "warm").manifest
     assert [family.name for family in manifest.families] == [name for name in AS_WRITTEN if name != "numba"]

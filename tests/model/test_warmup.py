@@ -15,6 +15,7 @@ from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.reference_clip import reference_audio, reference_clip
 from chatterbox_prewarm.model.upstream import load_upstream
 from chatterbox_prewarm.model.voices import for_upstream
+from chatterbox_prewarm.model.warmup import strategy as strategy_module
 from chatterbox_prewarm.model.warmup.settings import LONG_TEXT, MEDIUM_TEXT, SHORT_TEXT, SWITCH
 from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
 from chatterbox_prewarm.system.metrics import StartMetrics
@@ -57,7 +58,7 @@ def test_only_the_chosen_levels_run(upstream: ChatterboxTTS) -> None:
 
 
 def test_warm_up_stops_before_the_level_that_runs_out_of_memory(
-    upstream: ChatterboxTTS, monkeypatch: pytest.MonkeyPatch
+    upstream: ChatterboxTTS, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """This test cannot fill a GPU's memory, so the level raises the error of torch."""
 
@@ -70,7 +71,9 @@ def test_warm_up_stops_before_the_level_that_runs_out_of_memory(
     metrics = strategy.perform_full_warmup(upstream)
     assert strategy.levels == (1,), "the manifest records these levels"
     assert [phase["name"] for phase in metrics.phases] == ["warm-up level 1", "warm-up level 2"]
-    assert lines[-1] == "level 2: out of memory; the warm-up stops before this level"
+    assert lines[-1] == "CUDA out of memory. Tried to allocate 2.00 GiB"
+    warnings = [record.getMessage() for record in caplog.records if record.name == strategy_module.__name__]
+    assert warnings == ["level 2: out of memory; the warm-up stops before this level"]
     assert not strategy.warmup_completed
 
 

@@ -201,8 +201,9 @@ class TokenDecoder(ABC):
         if self._samplers[True] is not self._samplers[False]:
             self._sample(state, self._samplers[True])
         self._advance(state, nucleus=False, positions=self._attended(state, length + 1))
-        # The first positions have the largest values, so a checkpoint that is too large for float16 shows here.
-        if not bool(state.hidden.isfinite().all()):
+        # The first positions have the largest values, so a checkpoint that is too large for float16 shows here. The
+        # comparison runs on the CPU, because the stand-in for a GPU computes nothing and returns zeros.
+        if not bool(state.hidden.cpu().isfinite().all()):
             dtype = str(self.dtype).removeprefix("torch.")
             raise ModelError(
                 f"T3 computes values that are not finite, in {dtype}",

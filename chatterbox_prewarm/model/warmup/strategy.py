@@ -9,7 +9,7 @@ import gc
 import logging
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.errors import BadInputError, first_line
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.reference_clip import CLIP_SAMPLE_RATE, reference_audio, reference_clip
 from chatterbox_prewarm.model.sampling import Sampling
@@ -108,7 +108,7 @@ class ChatterboxWarmupStrategy:
                 for level in self.levels:
                     with self.metrics.phase(f"warm-up level {level}"):
                         if not self._run_if_memory_suffices(steps[level], model):
-                            self._progress(f"level {level}: out of memory; the warm-up stops before this level")
+                            logger.warning("level %d: out of memory; the warm-up stops before this level", level)
                             self.levels = tuple(done for done in self.levels if done < level)
                             break
                 else:
@@ -124,7 +124,7 @@ class ChatterboxWarmupStrategy:
         try:
             step(model)
         except torch.OutOfMemoryError as error:
-            logger.warning("%s", str(error).partition("\n")[0])
+            self._progress(first_line(error))
         else:
             return True
         gc.collect()
