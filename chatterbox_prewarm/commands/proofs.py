@@ -26,6 +26,7 @@ from chatterbox_prewarm.commands.progress import end, say
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.image.engines.engine import ENGINES
 from chatterbox_prewarm.system.atomic_files import write_whole
+from chatterbox_prewarm.weights.variants import VARIANTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -208,8 +209,9 @@ def _proofs_of_image(
         raise BadInputError(f"{image} has no model {variant}", next_step=f"choose one of: {', '.join(variants)}")
     # An image of an older version does not know the option --variant.
     chosen = {name: name if len(variants) > 1 else None for name in variants if variant in {None, name}}
-    if converts:
-        chosen = dict(list(chosen.items())[:1])
+    if converts:  # with the model that a start takes
+        first = next(name for name in VARIANTS if name in chosen)
+        chosen = {first: chosen[first]}
     return {
         name: functools.partial(prove_image, image, engine=engine, variant=option, converts=converts)
         for name, option in chosen.items()

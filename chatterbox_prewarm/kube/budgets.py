@@ -87,6 +87,7 @@ def budgets(
     queue_limit: int = QUEUE_LIMIT,
     pre_stop: int = PRE_STOP_SECONDS,
     cache_mib: int | None = None,
+    converts: bool = False,
 ) -> Budgets:
     """Compute the budgets of a pod.
 
@@ -97,6 +98,7 @@ def budgets(
             for all others.
         pre_stop: seconds in which the proxies learn that a pod ends.
         cache_mib: size of the cache; None to compute it.
+        converts: the pod also has a worker that converts speech, which `measured` includes.
 
     Raises:
         BadInputError: the cache is too small for the content that a start writes to it.
@@ -104,7 +106,7 @@ def budgets(
     drain = DRAIN_SECONDS
     if measured.request_seconds is not None:
         drain = math.ceil(measured.request_seconds * queue_limit)
-    request, limit = _DEFAULT_MEMORY_MIB
+    request, limit = (mib + _CONVERSION_MIB * converts for mib in _DEFAULT_MEMORY_MIB)
     if measured.rss_mib is not None:
         request, limit = _round_up(measured.rss_mib * _REQUEST_MARGIN), _round_up(measured.rss_mib * _LIMIT_MARGIN)
     return Budgets(

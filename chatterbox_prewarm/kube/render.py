@@ -116,6 +116,7 @@ def render(request: Request) -> Rendering:
         queue_limit=request.queue_limit,
         pre_stop=request.pre_stop,
         cache_mib=request.cache_mib,
+        converts=request.converts,
     )
     settings = _settings(request, device, sizes)
     deployment = _deployment(request, device, states, sizes, settings)

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 _MAX_PEAK = 32.0
 #: The longest part, 40 s, and the shortest one at the end, 1 s.
 _PART_TOKENS, _LAST_TOKENS = MAX_NEW_TOKENS, 25
+#: The longest part of a stream with a look ahead, 10 s. For each of its chunks, the flow runs again from the beginning
+#: of the part, so a part of 40 s would take 20 times as long as without a look ahead.
+_PART_TOKENS_WITH_LOOK_AHEAD = 250
 #: How many tokens a stream gets at once. With a look ahead, the flow can run after each block.
 _BLOCK_TOKENS = 5
 #: The speech that the check of a start turns into tokens, in seconds.
@@ -100,7 +103,7 @@ class Converter:
             BadInputError: the samples, the sample rate or the seed cannot be used.
         """
         seed = chosen_seed(seed)
-        parts = self._parts(_prepared(samples, sample_rate))
+        parts = self._parts(_prepared(samples, sample_rate), _PART_TOKENS, lambda: False)
         spoken = []
         for number, part in enumerate(parts):
             seed_everything(_part_seed(seed, number))
@@ -147,16 +150,18 @@ class Converter:
             stream = Stream(self._synthesizer, _part_voice(voice, number), chunk_tokens, look_ahead, stopped)
             return stream.chunks(_blocks(part), _part_seed(seed, number), called)
 
-        return self._chunks(prepared, chunks_of, stopped)
+        longest = _PART_TOKENS if look_ahead is None else _PART_TOKENS_WITH_LOOK_AHEAD
+        return self._chunks(prepared, longest, chunks_of, stopped)
 
     def _chunks(
         self,
         prepared: NDArray[np.float32],
+        longest: int,
         chunks_of: Callable[[torch.Tensor, int], Generator[Chunk]],
         stopped: Callable[[], bool],
     ) -> Generator[Chunk]:
-        """Yield the chunks of all parts, numbered from 0."""
-        parts, index = self._parts(prepared), 0
+        """Yield the chunks of all parts of at most `longest` tokens, numbered from 0."""
+        parts, index = self._parts(prepared, longest, stopped), 0
         for number, part in enumerate(parts):
             with contextlib.closing(chunks_of(part, number)) as chunks:
                 for chunk in chunks:
@@ -166,10 +171,15 @@ class Converter:
                 return
 
     @torch.inference_mode()
-    def _parts(self, prepared: NDArray[np.float32]) -> list[torch.Tensor]:
-        """Return the tokens of each part of prepared samples: int64 (n,)."""
-        tokens = self._tokenizer(torch.from_numpy(prepared)).to(self._synthesizer.model.device)
-        return list(torch.split(tokens, part_lengths(prepared, tokens.numel())))
+    def _parts(self, prepared: NDArray[np.float32], longest: int, stopped: Callable[[], bool]) -> list[torch.Tensor]:
+        """Return the tokens of each part of prepared samples: int64 (n,). Return no parts if `stopped` returns True."""
+        windows = []
+        for window in self._tokenizer.windows(torch.from_numpy(prepared)):
+            if stopped():
+                return []
+            windows.append(window)
+        tokens = torch.cat(windows).to(self._synthesizer.model.device)
+        return list(torch.split(tokens, part_lengths(prepared, tokens.numel(), longest)))
 
 
 def load_converter(model: Model, weights: Path) -> Converter:
@@ -202,22 +212,23 @@ def load_converter(model: Model, weights: Path) -> Converter:
     return Converter(model, tokenizer)
 
 
-def part_lengths(samples: NDArray[np.float32], tokens: int) -> list[int]:
-    """Choose where to cut speech: after 20 to 40 s, between the two neighbouring tokens with the least energy.
+def part_lengths(samples: NDArray[np.float32], tokens: int, limit: int = _PART_TOKENS) -> list[int]:
+    """Choose where to cut speech: between the two neighbouring tokens with the least energy.
 
     Args:
         samples: float32 (n,), 16 kHz.
         tokens: the number of tokens of the samples.
+        limit: the longest part. All but the last one have at least half of it, or 1 s less.
 
     Returns:
-        the number of tokens of each part, from 1 s to 40 s if there are several parts.
+        the number of tokens of each part, at least 25 (1 s) if there are several parts.
     """
     padded = np.pad(samples, (0, max(0, tokens * SAMPLES_PER_TOKEN - samples.size)))[: tokens * SAMPLES_PER_TOKEN]
     energies = np.square(padded).reshape(tokens, SAMPLES_PER_TOKEN).sum(axis=1)
     lengths, begin = [], 0
-    while (left := tokens - begin) > _PART_TOKENS:
-        longest = min(_PART_TOKENS, left - _LAST_TOKENS)
-        cuts = np.arange(longest, _PART_TOKENS // 2 - 1, -1)  # the longest part first, which wins if all are equal
+    while (left := tokens - begin) > limit:
+        longest = min(limit, left - _LAST_TOKENS)
+        cuts = np.arange(longest, limit // 2 - 1, -1)  # the longest part first, which wins if all are equal
         lengths.append(int(cuts[np.argmin(energies[begin + cuts - 1] + energies[begin + cuts])]))
         begin += lengths[-1]
     return [*lengths, tokens - begin]

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
-from chatterbox_prewarm.model.no_speech import no_decoder, no_text
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.flow import Flow
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
@@ -23,6 +22,7 @@ from chatterbox_prewarm.model.regions.vocoder import SAMPLE_RATE, SAMPLES_PER_FR
 from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.variants import code_of
 from chatterbox_prewarm.model.watermark import Watermark
+from chatterbox_prewarm.model.without_t3 import no_decoder, no_text
 from chatterbox_prewarm.weights.mapped import CONVERSION, SYNTHESIS, MappedWeights
 from chatterbox_prewarm.weights.record import read_record
 from chatterbox_prewarm.weights.tensor_shapes import check_tensors
@@ -72,8 +72,8 @@ class Model:
         variant: what the model is.
         behaviour: details of this variant.
         tensors: the tensors by the part of the model and their name in its file, such as "t3.speech_head.weight".
-        text: turns text into tokens; see `no_speech` for a model that only converts speech.
-        decoder: T3, draws speech tokens; see `no_speech`, too.
+        text: turns text into tokens; see `without_t3` for a model that only converts speech.
+        decoder: T3, draws speech tokens; see `without_t3`, too.
         flow: turns speech tokens into a mel spectrogram.
         vocoder: turns a mel spectrogram into a waveform.
         watermark: marks the waveform.

@@ -80,8 +80,12 @@ class SpeechTokenizer:
         Returns:
             int64 (t,), each below 6561; a token for each 640 samples, and for a remainder of at least 160.
         """
-        mel = self.log_mel(samples.to(self._filters.device))
-        return torch.cat(list(self._windows(mel)))
+        return torch.cat(list(self.windows(samples)))
+
+    @torch.inference_mode()
+    def windows(self, samples: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the tokens of a call, those of about 30 s at a time."""
+        yield from self._windows(self.log_mel(samples.to(self._filters.device)))
 
     def log_mel(self, samples: torch.Tensor) -> torch.Tensor:
         """Compute the logarithmic mel spectrogram of 16 kHz samples (n,): float32 (128, n // 160)."""

@@ -336,7 +336,9 @@ def _make_voices(attached: Attached, clips: Mapping[str, Path]) -> ChatterboxTTS
         return None
     from chatterbox_prewarm.start.upstream import attach_upstream
 
-    upstream = attach_upstream(prepared, lean=model)
+    # A model that converts has no T3, so upstream's model cannot share its tensors, and is loaded onto the CPU. The
+    # flow moves the voice to its device.
+    upstream = attach_upstream(prepared, lean=None if prepared.options.converts else model)
     with prepared.metrics.phase("conditionals"), contextlib.ExitStack() as stack:
         for name in missing:
             clip = clips[name] if name in clips else stack.enter_context(reference_clip())

@@ -318,8 +318,11 @@ NANO = dataclasses.replace(
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {variant.name: variant for variant in (ENGLISH, MULTILINGUAL, MULTILINGUAL_V3, TURBO, NANO)}
 )
-#: A related model that this project has no code for, and the voice conversion.
-_FLASH, _CONVERSION = "flash", "vc"
+#: The name of the model that converts speech. It has the checkpoint, the warm state and the voices of a model that
+#: speaks texts, so it is not a variant.
+CONVERSION_MODEL = "vc"
+#: A related model that this project has no code for.
+_FLASH = "flash"
 
 #: The variant that commands use if no other is named.
 DEFAULT_VARIANT = ENGLISH
@@ -335,7 +338,7 @@ def get_variant(name: str) -> Variant:
         return VARIANTS[name]
     except KeyError:
         relative = name.lower().removeprefix("chatterbox-")
-        if relative == _CONVERSION:
+        if relative == CONVERSION_MODEL:
             raise BadInputError(
                 "the voice conversion has no checkpoint of its own",
                 next_step=f"use the checkpoint of {DEFAULT_VARIANT.name}, and add --convert to `serve`",

@@ -275,7 +275,7 @@ def test_long_speech_is_cut_at_quiet_places(
     samples, pauses = speech(4.4), (1.6, 3.0)
     for pause in pauses:
         samples[int((pause - 0.1) * RATE) : int((pause + 0.1) * RATE)] = 0
-    lengths = [part.numel() for part in converter._parts(resampled(samples, RATE, 16_000))]
+    lengths = [part.numel() for part in converter._parts(resampled(samples, RATE, 16_000), 50, lambda: False)]
     assert len(lengths) == 3
     assert sum(lengths) == 110
     assert np.abs(np.cumsum(lengths)[:2] * 0.04 - pauses).max() < 0.1
@@ -290,13 +290,19 @@ def test_long_speech_is_cut_at_quiet_places(
     assert [chunk.is_last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
 
 
-@pytest.mark.parametrize("tokens", [1, 1000, 1001, 1024, 1026, 7500])
-def test_parts_have_at_most_forty_seconds(tokens: int) -> None:
+def test_a_conversion_can_be_stopped_between_two_windows_of_the_tokenizer(converter: Converter) -> None:
+    answers = iter([False, True])  # a third question would be an error
+    assert converter._parts(speech(70.0, 16_000), 1000, lambda: next(answers)) == []
+
+
+@pytest.mark.parametrize("limit", [250, 1000])
+@pytest.mark.parametrize("tokens", [1, 250, 251, 1000, 1001, 1024, 1026, 7500])
+def test_no_part_is_longer_than_the_limit(tokens: int, limit: int) -> None:
     noise = np.random.default_rng(0).normal(size=tokens * 640 - 100).astype(np.float32)
     for samples in (noise, np.zeros_like(noise)):
-        lengths = part_lengths(samples, tokens)
+        lengths = part_lengths(samples, tokens, limit)
         assert sum(lengths) == tokens
-        assert max(lengths) <= 1000
+        assert max(lengths) <= limit
         assert len(lengths) == 1 or min(lengths) >= 25
 
 

@@ -22,7 +22,7 @@ from chatterbox_prewarm.serve.http.speech_route import SpeechRoute
 from chatterbox_prewarm.serve.http.speech_rules import UnknownModelError
 from chatterbox_prewarm.serve.http.voice_routes import VoiceRoutes
 from chatterbox_prewarm.serve.workers.pools import slowest
-from chatterbox_prewarm.serve.workers.worker_config import CONVERSION
+from chatterbox_prewarm.weights.variants import CONVERSION_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -55,8 +55,11 @@ class App:
         self._http_metrics = HttpMetrics(pools, admission)
         responder = AudioResponder(pools, admission, self._http_metrics)
         self._speech = SpeechRoute(admission, responder, rules)
-        self._conversions = ConversionRoute(admission, responder, rules)
-        self._voices = VoiceRoutes(voices, admission, prepare=pools.prepare_voice, speak=self._speech.respond)
+        decoding = asyncio.Semaphore(1)  # one clip at a time, for both routes with uploads
+        self._conversions = ConversionRoute(admission, responder, rules, decoding=decoding)
+        self._voices = VoiceRoutes(
+            voices, admission, decoding=decoding, prepare=pools.prepare_voice, speak=self._speech.respond
+        )
 
     def asgi(self) -> Starlette:
         """Return the ASGI application."""
@@ -137,7 +140,7 @@ class App:
         return JSONResponse(models)
 
     async def _model(self, request: Request) -> Response:
-        if self._rules.converts and request.path_params["model"] == CONVERSION:
+        if self._rules.converts and request.path_params["model"] == CONVERSION_MODEL:
             return JSONResponse(_CONVERTING)
         try:
             return JSONResponse(_model_entry(self._rules, self._rules.model(request.path_params["model"])))
@@ -176,7 +179,7 @@ def _model_entry(rules: SpeechRules, variant: Variant) -> Model:
 
 #: The entry of the model that converts speech.
 _CONVERTING: Model = {
-    "id": CONVERSION,
+    "id": CONVERSION_MODEL,
     "object": "model",
     "created": 0,
     "owned_by": "resemble-ai",

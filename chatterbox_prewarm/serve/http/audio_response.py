@@ -57,6 +57,10 @@ class AudioResponder:
         """Return the name of the model of a request."""
         return self._pools[options.model].model
 
+    def retry_after(self, model: str) -> int:
+        """Return the seconds after which a client should repeat a request that this model has no place for."""
+        return self._pools[model].retry_after
+
     async def respond(self, options: Options, stream: ResponseStream) -> None:
         """Send the audio for `options`, or an error."""
         # A client can send any text as a voice. Only a possible name of a voice is safe to log.

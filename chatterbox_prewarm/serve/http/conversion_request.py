@@ -13,8 +13,8 @@ from chatterbox_prewarm.serve.http.speech_request import NEXT_STEPS
 from chatterbox_prewarm.serve.http.speech_rules import SpeechRules, UnknownModelError
 from chatterbox_prewarm.serve.http.upload import FormKind
 from chatterbox_prewarm.serve.workers.speech_options import ConversionOptions
-from chatterbox_prewarm.serve.workers.worker_config import CONVERSION
 from chatterbox_prewarm.system.limits import MAX_SEED, MAX_TOKENS, MIN_LOOK_AHEAD
+from chatterbox_prewarm.weights.variants import CONVERSION_MODEL
 
 
 class ConversionRequest(BaseModel):
@@ -22,7 +22,7 @@ class ConversionRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    model: str = Field(default=CONVERSION, description=f"Must be {CONVERSION}, or be left out.")
+    model: str = Field(default=CONVERSION_MODEL, description=f"Must be {CONVERSION_MODEL}, or be left out.")
     voice: str = Field(default=DEFAULT_VOICE, description="The voice to speak with: its name or an alias.")
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(
         default=None, description="Makes the audio repeatable on the same machine. Default: random."
@@ -72,7 +72,7 @@ def conversion_options(request: ConversionRequest, source: bytes) -> ConversionO
     """Return the options of a checked request. `source` is a WAV file from `decode_clip.decode`."""
     return ConversionOptions(
         source=source,
-        model=CONVERSION,
+        model=CONVERSION_MODEL,
         voice=request.voice,
         seed=request.seed,
         look_ahead=request.look_ahead,
@@ -87,7 +87,7 @@ def _check_model(name: str, rules: SpeechRules) -> None:
     Raises:
         RequestError: see above. The status is 404 if the server does not have the model.
     """
-    if name == CONVERSION:
+    if name == CONVERSION_MODEL:
         return
     try:
         variant = rules.model(name)
@@ -96,7 +96,7 @@ def _check_model(name: str, rules: SpeechRules) -> None:
             error.message, next_step=error.next_step, status=404, code="model_not_found", param="model"
         ) from None
     raise RequestError(
-        f"the model {variant.name} speaks texts; {CONVERSION} converts speech",
+        f"the model {variant.name} speaks texts; {CONVERSION_MODEL} converts speech",
         next_step=f"leave the field out, or send a text to /v1/audio/speech for {variant.name}",
         param="model",
     )

@@ -40,14 +40,14 @@ _WORKER_GAUGES = {
 class HttpMetrics(Collector):
     """Counters and histograms of requests, and a collector that reads the pools at each scrape.
 
-    The label `model` of all of them is the variant; it is empty for a request that was refused before its model was
-    known.
+    The label `model` of all of them is the variant, or `CONVERSION_MODEL`; it is empty for a request that was refused
+    before its model was known.
 
     Attributes:
-        responses: speech requests by the status of their response.
+        responses: requests for speech and for conversions by the status of their response.
         abandoned: requests whose client disconnected.
         first_chunk: seconds from a request to its first audio.
-        real_time_factor: a worker's seconds per second of audio, for each part of a text.
+        real_time_factor: a worker's seconds per second of audio, for each part of a text or of recorded speech.
         audio: seconds of generated audio.
         truncated: parts of texts whose speech ended at the token limit.
         skipped: parts of texts that could not be spoken.
@@ -57,8 +57,8 @@ class HttpMetrics(Collector):
         self._pools = pools
         self._admission = admission
         self._registry = CollectorRegistry()
-        self.responses = self._counter("speech_answers", "Speech requests by status.", "status")
-        self.abandoned = self._counter("speech_abandoned", "Speech requests whose client disconnected.")
+        self.responses = self._counter("speech_answers", "Requests for speech and conversions by status.", "status")
+        self.abandoned = self._counter("speech_abandoned", "Requests whose client disconnected.")
         self.audio = self._counter("audio_seconds", "Seconds of generated audio.")
         self.truncated = self._counter("truncated_parts", "Parts of texts whose speech ended at the token limit.")
         self.skipped = self._counter("skipped_parts", "Parts of texts that could not be spoken.")

@@ -185,7 +185,7 @@ def _make_pools(
     from chatterbox_prewarm.serve.workers.audio_buffer import Backlog
     from chatterbox_prewarm.serve.workers.pool import Pool
     from chatterbox_prewarm.serve.workers.pools import Pools
-    from chatterbox_prewarm.serve.workers.worker_config import CONVERSION
+    from chatterbox_prewarm.weights.variants import CONVERSION_MODEL
 
     backlog = Backlog()
     return Pools(
@@ -198,7 +198,7 @@ def _make_pools(
                 voices=voices,
                 backlog=backlog,
             )
-            for model in (*config.checkpoints, *([CONVERSION] if config.rules.converts else []))
+            for model in (*config.checkpoints, *([CONVERSION_MODEL] if config.rules.converts else []))
         ]
     )
 

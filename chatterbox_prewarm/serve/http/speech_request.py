@@ -24,8 +24,8 @@ from chatterbox_prewarm.model.text import MAX_CHARACTERS, check_text, decode_tex
 from chatterbox_prewarm.serve.http.error_responses import RequestError
 from chatterbox_prewarm.serve.http.speech_rules import SpeechRules, UnknownModelError
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
-from chatterbox_prewarm.serve.workers.worker_config import CONVERSION
 from chatterbox_prewarm.system.limits import MAX_SEED, MAX_TOKENS, MIN_LOOK_AHEAD, MIN_TOKENS, SAMPLING
+from chatterbox_prewarm.weights.variants import CONVERSION_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -173,9 +173,9 @@ def _model_of(request: SpeechRequest, rules: SpeechRules) -> Variant:
     Raises:
         RequestError: it converts speech, or the server does not have it. Then the status is 404, as in OpenAI's API.
     """
-    if request.model == CONVERSION and rules.converts:
+    if request.model == CONVERSION_MODEL and rules.converts:
         raise RequestError(
-            f"the model {CONVERSION} converts speech, and speaks no texts",
+            f"the model {CONVERSION_MODEL} converts speech, and speaks no texts",
             next_step="leave the field out, or send a recording to /v1/audio/conversions",
             param="model",
         )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: Bytes of a form in addition to its clip: boundaries, headers, and the other fields that OpenAI's clients send.
 _FORM_BYTES = 1 << 16
-_MAX_FIELDS = 8
+_MAX_FIELDS = 16
 #: The names of the clip's field: the usual one, and the one in OpenAI's API.
 _CLIP_FIELDS = ("file", "audio_sample")
 

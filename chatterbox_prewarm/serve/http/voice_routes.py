@@ -41,6 +41,7 @@ class VoiceRoutes:
     Args:
         store: the baked and the added voices.
         admission: decides whether the server accepts an upload.
+        decoding: held while a clip is decoded.
         prepare: makes the file of a voice from a WAV file. Raises `PrewarmError`.
         speak: returns the response with the speech for some options, or with an error.
         limits: limits on uploads.
@@ -51,6 +52,7 @@ class VoiceRoutes:
         store: VoiceStore,
         admission: Admission,
         *,
+        decoding: asyncio.Semaphore,
         prepare: Callable[[bytes], Awaitable[bytes]],
         speak: Callable[[SpeechOptions], ASGIApp],
         limits: UploadLimits | None = None,
@@ -61,7 +63,7 @@ class VoiceRoutes:
         self._speak = speak
         self._limits = limits or UploadLimits()
         self._uploads = 0
-        self._decoding = asyncio.Semaphore(1)
+        self._decoding = decoding
 
     def routes(self) -> list[Route]:
         """Return the routes for a Starlette application."""

@@ -70,5 +70,5 @@ def _compare(needed: int, available: int, place: str, configs: Sequence[WorkerCo
     names = ", ".join(dict.fromkeys(config.pool for config in configs))
     raise BadInputError(
         f"the models {names} need {needed / 1e9:.1f} GB together, and {place} has {available / 1e9:.1f} GB",
-        next_step="serve fewer of them with --variant, use fewer devices, or give more memory",
+        next_step="serve fewer of them with --variant, leave out --convert, use fewer devices, or give more memory",
     )

@@ -62,11 +62,16 @@ class Pools:
 
     @property
     def ready(self) -> bool:
-        """True if all models could speak once, and one of them can speak now.
+        """True if all models were ready once, and one of those that speak texts is ready now.
 
         While a dead worker is replaced, the server stays ready for the other models.
         """
-        return all(pool.was_ready for pool in self) and any(pool.ready for pool in self)
+        return all(pool.was_ready for pool in self) and any(pool.ready for pool in self._speaking)
+
+    @property
+    def _speaking(self) -> list[Pool]:
+        """The pools of the models that speak texts."""
+        return [pool for pool in self if not pool.converts]
 
     @property
     def workers(self) -> list[tuple[str, Supervisor]]:
@@ -99,7 +104,9 @@ class Pools:
         await asyncio.gather(*self._runs)
 
     async def prepare_voice(self, clip: bytes) -> bytes:
-        """Compute a voice for all models from a reference clip, in a process of its own, one voice at a time.
+        """Compute a voice from a reference clip, for all models that speak texts, in a process of its own.
+
+        Only one voice is computed at a time.
 
         Args:
             clip: a WAV file.
@@ -111,7 +118,7 @@ class Pools:
             WorkerGoneError: a model is not ready.
             PrewarmError: as `voice_process.make_voice`.
         """
-        if not all(pool.ready for pool in self):
+        if not all(pool.ready for pool in self._speaking):
             raise WorkerGoneError("no worker is ready", next_step="try again when the server is ready")
         async with self._making_voice:
-            return await make_voice([pool.leading.config for pool in self if not pool.converts], clip)
+            return await make_voice([pool.leading.config for pool in self._speaking], clip)

@@ -144,6 +144,7 @@ class Worker:
             if message is None or message[0]["type"] == "stop":
                 return
             self._handle(requests, *message)
+            message = None  # its payload has up to 29 MB, and the next message may come much later
 
     def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
         """Send a message to the front. Any thread may call this."""

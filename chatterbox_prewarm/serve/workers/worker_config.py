@@ -15,16 +15,13 @@ from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.metrics import exec_time
-from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT
+from chatterbox_prewarm.weights.variants import CONVERSION_MODEL, DEFAULT_VARIANT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
 
-#: The name of the model that converts speech. It has the checkpoint, the warm state and the voices of a model that
-#: speaks texts, so it is not a variant.
-CONVERSION = "vc"
 #: Device name that starts one worker on each GPU.
 ALL_GPUS = "cuda:all"
 
@@ -66,8 +63,8 @@ class WorkerConfig:
 
     @property
     def pool(self) -> str:
-        """The name of the model in requests: `model`, or `CONVERSION`."""
-        return CONVERSION if self.start.converts else self.model
+        """The name of the model in requests: `model`, or `CONVERSION_MODEL`."""
+        return CONVERSION_MODEL if self.start.converts else self.model
 
     @property
     def name(self) -> str:

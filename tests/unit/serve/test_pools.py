@@ -21,7 +21,7 @@ from chatterbox_prewarm.serve.workers.pools import Pools
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 from chatterbox_prewarm.serve.workers.worker_client import WorkerGoneError
 from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, for_devices
-from chatterbox_prewarm.weights.variants import get_variant
+from chatterbox_prewarm.weights.variants import CONVERSION_MODEL, get_variant
 from tests.helpers.stand_in_worker import CONFIG, start
 
 if TYPE_CHECKING:
@@ -33,12 +33,18 @@ _TENSORS = {"t3": ("tfmr.norm.weight",), "s3gen": ("flow.a", "mel2wav.b")}
 
 
 @contextlib.asynccontextmanager
-async def running(english: str, multilingual: str) -> AsyncIterator[tuple[Pools, asyncio.Task[None]]]:
+async def running(
+    english: str, other: str, name: str = "multilingual"
+) -> AsyncIterator[tuple[Pools, asyncio.Task[None]]]:
     """Run two models, each with a worker that plays the given part. The restarts of both become ready."""
+
+    def config(model: str) -> WorkerConfig:
+        return replace(CONFIG, model=model, start=replace(CONFIG.start, converts=model == CONVERSION_MODEL))
+
     pools = Pools(
         [
-            Pool([(replace(CONFIG, model=model), start(part)(CONFIG))], model=model, wait_seconds=20, hang_seconds=600)
-            for model, part in (("english", english), ("multilingual", multilingual))
+            Pool([(config(model), start(part)(CONFIG))], model=model, wait_seconds=20, hang_seconds=600)
+            for model, part in (("english", english), (name, other))
         ]
     )
     for _, worker in pools.workers:
@@ -77,6 +83,19 @@ def test_a_server_is_ready_when_all_models_were_and_stays_so_while_one_can_speak
                 await pools.prepare_voice(b"")
             await until(lambda: pools["english"].ready)
             assert await say(pools, "english") == b"Hi."
+
+    asyncio.run(run())
+
+
+def test_a_server_that_can_only_convert_is_not_ready() -> None:
+    async def run() -> None:
+        async with running("ready", "ready", CONVERSION_MODEL) as (pools, _):
+            await until(lambda: pools.ready)
+            os.kill(pools["english"].leading.pid, signal.SIGKILL)
+            await until(lambda: not pools["english"].ready)
+            assert pools[CONVERSION_MODEL].ready
+            assert not pools.ready
+            await until(lambda: pools.ready)
 
     asyncio.run(run())
 

@@ -53,9 +53,18 @@ class Server:
         self.free = threading.Event()
         self.free.set()
         self.failure: PrewarmError | None = None
-        ready = SimpleNamespace(model=VARIANT, ready=True, was_ready=True, retry_after=1, backlog=Backlog())
+        ready = SimpleNamespace(
+            model=VARIANT, ready=True, was_ready=True, converts=False, retry_after=1, backlog=Backlog()
+        )
         admission = Admission(Pools([cast("Pool", ready)]), limit=32)
-        self.routes = VoiceRoutes(self.store, admission, prepare=self._prepare, speak=self._speak, limits=limits)
+        self.routes = VoiceRoutes(
+            self.store,
+            admission,
+            decoding=asyncio.Semaphore(1),
+            prepare=self._prepare,
+            speak=self._speak,
+            limits=limits,
+        )
         self._stack = contextlib.ExitStack()
         self.port = self._stack.enter_context(serving(Starlette(routes=self.routes.routes())))
         base_url = f"http://127.0.0.1:{self.port}"
