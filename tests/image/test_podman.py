@@ -290,6 +290,8 @@ import signal, sys
 from pathlib import Path, PurePosixPath
 from chatterbox_prewarm.image.engines.engine import ContainerRun
 from chatterbox_prewarm.image.engines.podman import PodmanEngine
+from chatterbox_prewarm.system.progress import show_details
+show_details(lambda text, _: print(text, file=sys.stderr, flush=True))
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 files = {{}} if {isolated} else {{PurePosixPath("/tmp/file"): Path({str(tmp_path / "file")!r})}}
 PodmanEngine().run(
@@ -300,7 +302,7 @@ PodmanEngine().run(
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             assert process.stderr is not None
-            assert process.stderr.readline() == "runs\n"
+            assert "runs\n" in process.stderr
             assert len(leftovers()) == 1
             process.send_signal(sent)
             process.communicate(timeout=30)
