@@ -351,7 +351,7 @@ def test_a_clip_that_upstream_refuses_is_refused_before_anything_slow(
         check_clip(clip, name="v", longer_than=TURBO.clip_seconds)
     check_clip(clip, name="v", longer_than=ENGLISH.clip_seconds)
     arguments = ("--weights", weights, "--warm", tmp_path / "warm", "--cache", tmp_path / "cache")
-    baked = run_cli("bake", *arguments, "--profile", "eager", "--voice", f"v={clip}")
+    baked = run_cli("--progress", "bake", *arguments, "--profile", "eager", "--voice", f"v={clip}")
     assert baked.returncode == BadInputError.exit_code
     assert "needs more than 5 s" in baked.stderr
     assert "verifying" not in baked.stderr
