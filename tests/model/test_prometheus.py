@@ -105,7 +105,7 @@ def test_a_warm_pod_fires_no_alert(prometheus: Prometheus) -> None:
 def test_a_dead_worker_fires_an_alert(server: Server, prometheus: Prometheus) -> None:
     os.kill(server.worker(), signal.SIGKILL)
     alert = prometheus.wait_for_alert("ChatterboxWorkerRestarts", "firing")
-    assert alert["annotations"]["summary"] == f"the worker of {POD['pod']} died and was replaced"
+    assert alert["annotations"]["summary"] == f"a worker of english in {POD['pod']} died and was replaced"
     assert alert["labels"].items() >= {"severity": "warning", **POD}.items()
     server.wait_ready()
 
