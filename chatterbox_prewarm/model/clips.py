@@ -39,7 +39,7 @@ _SPEECH_STEP = "give 5 to 10 s of clean speech"
 
 @dataclass(frozen=True, kw_only=True)
 class ClipKind:
-    """What an audio clip is for, and what it must be like.
+    """The requirements for an audio clip that serves one purpose.
 
     Attributes:
         what: describes the clip in messages.

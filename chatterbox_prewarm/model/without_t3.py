@@ -1,4 +1,4 @@
-"""What a model has in place of T3 and its tokenizer if it only converts speech. Saves two thirds of the memory."""
+"""Stand-ins for T3 and its tokenizer in a model that only converts speech, which saves two thirds of the memory."""
 
 from __future__ import annotations
 

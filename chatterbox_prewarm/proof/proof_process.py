@@ -111,7 +111,7 @@ def _convert(attached: Attached, reference: Reference) -> Speech:
 def _compare(
     speech: Speech, attached: Attached, reference: Reference, synthesize: Callable[[Attached, Reference], Speech]
 ) -> dict[str, Any]:
-    """Compare speech with that of the bake, or with that of eager mode on this device if the bake has none.
+    """Compare speech with the speech of the bake. If the bake made none, compare it with eager mode on this device.
 
     Returns:
         the digests of tokens and audio, here and expected; and how far the difference from eager mode is below the

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 #: The parts of the model, and the tensors of each that a synthesis uses, by the beginnings of their names. S3Gen's
 #: other tensors and the voice encoder make voices from clips.
 SYNTHESIS: Mapping[str, tuple[str, ...]] = MappingProxyType({"t3": ("",), "s3gen": ("flow.", "mel2wav.")})
-#: The same for a voice conversion, which needs the speech tokenizer instead of T3.
-CONVERSION: Mapping[str, tuple[str, ...]] = MappingProxyType({"s3gen": ("flow.", "mel2wav.", "tokenizer.")})
-#: What a conversion needs in addition to a synthesis.
+#: The speech tokenizer, which a voice conversion needs, and a synthesis does not.
 SPEECH_TOKENIZER: Mapping[str, tuple[str, ...]] = MappingProxyType({"s3gen": ("tokenizer.",)})
+#: The tensors of a voice conversion, which needs no T3.
+CONVERSION: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"s3gen": (*SYNTHESIS["s3gen"], *SPEECH_TOKENIZER["s3gen"])}
+)
 #: Tensors that only a training uses. Those of Turbo have 412 MB.
 _UNUSED = ("text_head.", "tfmr.wte.")
 #: `madvise(2)`, since Linux 5.14: map all pages now instead of one page fault each, and read missing pages from disk.

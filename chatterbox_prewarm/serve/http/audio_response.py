@@ -104,11 +104,7 @@ class AudioResponder:
         one_shot = options.stream_format is None and options.format in {"wav", "flac"}
         if one_shot:
             options = replace(options, chunk_tokens=None)
-        pool = self._pools[options.model]
-        if isinstance(options, ConversionOptions):
-            audio = pool.convert(options, on_complete=release)
-        else:
-            audio = pool.speak(options, on_complete=release)
+        audio = self._pools[options.model].speak(options, on_complete=release)
         async with contextlib.aclosing(audio) as generated:
             chunks = self._measured(generated, started, stream, self.model(options))
             if options.stream_format == "sse":

@@ -34,7 +34,7 @@ _CLIP_FIELDS = ("file", "audio_sample")
 
 @dataclass(frozen=True, kw_only=True)
 class FormKind:
-    """What a form is for.
+    """The fields of a form, and the advice in its error messages.
 
     Attributes:
         fields: the names of its fields besides the clip. Unknown fields are ignored.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.serve.workers.audio_buffer import AudioBuffer, Backlog
 from chatterbox_prewarm.serve.workers.sentence_split import split
+from chatterbox_prewarm.serve.workers.speech_options import ConversionOptions
 from chatterbox_prewarm.serve.workers.supervisor import Supervisor
 from chatterbox_prewarm.serve.workers.worker_client import WorkerGoneError
 from chatterbox_prewarm.system.limits import MAX_SEED
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.errors import PrewarmError
     from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
     from chatterbox_prewarm.serve.workers.messages import Chunk
-    from chatterbox_prewarm.serve.workers.speech_options import AudioOptions, ConversionOptions, SpeechOptions
+    from chatterbox_prewarm.serve.workers.speech_options import AudioOptions, SpeechOptions
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
     from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
 
@@ -140,16 +141,17 @@ class Pool:
         """End all workers."""
         await asyncio.gather(*(worker.stop() for worker in self.workers))
 
-    async def speak(
-        self, options: SpeechOptions, *, on_complete: Callable[[], None] = lambda: None
+    def speak(
+        self, options: SpeechOptions | ConversionOptions, *, on_complete: Callable[[], None] = lambda: None
     ) -> AsyncGenerator[Chunk]:
-        """Speak a text and yield its audio in order.
+        """Speak a text or recorded speech, and yield the audio in order.
 
         The workers do not wait for the caller: the audio waits in a buffer. Closing the generator stops the work.
-        Without a seed, a random one is used.
+        Without a seed, a random one is used. One worker converts all of a recording, because only the worker can find
+        the quiet places where long speech is cut.
 
         Args:
-            options: the text and the settings.
+            options: the text or the recording, and the settings.
             on_complete: called when no worker is needed any more, even if the caller has not taken all audio.
 
         Raises:
@@ -157,24 +159,9 @@ class Pool:
             WorkerGoneError: the worker of a part ended, and so did the worker of its retry.
             PrewarmError: the error that a worker reported for this request.
         """
-        async with contextlib.aclosing(
-            self._buffered(functools.partial(self._speak_all, options), on_complete)
-        ) as chunks:
-            async for chunk in chunks:
-                yield chunk
-
-    async def convert(
-        self, options: ConversionOptions, *, on_complete: Callable[[], None] = lambda: None
-    ) -> AsyncGenerator[Chunk]:
-        """Convert speech and yield the audio in order. The rest is as in `speak`.
-
-        One worker converts all of it, because only the worker can find the quiet places where long speech is cut.
-        """
-        async with contextlib.aclosing(
-            self._buffered(functools.partial(self._convert, options), on_complete)
-        ) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        if isinstance(options, ConversionOptions):
+            return self._buffered(functools.partial(self._convert, options), on_complete)
+        return self._buffered(functools.partial(self._speak_all, options), on_complete)
 
     async def _buffered(
         self, produce: Callable[[AudioBuffer], Awaitable[None]], on_complete: Callable[[], None]

@@ -179,7 +179,7 @@ async def spoken(pool: Pool) -> bytes:
 
 
 async def converted(pool: Pool, source: bytes) -> bytes:
-    return b"".join([chunk.pcm async for chunk in pool.convert(ConversionOptions(source=source))])
+    return b"".join([chunk.pcm async for chunk in pool.speak(ConversionOptions(source=source))])
 
 
 @contextlib.asynccontextmanager
