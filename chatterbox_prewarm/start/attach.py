@@ -307,16 +307,16 @@ def _executor(prepared: Prepared) -> Executor:
 def make_missing_voices(attached: Attached, clips: Mapping[str, Path]) -> ChatterboxTTS | None:
     """Make the built-in voice and those of `clips` that are not baked; each is a miss. Then mark "attached".
 
-    Before that, what all texts of a voice share is computed, if the model has such a thing.
+    Afterwards, compute what all texts of a voice share, if the model has such a thing: the start is not ready before.
 
     Returns:
         upstream's model, if a voice needed it.
     """
     upstream = _make_voices(attached, clips)
+    attached.metrics.mark("attached")
     if attached.synthesizer.model.decoder.prepares_voices:
         with attached.metrics.phase("voice prefixes"):
             attached.synthesizer.prepare_voices()
-    attached.metrics.mark("attached")
     return upstream
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 
 from chatterbox_prewarm.bench import fidelity
 from chatterbox_prewarm.bench.upstream import limit_tokens
-from chatterbox_prewarm.errors import BadInputError, WeightsError
+from chatterbox_prewarm.errors import BadInputError, ModelError, WeightsError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE, check_clip
 from chatterbox_prewarm.model.model import Model, load
 from chatterbox_prewarm.model.reference_clip import reference_audio
@@ -23,6 +24,7 @@ from chatterbox_prewarm.model.regions import decoder as decoder_module
 from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.gpt import GptDecoder
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
+from chatterbox_prewarm.model.regions.region import GPT_REGIONS
 from chatterbox_prewarm.model.regions.t3_blocks import START_SPEECH_TOKEN, STOP_SPEECH_TOKEN
 from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.streaming import generate_stream
@@ -37,10 +39,12 @@ from chatterbox_prewarm.weights.variants import ENGLISH, NANO, TURBO, Variant
 from tests.conftest import run_cli
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from chatterbox_prewarm.model.conditionals import Conditionals
+    from chatterbox_prewarm.model.regions.executors import BoundRegion
+    from chatterbox_prewarm.model.regions.region import Region
     from chatterbox_prewarm.start.attach import Attached
 
 TEXTS = (
@@ -306,6 +310,35 @@ def test_the_prefix_of_a_voice_is_computed_once_and_the_oldest_is_removed(model:
     tiny = GptDecoder(weights, eager, max_prefix_bytes=0)
     assert our_tokens(tiny, model, voice, model.sampling, 20) == our_tokens(decoder, model, voice, model.sampling, 20)
     assert tiny.prefixes == 1
+
+
+def test_the_check_of_a_start_continues_the_prefix_of_the_voice(model: Model, voice: Conditionals) -> None:
+    calls: Counter[str] = Counter()
+
+    def counting(region: Region, weights: Sequence[torch.Tensor]) -> BoundRegion:
+        bound = eager(region, weights)
+
+        def call(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            calls[region.name] += 1
+            return bound(*arguments)
+
+        return call
+
+    decoder = GptDecoder(NamedTensors(model.tensors, "t3."), counting)
+    decoder.prepare_voice(voice.t3)
+    before = calls.copy()
+    decoder.check(voice.t3, model.text_tokens("Hi."))
+    regions = GPT_REGIONS[TURBO.t3_width]
+    assert calls - before == {regions.decode.name: 2, regions.sample.name: 1}, "a step of two layers, and no prompt"
+    assert decoder.prefix_misses == 1
+
+
+def test_the_check_of_a_start_finds_a_prefix_that_is_not_finite(model: Model, voice: Conditionals) -> None:
+    damaged = {**model.tensors}
+    damaged["t3.tfmr.h.0.mlp.c_fc.weight"] = torch.full_like(damaged["t3.tfmr.h.0.mlp.c_fc.weight"], torch.inf)
+    decoder = GptDecoder(NamedTensors(damaged, "t3."), eager)
+    with pytest.raises(ModelError, match="not finite, in float32"):
+        decoder.check(voice.t3, model.text_tokens("Hi."))
 
 
 def test_a_text_that_upstream_would_cut_off_is_refused(model: Model, voice: Conditionals) -> None:

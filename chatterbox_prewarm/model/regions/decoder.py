@@ -33,9 +33,6 @@ _CPU_ROUNDING = 256
 #: costs a CPU as much as any other token.
 _CHECK_EVERY_ON_CPU = 1
 _CHECK_EVERY_ON_GPU = 16
-#: How many positions of a prompt the check of a start runs. All 41 positions of the shortest text take three times as
-#: long on a CPU.
-_CHECKED_POSITIONS = 4
 
 
 class TokenDecoder(ABC):
@@ -71,8 +68,8 @@ class TokenDecoder(ABC):
         """Embed a voice and a text."""
 
     @abstractmethod
-    def _shortened(self, prompt: Prompt, length: int) -> Prompt:
-        """Return a prompt of at most `length` positions for the check of a start."""
+    def _shortened(self, prompt: Prompt) -> Prompt:
+        """Return the few positions of a prompt that the check of a start runs."""
 
     @abstractmethod
     def _new_state(self, positions: int) -> DecodeState:
@@ -194,7 +191,7 @@ class TokenDecoder(ABC):
             ModelError: the transformer computes values that are not finite.
         """
         sampling = Sampling()
-        prompt = self._shortened(self._prompt(conditionals, text_tokens, sampling), _CHECKED_POSITIONS)
+        prompt = self._shortened(self._prompt(conditionals, text_tokens, sampling))
         length = prompt.length
         state = self._acquire_state(length + 1, nucleus=False)
         self._run_prompt(state, prompt, sampling)

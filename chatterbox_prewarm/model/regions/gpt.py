@@ -34,10 +34,12 @@ class VoicePrefix:
 
     Attributes:
         keys, values: (length, 1, heads, 64) for each block.
+        hidden: (1, 1, width), the output of the last block at the last position.
     """
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
+    hidden: torch.Tensor
 
     @property
     def length(self) -> int:
@@ -151,9 +153,9 @@ class GptDecoder(TokenDecoder):
         length = x.size(1)
         shape = (self._rounded(length + 1), 1, self._width // HEAD_SIZE)
         caches = DecodeState.caches(len(self._decode), shape, self._device, self.dtype)
-        self._run(x, 0, *caches)
+        hidden = self._run(x, 0, *caches)[:, -1:].clone()
         keys, values = (tuple(cache[:length].clone() for cache in kind) for kind in caches)
-        return VoicePrefix(keys=keys, values=values)
+        return VoicePrefix(keys=keys, values=values, hidden=hidden)
 
     def _prompt(self, conditionals: T3Conditionals, text_tokens: torch.Tensor, sampling: Sampling) -> _GptPrompt:  # noqa: ARG002 - there is no guidance
         weights, prefix = self._weights, self._prefix(conditionals)
@@ -163,9 +165,10 @@ class GptDecoder(TokenDecoder):
             embeddings=embeddings, text_start=prefix.length, text_tokens=text_tokens.size(1), prefix=prefix
         )
 
-    def _shortened(self, prompt: Prompt, length: int) -> Prompt:
+    def _shortened(self, prompt: Prompt) -> Prompt:
         assert isinstance(prompt, _GptPrompt)
-        return dataclasses.replace(prompt, embeddings=prompt.embeddings[:, :length])
+        # No text, because the positions of the voice went through the same regions.
+        return dataclasses.replace(prompt, embeddings=prompt.embeddings[:, :0])
 
     def _new_state(self, positions: int) -> DecodeState:
         return DecodeState(
@@ -186,7 +189,7 @@ class GptDecoder(TokenDecoder):
         for caches, computed in ((keys, prefix.keys), (values, prefix.values)):
             for cache, tensor in zip(caches, computed, strict=True):
                 cache[: prefix.length] = tensor
-        x = self._run(prompt.embeddings, prefix.length, keys, values)
+        x = self._run(prompt.embeddings, prefix.length, keys, values) if prompt.embeddings.size(1) else prefix.hidden
         state.begin(x[:, -1:], prompt, sampling, START_SPEECH_TOKEN)
 
     def _run(self, x: torch.Tensor, start: int, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
