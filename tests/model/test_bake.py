@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from chatterbox_prewarm.families.registry import applicable
-from chatterbox_prewarm.model.warmup.settings import SWITCH
+from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT, SWITCH
 from chatterbox_prewarm.state.manifest import SCHEMA_VERSION
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.digests import FileEntry, set_digest, verify_files
@@ -375,12 +375,13 @@ def test_a_bake_without_a_family_that_runs_out_of_memory_in_a_level_completes(mi
     (tmp_path / "sitecustomize.py").write_text(_FULL_DEVICE)
     paths = ("--weights", mini, "--warm", tmp_path / "warm", "--cache", tmp_path / "cache")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
-    arguments = ("--profile", "eager", "--levels", "1,3", "--without", "numba")
+    arguments = ("--profile", "eager", "--levels", "2,3", "--without", "numba")
     baked = run_cli("--progress", "bake", *paths, *arguments, env=env)
     assert baked.returncode == 0, baked.stderr
     manifest = State.read(tmp_path / "warm").manifest
     assert [family.name for family in manifest.families] == [name for name in AS_WRITTEN if name != "numba"]
     assert "level 3: out of memory; the warm-up stops before this level" in baked.stderr
-    assert manifest.levels == (1,)
+    assert manifest.levels == (2,)
+    assert manifest.warmup_texts == (SHORT_TEXT,), "a CPU chooses no kernels by the length of a text"
     # A bake puts the new state in place only after a start from it has spoken and was warm.
     assert "start from the new state" in baked.stderr
