@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import Select, WebDriverWait
+import pytest
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from chatterbox_prewarm.serve.http.page import routes
 from tests.helpers.http_server import serving
+
+pytest.importorskip("selenium", reason="selenium is not installed (it is in the extra `dev`)")
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

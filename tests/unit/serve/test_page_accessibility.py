@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from tests.helpers.chromium import chromium
 from tests.helpers.page import ENGLISH, MULTILINGUAL, TURBO, VOICES, Site
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from selenium import webdriver
 
 pytestmark = pytest.mark.programs
 
@@ -68,19 +62,6 @@ ADDED = {
     "reason": "it has no tokens for turbo",
 }
 BROKEN = {**ADDED, "id": "old", "usable": False, "models": [], "reason": "it was made for another checkpoint"}
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[webdriver.Chrome]:
-    with chromium() as driver:
-        yield driver
-
-
-@pytest.fixture
-def page(driver: webdriver.Chrome) -> Iterator[Site]:
-    site = Site(driver)
-    with site.serving():
-        yield site
 
 
 def violations(page: Site, size: tuple[int, int], scheme: str) -> list[str]:

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
-from tests.helpers.chromium import chromium
 from tests.helpers.page import ENGLISH, MULTILINGUAL, TURBO, Site
 
 from selenium.webdriver.common.by import By  # isort: skip - after the helper, which skips the tests without selenium
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from selenium import webdriver
 
 pytestmark = pytest.mark.programs
 
@@ -31,19 +23,6 @@ navigator.mediaDevices.getUserMedia = async (wanted) => {
   return stream;
 };
 """
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[webdriver.Chrome]:
-    with chromium() as driver:
-        yield driver
-
-
-@pytest.fixture
-def page(driver: webdriver.Chrome) -> Iterator[Site]:
-    site = Site(driver)
-    with site.serving():
-        yield site
 
 
 def test_the_selected_language_stays_if_the_model_has_it(page: Site) -> None:
