@@ -134,7 +134,7 @@ ARG BASE_DIGEST=
 ARG BUILDER=
 RUN --mount=type=bind,from=weights,source=/opt/chatterbox-prewarm/weights,target=/opt/chatterbox-prewarm/weights \
     echo "baking for GPU: ${GPU}" \
- && CHATTERBOX_PREWARM_REVISION="${SOURCE_REVISION}" CHATTERBOX_PREWARM_BASE_DIGEST="${BASE_DIGEST}" \
+ && CHATTERBOX_PREWARM_SOURCE_REVISION="${SOURCE_REVISION}" CHATTERBOX_PREWARM_BASE_DIGEST="${BASE_DIGEST}" \
     CHATTERBOX_PREWARM_BUILDER="${BUILDER}" PYTHONPATH=/build python /build/bake.py --device "${DEVICE}" \
     --levels "${LEVELS}" --profile "${PROFILE}" --t3-dtype "${T3_DTYPE}" --target "${TARGET}"
 

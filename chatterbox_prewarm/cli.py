@@ -141,7 +141,7 @@ def main(worker: WorkerProcess | None = None) -> None:
     except BrokenPipeError:
         os._exit(0)  # the reader of our output has ended, as with `| head`
     except Exception as error:  # noqa: BLE001 - every other error becomes a message too
-        if "--debug" in sys.argv:
+        if os.environ.get(DEBUG):
             print_traceback()
         prewarm_error = as_prewarm_error(error)
         click.echo(f"error: {prewarm_error}", err=True)

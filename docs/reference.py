@@ -34,9 +34,9 @@ VARIABLES = {
     "CHATTERBOX_PREWARM_BUILDER": "`bake`: the builder, for the provenance of the state",
     "CHATTERBOX_PREWARM_CPU_REQUEST": "`serve`: the CPU request of the pod, which limits the number of threads. "
     "The manifests set it",
-    "CHATTERBOX_PREWARM_DEBUG": "child processes print tracebacks. `--debug` sets it",
+    "CHATTERBOX_PREWARM_DEBUG": "errors end with a traceback. `--debug` sets it",
     "CHATTERBOX_PREWARM_PASSPHRASE": "`sign`: the passphrase of an encrypted key",
-    "CHATTERBOX_PREWARM_REVISION": "`bake`: the commit of this project, for the provenance of the state",
+    "CHATTERBOX_PREWARM_SOURCE_REVISION": "`bake`: the commit of this project, for the provenance of the state",
     "CHATTERBOX_PREWARM_TOKEN": "`serve`: the token of the clients. `--token-file` is safer",
     "CHATTERBOX_PREWARM_WARMUP": "`off` turns the warm-up of the Python API off",
 }

@@ -46,8 +46,10 @@ def bench_startup(*, output: Path, systems: str, **fields: Any) -> None:
 
     Fresh processes of bare torch, of upstream without changes, of our cold and of our warm server alternate.
     """
-    from chatterbox_prewarm.bench.startup import measure_starts, table
+    from chatterbox_prewarm.bench.startup import SYSTEMS, measure_starts, table
 
+    if unknown := set(systems.split(",")) - set(SYSTEMS):
+        raise usage_error(f"unknown system {min(unknown)!r}", f"choose from {', '.join(SYSTEMS)}")
     check_output(output)
     report = measure_starts(systems=systems.split(","), say=say, **fields)
     write_report(report, output)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from chatterbox_prewarm.commands.options import (
+    DEVICE,
     PATH,
     check_output,
     exit_on_sigterm,
@@ -48,7 +49,7 @@ _NOT_WITH_A_MATRIX = {"device", "targets", "profile", "t3_dtype", "levels", "voi
 @click.option("--matrix", type=PATH, help="Build an image for each bake of this file that this machine can run.")
 @click.option("--checkout", type=PATH, default=Path(), help="Checkout of this project. Default: the current directory.")
 @click.option("--warm", type=PATH, default=Path("out/warm"), show_default=True, help="Directory of the warm state.")
-@option("--device", default="cpu", help="Torch device that the image is for, such as cpu or cuda.")
+@option("--device", default="cpu", type=DEVICE, help="Torch device that the image is for, such as cpu or cuda.")
 @targets_option
 @click.option(
     "--route",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from chatterbox_prewarm.commands.options import (
+    DEVICE,
     cache_option,
     json_option,
     option,
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Check what this machine can do.")
 @click.option("--for", "uses", multiple=True, type=click.Choice(USES), help="Fail unless this works here; repeatable.")
-@option("--device", default="", help="Torch device, such as cpu or cuda. Default: the GPU, if there is one.")
+@option(
+    "--device", default="", type=DEVICE, help="Torch device, such as cpu or cuda. Default: the GPU, if there is one."
+)
 @weights_option
 @warm_option
 @cache_option

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from chatterbox_prewarm.commands.options import (
+    DEVICE,
     PATH,
     cache_option,
     exit_on_sigterm,
@@ -45,7 +46,12 @@ _NEW_STATE = Path("/tmp/warm")  # noqa: S108
 )
 @click.option("--weights", type=PATH, help="Checkpoint to add.")
 @click.option("--platform", default="", help="Platform of the base, such as linux/amd64. Default: of the states.")
-@click.option("--device", default="", help="Device of a start. Default: the device of the base, or else of the states.")
+@click.option(
+    "--device",
+    default="",
+    type=DEVICE,
+    help="Device of a start. Default: the device of the base, or else of the states.",
+)
 @click.option(
     "--entrypoint",
     metavar="WORDS",

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chatterbox_prewarm.commands.options import PATH, check_output, insecure_option, note, usage_error
+from chatterbox_prewarm.commands.options import PATH, Form, check_output, insecure_option, note, usage_error
 from chatterbox_prewarm.errors import BadInputError, from_os_error
 from chatterbox_prewarm.image.matrix import MATRIX_NAME
 from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.kube.budgets import PRE_STOP_SECONDS, QUEUE_LIMIT, Measured
-from chatterbox_prewarm.kube.documents import NAME
+from chatterbox_prewarm.kube.documents import NAME, check_name
 from chatterbox_prewarm.kube.nodes import MIG_STRATEGIES, Cluster
 from chatterbox_prewarm.start.options import POLICIES
 from chatterbox_prewarm.system.atomic_files import write_whole
@@ -58,6 +58,7 @@ def _common_options(command: Callable[..., None]) -> Callable[..., None]:
     for add in (
         click.option(
             "--name",
+            type=Form("name", check_name),
             default=NAME,
             show_default=True,
             help="Name of the deployment. Deployments in the same namespace need different names.",
@@ -176,10 +177,18 @@ def render(
     _write(to_values(rendering) if helm_values else rendering, output)
 
 
+_signing_secret_option = click.option(
+    "--signing-secret",
+    default="",
+    help="Secret with the keys private.pem and passphrase, if it has one, to sign the results of the proofs.",
+)
+
+
 @k8s.command("render-bake")
 @click.option("--matrix", type=PATH, default=Path(MATRIX_NAME), show_default=True, help="File with the bakes.")
 @click.option("--image", required=True, help="Image of the stage `tools`, which the jobs run.")
 @click.option("--registry-secret", default="", help=f"Secret with the login of the registry, {_LOGIN_TYPE}.")
+@_signing_secret_option
 @click.option(
     "--pull-secret",
     default="",
@@ -209,6 +218,7 @@ def render_bake(*, matrix: Path, image: str, output: Path | None, **fields: Any)
 @click.option("--image", required=True, help="Image to prove. Its labels are read from the registry.")
 @click.option("--platform", default="linux/amd64", show_default=True, help="Platform of a multi-platform image.")
 @click.option("--registry-secret", default="", help=f"Secret with a login that may write, {_LOGIN_TYPE}.")
+@_signing_secret_option
 @click.option(
     "--pull-secret",
     default="",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_prewarm.commands.options import PATH, check_output, show
+from chatterbox_prewarm.commands.options import DEVICE, PATH, check_output, show
 from chatterbox_prewarm.system.atomic_files import write_whole
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Print the facts of this node.")
-@click.option("--device", help="Torch device of a start, such as cuda. Default: the device of the image.")
+@click.option("--device", type=DEVICE, help="Torch device of a start, such as cuda. Default: the device of the image.")
 @click.option("--output", type=PATH, help="Write to this file instead of standard output.")
 def facts(*, device: str | None, output: Path | None) -> None:
     """Print the facts of this node as JSON, for `verify --image IMAGE --host-facts FILE` on another machine."""

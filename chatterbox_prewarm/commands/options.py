@@ -18,7 +18,8 @@ from chatterbox_prewarm.commands import progress
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.profiles import PROFILES
 from chatterbox_prewarm.model.text import check_voice_name
-from chatterbox_prewarm.state.signature import Trust
+from chatterbox_prewarm.state.signature import Trust, parse_digest
+from chatterbox_prewarm.system.devices import check_device_name
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 
 if TYPE_CHECKING:
@@ -27,6 +28,32 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 PATH = click.Path(path_type=Path)
+
+
+class Form(click.ParamType[str]):
+    """A text whose form a function of this package checks. The command gets the text unchanged.
+
+    The `BadInputError` of the function becomes a usage error, because the value cannot be right on any machine.
+
+    Args:
+        name: for the help.
+        check: the function.
+    """
+
+    def __init__(self, name: str, check: Callable[[str], object]) -> None:
+        self.name, self._check = name, check
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check a value; see `click.ParamType`. An empty text means that the option is not set."""
+        try:
+            if value:
+                self._check(value)
+        except BadInputError as error:
+            raise click.BadParameter(str(error), ctx, param) from error
+        return value
+
+
+DEVICE = Form("device", check_device_name)
 
 
 def option(name: str, *more: str, **settings: Any) -> Callable[[Any], Any]:
@@ -39,6 +66,7 @@ warm_option = option("--warm", type=PATH, default=WARM, help="Directory of a war
 state_option = click.option("--state", help="Name of the state's directory, if --warm holds several states.")
 start_device_option = option(
     "--device",
+    type=DEVICE,
     help="Device used to select a state if --warm holds several. Default: the device each was baked for.",
 )
 weights_option = option("--weights", type=PATH, default=WEIGHTS, help="Directory of the checkpoint.")
@@ -48,7 +76,7 @@ insecure_option = click.option(
     default=None,
     help="Use HTTP or HTTPS for a registry. Default: HTTP only for this machine.",
 )
-device_option = option("--device", default="cpu", help="Torch device, such as cpu or cuda.")
+device_option = option("--device", default="cpu", type=DEVICE, help="Torch device, such as cpu or cuda.")
 
 targets_option = click.option(
     "--target",
@@ -80,7 +108,12 @@ def trust_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     wrapped: Callable[..., Any] = with_trust
     for add in (
-        option("--expect-digest", metavar="sha256:…", help="Required digest of the state's manifest."),
+        option(
+            "--expect-digest",
+            metavar="sha256:…",
+            type=Form("digest", parse_digest),
+            help="Required digest of the state's manifest.",
+        ),
         option("--signature", type=PATH, help="Path of the state's signature. Default: next to the state, with .sig."),
         option("--key", type=PATH, help="Public key (PEM); the state must be signed with its private key."),
     ):

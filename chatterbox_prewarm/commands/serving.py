@@ -9,6 +9,7 @@ import click
 
 from chatterbox_prewarm.commands.options import (
     PATH,
+    Form,
     cache_option,
     option,
     parse_alias,
@@ -20,6 +21,7 @@ from chatterbox_prewarm.commands.options import (
 )
 from chatterbox_prewarm.model.marks import MARKED
 from chatterbox_prewarm.model.text import MAX_CHARACTERS
+from chatterbox_prewarm.serve.http.cross_origin import Sites, parse_host, parse_origin
 from chatterbox_prewarm.serve.workers import log_lines
 from chatterbox_prewarm.start.options import POLICIES, StartOptions
 from chatterbox_prewarm.system.paths import VOICES
@@ -134,6 +136,7 @@ if TYPE_CHECKING:
     "origins",
     multiple=True,
     metavar="ORIGIN",
+    type=Form("origin", parse_origin),
     help="Site whose pages may use the server from a browser, such as https://chat.example. *: every site.",
 )
 @option(
@@ -141,6 +144,7 @@ if TYPE_CHECKING:
     "hosts",
     multiple=True,
     metavar="HOST",
+    type=Form("host", parse_host),
     help="Name in the addresses of this server, such as tts.example. Requests to other names are refused.",
 )
 @option(
@@ -231,7 +235,6 @@ def serve(
         # Imported here, because the workers should not wait for it.
         from chatterbox_prewarm.serve.http.access import load_token
         from chatterbox_prewarm.serve.http.connections import Limits
-        from chatterbox_prewarm.serve.http.cross_origin import Sites, parse_host, parse_origin
         from chatterbox_prewarm.serve.http.server import ServeConfig
         from chatterbox_prewarm.serve.http.server import serve as run_server
         from chatterbox_prewarm.serve.http.speech_rules import SpeechRules

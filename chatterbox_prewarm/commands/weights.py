@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_prewarm.commands.options import PATH, json_option, option, show
+from chatterbox_prewarm.commands.options import PATH, Form, json_option, option, show
 from chatterbox_prewarm.commands.progress import say
+from chatterbox_prewarm.weights.fetch import check_commit
 from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, VARIANTS, get_variant
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ def weights() -> None:
 @weights.command("fetch", short_help="Download a checkpoint.")
 @click.argument("directory", type=PATH)
 @option("--variant", default=DEFAULT_VARIANT.name, type=click.Choice(list(VARIANTS)), help="Model variant.")
-@option("--revision", help="Full commit hash. Default: the pinned commit of the variant.")
+@option(
+    "--revision",
+    type=Form("commit", check_commit),
+    help="Full commit hash. Default: the pinned commit of the variant.",
+)
 @json_option
 def weights_fetch(directory: Path, variant: str, revision: str | None) -> None:
     """Download a checkpoint from the model hub into DIRECTORY at a pinned commit, verify it and record it."""

@@ -34,6 +34,7 @@ from chatterbox_prewarm.kube.jobs import (
     job_names,
     registry_egress,
     registry_login,
+    signing_key,
 )
 from chatterbox_prewarm.kube.nodes import Cluster, gpu_fields, product_affinity
 from chatterbox_prewarm.system.paths import CACHE
@@ -69,6 +70,7 @@ class Request:
         image: image of the stage `tools`.
         name: prefix of the names of all documents.
         registry_secret: name of a secret with the login of the registry; empty if no login is needed.
+        signing_secret: secret with the private key that signs the results of the proofs; empty for no signature.
         pull_secret: secret with the login to pull the image of the stage `tools`; empty for `registry_secret`.
         parallelism: concurrent pods of a Job. They may add their states to the same image concurrently.
         cpu: CPU request.
@@ -82,6 +84,7 @@ class Request:
     image: str
     name: str = NAME
     registry_secret: str = ""
+    signing_secret: str = ""
     pull_secret: str = ""
     parallelism: int = 1
     cpu: int = 4
@@ -174,21 +177,24 @@ def _pod(request: Request, name: str, gpu: str) -> Document:
         empty_dir("cache", _CACHE_MIB),
         empty_dir("tmp", _TMP_MIB),
         *registry_login(request.registry_secret)[0],
+        *signing_key(request.signing_secret)[0],
     ]
     return {**pod, "containers": [_container(request, name, gpu_resource)], "volumes": volumes}
 
 
 def _container(request: Request, name: str, gpu_resource: str) -> Document:
-    arguments = ["publish", "--matrix", f"{_FOLDER}/{MATRIX_NAME}", "--warm", "/tmp/warm"]  # noqa: S108 - an emptyDir
+    _, key_mounts, passphrase, key = signing_key(request.signing_secret)
+    arguments = ["publish", "--matrix", f"{_FOLDER}/{MATRIX_NAME}", "--warm", "/tmp/warm", *key]  # noqa: S108 - an emptyDir
     if request.insecure is not None:
         arguments.append("--insecure" if request.insecure else "--secure")
     _, login_mounts, login = registry_login(request.registry_secret)
-    environment = [{"name": "CHATTERBOX_PREWARM_BUILDER", "value": f"kubernetes job/{name}"}, *login]
+    environment = [{"name": "CHATTERBOX_PREWARM_BUILDER", "value": f"kubernetes job/{name}"}, *login, *passphrase]
     mounts = [
         {"name": "matrix", "mountPath": _FOLDER, "readOnly": True},
         {"name": "cache", "mountPath": str(CACHE)},
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir
         *login_mounts,
+        *key_mounts,
     ]
     return container(
         _BAKE,

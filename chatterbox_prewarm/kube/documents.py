@@ -55,6 +55,20 @@ def _dump(content: Document) -> str:
     return str(yaml.dump(content, Dumper=Dumper, sort_keys=False, width=120))
 
 
+def check_name(text: str) -> None:
+    """Check the name of a deployment.
+
+    Raises:
+        BadInputError: Kubernetes, or a name that begins with it, does not allow it.
+    """
+    if not _NAME.fullmatch(text):
+        raise BadInputError(
+            f"{text!r} cannot be the name of a deployment",
+            next_step="use at most 32 lower-case letters, digits and hyphens, with a letter at the start and no "
+            "hyphen at the end",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Component:
     """A component of a deployment. It determines the labels and the usual name of its documents.
@@ -72,12 +86,7 @@ class Component:
 
     def __post_init__(self) -> None:
         """Check the name."""
-        if not _NAME.fullmatch(self.instance):
-            raise BadInputError(
-                f"{self.instance!r} cannot be the name of a deployment",
-                next_step="use at most 32 lower-case letters, digits and hyphens, with a letter at the start and no "
-                "hyphen at the end",
-            )
+        check_name(self.instance)
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ from chatterbox_prewarm.errors import (
     WeightsError,
 )
 from chatterbox_prewarm.image.references import parse
+from chatterbox_prewarm.state.keys import PASSPHRASE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,7 +34,8 @@ _FINAL = sorted(
 )
 #: Maximum length of the name of a Job. Its pods have the index and a random suffix, and at most 63 characters.
 _JOB_NAME = 52
-_LOGIN = "/etc/registry-login"
+_PRIVATE_KEY = "private.pem"
+_LOGIN, _SIGNING_KEY = "/etc/registry-login", "/etc/signing-key"
 
 
 def job_names(prefix: str, gpus: Iterable[str]) -> dict[str, str]:
@@ -78,6 +80,25 @@ def registry_login(secret: str) -> tuple[list[Document], list[Document], list[Do
         [{"name": "registry-login", "secret": source}],
         [{"name": "registry-login", "mountPath": _LOGIN, "readOnly": True}],
         [{"name": "DOCKER_CONFIG", "value": _LOGIN}],
+    )
+
+
+def signing_key(secret: str) -> tuple[list[Document], list[Document], list[Document], list[str]]:
+    """Return the volumes, mounts, environment and arguments with which `publish` signs the result of a proof.
+
+    Args:
+        secret: has the private key as `private.pem`, and if that is encrypted, its passphrase as `passphrase`; "" for
+            no signature.
+    """
+    if not secret:
+        return [], [], [], []
+    key = [{"key": _PRIVATE_KEY, "path": _PRIVATE_KEY}]
+    passphrase = {"secretKeyRef": {"name": secret, "key": "passphrase", "optional": True}}
+    return (
+        [{"name": "signing-key", "secret": {"secretName": secret, "defaultMode": 0o440, "items": key}}],
+        [{"name": "signing-key", "mountPath": _SIGNING_KEY, "readOnly": True}],
+        [{"name": PASSPHRASE, "valueFrom": passphrase}],
+        ["--key", f"{_SIGNING_KEY}/{_PRIVATE_KEY}"],
     )
 
 

@@ -30,6 +30,7 @@ from chatterbox_prewarm.kube.jobs import (
     job_names,
     registry_egress,
     registry_login,
+    signing_key,
 )
 from chatterbox_prewarm.kube.nodes import Cluster, gpu_fields, gpu_product, state_affinity
 from chatterbox_prewarm.system.paths import CACHE
@@ -61,6 +62,7 @@ class Request:
         states: states of the image, from its labels.
         name: prefix of the names of all documents.
         registry_secret: name of a secret with a login that may write to the registry; empty if no login is needed.
+        signing_secret: secret with the private key that signs the results of the proofs; empty for no signature.
         pull_secret: secret with the login to pull the image; empty for `registry_secret`.
         deadline: time limit of a Job in seconds, including retries.
         insecure: use plain HTTP for the registry; None for the default of `publish`.
@@ -71,6 +73,7 @@ class Request:
     states: tuple[StateLabel, ...]
     name: str = NAME
     registry_secret: str = ""
+    signing_secret: str = ""
     pull_secret: str = ""
     deadline: int = 3600
     insecure: bool | None = None
@@ -123,7 +126,8 @@ def _pod(request: Request, state: StateLabel) -> Document:
     fields, gpu_resource = gpu_fields([product] if (product := gpu_product(state)) else [], request.cluster)
     pod |= state_affinity([state], request.cluster, require_product=True) | fields
     volumes, mounts, environment = registry_login(request.registry_secret)
-    arguments = ["publish", "--prove-only", request.image, "--state", state.key]
+    key_volumes, key_mounts, passphrase, key = signing_key(request.signing_secret)
+    arguments = ["publish", "--prove-only", request.image, "--state", state.key, *key]
     if request.insecure is not None:
         arguments.append("--insecure" if request.insecure else "--secure")
     sizes = budgets([state], Measured())
@@ -131,13 +135,14 @@ def _pod(request: Request, state: StateLabel) -> Document:
         _PROOF,
         request.image,
         args=arguments,
-        env=environment,
+        env=[*environment, *passphrase],
         resources=resources(_CPUS, sizes.memory_request_mib, sizes.memory_limit_mib, gpu_resource),
         volumeMounts=[
             {"name": "cache", "mountPath": str(CACHE)},
             {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir
             *mounts,
+            *key_mounts,
         ],
     )
-    volumes = [empty_dir("cache", sizes.cache_mib), empty_dir("tmp", _TMP_MIB), *volumes]
+    volumes = [empty_dir("cache", sizes.cache_mib), empty_dir("tmp", _TMP_MIB), *volumes, *key_volumes]
     return {**pod, "containers": [proof], "volumes": volumes}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 #: Environment variables for facts that only the builder knows.
-REVISION = "CHATTERBOX_PREWARM_REVISION"
+REVISION = "CHATTERBOX_PREWARM_SOURCE_REVISION"
 BASE_DIGEST = "CHATTERBOX_PREWARM_BASE_DIGEST"
 BUILDER = "CHATTERBOX_PREWARM_BUILDER"
 #: The build arguments of the Dockerfile for these facts, and the variable that its bake step sets from each.

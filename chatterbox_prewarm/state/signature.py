@@ -206,14 +206,24 @@ def _signed_files(payload: bytes, signature: Path) -> Mapping[str, str]:
     return signed
 
 
-def _check_digest(root: Path, manifest: bytes, expected: str) -> None:
-    match = _DIGEST.fullmatch(expected)
+def parse_digest(text: str) -> str:
+    """Return the hexadecimal digits of a digest such as "sha256:…".
+
+    Raises:
+        BadInputError: the text is not a digest.
+    """
+    match = _DIGEST.fullmatch(text)
     if match is None:
         raise BadInputError(
-            f"the expected digest {expected!r} is not a digest",
+            f"the expected digest {text!r} is not a digest",
             next_step=f"write sha256: and the output of `sha256sum {MANIFEST_NAME}`",
         )
-    if (digest := hashlib.sha256(manifest).hexdigest()) != match.group(1):
+    return match.group(1)
+
+
+def _check_digest(root: Path, manifest: bytes, expected: str) -> None:
+    wanted = parse_digest(expected)
+    if (digest := hashlib.sha256(manifest).hexdigest()) != wanted:
         raise IntegrityError(
             f"{root / MANIFEST_NAME} has sha256:{digest}, expected was {expected}",
             next_step="take the state with that digest; `inspect` shows the digest of a state that you trust",

@@ -12,6 +12,20 @@ from chatterbox_prewarm.system.fingerprint import visible_gpus
 _DRIVER = Path("/dev/nvidiactl")
 
 
+def check_device_name(name: str) -> int | None:
+    """Return the number of a GPU, 0 for "cuda" without a number, or None for the CPU.
+
+    Raises:
+        BadInputError: Chatterbox does not run on this kind of device.
+    """
+    if name == "mps":
+        raise BadInputError("the device 'mps' needs macOS, and this project needs Linux", next_step="use cpu or cuda")
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise BadInputError(f"there is no device {name!r}", next_step="use the device cpu, cuda, or cuda:NUMBER")
+    return None if name == "cpu" else int(match[1] or 0)
+
+
 def check_device(device: object) -> str:
     """Return `device` if it is a device of this machine, in the form that upstream takes: "cpu", "cuda" or "cuda:1".
 
@@ -20,17 +34,13 @@ def check_device(device: object) -> str:
         ModelError: this machine has no GPU.
     """
     name = str(device)  # also a torch.device
-    if name == "mps":
-        raise BadInputError("the device 'mps' needs macOS, and this project needs Linux", next_step="use cpu or cuda")
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
-    if match is None:
-        raise BadInputError(f"there is no device {name!r}", next_step="use the device cpu, cuda, or cuda:NUMBER")
-    if name == "cpu":
+    number = check_device_name(name)
+    if number is None:
         return name
     count = visible_gpus()
     if count == 0 and not _DRIVER.exists():
         raise ModelError(f"the device {name!r} cannot be used: this machine has no GPU", next_step="use the device cpu")
-    if count and int(match[1] or 0) >= count:
+    if count and number >= count:
         raise BadInputError(
             f"there is no device {name!r}: this process sees {count} GPU(s), numbered from 0",
             next_step="use one of these numbers",

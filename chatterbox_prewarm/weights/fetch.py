@@ -32,6 +32,19 @@ _STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPE
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+def check_commit(text: str) -> None:
+    """Check that a revision of the hub is a full commit hash.
+
+    Raises:
+        BadInputError: it is something else.
+    """
+    if not _COMMIT.fullmatch(text):
+        raise BadInputError(
+            f"the revision {text!r} is not a full commit hash, and branches move",
+            next_step="give the 40 hexadecimal digits of a commit with --revision",
+        )
+
+
 def fetch(
     directory: Path, *, variant: Variant, revision: str | None = None, say: Callable[[str], None] = logger.info
 ) -> WeightsRecord:
@@ -51,11 +64,7 @@ def fetch(
         WeightsError: the hub cannot be reached, lacks a file, or sends other bytes than it announces.
     """
     commit = revision or variant.revision
-    if not _COMMIT.fullmatch(commit):
-        raise BadInputError(
-            f"the revision {commit!r} is not a full commit hash, and branches move",
-            next_step="give the 40 hexadecimal digits of a commit with --revision",
-        )
+    check_commit(commit)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

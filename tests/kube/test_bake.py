@@ -152,7 +152,7 @@ def test_only_failures_that_may_be_temporary_are_retried(matrix: Path) -> None:
 
 
 def test_every_bake_is_valid_and_restricted_on_every_version(matrix: Path) -> None:
-    rendering = rendering_of(matrix, registry_secret="login", parallelism=2, insecure=True)
+    rendering = rendering_of(matrix, registry_secret="login", signing_secret="signing", parallelism=2, insecure=True)
     documents = list(yaml.safe_load_all(rendering.to_yaml()))
     assert documents == list(rendering.documents)
     for document in documents:
@@ -162,7 +162,8 @@ def test_every_bake_is_valid_and_restricted_on_every_version(matrix: Path) -> No
 
 
 def test_a_bake_writes_only_to_volumes_and_uses_existing_options(matrix: Path) -> None:
-    job = next(iter(jobs(rendering_of(matrix, registry_secret="login")).values()))
+    rendering = rendering_of(matrix, registry_secret="login", signing_secret="signing")
+    job = next(iter(jobs(rendering).values()))
     container, pod = container_of(job), job["spec"]["template"]["spec"]
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     writable = {mount["mountPath"] for mount in container["volumeMounts"] if "emptyDir" in volumes[mount["name"]]}
@@ -175,6 +176,8 @@ def test_a_bake_writes_only_to_volumes_and_uses_existing_options(matrix: Path) -
     assert "--index" not in arguments, "the Job sets JOB_COMPLETION_INDEX"
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert arguments["--matrix"] == f"{mounts['matrix']}/prewarm.toml"
+    assert arguments["--key"] == f"{mounts['signing-key']}/private.pem"
+    assert volumes["signing-key"]["secret"]["secretName"] == "signing"
     assert {"name": "DOCKER_CONFIG", "value": mounts["registry-login"]} in container["env"]
     assert volumes["registry-login"]["secret"]["items"] == [{"key": ".dockerconfigjson", "path": "config.json"}]
 

@@ -18,6 +18,7 @@ from chatterbox_prewarm.image.references import parse
 from chatterbox_prewarm.image.state_layers import pack_states
 from chatterbox_prewarm.kube.nodes import Cluster
 from chatterbox_prewarm.kube.proof import Request, render_proofs
+from chatterbox_prewarm.state.keys import PASSPHRASE
 from chatterbox_prewarm.system.paths import CACHE
 from tests.helpers.images import make_base
 from tests.helpers.manifests import VERSIONS, Document, conflicts, document_of, pods, validate, violations
@@ -88,6 +89,22 @@ def test_a_proof_runs_the_image_with_existing_options_and_writes_only_to_volumes
     assert pod_of(job)["imagePullSecrets"] == [{"name": "login"}]
 
 
+def test_a_proof_signs_its_result_with_the_key_of_a_secret() -> None:
+    (job,) = jobs(rendering_of(CROSSED, signing_secret="signing"))
+    (container,) = pod_of(job)["containers"]
+    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+    assert container["args"][-2:] == ["--key", f"{mounts['signing-key']['mountPath']}/private.pem"]
+    assert mounts["signing-key"]["readOnly"] is True
+    (volume,) = (volume["secret"] for volume in pod_of(job)["volumes"] if volume["name"] == "signing-key")
+    assert volume == {
+        "secretName": "signing",
+        "defaultMode": 0o440,
+        "items": [{"key": "private.pem", "path": "private.pem"}],
+    }
+    passphrase = {"secretKeyRef": {"name": "signing", "key": "passphrase", "optional": True}}
+    assert container["env"] == [{"name": PASSPHRASE, "valueFrom": passphrase}]
+
+
 def test_a_failed_proof_is_final_and_a_lost_registry_is_retried() -> None:
     spec = jobs(rendering_of(CROSSED))[0]["spec"]
     _, final = spec["podFailurePolicy"]["rules"]
@@ -98,7 +115,7 @@ def test_a_failed_proof_is_final_and_a_lost_registry_is_retried() -> None:
 
 
 def test_every_proof_is_valid_and_restricted_on_every_version() -> None:
-    rendering = rendering_of(CROSSED, ARCHITECTURE, registry_secret="login")
+    rendering = rendering_of(CROSSED, ARCHITECTURE, registry_secret="login", signing_secret="signing")
     documents = list(yaml.safe_load_all(rendering.to_yaml()))
     assert documents == list(rendering.documents)
     for document in documents:

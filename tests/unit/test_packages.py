@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,6 +28,16 @@ def _files() -> list[str]:
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@example.com", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _interpreters() -> list[str]:
+    """Return the interpreters that this package supports, one of each version: those of pyenv, and the running one."""
+    found = {sys.version_info[:2]: sys.executable}
+    for program in (Path.home() / ".pyenv" / "versions").glob("3.*/bin/python"):
+        major, minor = map(int, program.parent.parent.name.split(".")[:2])
+        if (3, 10) <= (major, minor) <= (3, 13):
+            found.setdefault((major, minor), str(program))
+    return [found[version] for version in sorted(found)]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +107,39 @@ def test_the_program_runs_from_an_unpacked_wheel(wheel: Path, checkout: Path, tm
         ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
         assert ran.returncode == 0, ran.stderr
         assert expected in ran.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interpreter", _interpreters())
+def test_the_wheel_installs_and_runs_on_every_python_of_this_machine(
+    interpreter: str, wheel: Path, tmp_path: Path
+) -> None:
+    """Without extras and without the locks, in an environment of its own."""
+    install: tuple[list[str | Path], ...] = (
+        [interpreter, "-m", "venv", "new"],
+        ["new/bin/pip", "install", "--quiet", "--disable-pip-version-check", wheel],
+    )
+    if uv := shutil.which("uv", path=f"{ROOT}/.venv-unlocked/bin:{os.environ['PATH']}"):  # seven times as fast
+        install = [uv, "venv", "--python", interpreter, "new"], [uv, "pip", "install", "--python", "new", wheel]
+    for command in install:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    program = tmp_path / "new" / "bin" / "chatterbox-prewarm"
+    for arguments, code, expected in (
+        (["--version"], 0, "(commit "),
+        (["bake", "--help"], 0, "--profile"),
+        (["k8s", "render", "--help"], 0, "--image"),
+        (["inspect", "--warm", "missing"], 12, "next: "),
+    ):
+        ran = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert ran.returncode == code, ran.stderr
+        assert expected in ran.stdout + ran.stderr
+    # Also the modules that need an extra must at least be valid on this version.
+    (package,) = (tmp_path / "new" / "lib").glob("python3*/site-packages/chatterbox_prewarm")
+    compiled = subprocess.run(
+        [tmp_path / "new" / "bin" / "python", "-m", "compileall", "-q", "-f", package], capture_output=True, text=True
+    )
+    assert compiled.returncode == 0, compiled.stdout
 
 
 def test_the_sdist_builds_the_same_wheel_and_keeps_its_commit_in_another_repository(

@@ -56,6 +56,17 @@ def test_every_environment_variable_is_listed() -> None:
     assert not listed & INTERNAL
 
 
+def test_no_variable_means_two_things() -> None:
+    """A variable that is no option must not set one, such as the revision of a checkpoint."""
+    variables, _, options = page("configuration").partition("\n## weights fetch\n")
+    assert options
+    others = set(re.findall(r"^\| `(CHATTERBOX_PREWARM_[A-Z_]+)` \|", variables, re.MULTILINE))
+    of_options = set(re.findall(r"^\| `--[^|]+\| `(CHATTERBOX_PREWARM_[A-Z_]+)` \|", options, re.MULTILINE))
+    assert "CHATTERBOX_PREWARM_REVISION" in of_options
+    assert "CHATTERBOX_PREWARM_SOURCE_REVISION" in others
+    assert not others & of_options
+
+
 def test_every_label_of_an_image_is_listed(tmp_path: Path) -> None:
     facts = {"arch": "x86_64", "gpu": "NVIDIA L4", "compute_capability": "8.9"}
     manifest = make_state_for(tmp_path / "warm", facts)

@@ -127,7 +127,16 @@ def test_a_pyproject_of_another_project_that_cannot_be_read_is_left_out(content:
 
 def test_every_option_of_every_command_can_be_set() -> None:
     """The value of each option is checked with the option's own type."""
-    samples = {"integer": 3, "integer range": 10, "float range": 5.5}
+    samples: dict[str, object] = {
+        "integer": 3,
+        "integer range": 10,
+        "float range": 5.5,
+        "device": "cuda:1",
+        "digest": f"sha256:{'0' * 64}",
+        "commit": "0" * 40,
+        "host": "tts.example",
+        "origin": "https://chat.example",
+    }
     count = 0
     for command in all_commands(cli).values():
         if isinstance(command, click.Group):
@@ -136,7 +145,7 @@ def test_every_option_of_every_command_can_be_set() -> None:
         for option in command.params:
             if not isinstance(option, click.Option):
                 continue
-            value: object = samples.get(option.type.name, "text")
+            value = samples.get(option.type.name, "text")
             if option.is_flag:
                 value = True
             elif isinstance(option.type, click.Choice):
@@ -154,3 +163,10 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / NAME).mkdir()
     with pytest.raises(BadInputError, match="reading the configuration file"):
         read_config_file(tmp_path)
+
+
+def test_debug_in_the_file_adds_a_traceback_to_an_error(tmp_path: Path) -> None:
+    arguments = ("inspect", "--warm", "missing")
+    assert "Traceback" not in _run(tmp_path, *arguments).stderr
+    (tmp_path / NAME).write_text("debug = true\n")
+    assert "Traceback" in _run(tmp_path, *arguments).stderr

@@ -102,7 +102,7 @@ def test_builder_args_come_from_arguments_then_variables_then_a_base_with_a_dige
     assert provenance.builder_args({"BASE": "debian:12", "STACK": "torch-2.6"}, {"PATH": "/bin"}) == {}
     assert provenance.builder_args({"BASE": f"debian@{DIGEST}"}, {}) == {"BASE_DIGEST": f"debian@{DIGEST}"}
     assert provenance.builder_args({"BASE": f"debian@{DIGEST}", "BASE_DIGEST": DIGEST}, {}) == {"BASE_DIGEST": DIGEST}
-    environment = {"CHATTERBOX_PREWARM_REVISION": "old", "CHATTERBOX_PREWARM_BUILDER": "a job", "BUILDER": "unrelated"}
+    environment = {provenance.REVISION: "old", provenance.BUILDER: "a job", "BUILDER": "unrelated"}
     assert provenance.builder_args({"SOURCE_REVISION": "new", "BUILDER": ""}, environment) == {
         "SOURCE_REVISION": "new",
         "BUILDER": "a job",
