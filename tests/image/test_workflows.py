@@ -22,6 +22,7 @@ import yaml
 from chatterbox_prewarm.cli import cli
 from chatterbox_prewarm.state.state import State
 from tests.conftest import ROOT, run_cli
+from tests.helpers.command_line import parse
 from tests.helpers.images import make_base
 from tests.helpers.keys import make_keys
 from tests.helpers.registry_server import serve
@@ -71,17 +72,7 @@ def _commands(workflow: str) -> list[list[str]]:
 
 def _parse(arguments: list[str]) -> list[str]:
     """Parse a command line as the program does, without running it, and return the names of its commands."""
-    context = cli.make_context(PROGRAM, list(arguments))
-    names: list[str] = []
-    rest = context.args if not hasattr(context, "_protected_args") else [*context._protected_args, *context.args]
-    command: click.Command = cli
-    while isinstance(command, click.Group):
-        name, found, rest = command.resolve_command(context, rest)
-        assert found is not None
-        names.append(str(name))
-        context = found.make_context(str(name), rest, parent=context)
-        command, rest = found, [*getattr(context, "_protected_args", []), *context.args]
-    return names
+    return parse(cli, PROGRAM, arguments).command_path.split()[1:]
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS)
