@@ -117,7 +117,7 @@ class AudioResponder:
     async def _measured(
         self, chunks: AsyncGenerator[Chunk], started: float, stream: ResponseStream, model: str
     ) -> AsyncIterator[Chunk]:
-        """Pass on the chunks. Record the time to the first one, and the parts that reached the token limit."""
+        """Pass on the chunks. Record the time to the first one, and the parts that are cut at the limit or left out."""
         first, truncated_parts = True, 0
         async for chunk in chunks:
             if first:
@@ -129,6 +129,9 @@ class AudioResponder:
                     truncated_parts += 1
                     self._http_metrics.truncated.labels(model).inc()
                     add_log_fields(stream.scope, truncated=truncated_parts)
+            if chunk.skipped:
+                stream.skipped_parts += chunk.skipped
+                add_log_fields(stream.scope, skipped=stream.skipped_parts)
             yield chunk
 
     async def _send_file(self, options: Options, chunks: AsyncIterator[Chunk], stream: ResponseStream) -> None:
@@ -164,6 +167,7 @@ class AudioResponder:
                     input_tokens=len(options.text) if isinstance(options, SpeechOptions) else 0,
                     output_tokens=tokens,
                     finish_reason=stream.finish_reason,
+                    skipped_parts=stream.skipped_parts,
                 )
             )
         except PrewarmError as error:

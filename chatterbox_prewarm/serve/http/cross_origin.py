@@ -164,5 +164,5 @@ def allow_origins(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
         allow_origins=list(origins),
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["Authorization", "Content-Type"],
-        expose_headers=["Retry-After", "X-Finish-Reason"],
+        expose_headers=["Retry-After", "X-Finish-Reason", "X-Skipped-Parts"],
     )

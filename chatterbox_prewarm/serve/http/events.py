@@ -21,17 +21,20 @@ def delta(audio: bytes) -> bytes:
     return _event({"type": "speech.audio.delta", "audio": base64.b64encode(audio).decode("ascii")})
 
 
-def done(*, input_tokens: int, output_tokens: int, finish_reason: FinishReason) -> bytes:
-    """Return the event that ends complete audio.
+def done(*, input_tokens: int, output_tokens: int, finish_reason: FinishReason, skipped_parts: int) -> bytes:
+    """Return the event that ends the audio of a request that did not fail.
 
     Args:
         input_tokens: number of characters in the text.
         output_tokens: number of speech tokens, 25 per second of audio.
         finish_reason: "length" if a part of the text reached the token limit.
+        skipped_parts: number of parts of the text that were left out.
     """
     total = input_tokens + output_tokens
     usage: SpeechUsage = {"input_tokens": input_tokens, "output_tokens": output_tokens, "total_tokens": total}
-    return _event({"type": "speech.audio.done", "usage": usage, "finish_reason": finish_reason})
+    return _event(
+        {"type": "speech.audio.done", "usage": usage, "finish_reason": finish_reason, "skipped_parts": skipped_parts}
+    )
 
 
 def failed(error: ErrorFields) -> bytes:

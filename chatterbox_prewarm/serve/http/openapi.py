@@ -212,7 +212,13 @@ def _speech() -> dict[str, Any]:
                 "description": "`length` if a part reached the token limit, otherwise `stop`. A stream has this header "
                 "only if that is known before its first byte.",
                 "schema": {"type": "string", "enum": list(get_args(schemas.FinishReason))},
-            }
+            },
+            "X-Skipped-Parts": {
+                "description": "Number of parts of the text that are missing from the audio, because the model cannot "
+                "speak them. A stream has this header only if a part is left out before its first byte, and then later "
+                "parts can be missing too. The event `speech.audio.done` always has the final number.",
+                "schema": {"type": "integer", "minimum": 0},
+            },
         },
     }
     body = {"required": True, "content": {"application/json": {"schema": _ref("SpeechRequest")}}}

@@ -38,8 +38,8 @@ _CLIENT_GONE = 499
 def add_log_fields(scope: Scope, **fields: Any) -> None:
     """Add fields to the log line of this request. A value of None is left out.
 
-    The routes use `model`, `characters`, `source_seconds`, `voice`, `format`, `truncated` and `text`. Without
-    `log_text`, the log omits `text`.
+    The routes use `model`, `characters`, `source_seconds`, `voice`, `format`, `truncated`, `skipped` and `text`.
+    Without `log_text`, the log omits `text`.
     """
     scope.get(_KEY, {}).update({name: value for name, value in fields.items() if value is not None})
 

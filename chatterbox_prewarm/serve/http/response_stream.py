@@ -19,6 +19,7 @@ class ResponseStream:
     Attributes:
         status: the HTTP status; 0 before the start.
         finish_reason: "length" once a part of the text has reached the token limit.
+        skipped_parts: number of parts of the text that were left out so far.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -27,6 +28,7 @@ class ResponseStream:
         self._send = send
         self.status = 0
         self.finish_reason: FinishReason = "stop"
+        self.skipped_parts = 0
 
     async def send(self, response: Response) -> None:
         """Send a complete response."""
@@ -55,8 +57,11 @@ class ResponseStream:
             headers.append((b"x-accel-buffering", b"no"))  # nginx would hold the first audio until its buffer is full
         else:
             headers.append((b"content-length", b"%d" % size))
-        if size is not None or self.finish_reason == "length":  # in a stream, a later part may still reach the limit
+        # In a stream, a later part may still reach the limit or be left out.
+        if size is not None or self.finish_reason == "length":
             headers.append((b"x-finish-reason", self.finish_reason.encode()))
+        if size is not None or self.skipped_parts:
+            headers.append((b"x-skipped-parts", b"%d" % self.skipped_parts))
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, data: bytes) -> None:

@@ -108,6 +108,8 @@ class Status(TypedDict):
     """Number of artifacts rebuilt or skipped, by cache family."""
     reasons: NotRequired[list[str]]
     """The reasons for the misses."""
+    next_steps: NotRequired[dict[str, str]]
+    """The command or action that mends a miss, by its reason."""
     profile: NotRequired[str | None]
     state: NotRequired[str | None]
     """The key of the warm state."""
@@ -229,6 +231,8 @@ class SpeechAudioDone(TypedDict):
     usage: SpeechUsage
     finish_reason: FinishReason
     """`length` if the speech of a part reached the token limit, so that its end may be missing; otherwise `stop`."""
+    skipped_parts: int
+    """Number of parts of the text that are missing from the audio, because the model cannot speak them."""
 
 
 class SpeechFailed(TypedDict):

@@ -43,12 +43,15 @@ class Chunk:
         seconds: how long the worker needed for the request; None for all chunks but the last.
         truncated: True if the speech ends at the token limit, so that its end may be missing. With `look_ahead`, only
             the last chunk tells.
+        skipped: number of parts of the text that were left out directly before this chunk. Only the front sets it. If
+            the last part was left out, an empty chunk follows the audio.
     """
 
     pcm: bytes
     tokens: int
     seconds: float | None = None
     truncated: bool = False
+    skipped: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, ModelError
 from chatterbox_prewarm.serve.workers.audio_buffer import AudioBuffer, Backlog
+from chatterbox_prewarm.serve.workers.messages import Chunk
 from chatterbox_prewarm.serve.workers.sentence_split import split
 from chatterbox_prewarm.serve.workers.speech_options import ConversionOptions
 from chatterbox_prewarm.serve.workers.supervisor import Supervisor
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.errors import PrewarmError
     from chatterbox_prewarm.serve.voices.voice_store import VoiceStore
-    from chatterbox_prewarm.serve.workers.messages import Chunk
     from chatterbox_prewarm.serve.workers.speech_options import AudioOptions, SpeechOptions
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
     from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
@@ -199,12 +199,13 @@ class Pool:
         # In a thread, because the first split imports the splitter.
         texts = await asyncio.to_thread(split, options.text, options.language)
         voice, digest = await self._resolved(options)
-        spoken, skipped_error = False, None
+        spoken, skipped, skipped_error = False, 0, None
 
         def put(chunk: Chunk) -> None:
-            nonlocal spoken
+            nonlocal spoken, skipped
             spoken = True
-            buffer.put(chunk)
+            buffer.put(replace(chunk, skipped=skipped))
+            skipped = 0
 
         for number, text in enumerate(texts):
             await buffer.room()
@@ -219,9 +220,11 @@ class Pool:
                 # For example a row of dots, or another script. The other parts of the text can still be spoken.
                 self.on_skipped()
                 logger.warning("part %d of %d is left out: %s", number + 1, len(texts), error.message)
-                skipped_error = error
+                skipped, skipped_error = skipped + 1, error
         if skipped_error is not None and not spoken:
             raise skipped_error
+        if skipped:
+            buffer.put(Chunk(pcm=b"", tokens=0, skipped=skipped))
 
     async def _run(self, start: Callable[[Supervisor], AsyncGenerator[Chunk]], put: Callable[[Chunk], None]) -> None:
         """Have a worker make audio, and `put` its chunks. A retry leaves out what the dead worker had sent."""

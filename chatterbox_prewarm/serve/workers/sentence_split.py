@@ -9,6 +9,8 @@ from __future__ import annotations
 import bisect
 import re
 
+from chatterbox_prewarm.weights.vocabulary import TAG
+
 #: Maximum number of characters in a part: about 20 s of speech. The model can speak twice as much at once.
 LIMIT = 280
 #: The same for languages that say more with a character. A part must fit into the 40 s that the model can speak.
@@ -24,7 +26,8 @@ def split(text: str, language: str | None = None, *, limit: int | None = None) -
 
     A part contains as many sentences as the limit allows. A sentence that is longer than the limit is split after a
     clause, otherwise at white space, otherwise between two grapheme clusters (characters as a reader sees them, which
-    may consist of several code points).
+    may consist of several code points). A tag such as "[clear throat]" is never split, because the model would speak
+    both halves as text.
 
     Args:
         text: any text. A text within the limit is returned unchanged.
@@ -40,7 +43,7 @@ def split(text: str, language: str | None = None, *, limit: int | None = None) -
     import regex
 
     cluster_ends = [match.end() for match in regex.finditer(r"\X", text)]
-    allowed = set(cluster_ends)
+    allowed = set(cluster_ends) - _inside_tags(text, limit)
     candidates = [
         [end for end in ends if end in allowed]
         for ends in (
@@ -77,6 +80,12 @@ def _sentence_ends(text: str, language: str) -> list[int]:
             is_item_number = _ITEM_NUMBER.fullmatch(text[line:position])
             ends.append(len(text[:line].rstrip()) if is_item_number else position)
     return sorted(ends)
+
+
+def _inside_tags(text: str, limit: int) -> set[int]:
+    """Return the positions inside the tags of a text, without their ends. A longer tag than the limit must be split."""
+    tags = (match.span() for match in TAG.finditer(text))
+    return {position for start, end in tags if end - start <= limit for position in range(start + 1, end)}
 
 
 def _next_start(text: str, end: int, allowed: set[int]) -> int:

@@ -18,8 +18,10 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import uvicorn
 from pydantic import TypeAdapter
@@ -40,9 +42,10 @@ from chatterbox_prewarm.serve.workers import audio_buffer
 from chatterbox_prewarm.serve.workers.messages import Chunk
 from chatterbox_prewarm.serve.workers.pool import Pool
 from chatterbox_prewarm.serve.workers.pools import Pools
-from chatterbox_prewarm.weights.variants import ENGLISH
+from chatterbox_prewarm.serve.workers.worker_config import for_devices
+from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL
 from tests.conftest import ROOT
-from tests.helpers.added_voices import VARIANT, WEIGHTS, sound_file, tone
+from tests.helpers.added_voices import WEIGHTS, sound_file, tone
 from tests.helpers.added_voices import voice as voice_file
 from tests.helpers.http_server import connect, request
 from tests.helpers.stand_in_worker import CONFIG, start
@@ -53,7 +56,7 @@ if TYPE_CHECKING:
 
     Response = tuple[http.client.HTTPResponse, bytes]
 
-SPEECH, VOICES = "/v1/audio/speech", "/v1/audio/voices"
+SPEECH, VOICES, CONVERSIONS = "/v1/audio/speech", "/v1/audio/voices", "/v1/audio/conversions"
 BODY = json.dumps({"input": "Hello.", "response_format": "pcm", "seed": 1})
 FORM = (
     b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\nann\r\n'
@@ -76,13 +79,24 @@ class Server:
         sites: Sites | None = None,
         **settings: Any,
     ) -> None:
-        aliases = {"John Smith=Bob": "default"}
-        store = VoiceStore(directory, {VARIANT: WEIGHTS}, aliases=aliases)
-        processes = [(CONFIG, start(part)(CONFIG))]
-        self.pool = Pool(processes, wait_seconds=wait_seconds, hang_seconds=600, voices=store)
-        self.pools = Pools([self.pool])
+        rules = SpeechRules(max_characters=500, **settings)
+        variant = rules.variants[0].name
+        store = VoiceStore(directory, {variant: WEIGHTS}, aliases={"John Smith=Bob": "default"})
+        self.pools = Pools(
+            [
+                Pool(
+                    [(config, start(part)(config))],
+                    model=config.pool,
+                    wait_seconds=wait_seconds,
+                    hang_seconds=600,
+                    voices=store,
+                )
+                for config in for_devices(["cpu"], replace(CONFIG, model=variant), convert=rules.converts)
+            ]
+        )
+        self.pool = self.pools.first
         self.admission = Admission(self.pools, limit=limit)
-        app = App(self.pools, self.admission, store, SpeechRules(max_characters=500, **settings)).asgi()
+        app = App(self.pools, self.admission, store, rules).asgi()
         config = uvicorn.Config(
             log_requests(close_while_draining(check_access(app, None, sites), self.admission), app.routes),
             lifespan="off",
@@ -135,7 +149,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     def start_server(part: str, *, limit: int = 32, wait_seconds: float = 20, **settings: Any) -> Server:
         servers.append(Server(tmp_path, part, limit=limit, wait_seconds=wait_seconds, **settings))
         if part in {"ready", "slow", "stuck"}:
-            servers[-1].wait_until(lambda: servers[-1].pool.ready)
+            servers[-1].wait_until(lambda: all(pool.ready for pool in servers[-1].pools))
         return servers[-1]
 
     yield start_server
@@ -247,6 +261,37 @@ def test_speech_that_reaches_the_token_limit_is_reported(
         server.wait_until(lambda: any(getattr(record, "fields", {}).get("truncated") == 1 for record in caplog.records))
 
 
+def test_a_client_learns_how_many_parts_were_left_out(
+    serve: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("regex")
+    pytest.importorskip("sentencex")
+    server = serve("ready")
+    spoken = "x" * 280
+    # The head of a stream is sent with the first audio, so it cannot tell about the parts after that.
+    texts = ["Hello.", f"foreign {spoken}", f"{spoken} foreign", f"foreign {spoken} foreign"]
+
+    def header(text: str, audio_format: str, **fields: str) -> str | None:
+        response, _ = server.speak(input=text, response_format=audio_format, **fields)
+        assert response.headers["X-Finish-Reason"] in {None, "stop"}
+        return response.headers["X-Skipped-Parts"]
+
+    def last_event(text: str) -> Any:
+        events = server.speak(input=text, response_format="pcm", stream_format="sse")[1].decode().split("\n\n")
+        return json.loads(events[-2].removeprefix("data: "))
+
+    assert [header(text, "wav") for text in texts] == ["0", "1", "1", "2"]
+    assert [header(text, "pcm") for text in texts] == [None, "1", None, "1"]
+    events = [last_event(text) for text in texts]
+    assert [(event["type"], event["skipped_parts"]) for event in events] == [
+        ("speech.audio.done", skipped) for skipped in (0, 1, 1, 2)
+    ]
+    assert events[3]["usage"]["output_tokens"] == 1
+    with caplog.at_level(logging.INFO):
+        header(texts[3], "mp3")
+        server.wait_until(lambda: any(getattr(record, "fields", {}).get("skipped") == 2 for record in caplog.records))
+
+
 def test_a_part_that_cannot_be_spoken_is_left_out_and_counted(serve: Callable[..., Server]) -> None:
     pytest.importorskip("regex")
     pytest.importorskip("sentencex")
@@ -256,6 +301,52 @@ def test_a_part_that_cannot_be_spoken_is_left_out_and_counted(serve: Callable[..
     assert server.metric("skipped_parts_total") == 1
     response, body = server.speak(input="foreign")
     assert (response.status, "does not know" in json.loads(body)["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize("value", [0, 5, None])
+def test_a_setting_that_the_model_does_not_have_is_refused_with_its_name(
+    value: int | None, serve: Callable[..., Server]
+) -> None:
+    server = serve("ready")
+    response, body = server.speak(top_k=value)
+    if value is None:  # counts as a missing field
+        assert (response.status, body) == (200, b"Hello.")
+        return
+    error = json.loads(body)["error"]
+    assert (response.status, error["type"], error["param"]) == (400, "invalid_request_error", "top_k")
+    assert "the model english has no setting 'top_k'" in error["message"]
+
+
+def test_a_text_of_one_character_is_spoken_or_refused_with_its_field(serve: Callable[..., Server]) -> None:
+    server = serve("ready", variants=(MULTILINGUAL,))
+    for language, text in (("en", "a"), ("fr", "é"), ("zh", "好"), ("ja", "は"), ("ru", "я"), ("de", "7"), ("ar", "؟")):
+        response, body = server.speak(input=text, language=language)
+        assert (response.status, body.decode()) == (200, text)
+    for text, language, message in ((" ", "en", "empty"), ("\u200b", "en", "empty"), ("א", "he", "nikud")):
+        response, body = server.speak(input=text, language=language)
+        error = json.loads(body)["error"]
+        assert (response.status, error["param"]) == (400, "input")
+        assert message in error["message"]
+
+
+def conversion_form(source: bytes) -> bytes:
+    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="c"\r\n\r\n'
+    fields = b'\r\n--b\r\nContent-Disposition: form-data; name="response_format"\r\n\r\nwav\r\n--b--\r\n'
+    return head + source + fields
+
+
+def test_an_hour_of_speech_is_not_converted(serve: Callable[..., Server]) -> None:
+    server = serve("ready", converts=True)
+    rate = 8_000
+    hour = sound_file(np.zeros(3600 * rate, np.int16), rate, kind="FLAC")  # it is compressed to less than 1 MB
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    response, body = request(server.port, "POST", CONVERSIONS, headers, conversion_form(hour))
+    error = json.loads(body)["error"]
+    assert (response.status, error["param"]) == (400, None)
+    assert "the speech to convert is 3600.00 s long; 0.12 to 300 s are needed" in error["message"]
+    assert "cut long speech at pauses" in error["message"]
+    response, body = request(server.port, "POST", CONVERSIONS, headers, conversion_form(sound_file(tone())))
+    assert (response.status, body[:4], response.headers["X-Skipped-Parts"]) == (200, b"RIFF", "0")
 
 
 @contextlib.contextmanager

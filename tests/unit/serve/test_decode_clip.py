@@ -22,6 +22,7 @@ import pytest
 import soundfile
 
 from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.model.clips import REFERENCE, SOURCE, ClipKind
 from chatterbox_prewarm.serve.http.decode_clip import UploadLimits, decode, to_wav
 from tests.conftest import ROOT
 from tests.helpers.added_voices import children, sound_file, tone
@@ -183,12 +184,13 @@ def test_an_executable_is_refused() -> None:
         asyncio.run(decode(Path(sys.executable).resolve().read_bytes()[: 4 << 20]))
 
 
+@pytest.mark.parametrize("clip_kind", [REFERENCE, SOURCE], ids=["reference", "source"])
 @pytest.mark.parametrize(
     ("kind", "subtype", "hours"),
     [("FLAC", "PCM_16", 1.0), ("OGG", "OPUS", 0.1), ("OGG", "VORBIS", 0.1), ("MP3", "MPEG_LAYER_III", 0.1)],
 )
 def test_hours_of_silence_are_refused_without_decoding(
-    kind: str, subtype: str, hours: float, monkeypatch: pytest.MonkeyPatch
+    kind: str, subtype: str, hours: float, clip_kind: ClipKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = silence(hours, 16_000, kind, subtype)
     assert len(clip) < hours * 4e6
@@ -197,8 +199,10 @@ def test_hours_of_silence_are_refused_without_decoding(
         raise AssertionError("the clip was decoded")
 
     monkeypatch.setattr(soundfile.SoundFile, "read", fail)
-    with pytest.raises(BadInputError, match=rf"is {hours * 3600:.0f}\.\d\d s long; 1 to 300 s are needed"):
-        to_wav(clip)
+    needed = f"{clip_kind.min_seconds:g} to 300 s are needed"
+    with pytest.raises(BadInputError, match=rf"is {hours * 3600:.0f}\.\d\d s long; {needed}") as caught:
+        to_wav(clip, clip_kind)
+    assert caught.value.next_step == clip_kind.length_step
 
 
 def test_decoding_has_limits_on_bytes_time_and_memory() -> None:

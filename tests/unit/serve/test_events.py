@@ -22,7 +22,7 @@ def parse(stream: bytes) -> list[dict[str, Any]]:
 
 def test_audio_is_sent_in_openais_events() -> None:
     audio = bytes(range(256)) * 20
-    end = events.done(input_tokens=3, output_tokens=50, finish_reason="length")
+    end = events.done(input_tokens=3, output_tokens=50, finish_reason="length", skipped_parts=2)
     stream = events.delta(audio[:1001]) + events.delta(audio[1001:]) + end
     first, second, last = parse(stream)
     assert first.keys() == second.keys() == {"type", "audio"}
@@ -32,6 +32,7 @@ def test_audio_is_sent_in_openais_events() -> None:
         "type": "speech.audio.done",
         "usage": {"input_tokens": 3, "output_tokens": 50, "total_tokens": 53},
         "finish_reason": "length",
+        "skipped_parts": 2,
     }
 
 

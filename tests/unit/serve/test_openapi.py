@@ -121,6 +121,7 @@ def test_a_token_is_optional(document: dict[str, Any]) -> None:
 def test_the_speech_route_lists_all_formats(document: dict[str, Any]) -> None:
     operation = document["paths"]["/v1/audio/speech"]["post"]
     assert operation["responses"]["200"]["content"].keys() == {*MEDIA_TYPES.values(), events.MEDIA_TYPE}
+    assert operation["responses"]["200"]["headers"].keys() == {"X-Finish-Reason", "X-Skipped-Parts"}
     assert operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/SpeechRequest")
 
 
@@ -202,9 +203,8 @@ def test_errors_and_events_match_their_schemas() -> None:
     error = error_responses.RequestError("no", param="seed", next_step="yes")
     fields = error_responses.error_fields(error)
     assert TypeAdapter(schemas.Error).validate_python({"error": fields})["error"]["param"] == "seed"
-    stream = (
-        events.delta(b"ab") + events.done(input_tokens=1, output_tokens=2, finish_reason="stop") + events.failed(fields)
-    )
+    done = events.done(input_tokens=1, output_tokens=2, finish_reason="stop", skipped_parts=0)
+    stream = events.delta(b"ab") + done + events.failed(fields)
     sent = [json.loads(block.removeprefix("data: ")) for block in stream.decode().split("\n\n")[:-1]]
     for event, shape in zip(sent, get_args(schemas.SpeechEvent), strict=True):
         assert TypeAdapter(shape).validate_python(event, strict=True) == event

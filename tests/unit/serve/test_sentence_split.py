@@ -140,6 +140,37 @@ def test_texts_are_cut_at_line_ends() -> None:
     assert "\n\n".join(check("\n\n".join(paragraphs))) == "\n\n".join(paragraphs)
 
 
+@pytest.mark.parametrize("tag", ["[clear throat]", "[laugh]"])
+@pytest.mark.parametrize("word", ["word ", "word"])
+@pytest.mark.parametrize("before", range(LIMIT - 20, LIMIT + 2))
+def test_a_tag_is_not_cut_wherever_it_crosses_the_limit(before: int, word: str, tag: str) -> None:
+    parts = check((word * LIMIT)[:before] + tag + " and more" * 40)
+    assert sum(part.count(tag) for part in parts) == 1
+    assert [part for part in parts if part.count("[") != part.count("]")] == []
+
+
+def test_a_tag_that_begins_exactly_at_the_limit_begins_the_next_part() -> None:
+    assert check("x" * LIMIT + "[clear throat] y") == ["x" * LIMIT, "[clear throat] y"]
+    assert check("word " * (LIMIT // 5) + "[clear throat] y")[1] == "[clear throat] y"
+
+
+def test_a_tag_that_ends_exactly_at_the_limit_ends_the_part() -> None:
+    before = "x" * (LIMIT - len("[clear throat]"))
+    assert check(f"{before}[clear throat]y") == [f"{before}[clear throat]", "y"]
+
+
+def test_tags_without_spaces_between_them_are_not_cut() -> None:
+    parts = check("[clear throat]" * 50)
+    assert {part.replace("[clear throat]", "") for part in parts} == {""}
+    assert all(len(part) > LIMIT - len("[clear throat]") for part in parts[:-1])
+
+
+def test_words_in_brackets_that_are_longer_than_the_limit_are_cut_at_a_space() -> None:
+    parts = check("[" + "word " * 100 + "]")
+    assert {word for part in parts for word in part.strip("[]").split()} == {"word"}
+    assert len(check("[" + "x" * LIMIT + "]")) == 2
+
+
 @pytest.mark.parametrize(
     "cluster",
     [
@@ -177,7 +208,7 @@ def test_no_character_of_a_random_text_is_lost(seed: int) -> None:
         *("Hello", "Mr.", "U.S.", "3.14", "...", "?!", "!", ".", "。", "！", ",", "，", ";", ":", "—", "-"),
         *("'", '"', "“", "”", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u2028", "\u3000", "\u200b", "\ufeff"),
         *("你好", "मैं", "ไทย", "العربية", "e\u0301", "\u0301", "👍🏽", "🇩🇪🇫🇷", "👨‍👩‍👧", "\ufe0f", "İ", "ß", "\ufb01"),
-        *("1.", "(a)", "* ", "[1]", "<b>", "</p>", "&amp;", "x" * 50, "word " * 20),
+        *("1.", "(a)", "* ", "[1]", "[clear throat]", "<b>", "</p>", "&amp;", "x" * 50, "word " * 20),
     ]  # fmt: skip
     for _ in range(20):
         text = "".join(draw.choice(pieces) for _ in range(draw.randrange(1, 400)))
