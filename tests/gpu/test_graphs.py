@@ -13,12 +13,12 @@ from chatterbox_prewarm.model.regions.executors import eager
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.t3 import T3Decoder
 from chatterbox_prewarm.model.sampling import Sampling
-from chatterbox_prewarm.model.variants.multilingual import aligned_heads
+from chatterbox_prewarm.model.variants import code_of
 from chatterbox_prewarm.model.voices import read_builtin_voice
 from chatterbox_prewarm.start.attach import attach
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
-from chatterbox_prewarm.weights.variants import MULTILINGUAL
+from chatterbox_prewarm.weights.variants import MULTILINGUAL, NANO, TURBO
 from tests.conftest import run_cli
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox_prewarm.start.attach import Attached
+    from chatterbox_prewarm.weights.variants import Variant
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 
@@ -86,29 +87,24 @@ def test_graph_draws_the_same_tokens_as_eager_mode(
     assert captured.capture_seconds > 0
 
 
-@pytest.fixture(scope="module")
-def multilingual(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("weights") / "multilingual"
-    made = run_cli("weights", "synthesize", directory, "--size", "mini", "--variant", "multilingual")
+@pytest.mark.parametrize("variant", [MULTILINGUAL, TURBO, NANO], ids=lambda variant: variant.name)
+def test_graph_of_another_variant_draws_the_same_tokens_as_eager_mode(variant: Variant, tmp_path: Path) -> None:
+    """Multilingual analyzes the alignment, and Turbo and Nano have another transformer."""
+    made = run_cli("weights", "synthesize", tmp_path / "mini", "--size", "mini", "--variant", variant.name)
     assert made.returncode == 0, made.stderr
-    return directory
-
-
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(repetition_penalty=2.0)], ids=str)
-def test_graph_that_analyzes_the_alignment_draws_the_same_tokens_as_eager_mode(
-    sampling: Sampling, multilingual: Path
-) -> None:
-    model, voice = load(multilingual, device="cuda"), read_builtin_voice(multilingual, device="cuda")
+    model, voice = load(tmp_path / "mini", device="cuda"), read_builtin_voice(tmp_path / "mini", device="cuda")
     assert voice is not None
-    drawn = []
-    for graphs in (False, True):
-        tensors = NamedTensors(model.tensors, "t3.")
-        decoder = T3Decoder(tensors, eager, aligned=aligned_heads(MULTILINGUAL, 2), graphs=graphs)
-        for text in ("Ça va très bien.", "Ça va."):  # the second utterance starts with the sums of the first one
-            torch.manual_seed(3)
-            prompt = model.text_tokens(text, "fr")
-            drawn.append(decoder(voice.t3, prompt, sampling=sampling, max_new_tokens=60).tolist())
-    assert drawn[:2] == drawn[2:]
+    code, language = code_of(variant), "fr" if "fr" in variant.languages else "en"
+    drawn: dict[bool, list[list[int]]] = {False: [], True: []}
+    for graphs, tokens in drawn.items():
+        decoder = code.decoder(variant, NamedTensors(model.tensors, "t3."), eager, dtype=None, graphs=graphs)
+        for sampling in (code.GREEDY, model.sampling):
+            for text in ("Ça va très bien.", "Ça va."):  # the second utterance starts with the sums of the first one
+                torch.manual_seed(3)
+                prompt = model.text_tokens(text, language)
+                tokens.append(decoder(voice.t3, prompt, sampling=sampling, max_new_tokens=60).tolist())
+    assert all(drawn[True])
+    assert drawn[True] == drawn[False]
 
 
 def test_graph_uses_the_current_sampling_settings(attached: Attached, plain: T3Decoder, captured: T3Decoder) -> None:

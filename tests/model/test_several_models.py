@@ -1,4 +1,4 @@
-"""A server with two models: each request chooses one, and a model that dies does not stop the other."""
+"""A server with three models: each request chooses one, and a model that dies does not stop the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL
+from chatterbox_prewarm.model.reference_clip import CLIP_SAMPLE_RATE, reference_audio
+from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL, TURBO
 from tests.conftest import run_cli
 from tests.helpers.serving import SENTENCE, Server
 
@@ -27,29 +28,32 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
+MODELS = ("multilingual", "english", "turbo")
+
 
 @pytest.fixture(scope="module")
 def checkpoints(checkpoint: Callable[[Variant], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with the checkpoints of two models."""
+    """Return a directory with the checkpoints of three models."""
     directory = tmp_path_factory.mktemp("checkpoints")
-    for variant in (ENGLISH, MULTILINGUAL):
+    for variant in (ENGLISH, MULTILINGUAL, TURBO):
         (directory / variant.name).symlink_to(checkpoint(variant))
     return directory
 
 
 @pytest.fixture(scope="module")
 def server(checkpoints: Path, baked: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Start a server with two models. Only English has a warm state, and Multilingual is the first model."""
+    """Start a server with three models. Only English has a warm state, and Multilingual is the first model."""
     directory = tmp_path_factory.mktemp("several")
     shutil.copytree(baked, directory / "warm" / "english")
     (directory / "voices").mkdir()
     running = Server(
         directory / "log",
         *("--weights", checkpoints, "--warm", directory / "warm", "--cache", directory / "cache"),
-        *("--variant", "multilingual", "--variant", "english", "--voices-dir", directory / "voices"),
+        *(argument for model in MODELS for argument in ("--variant", model)),
+        *("--voices-dir", directory / "voices"),
     )
     try:
-        running.wait_ready(workers=2)
+        running.wait_ready(workers=3)
         yield running
     finally:
         assert running.end() == 0
@@ -65,22 +69,23 @@ def test_a_request_chooses_a_model_and_the_first_one_is_the_default(server: Serv
     assert first == chosen
     assert first != (status, wav)
     assert server.speak(model="multilingual", input="Bonjour.", language="fr")[0] == 200
+    assert server.speak(model="turbo", input="Hello. [laugh]", top_k=20)[0] == 200
     refused, body = server.speak(model="english", input="Bonjour.", language="fr")
     assert (refused, json.loads(body)["error"]["param"]) == (400, "language")
 
 
 def test_models_readiness_and_metrics_are_listed_by_model(server: Server) -> None:
     listed = json.loads(server.ask("GET", "/v1/models")[1])["data"]
-    assert [model["id"] for model in listed] == ["multilingual", "english"]
+    assert [model["id"] for model in listed] == [*MODELS]
     assert len(listed[0]["languages"]) == 23
     status, body = server.status("/readyz/english")
     assert (status, body["model"], body["models"]) == (200, "english", {"english": True})
     assert [worker["model"] for worker in body["workers"]] == ["english"]
     assert body["misses"] == {}, "it has a warm state"
-    assert server.status("/readyz")[1]["models"] == {"multilingual": True, "english": True}
+    assert server.status("/readyz")[1]["models"] == dict.fromkeys(MODELS, True)
     assert server.ask("GET", "/readyz/multilingual-v3")[0] == 404
     metrics = server.ask("GET", "/metrics")[1].decode()
-    for model in ("multilingual", "english"):
+    for model in MODELS:
         (line,) = [line for line in metrics.splitlines() if line.startswith(_worker("rss_bytes", model))]
         assert float(line.rpartition(" ")[2]) > 500 << 20
     assert 'cache_misses_total{family="all",model="multilingual"} 1.0' in metrics, "it has no warm state"
@@ -88,15 +93,17 @@ def test_models_readiness_and_metrics_are_listed_by_model(server: Server) -> Non
 
 
 def _worker(name: str, model: str) -> str:
-    number = ["multilingual", "english"].index(model)
+    number = MODELS.index(model)
     return f'chatterbox_prewarm_worker_{name}{{device="cpu",model="{model}",worker="{number}"}}'
 
 
-def test_an_added_voice_speaks_with_every_model(server: Server, clip: Path) -> None:
+def test_an_added_voice_speaks_with_every_model(server: Server, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.wav"
+    soundfile.write(clip, reference_audio(5.5), CLIP_SAMPLE_RATE)  # Turbo needs more than 5 s
     address = f"http://127.0.0.1:{server.port}/v1/audio/voices"
     added = httpx.post(address, data={"name": "ann"}, files={"file": clip.read_bytes()}, timeout=240)
-    assert (added.status_code, added.json()["models"]) == (201, ["multilingual", "english"])
-    for model in ("multilingual", "english"):
+    assert (added.status_code, added.json()["models"]) == (201, [*MODELS])
+    for model in MODELS:
         assert server.speak(model=model, voice="ann") != server.speak(model=model)
         assert server.speak(model=model, voice="ann")[0] == 200
     assert server.speak(model="english", voice="fox")[0] == 200
@@ -106,19 +113,21 @@ def test_an_added_voice_speaks_with_every_model(server: Server, clip: Path) -> N
     assert server.ask("GET", "/v1/audio/voices/fox/preview")[0] == 200
 
 
-def test_a_killed_model_does_not_stop_the_other(server: Server) -> None:
+def test_a_killed_model_does_not_stop_the_others(server: Server) -> None:
     english = _pid_of(server, "english")
     os.kill(english, signal.SIGKILL)
     server.wait("/readyz/english", 503)
     status, answer = server.speak(model="english")  # at once: a new worker needs some seconds
     assert (status, json.loads(answer)["error"]["code"]) == (503, "not_ready")
     assert "the model english is not ready" in json.loads(answer)["error"]["message"]
-    assert server.status("/readyz")[0] == 200, "the server can speak with the other model"
-    assert server.speak(model="multilingual")[0] == 200
+    assert server.status("/readyz")[0] == 200, "the server can speak with the other models"
+    for model in ("multilingual", "turbo"):
+        assert server.speak(model=model)[0] == 200
     server.wait("/readyz/english", 200)
     assert server.speak(model="english")[0] == 200
     assert server.status("/readyz/english")[1]["restarts"] == 1
-    assert server.status("/readyz/multilingual")[1]["restarts"] == 0
+    for model in ("multilingual", "turbo"):
+        assert server.status(f"/readyz/{model}")[1]["restarts"] == 0
 
 
 def _pid_of(server: Server, model: str) -> int:
@@ -136,7 +145,11 @@ def _maps(pid: int, name: str) -> bool:
     [
         (["--variant", "english", "--variant", "english"], 16, "the variant english is named twice"),
         (["--variant", "../english"], 16, "there is no model variant '../english'"),
-        (["--variant", "multilingual-v3"], 10, "no checkpoint of the variant multilingual-v3, only of: english, multi"),
+        (
+            ["--variant", "multilingual-v3"],
+            10,
+            "no checkpoint of the variant multilingual-v3, only of: english, multilingual, turbo",
+        ),
         (["--language", "xx"], 16, "the language is 'xx'"),
     ],
 )
@@ -153,5 +166,5 @@ def test_a_server_that_cannot_have_its_models_does_not_start(
 def test_one_checkpoint_is_needed_where_a_command_has_one_model(checkpoints: Path) -> None:
     refused = run_cli("weights", "verify", checkpoints)
     assert refused.returncode == 10
-    assert "has 2 checkpoints: english, multilingual" in refused.stderr
+    assert "has 3 checkpoints: english, multilingual, turbo" in refused.stderr
     assert f"such as {checkpoints / 'english'}" in refused.stderr
