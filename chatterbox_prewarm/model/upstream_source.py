@@ -1,4 +1,4 @@
-"""Details of what upstream's models do. Those of the Multilingual model are found by reading its source.
+"""Details of what upstream's models do. Those that differ between its versions are found by reading its source.
 
 Its wheel and its main branch share a version. The lean packages do not contain upstream. What the pinned wheel (0.1.7)
 does is assumed there.
@@ -37,20 +37,28 @@ MAIN_BRANCH = Behaviour(repetition_penalty=1.2, dropped_tokens=1)
 @functools.cache
 def installed_multilingual() -> Behaviour:
     """Read the installed source, without importing it."""
+    package = installed_package()
+    return read_multilingual(package) if package else Behaviour(repetition_penalty=2.0, analyzes_alignment=True)
+
+
+def installed_package() -> Path | None:
+    """Return the folder of the installed upstream, or None if it is not installed."""
     spec = importlib.util.find_spec("chatterbox")
-    if spec is None or spec.origin is None:
-        return Behaviour(repetition_penalty=2.0, analyzes_alignment=True)
-    return read_multilingual(Path(spec.origin).parent)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def loader_parameters(module: str) -> frozenset[str]:
+    """Return the parameters of `from_local` in a module of the installed upstream; empty if there is no such module."""
+    package = installed_package()
+    if package is None or not (path := package / f"{module}.py").is_file():
+        return frozenset()
+    return frozenset(argument.arg for argument in _function(path, "from_local").args.args)
 
 
 def read_multilingual(package: Path) -> Behaviour:
     """Read the source in the folder `package`."""
     t3 = ast.parse((package / "models" / "t3" / "t3.py").read_text(encoding="utf-8"))
-    generate = next(
-        node
-        for node in ast.walk(ast.parse((package / "mtl_tts.py").read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef) and node.name == "generate"
-    )
+    generate = _function(package / "mtl_tts.py", "generate")
     names = [argument.arg for argument in generate.args.args]
     defaults = dict(zip(reversed(names), reversed(generate.args.defaults), strict=False))
     return Behaviour(
@@ -59,6 +67,12 @@ def read_multilingual(package: Path) -> Behaviour:
         # The main branch cuts the audio by a number of samples that it computes from this rate.
         dropped_tokens=1 if "S3_TOKEN_RATE" in _names(generate) else 0,
     )
+
+
+def _function(path: Path, name: str) -> ast.FunctionDef:
+    """Return the first function with this name in a source file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
 
 
 def _names(tree: ast.AST) -> set[str]:

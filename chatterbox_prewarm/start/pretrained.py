@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 #: What upstream speaks when the text is empty.
 _NO_TEXT = "You need to add some text for me to talk."
+_TOKENS_PER_SECOND = 25
 
 
 class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
@@ -319,7 +320,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
     def _generate(
         self, text: str, language: str | None, audio_prompt_path: str | Path | None, sampling: Sampling
     ) -> torch.Tensor:
-        """Speak a text as upstream's `generate` does."""
+        """Speak a text as upstream's `generate` does, with a warning if the speech reaches the token limit."""
         import torch
 
         self._set_voice(audio_prompt_path, sampling.exaggeration)
@@ -329,8 +330,17 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         elif isinstance(text, str) and not text.strip():
             text = "."  # as upstream normalizes it
         limit = MAX_NEW_TOKENS + self._more_tokens
-        tokens = synthesizer.speech_tokens(text, language=language, max_new_tokens=limit, sampling=sampling)
-        samples = synthesizer.sound(tokens, synthesizer.voice(DEFAULT_VOICE))
+        with torch.inference_mode():
+            blocks = synthesizer.token_blocks(text, language=language, max_new_tokens=limit, sampling=sampling)
+            drawn = torch.cat(list(blocks))
+            samples = synthesizer.sound(synthesizer.usable(drawn), synthesizer.voice(DEFAULT_VOICE))
+        if synthesizer.is_truncated(drawn):
+            logger.warning(
+                "the speech reached the limit of %d speech tokens (%.0f s), so its end may be missing; split the text "
+                "at sentences, and generate the parts separately",
+                limit,
+                limit / _TOKENS_PER_SECOND,
+            )
         return torch.from_numpy(samples).unsqueeze(0)
 
     def generate_stream(

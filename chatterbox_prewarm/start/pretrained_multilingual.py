@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.sampling import Sampling
+from chatterbox_prewarm.start.defaults import default_weights
 from chatterbox_prewarm.start.pretrained import PrewarmedChatterbox
-from chatterbox_prewarm.weights.variants import MULTILINGUAL
+from chatterbox_prewarm.weights.record import read_variant
+from chatterbox_prewarm.weights.variants import MULTILINGUAL, MULTILINGUAL_V3
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-    from pathlib import Path
+    from collections.abc import Generator, Mapping
 
     import torch
 
     from chatterbox_prewarm.model.chunk import Chunk
     from chatterbox_prewarm.weights.variants import Variant
+
+#: The variant of each `t3_model` of upstream's main branch.
+_T3_MODELS: Mapping[str, Variant] = {"v2": MULTILINGUAL, "v3": MULTILINGUAL_V3}
 
 
 class PrewarmedMultilingual(PrewarmedChatterbox):
@@ -29,6 +35,43 @@ class PrewarmedMultilingual(PrewarmedChatterbox):
     """
 
     _variant: ClassVar[Variant] = MULTILINGUAL
+
+    @classmethod
+    def from_pretrained(cls, device: str, t3_model: str | None = None) -> PrewarmedChatterbox:
+        """Load and warm up the published model, as `from_pretrained_with_warmup`.
+
+        Args:
+            device: a string such as "cpu" or "cuda".
+            t3_model: the version of T3, "v2" or "v3". None for that of the image, and for v2 elsewhere.
+
+        Raises:
+            BadInputError: there is no such version, or the image has a different one.
+        """
+        if t3_model is None:
+            return cls.from_pretrained_with_warmup(device)
+        return cls.from_local(default_weights(_chosen(t3_model)), device, t3_model)
+
+    @classmethod
+    def from_local(cls, ckpt_dir: str | Path, device: str, t3_model: str | None = None) -> PrewarmedChatterbox:
+        """Load and warm up a checkpoint, as `from_pretrained_with_warmup`.
+
+        Args:
+            ckpt_dir: the directory of the checkpoint.
+            device: a string such as "cpu" or "cuda".
+            t3_model: the version of T3 that the checkpoint must have, "v2" or "v3"; None for either.
+
+        Raises:
+            BadInputError: there is no such version, or the checkpoint has a different one.
+        """
+        if t3_model is not None:
+            wanted, found = _chosen(t3_model), read_variant(Path(ckpt_dir))
+            if found != wanted:
+                raise BadInputError(
+                    f"{ckpt_dir} contains the variant {found.name!r}, and t3_model {t3_model!r} needs {wanted.name!r}",
+                    next_step="leave out t3_model, or fetch a checkpoint with "
+                    f"`chatterbox-prewarm weights fetch DIR --variant {wanted.name}`",
+                )
+        return cls.from_pretrained_with_warmup(device, weights=ckpt_dir)
 
     @classmethod
     def _inherit(cls) -> None:
@@ -98,3 +141,14 @@ class PrewarmedMultilingual(PrewarmedChatterbox):
             BadInputError: an argument is invalid.
         """
         return super().generate_stream(text, language=language_id, **arguments)
+
+
+def _chosen(t3_model: str) -> Variant:
+    """Return the variant with a version of T3.
+
+    Raises:
+        BadInputError: there is no such version.
+    """
+    if t3_model not in tuple(_T3_MODELS):
+        raise BadInputError(f"there is no t3_model {t3_model!r}", next_step=f"choose one of: {', '.join(_T3_MODELS)}")
+    return _T3_MODELS[t3_model]

@@ -32,9 +32,10 @@ from chatterbox_prewarm.model.upstream import load_upstream, upstream_text_token
 from chatterbox_prewarm.model.upstream_source import MAIN_BRANCH, Behaviour, installed_multilingual, read_multilingual
 from chatterbox_prewarm.model.variants import code_of, multilingual
 from chatterbox_prewarm.model.voices import for_upstream, read_builtin_voice
+from chatterbox_prewarm.model.warmup.settings import SWITCH
 from chatterbox_prewarm.start.pretrained import PrewarmedChatterbox
 from chatterbox_prewarm.start.pretrained_multilingual import PrewarmedMultilingual
-from chatterbox_prewarm.weights.record import record
+from chatterbox_prewarm.weights.record import RECORD_NAME, read_record, record
 from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL, MULTILINGUAL_V3
 from tests.conftest import build_once, run_cli
 from tests.helpers.serving import Server
@@ -377,6 +378,43 @@ def test_the_python_class_is_upstreams_and_speaks_with_the_regions(
     assert np.array_equal(np.concatenate([chunk.samples for chunk in chunks]), expected.samples)
     with pytest.raises(BadInputError, match="does not speak it"):
         model.generate("Hello.", "xx")
+
+
+@pytest.fixture
+def newer(weights: Path, tmp_path: Path) -> Path:
+    """Return the checkpoint as one with T3 v3, which has the same shapes."""
+    directory = _copy(weights, tmp_path / "newer")
+    (directory / MULTILINGUAL.t3).rename(directory / MULTILINGUAL_V3.t3)
+    (directory / RECORD_NAME).unlink()
+    synthetic = read_record(weights).synthetic
+    record(directory, variant=MULTILINGUAL_V3, repository="own", revision="unversioned", synthetic=synthetic)
+    return directory
+
+
+def test_the_python_class_loads_the_version_of_t3_that_upstreams_main_branch_would_load(
+    newer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(SWITCH, "off")
+    home = tmp_path / "chatterbox-prewarm" / "weights"
+    home.mkdir(parents=True)
+    newer.rename(home / MULTILINGUAL_V3.name)
+    model = PrewarmedMultilingual.from_pretrained("cpu", t3_model="v3")
+    assert model.attached.synthesizer.model.variant == MULTILINGUAL_V3
+
+
+def test_a_version_of_t3_that_does_not_exist_or_that_the_checkpoint_lacks_is_refused(
+    weights: Path, newer: Path, tmp_path: Path
+) -> None:
+    for t3_model, directory in (("v3", weights), ("v2", newer)):
+        with pytest.raises(BadInputError, match=f"t3_model '{t3_model}' needs"):
+            PrewarmedMultilingual.from_local(directory, "cpu", t3_model=t3_model)
+    wrong: Any
+    for wrong in ("v4", "", 3, ["v3"]):
+        with pytest.raises(BadInputError, match="there is no t3_model"):
+            PrewarmedMultilingual.from_local(tmp_path / "missing", "cpu", t3_model=wrong)
+        with pytest.raises(BadInputError, match="choose one of: v2, v3"):
+            PrewarmedMultilingual.from_pretrained("cpu", wrong)
 
 
 def test_the_python_class_of_another_variant_is_refused(weights: Path, mini: Path) -> None:

@@ -22,6 +22,7 @@ from chatterbox_prewarm.families.conditionals import load_voice
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.model import load
 from chatterbox_prewarm.model.regions.executors import eager
+from chatterbox_prewarm.model.regions.t3_blocks import STOP_SPEECH_TOKEN
 from chatterbox_prewarm.model.synthesis import Synthesizer
 from chatterbox_prewarm.model.upstream import load_upstream
 from chatterbox_prewarm.model.voices import detached
@@ -138,6 +139,29 @@ def test_an_empty_text_is_spoken_as_by_upstream(model: PrewarmedChatterbox) -> N
     empty = model.generate("")
     torch.manual_seed(1)
     assert torch.equal(empty, model.generate("You need to add some text for me to talk."))
+
+
+@pytest.mark.usefixtures("short")
+def test_generate_warns_only_when_the_speech_reaches_the_token_limit(
+    model: PrewarmedChatterbox, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="chatterbox_prewarm.start.pretrained"):
+        torch.manual_seed(3)
+        cut = model.generate(TEXT)
+        (warning,) = caplog.messages
+        assert "reached the limit of 12 speech tokens" in warning
+        assert "split the text at sentences" in warning
+        caplog.clear()
+        draw = Synthesizer.token_blocks
+
+        def draw_and_stop(self: Synthesizer, *arguments: Any, **settings: Any) -> list[torch.Tensor]:
+            return [*draw(self, *arguments, **settings), torch.tensor([STOP_SPEECH_TOKEN])]
+
+        monkeypatch.setattr(Synthesizer, "token_blocks", draw_and_stop)
+        torch.manual_seed(3)
+        complete = model.generate(TEXT)
+    assert caplog.messages == []
+    assert cut.shape == complete.shape
 
 
 def test_prepare_conditionals_sets_the_voice_without_a_graph(model: PrewarmedChatterbox, clip: Path) -> None:

@@ -126,8 +126,15 @@ class VariantCode(Protocol):
     def upstream_tokenizer(self, directory: Path, variant: Variant) -> Any:
         """Construct the tokenizer of upstream's class."""
 
+    def upstream_loads(self, variant: Variant) -> bool:
+        """Return whether the code of the installed upstream can load this variant. Upstream is not imported for it."""
+
     def upstream_from_local(self, directory: Path, variant: Variant, device: str) -> Any:
-        """Load upstream's model from a checkpoint of this project with nothing but upstream's code."""
+        """Load upstream's model from a checkpoint of this project with nothing but upstream's code.
+
+        Raises:
+            ModelError: upstream cannot load this variant.
+        """
 
     def upstream_generate(self, model: Any, text: str, language: str) -> Any:
         """Speak a text with upstream's `generate` and its default settings: float32 (1, samples)."""

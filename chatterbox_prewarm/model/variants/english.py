@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.model.text import normalize_punctuation
 from chatterbox_prewarm.model.tokenizer import LLAMA_FRAME, character_tokenizer, check_known, encode, read_tokenizer
-from chatterbox_prewarm.model.upstream_source import Behaviour
+from chatterbox_prewarm.model.upstream_source import Behaviour, loader_parameters
 from chatterbox_prewarm.model.variants import llama
 
 if TYPE_CHECKING:
@@ -94,6 +94,11 @@ def upstream_tokenizer(directory: Path, variant: Variant) -> Any:
     from chatterbox.models.tokenizers import EnTokenizer
 
     return EnTokenizer(str(directory / variant.tokenizer))
+
+
+def upstream_loads(variant: Variant) -> bool:  # noqa: ARG001 - see `VariantCode`
+    """Return whether upstream is installed."""
+    return bool(loader_parameters("tts"))
 
 
 def upstream_from_local(directory: Path, variant: Variant, device: str) -> Any:  # noqa: ARG001 - see `VariantCode`

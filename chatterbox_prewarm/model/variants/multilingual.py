@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import inspect
 import json
 import tempfile
 import unicodedata
@@ -21,7 +20,12 @@ from chatterbox_prewarm.errors import ModelError, WeightsError, first_line
 from chatterbox_prewarm.model.marks import check_marks
 from chatterbox_prewarm.model.text import SENTENCE_ENDS, normalize_punctuation
 from chatterbox_prewarm.model.tokenizer import LLAMA_FRAME, check_known, encode, read_tokenizer
-from chatterbox_prewarm.model.upstream_source import MAIN_BRANCH, Behaviour, installed_multilingual
+from chatterbox_prewarm.model.upstream_source import (
+    MAIN_BRANCH,
+    Behaviour,
+    installed_multilingual,
+    loader_parameters,
+)
 from chatterbox_prewarm.model.variants import llama
 from chatterbox_prewarm.system.regular_files import read_regular
 from chatterbox_prewarm.weights.variants import MULTILINGUAL_V3
@@ -228,14 +232,19 @@ def _upstream_reads(directory: Path, variant: Variant) -> Iterator[None]:
         config.pkuseg_home, module.hf_hub_download = found
 
 
+def upstream_loads(variant: Variant) -> bool:
+    """Return whether the installed upstream can load this T3. Only its main branch loads T3 v3."""
+    return ("t3_model" if variant == MULTILINGUAL_V3 else "ckpt_dir") in loader_parameters("mtl_tts")
+
+
 def upstream_from_local(directory: Path, variant: Variant, device: str) -> Any:
     """Load upstream's model with upstream's code, which reads pickles instead of the safetensors files."""
     import torch
     from safetensors.torch import load_file
 
     kind = upstream_class()
-    chosen = {"t3_model": variant.t3} if "t3_model" in inspect.signature(kind.from_local).parameters else {}
-    if variant == MULTILINGUAL_V3 and not chosen:
+    chosen = {"t3_model": variant.t3} if "t3_model" in loader_parameters("mtl_tts") else {}
+    if not upstream_loads(variant):
         raise ModelError(
             "the installed upstream cannot load T3 v3", next_step="install the main branch of resemble-ai/chatterbox"
         )

@@ -6,7 +6,6 @@ GPT-2, and the tags, such as "[laugh]", are tokens of their own.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from chatterbox_prewarm.errors import ModelError, WeightsError, first_line
 from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.text import normalize_punctuation
 from chatterbox_prewarm.model.tokenizer import MAX_TEXT_TOKENS, TextFrame, check_script
-from chatterbox_prewarm.model.upstream_source import Behaviour
+from chatterbox_prewarm.model.upstream_source import Behaviour, loader_parameters
 from chatterbox_prewarm.system.regular_files import read_regular
 from chatterbox_prewarm.weights.safetensors_header import FETCH_AGAIN
 from chatterbox_prewarm.weights.variants import TURBO
@@ -222,16 +221,19 @@ def upstream_tokenizer(directory: Path, variant: Variant) -> Any:  # noqa: ARG00
     return tokenizer
 
 
+def upstream_loads(variant: Variant) -> bool:
+    """Return whether the installed upstream can load Turbo or Nano. Only its main branch loads Nano."""
+    return ("ckpt_dir" if variant == TURBO else "nano") in loader_parameters("tts_turbo")
+
+
 def upstream_from_local(directory: Path, variant: Variant, device: str) -> Any:
-    """Load upstream's model with upstream's code. Only its main branch loads Nano."""
+    """Load upstream's model with upstream's code; see `VariantCode`."""
     kind = upstream_class()
-    if variant == TURBO:
-        return kind.from_local(directory, device)
-    if "nano" not in inspect.signature(kind.from_local).parameters:
+    if not upstream_loads(variant):
         raise ModelError(
             "the installed upstream cannot load Nano", next_step="install the main branch of resemble-ai/chatterbox"
         )
-    return kind.from_local(directory, device, nano=True)
+    return kind.from_local(directory, device, **({} if variant == TURBO else {"nano": True}))
 
 
 def upstream_generate(model: Any, text: str, language: str) -> Any:  # noqa: ARG001 - there is only one language

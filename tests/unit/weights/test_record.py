@@ -6,16 +6,19 @@ import dataclasses
 import hashlib
 import json
 import pickle
+import re
 import zipfile
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from chatterbox_prewarm.errors import BadInputError, WeightsError
 from chatterbox_prewarm.state.manifest import WeightsEntry
 from chatterbox_prewarm.weights import record as record_module
 from chatterbox_prewarm.weights.record import Synthetic, check_quickly, read_record, record, verify
-from chatterbox_prewarm.weights.variants import ENGLISH, get_variant
+from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL, get_variant
 from tests.helpers.states import make_checkpoint
 
 if TYPE_CHECKING:
@@ -158,6 +161,31 @@ def test_the_quick_check_compares_all_sizes_and_the_digests_of_small_files(
     with pytest.raises(WeightsError, match=rf"{T3}: No such file") as caught:
         check_quickly(recorded, expected)
     assert caught.value.exit_code == 10
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "Cangjie5_TC.json",
+        "pkuseg/spacy_ontonotes/features.msgpack",
+        "pkuseg/spacy_ontonotes/weights.npz",
+        "grapheme_mtl_merged_expanded_v1.json",
+    ],
+)
+def test_the_quick_check_notices_one_changed_letter_in_the_data_of_a_language(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in MULTILINGUAL.files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"letters": "abc"}')
+    for name in MULTILINGUAL.safetensors:
+        save_file({"w": np.zeros((2, 3), np.float32)}, tmp_path / name)
+    written = record(tmp_path, variant=MULTILINGUAL, repository="own", revision="-")
+    monkeypatch.setattr("chatterbox_prewarm.weights.record._SMALL", 0)
+    check_quickly(tmp_path, written)
+    (tmp_path / path).write_text('{"letters": "abd"}')
+    with pytest.raises(WeightsError, match=f"{re.escape(path)}: sha256"):
+        check_quickly(tmp_path, written)
 
 
 def test_a_pickle_is_not_recorded(checkpoint: Path) -> None:
