@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.system.metrics import StartMetrics
 
 
+#: The next step after something was compiled or computed that the cache of a family should have had.
+BAKE_AGAIN = "if this family or `all` has other misses, mend those; otherwise bake again with `chatterbox-prewarm bake`"
+
+
 @dataclass(frozen=True, kw_only=True)
 class FamilyContext:
     """What families attach to and save from.

@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 PACK_NAME = "modules.pack"
 UPSTREAM_PACK_NAME = "upstream.pack.z"
 _OWN = "chatterbox_prewarm"
+#: The next step after Python did not use the pack for a module.
+_BAKE_AGAIN = (
+    "bake again with `chatterbox-prewarm bake` after the last change of the packages; an image whose packages were "
+    "installed by `build/sync` keeps their file times"
+)
 #: Header of a `.pyc` (PEP 552): magic number, flags (0: checked by time and size), time and size of the source.
 _PYC_HEADER = struct.Struct("<4sIII")
 
@@ -193,10 +198,12 @@ def install(pack: Mapping[str, memoryview] | None, metrics: StartMetrics, import
             if not self.compiled:
                 reason += "; Python used its __pycache__"
             # Imports after the model is attached, such as those for a voice from a clip, delay one call only.
+            attached = "attached" in metrics.marks
             metrics.miss(
                 "bytecode",
                 f"{self.path} {reason}",
-                level=logging.INFO if "attached" in metrics.marks else logging.WARNING,
+                next_step="" if attached else _BAKE_AGAIN,
+                level=logging.INFO if attached else logging.WARNING,
             )
 
         def get_data(self, path: str) -> bytes:

@@ -11,7 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.families.base import Family
+from chatterbox_prewarm.families.base import BAKE_AGAIN, Family
 from chatterbox_prewarm.families.cache_folders import collect, seed
 from chatterbox_prewarm.families.compiler_version_cache import cache_versions, load_versions, save_versions
 from chatterbox_prewarm.system.fingerprint import device_kind
@@ -74,7 +74,7 @@ class InductorFamily(Family):
                 new = count - seen.get((group, name), 0)
                 seen[group, name] = count
                 if new and reason:
-                    metrics.miss(self.name, f"{reason} ({new} times)", new)
+                    metrics.miss(self.name, f"{reason} ({new} times)", new, next_step=BAKE_AGAIN)
                 elif new:
                     metrics.hit(self.name, new)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.families.base import Family
+from chatterbox_prewarm.families.base import BAKE_AGAIN, Family
 from chatterbox_prewarm.families.cache_folders import collect, seed
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class NumbaFamily(Family):
 
         def save_overload(cache: Any, *arguments: Any) -> Any:
             function = cache._py_func
-            metrics.miss("numba", f"compiled {function.__module__}.{function.__qualname__}")
+            metrics.miss("numba", f"compiled {function.__module__}.{function.__qualname__}", next_step=BAKE_AGAIN)
             return save(cache, *arguments)
 
         Cache.load_overload, Cache.save_overload = load_overload, save_overload

@@ -11,7 +11,7 @@ import importlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.families.base import Family, tensor_bytes
+from chatterbox_prewarm.families.base import BAKE_AGAIN, Family, tensor_bytes
 from chatterbox_prewarm.system.regular_files import read_regular
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class CountingTable(dict[Any, Any]):
                 self.metrics.hit("signal")
             else:
                 self._computed.add(key)
-                self.metrics.miss("signal", f"computed {key!r}")
+                self.metrics.miss("signal", f"computed {key!r}", next_step=BAKE_AGAIN)
         return exists
 
 

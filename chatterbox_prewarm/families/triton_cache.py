@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.families.base import Family
+from chatterbox_prewarm.families.base import BAKE_AGAIN, Family
 from chatterbox_prewarm.families.cache_folders import collect, seed
 from chatterbox_prewarm.families.compiler_version_cache import cache_versions, load_versions, save_versions
 
@@ -72,7 +72,7 @@ def count(manager: Any, metrics: StartMetrics) -> None:
         return group
 
     def counting_put(self: Any, data: Any, filename: str, *arguments: Any, **settings: Any) -> Any:
-        metrics.miss("triton", f"compiled {filename}")
+        metrics.miss("triton", f"compiled {filename}", next_step=BAKE_AGAIN)
         return put(self, data, filename, *arguments, **settings)
 
     manager.get_group, manager.put = counting_get_group, counting_put

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import shlex
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -186,7 +187,8 @@ def attach_baked(prepared: Prepared, *, threads: int | None = None) -> Attached:
 def checked(attached: Attached) -> Attached:
     """Run every region of a start once. Unless the policy is "require", eager mode replaces a state that fails.
 
-    That can only happen to code that was compiled without the GPU: a bake on the GPU has run its code.
+    That can only happen to code that was compiled without the GPU: a bake on the GPU has run its code. The model in
+    eager mode is new, so what all texts of a voice share is computed again.
 
     Raises:
         ModelError: the model does not work here.
@@ -203,8 +205,12 @@ def checked(attached: Attached) -> Attached:
     # Outside of the `except` block, because the traceback keeps the model in memory.
     attached = with_eager_regions(attached)
     attached.synthesizer.check()  # it fails too if the error made the GPU unusable for this process
-    reason = f"code that was compiled without this GPU failed: {failure}; the model runs in eager mode"
-    prepared.metrics.miss("aot", reason)
+    _prepare_voices(attached)
+    prepared.metrics.miss(
+        "aot",
+        f"code that was compiled without this GPU failed: {failure}; the model runs in eager mode",
+        next_step=f"bake on this GPU with `chatterbox-prewarm bake --device {prepared.options.device}`",
+    )
     prepared.metrics.profile = "eager"
     return attached.judged_again()
 
@@ -314,10 +320,15 @@ def make_missing_voices(attached: Attached, clips: Mapping[str, Path]) -> Chatte
     """
     upstream = _make_voices(attached, clips)
     attached.metrics.mark("attached")
+    _prepare_voices(attached)
+    return upstream
+
+
+def _prepare_voices(attached: Attached) -> None:
+    """Compute what all texts of a voice share, if the model has such a thing."""
     if attached.synthesizer.model.decoder.prepares_voices:
         with attached.metrics.phase("voice prefixes"):
             attached.synthesizer.prepare_voices()
-    return upstream
 
 
 def _make_voices(attached: Attached, clips: Mapping[str, Path]) -> ChatterboxTTS | None:
@@ -326,7 +337,14 @@ def _make_voices(attached: Attached, clips: Mapping[str, Path]) -> ChatterboxTTS
     model, voices, prepared = attached.synthesizer.model, attached.synthesizer.voices, attached.prepared
     missing = [name for name in (DEFAULT_VOICE, *clips) if name not in voices]
     for name in missing:
-        prepared.metrics.miss("conditionals", f"the voice {name!r} was made at start")
+        bake = "chatterbox-prewarm bake"
+        if name in clips:
+            bake += f" --voice {shlex.quote(f'{name}={clips[name]}')}"
+        prepared.metrics.miss(
+            "conditionals",
+            f"the voice {name!r} was made at start",
+            next_step=f"bake it with these weights: `{bake}`",
+        )
     if DEFAULT_VOICE in missing:
         builtin = read_builtin_voice(prepared.options.weights, device=model.device)
         if builtin is not None:

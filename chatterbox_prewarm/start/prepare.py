@@ -107,7 +107,7 @@ def prepare(options: StartOptions, *, metrics: StartMetrics | None = None) -> Pr
                 baked = state.manifest.execution
                 execution = baked if options.profile is None else replace(baked, profile=options.profile)
                 wanted = applicable(execution.profile, device)
-                usable = usable_families(selection, wanted, policy=options.policy, metrics=metrics)
+                usable = usable_families(selection, wanted, options, metrics)
                 folders = {name: state.path / name for name in usable}
             execution = possible_execution(execution, folders, options, metrics)
         metrics.profile = execution.profile
@@ -131,15 +131,16 @@ def _select(options: StartOptions, metrics: StartMetrics) -> Selection | None:
         selection = select_state(options.warm, lambda _: facts, request)
         selection.state.check_sealed(strict=strict)
     except (IntegrityError, FingerprintMismatchError, OSError) as error:
+        found = from_os_error(error, "reading the warm state") if isinstance(error, OSError) else error
         if strict:
-            if isinstance(error, OSError):
-                raise from_os_error(error, "reading the warm state") from error
-            raise
-        metrics.miss("all", str(error).partition("\n")[0])
+            if found is error:
+                raise
+            raise found from error
+        metrics.miss("all", found.message, next_step=found.next_step)
         return None
     if not selection.compatibility.fits:  # a state that cannot be read might have been the better one
-        for sentence in selection.unusable:
-            metrics.miss("states", sentence)
+        for sentence, next_step in selection.unusable.items():
+            metrics.miss("states", sentence, next_step=next_step)
     return selection
 
 
@@ -148,7 +149,7 @@ def _compiled_folders(compiled: Path | None, wanted: Sequence[str], metrics: Sta
     folders = {name: compiled / name for name in COMPILED if compiled is not None and (compiled / name).is_dir()}
     for name in wanted:
         if name not in folders:
-            metrics.miss(name, "the policy is off")
+            metrics.miss(name, "the policy is off", next_step="start with --policy fallback or --policy require")
     return folders
 
 
@@ -175,5 +176,6 @@ def _warn_if_late(metrics: StartMetrics) -> None:
         if name in sys.modules:
             metrics.miss(
                 "late",
-                f"{name} was imported before the state was loaded and keeps its cache settings; load the state first",
+                f"{name} was imported before the state was loaded and keeps its cache settings",
+                next_step=f"call `load_warmup_cache` or `from_pretrained_with_warmup` before you import {name}",
             )

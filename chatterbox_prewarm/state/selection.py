@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, IntegrityError
+from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, IntegrityError, from_os_error
 from chatterbox_prewarm.state.manifest import MANIFEST_NAME
 from chatterbox_prewarm.state.ownership import refuse_changeable
 from chatterbox_prewarm.state.state import State
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from chatterbox_prewarm.errors import PrewarmError
     from chatterbox_prewarm.state.compatibility import Compatibility
     from chatterbox_prewarm.state.signature import Trust
 
@@ -55,13 +56,13 @@ class Selection:
     Attributes:
         state: its folder was checked.
         compatibility: how it fits the machine.
-        unusable: a sentence for each state that cannot be read.
+        unusable: a sentence for each state that cannot be read, and its next step.
         remarks: one line for each state of several: which one is used, and why the others are not.
     """
 
     state: State
     compatibility: Compatibility
-    unusable: tuple[str, ...] = ()
+    unusable: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
 
@@ -148,7 +149,8 @@ def select_state(folder: Path, facts: Facts, request: Request) -> Selection:
         try:
             candidates[0][0].check_folder()
         except (IntegrityError, OSError) as error:
-            unusable[candidates.pop(0)[1].name] = str(error).partition("\n")[0]
+            found = from_os_error(error, "reading the state") if isinstance(error, OSError) else error
+            unusable[candidates.pop(0)[1].name] = found
         else:
             break
     return _take_first(folder, candidates, unusable, request)
@@ -156,18 +158,20 @@ def select_state(folder: Path, facts: Facts, request: Request) -> Selection:
 
 def _read_candidates(
     states: Mapping[str, Path], facts: Facts, request: Request
-) -> tuple[list[tuple[State, Compatibility]], dict[str, str]]:
+) -> tuple[list[tuple[State, Compatibility]], dict[str, PrewarmError]]:
     """Read the states for the variant of the weights. Return them, and why each other one of them cannot be read.
 
     Raises:
         FingerprintMismatchError: all states are for other variants.
     """
     candidates: list[tuple[State, Compatibility]] = []
-    unusable: dict[str, str] = {}
+    unusable: dict[str, PrewarmError] = {}
     foreign: list[FingerprintMismatchError] = []
     for name, path in states.items():
         if path.is_symlink():
-            unusable[name] = f"{path} is a link"
+            unusable[name] = IntegrityError(
+                f"{path} is a link", next_step="replace the link by the folder of the state"
+            )
             continue
         try:
             state = State.read(path)
@@ -176,7 +180,7 @@ def _read_candidates(
             logger.info("the state %s is left out: %s", name, error.message)
             foreign.append(error)
         except IntegrityError as error:
-            unusable[name] = error.message
+            unusable[name] = error
         else:
             candidates.append((state, _compare(state, facts, request)))
     if foreign and not (candidates or unusable):
@@ -203,10 +207,10 @@ def _compare(state: State, facts: Facts, request: Request) -> Compatibility:
 
 
 def _take_first(
-    folder: Path, candidates: list[tuple[State, Compatibility]], unusable: Mapping[str, str], request: Request
+    folder: Path, candidates: list[tuple[State, Compatibility]], unusable: Mapping[str, PrewarmError], request: Request
 ) -> Selection:
     """Take the best candidate, log why, and check that it is trusted."""
-    warnings = tuple(f"the state {name} is left out: {reason}" for name, reason in unusable.items())
+    warnings = {f"the state {name} is left out: {error.message}": error.next_step for name, error in unusable.items()}
     if not candidates:
         raise IntegrityError(
             f"no state of {folder} can be used: {'; '.join(warnings)}",
@@ -215,7 +219,7 @@ def _take_first(
     state, best = candidates[0]
     if request.strict and not best.fits:
         reasons = [f"{other.name}: {other.explain()}" for _, other in candidates]
-        reasons += [f"{name}: {reason}" for name, reason in unusable.items()]
+        reasons += [f"{name}: {error.message}" for name, error in unusable.items()]
         raise FingerprintMismatchError(
             f"no state of {folder} fits this machine: {' | '.join(reasons)}",
             next_step="bake on this kind of machine and add that state, or start with --policy fallback to run cold",

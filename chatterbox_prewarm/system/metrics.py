@@ -55,6 +55,7 @@ class StartMetrics:
         loaded: artifacts of each family that were loaded for use on demand.
         hits, misses: artifacts of each family that were used, and artifacts that were rebuilt or not looked up.
         reasons: a sentence for each miss with a known reason.
+        next_steps: for each sentence of `reasons` the command or action that mends it, if there is one.
         timers: seconds of work that is spread over a phase, by name.
         profile: how the model runs.
         state: the key of the warm state in use (see `state_key`), or "".
@@ -73,6 +74,7 @@ class StartMetrics:
         self.hits: Counter[str] = Counter()
         self.misses: Counter[str] = Counter()
         self.reasons: list[str] = []
+        self.next_steps: dict[str, str] = {}
         self.timers: dict[str, float] = {}
         self.profile = ""
         self.state = ""
@@ -118,13 +120,23 @@ class StartMetrics:
         """Count artifacts that were used."""
         self.hits[family] += count
 
-    def miss(self, family: str, reason: str = "", count: int = 1, *, level: int = logging.WARNING) -> None:
-        """Count artifacts that were rebuilt or not looked up, and log each reason once."""
+    def miss(self, family: str, reason: str, count: int = 1, *, next_step: str, level: int = logging.WARNING) -> None:
+        """Count artifacts that were rebuilt or not looked up, and log each reason once with its next step.
+
+        Args:
+            family: of the artifacts; "all" if there is no usable state.
+            reason: why they were not used.
+            count: the number of artifacts.
+            next_step: the command or action that mends this; "" only if there is nothing to do.
+            level: of the log line.
+        """
         self.misses[family] += count
-        if reason:
-            if f"{family}: {reason}" not in self.reasons:
-                logger.log(level, "miss in %s: %s", family, reason)
-            self.reasons.append(f"{family}: {reason}")
+        sentence = f"{family}: {reason}"
+        if sentence not in self.reasons:
+            logger.log(level, "miss in %s%s", sentence, f"; next: {next_step}" if next_step else "")
+        self.reasons.append(sentence)
+        if next_step:
+            self.next_steps[sentence] = next_step
 
     def to_dict(self) -> dict[str, Any]:
         """Return the log as a JSON object."""
@@ -140,6 +152,7 @@ class StartMetrics:
             "hits": dict(self.hits),
             "misses": dict(self.misses),
             "reasons": list(self.reasons),
+            "next_steps": dict(self.next_steps),
             "profile": self.profile,
             "state": self.state,
             "cross_compiled": self.cross_compiled,

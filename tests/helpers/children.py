@@ -67,6 +67,7 @@ def prepare(
     cache: str,
     policy: str,
     imports: tuple[str, ...] = (),
+    first: tuple[str, ...] = (),
     key: str | None = None,
     signature: str | None = None,
     expected_digest: str | None = None,
@@ -88,6 +89,8 @@ def prepare(
         expected_digest=expected_digest,
     )
     options = StartOptions(warm=Path(warm), weights=Path(weights), cache=Path(cache), policy=policy, trust=trust)
+    for name in first:
+        __import__(name)
     prepared = prepare_state(options)
     for name in imports:
         __import__(name)

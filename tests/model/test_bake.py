@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_no_partial_checkpoint(small_disk: Path) -> None:
         (["--voice", "default=/nonexistent.wav"], 16, "built-in voice"),
         (["--voice", "v=/nonexistent.wav"], 16, "does not exist"),
         (["--voice", "v=/nonexistent.wav", "--without", "conditionals"], 16, "left out"),
-        (["--device", "gpu"], 16, "no device 'gpu'"),
+        (["--device", "gpu"], 2, "no device 'gpu'"),
         (["--levels", "1,9"], 16, "levels"),
         (["--levels", "one"], 2, "levels"),
         (["--without", "everything"], 2, "no cache family"),

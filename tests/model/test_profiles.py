@@ -256,6 +256,7 @@ def test_region_of_an_unloadable_package_runs_in_eager_mode(baked_aot: Path, min
     assert found["metrics"]["hits"]["aot"] == len(COMMON_REGIONS) - 2
     assert any("t3_decode runs in eager mode" in reason for reason in found["metrics"]["reasons"])
     assert any("flow_euler runs in eager mode" in reason for reason in found["metrics"]["reasons"])
+    assert set(found["metrics"]["next_steps"]) == set(found["metrics"]["reasons"])
     refused = run_cli("prove", "--here", "--warm", state, "--weights", mini, "--cache", tmp_path / "cache")
     assert refused.returncode == 12
     assert "t3_decode/region.so cannot be loaded" in refused.stderr

@@ -417,6 +417,7 @@ def test_cold_model_does_not_stream_under_require(attached: Attached) -> None:
     with pytest.raises(NotWarmError, match=r"expected no misses, found .* in conditionals") as caught:
         generate_stream_with_warmup_check(attached, TEXT, policy="require")
     assert "bake a state" in caught.value.next_step
+    assert set(attached.reasons) <= set(attached.metrics.next_steps)
     options = replace(attached.prepared.options, policy="require")
     required = replace(attached, prepared=replace(attached.prepared, options=options))
     with pytest.raises(NotWarmError):
@@ -440,7 +441,8 @@ def test_model_that_was_warm_when_attached_streams_under_require(
 ) -> None:
     options = replace(attached.prepared.options, policy="require")
     prepared = replace(attached.prepared, options=options, metrics=StartMetrics())
-    prepared.metrics.miss("bytecode", "a module for a voice was imported after the start", count=670)
+    reason = "a module for a voice was imported after the start"
+    prepared.metrics.miss("bytecode", reason, count=670, next_step="")
     warm = Attached(synthesizer=attached.synthesizer, prepared=prepared, misses={}, reasons=())
     with caplog.at_level(logging.WARNING):
         chunks = list(generate_stream_with_warmup_check(warm, TEXT, seed=1, max_new_tokens=8))

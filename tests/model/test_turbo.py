@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,9 @@ from chatterbox_prewarm.model.synthesis import Synthesizer, seed_everything
 from chatterbox_prewarm.model.upstream import load_upstream, variant_of
 from chatterbox_prewarm.model.variants import code_of
 from chatterbox_prewarm.model.voices import for_upstream, prepare_voice, read_builtin_voice
+from chatterbox_prewarm.start.attach import attach, checked
+from chatterbox_prewarm.start.options import StartOptions
+from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.start.pretrained import PrewarmedChatterbox
 from chatterbox_prewarm.start.pretrained_turbo import PrewarmedTurbo
 from chatterbox_prewarm.weights.record import record
@@ -331,6 +335,32 @@ def test_the_check_of_a_start_continues_the_prefix_of_the_voice(model: Model, vo
     regions = GPT_REGIONS[TURBO.t3_width]
     assert calls - before == {regions.decode.name: 2, regions.sample.name: 1}, "a step of two layers, and no prompt"
     assert decoder.prefix_misses == 1
+
+
+def test_eager_mode_after_a_failure_has_the_prefixes_of_all_voices(
+    weights: Path, tmp_path: Path, voice: Conditionals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start says that it has code from a machine without the GPU, and its first check fails."""
+    started = attach(prepare(StartOptions(warm=tmp_path, weights=weights, cache=tmp_path / "cache", policy="off")))
+    other = replace(voice, t3=replace(voice.t3, speaker_emb=voice.t3.speaker_emb + 1))
+    started.synthesizer.voices["other"] = other
+    untried: Any = SimpleNamespace(manifest=SimpleNamespace(cross_compiled=True))
+    execution = replace(started.prepared.execution, profile="aot")
+    failing = replace(started, prepared=replace(started.prepared, state=untried, execution=execution))
+    check, results = Synthesizer.check, iter([RuntimeError("no kernel image is available"), None])
+
+    def fail_first(self: Synthesizer) -> None:
+        if failure := next(results):
+            raise failure
+        check(self)
+
+    monkeypatch.setattr(Synthesizer, "check", fail_first)
+    found = checked(failing)
+    assert found.prepared.execution.profile == "eager"
+    decoder = gpt(found.synthesizer.model)
+    assert (decoder.prefixes, decoder.prefix_misses) == (2, 2)
+    found.synthesizer.synthesize("Hello.", voice="other", seed=1, max_new_tokens=4)
+    assert decoder.prefix_misses == 2, "the first request for another voice does not wait"
 
 
 def test_the_check_of_a_start_finds_a_prefix_that_is_not_finite(model: Model, voice: Conditionals) -> None:

@@ -82,7 +82,7 @@ def ahead_of_time_executor(
         except IntegrityError as error:
             if strict:
                 raise
-            metrics.miss("aot", f"{error.message}; {region.name} runs in eager mode")
+            metrics.miss("aot", f"{error.message}; {region.name} runs in eager mode", next_step=error.next_step)
             return region.function
         called = False
 
@@ -178,12 +178,12 @@ def _compile(region: Region, metrics: StartMetrics, *, strict: bool) -> BoundReg
             outputs = function(*arguments)
         except (BackendCompilerFailed, FailOnRecompileLimitHit) as error:  # also at a later call, for a new class
             cause = first_line(getattr(error, "inner_exception", error))
+            next_step = "a cache miss needs a compiler; bake again, or start with --profile eager"
             if strict:
                 raise ModelError(
-                    f"the region {region.name} cannot be compiled: {cause}",
-                    next_step="a cache miss needs a compiler; bake again, or start with --profile eager",
+                    f"the region {region.name} cannot be compiled: {cause}", next_step=next_step
                 ) from error
-            metrics.miss("inductor", f"{cause}; {region.name} runs in eager mode")
+            metrics.miss("inductor", f"{cause}; {region.name} runs in eager mode", next_step=next_step)
             function = region.function
             outputs = function(*arguments)
         if first:

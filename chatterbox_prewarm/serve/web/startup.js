@@ -113,22 +113,37 @@ export function showCaches(status) {
       : total === 0
         ? "No misses. The server used all baked artifacts that it needed."
         : `${count(total)} ${total === 1 ? "miss" : "misses"}: artifacts rebuilt or skipped.`;
-  byId("reasons").replaceChildren(...families.flatMap((family) => reasonsOf(family, status.reasons ?? [])));
+  byId("reasons").replaceChildren(...families.flatMap((family) => reasonsOf(family, status)));
 }
 
-/** List the first few distinct reasons for a family's misses. */
-function reasonsOf(family, all) {
+/** List the first few distinct reasons for a family's misses, and how to mend them. */
+function reasonsOf(family, status) {
+  const nextSteps = status.next_steps ?? {};
   const times = new Map();
-  for (const reason of all.filter((text) => text.startsWith(`${family}: `))) {
+  for (const reason of (status.reasons ?? []).filter((text) => text.startsWith(`${family}: `))) {
     times.set(reason, (times.get(reason) ?? 0) + 1);
   }
-  const shown = [...times].slice(0, MOST_REASONS).map(([reason, number]) => {
+  const first = [...times].slice(0, MOST_REASONS);
+  const shown = first.map(([reason, number], index) => {
     const text = reason.slice(family.length + 2);
-    return element("li", {}, element("b", {}, family), ` ${text}${number > 1 ? ` (${count(number)} times)` : ""}`);
+    const nextStep = nextSteps[reason];
+    const again = index + 1 < first.length && nextSteps[first[index + 1][0]] === nextStep; // shown once, after the last
+    return element(
+      "li",
+      {},
+      element("b", {}, family),
+      ` ${text}${number > 1 ? ` (${count(number)} times)` : ""}`,
+      nextStep && !again ? element("p", { class: "next" }, "To mend it: ", ...withCode(nextStep)) : "",
+    );
   });
   const left = times.size - shown.length;
   if (left > 0) shown.push(element("li", {}, element("b", {}, family), ` ${count(left)} more: see /startupz`));
   return shown;
+}
+
+/** Return the parts of a sentence, with the commands between backticks as code. */
+function withCode(sentence) {
+  return sentence.split("`").map((part, index) => (index % 2 ? element("code", {}, part) : part));
 }
 
 function counted(value, alarm) {

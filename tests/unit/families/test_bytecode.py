@@ -119,7 +119,9 @@ def test_stale_entry_is_a_miss(tmp_path: Path, modules: dict[str, bytes], positi
     seen = call("import_from_pack", pack=str(tmp_path / "pack"), imports=["colorsys", "sched"])
     assert seen["metrics"]["hits"] == {"bytecode": 1}
     assert seen["metrics"]["misses"] == {"bytecode": 1}
-    assert seen["metrics"]["reasons"] == [f"bytecode: {source('colorsys')} has changed"]
+    (reason,) = seen["metrics"]["reasons"]
+    assert reason == f"bytecode: {source('colorsys')} has changed"
+    assert seen["metrics"]["next_steps"][reason].startswith("bake again with `chatterbox-prewarm bake`")
     assert "rgb_to_hsv" in seen["public"]["colorsys"]
 
 

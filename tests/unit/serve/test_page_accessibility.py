@@ -43,7 +43,12 @@ READY = {
     "loaded": {"aot": 12, "bytecode": 830, "conditionals": 1},
     "hits": {"aot": 11, "bytecode": 830},
     "misses": {"conditionals": 1},
-    "reasons": ["conditionals: the voice owl was baked for another checkpoint"],
+    "reasons": ["conditionals: the voice 'owl' was made at start"],
+    "next_steps": {
+        "conditionals: the voice 'owl' was made at start": (
+            "bake it with these weights: `chatterbox-prewarm bake --voice owl=owl.wav`"
+        )
+    },
     "model": "turbo",
     "models": {"turbo": {}, "multilingual": {}},
     "voices": ["fox", "owl"],

@@ -24,6 +24,13 @@ navigator.mediaDevices.getUserMedia = async (wanted) => {
 };
 """
 
+#: Return for each reason of a miss its text without the family, and the text that says how to mend it.
+REASONS = """
+return [...document.querySelectorAll("#reasons li")].map(
+  (item) => [item.childNodes[1].textContent, item.querySelector(".next")?.textContent ?? null],
+);
+"""
+
 
 def test_the_selected_language_stays_if_the_model_has_it(page: Site) -> None:
     page.open(models=[MULTILINGUAL])
@@ -59,6 +66,40 @@ def test_the_names_of_the_probe_are_offered_if_the_list_of_voices_cannot_be_fetc
     page.refresh("fox", "owl")
     page.wait(lambda: page.options("model") == ["english"])
     assert page.options("voice") == ["fox", "owl"]
+
+
+def test_each_miss_is_shown_with_the_command_that_mends_it(page: Site) -> None:
+    """Neighbouring reasons with the same next step show it once, and nothing in a reason becomes an element."""
+    changed = ["bytecode: a.py has changed", "bytecode: b.py has changed"]
+    left_out = "numba: left out: <b>Numba</b>: baked with 1, here 2"
+    late = "signal: computed 8000"
+    page.open(
+        startup={
+            **page.startup,
+            "misses": {"bytecode": 2, "numba": 1, "signal": 2},
+            "reasons": [*changed, left_out, late, late],
+            "next_steps": {
+                **dict.fromkeys(changed, "bake again with `chatterbox-prewarm bake`, after <i>all</i> installations"),
+                left_out: "bake here: `chatterbox-prewarm bake --device cpu`; `chatterbox-prewarm verify` says more",
+            },
+        }
+    )
+    page.wait(lambda: page.text("caches-note").startswith("5 misses"))
+    assert page.script(REASONS) == [
+        [" a.py has changed", None],
+        [" b.py has changed", "To mend it: bake again with chatterbox-prewarm bake, after <i>all</i> installations"],
+        [
+            " left out: <b>Numba</b>: baked with 1, here 2",
+            "To mend it: bake here: chatterbox-prewarm bake --device cpu; chatterbox-prewarm verify says more",
+        ],
+        [" computed 8000 (2 times)", None],
+    ]
+    codes = "return [...document.querySelectorAll('#reasons code')].map((code) => code.textContent)"
+    assert page.script(codes) == [
+        "chatterbox-prewarm bake",
+        "chatterbox-prewarm bake --device cpu",
+        "chatterbox-prewarm verify",
+    ]
 
 
 def test_a_second_click_on_record_starts_no_second_recording(page: Site) -> None:

@@ -1,4 +1,4 @@
-"""Test which families `prepare` uses, why it leaves out others, and which errors end a start."""
+"""Test which families `prepare` uses, why it leaves out others and how to mend that, and which errors end a start."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import click
 import pytest
 
 from chatterbox_prewarm import errors
+from chatterbox_prewarm.cli import cli
 from chatterbox_prewarm.errors import WeightsError
 from chatterbox_prewarm.families.bytecode import PACK_NAME, bytecode, write_pack
 from chatterbox_prewarm.start.options import POLICIES
@@ -65,6 +69,18 @@ def misses(report: dict[str, Any]) -> dict[str, int]:
 def reasons(report: dict[str, Any], family: str) -> list[str]:
     """Return the reasons for the misses of a family."""
     return [reason for reason in report["metrics"]["reasons"] if reason.startswith(f"{family}: ")]
+
+
+def next_step(report: dict[str, Any], family: str) -> str:
+    """Return the next step of the only miss of a family, after a check that its commands have these options."""
+    (reason,) = reasons(report, family)
+    found = str(report["metrics"]["next_steps"][reason])
+    for command in re.findall(r"`(chatterbox-prewarm .*?)`", found):
+        _, name, *arguments = shlex.split(command)
+        known = cli.get_command(click.Context(cli), name)
+        assert known is not None, command
+        known.make_context(name, arguments)  # raises an error for an unknown option or an invalid value
+    return found
 
 
 @pytest.mark.parametrize("policy", ["require", "fallback"])
@@ -164,6 +180,7 @@ def test_the_policy_off_ignores_any_state(tmp_path: Path) -> None:
     report = prepare(tmp_path, "off")
     assert (report["usable"], report["has_manifest"]) == ([], False)
     assert set(misses(report)) == {"numba", "signal", "conditionals"}
+    assert next_step(report, "numba") == "start with --policy fallback or --policy require"
     assert list((tmp_path / "cache" / "numba").iterdir()) == []
 
 
@@ -187,6 +204,7 @@ def test_a_damaged_family_is_left_out_and_never_read_under_fallback(tmp_path: Pa
     assert misses(report) == {"numba": 1}
     (reason,) = reasons(report, "numba")
     assert "not read, its files differ from the manifest: numba/librosa/filters.nbc: sha256" in reason
+    assert next_step(report, "numba").startswith("restore the warm state (pull the image again)")
     assert list((tmp_path / "cache" / "numba").iterdir()) == []
 
 
@@ -214,6 +232,18 @@ def test_a_family_that_does_not_fit_is_left_out_under_fallback_with_both_values(
     assert misses(report) == {"signal": 1}
     here = FITTING["arch"]
     assert reasons(report, "signal") == [f"signal: left out: processor architecture: baked with m68k, here {here}"]
+    paths = " ".join(f"--{name} {tmp_path / name}" for name in ("warm", "weights", "cache"))
+    assert next_step(report, "signal") == (
+        "bake on this kind of machine: `chatterbox-prewarm bake --device cpu --profile eager`; "
+        f"`chatterbox-prewarm verify --device cpu {paths}` lists every difference"
+    )
+
+
+def test_a_family_that_needs_another_cache_path_is_mended_by_that_path(tmp_path: Path) -> None:
+    build(tmp_path, {"signal": {"cache": "/elsewhere"}})
+    report = prepare(tmp_path)
+    assert misses(report) == {"signal": 1}
+    assert next_step(report, "signal").startswith("start with the --cache of the bake, or bake with this one: `")
 
 
 def test_voices_baked_with_other_weights_are_left_out(tmp_path: Path) -> None:
@@ -254,6 +284,8 @@ def test_a_missing_family_and_an_unknown_family_are_misses(tmp_path: Path) -> No
     report = prepare(tmp_path)
     assert sorted(report["usable"]) == ["bytecode", "numba"]
     assert misses(report) == {"signal": 1, "future": 1, "conditionals": 1}
+    assert next_step(report, "signal").startswith("bake it too, without `--without signal`: `")
+    assert next_step(report, "future").startswith("upgrade chatterbox-prewarm, or bake with this version: `")
 
 
 def remove_manifest(warm: Path) -> None:
@@ -346,6 +378,9 @@ def test_an_unusable_state_is_ignored_under_fallback(
     assert (report["usable"], report["has_manifest"]) == ([], False)
     assert misses(report) == {"all": 1}
     assert message in reasons(report, "all")[0]
+    with pytest.raises(errors.IntegrityError) as caught:
+        prepare(tmp_path, "require")
+    assert next_step(report, "all") == caught.value.next_step
     assert "NUMBA_CACHE_DIR" in report["environment"]  # a cold start uses the cache too
     assert list((tmp_path / "cache" / "numba").iterdir()) == []
 
@@ -353,6 +388,26 @@ def test_an_unusable_state_is_ignored_under_fallback(
 def test_a_start_without_a_state_is_cold(tmp_path: Path) -> None:
     report = prepare(tmp_path)
     assert (report["usable"], misses(report)) == ([], {"all": 1})
+    assert next_step(report, "all") == "bake the warm state again with `chatterbox-prewarm bake`"
+
+
+def test_a_package_that_was_imported_too_early_is_a_miss_that_names_the_functions_to_call(tmp_path: Path) -> None:
+    report = prepare(tmp_path, first=["numba"])
+    assert misses(report)["late"] == 1
+    assert next_step(report, "late").endswith("before you import numba")
+
+
+def test_of_several_states_each_one_that_cannot_be_read_is_a_miss_with_its_next_step(tmp_path: Path) -> None:
+    states = tmp_path / "states"
+    states.mkdir(mode=0o755)
+    build(tmp_path, {"signal": {"arch": "m68k"}}).rename(states / "other")
+    build(tmp_path).rename(states / "newer")
+    make_newer(states / "newer")
+    states.rename(tmp_path / "warm")
+    report = prepare(tmp_path)
+    assert misses(report) == {"signal": 1, "states": 1}
+    assert "the state newer is left out: " in reasons(report, "states")[0]
+    assert next_step(report, "states") == "upgrade chatterbox-prewarm, or bake with this version"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ import pytest
 
 from chatterbox_prewarm.errors import BadInputError, FingerprintMismatchError, IntegrityError
 from chatterbox_prewarm.families.registry import applicable
+from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.usable import usable_families
+from chatterbox_prewarm.state.manifest_file import BAKE_AGAIN
 from chatterbox_prewarm.state.selection import Request, Selection, select_state, state_path, states_in
 from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.state.state import State
@@ -100,7 +102,7 @@ def test_a_machine_uses_the_state_that_was_baked_for_it(
     assert "compute capability: baked with" in other
     assert incomplete.startswith("the state incomplete is left out: ")
     assert "has no manifest.json" in incomplete
-    assert selection.unusable == (incomplete,)
+    assert selection.unusable == {incomplete: BAKE_AGAIN}
 
 
 def test_a_selection_contains_the_compatibility_of_its_state(warm: Path) -> None:
@@ -189,7 +191,9 @@ def test_a_state_that_was_baked_without_a_gpu_misses_nothing_on_a_gpu(tmp_path: 
     metrics = StartMetrics()
     wanted = applicable("eager", "cuda")
     assert "cuda" in wanted
-    usable = usable_families(select(tmp_path / "warm", FITTING), wanted, policy="require", metrics=metrics)
+    warm = tmp_path / "warm"
+    options = StartOptions(warm=warm, weights=tmp_path, cache=tmp_path, device="cuda", policy="require")
+    usable = usable_families(select(warm, FITTING), wanted, options, metrics)
     assert set(usable) == set(families)
     assert not metrics.misses
 
