@@ -58,7 +58,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def baked(mini: Path, clip: Path, shared_dir: Path) -> Path:
     """Bake the profile `eager`, which compiles nothing, with the built-in voice and the voice `fox`."""
-    return _bake(mini, shared_dir / "baked", "--profile", "eager", "--levels", "1", "--voice", f"fox={clip}")
+    return _bake(
+        mini, shared_dir / "baked", "--profile", "eager", "--levels", "1", "--voice", f"fox={clip}", quiet=True
+    )
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +73,7 @@ def compiler() -> None:
 @pytest.fixture(scope="session")
 def baked_aot(mini: Path, shared_dir: Path, compiler: None) -> Path:  # noqa: ARG001 - may skip
     """Bake ahead-of-time packages: the default profile."""
-    return _bake(mini, shared_dir / "baked-aot", "--levels", "1")
+    return _bake(mini, shared_dir / "baked-aot", "--levels", "1", quiet=True)
 
 
 @pytest.fixture(scope="session")
@@ -88,10 +90,13 @@ def cross_compiled(mini: Path, shared_dir: Path, compiler: None) -> Path:  # noq
     return _bake(mini, shared_dir / "cross-compiled", "--device", "cuda", "--target", NEWEST_TARGET, "--no-graphs")
 
 
-def _bake(weights: Path, directory: Path, *arguments: str) -> Path:
+def _bake(weights: Path, directory: Path, *arguments: str, quiet: bool = False) -> Path:
+    """Bake a state; `quiet`: other packages and compilers must not print."""
+
     def bake(warm: Path) -> None:
         result = run_cli("bake", "--weights", weights, "--warm", warm, "--cache", directory / "cache", *arguments)
         assert result.returncode == 0, result.stderr
+        assert not (quiet and result.stderr), result.stderr
 
     return build_once(directory / "warm", bake)
 
