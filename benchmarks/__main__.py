@@ -162,7 +162,7 @@ def routes(*, output: Path, checkout: Path, names: tuple[str, ...]) -> None:
 def calls(*, weights: Path, warm: Path, cache: Path, device: str, output: Path, calls: int) -> None:
     """Time many calls of T3 in one process, upstream's and ours in turn.
 
-    Of the warm state, only the families that fit are used, so a state of other weights gives its compiled regions.
+    A warm state of other weights can be used, too: its compiled regions fit.
     """
     from benchmarks.calls import run
 

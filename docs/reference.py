@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 
-#: What the values of the labels of metrics are.
+#: The meaning of the values of each label of a metric.
 METRIC_LABELS = {
     "device": "the device of a worker, such as `cuda:0`",
     "family": "a [cache family](families.md)",
@@ -193,7 +193,7 @@ def _option(option: Any) -> tuple[str, str, str, str]:
 
 
 def _default(value: Any) -> str:
-    """Return a default as text; empty if there is none, which click shows as None or as a mark of its own."""
+    """Return a default as text; empty without a default, for which click has None or a sentinel."""
     return f"`{value}`" if isinstance(value, (str, int, float, Path)) and value != "" else ""
 
 

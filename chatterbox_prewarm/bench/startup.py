@@ -20,6 +20,7 @@ from chatterbox_prewarm.bench.starts import (
     time_upstream,
 )
 from chatterbox_prewarm.bench.upstream import STEADY_REQUESTS
+from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.reference_clip import reference_clip
 from chatterbox_prewarm.start.save import REFERENCE_TOKENS
 from chatterbox_prewarm.state.state import State
@@ -49,6 +50,16 @@ _ROWS = (
     ("modules", "modules at ready", 1, 0),
     ("resident_bytes", "peak memory, MB", 1_000_000, 0),
 )
+
+
+def check_systems(systems: Sequence[str]) -> None:
+    """Check the names of systems.
+
+    Raises:
+        BadInputError: a system is unknown.
+    """
+    if unknown := set(systems) - set(SYSTEMS):
+        raise BadInputError(f"unknown system {min(unknown)!r}", next_step=f"choose from {', '.join(SYSTEMS)}")
 
 
 def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to use than an options object
@@ -83,7 +94,11 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
 
     Returns:
         the report: machine, all runs, medians and ratios.
+
+    Raises:
+        BadInputError: a system is unknown.
     """
+    check_systems(systems)
     State.read(warm)  # report a damaged state before the first start
     runs: list[dict[str, Any]] = []
     with reference_clip() as clip:

@@ -142,21 +142,12 @@ class Synthesizer:
             BadInputError: the text cannot be spoken, or the voice or the language does not exist.
             ModelError: the model returned too few speech tokens for audio.
         """
-        conditionals = self.voice(voice)
+        self.voice(voice)  # an unknown voice must not change the generators
         seed_everything(chosen_seed(seed))
-        with torch.inference_mode():
-            drawn = self._draw(text, voice, language, max_new_tokens, sampling)
-            tokens = self.usable(drawn)
-            samples = self.sound(tokens, conditionals)
-        return Speech(
-            tokens=tokens.cpu().numpy(),
-            samples=samples,
-            sample_rate=self.model.sample_rate,
-            is_truncated=self.is_truncated(drawn),
-        )
+        return self.speak(text, voice=voice, language=language, max_new_tokens=max_new_tokens, sampling=sampling)
 
     @torch.inference_mode()
-    def speech_tokens(
+    def speak(
         self,
         text: str,
         *,
@@ -164,24 +155,18 @@ class Synthesizer:
         language: str | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling | None = None,
-    ) -> torch.Tensor:
-        """Draw the speech tokens of a text with the current state of the generators.
-
-        Arguments and errors are those of `synthesize`.
-
-        Returns:
-            int64 (n,), 25 per second of audio, without start and stop tokens.
-        """
-        return self.usable(self._draw(text, voice, language, max_new_tokens, sampling))
-
-    def _draw(
-        self, text: str, voice: str, language: str | None, max_new_tokens: int, sampling: Sampling | None
-    ) -> torch.Tensor:
-        """Draw speech tokens, int64 (n,), including the tokens that `usable` drops."""
+    ) -> Speech:
+        """Synthesize a text as `synthesize` does, but with the current state of the generators."""
         sampling = sampling or self.model.sampling
         conditionals, prompt = self._t3_inputs(text, voice, language, sampling)
-        decoder = self.model.decoder
-        return decoder(conditionals, prompt, sampling=sampling, max_new_tokens=max_new_tokens)
+        drawn = self.model.decoder(conditionals, prompt, sampling=sampling, max_new_tokens=max_new_tokens)
+        tokens = self.usable(drawn)
+        return Speech(
+            tokens=tokens.cpu().numpy(),
+            samples=self.sound(tokens, self.voice(voice)),
+            sample_rate=self.model.sample_rate,
+            is_truncated=self.is_truncated(drawn),
+        )
 
     @torch.inference_mode()
     def token_blocks(
@@ -193,7 +178,7 @@ class Synthesizer:
         max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling | None = None,
     ) -> Generator[torch.Tensor]:
-        """Draw the same tokens in blocks, including the tokens that `usable` drops. Check the arguments immediately.
+        """Draw the speech tokens of a text in blocks, with the tokens that `usable` drops. Check the arguments at once.
 
         Returns:
             a generator of int64 (n,), see `TokenDecoder.blocks`.

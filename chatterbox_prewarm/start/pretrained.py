@@ -50,7 +50,6 @@ logger = logging.getLogger(__name__)
 
 #: What upstream speaks when the text is empty.
 _NO_TEXT = "You need to add some text for me to talk."
-_TOKENS_PER_SECOND = 25
 
 
 class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
@@ -324,24 +323,19 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         import torch
 
         self._set_voice(audio_prompt_path, sampling.exaggeration)
-        synthesizer = self.synthesizer
         if text == "":
             text = _NO_TEXT
         elif isinstance(text, str) and not text.strip():
             text = "."  # as upstream normalizes it
         limit = MAX_NEW_TOKENS + self._more_tokens
-        with torch.inference_mode():
-            blocks = synthesizer.token_blocks(text, language=language, max_new_tokens=limit, sampling=sampling)
-            drawn = torch.cat(list(blocks))
-            samples = synthesizer.sound(synthesizer.usable(drawn), synthesizer.voice(DEFAULT_VOICE))
-        if synthesizer.is_truncated(drawn):
+        speech = self.synthesizer.speak(text, language=language, max_new_tokens=limit, sampling=sampling)
+        if speech.is_truncated:
             logger.warning(
-                "the speech reached the limit of %d speech tokens (%.0f s), so its end may be missing; split the text "
-                "at sentences, and generate the parts separately",
+                "the speech reached the limit of %d speech tokens (25 per second), so its end may be missing; split "
+                "the text at sentences, and generate the parts separately",
                 limit,
-                limit / _TOKENS_PER_SECOND,
             )
-        return torch.from_numpy(samples).unsqueeze(0)
+        return torch.from_numpy(speech.samples).unsqueeze(0)
 
     def generate_stream(
         self, text: str, *, audio_prompt_path: str | Path | None = None, **arguments: Any

@@ -22,6 +22,7 @@ from chatterbox_prewarm.families.conditionals import load_voice
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.model import load
 from chatterbox_prewarm.model.regions.executors import eager
+from chatterbox_prewarm.model.regions.t3 import T3Decoder
 from chatterbox_prewarm.model.regions.t3_blocks import STOP_SPEECH_TOKEN
 from chatterbox_prewarm.model.synthesis import Synthesizer
 from chatterbox_prewarm.model.upstream import load_upstream
@@ -152,12 +153,12 @@ def test_generate_warns_only_when_the_speech_reaches_the_token_limit(
         assert "reached the limit of 12 speech tokens" in warning
         assert "split the text at sentences" in warning
         caplog.clear()
-        draw = Synthesizer.token_blocks
+        draw = T3Decoder.__call__
 
-        def draw_and_stop(self: Synthesizer, *arguments: Any, **settings: Any) -> list[torch.Tensor]:
-            return [*draw(self, *arguments, **settings), torch.tensor([STOP_SPEECH_TOKEN])]
+        def draw_and_stop(self: T3Decoder, *arguments: Any, **settings: Any) -> torch.Tensor:
+            return torch.cat([draw(self, *arguments, **settings), torch.tensor([STOP_SPEECH_TOKEN])])
 
-        monkeypatch.setattr(Synthesizer, "token_blocks", draw_and_stop)
+        monkeypatch.setattr(T3Decoder, "__call__", draw_and_stop)
         torch.manual_seed(3)
         complete = model.generate(TEXT)
     assert caplog.messages == []

@@ -31,11 +31,11 @@ class Claim:
     """A row of the table of claims.
 
     Attributes:
-        claim: what is claimed.
+        claim: the property in question.
         claimed: the claimed value.
         measured: the measured value, with the range over the rounds.
         verdict: `MET`, `NOT_MET` or `NOT_MEASURED`.
-        note: what the value was compared with.
+        note: the value for comparison, and its conditions.
     """
 
     claim: str

@@ -147,7 +147,7 @@ class Model(TypedDict):
     controls: dict[str, Control]
     """The settings of the sampling that a request can have."""
     tags: list[str]
-    """What a text may contain to ask for a sound, such as [laugh]."""
+    """Tags in a text that ask for a sound, such as [laugh]."""
 
 
 class Models(TypedDict):

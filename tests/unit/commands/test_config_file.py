@@ -135,6 +135,7 @@ def test_every_option_of_every_command_can_be_set() -> None:
         "digest": f"sha256:{'0' * 64}",
         "commit": "0" * 40,
         "host": "tts.example",
+        "systems": "torch,warm",
         "origin": "https://chat.example",
     }
     count = 0
