@@ -153,7 +153,7 @@ def test_a_stream_and_a_synthesis_tell_whether_the_token_limit_ended_the_speech(
     def truncated(*, with_stop_token: bool) -> list[bool]:
         drawn = torch.cat([blocks[blocks != stop], torch.tensor([stop] * with_stop_token, dtype=torch.int64)])
         monkeypatch.setattr(synthesizer, "token_blocks", lambda *_, **__: (block for block in torch.split(drawn, 7)))
-        monkeypatch.setattr(synthesizer, "_draw", lambda *_: drawn)
+        monkeypatch.setattr(type(synthesizer.model.decoder), "__call__", lambda *_, **__: drawn)
         chunks = list(generate_stream(synthesizer, TEXT, seed=7, chunk_tokens=4, look_ahead=look_ahead))
         assert len(chunks) > 1
         return [synthesizer.synthesize(TEXT, seed=7).is_truncated, chunks[-1].is_truncated]
