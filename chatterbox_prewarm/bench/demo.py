@@ -62,7 +62,7 @@ def demo(work: Path, dist: Path, variant: str = DEFAULT_VARIANT.name) -> None:
         _detail(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}")
     require_passed(evidence, evidence_path)
     unchanged = "upstream unchanged, " if _UPSTREAM in systems else ""
-    _announce(f"5/5 start: {unchanged}ours cold, ours warm; each answers requests")
+    _announce(f"5/5 start: {unchanged}ours cold, ours warm; each answers a request")
     report = measure_starts(weights, warm, rounds=1, systems=systems, requests=1, say=_detail, hello=dist / "hello.wav")
     (dist / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     click.echo("\n" + table(report))

@@ -120,7 +120,7 @@ def time_torch_import() -> dict[str, Any]:
 
 
 def time_upstream(weights: Path, clip: Path, device: str, *, requests: int = STEADY_REQUESTS) -> dict[str, Any]:
-    """Time upstream without changes, up to its first audio and some more requests."""
+    """Time upstream without changes, up to its first audio and `requests` more requests."""
     arguments = {
         "weights": str(weights),
         "clip": str(clip),
@@ -134,14 +134,11 @@ def time_upstream(weights: Path, clip: Path, device: str, *, requests: int = STE
         log = run_module("chatterbox_prewarm.bench.upstream", arguments, env=environment)
     marks = log["marks"]
     first = marks["first_audio"] - marks["attached"]
-    steady = statistics.median(log["steady"])
-    return {
-        **marks,
-        "first_request": first,
-        "steady_request": steady,
-        "first_to_steady": first / steady,
-        "read_bytes": log["read_bytes"],
-    }
+    result = {**marks, "first_request": first, "read_bytes": log["read_bytes"]}
+    if log["steady"]:
+        steady = statistics.median(log["steady"])
+        result |= {"steady_request": steady, "first_to_steady": first / steady}
+    return result
 
 
 def time_server(  # noqa: PLR0913 - keyword options of a benchmark

@@ -90,7 +90,7 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
         device: device of all systems. The state must be baked for it.
         say: called with one line for each start.
         hello: path of a WAV file for the first sentence of the warm server; None to write no file.
-        requests: requests of each process after its first one. With one, a cold server gets only its first request.
+        requests: requests of each process after its first one. With one, only the warm server gets that further one.
 
     Returns:
         the report: machine, all runs, medians and ratios.
@@ -122,10 +122,11 @@ def start_functions(
     requests: int = STEADY_REQUESTS,
 ) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return for each system a function that measures one start; see `measure_starts` for the arguments."""
+    others = requests if requests > 1 else 0
     return {
         "torch": time_torch_import,
-        "upstream": partial(time_upstream, weights, clip, device, requests=requests),
-        "cold": partial(time_server, weights, warm, device, clip=clip, requests=requests if requests > 1 else 0),
+        "upstream": partial(time_upstream, weights, clip, device, requests=others),
+        "cold": partial(time_server, weights, warm, device, clip=clip, requests=others),
         "warm": partial(time_server, weights, warm, device, hello=hello, requests=requests),
     }
 

@@ -143,13 +143,18 @@ class ChatterboxWarmupStrategy:
         self._check_model(model)
         import torch
 
+        from chatterbox_prewarm.model.synthesis import Synthesizer
+
         self._progress("level 1: voice encoder")
         with torch.inference_mode():
             model.ve.embeds_from_wavs([reference_audio(1.0, 16_000)], sample_rate=16_000)
             self._progress("level 1: S3Gen's reference embedding")
             model.s3gen.embed_ref(reference_audio(1.0), CLIP_SAMPLE_RATE, device=model.device)
         self._progress("level 1: T3 and S3Gen")
-        self._speak(model, self.texts[0], _voice(model), self.max_new_tokens)
+        if hasattr(model, "lean"):
+            Synthesizer(model.lean, {DEFAULT_VOICE: _voice(model)}).check()
+        else:
+            _speak_with_upstream(model, self.texts[0], _voice(model), self.max_new_tokens)
 
     def warm_up_cuda_kernels(self, model: ChatterboxTTS) -> None:
         """Run level 2: compute a voice from a clip, then synthesize each text with it, including the watermark.
