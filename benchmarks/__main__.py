@@ -8,6 +8,7 @@ from typing import Any, TextIO
 import click
 
 from benchmarks.routes import ROUTES
+from chatterbox_prewarm.bench.t3_calls import MIN_CALLS
 from chatterbox_prewarm.commands.bench import (
     numbers,
     output_option,
@@ -158,22 +159,25 @@ def routes(*, output: Path, checkout: Path, names: tuple[str, ...]) -> None:
 @cache_option
 @device_option
 @output_option
-@click.option("--calls", default=200, show_default=True, type=click.IntRange(12), help="Calls of each system.")
+@click.option("--calls", default=200, show_default=True, type=click.IntRange(MIN_CALLS), help="Calls of each system.")
 def calls(*, weights: Path, warm: Path, cache: Path, device: str, output: Path, calls: int) -> None:
     """Time many calls of T3 in one process, upstream's and ours in turn.
 
     A warm state of other weights can be used, too: its compiled regions fit.
     """
-    from benchmarks.calls import run
+    from chatterbox_prewarm.bench.starts import setup
+    from chatterbox_prewarm.bench.t3_calls import TOKENS, run, saved_milliseconds
 
     check_output(output)
-    report = run(weights, warm=warm, cache=cache, device=device, calls=calls, say=note)
-    write_report(report, output)
-    for name, ratio in report["last_to_first"].items():
+    result = run(weights=str(weights), warm=str(warm), cache=str(cache), device=device, calls=calls)
+    write_report({**setup(weights, warm, device), "tokens": TOKENS, "calls": calls, **result}, output)
+    for name, seconds in result["last"].items():
+        ratio = seconds / result["first"][name]
         click.echo(f"{name}: the last five calls took {ratio:.2f} times as long as calls 2 to 6")
-    for when, saved in report["saved_milliseconds"].items():
-        click.echo(f"{when} calls: ours has the first {report['tokens']} speech tokens {saved:.0f} ms earlier")
-    click.echo("hooks of upstream's T3: {before} before, {after} after".format_map(report["hooks_of_upstream"]))
+    for when in ("first", "last"):
+        saved = saved_milliseconds(result, when)
+        click.echo(f"{when} calls: ours has the first {TOKENS} speech tokens {saved:.0f} ms earlier")
+    click.echo("hooks of upstream's T3: {} before, {} after".format(*result["hooks"]))
 
 
 @benchmarks.command("conversion")

@@ -92,7 +92,7 @@ def run_with_cache(
     """
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as empty:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        if arguments["system"] == UPSTREAM:
+        if arguments.get("system") == UPSTREAM:
             environment["NUMBA_CACHE_DIR"] = empty
         if not bytecode:
             environment["PYTHONPYCACHEPREFIX"] = f"{empty}/bytecode"

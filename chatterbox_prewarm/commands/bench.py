@@ -76,7 +76,7 @@ def bench_startup(*, output: Path, systems: str, **fields: Any) -> None:
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Fresh processes of each system.")
 @click.option(
     "--parts",
-    help="Parts to measure: state, starts, requests, memory, levels, ablation, profiles, growth, load, quality. "
+    help="Parts to measure: state, starts, requests, calls, memory, levels, ablation, profiles, growth, load, quality. "
     "Default: all.",
 )
 @click.option("--profiles", default=",".join(PROFILES), show_default=True, help="Profiles to bake and compare.")

@@ -47,6 +47,7 @@ def results(**more: Any) -> dict[str, Any]:
         "requests: cold, 1": speech(8.0, 4.0, gaps=(0.5, 1.5), second_model=6.0),
         "requests: warm, 1": speech(4.2, 4.0, second_model=5.0),
         "requests: batch in sequence": speech(4.1, 4.0, 4.0),
+        "calls": {"first": {"ours": 0.4, "upstream": 0.8}, "last": {"ours": 0.4, "upstream": 1.6}, "hooks": [0, 60]},
         "memory: unlimited": speech(4.0, 4.0),
         "memory: 100 %": speech(4.0, 4.0),
         "memory: 90 %": {"error": "the process ran out of memory", "exit_code": 15},

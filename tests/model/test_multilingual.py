@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from chatterbox_prewarm.bench.t3_calls import MIN_CALLS, saved_milliseconds
 from chatterbox_prewarm.bench.upstream import limit_tokens
 from chatterbox_prewarm.errors import BadInputError, WeightsError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
@@ -35,6 +36,7 @@ from chatterbox_prewarm.model.voices import for_upstream, read_builtin_voice
 from chatterbox_prewarm.model.warmup.settings import SWITCH
 from chatterbox_prewarm.start.pretrained import PrewarmedChatterbox
 from chatterbox_prewarm.start.pretrained_multilingual import PrewarmedMultilingual
+from chatterbox_prewarm.system.json_subprocess import run_module
 from chatterbox_prewarm.weights.record import RECORD_NAME, read_record, record
 from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL, MULTILINGUAL_V3
 from tests.conftest import build_once, run_cli
@@ -357,6 +359,24 @@ def test_the_server_lists_its_languages(server: Server) -> None:
     assert entry["id"] == "multilingual"
     assert entry["languages"]["fr"] == "French"
     assert entry["language"] == "de"
+
+
+@pytest.mark.slow
+def test_each_call_of_upstream_leaves_hooks_behind_and_ours_are_timed_beside_it(
+    server: Server,  # noqa: ARG001 - bakes the state
+    weights: Path,
+    shared_dir: Path,
+    tmp_path: Path,
+) -> None:
+    warm, calls = shared_dir / "multilingual" / "warm", MIN_CALLS
+    arguments = {"weights": str(weights), "warm": str(warm), "cache": str(tmp_path), "device": "cpu", "calls": calls}
+    result = run_module("chatterbox_prewarm.bench.t3_calls", arguments)
+    before, after = result["hooks"]
+    assert before == 0
+    assert (after >= 3 * calls) == installed_multilingual().analyzes_alignment
+    assert {name: len(seconds) for name, seconds in result["seconds"].items()} == {"ours": calls, "upstream": calls}
+    difference = result["first"]["upstream"] - result["first"]["ours"]
+    assert saved_milliseconds(result, "first") == pytest.approx(1000 * difference)
 
 
 def test_the_python_class_is_upstreams_and_speaks_with_the_regions(

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 #: The parts of a report in their order.
-PARTS = ("state", "starts", "requests", "memory", "levels", "ablation", "profiles", "growth", "load", "quality")
+PARTS = (
+    *("state", "starts", "requests", "calls", "memory", "levels", "ablation", "profiles", "growth", "load", "quality"),
+)
 #: Name of the second warm start in each round. It shows the noise, because both starts are the same.
 WARM_AGAIN = "warm again"
 #: Disk space in bytes of a baked state and of the other files.

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _SYSTEMS = (UPSTREAM, COLD, WARM)
 #: Module of the processes whose audio is compared.
 QUALITY = "chatterbox_prewarm.bench.report.quality_process"
+#: Module of the process that calls T3, and the number of calls.
+_CALLS_PROCESS, _CALLS = "chatterbox_prewarm.bench.t3_calls", 20
 #: Speech tokens of a short, a medium and a long text with random weights, which never stop.
 _TOKENS = {SHORT_TEXT: 12, MEDIUM_TEXT: 50, LONG_TEXT: 100}
 #: Requests of a process in sequence.
@@ -75,6 +77,17 @@ def requests(options: ReportOptions, record: RecordedSteps) -> None:
             speak = _options(options, system, requests=3, second_model=number == 1)
             record.step(f"requests: {system}, {number}", _speak, options, speak)
     record.step("requests: batch in sequence", _speak, options, _options(options, WARM, requests=_BATCH))
+
+
+def calls(options: ReportOptions, record: RecordedSteps) -> None:
+    """Call T3, upstream's and ours in turn, in one process."""
+    record.step("calls", _call, options)
+
+
+def _call(options: ReportOptions) -> dict[str, Any]:
+    settle(options.weights, options.warm)
+    arguments = {"weights": str(options.weights), "warm": str(options.warm), "device": options.device}
+    return run_with_cache(_CALLS_PROCESS, {**arguments, "calls": _CALLS})
 
 
 def memory(options: ReportOptions, record: RecordedSteps) -> None:
@@ -270,6 +283,7 @@ PART_FUNCTIONS: Mapping[str, Callable[[ReportOptions, RecordedSteps], None]] = {
     "state": state,
     "starts": starts,
     "requests": requests,
+    "calls": calls,
     "memory": memory,
     "levels": levels,
     "ablation": ablation,

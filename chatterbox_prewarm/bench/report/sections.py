@@ -22,6 +22,8 @@ from chatterbox_prewarm.bench.report.figures import (
     steady_request,
     voice_points,
 )
+from chatterbox_prewarm.bench.speak_process import UPSTREAM
+from chatterbox_prewarm.bench.t3_calls import TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -50,8 +52,8 @@ class Section:
 
 def sections(steps: Steps) -> list[Section]:
     """Return the sections that have rows, in the order of the page."""
-    made = (_starts, _requests, _memory, _levels, _ablation, _profiles, _growth, _load, _quality_pairs, _quality)
-    return [section for section in (make(steps) for make in made) if section.rows]
+    made = (make(steps) for make in _SECTIONS)
+    return [section for section in made if section.rows]
 
 
 def _starts(steps: Steps) -> Section:
@@ -101,6 +103,21 @@ def _requests(steps: Steps) -> Section:
         text=text,
         chart="chunks",
         head=("", "first chunk", "spread of chunks", "first request", "later request", "peak MB", "second model"),
+        rows=rows,
+    )
+
+
+def _calls(steps: Steps) -> Section:
+    rows = []
+    if (step := steps.get("calls")) is not None:
+        for system in (UPSTREAM, "ours"):
+            first, last = step["first"][system], step["last"][system]
+            rows.append((system, *map(_cell, (1000 * first, 1000 * last, last / first))))
+    return Section(
+        title="Calls of T3",
+        text=f"Milliseconds until T3 has drawn {TOKENS} speech tokens, upstream's and ours in turn in one warm "
+        "process; medians of the calls 2 to 6 and of the last five.",
+        head=("", "first calls", "last calls", "last / first"),
         rows=rows,
     )
 
@@ -256,3 +273,8 @@ def _cell(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}"
+
+
+_SECTIONS: Sequence[Callable[[Steps], Section]] = (
+    *(_starts, _requests, _calls, _memory, _levels, _ablation, _profiles, _growth, _load, _quality_pairs, _quality),
+)

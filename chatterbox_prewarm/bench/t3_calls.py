@@ -1,0 +1,98 @@
+"""One fresh process that calls T3 many times, upstream's and ours in turn.
+
+A stream sends its first chunk after the first speech tokens, so the difference of two calls is time to the first chunk.
+Each call of upstream's Multilingual T3 adds hooks to the layers that its alignment analyzer watches, and they stay.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE
+from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT
+from chatterbox_prewarm.start.attach import load_warmup_cache
+from chatterbox_prewarm.system.json_subprocess import report
+from chatterbox_prewarm.system.progress import detail
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: Speech tokens of a call.
+TOKENS = 8
+#: The number of calls at the beginning, without the first one, and at the end whose medians are compared.
+_COMPARED = 5
+#: Least number of calls, so that no call is at the beginning and at the end.
+MIN_CALLS = 2 * _COMPARED + 1
+
+
+def run(*, weights: str, warm: str, cache: str, device: str, calls: int) -> dict[str, Any]:
+    """Call our T3 and upstream's in turn.
+
+    Args:
+        weights: directory of the checkpoint.
+        warm: a warm state, also one of other weights, because its compiled regions fit.
+        cache: a writable directory.
+        device: a torch device.
+        calls: the number of calls of each, at least `MIN_CALLS`.
+
+    Returns:
+        `seconds` of all calls of each system; `first` and `last`, the medians in seconds of the calls 2 to 6 and of the
+        last five; the number of `hooks` in upstream's T3 before and after all calls; our `profile`.
+    """
+    import torch
+
+    from chatterbox_prewarm.model.synthesis import seed_everything
+    from chatterbox_prewarm.model.variants import code_of
+    from chatterbox_prewarm.model.voices import for_upstream
+    from chatterbox_prewarm.start.upstream import attach_upstream
+
+    attached = load_warmup_cache(warm, Path(weights), cache=Path(cache), device=device)
+    synthesizer = attached.synthesizer
+    variant, sampling = synthesizer.model.variant, synthesizer.model.sampling
+    code = code_of(variant)
+    upstream = attach_upstream(attached.prepared, lean=synthesizer.model)
+    conditionals = for_upstream(synthesizer.voices[DEFAULT_VOICE]).t3
+    text = code.upstream_text_ids(upstream, SHORT_TEXT, variant.check_language(None))
+
+    @torch.inference_mode()
+    def call_upstream() -> None:
+        code.upstream_speech_tokens(upstream, conditionals, text, sampling=sampling, max_new_tokens=TOKENS)
+
+    def call_ours() -> None:
+        for _ in synthesizer.token_blocks(SHORT_TEXT, max_new_tokens=TOKENS):
+            pass
+
+    systems: dict[str, Callable[[], None]] = {"ours": call_ours, "upstream": call_upstream}
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    hooks = [_hooks(upstream.t3)]
+    for number in range(1, calls + 1):
+        for name, call in systems.items():
+            seed_everything(0)
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+        if number % 50 == 0:
+            detail(f"{number} of {calls} calls")
+    return {
+        "profile": attached.metrics.profile,
+        "seconds": seconds,
+        "first": {name: statistics.median(values[1 : 1 + _COMPARED]) for name, values in seconds.items()},
+        "last": {name: statistics.median(values[-_COMPARED:]) for name, values in seconds.items()},
+        "hooks": [*hooks, _hooks(upstream.t3)],
+    }
+
+
+def saved_milliseconds(result: dict[str, Any], when: str) -> float:
+    """Return by how many milliseconds our tokens come earlier than upstream's; `when` is "first" or "last"."""
+    return 1000 * float(result[when]["upstream"] - result[when]["ours"])
+
+
+def _hooks(t3: Any) -> int:
+    return sum(len(module._forward_hooks) for module in t3.modules())
+
+
+if __name__ == "__main__":
+    report(run)
