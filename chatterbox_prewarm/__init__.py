@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for type checkers; at run time `__getattr__` imports the na
     from chatterbox_prewarm.start.pretrained import PrewarmedChatterbox, from_pretrained_with_warmup
     from chatterbox_prewarm.start.pretrained_multilingual import PrewarmedMultilingual
     from chatterbox_prewarm.start.pretrained_turbo import PrewarmedTurbo
+    from chatterbox_prewarm.start.pretrained_vc import PrewarmedVC
     from chatterbox_prewarm.start.save import save_warmup_cache
     from chatterbox_prewarm.start.service import ChatterboxService
     from chatterbox_prewarm.start.streaming import generate_stream_with_warmup_check
@@ -37,6 +38,7 @@ _PUBLIC = {
     "PrewarmedChatterbox": "chatterbox_prewarm.start.pretrained",
     "PrewarmedMultilingual": "chatterbox_prewarm.start.pretrained_multilingual",
     "PrewarmedTurbo": "chatterbox_prewarm.start.pretrained_turbo",
+    "PrewarmedVC": "chatterbox_prewarm.start.pretrained_vc",
     "WarmupMetrics": "chatterbox_prewarm.bench.effectiveness",
     "benchmark_warmup_effectiveness": "chatterbox_prewarm.bench.effectiveness",
     "from_pretrained_with_warmup": "chatterbox_prewarm.start.pretrained",
@@ -57,6 +59,7 @@ __all__ = [
     "PrewarmedChatterbox",
     "PrewarmedMultilingual",
     "PrewarmedTurbo",
+    "PrewarmedVC",
     "WarmupMetrics",
     "benchmark_warmup_effectiveness",
     "from_pretrained_with_warmup",

@@ -81,7 +81,7 @@ def _compile_packages(prepared: Prepared, directory: Path) -> None:
     if execution.graphs and not has_single_threaded_mode():
         weights_of = {name: weights for name, weights in weights_of.items() if name not in IN_GRAPHS}
     with prepared.metrics.phase("aot make"):
-        compile_packages(weights_of, directory, progress=detail)
+        compile_packages(weights_of, directory)
 
 
 def _fill_compiler_caches(prepared: Prepared, compiled: Path, families: list[str]) -> None:

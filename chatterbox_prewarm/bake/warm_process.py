@@ -13,9 +13,10 @@ from chatterbox_prewarm.families.registry import BYTECODE
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.reference_clip import reference_clip
 from chatterbox_prewarm.proof.probes import peak_resident_bytes
-from chatterbox_prewarm.start.attach import attach_baked, make_missing_voices
+from chatterbox_prewarm.start.attach import attach_baked
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.start.upstream import attach_upstream
+from chatterbox_prewarm.start.voices import make_missing_voices
 from chatterbox_prewarm.system import metrics as metrics_module
 from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
 from chatterbox_prewarm.system.json_subprocess import report
@@ -73,8 +74,8 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
         detail(f"voice {name}")
         with metrics.phase("conditionals"):
             synthesizer.voices[name] = prepare_voice(upstream, clip)
-    # Only a GPU chooses kernels by the length of a text. For a CPU, the compile process has compiled every length.
-    texts = TEXTS if bake.device.startswith("cuda") else TEXTS[:1]
+    # Only a GPU chooses kernels by the length of a text. On a CPU, the reference has run all that a text runs.
+    texts = TEXTS if bake.device.startswith("cuda") else ()
     strategy = ChatterboxWarmupStrategy(levels=bake.levels, texts=texts, progress=detail, metrics=metrics)
     if computes:
         strategy.perform_full_warmup(upstream)

@@ -1,7 +1,8 @@
 """Progress on standard error: the steps of a command, with their times.
 
-On a terminal, a line shows the present step, its present work, and its seconds. Elsewhere nothing is shown, unless
---progress asks for it: then each step is a line with the seconds since the command started, as logs need it.
+On a terminal, a line shows the present step, its present work, a bar if the share of the work that is done is known,
+and the seconds. Elsewhere nothing is shown, unless --progress asks for it: then each step is a line with the seconds
+since the command started, as logs need it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ Mode = Literal["live", "lines", "off"]
 
 #: Seconds after which the line on a terminal is written again.
 _REFRESH = 0.5
-#: Columns for the seconds of a step, and the space before them.
-_TIME_COLUMNS = 10
+#: Columns for the seconds of a step and for the bar, and the space before each.
+_TIME_COLUMNS, _BAR_COLUMNS = 10, 20
 
 
 class Steps:
@@ -52,12 +53,12 @@ class Steps:
             self._end_line()
             self._start_line(step)
 
-    def detail(self, text: str, passing: bool) -> None:
+    def detail(self, text: str, passing: bool, share: float | None) -> None:
         """Show the present work of a step; see `system.progress.detail`."""
         if self.mode == "lines" and not passing:
             self._print(f"  {redact(text)}")
         elif self._bar is not None:
-            self._describe(f"{self._step}: {redact(text)}")
+            self._describe(f"{self._step}: {redact(text)}", share)
 
     def close(self) -> None:
         """End the last step."""
@@ -75,15 +76,18 @@ class Steps:
         self._step = step
         columns = shutil.get_terminal_size().columns  # tqdm writes nothing to a terminal that says 0
         # TQDM_DISABLE, which is meant for the bars of packages, would switch the steps off: `disable` overrides it.
-        shape: dict[str, Any] = {"bar_format": "{desc} {elapsed}", "ncols": columns, "position": 0, "disable": False}
+        shape: dict[str, Any] = {"total": 1.0, "ncols": columns, "position": 0, "disable": False}
         self._bar = tqdm(desc=step, file=sys.stderr, **shape)
         self._describe(step)
         self._ended = threading.Event()
         threading.Thread(target=self._tick, args=(self._bar, self._ended), daemon=True).start()
 
-    def _describe(self, text: str) -> None:
+    def _describe(self, text: str, share: float | None = None) -> None:
         assert self._bar is not None
-        columns = max(shutil.get_terminal_size().columns - _TIME_COLUMNS, 20)
+        bar = "" if share is None else f"{{bar:{_BAR_COLUMNS}}} "
+        self._bar.bar_format, self._bar.n = f"{{desc}} {bar}{{elapsed}}", share or 0.0
+        columns = shutil.get_terminal_size().columns - _TIME_COLUMNS - (_BAR_COLUMNS + 1 if bar else 0)
+        columns = max(columns, _BAR_COLUMNS)
         line = " ".join(text.split())
         self._bar.set_description_str(line if len(line) <= columns else f"{line[: columns - 1]}…")
 

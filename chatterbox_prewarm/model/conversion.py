@@ -102,11 +102,20 @@ class Converter:
         Raises:
             BadInputError: the samples, the sample rate or the seed cannot be used.
         """
-        seed = chosen_seed(seed)
+        return self._converted(samples, sample_rate, voice, chosen_seed(seed))
+
+    def speak(self, samples: NDArray[np.float32], sample_rate: int, voice: Conditionals) -> Speech:
+        """Speak recorded speech as `convert` does, but with the current state of the random generators."""
+        return self._converted(samples, sample_rate, voice, None)
+
+    def _converted(
+        self, samples: NDArray[np.float32], sample_rate: int, voice: Conditionals, seed: int | None
+    ) -> Speech:
         parts = self._parts(_prepared(samples, sample_rate), _PART_TOKENS, lambda: False)
         spoken = []
         for number, part in enumerate(parts):
-            seed_everything(_part_seed(seed, number))
+            if seed is not None:
+                seed_everything(_part_seed(seed, number))
             spoken.append(self._synthesizer.sound(part, _part_voice(voice, number)))
         return Speech(
             tokens=torch.cat(parts).cpu().numpy(),

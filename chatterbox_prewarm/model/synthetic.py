@@ -175,4 +175,4 @@ def _write(directory: Path, variant: Variant, synthetic: Synthetic) -> None:
 
 
 def _save(module: nn.Module, path: Path) -> None:
-    save_file({name: tensor.detach().contiguous().clone() for name, tensor in module.state_dict().items()}, path)
+    save_file({name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}, path)

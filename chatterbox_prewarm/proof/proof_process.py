@@ -17,10 +17,11 @@ from chatterbox_prewarm.errors import IntegrityError
 from chatterbox_prewarm.families.registry import is_used
 from chatterbox_prewarm.model.reference_clip import CLIP_SAMPLE_RATE, reference_audio, reference_clip
 from chatterbox_prewarm.proof import probes
-from chatterbox_prewarm.start.attach import attach_baked, make_missing_voices, with_eager_regions
+from chatterbox_prewarm.start.attach import attach_baked, with_eager_regions
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.start.upstream import attach_upstream
+from chatterbox_prewarm.start.voices import make_missing_voices
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.fingerprint import upstream_installed
 from chatterbox_prewarm.system.gpu_stand_in import stand_in_target

@@ -20,11 +20,14 @@ class Audio:
         data: 16-bit little-endian samples.
         sample_rate: in Hz.
         is_truncated: whether the speech of a part reached the token limit, so that its end may be missing.
+        skipped_parts: number of parts of the text that could not be spoken; in a chunk, of those directly before it. If
+            the last part was left out, the last chunk has no samples.
     """
 
     data: bytes
     sample_rate: int = 24_000
     is_truncated: bool = False
+    skipped_parts: int = 0
 
     @property
     def pcm(self) -> NDArray[np.int16]:

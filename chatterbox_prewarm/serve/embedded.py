@@ -239,8 +239,8 @@ class ChatterboxServer:
 
         try:
             while (chunk := self._wait(next_chunk())) is not None:
-                if chunk.pcm:
-                    yield Audio(data=chunk.pcm, is_truncated=chunk.truncated)
+                if chunk.pcm or chunk.skipped:
+                    yield Audio(data=chunk.pcm, is_truncated=chunk.truncated, skipped_parts=chunk.skipped)
         finally:
             with contextlib.suppress(ClosedError):  # `close` has cancelled the work already
                 self._wait(chunks.aclose())
@@ -248,7 +248,9 @@ class ChatterboxServer:
     async def _speak(self, options: SpeechOptions) -> Audio:
         chunks = [chunk async for chunk in self._pool.speak(options)]
         return Audio(
-            data=b"".join(chunk.pcm for chunk in chunks), is_truncated=any(chunk.truncated for chunk in chunks)
+            data=b"".join(chunk.pcm for chunk in chunks),
+            is_truncated=any(chunk.truncated for chunk in chunks),
+            skipped_parts=sum(chunk.skipped for chunk in chunks),
         )
 
     async def _start(self, workers: list[WorkerConfig], wait_seconds: float, hang_seconds: float) -> Pools:

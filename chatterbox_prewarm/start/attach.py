@@ -5,10 +5,8 @@ Upstream's packages are not imported; `start.upstream` does that for what needs 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
-import shlex
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +15,12 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.errors import ModelError, first_line
 from chatterbox_prewarm.families.registry import FAMILIES
 from chatterbox_prewarm.model.chatterbox_imports import free_import_frames, paused_gc
-from chatterbox_prewarm.model.clips import DEFAULT_VOICE, check_clip
-from chatterbox_prewarm.model.reference_clip import reference_clip
+from chatterbox_prewarm.model.clips import check_clip
 from chatterbox_prewarm.model.text import check_voice_name
 from chatterbox_prewarm.start.ahead import Ahead, create_context, torch_libraries
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
+from chatterbox_prewarm.start.voices import make_missing_voices, prepare_voices
 from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
@@ -32,8 +30,6 @@ from chatterbox_prewarm.weights.record import read_variant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from chatterbox.tts import ChatterboxTTS
 
     from chatterbox_prewarm.families.base import Family
     from chatterbox_prewarm.model.conditionals import Conditionals
@@ -91,6 +87,7 @@ def load_warmup_cache(  # noqa: PLR0913 - public API: keywords are easier to use
     profile: str | None = None,
     trust: Trust | None = None,
     plain_text: Sequence[str] = (),
+    converts: bool = False,
 ) -> Attached:
     """Load the model with its warm state: `prepare`, then `attach`.
 
@@ -114,6 +111,7 @@ def load_warmup_cache(  # noqa: PLR0913 - public API: keywords are easier to use
         profile=profile,
         trust=trust or Trust(),
         plain_text=tuple(plain_text),
+        converts=converts,
     )
     attached = attach(prepare(options))
     if attached.untried:
@@ -205,7 +203,7 @@ def checked(attached: Attached) -> Attached:
     # Outside of the `except` block, because the traceback keeps the model in memory.
     attached = with_eager_regions(attached)
     attached.synthesizer.check()  # it fails too if the error made the GPU unusable for this process
-    _prepare_voices(attached)
+    prepare_voices(attached)
     prepared.metrics.miss(
         "aot",
         f"code that was compiled without this GPU failed: {failure}; the model runs in eager mode",
@@ -308,57 +306,3 @@ def _executor(prepared: Prepared) -> Executor:
             return compiled_executor(prepared.metrics, strict=strict or prepared.state is None)
         case _:
             return eager
-
-
-def make_missing_voices(attached: Attached, clips: Mapping[str, Path]) -> ChatterboxTTS | None:
-    """Make the built-in voice and those of `clips` that are not baked; each is a miss. Then mark "attached".
-
-    Afterwards, compute what all texts of a voice share, if the model has such a thing: the start is not ready before.
-
-    Returns:
-        upstream's model, if a voice needed it.
-    """
-    upstream = _make_voices(attached, clips)
-    attached.metrics.mark("attached")
-    _prepare_voices(attached)
-    return upstream
-
-
-def _prepare_voices(attached: Attached) -> None:
-    """Compute what all texts of a voice share, if the model has such a thing."""
-    if attached.synthesizer.model.decoder.prepares_voices:
-        with attached.metrics.phase("voice prefixes"):
-            attached.synthesizer.prepare_voices()
-
-
-def _make_voices(attached: Attached, clips: Mapping[str, Path]) -> ChatterboxTTS | None:
-    from chatterbox_prewarm.model.voices import prepare_voice, read_builtin_voice
-
-    model, voices, prepared = attached.synthesizer.model, attached.synthesizer.voices, attached.prepared
-    missing = [name for name in (DEFAULT_VOICE, *clips) if name not in voices]
-    for name in missing:
-        bake = "chatterbox-prewarm bake"
-        if name in clips:
-            bake += f" --voice {shlex.quote(f'{name}={clips[name]}')}"
-        prepared.metrics.miss(
-            "conditionals",
-            f"the voice {name!r} was made at start",
-            next_step=f"bake it with these weights: `{bake}`",
-        )
-    if DEFAULT_VOICE in missing:
-        builtin = read_builtin_voice(prepared.options.weights, device=model.device)
-        if builtin is not None:
-            voices[DEFAULT_VOICE] = builtin
-            missing.remove(DEFAULT_VOICE)
-    if not missing:
-        return None
-    from chatterbox_prewarm.start.upstream import attach_upstream
-
-    # A model that converts has no T3, so upstream's model cannot share its tensors, and is loaded onto the CPU. The
-    # flow moves the voice to its device.
-    upstream = attach_upstream(prepared, lean=None if prepared.options.converts else model)
-    with prepared.metrics.phase("conditionals"), contextlib.ExitStack() as stack:
-        for name in missing:
-            clip = clips[name] if name in clips else stack.enter_context(reference_clip())
-            voices[name] = prepare_voice(upstream, clip)
-    return upstream

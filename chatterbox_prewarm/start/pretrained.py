@@ -16,11 +16,12 @@ from chatterbox_prewarm.model.clips import DEFAULT_VOICE, decoded_clip, has_no_l
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
 from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT, switched_off
 from chatterbox_prewarm.model.warmup.strategy import WARMUP_TOKENS, ChatterboxWarmupStrategy
-from chatterbox_prewarm.start.attach import Attached, attach_baked, checked, make_missing_voices
+from chatterbox_prewarm.start.attach import Attached, attach_baked, checked
 from chatterbox_prewarm.start.defaults import default_cache, default_weights
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.start.upstream import attach_upstream
+from chatterbox_prewarm.start.voices import make_missing_voices
 from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.limits import SAMPLING
 from chatterbox_prewarm.system.paths import WARM

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    #: Takes the arguments of `detail`: the text, whether it passes, and the share of the work that is done.
+    Show = Callable[[str, bool, float | None], None]
     from contextlib import AbstractContextManager
 
 logger = logging.getLogger(__name__)
@@ -24,24 +27,25 @@ _RECORD = "\x1e"
 #: Seconds between two details of a transfer.
 _SECONDS = 0.2
 
-_show: Callable[[str, bool], None] | None = None
+_show: Show | None = None
 
 
-def show_details(show: Callable[[str, bool], None] | None) -> None:
+def show_details(show: Show | None) -> None:
     """Set the function that gets the arguments of `detail`; None writes the details to the log."""
     global _show  # noqa: PLW0603 - one for each process, like the handlers of the log
     _show = show
 
 
-def detail(text: str, *, passing: bool = False) -> None:
+def detail(text: str, *, passing: bool = False, share: float | None = None) -> None:
     """Say what the present work does now.
 
     Args:
         text: a line.
         passing: the line is outdated in a second, so it is not worth a line in a log.
+        share: how much of the work is done, from 0 to 1; None if nobody knows.
     """
     if _show is not None:
-        _show(text, passing)
+        _show(text, passing, share)
     elif not passing:
         logger.info("%s", text)
 
@@ -67,7 +71,8 @@ class _CountedStream:
         self._read += len(data)
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + _SECONDS
-            detail(f"{self._read / 1e6:.0f} of {self._size / 1e6:.0f} MB", passing=True)
+            share = self._read / self._size if self._size else None
+            detail(f"{self._read / 1e6:.0f} of {self._size / 1e6:.0f} MB", passing=True, share=share)
         return data
 
     def __getattr__(self, name: str) -> Any:
@@ -76,7 +81,7 @@ class _CountedStream:
 
 def send_records() -> None:
     """Send the details and the log of this process to its parent."""
-    show_details(lambda text, passing: _send({"detail": text, "passing": passing}))
+    show_details(lambda text, passing, share: _send({"detail": text, "passing": passing, "share": share}))
     logging.basicConfig(handlers=[_RecordHandler()], force=True)
 
 
@@ -101,7 +106,10 @@ def receive_record(line: str) -> bool:
     try:
         record = json.loads(line[len(_RECORD) :])
         if "detail" in record:
-            detail(str(record["detail"]), passing=bool(record["passing"]))
+            share = record["share"]
+            detail(
+                str(record["detail"]), passing=bool(record["passing"]), share=None if share is None else float(share)
+            )
         else:
             logging.getLogger(str(record["logger"])).log(int(record["level"]), "%s", record["message"])
     except (ValueError, LookupError, TypeError):

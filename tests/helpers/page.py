@@ -10,6 +10,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from chatterbox_prewarm.serve.http import events
 from chatterbox_prewarm.serve.http.page import routes
 from tests.helpers.http_server import serving
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from selenium import webdriver
     from starlette.requests import Request
+
+    from chatterbox_prewarm.serve.http.schemas import FinishReason
 
 _CONTROLS = {name: {"default": 1.0} for name in ("exaggeration", "cfg_weight", "temperature")}
 ENGLISH = {"id": "english", "languages": {"en": "English"}, "language": "en", "controls": _CONTROLS, "tags": []}
@@ -41,6 +44,7 @@ class Site:
         self.models: list[dict[str, Any]] | None = [ENGLISH]
         self.voices: list[dict[str, Any]] | None = VOICES
         self.speech: bytes | None = _SPEECH
+        self.end = done()
         answers: dict[str, Callable[[], dict[str, Any] | None]] = {
             "/startupz": lambda: self.startup,
             "/v1/models": lambda: None if self.models is None else {"data": self.models},
@@ -89,7 +93,14 @@ class Site:
         self.script("document.dispatchEvent(new Event('visibilitychange'))")
 
     async def _speak(self, _: Request) -> Response:
-        return _refusal() if self.speech is None else Response(self.speech, media_type="audio/pcm")
+        if self.speech is None:
+            return _refusal()
+        return Response(events.delta(self.speech) + self.end, media_type=events.MEDIA_TYPE)
+
+
+def done(*, finish_reason: FinishReason = "stop", skipped_parts: int = 0) -> bytes:
+    """Return the last event of a speech."""
+    return events.done(input_tokens=5, output_tokens=12, finish_reason=finish_reason, skipped_parts=skipped_parts)
 
 
 def _answer(get: Callable[[], Any]) -> Any:

@@ -200,7 +200,7 @@ def test_standard_error_is_shown_while_the_container_runs_and_is_part_of_the_err
     engine: PodmanEngine, base: str
 ) -> None:
     shown: list[str] = []
-    show_details(lambda text, _share: shown.append(text))
+    show_details(lambda text, *_: shown.append(text))
     try:
         with pytest.raises(EngineError, match="status 14: step 1\nstep 2"):
             engine.run(
@@ -291,7 +291,7 @@ from pathlib import Path, PurePosixPath
 from chatterbox_prewarm.image.engines.engine import ContainerRun
 from chatterbox_prewarm.image.engines.podman import PodmanEngine
 from chatterbox_prewarm.system.progress import show_details
-show_details(lambda text, _: print(text, file=sys.stderr, flush=True))
+show_details(lambda text, *_: print(text, file=sys.stderr, flush=True))
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 files = {{}} if {isolated} else {{PurePosixPath("/tmp/file"): Path({str(tmp_path / "file")!r})}}
 PodmanEngine().run(

@@ -27,6 +27,7 @@ from chatterbox_prewarm.model.synthesis import Synthesizer, seed_everything
 from chatterbox_prewarm.model.upstream import load_upstream
 from chatterbox_prewarm.model.upstream_source import Behaviour
 from chatterbox_prewarm.model.voices import for_upstream, read_builtin_voice
+from chatterbox_prewarm.start.pretrained_vc import PrewarmedVC
 from chatterbox_prewarm.weights.variants import ENGLISH
 
 if TYPE_CHECKING:
@@ -339,6 +340,43 @@ def test_bad_settings_of_a_stream_are_refused_at_the_call(converter: Converter, 
     for settings in ({"chunk_tokens": 0}, {"look_ahead": 2}, {"seed": -1}):
         with pytest.raises(BadInputError):
             converter.stream(speech(1.0), RATE, voice, **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def prewarmed(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> PrewarmedVC:
+    return PrewarmedVC.from_pretrained_with_warmup("cpu", weights=weights, cache=tmp_path_factory.mktemp("cache"))
+
+
+def test_the_python_class_gives_the_audio_of_upstream_with_the_builtin_voice_and_with_that_of_a_clip(
+    prewarmed: PrewarmedVC, upstream: Any, voice: Conditionals, clip: Path, tmp_path: Path
+) -> None:
+    assert prewarmed.warmup_completed
+    upstream.ref_dict = for_upstream(voice).gen
+    path = tmp_path / "speech.wav"
+    soundfile.write(path, speech(0.5), RATE, subtype="FLOAT")
+    for target in (None, clip):
+        audio = []
+        for system in (prewarmed, upstream):
+            seed_everything(7)
+            audio.append(system.generate(path, target_voice_path=target))
+        assert audio[0].shape == audio[1].shape
+        assert decibels(audio[0][0].numpy(), audio[1][0].numpy()) >= _LEAST_DECIBELS
+    assert torch.equal(prewarmed.ref_dict["prompt_token"], upstream.ref_dict["prompt_token"])
+    chunks = list(prewarmed.generate_stream(path, seed=7, chunk_tokens=5))
+    seed_everything(7)
+    whole = prewarmed.generate(path)[0].numpy()
+    assert decibels(samples_of(chunks), whole) >= _LEAST_DECIBELS_OF_A_STREAM
+
+
+def test_the_python_class_refuses_files_that_it_cannot_use(prewarmed: PrewarmedVC, clip: Path, tmp_path: Path) -> None:
+    before = prewarmed.ref_dict
+    (tmp_path / "text.wav").write_text("not audio")
+    for name in ("text.wav", "missing.wav"):
+        with pytest.raises(BadInputError, match=r"the speech .* is not audio that can be read"):
+            prewarmed.generate(tmp_path / name)
+        with pytest.raises(BadInputError, match=r"the clip .* is not audio that can be read"):
+            prewarmed.generate(clip, target_voice_path=tmp_path / name)
+    assert prewarmed.ref_dict is before
 
 
 def test_a_conversion_leaves_the_model_usable(model: Model, converter: Converter, voice: Conditionals) -> None:

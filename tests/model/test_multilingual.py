@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from chatterbox_prewarm.bench.t3_calls import MIN_CALLS, saved_milliseconds
+from chatterbox_prewarm.bench.t3_calls import MIN_CALLS
 from chatterbox_prewarm.bench.upstream import limit_tokens
 from chatterbox_prewarm.errors import BadInputError, WeightsError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
@@ -375,8 +375,6 @@ def test_each_call_of_upstream_leaves_hooks_behind_and_ours_are_timed_beside_it(
     assert before == 0
     assert (after >= 3 * calls) == installed_multilingual().analyzes_alignment
     assert {name: len(seconds) for name, seconds in result["seconds"].items()} == {"ours": calls, "upstream": calls}
-    difference = result["first"]["upstream"] - result["first"]["ours"]
-    assert saved_milliseconds(result, "first") == pytest.approx(1000 * difference)
 
 
 def test_the_python_class_is_upstreams_and_speaks_with_the_regions(

@@ -32,9 +32,10 @@ from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
 from chatterbox_prewarm.system.json_subprocess import DEBUG, describe, quiet_packages, rebuild
 from chatterbox_prewarm.system.process import run as run_process
+from chatterbox_prewarm.system.progress import detail
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from concurrent.futures import Future
 
     from chatterbox_prewarm.model.regions.region import Region, Size
@@ -55,15 +56,12 @@ _STAND_IN_SETTINGS: Mapping[str, Any] = {
 _MAX_WORKERS = 8
 
 
-def compile_packages(
-    weights: Mapping[str, Sequence[torch.Tensor]], directory: Path, *, progress: Callable[[str], None]
-) -> None:
-    """Compile regions, several at a time.
+def compile_packages(weights: Mapping[str, Sequence[torch.Tensor]], directory: Path) -> None:
+    """Compile regions, several at a time. Each finished package is a detail of the present work.
 
     Args:
         weights: of any instance of each region, by the region's name. Only layouts and dtypes matter, not values.
         directory: gets a folder for each package.
-        progress: called with a line for each finished package.
 
     Raises:
         ModelError: a compiling process failed or was killed.
@@ -100,7 +98,8 @@ def compile_packages(
                     ) from error
                 if failure is not None:
                     raise rebuild(failure)
-                progress(f"compiled {name}, {len(weights) - len(waiting) - len(running)} of {len(weights)}")
+                done = len(weights) - len(waiting) - len(running)
+                detail(f"compiled {name}, {done} of {len(weights)}", share=done / len(weights))
 
 
 def _compile_in_child(name: str, layouts: Sequence[Layout], directory: Path) -> dict[str, Any] | None:

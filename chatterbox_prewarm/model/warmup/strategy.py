@@ -13,7 +13,7 @@ from chatterbox_prewarm.errors import BadInputError, first_line
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.reference_clip import CLIP_SAMPLE_RATE, reference_audio, reference_clip
 from chatterbox_prewarm.model.sampling import Sampling
-from chatterbox_prewarm.model.warmup.settings import LEVELS, TEXTS, check_levels, switched_off
+from chatterbox_prewarm.model.warmup.settings import LEVELS, LONG_TEXT, SHORT_TEXT, TEXTS, check_levels, switched_off
 from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.fingerprint import device_kind
 from chatterbox_prewarm.system.metrics import StartMetrics
@@ -154,7 +154,7 @@ class ChatterboxWarmupStrategy:
         if hasattr(model, "lean"):
             Synthesizer(model.lean, {DEFAULT_VOICE: _voice(model)}).check()
         else:
-            _speak_with_upstream(model, self.texts[0], _voice(model), self.max_new_tokens)
+            _speak_with_upstream(model, SHORT_TEXT, _voice(model), self.max_new_tokens)
 
     def warm_up_cuda_kernels(self, model: ChatterboxTTS) -> None:
         """Run level 2: compute a voice from a clip, then synthesize each text with it, including the watermark.
@@ -190,7 +190,7 @@ class ChatterboxWarmupStrategy:
 
         self._progress("level 3: memory pools at the largest shape")
         torch.cuda.empty_cache()  # release the memory of the earlier levels; the memory allocated from now on stays
-        self._speak(model, max(self.texts, key=len), _voice(model), 4 * self.max_new_tokens)
+        self._speak(model, max(self.texts, key=len, default=LONG_TEXT), _voice(model), 4 * self.max_new_tokens)
         torch.cuda.synchronize(model.device)
         peak = torch.cuda.max_memory_allocated(model.device)
         self._progress(f"level 3: peak GPU memory {peak / 2**20:.0f} MiB")

@@ -39,6 +39,28 @@ export async function ask(path, options = {}) {
   throw new Refusal(answer, body?.error);
 }
 
+/**
+ * Yield the server-sent events of a response: each is a line of JSON after "data: ", and an empty line.
+ * Throws the error that an event contains, and an error when the connection breaks off.
+ */
+export async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { done, value } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : new Error("The connection closed too early.", { cause: error });
+    });
+    if (done) return;
+    const parts = (text + value).split("\n\n");
+    text = parts.pop();
+    for (const part of parts) {
+      const event = JSON.parse(part.slice("data: ".length));
+      if (event.error) throw new Error(event.error.message);
+      yield event;
+    }
+  }
+}
+
 /** Show an error in the element `place`, or clear the element if `error` is null. */
 export function showError(place, error) {
   if (!error) return place.replaceChildren();

@@ -1,6 +1,6 @@
 // The form to speak a text: one request at a time, played while it arrives.
 
-import { ask, showError } from "./api.js";
+import { ask, events, showError } from "./api.js";
 import { byId, element, facts, say, seconds } from "./dom.js";
 import { Player, Samples } from "./sound.js";
 import { showWave } from "./wave.js";
@@ -106,7 +106,7 @@ function order() {
     voice: byId("voice").value,
     seed: byId("seed").value === "" ? drawn : Number(byId("seed").value),
     response_format: "pcm",
-    stream_format: "audio",
+    stream_format: "sse", // its last event says whether the speech is complete
   };
   if (!byId("model-field").hidden) fields.model = byId("model").value;
   if (!byId("language-field").hidden) fields.language = byId("language").value;
@@ -135,10 +135,11 @@ async function speak() {
       body: JSON.stringify(fields),
       signal: running.signal,
     });
-    await receive(answer.body.getReader(), player, samples, times);
+    const end = await receive(answer.body, player, samples, times);
     if (samples.length === 0) throw new Error("The server sent no audio.");
     show(fields, player, samples, times);
     update("All audio has arrived and is playing.");
+    outcome = incomplete(end);
     await Promise.race([player.finished(), aborted(running.signal)]);
   } catch (error) {
     if (error.name === "AbortError") outcome = "Stopped.";
@@ -150,20 +151,26 @@ async function speak() {
   update(outcome);
 }
 
-async function receive(reader, player, samples, times) {
-  for (;;) {
-    const { done, value } = await reader.read().catch(explain);
-    if (done) return;
+/** Play the audio of a response. Returns its last event, which describes the speech. */
+async function receive(body, player, samples, times) {
+  for await (const event of events(body)) {
+    if (event.type === "speech.audio.done") return event;
+    if (event.type !== "speech.audio.delta") continue;
     times.last = performance.now();
     times.first ??= times.last;
-    const fresh = samples.add(value);
+    const fresh = samples.add(Uint8Array.from(atob(event.audio), (byte) => byte.charCodeAt(0)));
     if (fresh.length) player.play(fresh);
     update(`Playing. ${seconds(samples.seconds)} s have arrived.`);
   }
+  throw new Error("The connection closed before the audio was complete.");
 }
 
-function explain(error) {
-  throw error.name === "AbortError" ? error : new Error("The connection closed before the audio was complete.", { cause: error });
+/** Return what is missing in the speech, as a sentence. */
+function incomplete(end) {
+  const sentences = [];
+  if (end.skipped_parts) sentences.push(`Parts of the text that could not be spoken: ${end.skipped_parts}.`);
+  if (end.finish_reason === "length") sentences.push("The token limit ended the speech, so its end may be missing.");
+  return sentences.join(" ");
 }
 
 /** Return a promise that rejects when the signal is aborted, also during playback after the request. */

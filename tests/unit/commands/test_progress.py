@@ -27,7 +27,8 @@ from tests.unit.commands.test_cli import all_commands
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: A command with two steps. The second one logs a warning, and runs a child that prints, logs and says what it does.
+#: A command with two steps. The second one logs a warning, and runs a child that prints, logs and says what it does and
+#: how much of it is done.
 _PROGRAM = """
 import logging, sys, time
 import click
@@ -41,7 +42,7 @@ import logging, sys
 from chatterbox_prewarm.system.progress import detail, send_records
 send_records()
 print("loaded a package", file=sys.stderr)
-detail("the third of four")
+detail("the third of four", share=0.75)
 logging.getLogger("child").warning("a warning of the child")
 logging.getLogger("child").info("a remark of the child")
 '''
@@ -96,7 +97,7 @@ def test_a_terminal_shows_each_step_with_its_time_and_its_details() -> None:
     assert out == "the result\n"
     lines = [line.rpartition("\r")[2] for line in err.replace("\r\n", "\n").split("\n")]
     assert [line for line in lines if line.startswith("the first step 00:")], err
-    assert "the second step: the third of four 00:" in err
+    assert "the second step: the third of four ███████████████      00:" in err
     assert lines[-2].startswith("the second step 00:")
     assert "loaded a package" not in err
     assert "WARNING: a warning of the parent" in lines

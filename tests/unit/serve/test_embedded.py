@@ -125,3 +125,16 @@ def test_closing_a_stream_of_a_closed_server_raises_no_error(make_server: Callab
     assert next(stream).data == b"Hello."
     server.close()
     stream.close()
+
+
+def test_speech_says_how_many_parts_of_the_text_were_left_out(make_server: Callable[[str], ChatterboxServer]) -> None:
+    pytest.importorskip("regex")
+    pytest.importorskip("sentencex")
+    spoken = "x" * 280
+    with make_server("ready") as server:
+        speech = server.generate(f"foreign {spoken} foreign")
+        assert (speech.data, speech.skipped_parts) == (spoken.encode(), 2)
+        chunks = list(server.generate_stream(f"foreign {spoken} foreign"))
+        assert [chunk.skipped_parts for chunk in chunks if chunk.skipped_parts] == [1, 1]
+        assert (chunks[-1].data, chunks[-1].skipped_parts) == (b"", 1)
+        assert server.generate("Hello.").skipped_parts == 0

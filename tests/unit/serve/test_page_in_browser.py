@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
-from tests.helpers.page import ENGLISH, MULTILINGUAL, TURBO, Site
+from chatterbox_prewarm.serve.http import events
+from tests.helpers.page import ENGLISH, MULTILINGUAL, TURBO, Site, done
 
 from selenium.webdriver.common.by import By  # isort: skip - after the helper, which skips the tests without selenium
+
+if TYPE_CHECKING:
+    from chatterbox_prewarm.serve.http.schemas import ErrorFields
 
 pytestmark = pytest.mark.programs
 
@@ -112,3 +118,28 @@ def test_a_second_click_on_record_starts_no_second_recording(page: Site) -> None
     assert page.script("return window.asked") == 1
     assert page.script("return window.tracks.map((track) => track.readyState)") == ["ended"]
     assert page.driver.find_element(By.ID, "record").is_enabled()
+
+
+def test_the_page_says_what_is_missing_in_a_speech(page: Site) -> None:
+    page.open(end=done(finish_reason="length", skipped_parts=2))
+    page.wait(lambda: page.options("voice") == ["fox", "owl"])
+    page.click("go")
+    page.wait(lambda: page.text("speak-state").startswith("Parts of the text that could not be spoken: 2."))
+    assert page.text("speak-state").endswith("The token limit ended the speech, so its end may be missing.")
+    page.end = done()
+    page.click("go")
+    page.wait(lambda: page.text("speak-state") == "")
+    assert page.text("speak-error") == ""
+
+
+def test_the_error_that_ends_a_speech_is_shown_with_the_audio_that_arrived(page: Site) -> None:
+    failure: ErrorFields = {"message": "the worker died", "type": "server_error", "param": None, "code": "worker_lost"}
+    page.open(end=events.failed(failure))
+    page.wait(lambda: page.options("voice") == ["fox", "owl"])
+    page.click("go")
+    page.wait(lambda: page.text("speak-error"))
+    assert page.text("speak-error") == "the worker died 0.50 s of audio arrived."
+    assert "real-time factor" in page.text("figures")
+    page.end = b""
+    page.click("go")
+    page.wait(lambda: page.text("speak-error").startswith("The connection closed before the audio was complete."))

@@ -116,7 +116,7 @@ def test_a_process_that_a_program_leaves_behind_delays_nothing_for_long() -> Non
 
 def test_both_outputs_of_a_followed_program_are_details() -> None:
     details: list[str] = []
-    show_details(lambda text, _: details.append(text))
+    show_details(lambda text, *_: details.append(text))
     try:
         run(["sh", "-c", "echo out; echo err >&2"], follow=True)
     finally:
