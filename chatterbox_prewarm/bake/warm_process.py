@@ -65,7 +65,8 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
     sources = BYTECODE.start_sources()
     computes = stand_in_target() is None
     if computes:
-        upstream = make_missing_voices(attached, {}) or attach_upstream(attached.prepared, lean=synthesizer.model)
+        upstream = make_missing_voices(synthesizer, attached.prepared, {})
+        upstream = upstream or attach_upstream(attached.prepared, lean=synthesizer.model)
     else:
         upstream = _make_voice_on_cpu(attached)
     with metrics.phase("reference"):

@@ -62,7 +62,7 @@ def run(*, warm: str, weights: str, cache: str, converts: bool = False) -> dict[
     prepared = prepare(options, metrics=metrics)
     files_before = probes.listing(options.cache)
     attached = attach_baked(prepared, threads=reference.threads)
-    upstream = make_missing_voices(attached, {})
+    upstream = make_missing_voices(attached.synthesizer, attached.prepared, {})
     from chatterbox_prewarm.model.voices import prepare_voice
 
     computes, synthesize = stand_in_target() is None, _convert if converts else _speak

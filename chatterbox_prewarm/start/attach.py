@@ -145,7 +145,7 @@ def attach(
         for name, clip in clips.items():
             check_clip(clip, name=name, longer_than=longer_than)  # before anything slow
     attached = attach_baked(prepared, threads=threads)
-    make_missing_voices(attached, clips)
+    make_missing_voices(attached.synthesizer, prepared, clips)
     return attached.judged_again()
 
 
@@ -203,7 +203,7 @@ def checked(attached: Attached) -> Attached:
     # Outside of the `except` block, because the traceback keeps the model in memory.
     attached = with_eager_regions(attached)
     attached.synthesizer.check()  # it fails too if the error made the GPU unusable for this process
-    prepare_voices(attached)
+    prepare_voices(attached.synthesizer, attached.prepared)
     prepared.metrics.miss(
         "aot",
         f"code that was compiled without this GPU failed: {failure}; the model runs in eager mode",

@@ -130,7 +130,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
                 )
             )
         )
-        upstream = make_missing_voices(attached, {})
+        upstream = make_missing_voices(attached.synthesizer, attached.prepared, {})
         if attached.untried:
             upstream = None  # it shares the tensors of a model that may be replaced
             with attached.metrics.phase("first synthesis"):

@@ -15,34 +15,42 @@ if TYPE_CHECKING:
 
     from chatterbox.tts import ChatterboxTTS
 
-    from chatterbox_prewarm.start.attach import Attached
+    from chatterbox_prewarm.model.synthesis import Synthesizer
+    from chatterbox_prewarm.start.prepare import Prepared
 
 
-def make_missing_voices(attached: Attached, clips: Mapping[str, Path]) -> ChatterboxTTS | None:
+def make_missing_voices(
+    synthesizer: Synthesizer, prepared: Prepared, clips: Mapping[str, Path]
+) -> ChatterboxTTS | None:
     """Make the built-in voice and those of `clips` that are not baked; each is a miss. Then mark "attached".
 
     Afterwards, compute what all texts of a voice share, if the model has such a thing: the start is not ready before.
 
+    Args:
+        synthesizer: the model with the baked voices; gets those that are made.
+        prepared: the first step of the start of this process.
+        clips: the reference clips by the names of their voices.
+
     Returns:
         upstream's model, if a voice needed it.
     """
-    upstream = _make_voices(attached, clips)
-    attached.metrics.mark("attached")
-    prepare_voices(attached)
+    upstream = _make_voices(synthesizer, prepared, clips)
+    prepared.metrics.mark("attached")
+    prepare_voices(synthesizer, prepared)
     return upstream
 
 
-def prepare_voices(attached: Attached) -> None:
+def prepare_voices(synthesizer: Synthesizer, prepared: Prepared) -> None:
     """Compute what all texts of a voice share, if the model has such a thing."""
-    if attached.synthesizer.model.decoder.prepares_voices:
-        with attached.metrics.phase("voice prefixes"):
-            attached.synthesizer.prepare_voices()
+    if synthesizer.model.decoder.prepares_voices:
+        with prepared.metrics.phase("voice prefixes"):
+            synthesizer.prepare_voices()
 
 
-def _make_voices(attached: Attached, clips: Mapping[str, Path]) -> ChatterboxTTS | None:
+def _make_voices(synthesizer: Synthesizer, prepared: Prepared, clips: Mapping[str, Path]) -> ChatterboxTTS | None:
     from chatterbox_prewarm.model.voices import prepare_voice, read_builtin_voice
 
-    model, voices, prepared = attached.synthesizer.model, attached.synthesizer.voices, attached.prepared
+    model, voices = synthesizer.model, synthesizer.voices
     missing = [name for name in (DEFAULT_VOICE, *clips) if name not in voices]
     for name in missing:
         bake = "chatterbox-prewarm bake"

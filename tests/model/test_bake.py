@@ -383,7 +383,5 @@ def test_a_bake_without_a_family_that_runs_out_of_memory_in_a_level_completes(mi
     assert "level 3: out of memory; the warm-up stops before this level" in baked.stderr
     assert manifest.levels == (2,)
     assert manifest.warmup_texts == (), "a CPU chooses no kernels by the length of a text"
-        "the reference is enough for a CPU, which chooses no kernels by the length of a text"
-    )
     # A bake puts the new state in place only after a start from it has spoken and was warm.
     assert "start from the new state" in baked.stderr
