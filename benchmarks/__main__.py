@@ -28,6 +28,7 @@ from chatterbox_prewarm.commands.options import (
 )
 from chatterbox_prewarm.errors import BadInputError, ModelError, exit_with_code
 from chatterbox_prewarm.model.profiles import PROFILES
+from chatterbox_prewarm.system.progress import show_details
 
 checkout_option = click.option(
     "--checkout", type=PATH, default=Path(), help="Checkout of this project. Default: the current directory."
@@ -169,8 +170,11 @@ def calls(*, weights: Path, warm: Path, cache: Path, device: str, output: Path, 
     from chatterbox_prewarm.bench.t3_calls import TOKENS, run, saved_milliseconds
 
     check_output(output)
-    result = run(weights=str(weights), warm=str(warm), cache=str(cache), device=device, calls=calls)
-    write_report({**setup(weights, warm, device), "tokens": TOKENS, "calls": calls, **result}, output)
+    conditions = {**setup(weights, warm, device), "tokens": TOKENS, "calls": calls}  # first, for its errors
+    show_details(lambda text, *_: note(text))
+    paths = {"weights": str(weights), "warm": str(warm), "cache": str(cache)}
+    result = run(**paths, device=device, calls=calls, policy="fallback")
+    write_report({**conditions, **result}, output)
     for name, seconds in result["last"].items():
         ratio = seconds / result["first"][name]
         click.echo(f"{name}: the last five calls took {ratio:.2f} times as long as calls 2 to 6")

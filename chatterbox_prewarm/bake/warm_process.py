@@ -75,7 +75,7 @@ def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any
         detail(f"voice {name}")
         with metrics.phase("conditionals"):
             synthesizer.voices[name] = prepare_voice(upstream, clip)
-    # Only a GPU chooses kernels by the length of a text. On a CPU, the reference has run all that a text runs.
+    # Only a GPU chooses kernels by the length of a text. On a CPU, the reference has run what another text would run.
     texts = TEXTS if bake.device.startswith("cuda") else ()
     strategy = ChatterboxWarmupStrategy(levels=bake.levels, texts=texts, progress=detail, metrics=metrics)
     if computes:

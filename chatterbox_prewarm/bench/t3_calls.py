@@ -1,7 +1,8 @@
 """One fresh process that calls T3 many times, upstream's and ours in turn.
 
-A stream sends its first chunk after the first speech tokens, so the difference of two calls is time to the first chunk.
-Each call of upstream's Multilingual T3 adds hooks to the layers that its alignment analyzer watches, and they stay.
+A stream with `look_ahead` sends its first chunk after the first speech tokens, so the difference of two calls is time
+to the first chunk. Each call of upstream's Multilingual T3 adds hooks to the layers that its alignment analyzer
+watches. These hooks are never removed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT
 from chatterbox_prewarm.start.attach import load_warmup_cache
@@ -24,23 +26,29 @@ if TYPE_CHECKING:
 TOKENS = 8
 #: The number of calls at the beginning, without the first one, and at the end whose medians are compared.
 _COMPARED = 5
-#: Least number of calls, so that no call is at the beginning and at the end.
+#: Least number of calls, so that no call belongs to both groups.
 MIN_CALLS = 2 * _COMPARED + 1
 
 
-def run(*, weights: str, warm: str, cache: str, device: str, calls: int) -> dict[str, Any]:
+def run(*, weights: str, warm: str, cache: str, device: str, calls: int, policy: str = "require") -> dict[str, Any]:
     """Call our T3 and upstream's in turn.
 
     Args:
         weights: directory of the checkpoint.
-        warm: a warm state, also one of other weights, because its compiled regions fit.
+        warm: a warm state.
         cache: a writable directory.
         device: a torch device.
         calls: the number of calls of each, at least `MIN_CALLS`.
+        policy: what to do with a state that does not fit. With "fallback", a state of other weights works, too, because
+            its compiled regions fit.
 
     Returns:
         `seconds` of all calls of each system; `first` and `last`, the medians in seconds of the calls 2 to 6 and of the
         last five; the number of `hooks` in upstream's T3 before and after all calls; our `profile`.
+
+    Raises:
+        BadInputError: T3 has half the bytes. Upstream's T3, which shares its tensors, cannot run then.
+        PrewarmError: as `load_warmup_cache`.
     """
     import torch
 
@@ -49,7 +57,11 @@ def run(*, weights: str, warm: str, cache: str, device: str, calls: int) -> dict
     from chatterbox_prewarm.model.voices import for_upstream
     from chatterbox_prewarm.start.upstream import attach_upstream
 
-    attached = load_warmup_cache(warm, Path(weights), cache=Path(cache), device=device)
+    attached = load_warmup_cache(warm, Path(weights), cache=Path(cache), device=device, policy=policy)
+    if attached.prepared.execution.t3_dtype != "float32":
+        raise BadInputError(
+            f"upstream's T3 cannot run in {attached.prepared.execution.t3_dtype}", next_step="give a state in float32"
+        )
     synthesizer = attached.synthesizer
     variant, sampling = synthesizer.model.variant, synthesizer.model.sampling
     code = code_of(variant)
@@ -71,11 +83,10 @@ def run(*, weights: str, warm: str, cache: str, device: str, calls: int) -> dict
     for number in range(1, calls + 1):
         for name, call in systems.items():
             seed_everything(0)
-            started = time.perf_counter()
+            started = _now(device)
             call()
-            seconds[name].append(time.perf_counter() - started)
-        if number % 50 == 0:
-            detail(f"{number} of {calls} calls")
+            seconds[name].append(_now(device) - started)
+        detail(f"{number} of {calls} calls", passing=True, share=number / calls)
     return {
         "profile": attached.metrics.profile,
         "seconds": seconds,
@@ -93,6 +104,15 @@ def saved_milliseconds(seconds: Mapping[str, Sequence[float]]) -> float:
     """
     pairs = zip(seconds["ours"][1:], seconds["upstream"][1:], strict=True)
     return 1000 * statistics.median(upstream - ours for ours, upstream in pairs)
+
+
+def _now(device: str) -> float:
+    """Return the time in seconds when the device has done its work."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _hooks(t3: Any) -> int:

@@ -28,8 +28,8 @@ Mode = Literal["live", "lines", "off"]
 
 #: Seconds after which the line on a terminal is written again.
 _REFRESH = 0.5
-#: Columns for the seconds of a step and for the bar, and the space before each.
-_TIME_COLUMNS, _BAR_COLUMNS = 10, 20
+#: Columns for the seconds of a step and the space before them, for a bar, and at least for the text.
+_TIME_COLUMNS, _BAR_COLUMNS, _TEXT_COLUMNS = 10, 20, 20
 
 
 class Steps:
@@ -84,10 +84,11 @@ class Steps:
 
     def _describe(self, text: str, share: float | None = None) -> None:
         assert self._bar is not None
-        bar = "" if share is None else f"{{bar:{_BAR_COLUMNS}}} "
+        columns, bar = shutil.get_terminal_size().columns - _TIME_COLUMNS, ""
+        if share is not None and columns > _BAR_COLUMNS + _TEXT_COLUMNS:
+            columns, bar = columns - _BAR_COLUMNS - 1, f"{{bar:{_BAR_COLUMNS}}} "
+        columns = max(columns, _TEXT_COLUMNS)
         self._bar.bar_format, self._bar.n = f"{{desc}} {bar}{{elapsed}}", share or 0.0
-        columns = shutil.get_terminal_size().columns - _TIME_COLUMNS - (_BAR_COLUMNS + 1 if bar else 0)
-        columns = max(columns, _BAR_COLUMNS)
         line = " ".join(text.split())
         self._bar.set_description_str(line if len(line) <= columns else f"{line[: columns - 1]}…")
 

@@ -2,7 +2,8 @@
 
 The speech becomes tokens, which the flow and the vocoder of a loaded model speak with the target voice. T3 is not used.
 Speech of more than 40 s is cut at quiet places, because that is the longest speech that the flow computes at once for a
-text. The parts are independent: part k is spoken with the seed plus k, and each part has a watermark.
+text. Each part has a watermark. `convert` and `stream` speak part k with the seed plus k, so the parts are independent.
+`speak` lets the random generators run on, as upstream does.
 """
 
 from __future__ import annotations

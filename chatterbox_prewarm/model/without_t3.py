@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.tokenizer import TextFrame
 
 if TYPE_CHECKING:
@@ -22,6 +23,16 @@ class _NoText:
 
     def load(self) -> None:
         """Do nothing: there is no data to read."""
+
+    def check(self, text: str, language: str) -> None:  # noqa: ARG002 - see `TextFrontEnd`
+        """Refuse a text.
+
+        Raises:
+            BadInputError: always.
+        """
+        raise BadInputError(
+            "this model converts speech, and speaks no texts", next_step="load the model without `converts`"
+        )
 
     def ids(self, text: str, language: str) -> list[int]:  # noqa: ARG002 - see `TextFrontEnd`
         """Return no tokens, for the check of a start."""

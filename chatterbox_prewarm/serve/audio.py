@@ -20,8 +20,8 @@ class Audio:
         data: 16-bit little-endian samples.
         sample_rate: in Hz.
         is_truncated: whether the speech of a part reached the token limit, so that its end may be missing.
-        skipped_parts: number of parts of the text that could not be spoken; in a chunk, of those directly before it. If
-            the last part was left out, the last chunk has no samples.
+        skipped_parts: number of parts of the text that could not be spoken; in a chunk: only those directly before it.
+            If the last part was left out, the last chunk has no samples.
     """
 
     data: bytes

@@ -181,7 +181,7 @@ class ChatterboxServer:
         """Speak a text and yield its audio in chunks of one second. Closing the generator stops the work.
 
         Arguments and errors are those of `generate`. With `look_ahead` the first chunk comes earlier, but the audio is
-        not the same as from `generate`.
+        not the same as from `generate`. If the last part of the text was left out, the last chunk has no samples.
         """
         return self._chunks(self._with_prompt(_speech_options(text, options, self._rules), audio_prompt_path))
 

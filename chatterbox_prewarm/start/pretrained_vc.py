@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.errors import BadInputError, first_line
+from chatterbox_prewarm.errors import BadInputError, first_line, is_out_of_memory, is_out_of_threads
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE, SOURCE, decoded_clip, read_clip
 from chatterbox_prewarm.model.reference_clip import CLIP_SAMPLE_RATE, reference_audio
+from chatterbox_prewarm.model.streaming import CHUNK_TOKENS, check_chunks
 from chatterbox_prewarm.model.warmup.settings import switched_off
 from chatterbox_prewarm.start.attach import Attached, load_warmup_cache
 from chatterbox_prewarm.start.defaults import default_cache, default_weights
@@ -18,9 +19,11 @@ from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.paths import WARM
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Mapping
 
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from chatterbox_prewarm.model.chunk import Chunk
     from chatterbox_prewarm.model.conditionals import Conditionals
@@ -33,8 +36,9 @@ _WARMUP_SECONDS = 1.0
 class PrewarmedVC:
     """Upstream's `ChatterboxVC` with its methods, loaded with a warm state and warmed up.
 
-    It is not a subclass of upstream's class, because a conversion needs none of upstream's packages. Only
-    `set_target_voice` imports them. Only one call may run at a time, as in upstream's class.
+    It is not a subclass of upstream's class, because a conversion needs none of upstream's packages. They are imported
+    by the first `set_target_voice`, and by a start that finds no built-in voice. Only one call may run at a time, as in
+    upstream's class.
 
     Example:
         >>> model = PrewarmedVC.from_pretrained_with_warmup("cuda")
@@ -48,7 +52,7 @@ class PrewarmedVC:
         attached: the start of this model: its warm state, its misses, and the baked voices.
         sr: the sample rate of the audio in Hz.
         device: of the model.
-        ref_dict: tensors of the target voice by their names, as in upstream's class.
+        ref_dict: the target voice, as in upstream's class: tensors by their names. Its tensors may be on the CPU.
         warmup_completed: whether the warm-up ran.
     """
 
@@ -58,7 +62,7 @@ class PrewarmedVC:
         model = attached.synthesizer.model
         self.attached = attached
         self.sr, self.device = model.sample_rate, model.device
-        self.ref_dict = dict(attached.synthesizer.voices[DEFAULT_VOICE].gen)
+        self.ref_dict: dict[str, Any] | None = _for_upstream(attached.synthesizer.voices[DEFAULT_VOICE].gen)
         self.warmup_completed = False
         self._converter = load_converter(model, attached.prepared.options.weights)
         self._upstream: Any = None
@@ -76,15 +80,16 @@ class PrewarmedVC:
     ) -> PrewarmedVC:
         """Load the model with its warm state, and warm it up with a conversion of a second of generated speech.
 
-        The checkpoint and the state are those of a model that speaks texts. T3 is not loaded.
+        It uses the checkpoint and the state of a model that speaks texts. T3 is not loaded.
 
         Args:
             device: as upstream takes it, a string such as "cpu" or "cuda".
             warmup: whether to warm up now.
-            weights: see `PrewarmedChatterbox.from_pretrained_with_warmup`.
-            warm: see there.
-            cache: see there.
-            policy: see there.
+            weights: the directory of a checkpoint; by default as `PrewarmedChatterbox.from_pretrained_with_warmup`.
+            warm: a warm state, or a folder of several. By default the path in an image; elsewhere the model starts
+                cold.
+            cache: a writable directory for compilers and Numba; by default below the user's cache directory.
+            policy: what to do with a warm state that does not fit; see `StartOptions`.
 
         Returns:
             the model, with the built-in voice as its target.
@@ -127,89 +132,137 @@ class PrewarmedVC:
         """Compute the voice of a reference clip, and use it from now on. The first call loads upstream's model.
 
         Args:
-            wav_fpath: a clip, of which upstream uses the first 10 s.
+            wav_fpath: a clip of 1 to 300 s, of which upstream uses the first 10 s: at least 16 kHz, at most two
+                channels, in a format that libsndfile reads.
 
         Raises:
-            BadInputError: there is no such file, or it is not audio from which a voice can be made.
+            BadInputError: there is no such file, or it is not such a clip.
             ModelError: upstream's packages are not installed.
         """
         import torch
 
-        from chatterbox_prewarm.model.synthesis import preserved_generators
-
-        what = f"the clip {wav_fpath}"
-        with torch.inference_mode(), decoded_clip(Path(wav_fpath), what=what, channels=2) as path:
-            if self._upstream is None:
-                with preserved_generators(self.device):  # loading draws random numbers
-                    s3gen = attach_upstream(self.attached.prepared).s3gen
-                from chatterbox.vc import ChatterboxVC
-
-                # Without `__init__`, which loads a watermarker. On the CPU, because S3Gen's tensors are there.
-                self._upstream = ChatterboxVC.__new__(ChatterboxVC)
-                self._upstream.s3gen, self._upstream.device = s3gen, "cpu"
+        path = _existing(wav_fpath, "the clip")
+        with decoded_clip(path, what=f"the clip {path}", channels=2) as decoded:
+            upstream = self._load_upstream()
             try:
-                self._upstream.set_target_voice(path)
-            except torch.OutOfMemoryError:
-                raise
+                with torch.inference_mode():
+                    upstream.set_target_voice(decoded)
             except (RuntimeError, ValueError) as error:
+                if is_out_of_memory(error) or is_out_of_threads(error):
+                    raise  # another clip would not help
                 raise BadInputError(
-                    f"no voice could be made from {wav_fpath}: {first_line(error)}",
+                    f"no voice could be made from {path}: {first_line(error)}",
                     next_step="give the path of an audio file with 5 to 10 s of clean speech",
                 ) from error
-        found = self._upstream.ref_dict
-        self.ref_dict = {name: value.clone() for name, value in found.items() if torch.is_tensor(value)}
+        tensors = {name: value.clone() for name, value in upstream.ref_dict.items() if torch.is_tensor(value)}
+        self.ref_dict = _for_upstream(tensors)
 
     def generate(self, audio: str | Path, target_voice_path: str | Path | None = None) -> torch.Tensor:
-        """Speak recorded speech with the target voice, with the arguments and the result of upstream's `generate`.
+        """Speak recorded speech with the target voice, with the arguments of upstream's `generate`.
 
-        The random numbers come from the global generators: `torch.manual_seed` makes the result repeatable.
+        The random numbers come from the global generators, so `torch.manual_seed` makes the result repeatable. The
+        audio equals upstream's except for rounding. Speech of more than 40 s is spoken in parts, so its audio differs.
 
         Args:
-            audio: a file with 0.12 to 300 s of speech, in a format that libsndfile reads.
+            audio: a file with 0.12 to 300 s of speech that is not silent: at least 8 kHz, at most two channels, in a
+                format that libsndfile reads.
             target_voice_path: a reference clip; its voice stays set for later calls. By default the present voice.
 
         Returns:
             float32 (1, n), watermarked mono audio at `sr` Hz.
 
         Raises:
-            BadInputError: the file is not such speech, or see `set_target_voice`.
+            BadInputError: the file is not such speech, there is no target voice, or see `set_target_voice`.
         """
         import torch
 
-        samples, rate = self._read(audio, target_voice_path)
-        speech = self._converter.speak(samples, rate, self._voice)
+        samples, rate = _read(audio)
+        speech = self._converter.speak(samples, rate, self._voice(target_voice_path))
         return torch.from_numpy(speech.samples).unsqueeze(0)
 
     def generate_stream(
-        self, audio: str | Path, target_voice_path: str | Path | None = None, **arguments: Any
+        self,
+        audio: str | Path,
+        target_voice_path: str | Path | None = None,
+        *,
+        seed: int | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
+        look_ahead: int | None = None,
     ) -> Generator[Chunk]:
         """Speak recorded speech with the target voice, in chunks.
 
         Args:
             audio: see `generate`.
             target_voice_path: see `generate`.
-            **arguments: `seed`, `chunk_tokens` and `look_ahead`, as for the function `generate_stream`.
+            seed: makes the result reproducible on the same machine; None chooses a random seed.
+            chunk_tokens: see the function `generate_stream`.
+            look_ahead: see the function `generate_stream`.
 
         Raises:
             BadInputError: at the call, an argument cannot be used.
         """
-        samples, rate = self._read(audio, target_voice_path)
-        return self._converter.stream(samples, rate, self._voice, **arguments)
+        from chatterbox_prewarm.model.synthesis import chosen_seed
 
-    @property
-    def _voice(self) -> Conditionals:
-        return replace(self.attached.synthesizer.voices[DEFAULT_VOICE], gen=self.ref_dict)
+        check_chunks(chunk_tokens, look_ahead)
+        seed = chosen_seed(seed)
+        samples, rate = _read(audio)
+        voice = self._voice(target_voice_path)
+        return self._converter.stream(samples, rate, voice, seed=seed, chunk_tokens=chunk_tokens, look_ahead=look_ahead)
 
-    def _read(self, audio: str | Path, target_voice_path: str | Path | None) -> tuple[Any, int]:
-        """Set the target voice, and read the speech: float32 (n,) mono, and its sample rate in Hz."""
+    def _voice(self, target_voice_path: str | Path | None) -> Conditionals:
+        """Set the target voice if there is a path, and return the target voice.
+
+        Raises:
+            BadInputError: there is no target voice, or see `set_target_voice`.
+        """
         if target_voice_path:
             self.set_target_voice(target_voice_path)
-        return read_clip(Path(audio), what=f"the speech {audio}", channels=2, kind=SOURCE)
+        if self.ref_dict is None:
+            raise BadInputError(
+                "the model has no target voice", next_step="call set_target_voice, or give target_voice_path"
+            )
+        gen = {name: value for name, value in self.ref_dict.items() if value is not None}
+        return replace(self.attached.synthesizer.voices[DEFAULT_VOICE], gen=gen)
+
+    def _load_upstream(self) -> Any:
+        """Return upstream's `ChatterboxVC` on the CPU, without a watermarker."""
+        if self._upstream is None:
+            from chatterbox_prewarm.model.synthesis import preserved_generators
+
+            with preserved_generators(self.device):  # constructing a model draws random numbers
+                s3gen = attach_upstream(self.attached.prepared).s3gen
+            from chatterbox.vc import ChatterboxVC
+
+            self._upstream = ChatterboxVC.__new__(ChatterboxVC)  # `__init__` would load a watermarker
+            self._upstream.s3gen, self._upstream.device = s3gen, "cpu"
+        return self._upstream
 
     def _warm_up(self) -> None:
         from chatterbox_prewarm.model.synthesis import preserved_generators
 
         with self.metrics.phase("first conversion"), preserved_generators(self.device):
-            self._converter.convert(reference_audio(_WARMUP_SECONDS), CLIP_SAMPLE_RATE, self._voice, seed=0)
+            self._converter.convert(reference_audio(_WARMUP_SECONDS), CLIP_SAMPLE_RATE, self._voice(None), seed=0)
         self.metrics.mark("ready")
         self.warmup_completed = True
+
+
+def _for_upstream(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a voice with the names of upstream's `ref_dict`."""
+    return {"prompt_feat_len": None, **tensors}
+
+
+def _existing(path: str | Path, what: str) -> Path:
+    """Check the path of a file.
+
+    Raises:
+        BadInputError: it is not a path, or there is no such file.
+    """
+    if not isinstance(path, str | os.PathLike) or not Path(path).is_file():
+        raise BadInputError(f"{what} {path} does not exist", next_step="give the path of an audio file")
+    return Path(path)
+
+
+def _read(audio: str | Path) -> tuple[NDArray[np.float32], int]:
+    """Read speech: float32 (n,) mono, and its sample rate in Hz."""
+    path = _existing(audio, "the speech")
+    return read_clip(path, what=f"the speech {path}", channels=2, kind=SOURCE)

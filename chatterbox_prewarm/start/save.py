@@ -83,13 +83,19 @@ def save_warmup_cache(
         record: facts about the warm-up for the manifest.
 
     Raises:
-        BadInputError: the model was not loaded by this project, or the directory is not empty or cannot be made.
+        BadInputError: the model was not loaded by this project or only converts speech, or the directory is not empty
+            or cannot be made.
     """
     attached = model if isinstance(model, Attached) else getattr(model, "attached", None)
     if not isinstance(attached, Attached):
         raise BadInputError(
             f"{type(model).__name__} is not a model that this project loaded",
             next_step="load it with from_pretrained_with_warmup or load_warmup_cache",
+        )
+    if attached.prepared.options.converts:
+        raise BadInputError(
+            "a model that only converts speech cannot make a warm state",
+            next_step="save the state of a model that speaks texts; a conversion uses it, too",
         )
     directory = _empty_directory(cache_path)
     record = record or WarmupRecord()

@@ -70,8 +70,8 @@ def _make_voices(synthesizer: Synthesizer, prepared: Prepared, clips: Mapping[st
         return None
     from chatterbox_prewarm.start.upstream import attach_upstream
 
-    # A model that converts has no T3, so upstream's model cannot share its tensors, and is loaded onto the CPU. The
-    # flow moves the voice to its device.
+    # A model that converts has no T3, so upstream's model cannot share its tensors, and is loaded onto the CPU. When
+    # the model converts, it moves the voice to its device.
     upstream = attach_upstream(prepared, lean=None if prepared.options.converts else model)
     with prepared.metrics.phase("conditionals"), contextlib.ExitStack() as stack:
         for name in missing:

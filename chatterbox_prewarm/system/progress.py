@@ -42,7 +42,7 @@ def detail(text: str, *, passing: bool = False, share: float | None = None) -> N
     Args:
         text: a line.
         passing: the line is outdated in a second, so it is not worth a line in a log.
-        share: how much of the work is done, from 0 to 1; None if nobody knows.
+        share: how much of the work is done, from 0 to 1; None if it is unknown.
     """
     if _show is not None:
         _show(text, passing, share)

@@ -28,6 +28,7 @@ from chatterbox_prewarm.model.upstream import load_upstream
 from chatterbox_prewarm.model.upstream_source import Behaviour
 from chatterbox_prewarm.model.voices import for_upstream, read_builtin_voice
 from chatterbox_prewarm.start.pretrained_vc import PrewarmedVC
+from chatterbox_prewarm.start.save import save_warmup_cache
 from chatterbox_prewarm.weights.variants import ENGLISH
 
 if TYPE_CHECKING:
@@ -361,6 +362,8 @@ def test_the_python_class_gives_the_audio_of_upstream_with_the_builtin_voice_and
             audio.append(system.generate(path, target_voice_path=target))
         assert audio[0].shape == audio[1].shape
         assert decibels(audio[0][0].numpy(), audio[1][0].numpy()) >= _LEAST_DECIBELS
+    assert prewarmed.ref_dict is not None
+    assert prewarmed.ref_dict.keys() == upstream.ref_dict.keys()
     assert torch.equal(prewarmed.ref_dict["prompt_token"], upstream.ref_dict["prompt_token"])
     chunks = list(prewarmed.generate_stream(path, seed=7, chunk_tokens=5))
     seed_everything(7)
@@ -371,12 +374,39 @@ def test_the_python_class_gives_the_audio_of_upstream_with_the_builtin_voice_and
 def test_the_python_class_refuses_files_that_it_cannot_use(prewarmed: PrewarmedVC, clip: Path, tmp_path: Path) -> None:
     before = prewarmed.ref_dict
     (tmp_path / "text.wav").write_text("not audio")
-    for name in ("text.wav", "missing.wav"):
-        with pytest.raises(BadInputError, match=r"the speech .* is not audio that can be read"):
-            prewarmed.generate(tmp_path / name)
-        with pytest.raises(BadInputError, match=r"the clip .* is not audio that can be read"):
-            prewarmed.generate(clip, target_voice_path=tmp_path / name)
-    assert prewarmed.ref_dict is before
+    wrong: Any
+    for wrong, problem in (
+        (tmp_path / "text.wav", "is not audio that can be read"),
+        (tmp_path / "missing.wav", "does not exist"),
+        (tmp_path, "does not exist"),
+        (b"RIFF", "does not exist"),
+        (None, "does not exist"),
+    ):
+        with pytest.raises(BadInputError, match=f"the speech .* {problem}"):
+            prewarmed.generate(wrong, target_voice_path=clip)
+        with pytest.raises(BadInputError, match=f"the clip .* {problem}"):
+            prewarmed.set_target_voice(wrong)
+    for arguments in ({"seed": -1}, {"chunk_tokens": 0}, {"look_ahead": -1}):
+        with pytest.raises(BadInputError):
+            prewarmed.generate_stream(clip, target_voice_path=clip, **arguments)
+    assert prewarmed.ref_dict is before, "a refused call does not change the target"
+
+
+def test_a_model_that_converts_speaks_no_texts_and_saves_no_state(prewarmed: PrewarmedVC, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="speaks no texts"):
+        prewarmed.attached.synthesizer.synthesize("Hello.")
+    with pytest.raises(BadInputError, match="cannot make a warm state"):
+        save_warmup_cache(prewarmed, tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+
+
+def test_without_a_target_voice_a_conversion_is_refused(prewarmed: PrewarmedVC, clip: Path) -> None:
+    before, prewarmed.ref_dict = prewarmed.ref_dict, None
+    try:
+        with pytest.raises(BadInputError, match="no target voice"):
+            prewarmed.generate(clip)
+    finally:
+        prewarmed.ref_dict = before
 
 
 def test_a_conversion_leaves_the_model_usable(model: Model, converter: Converter, voice: Conditionals) -> None:

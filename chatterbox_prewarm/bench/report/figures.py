@@ -105,14 +105,16 @@ def _timed(steps: Mapping[str, Step]) -> dict[str, Figure]:
         start[WARM][number]["attached"] / start["torch"][number]["imported"]
         for number in sorted(start[WARM].keys() & start["torch"].keys())
     )
-    calls = steps.get("calls")
+    calls = steps.get("calls", {}).get("seconds", {"ours": (), UPSTREAM: ()})
     found = {
         "exec to attached, warm / import torch": torch_import,
         "first request / steady request, warm": tuple(
             first_request(step) / steady_request(step) for step in request[WARM].values()
         ),
         "first chunk, warm / cold": ratios(request[WARM], request[COLD], first_chunk),
-        "T3's first tokens, ours / upstream": (calls["first"]["ours"] / calls["first"][UPSTREAM],) if calls else (),
+        "T3's first tokens, ours / upstream": tuple(
+            ours / upstream for ours, upstream in zip(calls["ours"][1:], calls[UPSTREAM][1:], strict=True)
+        ),
         "peak memory, warm / upstream": ratios(request[WARM], request[UPSTREAM], peak_memory),
     }
     for title, figure in (("exec to attached", "attached"), ("exec to first audio", "first_audio")):

@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 
 #: The parts of a report in their order.
 PARTS = (
-    *("state", "starts", "requests", "calls", "memory", "levels", "ablation", "profiles", "growth", "load", "quality"),
+    "state",
+    "starts",
+    "requests",
+    "calls",
+    "memory",
+    "levels",
+    "ablation",
+    "profiles",
+    "growth",
+    "load",
+    "quality",
 )
 #: Name of the second warm start in each round. It shows the noise, because both starts are the same.
 WARM_AGAIN = "warm again"

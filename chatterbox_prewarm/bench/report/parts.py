@@ -80,8 +80,9 @@ def requests(options: ReportOptions, record: RecordedSteps) -> None:
 
 
 def calls(options: ReportOptions, record: RecordedSteps) -> None:
-    """Call T3, upstream's and ours in turn, in one process."""
-    record.step("calls", _call, options)
+    """Call T3, upstream's and ours in turn, in one process. Upstream's T3 runs only in float32."""
+    if State.read(options.warm).manifest.execution.t3_dtype == "float32":
+        record.step("calls", _call, options)
 
 
 def _call(options: ReportOptions) -> dict[str, Any]:

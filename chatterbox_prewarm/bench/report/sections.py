@@ -276,5 +276,15 @@ def _cell(value: float | None) -> str:
 
 
 _SECTIONS: Sequence[Callable[[Steps], Section]] = (
-    *(_starts, _requests, _calls, _memory, _levels, _ablation, _profiles, _growth, _load, _quality_pairs, _quality),
+    _starts,
+    _requests,
+    _calls,
+    _memory,
+    _levels,
+    _ablation,
+    _profiles,
+    _growth,
+    _load,
+    _quality_pairs,
+    _quality,
 )

@@ -40,24 +40,29 @@ export async function ask(path, options = {}) {
 }
 
 /**
- * Yield the server-sent events of a response: each is a line of JSON after "data: ", and an empty line.
- * Throws the error that an event contains, and an error when the connection breaks off.
+ * Yield the server-sent events of a response: each is a line of JSON after "data: ", and an empty line. Skip others.
+ * Throws the error that an event contains. When the caller stops, the request ends.
  */
 export async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
-  for (;;) {
-    const { done, value } = await reader.read().catch((error) => {
-      throw error.name === "AbortError" ? error : new Error("The connection closed too early.", { cause: error });
-    });
-    if (done) return;
-    const parts = (text + value).split("\n\n");
-    text = parts.pop();
-    for (const part of parts) {
-      const event = JSON.parse(part.slice("data: ".length));
-      if (event.error) throw new Error(event.error.message);
-      yield event;
+  try {
+    for (;;) {
+      const { done, value } = await reader.read().catch((error) => {
+        throw error.name === "AbortError" ? error : new Error("The connection closed too early.", { cause: error });
+      });
+      if (done) return;
+      const parts = (text + value).split(/\r?\n\r?\n/);
+      text = parts.pop();
+      for (const part of parts) {
+        if (!part.startsWith("data: ")) continue;
+        const event = JSON.parse(part.slice("data: ".length));
+        if (event.error) throw new Error(event.error.message);
+        yield event;
+      }
     }
+  } finally {
+    reader.cancel().catch(() => {});
   }
 }
 

@@ -138,11 +138,11 @@ async function speak() {
     const end = await receive(answer.body, player, samples, times);
     if (samples.length === 0) throw new Error("The server sent no audio.");
     show(fields, player, samples, times);
-    update("All audio has arrived and is playing.");
     outcome = incomplete(end);
+    update(`All audio has arrived and is playing. ${outcome}`.trim());
     await Promise.race([player.finished(), aborted(running.signal)]);
   } catch (error) {
-    if (error.name === "AbortError") outcome = "Stopped.";
+    if (error.name === "AbortError") outcome = `Stopped. ${outcome}`.trim();
     else showError(byId("speak-error"), samples.length ? brokenOff(samples, error) : error);
     if (samples.length && times.last !== null) show(fields, player, samples, times);
   }
@@ -169,7 +169,7 @@ async function receive(body, player, samples, times) {
 function incomplete(end) {
   const sentences = [];
   if (end.skipped_parts) sentences.push(`Parts of the text that could not be spoken: ${end.skipped_parts}.`);
-  if (end.finish_reason === "length") sentences.push("The token limit ended the speech, so its end may be missing.");
+  if (end.finish_reason === "length") sentences.push("The token limit ended a part of the speech, whose end may be missing.");
   return sentences.join(" ");
 }
 
@@ -181,7 +181,7 @@ function aborted(signal) {
 }
 
 function brokenOff(samples, error) {
-  return new Error(`${error.message} ${seconds(samples.seconds)} s of audio arrived.`);
+  return new Error(`${seconds(samples.seconds)} s of audio arrived. Then: ${error.message}`);
 }
 
 function show(fields, player, samples, times) {

@@ -125,7 +125,7 @@ def test_the_page_says_what_is_missing_in_a_speech(page: Site) -> None:
     page.wait(lambda: page.options("voice") == ["fox", "owl"])
     page.click("go")
     page.wait(lambda: page.text("speak-state").startswith("Parts of the text that could not be spoken: 2."))
-    assert page.text("speak-state").endswith("The token limit ended the speech, so its end may be missing.")
+    assert page.text("speak-state").endswith("The token limit ended a part of the speech, whose end may be missing.")
     page.end = done()
     page.click("go")
     page.wait(lambda: page.text("speak-state") == "")
@@ -138,8 +138,8 @@ def test_the_error_that_ends_a_speech_is_shown_with_the_audio_that_arrived(page:
     page.wait(lambda: page.options("voice") == ["fox", "owl"])
     page.click("go")
     page.wait(lambda: page.text("speak-error"))
-    assert page.text("speak-error") == "the worker died 0.50 s of audio arrived."
+    assert page.text("speak-error") == "0.50 s of audio arrived. Then: the worker died"
     assert "real-time factor" in page.text("figures")
     page.end = b""
     page.click("go")
-    page.wait(lambda: page.text("speak-error").startswith("The connection closed before the audio was complete."))
+    page.wait(lambda: page.text("speak-error").endswith("The connection closed before the audio was complete."))
