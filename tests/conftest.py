@@ -85,7 +85,7 @@ def writable_copy(baked: Path, target: Path) -> Path:
 
 
 def run_cli(
-    *arguments: str | Path, timeout: float = 600.0, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    *arguments: str | Path, timeout: float = 800.0, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run `chatterbox-prewarm ARGUMENTS` in a subprocess."""
     return subprocess.run(
@@ -99,7 +99,7 @@ def run_cli(
     )
 
 
-def run_benchmark(*arguments: str | Path, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
+def run_benchmark(*arguments: str | Path, timeout: float = 800.0) -> subprocess.CompletedProcess[str]:
     """Run `python -m benchmarks ARGUMENTS` in a subprocess."""
     command = [sys.executable, "-m", "benchmarks", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT)

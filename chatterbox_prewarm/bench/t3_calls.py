@@ -47,9 +47,15 @@ def run(*, weights: str, warm: str, cache: str, device: str, calls: int, policy:
         last five; the number of `hooks` in upstream's T3 before and after all calls; our `profile`.
 
     Raises:
-        BadInputError: T3 has half the bytes. Upstream's T3, which shares its tensors, cannot run then.
+        BadInputError: our T3 is not in float32. Upstream's T3 shares its tensors, and cannot run then.
         PrewarmError: as `load_warmup_cache`.
     """
+    attached = load_warmup_cache(warm, Path(weights), cache=Path(cache), device=device, policy=policy)
+    if attached.prepared.execution.t3_dtype != "float32":
+        raise BadInputError(
+            f"upstream's T3 cannot run in {attached.prepared.execution.t3_dtype}", next_step="give a state in float32"
+        )
+
     import torch
 
     from chatterbox_prewarm.model.synthesis import seed_everything
@@ -57,11 +63,6 @@ def run(*, weights: str, warm: str, cache: str, device: str, calls: int, policy:
     from chatterbox_prewarm.model.voices import for_upstream
     from chatterbox_prewarm.start.upstream import attach_upstream
 
-    attached = load_warmup_cache(warm, Path(weights), cache=Path(cache), device=device, policy=policy)
-    if attached.prepared.execution.t3_dtype != "float32":
-        raise BadInputError(
-            f"upstream's T3 cannot run in {attached.prepared.execution.t3_dtype}", next_step="give a state in float32"
-        )
     synthesizer = attached.synthesizer
     variant, sampling = synthesizer.model.variant, synthesizer.model.sampling
     code = code_of(variant)
