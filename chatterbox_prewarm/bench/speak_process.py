@@ -95,7 +95,7 @@ def run_with_cache(
         if arguments.get("system") == UPSTREAM:
             environment["NUMBA_CACHE_DIR"] = empty
         if not bytecode:
-            environment["PYTHONPYCACHEPREFIX"] = f"{empty}/bytecode"
+            environment["PYTHONPYCACHEPREFIX"] = f"{empty}/pycache"  # a start refuses a family's folder
             environment.pop("PYTHONDONTWRITEBYTECODE", None)
         return run_module(module, {**arguments, "cache": str(cache or empty)}, env=environment)
 

@@ -122,3 +122,22 @@ def test_too_little_disk_or_memory_is_reported_before_the_start(
     with pytest.raises(BadInputError, match=r"1\.0 GB of memory are available, and these parts need 5\.\d"):
         run_warmup_benchmarks(tmp_path / "report", weights=mini, warm=baked)
     shutil.rmtree(tmp_path / "report")
+
+
+@pytest.mark.slow
+def test_a_start_of_the_ablation_uses_the_bytecode_of_the_state_only(baked: Path, mini: Path) -> None:
+    from chatterbox_prewarm.bench.speak_process import WARM, SpeakOptions, speak_in_fresh_process
+
+    options = SpeakOptions(
+        system=WARM,
+        weights=str(mini),
+        warm=str(baked),
+        text="Hi.",
+        max_new_tokens=12,
+        policy="fallback",
+        speak_once=False,
+    )
+    found = speak_in_fresh_process(options, bytecode=False)
+    assert found["misses"] == {}
+    assert found["hits"]["bytecode"] > 100
+    assert len(found["requests"]) == 1
