@@ -140,8 +140,8 @@ def as_prewarm_error(error: Exception) -> PrewarmError:
 
 #: How Python's and C++'s threads report that none can be started.
 _OUT_OF_THREADS = ("can't start new thread", os.strerror(errno.EAGAIN))
-#: How PyTorch's CPU allocator and oneDNN report that memory ran out.
-_OUT_OF_MEMORY = ("can't allocate memory", "could not create a")
+#: How PyTorch's CPU allocator, oneDNN, and PyTorch's mapping of a file report that memory ran out.
+_OUT_OF_MEMORY = ("can't allocate memory", "could not create a", os.strerror(errno.ENOMEM))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
