@@ -165,7 +165,7 @@ def caused_by(error: Exception, cause: Exception) -> Exception:
         (MemoryError(), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("could not create a primitive"), True),
-        (RuntimeError("unable to mmap 461857652 bytes from file <s3gen.safetensors>: Cannot allocate memory (12)"), True),
+        (RuntimeError("unable to mmap 4618 bytes from file <s3gen.safetensors>: Cannot allocate memory (12)"), True),
         (
             caused_by(ModelError("no voice", next_step="-"), RuntimeError("CUDA error: unspecified launch failure")),
             True,
