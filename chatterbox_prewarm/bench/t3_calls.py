@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError
@@ -50,7 +49,7 @@ def run(*, weights: str, warm: str, cache: str, device: str, calls: int, policy:
         BadInputError: our T3 is not in float32. Upstream's T3 shares its tensors, and cannot run then.
         PrewarmError: as `load_warmup_cache`.
     """
-    attached = load_warmup_cache(warm, Path(weights), cache=Path(cache), device=device, policy=policy)
+    attached = load_warmup_cache(warm, weights, cache=cache, device=device, policy=policy)
     if attached.prepared.execution.t3_dtype != "float32":
         raise BadInputError(
             f"upstream's T3 cannot run in {attached.prepared.execution.t3_dtype}", next_step="give a state in float32"
@@ -103,8 +102,12 @@ def saved_milliseconds(seconds: Mapping[str, Sequence[float]]) -> float:
     Args:
         seconds: as in the result of `run`.
     """
-    pairs = zip(seconds["ours"][1:], seconds["upstream"][1:], strict=True)
-    return 1000 * statistics.median(upstream - ours for ours, upstream in pairs)
+    return 1000 * statistics.median(upstream - ours for ours, upstream in later_pairs(seconds))
+
+
+def later_pairs(seconds: Mapping[str, Sequence[float]]) -> list[tuple[float, float]]:
+    """Return the seconds of our call and of upstream's for each pair but the first, which is not warm."""
+    return list(zip(seconds["ours"], seconds["upstream"], strict=True))[1:]
 
 
 def _now(device: str) -> float:

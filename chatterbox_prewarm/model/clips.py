@@ -95,9 +95,19 @@ def check_clip(path: Path, *, name: str, longer_than: float = 0.0) -> None:
     if name == DEFAULT_VOICE:
         raise BadInputError(f"the name {name!r} belongs to the built-in voice", next_step="choose another name")
     what = f"the clip {path} for the voice {name!r}"
-    if not path.is_file():
-        raise BadInputError(f"{what} does not exist", next_step="give an audio file: --voice NAME=PATH")
+    existing_file(path, what=what, next_step="give an audio file: --voice NAME=PATH")
     read_clip(path, what=what, longer_than=longer_than)
+
+
+def existing_file(path: object, *, what: str, next_step: str) -> Path:
+    """Return a path after a check that there is a file.
+
+    Raises:
+        BadInputError: it is not a path, or there is no such file.
+    """
+    if not isinstance(path, str | os.PathLike) or not Path(path).is_file():
+        raise BadInputError(f"{what} does not exist", next_step=next_step)
+    return Path(path)
 
 
 def read_clip(

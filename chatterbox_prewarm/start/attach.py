@@ -87,7 +87,6 @@ def load_warmup_cache(  # noqa: PLR0913 - public API: keywords are easier to use
     profile: str | None = None,
     trust: Trust | None = None,
     plain_text: Sequence[str] = (),
-    converts: bool = False,
 ) -> Attached:
     """Load the model with its warm state: `prepare`, then `attach`.
 
@@ -111,8 +110,16 @@ def load_warmup_cache(  # noqa: PLR0913 - public API: keywords are easier to use
         profile=profile,
         trust=trust or Trust(),
         plain_text=tuple(plain_text),
-        converts=converts,
     )
+    return start(options)
+
+
+def start(options: StartOptions) -> Attached:
+    """Do what `load_warmup_cache` does, with options.
+
+    Raises:
+        PrewarmError: as `prepare`, `attach` and `checked`.
+    """
     attached = attach(prepare(options))
     if attached.untried:
         with attached.metrics.phase("first synthesis"):

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from chatterbox_prewarm.start.options import StartOptions
+from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.fingerprint import visible_gpus
-from chatterbox_prewarm.system.paths import WEIGHTS
+from chatterbox_prewarm.system.paths import WARM, WEIGHTS
 from chatterbox_prewarm.weights.fetch import fetch
 from chatterbox_prewarm.weights.record import RECORD_NAME
 from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, Variant
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def default_device() -> str:
@@ -32,6 +38,36 @@ def default_weights(variant: Variant = DEFAULT_VARIANT) -> Path:
     if not (weights / RECORD_NAME).exists():
         fetch(weights, variant=variant)
     return weights
+
+
+def default_options(  # noqa: PLR0913 - the arguments of `from_pretrained_with_warmup`
+    variant: Variant,
+    device: str,
+    *,
+    weights: str | Path | None,
+    warm: str | Path | None,
+    cache: str | Path | None,
+    policy: str,
+    plain_text: Sequence[str] = (),
+    converts: bool = False,
+) -> StartOptions:
+    """Return the options of a start in Python; the arguments are those of `from_pretrained_with_warmup`.
+
+    Raises:
+        PrewarmError: as `check_device` and `default_weights`.
+    """
+    device = check_device(device)
+    if warm is None and WARM.is_dir():
+        warm = WARM
+    return StartOptions(
+        warm=Path(warm or os.devnull),
+        weights=Path(weights) if weights is not None else default_weights(variant),
+        cache=Path(cache or default_cache()),
+        device=device,
+        policy=policy if warm is not None else "off",
+        plain_text=tuple(plain_text),
+        converts=converts,
+    )
 
 
 def _home() -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,19 +11,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from chatterbox_prewarm.errors import BadInputError, first_line
 from chatterbox_prewarm.families.registry import applicable
 from chatterbox_prewarm.model.chatterbox_imports import free_import_frames, require_upstream
-from chatterbox_prewarm.model.clips import DEFAULT_VOICE, decoded_clip, has_no_length
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE, decoded_clip, existing_file, has_no_length
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
 from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT, switched_off
 from chatterbox_prewarm.model.warmup.strategy import WARMUP_TOKENS, ChatterboxWarmupStrategy
 from chatterbox_prewarm.start.attach import Attached, attach_baked, checked
-from chatterbox_prewarm.start.defaults import default_cache, default_weights
-from chatterbox_prewarm.start.options import StartOptions
+from chatterbox_prewarm.start.defaults import default_options
 from chatterbox_prewarm.start.prepare import prepare
 from chatterbox_prewarm.start.upstream import attach_upstream
 from chatterbox_prewarm.start.voices import make_missing_voices
-from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.limits import SAMPLING
-from chatterbox_prewarm.system.paths import WARM
 from chatterbox_prewarm.weights.record import read_record
 from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, get_variant
 
@@ -113,23 +109,11 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
             PrewarmError: as `check_device`, `default_weights`, `prepare`, `attach` and `checked`.
         """
         require_upstream()
-        device = check_device(device)
-        if warm is None and WARM.is_dir():
-            warm = WARM
-        weights = Path(weights) if weights is not None else default_weights(cls._variant)
-        cls._check_variant(weights)
-        attached = attach_baked(
-            prepare(
-                StartOptions(
-                    warm=Path(warm or os.devnull),
-                    weights=weights,
-                    cache=Path(cache or default_cache()),
-                    device=device,
-                    policy=policy if warm is not None else "off",
-                    plain_text=tuple(plain_text),
-                )
-            )
+        options = default_options(
+            cls._variant, device, weights=weights, warm=warm, cache=cache, policy=policy, plain_text=plain_text
         )
+        cls._check_variant(options.weights)
+        attached = attach_baked(prepare(options))
         upstream = make_missing_voices(attached.synthesizer, attached.prepared, {})
         if attached.untried:
             upstream = None  # it shares the tensors of a model that may be replaced
@@ -254,8 +238,7 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         from chatterbox_prewarm.model.voices import detached, for_upstream
 
         step = "give the path of an audio file with 5 to 10 s of clean speech"
-        if not isinstance(wav_fpath, str | os.PathLike) or not Path(wav_fpath).is_file():
-            raise BadInputError(f"the clip {wav_fpath} does not exist", next_step=step)
+        existing_file(wav_fpath, what=f"the clip {wav_fpath}", next_step=step)
         try:
             with torch.inference_mode(), contextlib.ExitStack() as stack:
                 path: str | Path = wav_fpath

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, first_line, is_out_of_memory, is_out_of_threads
-from chatterbox_prewarm.model.clips import DEFAULT_VOICE, SOURCE, decoded_clip, read_clip
+from chatterbox_prewarm.model.clips import DEFAULT_VOICE, SOURCE, decoded_clip, existing_file, read_clip
 from chatterbox_prewarm.model.reference_clip import CLIP_SAMPLE_RATE, reference_audio
 from chatterbox_prewarm.model.streaming import CHUNK_TOKENS, check_chunks
 from chatterbox_prewarm.model.warmup.settings import switched_off
-from chatterbox_prewarm.start.attach import Attached, load_warmup_cache
-from chatterbox_prewarm.start.defaults import default_cache, default_weights
+from chatterbox_prewarm.start.attach import Attached, start
+from chatterbox_prewarm.start.defaults import default_options
 from chatterbox_prewarm.start.upstream import attach_upstream
-from chatterbox_prewarm.system.devices import check_device
-from chatterbox_prewarm.system.paths import WARM
+from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Generator
+    from pathlib import Path
 
     import numpy as np
     import torch
@@ -31,12 +29,13 @@ if TYPE_CHECKING:
 
 #: The speech of the warm-up, in seconds.
 _WARMUP_SECONDS = 1.0
+_CLIP_STEP = "give the path of an audio file with 5 to 10 s of clean speech"
 
 
 class PrewarmedVC:
     """Upstream's `ChatterboxVC` with its methods, loaded with a warm state and warmed up.
 
-    It is not a subclass of upstream's class, because a conversion needs none of upstream's packages. They are imported
+    It is not a subclass of upstream's class, because a conversion works without upstream's packages. They are imported
     by the first `set_target_voice`, and by a start that finds no built-in voice. Only one call may run at a time, as in
     upstream's class.
 
@@ -62,7 +61,10 @@ class PrewarmedVC:
         model = attached.synthesizer.model
         self.attached = attached
         self.sr, self.device = model.sample_rate, model.device
-        self.ref_dict: dict[str, Any] | None = _for_upstream(attached.synthesizer.voices[DEFAULT_VOICE].gen)
+        self.ref_dict: dict[str, Any] | None = {
+            "prompt_feat_len": None,
+            **attached.synthesizer.voices[DEFAULT_VOICE].gen,
+        }
         self.warmup_completed = False
         self._converter = load_converter(model, attached.prepared.options.weights)
         self._upstream: Any = None
@@ -95,20 +97,12 @@ class PrewarmedVC:
             the model, with the built-in voice as its target.
 
         Raises:
-            PrewarmError: as `check_device`, `default_weights` and `load_warmup_cache`.
+            PrewarmError: as `default_options` and `load_warmup_cache`.
         """
-        device = check_device(device)
-        if warm is None and WARM.is_dir():
-            warm = WARM
-        attached = load_warmup_cache(
-            warm or os.devnull,
-            weights or default_weights(),
-            cache=cache or default_cache(),
-            device=device,
-            policy=policy if warm is not None else "off",
-            converts=True,
+        options = default_options(
+            DEFAULT_VARIANT, device, weights=weights, warm=warm, cache=cache, policy=policy, converts=True
         )
-        model = cls(attached)
+        model = cls(start(options))
         if warmup and not switched_off():
             model._warm_up()
         return model
@@ -141,7 +135,7 @@ class PrewarmedVC:
         """
         import torch
 
-        path = _existing(wav_fpath, "the clip")
+        path = existing_file(wav_fpath, what=f"the clip {wav_fpath!s}", next_step=_CLIP_STEP)
         with decoded_clip(path, what=f"the clip {path}", channels=2) as decoded:
             upstream = self._load_upstream()
             try:
@@ -152,10 +146,11 @@ class PrewarmedVC:
                     raise  # another clip would not help
                 raise BadInputError(
                     f"no voice could be made from {path}: {first_line(error)}",
-                    next_step="give the path of an audio file with 5 to 10 s of clean speech",
+                    next_step=_CLIP_STEP,
                 ) from error
-        tensors = {name: value.clone() for name, value in upstream.ref_dict.items() if torch.is_tensor(value)}
-        self.ref_dict = _for_upstream(tensors)
+        self.ref_dict = {
+            name: value.clone() if torch.is_tensor(value) else value for name, value in upstream.ref_dict.items()
+        }
 
     def generate(self, audio: str | Path, target_voice_path: str | Path | None = None) -> torch.Tensor:
         """Speak recorded speech with the target voice, with the arguments of upstream's `generate`.
@@ -203,7 +198,7 @@ class PrewarmedVC:
         """
         from chatterbox_prewarm.model.synthesis import chosen_seed
 
-        check_chunks(chunk_tokens, look_ahead)
+        check_chunks(chunk_tokens, look_ahead)  # before the target voice changes
         seed = chosen_seed(seed)
         samples, rate = _read(audio)
         voice = self._voice(target_voice_path)
@@ -246,23 +241,7 @@ class PrewarmedVC:
         self.warmup_completed = True
 
 
-def _for_upstream(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a voice with the names of upstream's `ref_dict`."""
-    return {"prompt_feat_len": None, **tensors}
-
-
-def _existing(path: str | Path, what: str) -> Path:
-    """Check the path of a file.
-
-    Raises:
-        BadInputError: it is not a path, or there is no such file.
-    """
-    if not isinstance(path, str | os.PathLike) or not Path(path).is_file():
-        raise BadInputError(f"{what} {path} does not exist", next_step="give the path of an audio file")
-    return Path(path)
-
-
 def _read(audio: str | Path) -> tuple[NDArray[np.float32], int]:
     """Read speech: float32 (n,) mono, and its sample rate in Hz."""
-    path = _existing(audio, "the speech")
+    path = existing_file(audio, what=f"the speech {audio!s}", next_step="give the path of an audio file")
     return read_clip(path, what=f"the speech {path}", channels=2, kind=SOURCE)

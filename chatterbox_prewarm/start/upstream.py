@@ -44,10 +44,9 @@ def attach_upstream(prepared: Prepared, *, lean: Model | None = None) -> Chatter
         if family.for_upstream and family.applies(prepared.execution.profile, options.device)
     }
     BYTECODE.add_upstream_modules(prepared.folders.get(BYTECODE.name))
-    watched = is_upstream_attached(prepared)  # a second time would count twice
     with metrics.phase("import of upstream"):
-        for family in families.values():
-            if not watched:
+        if not is_upstream_attached(prepared):  # a second time would count twice
+            for family in families.values():
                 family.watch(metrics)
         if prepared.execution.profile == "compiled":
             importlib.import_module("torch._dynamo")  # first, or the lean imports keep the compiler out

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     #: Takes the arguments of `detail`: the text, whether it passes, and the share of the work that is done.
     Show = Callable[[str, bool, float | None], None]
-    from contextlib import AbstractContextManager
 
 logger = logging.getLogger(__name__)
 

@@ -400,13 +400,12 @@ def test_a_model_that_converts_speaks_no_texts_and_saves_no_state(prewarmed: Pre
     assert not (tmp_path / "state").exists()
 
 
-def test_without_a_target_voice_a_conversion_is_refused(prewarmed: PrewarmedVC, clip: Path) -> None:
-    before, prewarmed.ref_dict = prewarmed.ref_dict, None
-    try:
-        with pytest.raises(BadInputError, match="no target voice"):
-            prewarmed.generate(clip)
-    finally:
-        prewarmed.ref_dict = before
+def test_without_a_target_voice_a_conversion_is_refused(
+    prewarmed: PrewarmedVC, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prewarmed, "ref_dict", None)
+    with pytest.raises(BadInputError, match="no target voice"):
+        prewarmed.generate(clip)
 
 
 def test_a_conversion_leaves_the_model_usable(model: Model, converter: Converter, voice: Conditionals) -> None:

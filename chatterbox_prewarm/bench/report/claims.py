@@ -88,7 +88,7 @@ def claims(steps: Mapping[str, dict[str, Any]]) -> list[Claim]:
             [saved_milliseconds(steps["calls"]["seconds"])] if "calls" in steps else [],
             lambda saved: saved >= 300,
             lambda saved: f"{saved:.0f} ms less",
-            "warm calls of upstream's T3 and of ours in turn in one process. A stream with `look_ahead` sends its "
+            "warm calls of upstream's T3 and our T3 in turn in one process. A stream with `look_ahead` sends its "
             "first chunk after such tokens. The claim names the alignment analyzer, which only the Multilingual model "
             "has",
         ),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bench.report.options import WARM_AGAIN
 from chatterbox_prewarm.bench.speak_process import COLD, UPSTREAM, WARM
+from chatterbox_prewarm.bench.t3_calls import later_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -105,16 +106,14 @@ def _timed(steps: Mapping[str, Step]) -> dict[str, Figure]:
         start[WARM][number]["attached"] / start["torch"][number]["imported"]
         for number in sorted(start[WARM].keys() & start["torch"].keys())
     )
-    calls = steps.get("calls", {}).get("seconds", {"ours": (), UPSTREAM: ()})
+    calls = later_pairs(steps["calls"]["seconds"]) if "calls" in steps else []
     found = {
         "exec to attached, warm / import torch": torch_import,
         "first request / steady request, warm": tuple(
             first_request(step) / steady_request(step) for step in request[WARM].values()
         ),
         "first chunk, warm / cold": ratios(request[WARM], request[COLD], first_chunk),
-        "T3's first tokens, ours / upstream": tuple(
-            ours / upstream for ours, upstream in zip(calls["ours"][1:], calls[UPSTREAM][1:], strict=True)
-        ),
+        "T3's first tokens, ours / upstream": tuple(ours / upstream for ours, upstream in calls),
         "peak memory, warm / upstream": ratios(request[WARM], request[UPSTREAM], peak_memory),
     }
     for title, figure in (("exec to attached", "attached"), ("exec to first audio", "first_audio")):

@@ -52,8 +52,7 @@ class Section:
 
 def sections(steps: Steps) -> list[Section]:
     """Return the sections that have rows, in the order of the page."""
-    made = (make(steps) for make in _SECTIONS)
-    return [section for section in made if section.rows]
+    return [section for make in _SECTIONS if (section := make(steps)).rows]
 
 
 def _starts(steps: Steps) -> Section:
