@@ -38,7 +38,7 @@ def test_threads_take_turns_and_a_clip_speaks_only_in_its_own_call(
 def test_a_model_is_loaded_by_default(baked: Path, mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default paths are those of an image."""
     monkeypatch.setattr("chatterbox_prewarm.start.defaults.WEIGHTS", mini)
-    monkeypatch.setattr("chatterbox_prewarm.start.pretrained.WARM", baked)
+    monkeypatch.setattr("chatterbox_prewarm.start.defaults.WARM", baked)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     warmup = AdaptiveWarmup()
     assert warmup.enable_conservative_warmup().level == 1
