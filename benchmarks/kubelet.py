@@ -37,7 +37,7 @@ class Probe:
     """An HTTP probe of a container, with the defaults of Kubernetes. Times are in seconds.
 
     Attributes:
-        grace: grace period of the container when this probe fails; None means that of the pod.
+        grace: grace period of the container when this probe fails; None means the pod's grace period.
     """
 
     kind: Kind

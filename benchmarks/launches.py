@@ -93,7 +93,7 @@ def run(*, weights: str, warm: str, cache: str) -> dict[str, Any]:
 
     def step(decoder: Any) -> list[str]:
         state = decoder._acquire_state(_POSITIONS, nucleus=False)
-        decoder._step(state, decoder._samplers[False], state.positions)  # creates what the first call creates
+        decoder._step(state, decoder._samplers[False], state.positions)  # the first call allocates buffers
         before = log.stat().st_size
         decoder._step(state, decoder._samplers[False], state.positions)
         return log.read_bytes()[before:].decode(errors="replace").splitlines()

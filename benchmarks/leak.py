@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.bench.server import MeasuredServer
     from chatterbox_prewarm.weights.variants import Variant
 
-#: A larger relative growth is a leak. Handles and threads are few, so one more of them exceeds the limit.
+#: A larger relative growth is a leak. There are so few handles and threads that a single new one exceeds the limit.
 LIMIT = 0.01
 #: Share of the samples that belongs to the warm-up.
 _WARM_UP = 0.2
-#: In every ten requests, one client disconnects after the first chunk, and an invalid request precedes another one.
+#: In every ten requests, one client disconnects after the first chunk, and one request follows an invalid request.
 _DISCONNECTED, _AFTER_INVALID = 3, 7
 _SAMPLES = 100
 #: Both sides have released a closed connection after this time.

@@ -196,13 +196,16 @@ def _upstreams_speak(
     """Return a function that synthesizes with upstream's code and the weights of `model`, optionally without T3."""
     import torch
 
+    from chatterbox_prewarm.model.regions.t3_blocks import START_SPEECH_TOKEN
     from chatterbox_prewarm.model.synthesis import seed_everything
-    from chatterbox_prewarm.model.upstream import upstream_text_tokens
+    from chatterbox_prewarm.model.upstream import variant_of
+    from chatterbox_prewarm.model.variants import code_of, default_sampling
     from chatterbox_prewarm.model.voices import for_upstream
 
     clock = clock_of(device)
-    text = upstream_text_tokens(model, _TEXT)
-    conditionals = for_upstream(voice)
+    variant, conditionals = variant_of(model), for_upstream(voice)
+    code, sampling = code_of(variant), default_sampling(variant)
+    text = code.upstream_text_ids(model, _TEXT, variant.check_language(None))
 
     @torch.inference_mode()
     def speak() -> dict[str, float]:
@@ -210,8 +213,10 @@ def _upstreams_speak(
         started = clock()
         speech = torch.arange(tokens)
         if with_t3:
-            speech = model.t3.inference(t3_cond=conditionals.t3, text_tokens=text, max_new_tokens=tokens, top_p=1.0)[0]
-        speech = _fit_length(speech[speech < model.t3.hp.start_speech_token], tokens)
+            speech = code.upstream_speech_tokens(
+                model, conditionals.t3, text, sampling=sampling, max_new_tokens=tokens
+            ).cpu()
+        speech = _fit_length(speech[speech < START_SPEECH_TOKEN], tokens)
         decoded = clock()
         mel = model.s3gen.flow_inference(speech.to(device), ref_dict=conditionals.gen, finalize=True)
         flow_done = clock()

@@ -86,7 +86,7 @@ def bake_several(
 
 
 def _kind(options: BakeOptions) -> tuple[Path, GpuTarget] | None:
-    """Return what the packages of a bake for a target depend on; None for a bake for this machine."""
+    """Return the inputs of the packages of a bake for a target; None for a bake for this machine."""
     if options.target is None:
         return None
     return options.weights, replace(find_target(options.target), gpu="", memory=0)

@@ -1,4 +1,4 @@
-"""Client of the speech API that measures what it receives."""
+"""Client of the speech API that measures the responses."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ class WarmupMetrics:
         cold_start_latency: seconds from the exec of a process to the complete audio of its first request, cold.
         warm_start_latency: the same with the warm state.
         warmup_duration: seconds of the warm-up within the warm start.
-        memory_overhead_mb: peak resident memory of the warm process less that of the cold one, after the first request,
-            in MB; on a GPU, peak memory of torch's allocator. Negative if the warm process needs less.
+        memory_overhead_mb: difference of the peak resident memory of the warm and the cold process, after the first
+            request, in MB; on a GPU, of the peak memory of torch's allocator. Negative if the warm process needs less.
         first_chunk_improvement_ms: milliseconds by which the first chunk of the first request comes earlier after the
             warm start. The load is not counted.
         second_model_latency: seconds to load a second model in the cold process and to speak. It is not a cold start,
@@ -105,7 +105,7 @@ def benchmark_warmup_effectiveness(
         device: torch device.
         weights: the directory of a checkpoint; by default as `from_pretrained_with_warmup`.
         warm: a warm state for this machine; by default the one in an image. Without one, a state is baked first,
-            which can take minutes, and removed afterwards.
+            and removed at the end. The bake can take minutes.
         say: called with one line before each step.
 
     Raises:

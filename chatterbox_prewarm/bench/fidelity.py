@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.conditionals import Conditionals
     from chatterbox_prewarm.model.synthesis import Synthesizer
 
-#: Number of speech tokens that are decoded greedily (eight seconds), and number of those that are rendered as audio.
+#: Number of speech tokens that are decoded greedily (eight seconds). The first `_RENDERED` of them become audio.
 TOKENS = 200
 _RENDERED = 50
 _SEED = 1

@@ -20,7 +20,7 @@ class RecordedSteps:
 
     Args:
         path: JSON file. Steps that it already contains are not measured again.
-        plan: what the results depend on, such as the machine and the options; JSON values.
+        plan: inputs that change the results, such as the machine and the options; JSON values.
         say: called with one line for each step.
 
     Attributes:

@@ -74,7 +74,7 @@ def speak_in_fresh_process(
         options: what to load and to speak.
         cache: cache directory for the profile `compiled`, whose state works only with the path of its bake. By default
             an empty directory.
-        bytecode: whether the process may use the bytecode beside the sources, which a fresh image does not have.
+        bytecode: whether the process may use the bytecode next to the sources. A fresh image does not contain it.
 
     Raises:
         PrewarmError: the process failed, with the error that it reported.

@@ -60,7 +60,7 @@ def versions() -> dict[str, str]:
 
 
 def settle(weights: Path, warm: Path | None) -> None:
-    """Read the files that a start needs into the page cache. Those that are there already take no time."""
+    """Read the files that a start needs into the page cache. Files that are already there take no time."""
     packages = Path(sysconfig.get_paths()["purelib"])
     state = [path for path in warm.rglob("*") if path.is_file()] if warm is not None else []
     for path in (*packages.rglob("*.so*"), *state, *weights.glob("*.safetensors")):
@@ -215,7 +215,7 @@ def _new_length(server: MeasuredServer, request: dict[str, Any]) -> float:
 
 
 def _first_chunk(server: MeasuredServer, request: dict[str, Any], streams: int) -> float:
-    """Return the time to the first chunk of the first stream, divided by that of later streams."""
+    """Return the ratio of the times to the first chunk: first stream to later streams."""
     chunks = [request_speech(server.target, request, streamed=True).first_chunk for _ in range(streams)]
     return chunks[0] / statistics.median(chunks[1:])
 

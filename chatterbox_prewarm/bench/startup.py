@@ -90,7 +90,7 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
         device: device of all systems. The state must be baked for it.
         say: called with one line for each start.
         hello: path of a WAV file for the first sentence of the warm server; None to write no file.
-        requests: requests of each process after its first one. With 1, only the warm server gets another one.
+        requests: requests of each process after its first one. With 1, only the warm server gets a second request.
 
     Returns:
         the report: machine, all runs, medians and ratios.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-#: What a user wants to do with this machine.
+#: The uses of a machine.
 USES = ("bake", "serve", "build")
 _MODEL = ("bake", "serve")
 #: Packages of the extras, by the names of their modules; the first one that is missing is named.

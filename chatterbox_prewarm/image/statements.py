@@ -24,7 +24,7 @@ TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
 PROVENANCE = "https://slsa.dev/provenance/v1"
 #: Annotation of the tested configuration: the key of the state.
 STATE_KEY = "io.chatterbox-prewarm.state"
-#: What a bake is, for SLSA. `docs/trust.md` describes its parameters.
+#: SLSA's build type of a bake. `docs/trust.md` describes its parameters.
 _BUILD_TYPE = "urn:chatterbox-prewarm:bake:1"
 _NO_BUILDER = "urn:chatterbox-prewarm:builder:not-recorded"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -127,7 +127,7 @@ def make_statement(subject: Subject, predicate_type: str, predicate: Mapping[str
 
 @dataclass(frozen=True, kw_only=True)
 class SignedProof:
-    """What a signed statement about a proof says: the key of the state, and the tests that passed."""
+    """Content of a signed statement about a proof: the key of the state, and the tests that passed."""
 
     state: str
     tests: tuple[str, ...]

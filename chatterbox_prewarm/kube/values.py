@@ -53,7 +53,7 @@ def to_values(rendering: Rendering) -> Rendering:
 def _image(reference: str) -> Document:
     name, _, digest = reference.partition("@")
     repository, _, tag = name.rpartition(":")
-    if not repository or "/" in tag:  # the colon is that of a port, or there is none
+    if not repository or "/" in tag:  # there is no colon, or it precedes a port
         repository, tag = name, ""
     return {"repository": repository, "tag": tag, "digest": digest}
 

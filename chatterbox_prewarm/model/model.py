@@ -19,8 +19,7 @@ from chatterbox_prewarm.model.regions.flow import Flow
 from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
 from chatterbox_prewarm.model.regions.t3_blocks import START_SPEECH_TOKEN
 from chatterbox_prewarm.model.regions.vocoder import SAMPLE_RATE, SAMPLES_PER_FRAME, Vocoder
-from chatterbox_prewarm.model.sampling import Sampling
-from chatterbox_prewarm.model.variants import code_of
+from chatterbox_prewarm.model.variants import code_of, default_sampling
 from chatterbox_prewarm.model.watermark import Watermark
 from chatterbox_prewarm.model.without_t3 import no_decoder, no_text
 from chatterbox_prewarm.weights.mapped import CONVERSION, SYNTHESIS, MappedWeights
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.model.regions.decoder import TokenDecoder
     from chatterbox_prewarm.model.regions.executors import Executor
+    from chatterbox_prewarm.model.sampling import Sampling
     from chatterbox_prewarm.model.upstream_source import Behaviour
     from chatterbox_prewarm.model.variants import TextFrontEnd
     from chatterbox_prewarm.weights.variants import Variant
@@ -97,9 +97,7 @@ class Model:
     @property
     def sampling(self) -> Sampling:
         """The sampling settings that upstream uses by default."""
-        defaults = {name: control.default for name, control in self.variant.controls.items()}
-        defaults["repetition_penalty"] = self.behaviour.repetition_penalty
-        return Sampling(**defaults)  # type: ignore[arg-type]  # the exaggeration may be None, and top-k is an integer
+        return default_sampling(self.variant)
 
     def text_tokens(self, text: str, language: str | None = None) -> torch.Tensor:
         """Return the text tokens that the decoder expects, int64 (1, n), with the tokens around the text.

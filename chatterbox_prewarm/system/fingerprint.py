@@ -161,7 +161,7 @@ def describe_fact(name: str) -> str:
 
 
 def contrast(one: str, other: str) -> tuple[str, str]:
-    """Shorten two different values. Of long lists of words, only those that the other list lacks remain."""
+    """Shorten two different values. Of a long list of words, keep only words that the other list lacks."""
     words, others = one.split(), other.split()
     if max(len(one), len(other)) > _MAX_SHOWN and min(len(words), len(others)) > 1:
         one = " ".join(["...", *(word for word in words if word not in set(others))])

@@ -25,13 +25,13 @@ _OPTIONAL = {"nvidia", "tesla", "geforce", "rtx"}
 
 
 def nvml_name(text: str) -> str:
-    """Return the product name for what a user wrote, such as "L4" or "nvidia-l4". A product name is returned unchanged.
+    """Return the product name for a user's spelling, such as "L4" or "nvidia-l4". A product name is returned unchanged.
 
     A name that begins like a product name is accepted even if this version does not know the product, because a new GPU
     must be usable. A name of several products is refused, because a warm state is for one of them.
 
     Raises:
-        BadInputError: the name is not that of one product; the message names the nearest ones.
+        BadInputError: the name fits no product, or several; the message lists similar names.
     """
     if text in _PRODUCTS:
         return text
@@ -57,5 +57,5 @@ def nvml_name(text: str) -> str:
 
 
 def _words(name: str) -> list[str]:
-    """Split a name into words, without those that users leave out."""
+    """Split a name into words, and drop the words that users leave out."""
     return [word for word in re.split(r"[\s_-]+", name.lower().strip()) if word not in _OPTIONAL]

@@ -106,7 +106,7 @@ def make_stand_in(target: GpuTarget, folder: Path) -> dict[str, str]:
     wrapper.chmod(0o755)
     return {
         _TARGET: target.name,
-        # One GPU, also if the user selected another one of this machine. Its memory is not cached: it has no content.
+        # One GPU, whichever GPU of this machine the user selected. Its memory is not cached: it has no content.
         "CUDA_VISIBLE_DEVICES": "0",
         "PYTORCH_CUDA_ALLOC_CONF": "",
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",

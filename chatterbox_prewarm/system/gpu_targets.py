@@ -30,7 +30,7 @@ _ARCHITECTURES = {
 #: The first compute capability with instructions for bfloat16. Inductor compiles no bfloat16 for older ones.
 _BFLOAT16 = (8, 0)
 #: Product name of NVML, compute capability, multiprocessors, memory in GiB, L2 cache in MiB. The first product of an
-#: architecture stands for it.
+#: architecture represents it.
 _PRODUCTS = (
     ("Tesla T4", (7, 5), 40, 16, 4),
     ("NVIDIA A100-SXM4-40GB", (8, 0), 108, 40, 40),

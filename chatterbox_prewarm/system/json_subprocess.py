@@ -30,7 +30,7 @@ def run_module(
     Args:
         module: full name of the module.
         arguments: the arguments of its function.
-        env: the environment; by default that of this process.
+        env: the environment; by default the parent's.
         timeout: in seconds.
 
     Raises:

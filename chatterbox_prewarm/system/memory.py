@@ -13,7 +13,7 @@ _MEMINFO = Path("/proc/meminfo")
 def usable_memory(mount: Path = MOUNT, groups: Path = GROUPS, meminfo: Path = _MEMINFO) -> int:
     """Return the bytes of memory that are available to this process: on the machine, and below its groups' limits.
 
-    The page cache counts as available. What the groups use already does not count, because at a start it is little.
+    The page cache counts as available. The present use of the groups is ignored, because it is small at a start.
 
     Args:
         mount: see `control_groups`.

@@ -49,7 +49,7 @@ def run(
 
     Args:
         command: program and arguments.
-        env: the environment; by default that of this process.
+        env: the environment; by default the parent's.
         timeout: in seconds.
         follow: show each line of both outputs as a detail of the present work. Standard output is not returned.
         **options: of `subprocess.run`, such as `cwd`, `input`, `stdout` and `stderr`.

@@ -1,7 +1,7 @@
-"""Details of long work: one line that says what it does now.
+"""Progress of long steps, such as "12 of 40 MB".
 
-The command line shows them. A child process sends them to its parent, together with its log, as records on standard
-error. All other lines there come from packages and compilers.
+The command line shows it. A child process sends its progress and its log to its parent, as records on standard error.
+All other lines there come from packages and compilers.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def show_details(show: Show | None) -> None:
 
 
 def detail(text: str, *, passing: bool = False, share: float | None = None) -> None:
-    """Say what the present work does now.
+    """Report the progress of the current step.
 
     Args:
-        text: a line.
-        passing: the line is outdated in a second, so it is not worth a line in a log.
-        share: how much of the work is done, from 0 to 1; None if it is unknown.
+        text: one line.
+        passing: the line is outdated after a second, so it is not written to the log.
+        share: the part of the step that is done, from 0 to 1; None if it is unknown.
     """
     if _show is not None:
         _show(text, passing, share)
@@ -52,7 +52,7 @@ def detail(text: str, *, passing: bool = False, share: float | None = None) -> N
 
 @contextlib.contextmanager
 def counted(opened: AbstractContextManager[BinaryIO], size: int) -> Iterator[BinaryIO]:
-    """Open a stream of `size` bytes that says how much of it was read, as a detail of the present work."""
+    """Open a stream of `size` bytes that reports how much of it was read."""
     with opened as stream:
         yield cast("BinaryIO", _CountedStream(stream, size))
 
@@ -100,7 +100,7 @@ def _send(record: dict[str, Any]) -> None:
 
 
 def receive_record(line: str) -> bool:
-    """Handle a line of a child's standard error if it is a record; return whether it is one."""
+    """Handle one line of a child's standard error; return False if it is not a record."""
     if not line.startswith(_RECORD):
         return False
     try:

@@ -209,7 +209,7 @@ def test_a_proof_compares_packages_that_never_ran_with_eager_mode(untried: Path,
 
 
 def with_a_wrong_package(state: Path, folder: Path) -> Path:
-    """Copy a state, and replace the package of a region by that of another one, which takes other arguments."""
+    """Copy a state, and put the package of one region in the place of a region with other arguments."""
     copy = writable_copy(state, folder)
     shutil.copy(copy / "aot" / "flow_euler" / "region.so", copy / "aot" / "vocoder_pitch" / "region.so")
     rewrite(copy, rescan=True)

@@ -1,1 +1,1 @@
-"""`bench report`: measure what this project claims, and write the results as a page."""
+"""`bench report`: measure the claims of this project, and write the results as a page."""

@@ -106,7 +106,7 @@ def claims(steps: Mapping[str, dict[str, Any]]) -> list[Claim]:
             [1 - ratio for ratio in ratios(request[WARM], request[UPSTREAM], peak_memory)],
             lambda share: share >= 0.1,
             lambda share: f"{share:.0%} less" if share >= 0 else f"{-share:.0%} more",
-            "peak resident memory, or that of torch's allocator on a GPU; warm, and upstream without changes",
+            "peak resident memory, on a GPU the peak of torch's allocator; warm, and upstream without changes",
         ),
         _quality(steps),
     ]

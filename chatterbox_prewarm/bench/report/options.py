@@ -137,7 +137,7 @@ class ReportOptions:
         """Check that the report writes and removes only its own files. It removes the folder `states` at the end.
 
         Raises:
-            BadInputError: naming the path that must be another one.
+            BadInputError: the report would replace other files; the message names the path to change.
         """
         check_output_place(self.output)
         for option, place in (("--warm", self.warm), ("--weights", self.weights)):

@@ -116,7 +116,7 @@ def levels(options: ReportOptions, record: RecordedSteps) -> None:
 def ablation(options: ReportOptions, record: RecordedSteps) -> None:
     """Start without one family of the state after the other, and with all of them, without a warm-up.
 
-    No start may use the bytecode next to the sources, because a fresh image has none there.
+    A start must not use the bytecode next to the sources, because a fresh image does not contain it.
     """
     for number in _rounds(options):
         record.step(f"ablation: none, {number}", _without, options, None)

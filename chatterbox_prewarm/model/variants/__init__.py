@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from chatterbox_prewarm.model.sampling import Sampling
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from chatterbox_prewarm.model.regions.decoder import TokenDecoder
     from chatterbox_prewarm.model.regions.executors import Executor
     from chatterbox_prewarm.model.regions.named_tensors import NamedTensors
-    from chatterbox_prewarm.model.sampling import Sampling
     from chatterbox_prewarm.model.tokenizer import TextFrame
     from chatterbox_prewarm.model.upstream_source import Behaviour
     from chatterbox_prewarm.weights.variants import Variant
@@ -168,3 +169,10 @@ class VariantCode(Protocol):
 def code_of(variant: Variant) -> VariantCode:
     """Return the module of a variant."""
     return cast("VariantCode", importlib.import_module(f"{__name__}.{variant.module}"))
+
+
+def default_sampling(variant: Variant) -> Sampling:
+    """Return the sampling settings that upstream uses by default."""
+    defaults = {name: control.default for name, control in variant.controls.items()}
+    defaults["repetition_penalty"] = code_of(variant).behaviour(variant).repetition_penalty
+    return Sampling(**defaults)  # type: ignore[arg-type]  # the exaggeration may be None, and top-k is an integer

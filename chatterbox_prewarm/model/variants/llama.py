@@ -1,4 +1,4 @@
-"""What the English and the Multilingual model share: a T3 that is a Llama, with guidance."""
+"""Shared code of the English and the Multilingual model, whose T3 is a Llama with guidance."""
 
 from __future__ import annotations
 

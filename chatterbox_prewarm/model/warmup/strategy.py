@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.errors import BadInputError, first_line
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.reference_clip import CLIP_SAMPLE_RATE, reference_audio, reference_clip
-from chatterbox_prewarm.model.sampling import Sampling
 from chatterbox_prewarm.model.warmup.settings import LEVELS, LONG_TEXT, SHORT_TEXT, TEXTS, check_levels, switched_off
 from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.fingerprint import device_kind
@@ -230,7 +229,7 @@ def _speak_with_upstream(model: ChatterboxTTS, text: str, voice: Conditionals, m
     from chatterbox_prewarm.model.synthesis import seed_everything
     from chatterbox_prewarm.model.t3_backend import keep_backend
     from chatterbox_prewarm.model.upstream import variant_of
-    from chatterbox_prewarm.model.variants import code_of
+    from chatterbox_prewarm.model.variants import code_of, default_sampling
     from chatterbox_prewarm.model.voices import for_upstream
 
     keep_backend(model.t3)
@@ -240,7 +239,11 @@ def _speak_with_upstream(model: ChatterboxTTS, text: str, voice: Conditionals, m
     text_ids = code.upstream_text_ids(model, text, variant.check_language(None))
     with torch.inference_mode():
         code.upstream_speech_tokens(
-            model, conditionals.t3, text_ids, sampling=Sampling(), max_new_tokens=max_new_tokens
+            model,
+            conditionals.t3,
+            text_ids,
+            sampling=default_sampling(variant),
+            max_new_tokens=max_new_tokens,
         )
         # Arbitrary tokens, because T3 may have stopped too early for any audio.
         tokens = torch.arange(max_new_tokens, device=model.device)

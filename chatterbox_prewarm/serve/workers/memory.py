@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig
 
-#: Bytes of a worker process besides the weights. On a CPU the workers have 0.35 to 0.7 GB of their own, and share
-#: 0.3 GB of libraries.
+#: Bytes of a worker process without the weights. On a CPU, each worker has 0.35 to 0.7 GB of private memory, and all
+#: workers share 0.3 GB of libraries.
 _WORKER_BYTES = 1 << 30
-#: Bytes of a worker on its GPU besides the weights: about 1 GiB for the CUDA context, and 1 GiB for the KV cache
+#: Bytes of a worker on its GPU without the weights: about 1 GiB for the CUDA context, and 1 GiB for the KV cache
 #: (0.6 GiB for English in float32), the voices of Turbo (0.3 GiB), and what a synthesis allocates.
 _GPU_BYTES = 2 << 30
 

@@ -13,6 +13,7 @@ import click
 import pytest
 
 from chatterbox_prewarm import errors
+from chatterbox_prewarm.bench.report.options import PARTS
 from chatterbox_prewarm.cli import cli
 from chatterbox_prewarm.commands.options import parse_alias
 from chatterbox_prewarm.errors import BadInputError
@@ -144,6 +145,11 @@ def test_the_help_of_serve_names_the_environment_variable_of_every_option() -> N
         variable = str(option.envvar)
         assert variable.startswith("CHATTERBOX_PREWARM_"), option.name
         assert variable in shown.replace("\n", "").replace(" ", "")
+
+
+def test_the_help_of_a_report_lists_all_parts() -> None:
+    shown = " ".join(run_cli("bench", "report", "--help").stdout.split())
+    assert f"Parts to measure: {', '.join(PARTS)}." in shown
 
 
 def test_every_exit_code_is_in_the_help_and_in_the_readme() -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PROGRAM = "chatterbox-prewarm"
-#: What a user types, and what the shell makes of it.
+#: The input of a user, and the line after completion.
 CASES = [
     ("chatterbox-prewarm wei", "chatterbox-prewarm weights"),
     ("chatterbox-prewarm weights synth", "chatterbox-prewarm weights synthesize"),
