@@ -135,26 +135,20 @@ def _rounded(value: float) -> float:
 def _ratios(runs: Sequence[dict[str, Any]], medians: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Return median and range of the figures that are compared only within one process or one round."""
     ratios: dict[str, dict[str, float]] = {}
-    for name, median in medians.items():
+    for name in medians:
         if name == UPSTREAM:
             continue
         for key, part in (("t3_speeds", "T3"), ("s3gen_speeds", "S3Gen")):
             if pairs := [pair for run in runs if run["system"] == name for pair in run.get(key, ())]:
                 ratios[f"{part} speed, {name} / upstream"] = _spread(pairs)
         if "eager" in medians and name != "eager":
-            for key, title in (("attached", "attached"), ("loading_seconds", "regions bound")):
-                ratios[f"{title}, {name} - eager, s"] = _spread(_differences(runs, key, name, "eager"))
-        if median.get("compile_seconds"):
-            loading = [run["loading_seconds"] for run in runs if run["system"] == name]
-            ratios[f"compile / load from the state, {name}"] = _spread(
-                [median["compile_seconds"] / max(seconds, 1e-3) for seconds in loading]
-            )
+            ratios[f"attached, {name} - eager, s"] = _spread(_attached_differences(runs, name, "eager"))
     return ratios
 
 
-def _differences(runs: Sequence[dict[str, Any]], key: str, name: str, base: str) -> list[float]:
-    """Return the difference between two systems in each round."""
-    values = {(run["system"], run["round"]): run[key] for run in runs if key in run}
+def _attached_differences(runs: Sequence[dict[str, Any]], name: str, base: str) -> list[float]:
+    """Return how much later than `base` a system was attached, in seconds, in each round."""
+    values = {(run["system"], run["round"]): run["attached"] for run in runs}
     return [value - values[base, number] for (system, number), value in values.items() if system == name]
 
 

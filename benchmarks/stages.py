@@ -81,8 +81,6 @@ def run(**fields: Any) -> dict[str, Any]:
         "flow_seconds": medians["flow_seconds"],
         "vocoder_seconds": medians["vocoder_seconds"],
         "real_time_factor": seconds / audio,
-        "loading_seconds": sum(phase["seconds"] for phase in log["phases"] if phase["name"] == "regions")
-        + log["timers"].get("compile", 0.0),
         **({"peak_gpu_megabytes": torch.cuda.max_memory_allocated() / 1e6} if on_gpu else {}),
         **({"capture_seconds": system.capture_seconds} if system.capture_seconds else {}),
         "misses": log["misses"],

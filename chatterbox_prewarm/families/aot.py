@@ -24,7 +24,7 @@ class AotFamily(Family):
     """See the module's docstring."""
 
     name = "aot"
-    timers = ("aot make", "regions")
+    timers = ("aot make",)
 
     def __init__(self) -> None:
         self._directory: Path | None = None
