@@ -23,8 +23,9 @@ ROOT = Path(__file__).parent.parent
 
 #: Test files that build images and run containers.
 _CONTAINER_FILES = tuple(
-    f"tests/image/test_{name}.py" for name in ("build", "full_disk", "image", "pod", "podman", "routes", "two_models")
+    f"tests/image/test_{name}.py" for name in ("build", "full_disk", "image", "pod", "podman", "routes", "all_models")
 )
+assert all((ROOT / name).is_file() for name in _CONTAINER_FILES), "a file in _CONTAINER_FILES was renamed"
 
 # A shell ignores SIGINT in the processes that it starts in the background, and the tests' subprocesses inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
