@@ -26,7 +26,7 @@ PYTEST := PATH="$$PATH:$(CURDIR)/$(CHECKS)/bin" OMP_WAIT_POLICY=passive $(BIN)/p
 demo: $(VENV)/.complete  ## bake, pack, prove and serve on this machine, with random weights
 	$(BIN)/python -m chatterbox_prewarm.bench.demo --variant $(VARIANT)
 
-test: $(VENV)/.complete  ## tests that need only the packages that the README names; at most 10 minutes
+test: $(VENV)/.complete  ## tests that need only the packages that the README names; about 10 minutes
 	$(PYTEST) -n $(JOBS) -m "not (containers or programs or slow)"
 
 # Two runs, so that a failure in the first one shows early.

@@ -53,6 +53,7 @@ def test_its_audio_equals_the_models_audio(server: ChatterboxServer, attached: A
     assert audio.wav.startswith(b"RIFF")
 
 
+@pytest.mark.slow
 def test_a_reference_clip_gives_the_voice_that_was_baked_from_it(server: ChatterboxServer, clip: Path) -> None:
     baked = server.generate(TEXT, voice="fox", seed=1, max_new_tokens=8)
     prompted = server.generate(TEXT, audio_prompt_path=str(clip), seed=1, max_new_tokens=8)

@@ -83,7 +83,14 @@ def test_generate_has_the_signature_of_upstream() -> None:
         ]
 
 
-@pytest.mark.parametrize("settings", [{}, {"cfg_weight": 0.2, "temperature": 1.2}, {"exaggeration": 0.9, "top_p": 0.8}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"cfg_weight": 0.2, "temperature": 1.2},
+        pytest.param({"exaggeration": 0.9, "top_p": 0.8}, marks=pytest.mark.slow),
+    ],
+)
 def test_generate_gives_the_audio_of_upstream(
     model: PrewarmedChatterbox, mini: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, float]
 ) -> None:

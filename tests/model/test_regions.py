@@ -107,6 +107,7 @@ def test_seeded_tokens_equal_those_of_upstream(
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("region", ["t3_sample", "t3_sample_nucleus"])
 def test_draws_follow_the_distribution(region: str) -> None:
     """Test 20,000 draws from a known distribution with chi-squared. The result does not depend on the seed.

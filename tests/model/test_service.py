@@ -19,6 +19,7 @@ def service(baked: Path, mini: Path, tmp_path_factory: pytest.TempPathFactory) -
     return ChatterboxService("cpu", weights=str(mini), warm=str(baked), cache=str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.mark.slow
 def test_threads_take_turns_and_a_clip_speaks_only_in_its_own_call(
     service: ChatterboxService, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

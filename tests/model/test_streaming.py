@@ -180,6 +180,7 @@ def test_look_ahead_returns_audio_before_the_last_token(
     stream.close()
 
 
+@pytest.mark.slow
 def test_look_ahead_has_no_seams(synthesizer: Synthesizer, early: list[Chunk], monkeypatch: pytest.MonkeyPatch) -> None:
     """The audio equals the output of vocoder and watermark for the complete spectrogram.
 
@@ -211,6 +212,7 @@ def test_look_ahead_has_no_seams(synthesizer: Synthesizer, early: list[Chunk], m
         assert jumps[border - 1] <= 1.2 * jumps.quantile(0.95)
 
 
+@pytest.mark.slow
 def test_use_of_the_generators_between_chunks_does_not_change_the_stream(
     synthesizer: Synthesizer, early: list[Chunk]
 ) -> None:

@@ -434,6 +434,7 @@ def test_a_voice_of_a_clip_equals_that_of_upstream(upstream: Any, tmp_path: Path
         prepare_voice(upstream, _clip(tmp_path / "short.wav", 5.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "claimed"), [(NANO, TURBO), (TURBO, NANO)], ids=["nano", "turbo"])
 def test_the_t3_of_one_is_refused_as_the_other(
     given: Variant, claimed: Variant, checkpoint: Callable[[Variant], Path], tmp_path: Path

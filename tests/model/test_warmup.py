@@ -117,6 +117,7 @@ def plain(mini: Path) -> ChatterboxTTS:
     return load_upstream(mini)
 
 
+@pytest.mark.slow
 def test_a_model_of_upstream_is_warmed_up_with_the_code_that_it_runs(plain: ChatterboxTTS) -> None:
     strategy = ChatterboxWarmupStrategy("cpu", levels=[1, 2], progress=lambda _: None)
     strategy.perform_full_warmup(plain)

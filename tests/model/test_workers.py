@@ -154,6 +154,7 @@ def test_requests_of_a_killed_worker_are_answered(server: Server) -> None:
     assert server.status()[1]["misses"] == {}
 
 
+@pytest.mark.slow
 def test_a_stream_continues_where_its_worker_died(server: Server) -> None:
     fields = {"input": LONG, "max_new_tokens": 25, "response_format": "pcm"}
     expected = server.speak(**fields)[1]
