@@ -18,6 +18,7 @@ from chatterbox_prewarm.commands import progress
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.profiles import PROFILES
 from chatterbox_prewarm.model.text import check_voice_name
+from chatterbox_prewarm.model.warmup.settings import check_levels
 from chatterbox_prewarm.state.signature import Trust, parse_digest
 from chatterbox_prewarm.system.devices import check_device_name
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
@@ -246,11 +247,11 @@ def parse_levels(text: str) -> tuple[int, ...]:
     """Parse a list of warm-up levels such as 1,2,3.
 
     Raises:
-        click.UsageError: the text is not a list of numbers.
+        click.UsageError: the text is not a list of levels.
     """
     try:
-        return tuple(int(level) for level in text.split(","))
-    except ValueError:
+        return check_levels([int(level) for level in text.split(",")])
+    except (ValueError, BadInputError):
         raise usage_error(f"{text!r} is not a list of warm-up levels", "use --levels 1,2,3") from None
 
 

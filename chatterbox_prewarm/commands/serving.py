@@ -24,6 +24,7 @@ from chatterbox_prewarm.model.text import MAX_CHARACTERS
 from chatterbox_prewarm.serve.http.cross_origin import Sites, parse_host, parse_origin
 from chatterbox_prewarm.serve.workers import log_lines
 from chatterbox_prewarm.start.options import POLICIES, StartOptions
+from chatterbox_prewarm.system.devices import check_device_names
 from chatterbox_prewarm.system.paths import VOICES
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 @option(
     "--device",
     default="cpu",
+    type=Form("devices", check_device_names),
     help="Torch devices, separated by commas, with a worker for each. cuda:all is every GPU.",
 )
 @option(

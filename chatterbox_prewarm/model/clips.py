@@ -95,7 +95,7 @@ def check_clip(path: Path, *, name: str, longer_than: float = 0.0) -> None:
     if name == DEFAULT_VOICE:
         raise BadInputError(f"the name {name!r} belongs to the built-in voice", next_step="choose another name")
     what = f"the clip {path} for the voice {name!r}"
-    existing_file(path, what=what, next_step="give an audio file: --voice NAME=PATH")
+    existing_file(path, what=what, next_step="give the path of an audio file")
     read_clip(path, what=what, longer_than=longer_than)
 
 

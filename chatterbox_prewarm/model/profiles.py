@@ -51,9 +51,9 @@ def default_execution(
     """
     on_gpu = device.startswith("cuda")
     if graphs and not on_gpu:
-        raise BadInputError(f"the device {device!r} does not support CUDA graphs", next_step="leave out --graphs")
+        raise BadInputError(f"the device {device!r} does not support CUDA graphs", next_step="start without graphs")
     if t3_dtype == "float16" and not on_gpu:
-        raise BadInputError("a CPU computes too slowly in float16", next_step="use --t3-dtype bfloat16")
+        raise BadInputError("a CPU computes too slowly in float16", next_step="use bfloat16")
     return Execution(profile=profile or "aot", t3_dtype=t3_dtype, graphs=on_gpu if graphs is None else graphs)
 
 

@@ -38,7 +38,7 @@ _CHECKED_TEXT, _CHECKED_TOKENS = "Hi.", 4
 
 
 #: What to do if the model computes values that are not finite.
-_DAMAGED = "check the weights with `chatterbox-prewarm weights verify`; or start with --profile eager"
+_DAMAGED = "check the weights with `chatterbox-prewarm weights verify`; or start with the profile eager"
 
 
 @dataclass(frozen=True, kw_only=True)

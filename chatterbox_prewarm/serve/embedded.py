@@ -25,7 +25,6 @@ from chatterbox_prewarm.serve.workers.pool import Pool
 from chatterbox_prewarm.serve.workers.pools import Pools
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
 from chatterbox_prewarm.serve.workers.worker_config import (
-    ALL_GPUS,
     WorkerConfig,
     for_devices,
     parse_devices,
@@ -33,7 +32,7 @@ from chatterbox_prewarm.serve.workers.worker_config import (
 )
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.state.signature import Trust
-from chatterbox_prewarm.system.devices import check_device
+from chatterbox_prewarm.system.devices import ALL_GPUS, check_device
 from chatterbox_prewarm.system.limits import MAX_SEED
 from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
 from chatterbox_prewarm.weights.record import read_record

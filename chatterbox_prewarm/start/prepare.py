@@ -149,7 +149,7 @@ def _compiled_folders(compiled: Path | None, wanted: Sequence[str], metrics: Sta
     folders = {name: compiled / name for name in COMPILED if compiled is not None and (compiled / name).is_dir()}
     for name in wanted:
         if name not in folders:
-            metrics.miss(name, "the policy is off", next_step="start with --policy fallback or --policy require")
+            metrics.miss(name, "the policy is off", next_step="start with the policy fallback or require")
     return folders
 
 

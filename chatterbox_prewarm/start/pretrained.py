@@ -13,8 +13,8 @@ from chatterbox_prewarm.families.registry import applicable
 from chatterbox_prewarm.model.chatterbox_imports import free_import_frames, require_upstream
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE, decoded_clip, existing_file, has_no_length
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS, Sampling
-from chatterbox_prewarm.model.warmup.settings import SHORT_TEXT, switched_off
-from chatterbox_prewarm.model.warmup.strategy import WARMUP_TOKENS, ChatterboxWarmupStrategy
+from chatterbox_prewarm.model.warmup.settings import switched_off
+from chatterbox_prewarm.model.warmup.strategy import ChatterboxWarmupStrategy
 from chatterbox_prewarm.start.attach import Attached, attach_baked, checked
 from chatterbox_prewarm.start.defaults import default_options
 from chatterbox_prewarm.start.prepare import prepare
@@ -86,8 +86,8 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
     ) -> PrewarmedChatterbox:
         """Load the model with its warm state, and warm it up.
 
-        The warm-up is one short synthesis if every applicable family of the state can be used, and otherwise the
-        complete `ChatterboxWarmupStrategy`.
+        The warm-up runs every region once, in a very short synthesis, if every applicable family of the state can be
+        used, and otherwise the complete `ChatterboxWarmupStrategy`.
 
         Args:
             device: as upstream takes it, a string such as "cpu" or "cuda".
@@ -183,20 +183,18 @@ class PrewarmedChatterbox(_Base):  # type: ignore[misc]  # upstream has no types
         prepared = self._start.prepared
         wanted = applicable(prepared.execution.profile, prepared.options.device)
         if strategy is None and set(wanted) <= set(prepared.usable):
-            self.warmup_completed = self._speak_once()
+            self.warmup_completed = self._check()
             return
         strategy = strategy or ChatterboxWarmupStrategy(metrics=self.metrics)
         strategy.perform_full_warmup(self)
         self.warmup_completed = strategy.warmup_completed
 
-    def _speak_once(self) -> bool:
-        """Synthesize a short text, so that the first request touches nothing new. Return whether that happened."""
+    def _check(self) -> bool:
+        """Run every region once with little work, as a server does before it is ready. Return whether that happened."""
         if switched_off():
             return False
-        from chatterbox_prewarm.model.synthesis import preserved_generators
-
-        with self.metrics.phase("first synthesis"), preserved_generators(str(self.device)):
-            self.synthesizer.synthesize(SHORT_TEXT, seed=0, max_new_tokens=WARMUP_TOKENS)
+        with self.metrics.phase("first synthesis"):
+            self.synthesizer.check()
         return True
 
     @property

@@ -85,7 +85,7 @@ def _refuse(
     if options.policy == "require":
         raise FingerprintMismatchError(
             f"the family {entry.name} was baked for another machine or other software: {'; '.join(differences)}",
-            next_step="bake on this kind of machine, or start with --policy fallback to run cold",
+            next_step="bake on this kind of machine, or start with the policy fallback to run cold",
         )
     metrics.miss(entry.name, f"left out: {'; '.join(differences)}", next_step=_mend(differences, options, bake))
 
@@ -93,7 +93,7 @@ def _refuse(
 def _mend(differences: list[str], options: StartOptions, bake: str) -> str:
     """Return the next step for a family that does not fit."""
     if all(difference.startswith(f"{describe_fact('cache')}: ") for difference in differences):
-        return f"start with the --cache of the bake, or bake with this one: {bake}"
+        return f"start with the cache path of the bake, or bake with this one: {bake}"
     paths = {"--warm": options.warm, "--weights": options.weights, "--cache": options.cache}
     verify = ["chatterbox-prewarm", "verify", "--device", options.device]
     verify += [part for name, path in paths.items() for part in (name, str(path))]
@@ -127,7 +127,7 @@ def possible_execution(
         raise FingerprintMismatchError(
             f"the warm state has no family {min(required - folders.keys())!r}, which the profile {wanted.profile!r} "
             "needs",
-            next_step=f"bake with --profile {wanted.profile}, or start with the profile of the state",
+            next_step=f"bake with the profile {wanted.profile}, or start with the profile of the state",
         )
     if options.profile is not None and wanted.profile == "compiled":
         return wanted

@@ -96,7 +96,7 @@ def check_cache_place(cache: Path, *, warm: Path, weights: Path) -> None:
         raise BadInputError(
             f"the cache directory {cache} has a folder {foreign[0]!r} that this program did not write, "
             f"and would remove the files in {cache / foreign[0]}",
-            next_step="name an empty or a new directory with --cache",
+            next_step="choose an empty or a new directory for the cache",
         )
 
 
@@ -108,20 +108,20 @@ def check_state_place(warm: Path) -> None:
     """
     check_output_place(warm.parent)
     if warm.is_symlink() or (warm.exists() and not warm.is_dir()):
-        raise BadInputError(f"{warm} is not a directory", next_step="name another path with --warm")
+        raise BadInputError(f"{warm} is not a directory", next_step="choose another path for the warm state")
     if not warm.is_dir() or not any(warm.iterdir()):
         return
     listed = _listed_files(warm)
     if listed is None:
         raise BadInputError(
             f"{warm} holds something other than a warm state, and a bake would replace it",
-            next_step="name an empty or a new directory with --warm",
+            next_step="choose an empty or a new directory for the warm state",
         )
     files = {str(path.relative_to(warm)) for path in warm.rglob("*") if path.is_symlink() or not path.is_dir()}
     if unlisted := sorted(files - listed):
         raise BadInputError(
             f"{warm} holds something other than a warm state, the file {unlisted[0]}, and a bake would remove it",
-            next_step="move it to another folder, or name an empty or a new directory with --warm",
+            next_step="move it to another folder, or choose an empty or a new directory for the warm state",
         )
 
 

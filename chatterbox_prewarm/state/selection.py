@@ -222,7 +222,7 @@ def _take_first(
         reasons += [f"{name}: {error.message}" for name, error in unusable.items()]
         raise FingerprintMismatchError(
             f"no state of {folder} fits this machine: {' | '.join(reasons)}",
-            next_step="bake on this kind of machine and add that state, or start with --policy fallback to run cold",
+            next_step="bake on this kind of machine and add that state, or start with the policy fallback to run cold",
         )
     used = f"the state {best.name} is used" + ("" if best.fits else f", but only a part fits: {best.explain()}")
     left_out = [f"the state {other.name} is left out: {other.why_not_selected(best)}" for _, other in candidates[1:]]

@@ -31,7 +31,7 @@ def verify(state: State, weights: Path, cache: Path) -> list[str]:
     if incompatible := [f"{name} ({'; '.join(words)})" for name, words in differences.items() if words]:
         raise FingerprintMismatchError(
             f"all files are intact, but not every family fits this machine: {', '.join(incompatible)}",
-            next_step="bake on this kind of machine; with --policy fallback a start leaves these families out",
+            next_step="bake on this kind of machine; with the policy fallback a start leaves these families out",
         )
     notes = explain(used_facts(manifest.fingerprint), read_fingerprint(manifest.reference.device).fields())
     return [

@@ -10,6 +10,8 @@ from chatterbox_prewarm.system.fingerprint import visible_gpus
 
 #: Exists on every machine and in every container that has a GPU, even if NVML is not available there.
 _DRIVER = Path("/dev/nvidiactl")
+#: Device name that stands for each GPU of the machine.
+ALL_GPUS = "cuda:all"
 
 
 def check_device_name(name: str) -> int | None:
@@ -24,6 +26,23 @@ def check_device_name(name: str) -> int | None:
     if match is None:
         raise BadInputError(f"there is no device {name!r}", next_step="use the device cpu, cuda, or cuda:NUMBER")
     return None if name == "cpu" else int(match[1] or 0)
+
+
+def check_device_names(text: str) -> list[str]:
+    """Split a comma-separated list of devices. Each is a device as in `check_device_name`, or `ALL_GPUS`.
+
+    Raises:
+        BadInputError: the list is empty, or as `check_device_name`.
+    """
+    names = [name for part in text.split(",") if (name := part.strip())]
+    if not names:
+        raise BadInputError(
+            f"{text!r} names no device", next_step="name devices as cpu, cuda, cuda:0,cuda:1 or cuda:all"
+        )
+    for name in names:
+        if name != ALL_GPUS:
+            check_device_name(name)
+    return names
 
 
 def check_device(device: object) -> str:

@@ -63,7 +63,7 @@ def make_cache(cache: Path) -> None:
     except OSError as error:
         raise BadInputError(
             f"the cache directory {cache} cannot be written: {error.strerror or error}",
-            next_step="mount a tmpfs or an emptyDir there that allows execution, or name another path with --cache",
+            next_step="mount a tmpfs or an emptyDir there that allows execution, or choose another cache path",
         ) from error
 
 
@@ -76,7 +76,7 @@ def require_execution(cache: Path) -> None:
     if os.statvfs(cache).f_flag & os.ST_NOEXEC:
         raise BadInputError(
             f"the cache directory {cache} is on a file system that forbids execution",
-            next_step="mount it with `exec`, or name another path with --cache",
+            next_step="mount it with `exec`, or choose another cache path",
         )
 
 

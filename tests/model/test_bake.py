@@ -278,7 +278,7 @@ def test_a_full_disk_leaves_no_partial_checkpoint(small_disk: Path) -> None:
         (["--voice", "v=/nonexistent.wav"], 16, "does not exist"),
         (["--voice", "v=/nonexistent.wav", "--without", "conditionals"], 16, "left out"),
         (["--device", "gpu"], 2, "no device 'gpu'"),
-        (["--levels", "1,9"], 16, "levels"),
+        (["--levels", "1,9"], 2, "levels"),
         (["--levels", "one"], 2, "levels"),
         (["--without", "everything"], 2, "no cache family"),
         (["--without", "aot"], 16, "needs the family 'aot'"),

@@ -136,7 +136,7 @@ def test_models_readiness_and_metrics_know_the_conversion(server: Server) -> Non
         ({"model": "english"}, 400, "model", "the model english speaks texts; vc converts speech"),
         ({"model": "tts-1"}, 400, "model", "the model english speaks texts"),
         ({"model": "turbo"}, 404, "model", "there is no model 'turbo'"),
-        ({"voice": "nobody"}, 400, "voice", "no voice 'nobody'"),
+        ({"voice": "nobody"}, 404, "voice", "no voice 'nobody'"),
         ({"seed": "-1"}, 400, "seed", "'seed' is '-1'"),
         ({"look_ahead": "1"}, 400, "look_ahead", "'look_ahead' is '1'"),
         ({"response_format": "aac"}, 400, "response_format", "send mp3, opus, flac, wav or pcm"),

@@ -37,5 +37,7 @@ def check_levels(levels: Collection[int]) -> tuple[int, ...]:
         BadInputError: the collection is empty, or one of its levels does not exist.
     """
     if not levels or not set(levels) <= set(LEVELS):
-        raise BadInputError(f"the warm-up levels {list(levels)} are not among 1, 2, 3", next_step="use --levels 1,2,3")
+        raise BadInputError(
+            f"the warm-up levels {list(levels)} are not among 1, 2, 3", next_step="choose from the levels 1, 2 and 3"
+        )
     return tuple(sorted(set(levels)))

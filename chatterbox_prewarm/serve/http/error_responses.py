@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError, ModelError, PrewarmError
-from chatterbox_prewarm.serve.voices.voice_errors import VoiceError
+from chatterbox_prewarm.serve.voices.voice_errors import UnknownVoiceError, VoiceError
 from chatterbox_prewarm.serve.workers.pool import BusyError
 from chatterbox_prewarm.serve.workers.worker_client import WorkerGoneError
 
@@ -73,6 +73,8 @@ def _describe(error: PrewarmError) -> tuple[int, ErrorFields]:
     match error:
         case RequestError():
             return error.status, _fields(error.status, str(error), error.code, error.param)
+        case UnknownVoiceError():
+            return error.status, _fields(error.status, str(error), error.code, "voice")
         case VoiceError():  # the voice store refused the field `voice` of a speech request
             return 400, _fields(400, str(error), "invalid_request", "voice")
         case BadInputError():

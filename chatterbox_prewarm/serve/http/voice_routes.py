@@ -175,7 +175,7 @@ def voice_body(entry: VoiceEntry) -> Voice:
 
 
 def _response_for(error: PrewarmError) -> Response:
-    """Return the response for an exception: here the voice is the resource, so an unknown one gives 404 and not 400."""
+    """Return the response for an exception. Each problem with a voice has its own status."""
     if isinstance(error, VoiceError):
         return error_response(error.status, str(error), error.code)
     if isinstance(error, ModelError) and not isinstance(error, (BusyError, WorkerGoneError)):

@@ -14,6 +14,7 @@ from chatterbox_prewarm.serve.workers.worker_process import start_process
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.cpus import usable_cpus
+from chatterbox_prewarm.system.devices import ALL_GPUS, check_device_names
 from chatterbox_prewarm.system.metrics import exec_time
 from chatterbox_prewarm.weights.variants import CONVERSION_MODEL, DEFAULT_VARIANT
 
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
-
-#: Device name that starts one worker on each GPU.
-ALL_GPUS = "cuda:all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +94,11 @@ def parse_devices(text: str) -> list[str]:
     """Parse a comma-separated list of devices. A device that is named twice gets two workers.
 
     Raises:
-        BadInputError: the list is empty, or it names all GPUs on a machine that has no GPU.
+        BadInputError: as `check_device_names`, or the list names all GPUs on a machine that has no GPU.
     """
     devices: list[str] = []
-    for name in filter(None, (part.strip() for part in text.split(","))):
+    for name in check_device_names(text):
         devices += _all_gpus() if name == ALL_GPUS else [name]
-    if not devices:
-        raise BadInputError(f"{text!r} names no device", next_step="give --device cpu, cuda, cuda:0,cuda:1 or cuda:all")
     return devices
 
 
@@ -111,7 +107,7 @@ def _all_gpus() -> list[str]:
 
     if count := visible_gpus():
         return [f"cuda:{number}" for number in range(count)]
-    raise BadInputError("this machine has no GPU", next_step="give --device cpu, or use a machine with a GPU")
+    raise BadInputError("this machine has no GPU", next_step="choose the device cpu, or use a machine with a GPU")
 
 
 def for_devices(

@@ -206,7 +206,7 @@ def test_an_unknown_voice_is_refused_with_the_name_of_the_field_and_the_option(s
     for voice in ("Emily.wav", "nobody", {"id": "../x"}):
         response, body = server.speak(voice=voice)
         error = json.loads(body)["error"]
-        assert (response.status, error["param"]) == (400, "voice")
+        assert (response.status, error["code"], error["param"]) == (404, "voice_not_found", "voice")
         advice = "choose one of: default, or add it with POST /v1/audio/voices, or start the server with --voice-alias"
         assert advice in error["message"]
     assert server.speak(voice="John Smith=Bob")[0].status == 200

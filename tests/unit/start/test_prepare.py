@@ -180,7 +180,7 @@ def test_the_policy_off_ignores_any_state(tmp_path: Path) -> None:
     report = prepare(tmp_path, "off")
     assert (report["usable"], report["has_manifest"]) == ([], False)
     assert set(misses(report)) == {"numba", "signal", "conditionals"}
-    assert next_step(report, "numba") == "start with --policy fallback or --policy require"
+    assert next_step(report, "numba") == "start with the policy fallback or require"
     assert list((tmp_path / "cache" / "numba").iterdir()) == []
 
 
@@ -243,7 +243,7 @@ def test_a_family_that_needs_another_cache_path_is_mended_by_that_path(tmp_path:
     build(tmp_path, {"signal": {"cache": "/elsewhere"}})
     report = prepare(tmp_path)
     assert misses(report) == {"signal": 1}
-    assert next_step(report, "signal").startswith("start with the --cache of the bake, or bake with this one: `")
+    assert next_step(report, "signal").startswith("start with the cache path of the bake, or bake with this one: `")
 
 
 def test_voices_baked_with_other_weights_are_left_out(tmp_path: Path) -> None:
