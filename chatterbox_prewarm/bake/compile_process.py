@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _RENDERED_TOKENS = (12, 60, 200)
 #: Tokens of each synthesis. T3 is compiled once for any number of tokens.
 _DRAWN_TOKENS = 12
+#: Tokens of each stream, more than one chunk, and how many of them the flow waits for.
+_STREAMED_TOKENS, _LOOK_AHEAD = 40, 6
 
 
 def run(*, options: dict[str, Any], output: str, compiled: str) -> dict[str, Any]:
@@ -85,13 +87,14 @@ def _compile_packages(prepared: Prepared, directory: Path) -> None:
 
 
 def _fill_compiler_caches(prepared: Prepared, compiled: Path, families: list[str]) -> None:
-    """Run every region through `torch.compile`, with and without top-p, and for each class of lengths."""
+    """Run every region through `torch.compile`: with and without top-p, for each class of lengths, and in streams."""
     detail("compiling during a synthesis")
     synthesizer = attach(prepared).synthesizer
 
     import torch
 
     from chatterbox_prewarm.model.sampling import Sampling
+    from chatterbox_prewarm.model.streaming import generate_stream
 
     for text, top_p in zip(TEXTS, (1.0, 0.9, 1.0), strict=True):
         synthesizer.synthesize(text, seed=0, max_new_tokens=_DRAWN_TOKENS, sampling=Sampling(top_p=top_p))
@@ -101,6 +104,10 @@ def _fill_compiler_caches(prepared: Prepared, compiled: Path, families: list[str
         for count in _RENDERED_TOKENS:
             tokens = torch.arange(count, device=model.device)
             model.vocoder(model.flow(tokens, voices[DEFAULT_VOICE].gen))
+    # The regions get tensors with other strides in a stream.
+    for look_ahead in (None, _LOOK_AHEAD):
+        for _ in generate_stream(synthesizer, TEXTS[0], seed=0, max_new_tokens=_STREAMED_TOKENS, look_ahead=look_ahead):
+            pass
     context = prepared.family_context(voices)
     for name in families:
         (compiled / name).mkdir(parents=True)

@@ -34,7 +34,7 @@ _REFERENCE_REGIONS = len(COMMON_REGIONS) - 1
 #: Number of caches that `torch.compile` uses for a region: Inductor's and, in newer versions, AOTAutograd's.
 _CACHES = 2 if torch._functorch.config.enable_autograd_cache else 1
 
-#: Starts from a state, synthesizes two lengths, and prints metrics, samples and tokens as JSON.
+#: Starts from a state, synthesizes two lengths and two streams, and prints metrics, samples and tokens as JSON.
 _START = """
 import json, os, sys
 from pathlib import Path
@@ -50,6 +50,9 @@ from chatterbox_prewarm.model.sampling import Sampling
 speak = attached.synthesizer.synthesize
 first = speak("Hello, world.", seed=int(seed), max_new_tokens=12)
 speak("A longer text, and with it another prompt.", seed=1, max_new_tokens=31, sampling=Sampling(top_p=0.8))
+from chatterbox_prewarm.model.streaming import generate_stream
+for look_ahead in (None, 3):
+    list(generate_stream(attached, "Hello, world.", seed=1, max_new_tokens=31, look_ahead=look_ahead))
 out = {"metrics": attached.metrics.to_dict(), "samples": first.samples.tolist(), "tokens": first.tokens.tolist(),
        "compiler": [name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules]}
 print("JSON" + json.dumps(out))
