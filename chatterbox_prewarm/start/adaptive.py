@@ -70,5 +70,5 @@ class AdaptiveWarmup:
         return self.warm_up_for_workload(BUSY)
 
     def enable_conservative_warmup(self) -> WarmupPlan:
-        """Warm up only what the first request needs: load the model, which speaks once."""
+        """Warm up only what the first request needs: load the model, which runs every region once."""
         return self.warm_up_for_workload(0)
