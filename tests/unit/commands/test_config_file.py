@@ -132,6 +132,7 @@ def test_every_option_of_every_command_can_be_set() -> None:
         "integer range": 10,
         "float range": 5.5,
         "device": "cuda:1",
+        "devices": "cuda:0,cuda:1",
         "digest": f"sha256:{'0' * 64}",
         "commit": "0" * 40,
         "host": "tts.example",
