@@ -1,8 +1,8 @@
 """`benchmarks routes`: add one warm state to an image by every route that needs no GPU, and prove each image.
 
 The classic builder bakes the state, and the other routes use it. BuildKit installs the packages once, in the stages
-`deps-lean` and `deps-full`; podman gets a copy of the full image. The route `build` also covers `docker load` of an
-archive.
+`deps-lean` and `deps-full`; podman gets a copy of the full image. Both builders load their image into Docker as an
+archive, so that way is included.
 """
 
 from __future__ import annotations

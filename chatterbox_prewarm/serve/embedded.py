@@ -24,12 +24,7 @@ from chatterbox_prewarm.serve.voices.prompt_voices import PromptVoices, read_pro
 from chatterbox_prewarm.serve.workers.pool import Pool
 from chatterbox_prewarm.serve.workers.pools import Pools
 from chatterbox_prewarm.serve.workers.speech_options import SpeechOptions
-from chatterbox_prewarm.serve.workers.worker_config import (
-    WorkerConfig,
-    for_devices,
-    parse_devices,
-    spawn_all,
-)
+from chatterbox_prewarm.serve.workers.worker_config import WorkerConfig, for_devices, parse_devices, spawn_all
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.devices import ALL_GPUS, check_device

@@ -10,19 +10,17 @@ import shutil
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import chatterbox_prewarm
 from benchmarks.leak import growth
-from benchmarks.profiles import measure_one, summarize, table
-from benchmarks.stages import StageOptions
-from chatterbox_prewarm.bench.executions import voice_of
+from benchmarks.profiles import summarize, table
 from chatterbox_prewarm.bench.load import FAULTS
 from chatterbox_prewarm.model.profiles import Execution
 from tests.conftest import ROOT, run_benchmark, run_cli
+from tests.helpers.stages import measure_both
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,17 +62,7 @@ def test_the_effect_of_the_warm_up_is_measured_in_fresh_processes(baked: Path, m
 
 @pytest.mark.slow
 def test_a_profile_is_compared_with_upstream(baked: Path, mini: Path, tmp_path: Path) -> None:
-    options = StageOptions(
-        weights=str(mini),
-        warm=None,
-        voice=str(voice_of(baked)),
-        cache=str(tmp_path / "cache"),
-        device="cpu",
-        tokens=12,
-        reference=str(tmp_path / "reference.pt"),
-    )
-    upstream = measure_one(options)
-    ours = measure_one(replace(options, warm=str(baked)))
+    upstream, ours = measure_both(mini, baked, tmp_path, tokens=12)
     assert ours["greedy_tokens_equal"] == 200
     assert ours["mel_difference"] < 1e-4
     assert ours["misses"] == {}

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import soundfile
 
-from benchmarks.profiles import measure_one
-from benchmarks.stages import StageOptions
-from chatterbox_prewarm.bench.executions import voice_of
 from chatterbox_prewarm.model.reference_clip import reference_audio
 from chatterbox_prewarm.model.regions.region import FLOW_MEAN
 from chatterbox_prewarm.weights.variants import TURBO, Variant
 from tests.conftest import build_once, run_cli
 from tests.helpers.serving import Server
+from tests.helpers.stages import measure_both
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,17 +69,8 @@ def test_a_proof_finds_no_miss(warm: Path, weights: Path) -> None:
 
 @pytest.mark.parametrize("warm", ["eager"], indirect=True)
 def test_the_benchmark_of_profiles_times_upstreams_stages(warm: Path, weights: Path, tmp_path: Path) -> None:
-    options = StageOptions(
-        weights=str(weights),
-        warm=None,
-        voice=str(voice_of(warm)),
-        cache=str(tmp_path / "cache"),
-        device="cpu",
-        tokens=8,
-        reference=str(tmp_path / "reference.pt"),
-    )
-    assert measure_one(options)["steady_request"] > 0
-    ours = measure_one(replace(options, warm=str(warm)))
+    upstream, ours = measure_both(weights, warm, tmp_path, tokens=8)
+    assert upstream["steady_request"] > 0
     assert ours["greedy_tokens_equal"] == 200
     assert len(ours["t3_speeds"]) == len(ours["s3gen_speeds"]) == 5
 
