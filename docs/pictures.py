@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 #: For each chart the report that it shows.
-CHARTS = {"starts": "report-cpu-lean.json", "ablation": "report-cpu.json"}
+CHARTS = {"starts": "report-cpu.json", "ablation": "report-cpu.json"}
 #: The recorded start that the page shows.
 START = "startup-cpu-demo.json"
 #: Width of the window in pixels.

@@ -1,18 +1,19 @@
 """Print a reference page of docs/: `python docs/reference.py metrics > docs/metrics.md`.
 
-The pages are metrics, configuration and labels. Names, types, defaults and help texts come from the code; this program
-adds only what the code does not say, and tests compare both.
+The pages are metrics, configuration, labels and claims. Names, types, defaults and help texts come from the code, and
+the claims from recorded results. This program adds only what these do not say, and tests compare both.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,7 +80,14 @@ variable. A switch is `1` or `0`.""",
 some, and the other commands then read the state in the image. `docker inspect --format '{{json .Config.Labels}}' IMAGE`
 shows them. With several states, a label has each value once, separated by a comma; for a CPU, the labels of the GPU are
 `none`.""",
+    "claims": """\
+What a warm start is expected to save, and what was measured. `docs/reference.py` writes this page from recorded runs
+with random weights of the full size, which take the time of real ones. `chatterbox-prewarm bench report`
+[measures all of it](benchmarks.md#report) on your machine, with charts, and judges the claims in the same way.
+A value in brackets is the range over the rounds.""",
 }
+#: The recorded report of the claims, and the recorded calls of the Multilingual T3.
+CLAIMS, MULTILINGUAL_CALLS = "report-cpu.json", "calls-cpu-multilingual.json"
 
 
 def metrics() -> str:
@@ -224,7 +232,35 @@ def labels() -> str:
     )
 
 
-PAGES = {"metrics": metrics, "configuration": configuration, "labels": labels}
+def claims() -> str:
+    """Return the page of the claims: what is claimed, what was measured, and the verdict."""
+    from chatterbox_prewarm.bench.report.claims import NOT_MEASURED, claims
+
+    results = ROOT / "benchmarks" / "results"
+    report = json.loads((results / CLAIMS).read_text(encoding="utf-8"))
+    calls = json.loads((results / MULTILINGUAL_CALLS).read_text(encoding="utf-8"))
+    multilingual = [one for one in claims({"calls": calls}) if one.verdict != NOT_MEASURED]
+    sections = [
+        "# Claims",
+        INTRODUCTIONS["claims"],
+        f"English, {_conditions(report['plan'])}, rounds: {report['plan']['rounds']}:",
+        _claims_table(claims(report["steps"])),
+        f"Multilingual, whose T3 has the alignment analyzer, {_conditions(calls)}, calls of each: {calls['calls']}:",
+        _claims_table(multilingual),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _conditions(run: dict[str, Any]) -> str:
+    return f"on {run['machine']['cores']} cores of {run['machine']['cpu']} with torch {run['versions']['torch']}"
+
+
+def _claims_table(rows: Iterable[Any]) -> str:
+    cells = [(one.claim, one.claimed, one.measured or "-", one.verdict, one.note) for one in rows]
+    return _table(("claim", "claimed", "measured", "verdict", "how"), cells)
+
+
+PAGES = {"metrics": metrics, "configuration": configuration, "labels": labels, "claims": claims}
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))

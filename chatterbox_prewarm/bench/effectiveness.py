@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bench.executions import given_or_baked, token_limit
 from chatterbox_prewarm.bench.report.figures import first_chunk, peak_memory
+from chatterbox_prewarm.bench.room import check_memory
 from chatterbox_prewarm.bench.speak_process import COLD, WARM, SpeakOptions, speak_in_fresh_process
 from chatterbox_prewarm.bench.starts import SCRATCH, settle
 from chatterbox_prewarm.errors import BadInputError
@@ -109,7 +110,7 @@ def benchmark_warmup_effectiveness(
         say: called with one line before each step.
 
     Raises:
-        BadInputError: an argument is invalid.
+        BadInputError: an argument is invalid, or there is too little disk space or memory.
         PrewarmError: a process failed, or the state does not fit this machine.
     """
     check_text(test_text)
@@ -120,6 +121,7 @@ def benchmark_warmup_effectiveness(
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         warm = given_or_baked(warm, weights, device, Path(scratch), say=say)
         State.read(warm)  # report a damaged state before the first start
+        check_memory(weights, purpose="a start")
         limit = token_limit(weights, RANDOM_WEIGHTS_TOKENS)
         runs: dict[str, list[dict[str, Any]]] = {COLD: [], WARM: []}
         for number in range(1, iterations + 1):

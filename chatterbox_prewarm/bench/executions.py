@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.bake.bake import bake
 from chatterbox_prewarm.bake.options import BakeOptions
+from chatterbox_prewarm.bench.room import OTHER_BYTES, STATE_BYTES, check_disk, check_memory
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.families.registry import COMPILED
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
@@ -69,10 +70,18 @@ def voice_of(state: Path) -> Path:
 def given_or_baked(
     warm: str | Path | None, weights: Path, device: str, folder: Path, *, say: Callable[[str], None]
 ) -> Path:
-    """Return the given state, or the one in an image, or a state that is baked in `folder`."""
+    """Return the given state, or the one in an image, or a state that is baked in `folder`.
+
+    Raises:
+        BadInputError: a state must be baked, and there is too little disk space or memory for it.
+        PrewarmError: the bake failed.
+    """
     if warm is not None or WARM.is_dir():
         return Path(warm or WARM)
     if not (folder / "warm").exists():
+        check_memory(weights, purpose="a bake")
+        folder.mkdir(parents=True, exist_ok=True)
+        check_disk(folder, STATE_BYTES + OTHER_BYTES, purpose="a bake")
         say("baking a warm state")
         bake(BakeOptions(weights=weights, warm=folder / "warm", cache=folder / "cache", device=device))
     return folder / "warm"

@@ -72,16 +72,19 @@ class LoadOptions:
         return {**server, "tokens": list(self.tokens), "seeds": self.seeds, "look_ahead": self.look_ahead}
 
 
-def run(options: LoadOptions, *, say: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    options: LoadOptions, *, say: Callable[[str], None], save: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """Measure a server under load.
 
     Args:
         options: the server and the requests.
         say: called with one line for each step.
+        save: called with the report after each number of clients. Its `complete` is false.
 
     Returns:
-        the report: machine, versions, for each number of clients the result of `summarize`, and the peak resident
-        memory of the server's processes if the benchmark started it.
+        the report: `complete`, machine, versions, for each number of clients the result of `summarize`, and the peak
+        resident memory of the server's processes if the benchmark started it.
 
     Raises:
         ModelError: the server was not ready, or a request without load failed.
@@ -94,7 +97,7 @@ def run(options: LoadOptions, *, say: Callable[[str], None]) -> dict[str, Any]:
         else:
             server = stack.enter_context(started_server(options))
             target = server.target
-        report = options.describe() | {"start": start_of(target)}
+        report = {"complete": False, **options.describe(), "start": start_of(target)}
         say(f"{len(bodies)} requests without load, as the reference")
         unloaded = speak_in_sequence(target, bodies, streamed=True)
         report["alone"] = {
@@ -106,9 +109,11 @@ def run(options: LoadOptions, *, say: Callable[[str], None]) -> dict[str, Any]:
         for clients in options.clients:
             say(f"{clients} client(s), {options.requests} requests each")
             report["levels"].append(_level(target, bodies, expected, clients=clients, requests=options.requests))
+            if save is not None:
+                save(report)
         if server is not None:
             report["resident_bytes"] = server.resident_bytes()
-    return report
+    return {**report, "complete": True}
 
 
 @contextlib.contextmanager

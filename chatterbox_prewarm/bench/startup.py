@@ -71,6 +71,7 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
     systems: Sequence[str] = SYSTEMS,
     device: str = "cpu",
     say: Callable[[str], None],
+    save: Callable[[dict[str, Any]], None] | None = None,
     hello: Path | None = None,
     requests: int = STEADY_REQUESTS,
 ) -> dict[str, Any]:
@@ -89,27 +90,37 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
         systems: names from `SYSTEMS`.
         device: device of all systems. The state must be baked for it.
         say: called with one line for each start.
+        save: called with the report after each start. Until the last one, its `complete` is false.
         hello: path of a WAV file for the first sentence of the warm server; None to write no file.
         requests: requests of each process after its first one. With 1, only the warm server gets a second request.
 
     Returns:
-        the report: machine, all runs, medians and ratios.
+        the report: `complete`, machine, all runs, medians and ratios.
 
     Raises:
         BadInputError: a system is unknown.
     """
     check_systems(systems)
     State.read(warm)  # report a damaged state before the first start
+    conditions = {**setup(weights, warm, device), "tokens": REFERENCE_TOKENS}
+    planned = [
+        (pages, number, count, system)
+        for pages, count in (("hot", rounds), ("cold", int(cold_pages)))
+        for number in range(1, count + 1)
+        for system in systems
+    ]
     runs: list[dict[str, Any]] = []
+    report: dict[str, Any] = {}
     with reference_clip() as clip:
         measure = start_functions(weights, warm, clip, device, hello=hello, requests=requests)
-        for pages, count in (("hot", rounds), ("cold", int(cold_pages))):
-            for number in range(1, count + 1):
-                for system in systems:
-                    settle(weights, warm) if pages == "hot" else drop_page_cache()
-                    say(f"{_TITLES[system]}, page cache {pages}, {number} of {count}")
-                    runs.append(label_run(measure[system](), system, pages))
-    return summarize(runs, weights=weights, warm=warm, device=device)
+        for pages, number, count, system in planned:
+            settle(weights, warm) if pages == "hot" else drop_page_cache()
+            say(f"{_TITLES[system]}, page cache {pages}, {number} of {count}")
+            runs.append(label_run(measure[system](), system, pages))
+            report = {"complete": len(runs) == len(planned), **conditions, **summarize(runs)}
+            if save is not None:
+                save(report)
+    return report
 
 
 def start_functions(
@@ -137,7 +148,7 @@ def label_run(result: dict[str, Any], system: str, pages: str) -> dict[str, Any]
     return {"system": system, "pages": pages, **result, "apart": apart}
 
 
-def summarize(runs: list[dict[str, Any]], *, weights: Path, warm: Path, device: str) -> dict[str, Any]:
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Compute medians for each system and page-cache state, and the ratios between systems."""
     medians: dict[str, dict[str, dict[str, float]]] = {}
     for pages in ("hot", "cold"):
@@ -152,8 +163,6 @@ def summarize(runs: list[dict[str, Any]], *, weights: Path, warm: Path, device: 
                     for name in sorted(names)
                 }
     return {
-        **setup(weights, warm, device),
-        "tokens": REFERENCE_TOKENS,
         "runs": runs,
         "medians": medians,
         "ratios": {pages: _ratios(medians[pages]) for pages in medians if medians[pages]},

@@ -57,13 +57,15 @@ def _check_systems(text: str) -> None:
 def bench_startup(*, output: Path, systems: str, **fields: Any) -> None:
     """Time starts of upstream and of our server.
 
-    Fresh processes of bare torch, of upstream without changes, of our cold and of our warm server alternate.
+    Fresh processes of bare torch, of upstream without changes, of our cold and of our warm server alternate. An
+    interrupted run leaves the starts that it measured in the report, with `complete` false.
     """
     from chatterbox_prewarm.bench.startup import measure_starts, table
 
     check_output(output)
-    report = measure_starts(systems=systems.split(","), say=say, **fields)
-    write_report(report, output)
+    report = measure_starts(
+        systems=systems.split(","), say=say, save=lambda found: write_report(found, output), **fields
+    )
     end()
     click.echo(table(report))
 
@@ -152,12 +154,14 @@ voice_option = click.option("--voice", default="default", show_default=True, hel
 def bench_load(*, output: Path, clients: str, tokens: str, **fields: Any) -> None:
     """Measure a server under load, and check every audio.
 
-    The report has latency, time to the first chunk and throughput for each number of concurrent clients.
+    The report has latency, time to the first chunk and throughput for each number of concurrent clients. An
+    interrupted run leaves the numbers of clients that it measured in the report, with `complete` false.
     """
     from chatterbox_prewarm.bench.load import LoadOptions, faults, run, table
 
     check_output(output)
-    report = run(LoadOptions(clients=numbers(clients), tokens=numbers(tokens), **fields), say=say)
+    options = LoadOptions(clients=numbers(clients), tokens=numbers(tokens), **fields)
+    report = run(options, say=say, save=lambda found: write_report(found, output))
     write_report(report, output)
     end()
     click.echo(table(report))

@@ -9,6 +9,7 @@ import click
 
 from chatterbox_prewarm.commands.options import (
     PATH,
+    Form,
     cache_option,
     check_output,
     insecure_option,
@@ -26,7 +27,7 @@ from chatterbox_prewarm.commands.progress import end, say
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.image.engines.engine import ENGINES
 from chatterbox_prewarm.system.atomic_files import write_whole
-from chatterbox_prewarm.weights.variants import VARIANTS
+from chatterbox_prewarm.weights.variants import VARIANTS, get_variant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -138,7 +139,12 @@ def _verify_here(
 @cache_option
 @click.option("--evidence", type=PATH, help="Write the evidence to this JSON file, or to standard output (-).")
 @click.option("--here", is_flag=True, help="Do not isolate the process: it is isolated already, as in a container.")
-@click.option("--variant", metavar="NAME", help="Model to prove, if --weights has several checkpoints. Default: all.")
+@click.option(
+    "--variant",
+    metavar="NAME",
+    type=Form("model", get_variant),
+    help="Model to prove, if --weights has several checkpoints. Default: all.",
+)
 @click.option("--convert", "converts", is_flag=True, help="Prove the conversion of speech, see `serve --convert`.")
 @click.option("--image", help="Prove in a container of this image, with the flags of the README.")
 @option("--engine", default="docker", type=click.Choice(ENGINES), help="The engine that has the image.")

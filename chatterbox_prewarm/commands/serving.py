@@ -26,12 +26,21 @@ from chatterbox_prewarm.serve.workers import log_lines
 from chatterbox_prewarm.start.options import POLICIES, StartOptions
 from chatterbox_prewarm.system.devices import check_device_names
 from chatterbox_prewarm.system.paths import VOICES
+from chatterbox_prewarm.weights.variants import check_any_language, get_variant
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox_prewarm.serve.workers.worker_process import WorkerProcess
     from chatterbox_prewarm.state.signature import Trust
+
+
+def _once(_context: click.Context, _option: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Check that no name is given twice; a callback of click."""
+    for name in names:
+        if names.count(name) > 1:
+            raise click.BadParameter(f"{name} is named twice")
+    return names
 
 
 @click.command(short_help="Serve speech over HTTP.")
@@ -43,6 +52,8 @@ if TYPE_CHECKING:
     "variants",
     multiple=True,
     metavar="NAME",
+    type=Form("model", get_variant),
+    callback=_once,
     help="Model to serve, if --weights has several checkpoints; the first one is the default. Default: all.",
 )
 @option(
@@ -90,11 +101,16 @@ if TYPE_CHECKING:
     help="CPU threads of torch per worker. Default: the workers share the CPUs that the container may use.",
 )
 @option("--max-characters", default=MAX_CHARACTERS, type=click.IntRange(1), help="Maximum length of a text.")
-@option("--language", metavar="CODE", help="Language of requests that name none. Default: the model's first one.")
+@option(
+    "--language",
+    metavar="CODE",
+    type=Form("language", check_any_language),
+    help="Language of requests that name none. Default: the model's first one.",
+)
 @option(
     "--plain-text",
     multiple=True,
-    metavar="CODE",
+    type=click.Choice(MARKED),
     help="Language whose texts may lack marks that the model needs: he (points) or ru (stress).",
 )
 @option("--ignore-speed", is_flag=True, help="Speak requests with any speed, at the model's speed.")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.model.streaming import synthesizer_of
-from chatterbox_prewarm.model.warmup.adaptive import BUSY, plan_for
+from chatterbox_prewarm.model.warmup.adaptive import plan_for
 from chatterbox_prewarm.model.warmup.settings import switched_off
 from chatterbox_prewarm.start.defaults import default_device
 from chatterbox_prewarm.start.pretrained import PrewarmedChatterbox
@@ -66,8 +67,8 @@ class AdaptiveWarmup:
         return plan
 
     def enable_aggressive_warmup(self) -> WarmupPlan:
-        """Warm up everything that a busy service uses, as for 10 requests per minute or more."""
-        return self.warm_up_for_workload(BUSY)
+        """Warm up everything that a busy service uses, as for more than 10 requests per minute."""
+        return self.warm_up_for_workload(math.inf)
 
     def enable_conservative_warmup(self) -> WarmupPlan:
         """Warm up only what the first request needs: load the model, which runs every region once."""

@@ -328,6 +328,17 @@ _FLASH = "flash"
 DEFAULT_VARIANT = ENGLISH
 
 
+def check_any_language(code: str) -> None:
+    """Check that some variant speaks a language.
+
+    Raises:
+        BadInputError: none does.
+    """
+    known = sorted({language for variant in VARIANTS.values() for language in variant.languages})
+    if code.lower() not in known:
+        raise BadInputError(f"no model speaks the language {code!r}", next_step=f"choose one of: {', '.join(known)}")
+
+
 def get_variant(name: str) -> Variant:
     """Return the variant with this name.
 

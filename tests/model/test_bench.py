@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -46,6 +47,43 @@ def test_starts_are_measured_from_exec(baked: Path, mini: Path, tmp_path: Path) 
     assert "warm attached / upstream attached" in finished.stdout
 
 
+def _interrupt(when: str, *arguments: str | Path) -> None:
+    """Run a command, and interrupt it with SIGINT when it prints a step whose line contains `when`."""
+    command = [sys.executable, "-m", "chatterbox_prewarm", "--progress", *map(str, arguments)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if when in line:
+                process.send_signal(signal.SIGINT)
+                break
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
+def test_interrupted_starts_stay_in_the_report(baked: Path, mini: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report.json"
+    paths = ("--weights", mini, "--warm", baked, "--output", output)
+    _interrupt("3 of 9", "bench", "startup", *paths, "--rounds", "9", "--systems", "torch")
+    report = json.loads(output.read_text())
+    assert not report["complete"]
+    assert [run["system"] for run in report["runs"]] == ["torch", "torch"]
+    assert report["medians"]["hot"]["torch"]["imported"] > 0
+    finished = run_cli("bench", "startup", *paths, "--rounds", "1", "--systems", "torch")
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(output.read_text())["complete"]
+
+
+@pytest.mark.slow
+def test_the_levels_of_an_interrupted_load_stay_in_the_report(baked: Path, mini: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report.json"
+    paths = ("--weights", mini, "--warm", baked, "--output", output)
+    size = ("--clients", "1,2", "--requests", "1", "--tokens", "6,6,6", "--seeds", "1")
+    _interrupt("2 client(s)", "bench", "load", *paths, *size)
+    report = json.loads(output.read_text())
+    assert not report["complete"]
+    assert [level["clients"] for level in report["levels"]] == [1]
+
+
 @pytest.mark.slow
 def test_the_effect_of_the_warm_up_is_measured_in_fresh_processes(baked: Path, mini: Path) -> None:
     steps: list[str] = []
@@ -83,6 +121,7 @@ def test_load_is_measured_for_each_number_of_clients(baked: Path, mini: Path, tm
     finished = run_cli("bench", "load", *paths, *size)
     assert finished.returncode == 0, finished.stderr
     report = json.loads(output.read_text())
+    assert report["complete"]
     one, three = report["levels"]
     assert (one["statuses"], three["statuses"]) == ({"200": 2}, {"200": 6})
     for level in (one, three):

@@ -16,6 +16,7 @@ import soundfile
 
 from chatterbox_prewarm.model.reference_clip import reference_audio
 from tests.conftest import run_cli
+from tests.helpers.documented_requests import documented_requests, send
 from tests.helpers.serving import Server
 
 if TYPE_CHECKING:
@@ -77,6 +78,14 @@ def test_the_speech_has_the_length_of_the_source(server: Server, rate: int) -> N
     samples = samples_of(convert(server, wav(2.0, rate)))
     assert samples.size == 2 * RATE
     assert np.abs(samples).max() > 100
+
+
+@pytest.mark.programs
+def test_the_conversion_of_the_documentation_is_answered(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "speech.wav").write_bytes(wav(1.0))
+    (request,) = documented_requests("/v1/audio/conversions")
+    send(request, server.port, tmp_path)
+    assert soundfile.info(tmp_path / "converted.wav").frames == RATE
 
 
 def test_a_conversion_equals_that_of_the_converter_in_python(server: Server, mini: Path, baked: Path) -> None:

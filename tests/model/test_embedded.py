@@ -17,7 +17,7 @@ import pytest
 
 from chatterbox_prewarm import ChatterboxServer, warm_up_multi_gpu
 from chatterbox_prewarm.bench.server import free_port
-from chatterbox_prewarm.errors import BadInputError, IntegrityError
+from chatterbox_prewarm.errors import BadInputError, IntegrityError, PrewarmError
 from tests.helpers.added_voices import children
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ TEXT = "Hello, world."
 @pytest.fixture(scope="module")
 def server(baked: Path, mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatterboxServer]:
     cache = tmp_path_factory.mktemp("embedded")
-    with ChatterboxServer(warm=baked, weights=mini, cache=cache, policy="require") as server:
+    paths = {"warm": str(baked), "weights": mini, "cache": str(cache)}  # strings and paths alike
+    with ChatterboxServer(device="cpu", enable_warmup=True, **paths, policy="require") as server:
         yield server
 
 
@@ -137,13 +138,14 @@ def test_warming_up_several_gpus_without_a_gpu_is_refused() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(BadInputError, match="no GPU"):
-        warm_up_multi_gpu()
+    for devices in ((), (["cuda:0", "cuda:1"],)):
+        with pytest.raises(PrewarmError, match="no GPU"):
+            warm_up_multi_gpu(*devices)
 
 
 @pytest.mark.slow
 def test_several_devices_are_warmed_up_in_parallel(baked: Path, mini: Path, tmp_path: Path) -> None:
-    with warm_up_multi_gpu("cpu,cpu", warm=baked, weights=mini, cache=tmp_path / "cache") as server:
+    with warm_up_multi_gpu(["cpu", "cpu"], warm=baked, weights=mini, cache=tmp_path / "cache") as server:
         logs = server.metrics
         assert [log["misses"] for log in logs] == [{}, {}]
         imports = [next(phase for phase in log["phases"] if phase["name"] == "import") for log in logs]

@@ -330,6 +330,35 @@ def test_start_selects_the_compatible_one_of_two_states_and_misses_nothing(
     assert log["modules"] < 1500, "a start imported 2,841 modules when it constructed upstream's model"
 
 
+#: Imports Chatterbox first, as a program that has used it for a while, and then loads the warm state.
+_TOO_LATE = """
+import json, sys
+import chatterbox.tts
+from chatterbox_prewarm import load_warmup_cache
+attached = load_warmup_cache(*sys.argv[1:3], cache=sys.argv[3])
+speech = attached.synthesizer.synthesize("Hello, world.", seed=7, max_new_tokens=12)
+print("JSON" + json.dumps({**attached.metrics.to_dict(), "samples": len(speech.samples)}))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_imported_chatterbox_first_is_told_so_and_works(baked: Path, mini: Path, tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", _TOO_LATE, str(baked), str(mini), str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    log = json.loads(ran.stdout.rpartition("JSON")[2])
+    assert log["misses"] == {"late": 2}
+    assert sorted(log["next_steps"].values()) == [
+        f"call `load_warmup_cache` or `from_pretrained_with_warmup` before you import {name}"
+        for name in ("numba", "torch")
+    ]
+    assert log["samples"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("namespaces")
 def test_prove_selects_the_compatible_one_of_two_states(two_states: Path, mini: Path, tmp_path: Path) -> None:

@@ -200,6 +200,13 @@ def test_the_comparison_notices_one_weight_that_is_scaled_by_one_percent(
     assert _decibels(changed, upstream, voice) < _LEAST_DECIBELS
 
 
+@pytest.mark.parametrize(("text", "language"), [("日", "zh"), ("あ", "ja"), ("가", "ko"), ("a", "fr"), ("?", "de")])
+def test_one_character_is_spoken(text: str, language: str, model: Model, voice: Conditionals) -> None:
+    speech = Synthesizer(model, {DEFAULT_VOICE: voice}).synthesize(text, language=language, seed=7, max_new_tokens=6)
+    assert speech.samples.size > 0
+    assert np.isfinite(speech.samples).all()
+
+
 def test_a_stream_equals_the_audio(model: Model, voice: Conditionals) -> None:
     synthesizer = Synthesizer(model, {DEFAULT_VOICE: voice})
     ours = synthesizer.synthesize(TEXTS["de"], language="de", seed=7, max_new_tokens=12)
@@ -290,6 +297,30 @@ def test_damaged_data_of_a_language_is_an_error(damage: Callable[[Path], None], 
         text.load()
     verified = run_cli("weights", "verify", directory)
     assert verified.returncode == WeightsError.exit_code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [_empty_table, _no_segmenter])
+def test_a_bake_refuses_damaged_data_of_a_language(
+    damage: Callable[[Path], None], weights: Path, tmp_path: Path
+) -> None:
+    """Also data that was damaged before it was recorded, so that its digest is right."""
+    directory = _copy(weights, tmp_path / "weights")
+    damage(directory)
+    arguments = ("bake", "--weights", directory, "--warm", tmp_path / "warm", "--cache", tmp_path / "cache")
+    refused = run_cli(*arguments, "--profile", "eager", "--levels", "1")
+    assert refused.returncode == WeightsError.exit_code, refused.stderr
+    (directory / RECORD_NAME).unlink()
+    record(
+        directory,
+        variant=MULTILINGUAL,
+        repository="own",
+        revision="unversioned",
+        synthetic=read_record(weights).synthetic,
+    )
+    refused = run_cli(*arguments, "--profile", "eager", "--levels", "1")
+    assert refused.returncode == WeightsError.exit_code, refused.stderr
+    assert not (tmp_path / "warm").exists()
 
 
 def test_weights_of_one_variant_are_refused_as_another(weights: Path, tmp_path: Path) -> None:

@@ -270,17 +270,34 @@ def test_its_state_can_be_saved_and_loaded(model: PrewarmedChatterbox, mini: Pat
 
 
 @pytest.mark.slow
-def test_the_complete_warm_up_runs_when_a_family_is_missing(baked: Path, mini: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("namespaces")
+def test_the_state_of_a_model_that_started_cold_is_proven(mini: Path, tmp_path: Path) -> None:
+    """The warm-up in this process is all that `save_warmup_cache` needs."""
+    program = (
+        "import sys; from chatterbox_prewarm import from_pretrained_with_warmup, save_warmup_cache;"
+        'model = from_pretrained_with_warmup("cpu", weights=sys.argv[1], cache=sys.argv[2]);'
+        "save_warmup_cache(model, sys.argv[3])"
+    )
+    warm = tmp_path / "warm"
+    paths = [str(mini), str(tmp_path / "cache"), str(warm)]
+    ran = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    proven = run_cli("prove", "--warm", warm, "--weights", mini, "--cache", tmp_path / "cache")
+    assert proven.returncode == 0, proven.stdout + proven.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short")
+def test_the_complete_warm_up_runs_when_families_are_damaged(baked: Path, mini: Path, tmp_path: Path) -> None:
     state = writable_copy(baked, tmp_path / "warm")
     next((state / "numba").rglob("*.nbi")).write_bytes(b"damaged")
-    levels: list[str] = []
-    model = from_pretrained_with_warmup("cpu", warmup=False, weights=mini, warm=state, cache=tmp_path / "cache")
-    assert not model.warmup_completed
-    assert "numba" in model.attached.misses
-    model._warm_up(None)
+    next((state / "bytecode").glob("*")).write_bytes(b"damaged")
+    model = from_pretrained_with_warmup("cpu", weights=mini, warm=state, cache=tmp_path / "cache")
+    assert {"numba", "bytecode"} <= model.attached.misses.keys()
     levels = [phase["name"] for phase in model.metrics.phases if phase["name"].startswith("warm-up")]
     assert levels == ["warm-up level 1", "warm-up level 2", "warm-up level 3"]
     assert model.warmup_completed
+    assert torch.isfinite(model.generate(TEXT)).all()
 
 
 def test_the_environment_switches_the_warm_up_off(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_prewarm import run_warmup_benchmarks
+from chatterbox_prewarm import benchmark_warmup_effectiveness, run_warmup_benchmarks
 from chatterbox_prewarm.bench.report.quality import compare_audio
 from chatterbox_prewarm.bench.report.quality_process import QualityOptions
 from chatterbox_prewarm.bench.report.states import without_family
@@ -116,12 +115,29 @@ def test_an_invalid_report_is_refused_before_it_starts(
 def test_too_little_disk_or_memory_is_reported_before_the_start(
     baked: Path, mini: Path, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(BadInputError, match=r"has 0\.0 GB of free space, and a report needs 0\.7"):
-        run_warmup_benchmarks(small_disk / "report", weights=mini, warm=baked)
-    monkeypatch.setattr("chatterbox_prewarm.bench.report.options.available_memory", lambda: 10**9)
-    with pytest.raises(BadInputError, match=r"1\.0 GB of memory are available, and these parts need 5\.\d"):
-        run_warmup_benchmarks(tmp_path / "report", weights=mini, warm=baked)
-    shutil.rmtree(tmp_path / "report")
+    """Without a state, this is said before one is baked."""
+    steps: list[str] = []
+    for warm in (baked, None):
+        with pytest.raises(BadInputError, match=r"has 0\.0 GB of free space, and a report needs 0\.7"):
+            run_warmup_benchmarks(small_disk / "report", weights=mini, warm=warm, say=steps.append)
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    with pytest.raises(BadInputError, match=r"has 0\.0 GB of free space, and a bake needs 0\.4"):
+        benchmark_warmup_effectiveness(weights=mini, say=steps.append)
+    monkeypatch.setattr("chatterbox_prewarm.bench.room._available_memory", lambda: 10**9)
+    for warm in (baked, None):
+        with pytest.raises(BadInputError, match=r"1\.0 GB of memory are available, and a report .* needs 5\.\d"):
+            run_warmup_benchmarks(tmp_path / "report", weights=mini, warm=warm, say=steps.append)
+        with pytest.raises(BadInputError, match=r"1\.0 GB of memory are available, and a (start|bake) needs 2\.\d"):
+            benchmark_warmup_effectiveness(weights=mini, warm=warm, say=steps.append)
+    assert steps == []
+    assert not (tmp_path / "report").exists()
+
+
+def test_an_invalid_part_is_refused_before_a_state_is_baked(mini: Path, tmp_path: Path) -> None:
+    steps: list[str] = []
+    with pytest.raises(BadInputError, match="there is no part 'songs'"):
+        run_warmup_benchmarks(tmp_path / "report", weights=mini, parts=("songs",), say=steps.append)
+    assert steps == []
 
 
 @pytest.mark.slow

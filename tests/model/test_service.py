@@ -40,9 +40,12 @@ def test_a_model_is_loaded_by_default(baked: Path, mini: Path, tmp_path: Path, m
     """The default paths are those of an image."""
     monkeypatch.setattr("chatterbox_prewarm.start.defaults.WEIGHTS", mini)
     monkeypatch.setattr("chatterbox_prewarm.start.defaults.WARM", baked)
+    monkeypatch.setattr("chatterbox_prewarm.start.pretrained.MAX_NEW_TOKENS", 8)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     warmup = AdaptiveWarmup()
     assert warmup.enable_conservative_warmup().level == 1
     assert warmup.model is not None
     assert warmup.model.warmup_completed  # type: ignore[union-attr]
-    assert ChatterboxService().model.attached.prepared.usable
+    service = ChatterboxService()
+    assert service.model.attached.prepared.usable
+    assert torch.isfinite(service.generate("Hello.", exaggeration=0.7)).all()

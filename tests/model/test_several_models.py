@@ -18,6 +18,7 @@ import soundfile
 from chatterbox_prewarm.model.reference_clip import CLIP_SAMPLE_RATE, reference_audio
 from chatterbox_prewarm.weights.variants import ENGLISH, MULTILINGUAL, TURBO
 from tests.conftest import run_cli
+from tests.helpers.documented_requests import documented_requests, send
 from tests.helpers.serving import SENTENCE, Server
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def server(checkpoints: Path, baked: Path, tmp_path_factory: pytest.TempPathFact
         directory / "log",
         *("--weights", checkpoints, "--warm", directory / "warm", "--cache", directory / "cache"),
         *(argument for model in MODELS for argument in ("--variant", model)),
-        *("--voices-dir", directory / "voices"),
+        *("--voices-dir", directory / "voices", "--max-new-tokens", "50"),
     )
     try:
         running.wait_ready(workers=3)
@@ -101,16 +102,34 @@ def test_an_added_voice_speaks_with_every_model(server: Server, tmp_path: Path) 
     clip = tmp_path / "clip.wav"
     soundfile.write(clip, reference_audio(5.5), CLIP_SAMPLE_RATE)  # Turbo needs more than 5 s
     address = f"http://127.0.0.1:{server.port}/v1/audio/voices"
-    added = httpx.post(address, data={"name": "ann"}, files={"file": clip.read_bytes()}, timeout=240)
+    added = httpx.post(address, data={"name": "bea"}, files={"file": clip.read_bytes()}, timeout=240)
     assert (added.status_code, added.json()["models"]) == (201, [*MODELS])
     for model in MODELS:
-        assert server.speak(model=model, voice="ann") != server.speak(model=model)
-        assert server.speak(model=model, voice="ann")[0] == 200
+        assert server.speak(model=model, voice="bea") != server.speak(model=model)
+        assert server.speak(model=model, voice="bea")[0] == 200
     assert server.speak(model="english", voice="fox")[0] == 200
     status, answer = server.speak(model="multilingual", voice="fox")
     assert status == 400
     assert "baked for the model english" in json.loads(answer)["error"]["message"]
     assert server.ask("GET", "/v1/audio/voices/fox/preview")[0] == 200
+
+
+@pytest.mark.programs
+def test_the_requests_of_the_documentation_are_answered(server: Server, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "ann.flac", reference_audio(5.5), CLIP_SAMPLE_RATE)
+    spoken = documented_requests("/v1/audio/speech")
+    assert len(spoken) >= 4
+    for number, request in enumerate(spoken):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        send(request, server.port, directory)
+        (file,) = directory.iterdir()
+        assert soundfile.info(file).frames > 0
+    (ready,) = documented_requests("/readyz")
+    assert json.loads(send(ready, server.port, tmp_path))["ready"]
+    (voice,) = documented_requests("/v1/audio/voices")
+    assert json.loads(send(voice, server.port, tmp_path))["name"] == "ann"
+    assert server.ask("DELETE", "/v1/audio/voices/ann")[0] == 200
 
 
 def test_a_killed_model_does_not_stop_the_others(server: Server) -> None:
@@ -143,14 +162,16 @@ def _maps(pid: int, name: str) -> bool:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--variant", "english", "--variant", "english"], 16, "the variant english is named twice"),
-        (["--variant", "../english"], 16, "there is no model variant '../english'"),
+        (["--variant", "english", "--variant", "english"], 2, "english is named twice"),
+        (["--variant", "../english"], 2, "there is no model variant '../english'"),
         (
             ["--variant", "multilingual-v3"],
             10,
             "no checkpoint of the variant multilingual-v3, only of: english, multilingual, turbo",
         ),
-        (["--language", "xx"], 16, "the language is 'xx'"),
+        (["--language", "xx"], 2, "no model speaks the language 'xx'"),
+        (["--plain-text", "fr"], 2, "'fr' is not one of 'he', 'ru'"),
+        (["--variant", "english", "--language", "fr"], 16, "the language is 'fr'; the model english does not speak it"),
     ],
 )
 def test_a_server_that_cannot_have_its_models_does_not_start(

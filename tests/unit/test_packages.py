@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import email
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,20 +13,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from tests.conftest import ROOT
-
-_BUILD = "import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
-
-
-def _files() -> list[str]:
-    """Return the files of this checkout, also those that are not committed yet."""
-    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [name for name in listed if (ROOT / name).is_file()]
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@example.com", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+from tests.helpers.packages import build_package, checkout_files, copy_checkout, git, install
 
 
 def _interpreters() -> list[str]:
@@ -42,38 +28,21 @@ def _interpreters() -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with a copy of this checkout, so that a build writes nothing here."""
-    copy = tmp_path_factory.mktemp("packages") / "checkout"
-    for name in _files():
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        (copy / name).write_bytes((ROOT / name).read_bytes())
-    _git(copy, "init", "--quiet")
-    _git(copy, "add", ".")
-    _git(copy, "commit", "--quiet", "--message", "a commit")
-    return copy
-
-
-def _build(kind: str, source: Path, folder: Path) -> Path:
-    """Build a wheel or an sdist as pip does, but with the installed setuptools."""
-    command = [sys.executable, "-c", _BUILD.format(kind=kind), str(folder)]
-    built = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    (path,) = folder.iterdir()
-    return path
+    return copy_checkout(tmp_path_factory.mktemp("packages") / "checkout")
 
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path) -> Path:
-    return _build("wheel", checkout, checkout.parent / "wheel")
+    return build_package("wheel", checkout, checkout.parent / "wheel")
 
 
 @pytest.fixture(scope="module")
 def sdist(checkout: Path) -> Path:
-    return _build("sdist", checkout, checkout.parent / "sdist")
+    return build_package("sdist", checkout, checkout.parent / "sdist")
 
 
 def test_the_wheel_has_all_files_of_the_package_and_nothing_else(wheel: Path) -> None:
-    expected = {name for name in _files() if name.startswith("chatterbox_prewarm/")}
+    expected = {name for name in checkout_files() if name.startswith("chatterbox_prewarm/")}
     assert {PurePosixPath(name).suffix for name in expected} > {".py", ".html", ".js", ".cpp", ".json", ".typed"}
     with zipfile.ZipFile(wheel) as opened:
         names = {name for name in opened.namelist() if ".dist-info/" not in name}
@@ -98,7 +67,7 @@ def test_the_program_runs_from_an_unpacked_wheel(wheel: Path, checkout: Path, tm
     with zipfile.ZipFile(wheel) as opened:
         opened.extractall(tmp_path)
     for arguments, expected in (
-        (["--version"], f"(commit {_git(checkout, 'rev-parse', 'HEAD')})"),
+        (["--version"], f"(commit {git(checkout, 'rev-parse', 'HEAD')})"),
         (["bake", "--help"], "--profile"),
         (["k8s", "render", "--help"], "--image"),
     ):
@@ -115,15 +84,7 @@ def test_the_wheel_installs_and_runs_on_every_python_of_this_machine(
     interpreter: str, wheel: Path, tmp_path: Path
 ) -> None:
     """Without extras and without the locks, in an environment of its own."""
-    install: tuple[list[str | Path], ...] = (
-        [interpreter, "-m", "venv", "new"],
-        ["new/bin/pip", "install", "--quiet", "--disable-pip-version-check", wheel],
-    )
-    if uv := shutil.which("uv", path=f"{ROOT}/.venv-unlocked/bin:{os.environ['PATH']}"):  # seven times as fast
-        install = [uv, "venv", "--python", interpreter, "new"], [uv, "pip", "install", "--python", "new", wheel]
-    for command in install:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    install(interpreter, tmp_path / "new", str(wheel))
     program = tmp_path / "new" / "bin" / "chatterbox-prewarm"
     for arguments, code, expected in (
         (["--version"], 0, "(commit "),
@@ -145,19 +106,19 @@ def test_the_wheel_installs_and_runs_on_every_python_of_this_machine(
 def test_the_sdist_builds_the_same_wheel_and_keeps_its_commit_in_another_repository(
     sdist: Path, wheel: Path, checkout: Path, tmp_path: Path
 ) -> None:
-    _git(tmp_path, "init", "--quiet")
+    git(tmp_path, "init", "--quiet")
     (tmp_path / "file").touch()
-    _git(tmp_path, "add", ".")
-    _git(tmp_path, "commit", "--quiet", "--message", "another repository")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "--message", "another repository")
     with tarfile.open(sdist) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
         opened.extractall(tmp_path, filter="data")
     assert {"LICENSE", "NOTICE.md", "CHANGELOG.md", "README.md", "pyproject.toml", "setup.py"} <= names
     assert not {name for name in names if name.startswith(("tests", "benchmarks", "docs", ".ci"))}
     (source,) = (path for path in tmp_path.iterdir() if path.name.startswith("chatterbox_prewarm-"))
-    again = _build("wheel", source, tmp_path / "wheel")
+    again = build_package("wheel", source, tmp_path / "wheel")
     with zipfile.ZipFile(again) as one, zipfile.ZipFile(wheel) as other:
-        assert one.read("chatterbox_prewarm/commit.txt").decode().strip() == _git(checkout, "rev-parse", "HEAD")
+        assert one.read("chatterbox_prewarm/commit.txt").decode().strip() == git(checkout, "rev-parse", "HEAD")
         content = {name: one.read(name) for name in one.namelist() if not name.endswith("/RECORD")}
         assert content == {name: other.read(name) for name in other.namelist() if not name.endswith("/RECORD")}
 

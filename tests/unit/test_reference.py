@@ -34,7 +34,7 @@ def first_column(text: str) -> list[str]:
     return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["metrics", "configuration", "labels"])
+@pytest.mark.parametrize("name", ["metrics", "configuration", "labels", "claims"])
 def test_the_page_is_up_to_date(name: str) -> None:
     command = [sys.executable, "docs/reference.py", name]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout

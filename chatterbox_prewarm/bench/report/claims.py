@@ -125,8 +125,8 @@ def _row(
         return Claim(claim=claim, claimed=claimed, measured="", verdict=NOT_MEASURED, note=note)
     median = statistics.median(values)
     measured = text(median)
-    if len(values) > 1:
-        measured += f" ({text(min(values))} to {text(max(values))})"
+    if (least := text(min(values))) != (most := text(max(values))):
+        measured += f" ({least} to {most})"
     return Claim(claim=claim, claimed=claimed, measured=measured, verdict=MET if holds(median) else NOT_MET, note=note)
 
 

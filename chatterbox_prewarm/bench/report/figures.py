@@ -126,7 +126,7 @@ def _exact(steps: Mapping[str, Step]) -> dict[str, Figure]:
     warm = [
         step
         for name, step in steps.items()
-        if name.startswith((f"starts: {WARM}", f"requests: {WARM}", "growth: ")) and "misses" in step
+        if name.startswith((f"starts: {WARM}", f"requests: {WARM}", "growth: ", "profiles: ")) and "misses" in step
     ]
     sizes = steps.get("state", {})
     found = {f"bytes of the family {family}": Figure(values=(float(size),)) for family, size in sizes.items()}

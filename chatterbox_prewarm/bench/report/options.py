@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.bench.room import OTHER_BYTES, STATE_BYTES, check_disk, check_memory
 from chatterbox_prewarm.bench.starts import checkpoint, machine, versions
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.model.profiles import PROFILES
 from chatterbox_prewarm.state.places import check_apart, check_output_place
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.version import __version__
-from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,10 +33,6 @@ PARTS = (
 )
 #: Name of the second warm start in each round. It shows the noise, because both starts are the same.
 WARM_AGAIN = "warm again"
-#: Disk space in bytes of a baked state and of the other files.
-_STATE_BYTES, _OTHER_BYTES = 100_000_000, 300_000_000
-#: Memory in bytes that a process needs in addition to the weights.
-_PROCESS_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,21 +112,15 @@ class ReportOptions:
                     f"{value!r} is not a number of rounds, requests or clients", next_step="give whole numbers from 1"
                 )
         self._check_places()
-        size = sum(file.size for file in read_record(self.weights).files)
+        loads = "load" in self.parts
+        check_memory(
+            self.weights,
+            purpose="a report with these parts",
+            processes=2 if loads else 1,
+            instead=", or leave out the part `load`, which runs two workers" if loads else "",
+        )
         self.output.mkdir(parents=True, exist_ok=True)
-        disk = (len(self.profiles) + 1) * _STATE_BYTES + _OTHER_BYTES
-        if (free := shutil.disk_usage(self.output).free) < disk:
-            raise BadInputError(
-                f"{self.output} has {free / 1e9:.1f} GB of free space, and a report needs {disk / 1e9:.1f}",
-                next_step="free some space, or name another folder",
-            )
-        workers = 2 if "load" in self.parts else 1
-        memory = workers * (_PROCESS_BYTES + size)
-        if (available := available_memory()) < memory:
-            raise BadInputError(
-                f"{available / 1e9:.1f} GB of memory are available, and these parts need {memory / 1e9:.1f}",
-                next_step="end other processes, or leave out the part `load`, which runs two workers",
-            )
+        check_disk(self.output, (len(self.profiles) + 1) * STATE_BYTES + OTHER_BYTES, purpose="a report")
 
     def _check_places(self) -> None:
         """Check that the report writes and removes only its own files. It removes the folder `states` at the end.
@@ -147,9 +136,3 @@ class ReportOptions:
             raise BadInputError(
                 f"{self.states} was not written by a report, which would remove it", next_step="name another folder"
             )
-
-
-def available_memory() -> int:
-    """Return the bytes of memory that a process can use without swapping, from `/proc/meminfo`."""
-    with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123 - a file of the kernel
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,11 +61,12 @@ def run_warmup_benchmarks(
     report_options = ReportOptions(
         output=output,
         weights=checkpoint,
-        warm=given_or_baked(warm, checkpoint, device, output, say=say),
+        warm=Path(warm or output / "warm"),
         device=device,
         **options,
     )
-    report_options.check()
+    report_options.check()  # before a bake, which can take minutes
+    report_options = replace(report_options, warm=given_or_baked(warm, checkpoint, device, output, say=say))
     record = RecordedSteps(report_options.results, report_options.plan(), say)
     record.write(complete=False)  # it shows that the folder of the states is ours
     for part in report_options.parts:

@@ -68,7 +68,7 @@ def _starts(steps: Steps) -> Section:
         text="Seconds since the exec of a fresh process; medians. Upstream is a Python process without a server. "
         "“Warm, again” is the same as “warm”: the difference between both is the noise of the machine.",
         chart="starts",
-        head=("", *(title for title, _ in columns)),
+        head=("system", *(title for title, _ in columns)),
         rows=_rows(steps, "starts", TITLES, [figure for _, figure in columns]),
     )
 
@@ -101,7 +101,7 @@ def _requests(steps: Steps) -> Section:
         title="Requests",
         text=text,
         chart="chunks",
-        head=("", "first chunk", "spread of chunks", "first request", "later request", "peak MB", "second model"),
+        head=("system", "first chunk", "spread of chunks", "first request", "later request", "peak MB", "second model"),
         rows=rows,
     )
 
@@ -116,7 +116,7 @@ def _calls(steps: Steps) -> Section:
         title="Calls of T3",
         text=f"Milliseconds until T3 has drawn {TOKENS} speech tokens, upstream's and ours in turn in one warm "
         "process; medians of the calls 2 to 6 and of the last five.",
-        head=("", "first calls", "last calls", "last / first"),
+        head=("system", "first calls", "last calls", "last / first"),
         rows=rows,
     )
 
@@ -194,7 +194,7 @@ def _growth(steps: Steps) -> Section:
         title="Growth",
         text="Slopes of least-squares lines. Resident memory counts shared pages, such as the weights, in each worker.",
         chart="growth",
-        head=("", "slope"),
+        head=("growth", "slope"),
         rows=[(title, f"{value / unit:.2f} {name}") for title, value, unit, name in slopes if value is not None],
     )
 

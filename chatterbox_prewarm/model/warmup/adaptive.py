@@ -18,14 +18,10 @@ if TYPE_CHECKING:
 
     from chatterbox_prewarm.model.synthesis import Synthesizer
 
-#: Requests per minute from which on everything is warmed up.
-BUSY = 10.0
-#: Minimum requests per minute for a level, the level, and the lengths to warm up, in speech tokens (25 per second).
-_PLANS = (
-    (0.0, 1, ()),
-    (1.0, 2, (50, 100, 200)),
-    (BUSY, 3, (25, 50, 75, 100, 150, 200, 300)),
-)
+#: Requests per minute: below the first number, level 1 is enough; above the second, everything is warmed up.
+_QUIET, _BUSY = 1.0, 10.0
+#: The lengths that each level warms up, in speech tokens (25 per second).
+_LENGTHS: dict[int, tuple[int, ...]] = {1: (), 2: (50, 100, 200), 3: (25, 50, 75, 100, 150, 200, 300)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +65,8 @@ def plan_for(requests_per_minute: float) -> WarmupPlan:
     """
     if not isinstance(requests_per_minute, int | float) or not requests_per_minute >= 0:
         raise BadInputError(f"the load is {requests_per_minute} requests per minute", next_step="give 0 or more")
-    _, level, tokens = max(plan for plan in _PLANS if plan[0] <= requests_per_minute)
-    return WarmupPlan(level=level, tokens=tokens)
+    level = 1 if requests_per_minute < _QUIET else 3 if requests_per_minute > _BUSY else 2
+    return WarmupPlan(level=level, tokens=_LENGTHS[level])
 
 
 def _render(synthesizer: Synthesizer, count: int, on_step: Callable[[], None]) -> None:

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import chain
-from pathlib import Path
-from typing import Any
-
 import pytest
 
+from tests.helpers.axe import violations
 from tests.helpers.page import ENGLISH, MULTILINGUAL, TURBO, VOICES, Site
 
 pytestmark = pytest.mark.programs
-
-_package = pytest.importorskip("axe_playwright_python", reason="axe-core is not installed (it is in the extra `dev`)")
-AXE = Path(_package.__file__).with_name("axe.min.js").read_text()
-#: WCAG 2.2 at level AA, and axe-core's own advice. Without this list axe-core leaves out the size of targets.
-RULES = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice")
-RUN = """
-const [rules, done] = arguments;
-axe.run(document, { runOnly: rules }).then(done, (error) => done({ error: String(error) }));
-"""
-DESKTOP, PHONE = (1280, 1000), (360, 740)
 
 PHASES = [
     {"name": name, "start": start, "seconds": seconds}
@@ -69,29 +56,9 @@ ADDED = {
 BROKEN = {**ADDED, "id": "old", "usable": False, "models": [], "reason": "it was made for another checkpoint"}
 
 
-def violations(page: Site, size: tuple[int, int], scheme: str) -> list[str]:
-    """Run axe-core in a window of this size and with this colour scheme."""
-    width, height = size
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE}
-    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    page.script(AXE)
-    result: dict[str, Any] = page.driver.execute_async_script(RUN, list(RULES))
-    assert "error" not in result, result["error"]
-    # An engine that skips the rules, or sees no text, must not pass.
-    assert {"color-contrast", "label", "target-size"} <= {rule["id"] for rule in result["passes"]}
-    return [
-        f"{width} px, {scheme}: {rule['id']}: {rule['help']}: {node['html']}: {node['failureSummary']}"
-        for rule in result["violations"]
-        for node in rule["nodes"]
-    ]
-
-
 def check(page: Site) -> None:
     """Assert that the page, as it is shown now, has no violation in any size and colour scheme."""
-    found = [violations(page, size, scheme) for size in (DESKTOP, PHONE) for scheme in ("light", "dark")]
-    assert list(chain.from_iterable(found)) == []
+    assert violations(page.driver, applied={"color-contrast", "label", "target-size"}) == []
 
 
 def test_a_start(page: Site) -> None:
@@ -150,4 +117,4 @@ def test_refused_requests(page: Site) -> None:
 def test_the_check_finds_a_list_without_a_label(page: Site) -> None:
     page.open()
     page.script("document.querySelector('label[for=voice]').remove()")
-    assert [found.split(": ")[1] for found in violations(page, DESKTOP, "light")] == ["select-name"]
+    assert {found.split(": ")[1] for found in violations(page.driver, applied=())} == {"select-name"}

@@ -1,0 +1,68 @@
+"""Build the wheel and the sdist of this checkout, and install a wheel into an environment of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from tests.conftest import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_BUILD = "import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
+
+
+def checkout_files() -> list[str]:
+    """Return the files of this checkout, also those that are not committed yet."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Run git in a folder and return its output."""
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@example.com", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def copy_checkout(copy: Path) -> Path:
+    """Make a repository with a copy of this checkout, so that a build writes nothing here."""
+    for name in checkout_files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+    git(copy, "init", "--quiet")
+    git(copy, "add", ".")
+    git(copy, "commit", "--quiet", "--message", "a commit")
+    return copy
+
+
+def build_package(kind: str, source: Path, folder: Path) -> Path:
+    """Build a `wheel` or an `sdist` as pip does, but with the installed setuptools."""
+    command = [sys.executable, "-c", _BUILD.format(kind=kind), str(folder)]
+    built = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    (path,) = folder.iterdir()
+    return path
+
+
+def install(interpreter: str, environment: Path, *packages: str) -> None:
+    """Make a virtual environment and install packages with uv, which is seven times as fast as pip, or with pip."""
+    if uv := shutil.which("uv", path=f"{ROOT}/.venv-unlocked/bin:{os.environ['PATH']}"):
+        commands = [uv, "venv", "--python", interpreter, environment], [uv, "pip", "install", "--python", environment]
+    else:
+        pip = [environment / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
+        commands = [interpreter, "-m", "venv", environment], pip
+    for command, more in zip(commands, ((), packages), strict=True):
+        done = subprocess.run(
+            [*command, *more],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=environment.parent,
+            env={**os.environ, "UV_LINK_MODE": "hardlink"},
+        )
+        assert done.returncode == 0, done.stderr
