@@ -81,10 +81,10 @@ some, and the other commands then read the state in the image. `docker inspect -
 shows them. With several states, a label has each value once, separated by a comma; for a CPU, the labels of the GPU are
 `none`.""",
     "claims": """\
-What a warm start is expected to save, and what was measured. `docs/reference.py` writes this page from recorded runs
-with random weights of the full size, which take the time of real ones. `chatterbox-prewarm bench report`
-[measures all of it](benchmarks.md#report) on your machine, with charts, and judges the claims in the same way.
-A value in brackets is the range over the rounds.""",
+The claims about a warm start, each with its measured value and a verdict. `docs/reference.py` writes this page from
+recorded runs with random weights of the full size, which take the time of real ones. `chatterbox-prewarm bench report`
+[measures all of it](benchmarks.md#report) on your machine, and its page has the same tables and charts. Values in
+brackets are the range over the rounds.""",
 }
 #: The recorded report of the claims, and the recorded calls of the Multilingual T3.
 CLAIMS, MULTILINGUAL_CALLS = "report-cpu.json", "calls-cpu-multilingual.json"
@@ -233,8 +233,8 @@ def labels() -> str:
 
 
 def claims() -> str:
-    """Return the page of the claims: what is claimed, what was measured, and the verdict."""
-    from chatterbox_prewarm.bench.report.claims import NOT_MEASURED, claims
+    """Return the page of the claims, with their measured values and verdicts."""
+    from chatterbox_prewarm.bench.report.claims import NOT_MEASURED, budgets, claims
 
     results = ROOT / "benchmarks" / "results"
     report = json.loads((results / CLAIMS).read_text(encoding="utf-8"))
@@ -245,6 +245,8 @@ def claims() -> str:
         INTRODUCTIONS["claims"],
         f"English, {_conditions(report['plan'])}, rounds: {report['plan']['rounds']}:",
         _claims_table(claims(report["steps"])),
+        "The budgets of a warm start, in the same run:",
+        _claims_table(budgets(report["steps"])),
         f"Multilingual, whose T3 has the alignment analyzer, {_conditions(calls)}, calls of each: {calls['calls']}:",
         _claims_table(multilingual),
     ]

@@ -51,14 +51,18 @@ def build_package(kind: str, source: Path, folder: Path) -> Path:
 
 def install(interpreter: str, environment: Path, *packages: str) -> None:
     """Make a virtual environment and install packages with uv, which is seven times as fast as pip, or with pip."""
+    commands: tuple[list[str | Path], ...] = (
+        [interpreter, "-m", "venv", environment],
+        [environment / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", *packages],
+    )
     if uv := shutil.which("uv", path=f"{ROOT}/.venv-unlocked/bin:{os.environ['PATH']}"):
-        commands = [uv, "venv", "--python", interpreter, environment], [uv, "pip", "install", "--python", environment]
-    else:
-        pip = [environment / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
-        commands = [interpreter, "-m", "venv", environment], pip
-    for command, more in zip(commands, ((), packages), strict=True):
+        commands = (
+            [uv, "venv", "--python", interpreter, environment],
+            [uv, "pip", "install", "--python", environment, *packages],
+        )
+    for command in commands:
         done = subprocess.run(
-            [*command, *more],
+            command,
             capture_output=True,
             text=True,
             check=False,

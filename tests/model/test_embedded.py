@@ -32,8 +32,9 @@ TEXT = "Hello, world."
 @pytest.fixture(scope="module")
 def server(baked: Path, mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatterboxServer]:
     cache = tmp_path_factory.mktemp("embedded")
-    paths = {"warm": str(baked), "weights": mini, "cache": str(cache)}  # strings and paths alike
-    with ChatterboxServer(device="cpu", enable_warmup=True, **paths, policy="require") as server:
+    with ChatterboxServer(
+        device="cpu", enable_warmup=True, warm=str(baked), weights=mini, cache=str(cache), policy="require"
+    ) as server:
         yield server
 
 

@@ -50,7 +50,7 @@ def test_it_gives_the_same_audio_and_reads_the_texts_of_every_language(
     install(sys.executable, tmp_path / "new", "--constraint", str(lock), f"{wheel}[lean,multilingual]")
     multilingual = checkpoint(MULTILINGUAL)
     paths = map(str, (baked, mini, multilingual, tmp_path / "cache"))
-    command = [tmp_path / "new" / "bin" / "python", "-I", "-c", _PROGRAM, *paths]
+    command = [str(tmp_path / "new" / "bin" / "python"), "-I", "-c", _PROGRAM, *paths]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout.rpartition("JSON")[2])

@@ -25,6 +25,13 @@ MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
 _SAME_SOUND_DECIBELS = 50
 #: Least confidence of upstream's detector that there is a watermark.
 _WATERMARK = 0.9
+#: Budgets of a warm start: their titles, the figure of a start, its greatest value, and what the figure is divided by.
+_BUDGETS = (
+    ("exec to first audio", "first_to_sum", 1.15, "the sum of exec to attached and a steady request"),
+    ("first request", "first_to_steady", 1.10, "a steady request of the same process"),
+    ("first chunk of the first stream", "first_chunk_to_steady", 1.10, "the first chunk of later streams"),
+    ("check before ready", "ready_to_steady", 0.15, "a steady request of the same process"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +116,31 @@ def claims(steps: Mapping[str, dict[str, Any]]) -> list[Claim]:
             "peak resident memory, on a GPU the peak of torch's allocator; warm, and upstream without changes",
         ),
         _quality(steps),
+    ]
+
+
+def budgets(steps: Mapping[str, dict[str, Any]]) -> list[Claim]:
+    """Compare the warm starts of a server with their budgets."""
+    torch, warm = rounds(steps, "starts", "torch"), rounds(steps, "starts", WARM)
+    attached = [warm[one]["attached"] / torch[one]["imported"] for one in sorted(warm.keys() & torch.keys())]
+    rows = [("exec to attached", attached, 1.3, "the import of torch in a bare process of the same round")]
+    for title, figure, most, base in _BUDGETS:
+        rows.append((title, [start[figure] for start in warm.values() if figure in start], most, base))
+    found = [
+        _row(
+            title,
+            f"at most {most:.2f} times",
+            values,
+            lambda ratio, most=most: ratio <= most,  # type: ignore[misc]
+            lambda ratio: f"{ratio:.2f} times",
+            base,
+        )
+        for title, values, most, base in rows
+    ]
+    misses = [float(sum(start["misses"].values())) for start in warm.values()]
+    return [
+        *found,
+        _row("misses", "none", misses, lambda count: count == 0, lambda count: f"{count:.0f}", "all families"),
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bench.executions import file_name
-from chatterbox_prewarm.bench.report.claims import claims
+from chatterbox_prewarm.bench.report.claims import budgets, claims
 from chatterbox_prewarm.bench.report.sections import sections
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.system.atomic_files import write_whole
@@ -70,7 +70,7 @@ def _render(results: Mapping[str, Any], images: Mapping[str, str], audio: Path) 
         machine=f"{machine['cpu']}, {machine['cores']} cores" if machine["gpu"] in {"", ABSENT} else machine["gpu"],
         complete=results["complete"],
         failed=results.get("failed", {}),
-        claims=claims(steps),
+        tables={"Claims": claims(steps), "Budgets of a warm start": budgets(steps)},
         sections=sections(steps),
         charts=images,
         pairs=[pair for pair in pairs if all(name in recordings for name in pair)],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chatterbox_prewarm.bench.report.claims import MET, NOT_MEASURED, NOT_MET, Claim, claims
+from chatterbox_prewarm.bench.report.claims import MET, NOT_MEASURED, NOT_MET, Claim, budgets, claims
 from tests.helpers.reports import pair, results, speech, start, t3_calls
 
 
@@ -66,3 +66,27 @@ def test_on_a_gpu_the_memory_is_that_of_its_allocator() -> None:
         "requests: warm, 1": speech(4.0, peak_gpu_bytes=3_000_000_000),
     }
     assert claim("peak memory of the first run", **steps).measured == "25% less"
+
+
+_WITHIN = {"first_to_sum": 1.1, "first_to_steady": 1.0, "first_chunk_to_steady": 1.05, "ready_to_steady": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("worse", "missed"),
+    [
+        ({}, []),
+        ({"attached": 1.5}, ["exec to attached"]),
+        ({"first_to_sum": 1.2}, ["exec to first audio"]),
+        ({"first_to_steady": 1.2}, ["first request"]),
+        ({"first_chunk_to_steady": 1.2}, ["first chunk of the first stream"]),
+        ({"ready_to_steady": 0.2}, ["check before ready"]),
+        ({"misses": {"numba": 1}}, ["misses"]),
+    ],
+)
+def test_a_start_is_compared_with_every_budget(worse: dict[str, object], missed: list[str]) -> None:
+    warm = {**start(1.2, 10.0), **_WITHIN, **worse}
+    found = budgets({"starts: torch, 1": {"imported": 1.0}, "starts: warm, 1": warm})
+    assert len(found) == 6
+    assert [row.claim for row in found if row.verdict == NOT_MET] == missed
+    assert {row.verdict for row in found} <= {MET, NOT_MET}
+    assert {row.verdict for row in budgets({})} == {NOT_MEASURED}
