@@ -138,6 +138,8 @@ def test_every_option_of_every_command_can_be_set() -> None:
         "host": "tts.example",
         "systems": "torch,warm",
         "origin": "https://chat.example",
+        "model": "turbo",
+        "language": "fr",
     }
     count = 0
     for command in all_commands(cli).values():
