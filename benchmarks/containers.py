@@ -16,6 +16,7 @@ import signal
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -161,15 +162,27 @@ def _start_at_once(engine: _Containerd, reference: str, count: int) -> list[dict
     ports: set[int] = set()
     while len(ports) < count:  # a port is free until its server listens, so it can be returned twice
         ports.add(free_port())
+    together = threading.Barrier(count)
     with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(lambda port: _start(engine, reference, port=port), ports))
+        return list(pool.map(lambda port: _start(engine, reference, port=port, together=together), ports))
 
 
-def _start(engine: _Containerd, reference: str, *, cold: bool = False, port: int | None = None) -> dict[str, float]:
-    """Start a container, read-only, as the image's user and on the host's network; ask it to speak, and remove it."""
+def _start(
+    engine: _Containerd,
+    reference: str,
+    *,
+    cold: bool = False,
+    port: int | None = None,
+    together: threading.Barrier | None = None,
+) -> dict[str, float]:
+    """Start a container, read-only, as the image's user and on the host's network; ask it to speak, and remove it.
+
+    The memory is measured when all containers of the barrier `together` have answered and none is removed, because they
+    share pages.
+    """
     if cold:
         drop_page_cache()
-    port = port or free_port()
+    port, together = port or free_port(), together or threading.Barrier(1)
     name, target = f"start-{port}", Target(port=port)
     tmpfs = [f"--mount=type=tmpfs,src=tmpfs,dst={path},options=mode=1777:exec" for path in ("/tmp", str(CACHE))]  # noqa: S108
     started = time.monotonic()
@@ -184,8 +197,12 @@ def _start(engine: _Containerd, reference: str, *, cold: bool = False, port: int
         if answer.status != 200:
             raise ModelError(f"a container answered {answer.status}: {answer.text}", next_step="see its log")
         first_audio = time.monotonic() - started
-        return {"ready": ready, "first_audio": first_audio, "pss_bytes": float(_pss(_processes(engine, name)))}
+        together.wait()
+        memory = float(_pss(_processes(engine, name)))
+        together.wait()
+        return {"ready": ready, "first_audio": first_audio, "pss_bytes": memory}
     finally:
+        together.abort()  # so that no container waits for one that failed
         for kind in (("tasks", "delete", "--force"), ("containers", "delete")):
             with contextlib.suppress(EngineError):
                 engine.ctr(*kind, name)

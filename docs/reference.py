@@ -82,9 +82,9 @@ shows them. With several states, a label has each value once, separated by a com
 `none`.""",
     "claims": """\
 The claims about a warm start, each with its measured value and a verdict. `docs/reference.py` writes this page from
-recorded runs with random weights of the full size, which take the time of real ones. `chatterbox-prewarm bench report`
-[measures all of it](benchmarks.md#report) on your machine, and its page has the same tables and charts. Values in
-brackets are the range over the rounds.""",
+recorded runs of models with random weights of the full size, which take as long as models with real weights.
+`chatterbox-prewarm bench report` [measures this](benchmarks.md#report) on your machine with your checkpoint. Its page
+has the same tables, and charts. Values in brackets are the range over the rounds.""",
 }
 #: The recorded report of the claims, and the recorded calls of the Multilingual T3.
 CLAIMS, MULTILINGUAL_CALLS = "report-cpu.json", "calls-cpu-multilingual.json"
@@ -245,7 +245,7 @@ def claims() -> str:
         INTRODUCTIONS["claims"],
         f"English, {_conditions(report['plan'])}, rounds: {report['plan']['rounds']}:",
         _claims_table(claims(report["steps"])),
-        "The budgets of a warm start, in the same run:",
+        "The budgets of a warm start, in the same run, with two warm starts in each round:",
         _claims_table(budgets(report["steps"])),
         f"Multilingual, whose T3 has the alignment analyzer, {_conditions(calls)}, calls of each: {calls['calls']}:",
         _claims_table(multilingual),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.bench.executions import given_or_baked, token_limit
+from chatterbox_prewarm.bench.executions import bake_if_missing, choose_state, token_limit
 from chatterbox_prewarm.bench.report.figures import first_chunk, peak_memory
 from chatterbox_prewarm.bench.room import check_memory
 from chatterbox_prewarm.bench.speak_process import COLD, WARM, SpeakOptions, speak_in_fresh_process
@@ -20,6 +20,7 @@ from chatterbox_prewarm.model.warmup.settings import MEDIUM_TEXT
 from chatterbox_prewarm.start.defaults import default_weights
 from chatterbox_prewarm.state.state import State
 from chatterbox_prewarm.system.devices import check_device
+from chatterbox_prewarm.system.paths import as_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -117,21 +118,23 @@ def benchmark_warmup_effectiveness(
     if not isinstance(iterations, int) or iterations < 1:
         raise BadInputError(f"{iterations!r} iterations", next_step="give a whole number from 1")
     device = check_device(device)
-    weights = Path(weights) if weights is not None else default_weights()
+    weights = as_path(weights, "the checkpoint") if weights is not None else default_weights()
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
-        warm = given_or_baked(warm, weights, device, Path(scratch), say=say)
-        State.read(warm)  # report a damaged state before the first start
+        state = choose_state(warm, Path(scratch))
+        if warm is None:
+            bake_if_missing(state, weights, device, Path(scratch), say=say)
+        State.read(state)  # report a damaged state before the first start
         check_memory(weights, purpose="a start")
         limit = token_limit(weights, RANDOM_WEIGHTS_TOKENS)
         runs: dict[str, list[dict[str, Any]]] = {COLD: [], WARM: []}
         for number in range(1, iterations + 1):
             for system, results in runs.items():
                 say(f"{system} start, {number} of {iterations}")
-                settle(weights, warm)
+                settle(weights, state)
                 options = SpeakOptions(
                     system=system,
                     weights=str(weights),
-                    warm=str(warm),
+                    warm=str(state),
                     device=device,
                     text=test_text,
                     max_new_tokens=limit,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.bake.bake import bake
@@ -14,11 +13,12 @@ from chatterbox_prewarm.families.registry import COMPILED
 from chatterbox_prewarm.model.clips import DEFAULT_VOICE
 from chatterbox_prewarm.model.profiles import PROFILES, Execution
 from chatterbox_prewarm.model.sampling import MAX_NEW_TOKENS
-from chatterbox_prewarm.system.paths import WARM
+from chatterbox_prewarm.system.paths import WARM, as_path
 from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 
 #: The data types of T3 with half the bytes, and their names in reports.
@@ -67,24 +67,31 @@ def voice_of(state: Path) -> Path:
     return state / "conditionals" / f"{DEFAULT_VOICE}.safetensors"
 
 
-def given_or_baked(
-    warm: str | Path | None, weights: Path, device: str, folder: Path, *, say: Callable[[str], None]
-) -> Path:
-    """Return the given state, or the one in an image, or a state that is baked in `folder`.
+def choose_state(warm: str | Path | None, folder: Path) -> Path:
+    """Return the given state, or the one in an image, or the path of a state to bake in `folder`.
 
     Raises:
-        BadInputError: a state must be baked, and there is too little disk space or memory for it.
+        BadInputError: `warm` is no path.
+    """
+    if warm is not None:
+        return as_path(warm, "the warm state")
+    return WARM if WARM.is_dir() else folder / "warm"
+
+
+def bake_if_missing(warm: Path, weights: Path, device: str, folder: Path, *, say: Callable[[str], None]) -> None:
+    """Bake the state that `choose_state` placed in `folder`, unless it exists.
+
+    Raises:
+        BadInputError: there is too little disk space or memory for a bake.
         PrewarmError: the bake failed.
     """
-    if warm is not None or WARM.is_dir():
-        return Path(warm or WARM)
-    if not (folder / "warm").exists():
-        check_memory(weights, purpose="a bake")
-        folder.mkdir(parents=True, exist_ok=True)
-        check_disk(folder, STATE_BYTES + OTHER_BYTES, purpose="a bake")
-        say("baking a warm state")
-        bake(BakeOptions(weights=weights, warm=folder / "warm", cache=folder / "cache", device=device))
-    return folder / "warm"
+    if warm.parent != folder or warm.exists():
+        return
+    check_memory(weights, purpose="a bake")
+    folder.mkdir(parents=True, exist_ok=True)
+    check_disk(folder, STATE_BYTES + OTHER_BYTES, purpose="a bake")
+    say("baking a warm state")
+    bake(BakeOptions(weights=weights, warm=warm, cache=folder / "cache", device=device))
 
 
 def token_limit(weights: Path, tokens: int) -> int:

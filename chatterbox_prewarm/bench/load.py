@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bench.clients import Target, livez_probe, make_requests, request_speech
+from chatterbox_prewarm.bench.room import check_memory
 from chatterbox_prewarm.bench.server import measured_server
 from chatterbox_prewarm.bench.starts import SCRATCH, machine, setup, versions
 from chatterbox_prewarm.errors import ModelError
@@ -73,23 +74,27 @@ class LoadOptions:
 
 
 def run(
-    options: LoadOptions, *, say: Callable[[str], None], save: Callable[[dict[str, Any]], None] | None = None
+    options: LoadOptions, *, say: Callable[[str], None], save: Callable[[dict[str, Any]], None] = lambda _: None
 ) -> dict[str, Any]:
     """Measure a server under load.
 
     Args:
         options: the server and the requests.
         say: called with one line for each step.
-        save: called with the report after each number of clients. Its `complete` is false.
+        save: called with the report before the first number of clients and after each one. Its `complete` is false.
 
     Returns:
         the report: `complete`, machine, versions, for each number of clients the result of `summarize`, and the peak
         resident memory of the server's processes if the benchmark started it.
 
     Raises:
+        BadInputError: there is too little memory for the server.
         ModelError: the server was not ready, or a request without load failed.
     """
     bodies = options.bodies()
+    if options.url is None:
+        workers = len(options.device.split(","))
+        check_memory(options.weights, purpose=f"a server with {workers} worker(s)", processes=workers)
     with contextlib.ExitStack() as stack:
         server = None
         if options.url:
@@ -106,11 +111,11 @@ def run(
         }
         expected = [answer.digest for answer in unloaded]
         report["levels"] = []
+        save(report)  # an older report must not look like the result of this run
         for clients in options.clients:
             say(f"{clients} client(s), {options.requests} requests each")
             report["levels"].append(_level(target, bodies, expected, clients=clients, requests=options.requests))
-            if save is not None:
-                save(report)
+            save(report)
         if server is not None:
             report["resident_bytes"] = server.resident_bytes()
     return {**report, "complete": True}

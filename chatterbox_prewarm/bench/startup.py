@@ -11,6 +11,7 @@ import statistics
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_prewarm.bench.room import check_memory
 from chatterbox_prewarm.bench.starts import (
     drop_page_cache,
     settle,
@@ -71,7 +72,7 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
     systems: Sequence[str] = SYSTEMS,
     device: str = "cpu",
     say: Callable[[str], None],
-    save: Callable[[dict[str, Any]], None] | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda _: None,
     hello: Path | None = None,
     requests: int = STEADY_REQUESTS,
 ) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
         systems: names from `SYSTEMS`.
         device: device of all systems. The state must be baked for it.
         say: called with one line for each start.
-        save: called with the report after each start. Until the last one, its `complete` is false.
+        save: called with the report before the first start and after each one. Its `complete` is false until the last.
         hello: path of a WAV file for the first sentence of the warm server; None to write no file.
         requests: requests of each process after its first one. With 1, only the warm server gets a second request.
 
@@ -98,10 +99,11 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
         the report: `complete`, machine, all runs, medians and ratios.
 
     Raises:
-        BadInputError: a system is unknown.
+        BadInputError: a system is unknown, or there is too little memory.
     """
     check_systems(systems)
     State.read(warm)  # report a damaged state before the first start
+    check_memory(weights, purpose="a start")
     conditions = {**setup(weights, warm, device), "tokens": REFERENCE_TOKENS}
     planned = [
         (pages, number, count, system)
@@ -110,7 +112,8 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
         for system in systems
     ]
     runs: list[dict[str, Any]] = []
-    report: dict[str, Any] = {}
+    report = {"complete": not planned, **conditions, **summarize(runs)}
+    save(report)  # an older report must not look like the result of this run
     with reference_clip() as clip:
         measure = start_functions(weights, warm, clip, device, hello=hello, requests=requests)
         for pages, number, count, system in planned:
@@ -118,8 +121,7 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
             say(f"{_TITLES[system]}, page cache {pages}, {number} of {count}")
             runs.append(label_run(measure[system](), system, pages))
             report = {"complete": len(runs) == len(planned), **conditions, **summarize(runs)}
-            if save is not None:
-                save(report)
+            save(report)
     return report
 
 

@@ -110,7 +110,7 @@ def _once(_context: click.Context, _option: click.Parameter, names: tuple[str, .
 @option(
     "--plain-text",
     multiple=True,
-    type=click.Choice(MARKED),
+    type=click.Choice(MARKED, case_sensitive=False),
     help="Language whose texts may lack marks that the model needs: he (points) or ru (stress).",
 )
 @option("--ignore-speed", is_flag=True, help="Speak requests with any speed, at the model's speed.")

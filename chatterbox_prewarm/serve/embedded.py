@@ -11,7 +11,6 @@ import contextlib
 import threading
 from concurrent.futures import CancelledError
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.errors import BadInputError, ModelError, WeightsError
@@ -29,13 +28,14 @@ from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.devices import ALL_GPUS, check_device
 from chatterbox_prewarm.system.limits import MAX_SEED
-from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
+from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS, as_path
 from chatterbox_prewarm.weights.record import read_record
 from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, Variant, get_variant
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator, Mapping, Sequence
     from concurrent.futures import Future
+    from pathlib import Path
     from types import TracebackType
     from typing import TypeVar
 
@@ -93,12 +93,12 @@ class ChatterboxServer:
         hang_seconds: float = 120.0,
         start_seconds: float = 1800.0,
     ) -> None:
-        names = parse_devices(device if isinstance(device, str) else ",".join(device))
+        names = parse_devices(",".join(map(str, device)) if isinstance(device, list | tuple) else str(device))
         devices = [check_device(name) for name in names]
         start = StartOptions(
-            warm=Path(warm),
-            weights=Path(weights),
-            cache=Path(cache),
+            warm=as_path(warm, "the warm state"),
+            weights=as_path(weights, "the checkpoint"),
+            cache=as_path(cache, "the cache directory"),
             policy=policy,
             profile=profile,
             trust=trust or Trust(),
@@ -106,11 +106,12 @@ class ChatterboxServer:
         )
         rules, variant = SpeechRules(plain_text=tuple(plain_text)), _variant_of(start.weights)
         self._rules = rules.for_variants([variant], {variant.name: start.weights})
+        clips = {name: as_path(clip, f"the clip of the voice {name}") for name, clip in (voices or {}).items()}
         self._prompts = PromptVoices()  # a temporary folder, so only after the checks of the arguments
         worker = WorkerConfig(
             model=self._rules.variants[0].name,
             start=start,
-            voices={name: Path(clip) for name, clip in (voices or {}).items()},
+            voices=clips,
             threads=threads,
             max_new_tokens=max_new_tokens,
             requests_per_minute=requests_per_minute if enable_warmup else 0.0,

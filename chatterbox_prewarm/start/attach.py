@@ -9,7 +9,6 @@ import gc
 import importlib
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import ModelError, first_line
@@ -24,12 +23,13 @@ from chatterbox_prewarm.start.voices import make_missing_voices, prepare_voices
 from chatterbox_prewarm.state.signature import Trust
 from chatterbox_prewarm.system.cpus import usable_cpus
 from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
-from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS
+from chatterbox_prewarm.system.paths import CACHE, WARM, WEIGHTS, as_path
 from chatterbox_prewarm.weights.mapped import CONVERSION, SYNTHESIS, MappedWeights
 from chatterbox_prewarm.weights.record import read_variant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from chatterbox_prewarm.families.base import Family
     from chatterbox_prewarm.model.conditionals import Conditionals
@@ -102,9 +102,9 @@ def load_warmup_cache(  # noqa: PLR0913 - public API: keywords are easier to use
         PrewarmError: as `prepare`, `attach` and `checked`.
     """
     options = StartOptions(
-        warm=Path(warm),
-        weights=Path(weights),
-        cache=Path(cache),
+        warm=as_path(warm, "the warm state"),
+        weights=as_path(weights, "the checkpoint"),
+        cache=as_path(cache, "the cache directory"),
         device=device,
         policy=policy,
         profile=profile,

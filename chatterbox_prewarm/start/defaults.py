@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from chatterbox_prewarm.start.options import StartOptions
 from chatterbox_prewarm.system.devices import check_device
 from chatterbox_prewarm.system.fingerprint import visible_gpus
-from chatterbox_prewarm.system.paths import WARM, WEIGHTS
+from chatterbox_prewarm.system.paths import WARM, WEIGHTS, as_path
 from chatterbox_prewarm.weights.fetch import fetch
 from chatterbox_prewarm.weights.record import RECORD_NAME
 from chatterbox_prewarm.weights.variants import DEFAULT_VARIANT, Variant
@@ -54,15 +54,16 @@ def default_options(  # noqa: PLR0913 - the arguments of `from_pretrained_with_w
     """Return the options of a start in Python; the arguments are those of `from_pretrained_with_warmup`.
 
     Raises:
+        BadInputError: an argument is no path.
         PrewarmError: as `check_device` and `default_weights`.
     """
     device = check_device(device)
     if warm is None and WARM.is_dir():
         warm = WARM
     return StartOptions(
-        warm=Path(warm or os.devnull),
-        weights=Path(weights) if weights is not None else default_weights(variant),
-        cache=Path(cache or default_cache()),
+        warm=as_path(warm or os.devnull, "the warm state"),
+        weights=as_path(weights, "the checkpoint") if weights is not None else default_weights(variant),
+        cache=as_path(cache or default_cache(), "the cache directory"),
         device=device,
         policy=policy if warm is not None else "off",
         plain_text=tuple(plain_text),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from chatterbox_prewarm.errors import BadInputError, from_os_error
@@ -23,11 +22,13 @@ from chatterbox_prewarm.state.provenance import read_provenance
 from chatterbox_prewarm.system.digests import scan, set_digest
 from chatterbox_prewarm.system.fingerprint import read_fingerprint
 from chatterbox_prewarm.system.gpu_stand_in import stand_in_target
+from chatterbox_prewarm.system.paths import as_path
 from chatterbox_prewarm.version import __version__
 from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
+    from pathlib import Path
 
 #: Half a second of audio: long enough to run every part of the model, short enough for a CPU.
 REFERENCE_TOKENS = 12
@@ -137,9 +138,7 @@ def _empty_directory(path: str | Path) -> Path:
     Raises:
         BadInputError: see above, or the directory cannot be made or is inside a state or a checkpoint.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise BadInputError(f"the path is {path!r}", next_step="give the path of a new or empty directory")
-    directory = Path(path)
+    directory = as_path(path, "the path")
     check_output_place(directory.parent)
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,21 @@ _SPIN_COUNT = "1000"
 _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
+def as_path(path: object, what: str) -> Path:
+    """Return a path that a caller of the Python API gave.
+
+    Args:
+        path: the argument.
+        what: its meaning, for the error, such as "the warm state".
+
+    Raises:
+        BadInputError: it is neither text nor a path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise BadInputError(f"{what} is {path!r}", next_step="give a path: text, or a pathlib.Path")
+    return Path(path)
+
+
 def model_environment(cache: Path) -> dict[str, str]:
     """Return the environment variables to set before the model's packages are imported, with or without a warm state.
 

@@ -56,13 +56,20 @@ def _interrupt(when: str, *arguments: str | Path) -> None:
             if when in line:
                 process.send_signal(signal.SIGINT)
                 break
-        process.communicate(timeout=60)
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
     assert process.returncode == 130
 
 
 def test_interrupted_starts_stay_in_the_report(baked: Path, mini: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.json"
     paths = ("--weights", mini, "--warm", baked, "--output", output)
+    output.write_text('{"complete": true}')
+    _interrupt("1 of 9", "bench", "startup", *paths, "--rounds", "9", "--systems", "torch")
+    assert not json.loads(output.read_text())["complete"], "the older report is replaced"
     _interrupt("3 of 9", "bench", "startup", *paths, "--rounds", "9", "--systems", "torch")
     report = json.loads(output.read_text())
     assert not report["complete"]

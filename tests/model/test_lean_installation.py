@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 
 from chatterbox_prewarm.model.variants import code_of
 from chatterbox_prewarm.weights.variants import MULTILINGUAL
 from tests.conftest import ROOT
-from tests.helpers.packages import build_package, copy_checkout, install
+from tests.helpers.packages import Environment, build_package, copy_checkout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,8 +47,10 @@ def test_it_gives_the_same_audio_and_reads_the_texts_of_every_language(
     attached: Attached, baked: Path, mini: Path, checkpoint: Callable[[Variant], Path], tmp_path: Path
 ) -> None:
     wheel = build_package("wheel", copy_checkout(tmp_path / "checkout"), tmp_path / "wheel")
-    lock = ROOT / "build" / "locks" / "torch-2.6-lean.txt"
-    install(sys.executable, tmp_path / "new", "--constraint", str(lock), f"{wheel}[lean,multilingual]")
+    lock = ROOT / "build" / "locks" / f"torch-{'.'.join(torch.__version__.split('.')[:2])}-lean.txt"
+    environment = Environment(sys.executable, tmp_path / "new")
+    environment.install("--require-hashes", "-r", str(lock))
+    environment.install("--no-deps", f"{wheel}[lean,multilingual]")
     multilingual = checkpoint(MULTILINGUAL)
     paths = map(str, (baked, mini, multilingual, tmp_path / "cache"))
     command = [str(tmp_path / "new" / "bin" / "python"), "-I", "-c", _PROGRAM, *paths]

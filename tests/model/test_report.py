@@ -117,6 +117,7 @@ def test_too_little_disk_or_memory_is_reported_before_the_start(
 ) -> None:
     """Without a state, this is said before one is baked."""
     steps: list[str] = []
+    monkeypatch.setattr("chatterbox_prewarm.bench.room._available_memory", lambda: 10**12)
     for warm in (baked, None):
         with pytest.raises(BadInputError, match=r"has 0\.0 GB of free space, and a report needs 0\.7"):
             run_warmup_benchmarks(small_disk / "report", weights=mini, warm=warm, say=steps.append)

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers.packages import build_package, checkout_files, copy_checkout, git, install
+from tests.helpers.packages import Environment, build_package, checkout_files, copy_checkout, git
 
 
 def _interpreters() -> list[str]:
@@ -84,7 +84,7 @@ def test_the_wheel_installs_and_runs_on_every_python_of_this_machine(
     interpreter: str, wheel: Path, tmp_path: Path
 ) -> None:
     """Without extras and without the locks, in an environment of its own."""
-    install(interpreter, tmp_path / "new", str(wheel))
+    Environment(interpreter, tmp_path / "new").install(str(wheel))
     program = tmp_path / "new" / "bin" / "chatterbox-prewarm"
     for arguments, code, expected in (
         (["--version"], 0, "(commit "),

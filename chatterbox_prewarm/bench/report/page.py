@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_prewarm.bench.executions import file_name
@@ -12,9 +11,11 @@ from chatterbox_prewarm.bench.report.sections import sections
 from chatterbox_prewarm.errors import BadInputError
 from chatterbox_prewarm.system.atomic_files import write_whole
 from chatterbox_prewarm.system.fingerprint import ABSENT
+from chatterbox_prewarm.system.paths import as_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 
 def generate_warmup_report(results: Mapping[str, Any], output: str | Path = "warmup-report") -> Path:
@@ -43,7 +44,7 @@ def generate_warmup_report(results: Mapping[str, Any], output: str | Path = "war
         )
     from chatterbox_prewarm.bench.report.charts import draw, save
 
-    output = Path(output)
+    output = as_path(output, "the folder for the page")
     output.mkdir(parents=True, exist_ok=True)
     images = {}
     for name, chart in draw(results["steps"]).items():

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_prewarm.bench.executions import given_or_baked
+from chatterbox_prewarm.bench.executions import bake_if_missing, choose_state
 from chatterbox_prewarm.bench.recorded_steps import RecordedSteps
 from chatterbox_prewarm.bench.report.options import PARTS, ReportOptions
 from chatterbox_prewarm.bench.report.parts import PART_FUNCTIONS
 from chatterbox_prewarm.start.defaults import default_weights
 from chatterbox_prewarm.system.atomic_files import remove
 from chatterbox_prewarm.system.devices import check_device
+from chatterbox_prewarm.system.paths import as_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -56,17 +56,18 @@ def run_warmup_benchmarks(
             disk space or memory.
         PrewarmError: the state or the checkpoint cannot be read.
     """
-    device, output = check_device(device), Path(output)
-    checkpoint = Path(weights) if weights is not None else default_weights()
+    device, output = check_device(device), as_path(output, "the folder for the results")
+    checkpoint = as_path(weights, "the checkpoint") if weights is not None else default_weights()
     report_options = ReportOptions(
         output=output,
         weights=checkpoint,
-        warm=Path(warm or output / "warm"),
+        warm=choose_state(warm, output),
         device=device,
         **options,
     )
     report_options.check()  # before a bake, which can take minutes
-    report_options = replace(report_options, warm=given_or_baked(warm, checkpoint, device, output, say=say))
+    if warm is None:
+        bake_if_missing(report_options.warm, checkpoint, device, output, say=say)
     record = RecordedSteps(report_options.results, report_options.plan(), say)
     record.write(complete=False)  # it shows that the folder of the states is ours
     for part in report_options.parts:

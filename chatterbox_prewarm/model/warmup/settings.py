@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Collection
 
 from chatterbox_prewarm.errors import BadInputError
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
 
 #: Level 1 runs each model, level 2 the kernels that real use needs, level 3 the memory pools of a GPU.
 LEVELS = (1, 2, 3)
@@ -36,8 +33,10 @@ def check_levels(levels: Collection[int]) -> tuple[int, ...]:
     Raises:
         BadInputError: the collection is empty, or one of its levels does not exist.
     """
-    if not levels or not set(levels) <= set(LEVELS):
+    given = list(levels) if isinstance(levels, Collection) else []
+    if not given or not all(level in LEVELS for level in given):
         raise BadInputError(
-            f"the warm-up levels {list(levels)} are not among 1, 2, 3", next_step="choose from the levels 1, 2 and 3"
+            f"the warm-up levels {given or levels} are not among 1, 2, 3",
+            next_step="choose from the levels 1, 2 and 3, such as [1, 2]",
         )
     return tuple(sorted(set(levels)))

@@ -30,7 +30,7 @@ def test_every_claim_is_judged() -> None:
 
 def test_a_value_has_its_median_and_its_range() -> None:
     row = claim("cold start, first audio")
-    assert row.measured == "68% less (67% less to 69% less)"
+    assert row.measured == "68% less (67% to 69% less)"
     assert row.claimed == "50 to 70 % less"
 
 
@@ -90,3 +90,10 @@ def test_a_start_is_compared_with_every_budget(worse: dict[str, object], missed:
     assert [row.claim for row in found if row.verdict == NOT_MET] == missed
     assert {row.verdict for row in found} <= {MET, NOT_MET}
     assert {row.verdict for row in budgets({})} == {NOT_MEASURED}
+
+
+def test_a_single_miss_in_any_warm_start_is_over_the_budget() -> None:
+    steps = {f"starts: {name}, {one}": start(1.2, 10.0) for name in ("warm", "warm again") for one in (1, 2)}
+    steps["starts: warm again, 2"] = start(1.2, 10.0, misses=1)
+    row = budgets(steps)[-1]
+    assert (row.claim, row.measured, row.verdict) == ("misses", "1", NOT_MET)
