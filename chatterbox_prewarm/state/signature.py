@@ -69,7 +69,7 @@ class Trust:
         if self.key is None and self.signature is not None:
             raise BadInputError(
                 f"the signature {self.signature} proves nothing without a public key",
-                next_step="give the public key with --key",
+                next_step="give the public key with --key, in Python as `Trust(key=…)`",
             )
         passed = []
         if self.expected_digest is not None:

@@ -93,7 +93,8 @@ class State:
             "change of it is not noticed"
         )
         if strict:
-            raise IntegrityError(problem, next_step=f"{BAKE_AGAIN}, or give its digest with --expect-digest")
+            digest = "give its digest with --expect-digest, in Python as `Trust(expected_digest=…)`"
+            raise IntegrityError(problem, next_step=f"{BAKE_AGAIN}, or {digest}")
         logger.warning("%s; bake the warm state again", problem)
 
     @property
