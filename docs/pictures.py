@@ -14,8 +14,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
-#: For each chart the report that it shows.
-CHARTS = {"starts": "report-cpu.json", "ablation": "report-cpu.json"}
+#: The recorded report, and the charts of it that are shown.
+REPORT, CHARTS = "report-cpu.json", ("starts", "ablation")
 #: The recorded start that the page shows.
 START = "startup-cpu-demo.json"
 #: Width of the window in pixels.
@@ -28,8 +28,9 @@ def draw_charts() -> None:
     """Write the charts of `CHARTS`."""
     from chatterbox_prewarm.bench.report.charts import draw, save
 
-    for name, report in CHARTS.items():
-        save(draw(json.loads((RESULTS / report).read_text())["steps"])[name], DOCS / f"{name}.png")
+    charts = draw(json.loads((RESULTS / REPORT).read_text())["steps"])
+    for name in CHARTS:
+        save(charts[name], DOCS / f"{name}.png")
 
 
 def status() -> dict[str, Any]:

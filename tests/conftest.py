@@ -100,6 +100,23 @@ def run_cli(
     )
 
 
+def interrupt_cli(when: str, *arguments: str | Path) -> None:
+    """Run a command, and interrupt it with SIGINT when it prints a step whose line contains `when`."""
+    command = [sys.executable, "-m", "chatterbox_prewarm", "--progress", *map(str, arguments)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if when in line:
+                process.send_signal(signal.SIGINT)
+                break
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    assert process.returncode == 130
+
+
 def run_benchmark(*arguments: str | Path, timeout: float = 800.0) -> subprocess.CompletedProcess[str]:
     """Run `python -m benchmarks ARGUMENTS` in a subprocess."""
     command = [sys.executable, "-m", "benchmarks", *map(str, arguments)]

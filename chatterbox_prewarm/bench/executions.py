@@ -79,13 +79,13 @@ def choose_state(warm: str | Path | None, folder: Path) -> Path:
 
 
 def bake_if_missing(warm: Path, weights: Path, device: str, folder: Path, *, say: Callable[[str], None]) -> None:
-    """Bake the state that `choose_state` placed in `folder`, unless it exists.
+    """Bake a state at the path that `choose_state` returned for `folder`, unless there is one.
 
     Raises:
         BadInputError: there is too little disk space or memory for a bake.
         PrewarmError: the bake failed.
     """
-    if warm.parent != folder or warm.exists():
+    if warm.exists():
         return
     check_memory(weights, purpose="a bake")
     folder.mkdir(parents=True, exist_ok=True)

@@ -81,7 +81,8 @@ def run(
     Args:
         options: the server and the requests.
         say: called with one line for each step.
-        save: called with the report before the first number of clients and after each one. Its `complete` is false.
+        save: called with the report before the first number of clients and after each one, and at the end, when its
+            `complete` is true.
 
     Returns:
         the report: `complete`, machine, versions, for each number of clients the result of `summarize`, and the peak
@@ -118,7 +119,9 @@ def run(
             save(report)
         if server is not None:
             report["resident_bytes"] = server.resident_bytes()
-    return {**report, "complete": True}
+    report["complete"] = True
+    save(report)
+    return report
 
 
 @contextlib.contextmanager

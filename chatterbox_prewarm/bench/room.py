@@ -6,6 +6,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from chatterbox_prewarm.errors import BadInputError
+from chatterbox_prewarm.system.memory import usable_memory
 from chatterbox_prewarm.weights.record import read_record
 
 if TYPE_CHECKING:
@@ -49,14 +50,8 @@ def check_memory(weights: Path, *, purpose: str, processes: int = 1, instead: st
         WeightsError: the checkpoint cannot be read.
     """
     needed = processes * (_PROCESS_BYTES + sum(file.size for file in read_record(weights).files))
-    if (available := _available_memory()) < needed:
+    if (available := usable_memory()) < needed:
         raise BadInputError(
             f"{available / 1e9:.1f} GB of memory are available, and {purpose} needs {needed / 1e9:.1f}",
             next_step=f"end other processes{instead}",
         )
-
-
-def _available_memory() -> int:
-    """Return the bytes of memory that a process can use without swapping, from `/proc/meminfo`."""
-    with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123 - a file of the kernel
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))

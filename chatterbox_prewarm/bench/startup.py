@@ -112,17 +112,19 @@ def measure_starts(  # noqa: PLR0913 - the public API: keywords are easier to us
         for system in systems
     ]
     runs: list[dict[str, Any]] = []
-    report = {"complete": not planned, **conditions, **summarize(runs)}
-    save(report)  # an older report must not look like the result of this run
+
+    def report() -> dict[str, Any]:
+        return {"complete": len(runs) == len(planned), **conditions, **summarize(runs)}
+
+    save(report())  # an older report must not look like the result of this run
     with reference_clip() as clip:
         measure = start_functions(weights, warm, clip, device, hello=hello, requests=requests)
         for pages, number, count, system in planned:
             settle(weights, warm) if pages == "hot" else drop_page_cache()
             say(f"{_TITLES[system]}, page cache {pages}, {number} of {count}")
             runs.append(label_run(measure[system](), system, pages))
-            report = {"complete": len(runs) == len(planned), **conditions, **summarize(runs)}
-            save(report)
-    return report
+            save(report())
+    return report()
 
 
 def start_functions(

@@ -162,7 +162,6 @@ def bench_load(*, output: Path, clients: str, tokens: str, **fields: Any) -> Non
     check_output(output)
     options = LoadOptions(clients=numbers(clients), tokens=numbers(tokens), **fields)
     report = run(options, say=say, save=lambda found: write_report(found, output))
-    write_report(report, output)
     end()
     click.echo(table(report))
     if messages := faults(report):

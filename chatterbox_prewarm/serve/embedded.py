@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections.abc import Iterable
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,8 @@ class ChatterboxServer:
         hang_seconds: float = 120.0,
         start_seconds: float = 1800.0,
     ) -> None:
-        names = parse_devices(",".join(map(str, device)) if isinstance(device, list | tuple) else str(device))
+        several = isinstance(device, Iterable) and not isinstance(device, str)
+        names = parse_devices(",".join(map(str, device)) if several else str(device))
         devices = [check_device(name) for name in names]
         start = StartOptions(
             warm=as_path(warm, "the warm state"),

@@ -80,7 +80,7 @@ class Variant:
         builtin_voice: the file with upstream's voice. It is a pickle, so it is only read with `weights_only`.
         data: other files of the repository that the text needs.
         archives: archives from elsewhere that the text needs.
-        tags: the file of `data` with the tags that ask for a sound, such as "[laugh]"; "" if there are none.
+        tags: the file of `data` with the tags that ask for a sound, such as "[laugh]"; "" without such tags.
         published: the names under which the hub publishes files that have another name here. Such a file is a pickle of
             tensors, which `weights fetch` converts to safetensors.
         t3_sha256: the digest of the published T3, to recognize it under the name of a variant with equal shapes; "" if
@@ -146,7 +146,7 @@ class Variant:
         return name
 
     def check_language(self, code: str | None) -> str:
-        """Return the code of a language as `languages` spells it; the first language if `code` is None.
+        """Return the code of a language as `languages` spells it; the first language without a code.
 
         Raises:
             BadInputError: the variant does not speak this language.

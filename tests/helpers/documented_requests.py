@@ -6,10 +6,9 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from markdown_it import MarkdownIt
 
 from tests.conftest import ROOT
-from tests.helpers.shell import split_commands
+from tests.helpers.shell import fenced_blocks, split_commands
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,8 +27,8 @@ def documented_requests(path: str) -> list[Command]:
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         if page.relative_to(ROOT).as_posix() in _OTHER_SERVERS:
             continue
-        for block in MarkdownIt().parse(page.read_text(encoding="utf-8")):
-            for command in split_commands(block.content) if block.type == "fence" and block.info == "sh" else ():
+        for _, language, content in fenced_blocks(page.read_text(encoding="utf-8")):
+            for command in split_commands(content) if language == "sh" else ():
                 if command.words[:1] == ["curl"] and any(word.endswith(_ADDRESS + path) for word in command.words):
                     found.setdefault(tuple(command.words), command)
     return list(found.values())

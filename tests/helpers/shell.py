@@ -7,6 +7,8 @@ import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from markdown_it import MarkdownIt
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -26,6 +28,14 @@ class Command:
     line: int = 0
     variables: dict[str, str] = field(default_factory=dict)
     writes: list[str] = field(default_factory=list)
+
+
+def fenced_blocks(text: str) -> Iterator[tuple[int, str, str]]:
+    """Yield the number of the first line, the language and the content of each fenced block of a page."""
+    for token in MarkdownIt().parse(text):
+        if token.type == "fence":
+            assert token.map is not None
+            yield token.map[0] + 2, token.info.strip(), token.content
 
 
 def split_commands(script: str, start: int = 1) -> Iterator[Command]:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ from benchmarks.leak import growth
 from benchmarks.profiles import summarize, table
 from chatterbox_prewarm.bench.load import FAULTS
 from chatterbox_prewarm.model.profiles import Execution
-from tests.conftest import ROOT, run_benchmark, run_cli
+from tests.conftest import ROOT, interrupt_cli, run_benchmark, run_cli
 from tests.helpers.stages import measure_both
 
 if TYPE_CHECKING:
@@ -47,30 +46,13 @@ def test_starts_are_measured_from_exec(baked: Path, mini: Path, tmp_path: Path) 
     assert "warm attached / upstream attached" in finished.stdout
 
 
-def _interrupt(when: str, *arguments: str | Path) -> None:
-    """Run a command, and interrupt it with SIGINT when it prints a step whose line contains `when`."""
-    command = [sys.executable, "-m", "chatterbox_prewarm", "--progress", *map(str, arguments)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if when in line:
-                process.send_signal(signal.SIGINT)
-                break
-        try:
-            process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-    assert process.returncode == 130
-
-
 def test_interrupted_starts_stay_in_the_report(baked: Path, mini: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.json"
     paths = ("--weights", mini, "--warm", baked, "--output", output)
     output.write_text('{"complete": true}')
-    _interrupt("1 of 9", "bench", "startup", *paths, "--rounds", "9", "--systems", "torch")
+    interrupt_cli("1 of 9", "bench", "startup", *paths, "--rounds", "9", "--systems", "torch")
     assert not json.loads(output.read_text())["complete"], "the older report is replaced"
-    _interrupt("3 of 9", "bench", "startup", *paths, "--rounds", "9", "--systems", "torch")
+    interrupt_cli("3 of 9", "bench", "startup", *paths, "--rounds", "9", "--systems", "torch")
     report = json.loads(output.read_text())
     assert not report["complete"]
     assert [run["system"] for run in report["runs"]] == ["torch", "torch"]
@@ -85,7 +67,7 @@ def test_the_levels_of_an_interrupted_load_stay_in_the_report(baked: Path, mini:
     output = tmp_path / "report.json"
     paths = ("--weights", mini, "--warm", baked, "--output", output)
     size = ("--clients", "1,2", "--requests", "1", "--tokens", "6,6,6", "--seeds", "1")
-    _interrupt("2 client(s)", "bench", "load", *paths, *size)
+    interrupt_cli("2 client(s)", "bench", "load", *paths, *size)
     report = json.loads(output.read_text())
     assert not report["complete"]
     assert [level["clients"] for level in report["levels"]] == [1]

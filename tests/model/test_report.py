@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +12,7 @@ from chatterbox_prewarm.bench.report.quality import compare_audio
 from chatterbox_prewarm.bench.report.quality_process import QualityOptions
 from chatterbox_prewarm.bench.report.states import without_family
 from chatterbox_prewarm.errors import BadInputError
-from tests.conftest import ROOT, run_cli
+from tests.conftest import ROOT, interrupt_cli, run_cli
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,21 +26,13 @@ def test_an_interrupted_report_continues_and_has_no_regression(baked: Path, mini
     """Only figures that do not depend on the machine are compared: bytes and misses."""
     output = tmp_path / "report"
     paths: list[str | Path] = ["--weights", mini, "--warm", baked, "--output", output]
-    arguments = ["--progress", "bench", "report", *paths, "--parts", "state,growth"]
-    command = [sys.executable, "-m", "chatterbox_prewarm", *map(str, arguments)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "growth: text of 89" in line:
-                process.send_signal(signal.SIGINT)
-                break
-        process.communicate(timeout=60)
-    assert process.returncode == 130
+    arguments = ["bench", "report", *paths, "--parts", "state,growth"]
+    interrupt_cli("growth: text of 89", *arguments)
     interrupted = json.loads((output / "results.json").read_text())
     assert not interrupted["complete"]
     assert list(interrupted["steps"]) == ["state", "growth: text of 13 characters"]
 
-    finished = run_cli(*arguments)
+    finished = run_cli("--progress", *arguments)
     assert finished.returncode == 0, finished.stderr
     assert "growth: text of 13" not in finished.stderr, "that step was measured before the interrupt"
     results = json.loads((output / "results.json").read_text())
@@ -117,14 +106,14 @@ def test_too_little_disk_or_memory_is_reported_before_the_start(
 ) -> None:
     """Without a state, this is said before one is baked."""
     steps: list[str] = []
-    monkeypatch.setattr("chatterbox_prewarm.bench.room._available_memory", lambda: 10**12)
+    monkeypatch.setattr("chatterbox_prewarm.bench.room.usable_memory", lambda: 10**12)
     for warm in (baked, None):
         with pytest.raises(BadInputError, match=r"has 0\.0 GB of free space, and a report needs 0\.7"):
             run_warmup_benchmarks(small_disk / "report", weights=mini, warm=warm, say=steps.append)
     monkeypatch.setattr("tempfile.tempdir", str(small_disk))
     with pytest.raises(BadInputError, match=r"has 0\.0 GB of free space, and a bake needs 0\.4"):
         benchmark_warmup_effectiveness(weights=mini, say=steps.append)
-    monkeypatch.setattr("chatterbox_prewarm.bench.room._available_memory", lambda: 10**9)
+    monkeypatch.setattr("chatterbox_prewarm.bench.room.usable_memory", lambda: 10**9)
     for warm in (baked, None):
         with pytest.raises(BadInputError, match=r"1\.0 GB of memory are available, and a report .* needs 5\.\d"):
             run_warmup_benchmarks(tmp_path / "report", weights=mini, warm=warm, say=steps.append)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import click
 import pytest
-from markdown_it import MarkdownIt
 
 from tests.conftest import ROOT
 from tests.helpers.documented_programs import OURS, UNCHECKED_NAMES, Block, programs
-from tests.helpers.shell import split_commands
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from tests.helpers.shell import fenced_blocks, split_commands
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -24,19 +19,11 @@ PAGES = {
 OTHER_LANGUAGES = {"", "text", "mermaid", "nginx", "python", "toml", "yaml"}
 
 
-def _blocks(text: str) -> Iterator[tuple[int, str, str]]:
-    """Yield the number of the first line, the language and the content of each fenced block of a page."""
-    for token in MarkdownIt().parse(text):
-        if token.type == "fence":
-            assert token.map is not None
-            yield token.map[0] + 2, token.info.strip(), token.content
-
-
 def _check(page: str, text: str) -> tuple[Counter[str], list[str]]:
     """Return how often a page has each command, and a message for each command that is wrong."""
     names: Counter[str] = Counter()
     faults: list[str] = []
-    for line, language, content in _blocks(text):
+    for line, language, content in fenced_blocks(text):
         block = Block()
         for command in split_commands(content, line) if language == "sh" else ():
             try:
@@ -66,7 +53,7 @@ def test_the_commands_are_found_and_every_program_of_the_table_is_used() -> None
 @pytest.mark.parametrize("page", PAGES)
 def test_a_block_without_a_shell_has_no_commands(page: str) -> None:
     known = {name.split()[0] for name in (*OURS, *UNCHECKED_NAMES, *programs.commands)}
-    for line, language, content in _blocks(PAGES[page]):
+    for line, language, content in fenced_blocks(PAGES[page]):
         if language == "sh":
             continue
         assert language in OTHER_LANGUAGES, f"{page}:{line - 1}: write commands in blocks of the language sh"

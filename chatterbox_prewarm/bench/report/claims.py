@@ -27,7 +27,7 @@ MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
 _SAME_SOUND_DECIBELS = 50
 #: Least confidence of upstream's detector that there is a watermark.
 _WATERMARK = 0.9
-#: Budgets of a warm start: their titles, the figure of a start, its greatest value, and what the figure is divided by.
+#: Budgets of a warm start: title, figure of a start, greatest value, and divisor of the figure.
 _BUDGETS = (
     ("exec to first audio", "first_to_sum", 1.15, "the sum of exec to attached and a steady request"),
     ("first request", "first_to_steady", 1.10, "a steady request of the same process"),
